@@ -84,14 +84,8 @@ def write_card(
 ) -> None:
     """Write the model card of a folder that has all other files.
 
-    Args:
-      folder: the exported folder.
-      cfg: the exported model.
-      name: name of the model before pruning.
-      source: the folder that the model came from.
-      loading: text of the section "Loading".
-      library: name of the library that loads the folder.
-      reconstructed, recovered, license, datasets, benchmarks: see `save`.
+    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For other
+    arguments see `save`.
     """
     plan_file = folder / "plan.json"
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
@@ -198,14 +192,7 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    """Return the text of "Loading" for a Hugging Face folder that has all other files.
-
-    Args:
-      folder: the exported folder.
-      cfg: the model.
-      written: the model as it is in the files, with padded layers.
-      config: the folder's config.json.
-    """
+    """Return the text of "Loading" for a Hugging Face folder that has all other files; `written` is `cfg` as padded."""
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
     if written.layout == cfg.layout != "transformers":
@@ -215,7 +202,10 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         loader = loader_class(config)
         if loader is not None:
             name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
-        decoded = _has_zero_points(config)
+        groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+        decoded = any(
+            not group["weights"]["symmetric"] for group in groups
+        )  # zero points, which it can only dequantise
         names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
         trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
         code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
@@ -247,12 +237,6 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
     tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
     parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
     return "\n\n".join(parts)
-
-
-def _has_zero_points(config: dict[str, Any]) -> bool:
-    """Return True if the integers of a folder have zero points, which transformers can only dequantise."""
-    groups = config.get("quantization_config", {}).get("config_groups", {})
-    return any(not group["weights"]["symmetric"] for group in groups.values())
 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:

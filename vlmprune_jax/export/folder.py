@@ -196,30 +196,23 @@ def make_storage(
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]
     widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
+    largest = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
     if group_size is not None:
+        instead = f"use {largest}" if largest else "leave it out (rows that do not divide stay plain)"
         wrong = [name for name, width in widths.items() if width % group_size]
         if wrong:
             raise UserError(
                 f"group_size={group_size} does not divide the {widths[wrong[0]]} values of a row of {wrong[0]} "
-                f"({len(wrong)} matrices in total): {_advice(widths)}"
+                f"({len(wrong)} matrices in total): {instead}, or prune with "
+                'snap_for="int4"'
             )
     elif bits == 4:
-        group_size = _largest(widths) or GROUPS[-1]
+        group_size = largest or GROUPS[-1]
         if all(width % group_size for width in widths.values()):
             raise UserError(
                 f"w4a16: no row of this model divides by {group_size}: use w8a16, which has one scale per row"
             )
     return CompressedTensors(bits, group_size or 0, symmetric, activations)
-
-
-def _largest(widths: Mapping[str, int]) -> int | None:
-    return next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
-
-
-def _advice(widths: Mapping[str, int]) -> str:
-    largest = _largest(widths)
-    instead = f"use {largest}" if largest else "leave it out (rows that do not divide stay plain)"
-    return f'{instead}, or prune with snap_for="int4"'
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:

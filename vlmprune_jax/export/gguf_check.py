@@ -75,13 +75,8 @@ def check_gguf(
     If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the folder's
     tokenizer, and its log-probabilities of the likeliest next tokens must match those of the file's weights in JAX.
 
-    Args:
-      model: the model that was written.
-      out_dir: the folder of the GGUF files.
-      source_dir, uneven, rolled_positions: as passed to `save`.
-
-    Returns:
-      Backend "llama.cpp" (difference of log-probabilities) or "jax" (difference of logits), difference and tolerance.
+    Takes what was passed to `save`. Returns the backend "llama.cpp" (difference of log-probabilities) or "jax"
+    (difference of logits), difference and tolerance.
 
     Raises:
       UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
@@ -92,12 +87,9 @@ def check_gguf(
         return read_gguf(folder, model.cfg, uneven, rolled_positions)
 
     with jax.default_matmul_precision("highest"):
-        expected = gather_to_host(forward(_in_float32(model), **inputs)[0])
+        model = model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
+        expected = gather_to_host(forward(model, **inputs)[0])
         return on_process_zero(lambda: _compare(folder, resolve(source_dir), inputs, expected, read))
-
-
-def _in_float32(model: Model) -> Model:
-    return model.replace(params=jax.tree.map(lambda leaf: leaf.astype(np.float32), model.params))
 
 
 def _compare(

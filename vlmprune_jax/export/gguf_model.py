@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import license_of
@@ -86,11 +86,7 @@ def make_gguf(
 ) -> list[GgufFile]:
     """Return the files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of a vision-language model.
 
-    Args:
-      model: the model, in memory or in its files.
-      source: its source folder, for tokenizer, chat template, image statistics and licence.
-      name: name of the model.
-      uneven, dtype, quantize, rolled_positions: as in `save`.
+    `source` is its folder, for tokenizer, template, image statistics and licence; other arguments are as in `save`.
 
     Raises:
       UserError: llama.cpp has no architecture, tower or tokenizer like this model's.
@@ -129,18 +125,16 @@ def _tower(
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
     fields |= tower_fields(wide, cut(family, source))
     tensors = _tensors(model, wide, family, "vision", tower_tensors(wide), plain)
-    if rolled and vision.class_token:
-        tensors = [_rolled(tensor) if tensor.key.startswith("v.position_embd") else tensor for tensor in tensors]
+    if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
+        place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
+        table = tensors[place]
+        tensors[place] = dataclasses.replace(
+            table, fetch=lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))
+        )
     if vision.any_size:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
-
-
-def _rolled(table: Tensor) -> Tensor:
-    """Return the position table with the first row, of the class token, moved to the end."""
-    fetch = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
-    return dataclasses.replace(table, fetch=fetch)
 
 
 def _copies(filters: Tensor) -> list[Tensor]:
@@ -178,7 +172,10 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
             )
     text, vision = cfg.text, cfg.vision
     if uneven == "pad":
-        text, vision = _padded_text(text, able[0]), None if vision is None else _padded_tower(vision)
+        text = _padded_text(text, able[0])
+        if vision is not None:
+            heads = vision.hidden_size // vision.head_dim
+            vision = vision.with_layers([LayerShape(heads, heads, s.mlp, s.window) for s in vision.layers])
     chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
     problem = None if vision is None else tower_misfit(vision)
     if chosen is None or (uneven == "refuse" and not text.even):
@@ -223,11 +220,6 @@ def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     return wide
 
 
-def _padded_tower(vision: VisionConfig) -> VisionConfig:
-    whole = vision.hidden_size // vision.head_dim
-    return vision.with_layers([LayerShape(whole, whole, shape.mlp, shape.window) for shape in vision.layers])
-
-
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +238,9 @@ def _tensors(
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
     for key, parts in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        pairs = [(before[slot.name], slot) for slot in parts]
+        pairs, kind = [(before[slot.name], slot) for slot in parts], _type_of(key, parts[0].hf_shape, plain, quantize)
         turned = interleaved and key.split(".")[-2] in ROTATED
-        tensors.append(
-            _tensor(key, _type_of(key, parts[0].hf_shape, plain, quantize), pairs, model.cfg, wide, flat, turned)
-        )
+        tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, turned))
     return tensors
 
 
@@ -315,8 +305,11 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
 
 def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
     """Return a tensor that is encoded in groups of rows, so that float copies of it stay small."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     rows, width = int(np.prod(shape[:-1])), shape[-1]
-    size = rows * _row_bytes(width, kind)
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    size = rows * (width // block * block_bytes)
 
     def encode() -> np.ndarray:
         values, encoded = fetch().reshape(rows, width), np.empty(size, np.uint8)
@@ -328,13 +321,6 @@ def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np
         return encoded
 
     return Tensor(key, kind, shape, size, encode)
-
-
-def _row_bytes(width: int, kind: str) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return width // block * size
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:

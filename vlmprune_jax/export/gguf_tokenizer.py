@@ -29,6 +29,14 @@ from vlmprune_jax.hf.read import read_fields
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, gguf.TokenType
 _SPACE = "▁"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_METASPACE = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+# Rules of SentencePiece-like tokenizers: normalizer, pre_tokenizer, and True if a text gets a space mark in front.
+_SPACED: tuple[tuple[Any, Any, bool], ...] = (
+    ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, _REPLACE]}, None, True),
+    (_REPLACE, None, False),
+    *((None, _METASPACE | {"prepend_scheme": scheme}, scheme != "never") for scheme in ("first", "always", "never")),
+)
 
 
 @dataclass(frozen=True)
@@ -116,24 +124,14 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 def _check_spaced(content: JsonDict, where: str) -> bool:
     """Return True if a SentencePiece-like tokenizer puts a space mark before a text."""
-    rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], sort_keys=True)
-    for normalizer, before, prefix in _spaced_rules():
-        if rules == json.dumps([normalizer, before], sort_keys=True):
+    rules = [content.get("normalizer"), content.get("pre_tokenizer")]
+    for *known, prefix in _SPACED:
+        if rules == known:
             return prefix
     raise UserError(
         f"{where}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
-        f"{rules[:200]}): this model cannot be exported to GGUF"
+        f"{json.dumps(rules, sort_keys=True)[:200]}): this model cannot be exported to GGUF"
     )
-
-
-def _spaced_rules() -> Iterator[tuple[Any, Any, bool]]:
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
-    yield {"type": "Sequence", "normalizers": [prepend, replace]}, None, True
-    yield replace, None, False
-    for scheme in ("first", "always", "never"):
-        mark = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-        yield None, mark, scheme != "never"
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
@@ -210,11 +208,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) 
             f"{where}: {outside[0]} {ids[outside[0]]} is outside the vocabulary ({cfg.text.vocab_size:,} words)"
         )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    adds = {
-        (): (False, False),
-        (bos,): (True, False),
-        (bos, ids["eos_token_id"]): (True, True),
-    }
+    adds = {(): (False, False), (bos,): (True, False), (bos, ids["eos_token_id"]): (True, True)}
     added = tuple(marked[: len(marked) - len(bare)]) if marked[len(marked) - len(bare) :] == bare else None
     if added is None and marked[1:-1] == bare:
         added = (marked[0], marked[-1])

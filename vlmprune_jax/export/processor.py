@@ -18,12 +18,7 @@ from vlmprune_jax.hf.read import read_fields
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
     """Write tokenizer, processor, chat template and generation config for a transformers processor class.
 
-    Args:
-      folder: the exported folder.
-      source: the hub folder, for the settings of its tokenizer.
-      cfg: the model in its hub layout.
-      config: the hub's config.json.
-      tokenizer: content of tokenizer.json, with the new token.
+    `source`, `cfg` and `config` are those of the hub layout; `tokenizer` is tokenizer.json with the new token.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)

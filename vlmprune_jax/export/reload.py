@@ -44,19 +44,16 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     written in a narrower dtype are compared with the model's rounded to it, and quantised folders with their decoded
     weights. Every process must call this function; process 0 alone reloads in PyTorch.
 
-    Args:
-      model: the model that was written.
-      out_dir: the written folder.
-      vision_dir: folder of the vision tower, for an original-layout LLaVA that does not include it.
-
-    Returns:
-      Backend ("torch" or "jax"), difference and tolerance.
+    `vision_dir` is the folder of the vision tower, for an original-layout LLaVA that does not include it.
 
     Raises:
       UserError: the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
-    inputs = random_inputs(model.cfg, _image_start(folder))
+    config = read_fields(folder / "config.json")
+    stock = detect(config, str(folder)).stock
+    start = None if stock is None or stock.image_start is None else config.get(*stock.image_start)
+    inputs = random_inputs(model.cfg, start)
     # Most CPUs and TPUs multiply float32 in fewer bits by default; the comparison is of functions, not of speed.
     with jax.default_matmul_precision("highest"):
         renamed = _renamed_images(inputs, model.cfg, folder, tower)
@@ -165,13 +162,6 @@ def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str,
     shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
     pixels = rng.standard_normal(shape, np.float32)
     return {"input_ids": np.concatenate([ids[:, :4], image, ids[:, 4:]], axis=1), "pixel_values": pixels}
-
-
-def _image_start(folder: Path) -> int | None:
-    """Return the token before an image if the stock class of the folder needs it, else None."""
-    config = read_fields(folder / "config.json")
-    stock = detect(config, str(folder)).stock
-    return None if stock is None or stock.image_start is None else config.get(*stock.image_start)
 
 
 def _random_patches(

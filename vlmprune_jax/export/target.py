@@ -129,14 +129,7 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
 
 
 def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) -> None:
-    """Write config.json, tokenizer, processor, chat template, generation config and PyTorch file.
-
-    Args:
-      target: the target folder.
-      cfg: the model, in the source's layout and with its true widths.
-      source: the source folder.
-      folder: the folder to write to.
-    """
+    """Write config.json, tokenizer, processor, chat template, generation config and PyTorch file of a model `cfg`."""
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
     if not target.converts:
