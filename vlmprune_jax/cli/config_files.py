@@ -71,15 +71,11 @@ def _section(spec: Any) -> ConfigDict:
         elif isinstance(named, type) and dataclasses.is_dataclass(named):
             values[name] = _sections(named, value)
         elif value is None:
-            values[name] = config_dict.placeholder(_other_than_none(hint))
+            kind = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+            values[name] = config_dict.placeholder(kind)
         else:
             values[name] = ConfigDict(value) if isinstance(value, dict) else value
     return _Section(values)
-
-
-def _other_than_none(hint: Any) -> type:
-    assert isinstance(hint, types.UnionType)
-    return next(option for option in typing.get_args(hint) if option is not type(None))
 
 
 def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Collection[str] = ()) -> Experiment:

@@ -132,12 +132,8 @@ def locate(config: str) -> str:
 def _located(argv: Sequence[str]) -> list[str]:
     """Return the arguments with the files of shipped configs in place of their names."""
     found = list(argv)
-    for i, arg in enumerate(found):
-        if arg in ("--config", "-config") and i + 1 < len(found):
-            found[i + 1] = locate(found[i + 1])
-        elif arg.startswith(("--config=", "-config=")):
-            flag, _, config = arg.partition("=")
-            found[i] = f"{flag}={locate(config)}"
+    for i, config in _values_of(argv, "config"):
+        found[i] = f"{found[i].partition('=')[0]}={locate(config)}" if found[i] != config else locate(config)
     return found
 
 
@@ -204,12 +200,17 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
 
 def value_of(argv: Sequence[str], name: str) -> str | None:
     """The last value of `--name=value` or `--name value`, without parsing the rest."""
-    found = None
+    return next((value for _, value in reversed(_values_of(argv, name))), None)
+
+
+def _values_of(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
+    """Return (number of the argument, value) of every `--name=value` and `--name value`."""
+    found = []
     for i, arg in enumerate(argv):
         if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):
-            found = argv[i + 1]
+            found.append((i + 1, argv[i + 1]))
         elif arg.startswith((f"--{name}=", f"-{name}=")):
-            found = arg.split("=", 1)[1]
+            found.append((i, arg.split("=", 1)[1]))
     return found
 
 

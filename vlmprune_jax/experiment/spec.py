@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +19,10 @@ from vlmprune_jax.recovery.config import RecoverConfig
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
-_SCORE, _PRUNE, _RECONSTRUCT, _RECOVER, _, _, _SPEED = ((stage,) for stage in STAGES[:-1])
+# Settings that change the results of one stage.
+score_setting, prune_setting, reconstruct_setting, recover_setting, _, _, speed_setting = (
+    functools.partial(setting, affects=(stage,)) for stage in STAGES[:-1]
+)
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,19 @@ class ScoreSpec(ScoreConfig):
 
     SECTION: ClassVar[str] = "score"
 
-    depth: str = setting(
-        "block_influence",
-        "Criterion that scores layers (methods depth and hybrid).",
-        affects=_SCORE,
-        choices="prune.criteria:CRITERIA",
+    depth: str = score_setting(
+        "block_influence", "Criterion that scores layers (methods depth and hybrid).", choices="prune.criteria:CRITERIA"
     )
-    width: str = setting(
+    width: str = score_setting(
         "taylor",
         "Criterion that scores heads and neurons (methods width and hybrid).",
-        affects=_SCORE,
         choices="prune.criteria:CRITERIA",
     )
-    samples: int = setting(50, "Number of calibration records.", affects=_SCORE, unit="records", least=1)
-    batch_size: int = setting(
-        1, "Number of calibration records per batch.", affects=_SCORE, unit="rows", least=1, most=MAX_ROWS
-    )
-    longest_text: int | None = setting(
+    samples: int = score_setting(50, "Number of calibration records.", unit="records", least=1)
+    batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
+    longest_text: int | None = score_setting(
         None,
         "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
-        affects=_SCORE,
         unit="tokens",
         least=1,
     )
@@ -56,14 +53,13 @@ class ScoreSpec(ScoreConfig):
 class PruneSpec(PlanConfig):
     """Amount to remove, and the parts to remove it from."""
 
-    stack: str = setting(
+    stack: str = prune_setting(
         "text",
         'Stack to prune: the decoder ("text"), the vision tower ("vision"), or both, which then lose the same share.',
-        affects=_PRUNE,
         choices=("text", "vision", "both"),
     )
-    steps: int = setting(
-        1, "Number of rounds of width pruning, with new scores for each.", affects=_PRUNE, unit="rounds", least=1
+    steps: int = prune_setting(
+        1, "Number of rounds of width pruning, with new scores for each.", unit="rounds", least=1
     )
 
 
@@ -73,24 +69,20 @@ class ReconstructSpec(ReconstructConfig):
 
     SECTION: ClassVar[str] = "reconstruct"
 
-    method: str = setting(
-        "none",
-        "Repair the pruned weights by least squares, or leave them unchanged.",
-        affects=_RECONSTRUCT,
-        choices=RECONSTRUCTIONS,
+    method: str = reconstruct_setting(
+        "none", "Repair the pruned weights by least squares, or leave them unchanged.", choices=RECONSTRUCTIONS
     )
-    samples: int = setting(512, "Number of calibration records.", affects=_RECONSTRUCT, unit="records", least=2)
-    batch_size: int = setting(
-        8, "Number of calibration records per batch.", affects=_RECONSTRUCT, unit="rows", least=1, most=MAX_ROWS
+    samples: int = reconstruct_setting(512, "Number of calibration records.", unit="records", least=2)
+    batch_size: int = reconstruct_setting(
+        8, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS
     )
-    longest_text: int | None = setting(
+    longest_text: int | None = reconstruct_setting(
         None,
         "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
-        affects=_RECONSTRUCT,
         unit="tokens",
         least=1,
     )
-    seed: int = setting(42, "Random seed for choosing calibration records.", affects=_RECONSTRUCT, least=0, below=2**32)
+    seed: int = reconstruct_setting(42, "Random seed for choosing calibration records.", least=0, below=2**32)
 
 
 @dataclass(frozen=True)
@@ -103,11 +95,10 @@ class RecoverSpec(RecoverConfig):
         choices=RECOVERIES,
     )
     name: str = setting("recovered", "Name of this recovery in tables and reports.")
-    save_adapter: bool = setting(
+    save_adapter: bool = recover_setting(
         False,
         "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "
         "merged).",
-        affects=_RECOVER,
     )
     teacher_cache: str | None = setting(
         None,
@@ -131,8 +122,8 @@ class SpeedSpec(SpeedConfig):
     The report's FLOPs are for the same prompt.
     """
 
-    rounds: int = setting(
-        0, "Number of speed measurements of each model (0 = do not measure speed).", affects=_SPEED, least=0, most=1000
+    rounds: int = speed_setting(
+        0, "Number of speed measurements of each model (0 = do not measure speed).", least=0, most=1000
     )
 
 

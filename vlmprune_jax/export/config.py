@@ -6,20 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.core.settings import check_settings
+from vlmprune_jax.export.format import export_setting
 from vlmprune_jax.export.gguf import GgufOptions
 from vlmprune_jax.export.integers import IntegerOptions
-
-_EXPORT = ("export",)
 
 
 @dataclass(frozen=True)
 class _FormatName:
-    format: str = setting(
+    format: str = export_setting(
         "huggingface",
         'Format of the export: a Hugging Face folder ("huggingface", or "compressed-tensors" if quantised), or GGUF '
         "files for llama.cpp.",
-        affects=_EXPORT,
         choices="export.formats:FORMATS",
     )
 
@@ -28,18 +26,15 @@ class _FormatName:
 class CardOptions:
     """Settings of the model card and of its upload, which no export format has."""
 
-    base_model: str | None = setting(
-        None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one).", affects=_EXPORT
+    base_model: str | None = export_setting(
+        None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one)."
     )
-    license: str | None = setting(
-        None,
-        "License in the model card, as the hub names it (None = that of the unpruned model's card).",
-        affects=_EXPORT,
+    license: str | None = export_setting(
+        None, "License in the model card, as the hub names it (None = that of the unpruned model's card)."
     )
-    push_to_hub: str | None = setting(
+    push_to_hub: str | None = export_setting(
         None,
         "Hub repository that the checked export is uploaded to, as ORG/NAME; needs `hf auth login` (None = no upload).",
-        affects=_EXPORT,
     )
 
 
@@ -47,15 +42,14 @@ class CardOptions:
 class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
     """The exported model: its format and the options of all built-in formats."""
 
-    quantize: str = setting(
+    quantize: str = export_setting(
         "none",
         "Quantisation of the decoder's weight matrices: w8a16, w4a16 or w8a8 in Hugging Face folders "
         "(compressed-tensors), q8_0, q5_1 or q4_0 in GGUF.",
-        affects=_EXPORT,
         choices="export.formats:quantizations",
     )
-    options: Mapping[str, Any] = setting(
-        {}, "Further options of the format, by name, for example those of a format of your own.", affects=_EXPORT
+    options: Mapping[str, Any] = export_setting(
+        {}, "Further options of the format, by name, for example those of a format of your own."
     )
 
     def __post_init__(self) -> None:

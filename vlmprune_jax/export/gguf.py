@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import setting, settings_of
-from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin
+from vlmprune_jax.core.settings import settings_of
+from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin, export_setting
 
 if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model
@@ -18,35 +18,30 @@ if TYPE_CHECKING:
 class GgufOptions:
     """Options of GGUF files."""
 
-    uneven: str = setting(
+    uneven: str = export_setting(
         "per_layer",
         'Layers of unequal width: "per_layer" writes true sizes if an architecture of llama.cpp has them.',
-        affects=("export",),
         choices="export.uneven:UNEVEN",
     )
-    dtype: str = setting(
+    dtype: str = export_setting(
         "bfloat16",
         'Data type of the exported weights; "source" takes that of the embedding.',
-        affects=("export",),
         choices="core.weight_files:WRITTEN",
     )
-    quantize: str = setting(
+    quantize: str = export_setting(
         "none",
         "Type of the decoder's matrices, in blocks of 32 values of a row.",
-        affects=("export",),
         choices=("none", "q8_0", "q5_1", "q4_0"),
     )
-    rolled_positions: bool = setting(
+    rolled_positions: bool = export_setting(
         False,
         "GGUF: write the tower's position table for builds of llama.cpp that put its class token last "
         "(ggml-org/llama.cpp#25814); wrong for all others.",
-        affects=("export",),
     )
-    imatrix: bool | Importance = setting(
+    imatrix: bool | Importance = export_setting(
         False,
         "GGUF without quantisation: also write the file for `llama-quantize --imatrix`: mean squares of the inputs of "
         "each matrix on the calibration records of `reconstruct`. In Python the result of `vp.importance`.",
-        affects=("export",),
     )
 
     def __post_init__(self) -> None:

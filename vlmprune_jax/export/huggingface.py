@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune_jax.core.settings import setting
-from vlmprune_jax.export.format import Comparison, Contents, Format, Origin
+from vlmprune_jax.export.format import Comparison, Contents, Format, Origin, export_setting
 
 if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model
@@ -19,23 +19,20 @@ LAYOUTS = ("source", "transformers")
 class FolderOptions:
     """Options of a Hugging Face folder."""
 
-    layout: str = setting(
+    layout: str = export_setting(
         "source",
         'Layout of keys and config: "source" keeps that of the input, "transformers" converts to the stock class.',
-        affects=("export",),
         choices=LAYOUTS,
     )
-    uneven: str = setting(
+    uneven: str = export_setting(
         "per_layer",
         'Layers of unequal width: "per_layer" writes true sizes (Hugging Face folders include the PyTorch file that '
         'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
-        affects=("export",),
         choices="export.uneven:UNEVEN",
     )
-    dtype: str = setting(
+    dtype: str = export_setting(
         "bfloat16",
         'Data type of the exported weights; "source" keeps that of the input.',
-        affects=("export",),
         choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(

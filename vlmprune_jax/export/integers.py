@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import setting
-from vlmprune_jax.export.format import Calibration, Contents, Format, Origin
+from vlmprune_jax.export.format import Calibration, Contents, Format, Origin, export_setting
 from vlmprune_jax.export.huggingface import HUGGINGFACE, FolderOptions
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
 
@@ -21,28 +20,23 @@ ROUNDINGS = ("nearest", "gptq")
 class IntegerOptions(FolderOptions):
     """Options of a folder of integers."""
 
-    quantize: str = setting(
+    quantize: str = export_setting(
         "none",
         "Bits of weights and activations of the decoder's matrices (w4a16: 4-bit weights, 16-bit activations).",
-        affects=("export",),
         choices=tuple(SCHEMES),
     )
-    group_size: int | None = setting(
+    group_size: int | None = export_setting(
         None,
         "Number of values in a row that share a scale, 128, 64 or 32, for w8a16 and w4a16 (None = the whole row with 8 "
         "bits, the largest that divides every row with 4 bits).",
-        affects=("export",),
         unit="values",
         least=1,
     )
-    symmetric: bool = setting(
-        True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).", affects=("export",)
-    )
-    rounding: str = setting(
+    symmetric: bool = export_setting(True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).")
+    rounding: str = export_setting(
         "nearest",
         'Rounding to integers: to the nearest, or by GPTQ ("gptq", smallest error on the calibration records of '
         "`reconstruct`).",
-        affects=("export",),
         choices=ROUNDINGS,
     )
 

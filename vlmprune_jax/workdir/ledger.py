@@ -20,8 +20,6 @@ from vlmprune_jax.workdir.content import MadeFrom, digest, made_from, plain
 from vlmprune_jax.workdir.provenance import MadeBy, made_by
 from vlmprune_jax.workdir.store import RECORD, Store, exclusive
 
-Json = dict[str, Any]
-
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The last run of a stage, which has begun or is done."""
@@ -35,7 +33,7 @@ class Done(Record, frozen=True, kw_only=True):
     """The last run of a stage that is done. `outputs`: digests by name; `facts`: what its function returned."""
 
     seconds: Finite
-    facts: Json
+    facts: dict[str, Any]
     outputs: dict[str, str]
     by: MadeBy
 
@@ -148,7 +146,8 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
     present = [path for path in job.outputs if path.exists()]
     if same and isinstance(last, Done) and len(present) == len(job.outputs) and last.outputs == _digests(job.outputs):
         made = job.outputs[0] if job.outputs else job.record
-        say(f"{job.name}: unchanged, skipped ({_relative(made, job.workdir)} is up to date)")
+        path = made.relative_to(job.workdir).as_posix() if made.is_relative_to(job.workdir) else made
+        say(f"{job.name}: unchanged, skipped ({path} is up to date)")
         _clear(job)  # left by a process that was killed just after it had noted the end
         return last
     resumes = same and not isinstance(last, Done)
@@ -265,12 +264,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=msgspec.to_builtins) + "\n")
 
 
-def write_members(path: Path, value: Mapping[str, Any]) -> None:
-    """`write_text` of a JSON object, a line for each member: there may be thousands of numbers in one."""
-    members = (f"  {json.dumps(name)}: {json.dumps(member)}" for name, member in value.items())
-    write_text(path, "{\n" + ",\n".join(members) + "\n}\n")
-
-
 def remove(path: Path) -> None:
     """Delete a file or folder of this workdir, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -290,7 +283,3 @@ def _read(path: Path, facts: type[msgspec.Struct] | None) -> Record | None:
     except UserError:
         return None
     return msgspec.convert(record, kind)
-
-
-def _relative(path: Path, workdir: Path) -> str:
-    return path.relative_to(workdir).as_posix() if path.is_relative_to(workdir) else str(path)

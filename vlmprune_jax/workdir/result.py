@@ -297,11 +297,8 @@ def _retained(values: Values, original: Values, metric: MetricInfo) -> float | N
 def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
     """Return the values that averages are over, all better when higher."""
     mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
-    return {name: value if sets[name].higher_is_better else _inverse(value) for name, value in mains.items()}
-
-
-def _inverse(value: float) -> float:
-    return 1 / value if value else math.inf
+    inverses = {name: 1 / value if value else math.inf for name, value in mains.items()}
+    return {name: value if sets[name].higher_is_better else inverses[name] for name, value in mains.items()}
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:

@@ -164,14 +164,13 @@ def groups_of(sweep: SweepResult) -> list[Group]:
     for entry in sweep.models:
         if entry.found is not None:
             found.setdefault(entry.group, []).append(entry)
-    return [_group(name, entries) for name, entries in found.items()]
-
-
-def _group(name: str, entries: Sequence[Entry]) -> Group:
-    labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
-    models = [entry.found for entry in entries if entry.found is not None]
-    kept = [value for one in models if (value := one.evaluation.mean_of_ratios) is not None]
-    return Group(name, labels, models, interval_of_mean(kept) if len(kept) == len(models) else None)
+    groups = []
+    for name, entries in found.items():
+        labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
+        models = [entry.found for entry in entries if entry.found is not None]
+        kept = [value for one in models if (value := one.evaluation.mean_of_ratios) is not None]
+        groups.append(Group(name, labels, models, interval_of_mean(kept) if len(kept) == len(models) else None))
+    return groups
 
 
 def table_of(sweep: SweepResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

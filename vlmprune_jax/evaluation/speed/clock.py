@@ -5,6 +5,7 @@ Does not import jax, so that the process of another engine does not hold it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from vlmprune_jax.core.settings import check_settings, setting
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
 MIN_RUNS, MIN_SECONDS = 3, 0.05
 TRIES = 10
-_SPEED = ("speed",)
+speed_setting = functools.partial(setting, affects=("speed",))
 _T = TypeVar("_T")
 Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
 _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
@@ -31,17 +32,13 @@ _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_
 class SpeedConfig:
     """Workload of a speed measurement."""
 
-    rounds: int = setting(5, "Number of measurements of each model.", affects=_SPEED, least=0, most=1000)
-    prompt_tokens: int = setting(
-        640, "Length of a prompt, including the tokens of its image.", affects=_SPEED, unit="tokens", least=1
+    rounds: int = speed_setting(5, "Number of measurements of each model.", least=0, most=1000)
+    prompt_tokens: int = speed_setting(
+        640, "Length of a prompt, including the tokens of its image.", unit="tokens", least=1
     )
-    new_tokens: int = setting(
-        32, "Number of tokens to generate after the first.", affects=_SPEED, unit="tokens", least=1
-    )
-    batch_size: int = setting(
-        1, "Number of prompts that are answered together.", affects=_SPEED, unit="rows", least=1, most=8192
-    )
-    image: bool = setting(True, "Begin every prompt with an image, if the model takes images.", affects=_SPEED)
+    new_tokens: int = speed_setting(32, "Number of tokens to generate after the first.", unit="tokens", least=1)
+    batch_size: int = speed_setting(1, "Number of prompts that are answered together.", unit="rows", least=1, most=8192)
+    image: bool = speed_setting(True, "Begin every prompt with an image, if the model takes images.")
 
     def __post_init__(self) -> None:
         check_settings("speed", self)
