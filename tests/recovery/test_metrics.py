@@ -147,7 +147,7 @@ def test_what_failed_first_is_told(tmp_path, monkeypatch, first):
 
     def run():
         with Recorder(tmp_path, 0, 5, 1, False, jax.devices()) as recorder:
-            monkeypatch.setattr(recorder._board, "close", full)
+            monkeypatch.setattr(recorder._loggers[0], "close", full)
             if first is not None:
                 raise first
 

@@ -251,6 +251,11 @@ class RecoverConfig:
     )
     keep_checkpoints: int = setting(2, "Number of most recent checkpoints to keep.", unit="checkpoints", least=1)
     log_every: int = setting(10, "Number of optimizer steps between lines of metrics.jsonl.", unit="steps", least=1)
+    loggers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "Loggers of the training metrics, beside metrics.jsonl; wandb and trackio need the extra of that name.",
+        choices="recovery.loggers:LOGGERS",
+    )
 
     def __post_init__(self) -> None:
         check_settings("recover", self)

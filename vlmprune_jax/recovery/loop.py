@@ -52,7 +52,7 @@ def recover(
       config: trainable parameters, losses and optimizer.
       teacher: the unpruned model, for distillation.
       plan: the prune plan that turned `teacher` into `model` (its `kept_layers` align hidden states).
-      workdir: folder for checkpoints, metrics.jsonl and TensorBoard; a stopped run continues from it, bitwise equal on
+      workdir: folder for checkpoints, metrics.jsonl and loggers; a stopped run continues from it, bitwise equal on
         the same devices and processes, within rounding on others.
       mesh: devices to train on (default: those of the model's arrays).
       progress: show a progress bar.
@@ -78,7 +78,7 @@ def recover(
         kinds = batches.kinds(first, total) if isinstance(batches, Foreseen) else []
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
-        with Recorder(folder, first, total, config.log_every, progress, devices) as recorder, context:
+        with Recorder(folder, first, total, config.log_every, progress, devices, config.loggers) as recorder, context:
             state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
             terms = {name: term.label or name for name, term in reported_terms(config.losses).items()}
             summary = {**_summary(run, recorder, first, total), "terms": terms}

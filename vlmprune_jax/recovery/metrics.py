@@ -1,4 +1,4 @@
-"""Metrics of a training run: progress bar, metrics.jsonl, TensorBoard, and the check for non-finite values."""
+"""Metrics of a training run: progress bar, metrics.jsonl, loggers, and the check for non-finite values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vlmprune_jax.core.chips import peak_flops
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
+from vlmprune_jax.recovery.loggers import LOGGERS, Logger
 
 METRICS_FILE = "metrics.jsonl"
 LISTED_IDS = 16
@@ -39,9 +40,9 @@ class _Skipped(_Step):
 class Recorder:
     """Writer of the metrics of every finished step; process 0 writes files and draws the bar.
 
-    `devices`: devices of the run; `mfu` is recorded if their peak is known. `saved`: the last checkpointed step, for
-    messages. A resumed run drops the lines of steps that it repeats. Each process lists its skipped records in a file
-    of its own, skipped-N.jsonl.
+    `devices`: devices of the run; `mfu` is recorded if their peak is known. `loggers`: names in `LOGGERS`. `saved`: the
+    last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Each process lists its
+    skipped records in a file of its own, skipped-N.jsonl.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Recorder:
         log_every: int,
         progress: bool,
         devices: Sequence[jax.Device],
+        loggers: Sequence[str] = ("tensorboard",),
     ):
         self.saved, self.last = first, {}
         self._folder, self._first, self._total, self._log_every = folder, first, total, log_every
@@ -60,19 +62,17 @@ class Recorder:
         self._tokens = self._counted = self._flops = self._compiling = 0.0
         self._begin = self._mark = time.perf_counter()
         self._steady: float | None = None
-        self._file = self._board = None
+        self._file, self._loggers = None, list[Logger]()
         self._skipped = 0
         self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
         if self._skipped_file is not None and self._skipped_file.exists():
             self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
         if folder is not None and is_main_process():
-            from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
-
             folder.mkdir(parents=True, exist_ok=True)
+            self._loggers = [LOGGERS[name](folder, first) for name in loggers]
             kept = _keep_until(folder / METRICS_FILE, first, _Step)
             self.last = kept[-1] if kept else {}
             self._file = (folder / METRICS_FILE).open("a")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = _bar() if progress and is_main_process() and first < total else None
         self._said = self._begin
 
@@ -83,7 +83,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        for resource, close in ((self._bar, "stop"), (self._file, "close"), (self._board, "close")):
+        loggers = [(logger, "close") for logger in self._loggers]
+        for resource, close in ((self._bar, "stop"), (self._file, "close"), *loggers):
             # On a full disk closing fails as well; the user should read the first error.
             with contextlib.suppress(*(() if error is None else (OSError,))):
                 if resource is not None:
@@ -158,10 +159,8 @@ class Recorder:
         if self._file is not None:
             self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in self.last.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, self.last["step"])
+        for logger in self._loggers:
+            logger.log(self.last["step"], {name: value for name, value in self.last.items() if name != "step"})
 
     def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
         ids = [name for name in record_ids if name]
