@@ -38,7 +38,7 @@ test-all: test
 
 test-eval: .venv-eval/eval.stamp
 	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/evaluation/lmms/test_eval.py tests/evaluation/lmms/test_scores.py \
-		tests/evaluation/lmms/test_backend.py tests/stages/test_tasks.py tests/data/test_datasets.py $(PYTEST_ARGS)
+		tests/evaluation/lmms/test_backend.py tests/stages/test_tasks.py tests/data/test_datasets.py tests/data/test_hub.py $(PYTEST_ARGS)
 
 # decord: lmms-eval's model of PyTorch, whose answers ours are compared with, imports it without requiring it.
 .venv-eval/eval.stamp: pyproject.toml

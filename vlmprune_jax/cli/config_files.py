@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from vlmprune_jax.cli.flags import file_of, importing_beside, locate
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.settings import hints_of, override
+from vlmprune_jax.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
@@ -121,6 +122,12 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
         files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
         data = dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])
+    else:
+        named = {name: text for name in ("train", "eval") if is_hub(text := getattr(data, name))}
+        fetched: dict[str, Any] = {
+            name: fetch_dataset(text, workdir / "data", f"data.{name}") for name, text in named.items()
+        }
+        data = dataclasses.replace(data, **fetched)
     return dataclasses.replace(experiment, model=model, data=data)
 
 

@@ -40,9 +40,11 @@ class DataSpec:
     )
     train: str | None = setting(
         None,
-        "Training records: a JSON or JSON-lines file in LLaVA's format, InternVL's JSON file that names several such "
-        'files, "tfds:FOLDER" (written by `vlmprune tfds`; may be in a bucket, "tfds:gs://BUCKET/DIR"), or '
-        '"datasets:FOLDER" (written by `save_to_disk` of Hugging Face datasets).',
+        "Training records: a JSON or JSON-lines file (LLaVA's format, OpenAI's `messages`, or questions), InternVL's "
+        'JSON file that names several such files, "tfds:FOLDER" (written by `vlmprune tfds`; may be in a bucket, '
+        '"tfds:gs://BUCKET/DIR"), "datasets:FOLDER" (written by `save_to_disk` of Hugging Face datasets), or '
+        '"hub:ORG/NAME:SPLIT", which is stored in the workdir ("hub:ORG/NAME/CONFIG:SPLIT[:5000]" streams the first '
+        "5,000 rows of a configuration).",
         affects=_TRAINING,
         by_content=True,
     )

@@ -4,21 +4,17 @@ A folder is one split: Arrow streams, `state.json` that lists them, and `dataset
 image's bytes when it is decoded, so that at most one Arrow record batch is in memory. Files are not memory-mapped, so
 that a truncated file raises an error instead of killing the process.
 
-A row with `conversations` is a LLaVA record. Any other row is a question (`question`, with `answer` or `answers`) about
-its images; see `_entry`. All columns except images become fields, which metrics read.
+Rows have one of the forms of JSON entries (data/forms.py). All columns except images become fields, which metrics read.
 """
 
 from __future__ import annotations
 
-import ast
 import bisect
 import hashlib
 import itertools
 import json
-import re
-import string
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -26,13 +22,13 @@ import pyarrow as pa
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_json, reading
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.data.forms import to_entry
+from vlmprune_jax.data.records import Record, StoredImage, make_record
 
 PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TODO = "save it again with save_to_disk"
 _MOST_IMAGES = 1000  # of a row
-_MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 
 
 class _File(TypedDict):
@@ -158,7 +154,7 @@ class _Split:
                 for name in named[column]:
                     self._numbers.setdefault(name, number)
                     number += 1
-            yield _entry(json.loads(json.dumps(values, default=str)), named)
+            yield to_entry(json.loads(json.dumps(values, default=str)), named)
 
 
 def _messages(reader: pa.ipc.MessageReader, source: pa.PythonFile) -> Iterator[tuple[int, pa.ipc.Message]]:
@@ -211,59 +207,3 @@ def _images(batch: pa.RecordBatch, schema: pa.Schema) -> list[dict[str, list[byt
     if any(sum(map(len, row.values())) > _MOST_IMAGES for row in rows):
         raise ValueError(f"a row has more than {_MOST_IMAGES} images")
     return rows
-
-
-def _entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return a row in the form of a JSON data file's entry: LLaVA rows unchanged, any other row as a question.
-
-    The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
-    `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
-    text. An answer that is the index of a choice (a whole number; with `options` also its text, as in AI2D) becomes the
-    choice's letter.
-    """
-    others = {name: value for name, value in row.items() if value is not None}
-    if "conversations" in others:
-        return {**others, "images": list(itertools.chain(*images.values()))}
-    name = next((name for name in ("choices", "options") if name in others), "")
-    choices = parse_choices(others[name]) if name else []
-    lines = [f"Context: {others['hint']}"] if others.get("hint") else []
-    lines += [str(others.get("question", ""))]
-    lines += [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, choices or (), strict=False)]
-    text, placed = _with_marks("\n".join(lines), images)
-    answer = _answer(others.get("answer"), len(choices or ()), by_text=name == "options")
-    turns = [{"from": "human", "value": text}] + ([{"from": "gpt", "value": answer}] if answer is not None else [])
-    return {**others, "conversations": turns, "images": placed} if others.get("question") else others
-
-
-def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Return the text with `<image>` at the place of each image, and the images in that order."""
-    marked = {f"image_{number}" for number in _MARK.findall(text)}
-    before = [name for column, names in images.items() if column not in marked for name in names]
-    marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
-    placed: list[str] = []
-
-    def place(mark: re.Match[str]) -> str:
-        names = images.get(f"image_{mark[1]}", [])
-        placed.extend(names)
-        return IMAGE_TOKEN * len(names) or mark[0]
-
-    return marks + _MARK.sub(place, text), before + placed
-
-
-def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    if by_text and isinstance(answer, str) and answer.isdecimal():
-        answer, whole = int(answer), True
-    if whole and 0 <= answer < min(choices, len(string.ascii_uppercase)):
-        return string.ascii_uppercase[answer]
-    return None if answer is None else str(answer)
-
-
-def parse_choices(value: Any) -> list[str] | None:
-    """Return the choices given as a list, or as the text of a list (MMMU); None for anything else."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
-    return value if isinstance(value, list) and all(isinstance(choice, str) for choice in value) else None

@@ -195,8 +195,9 @@ def _required_path(path: str | None, what: str) -> str:
 
 
 def name_of_records(path: str) -> str:
-    """Return the name of a set of records for people: the name of its file or folder."""
-    return Path(path.rpartition(":")[2]).name
+    """Return the name of a set of records for people: its hub id, or the name of its file or folder."""
+    name = Path(path.rpartition(":")[2]).name
+    return "/".join(name.split("--")[1:3]) if name.startswith("hub--") else name
 
 
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:

@@ -13,10 +13,18 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_text
+from vlmprune_jax.data.forms import IMAGE_TOKEN, SPEAKERS, from_messages, from_question
 
-IMAGE_TOKEN = "<image>"
 _SPEAKERS = ("human", "gpt")
-_OWN_FIELDS = ("id", "image", "images", "conversations", "answers", "video")  # all others are `Record.fields`
+_OWN_FIELDS = (
+    "id",
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "answers",
+    "video",
+)  # all others are `Record.fields`
 _SHOWN = 200  # maximum characters of a value in a message
 MAX_REPEATS = 1000  # of a data set, since its records are copied
 
@@ -81,7 +89,8 @@ def read_records(
 ) -> list[Record]:
     """Return the records of a `.json` list, a `.jsonl` file, or all data sets of InternVL's `.json` object.
 
-    Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`. `image` is a path or a list of paths
+    Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or of the forms in data/forms.py.
+    `image` is a path or a list of paths
     below `image_root`; a missing id becomes the entry's index. A first turn of gpt is dropped (reference:
     `preprocess_v1`). `answers` lists the right answers of a question, as texts (TextVQA, DocVQA) or as VQA's
     `{"answer": text}`. With `image_lead` the text may omit the `<image>` placeholder of a record's only image, which
@@ -246,6 +255,10 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     where = f"{path}, record {name}"
     if entry.get("video") is not None:
         raise UserError(f"{where}: has a video, which is not supported: drop the record")
+    if "conversations" not in entry and "messages" in entry:
+        entry = from_messages(entry, where)
+    elif "conversations" not in entry and isinstance(entry.get("question"), str):
+        entry = from_question(entry, [*_image_names(entry, where)])
     turns = _make_turns(entry.get("conversations"), where)
     images = tuple(root.find(image, where) for image in _image_names(entry, where))
     placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
@@ -286,10 +299,14 @@ def _answers(value: Any, where: str) -> tuple[str, ...]:
 
 def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(conversation, list) or not conversation:
-        raise UserError(f"{where}: 'conversations' must be a non-empty list of {{from, value}} turns")
+        raise UserError(
+            f"{where}: 'conversations' must be a non-empty list of {{from, value}} turns (or use 'messages' of "
+            "{role, content}, or 'question' and 'answer')"
+        )
     turns: list[tuple[str, str]] = []
     for turn in conversation:
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        name, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        speaker = SPEAKERS.get(name) if isinstance(name, str) else None
         if speaker not in _SPEAKERS or not isinstance(text, str):
             raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
         if _broken(text):

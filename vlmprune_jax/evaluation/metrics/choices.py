@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rapidfuzz.distance import Levenshtein
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.datasets import parse_choices
+from vlmprune_jax.data.forms import parse_choices
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.metric import Metric, accuracy, field, name_field
 from vlmprune_jax.evaluation.metrics.texts import is_same_text

@@ -1,0 +1,121 @@
+"""Forms of a record besides LLaVA's `conversations`: OpenAI's `messages`, and columns `question` and `answer`."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune_jax.core.errors import UserError
+
+IMAGE_TOKEN = "<image>"
+SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}
+_MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
+
+
+def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return an entry with `messages`, {role, content}, as one with `conversations`.
+
+    A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
+    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}.
+
+    Raises:
+      UserError: a message has another form or role, or only some images have a path.
+    """
+    turns, names = list[dict[str, Any]](), list[Any]()
+    messages = entry["messages"]
+    for number, message in enumerate(messages if isinstance(messages, list) else [None]):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role == "system":
+            raise UserError(f"{where}: has a system message: set data.system for all records, and remove it")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts = [_part(part, names) for part in parts]
+        if role not in SPEAKERS or None in texts:
+            raise UserError(
+                f"{where}: message {number} must have 'role' user or assistant, and 'content' that is a text or a list "
+                "of parts of type text, image or image_url"
+            )
+        turns.append({"from": role, "value": "\n".join(map(str, texts))})
+    rest = {name: value for name, value in entry.items() if name != "messages"}
+    if any(name is not None for name in names):
+        if None in names or any(rest.get(name) is not None for name in ("image", "images")):
+            raise UserError(f"{where}: name every image in its message, or all of them in 'images'")
+        rest["images"] = names
+    return {**rest, "conversations": turns}
+
+
+def _part(part: Any, names: list[Any]) -> str | None:
+    """Return the text of a part, and append the path of an image (None: listed by the entry); None if malformed."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return part["text"] if isinstance(part.get("text"), str) else None
+    if kind not in ("image", "image_url"):
+        return None
+    path = part.get(kind)
+    names.append(path.get("url") if isinstance(path, dict) else path)
+    return IMAGE_TOKEN
+
+
+def from_question(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return an entry with `question`, perhaps `answer`, as one with `conversations` (see `to_entry`)."""
+    row = {name: value for name, value in entry.items() if name not in ("image", "images")}
+    return to_entry(row, {"image": list(names)} if names else {})
+
+
+def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return a row, with its images by column, as an entry: a row without a conversation becomes a question.
+
+    The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
+    `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
+    text. An answer that is the index of a choice (a whole number; with `options` also its text, as in AI2D) becomes the
+    choice's letter.
+    """
+    others = {name: value for name, value in row.items() if value is not None}
+    if "conversations" in others or "messages" in others:
+        return {**others, "images": list(itertools.chain(*images.values()))}
+    name = next((name for name in ("choices", "options") if name in others), "")
+    choices = parse_choices(others[name]) if name else []
+    lines = [f"Context: {others['hint']}"] if others.get("hint") else []
+    lines += [str(others.get("question", ""))]
+    lines += [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, choices or (), strict=False)]
+    text, placed = _with_marks("\n".join(lines), images)
+    answer = _answer(others.get("answer"), len(choices or ()), by_text=name == "options")
+    turns = [{"from": "human", "value": text}] + ([{"from": "gpt", "value": answer}] if answer is not None else [])
+    return {**others, "conversations": turns, "images": placed} if others.get("question") else others
+
+
+def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """Return the text with `<image>` at the place of each image, and the images in that order."""
+    marked = {f"image_{number}" for number in _MARK.findall(text)}
+    before = [name for column, names in images.items() if column not in marked for name in names]
+    marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
+    placed: list[str] = []
+
+    def place(mark: re.Match[str]) -> str:
+        names = images.get(f"image_{mark[1]}", [])
+        placed.extend(names)
+        return IMAGE_TOKEN * len(names) or mark[0]
+
+    return marks + _MARK.sub(place, text), before + placed
+
+
+def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    if by_text and isinstance(answer, str) and answer.isdecimal():
+        answer, whole = int(answer), True
+    if whole and 0 <= answer < min(choices, len(string.ascii_uppercase)):
+        return string.ascii_uppercase[answer]
+    return None if answer is None else str(answer)
+
+
+def parse_choices(value: Any) -> list[str] | None:
+    """Return the choices given as a list, or as the text of a list (MMMU); None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return value if isinstance(value, list) and all(isinstance(choice, str) for choice in value) else None

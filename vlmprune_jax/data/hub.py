@@ -1,0 +1,58 @@
+"""Data sets of the Hugging Face hub by name, stored once as a folder that `datasets.py` reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.data.datasets import PREFIX as DATASETS
+
+PREFIX = "hub:"
+_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?:([\w.-]+)(?:\[:(\d+)\])?")
+
+
+def is_hub(text: str | None) -> bool:
+    """Return True if a setting names a data set of the hub."""
+    return text is not None and text.startswith(PREFIX)
+
+
+def fetch_dataset(text: str, folder: Path, what: str) -> str:
+    """Store a hub data set below `folder`, if it is not there yet, and return "datasets:FOLDER".
+
+    `text` is "hub:ORG/NAME:SPLIT", with a configuration "hub:ORG/NAME/CONFIG:SPLIT". With "[:N]" at the end the first N
+    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages.
+
+    Raises:
+      UserError: another form, the package datasets is missing, or the hub has no such set or cannot be reached.
+    """
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise UserError(f"{what}={text}: expected hub:ORG/NAME:SPLIT, as hub:lmms-lab/VQAv2:validation[:5000]")
+    name, config, split, rows = match.groups()
+    target = folder / re.sub(r"[^\w.-]+", "--", text).strip("-")
+    if target.is_dir():
+        return f"{DATASETS}{target}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{what}={text}: needs the package datasets: pip install 'vlmprune-jax[hub]'") from error
+    building = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        found = datasets.load_dataset(name, config, split=split, streaming=rows is not None)
+        if rows is not None:
+            first = list(found.take(int(rows)))
+            found = datasets.Dataset.from_list(first, features=found.features)
+        building.parent.mkdir(parents=True, exist_ok=True)
+        found.save_to_disk(str(building))
+    except Exception as error:  # its own errors, of the hub's client, of the network and of files
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(
+            f"{what}={text}: not available from the hub ({reason(error)}): check name, split and connection, or give "
+            "files or a folder written by save_to_disk"
+        ) from error
+    os.replace(building, target)
+    return f"{DATASETS}{target}"
