@@ -130,6 +130,11 @@ class VocabularyConfig:
         least=1,
         most=2**20,
     )
+    bits: bool = setting(
+        True,
+        "Measure bits per byte of the unpruned model on the held-out texts, with the whole and the trimmed vocabulary.",
+        affects=_PRUNE,
+    )
     source_dir: str | None = setting(None, "Folder of the model, for its tokenizer and configs.", offered=False)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -149,6 +150,11 @@ class KeptVocabulary:
     def new_ids(self) -> dict[int, int]:
         """Old id -> new id of every kept token."""
         return {old: new for new, old in enumerate(self.kept)}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits over the tokenizer and the kept ids, by which caches know it."""
+        return hashlib.sha256(f"{self.tokenizer} {self.kept}".encode()).hexdigest()[:16]
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """Return the config with the new ids; ids outside the vocabulary, such as LLaVA's -200, stay.

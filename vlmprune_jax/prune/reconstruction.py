@@ -47,7 +47,7 @@ from vlmprune_jax.prune.plan import KeptStack, PrunePlan
 from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows
-from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 
 SolveReport = dict[str, Any]
 
@@ -92,7 +92,7 @@ def reconstruct(
     check_plan_is_for(teacher, plan)
     if param_shapes(plan.apply_to(teacher.cfg)) != param_shapes(pruned.cfg):
         raise UserError("reconstruct: the pruned model is not made by this plan from this teacher: apply the plan")
-    mesh = mesh_of(pruned.params)
+    teacher, mesh = trim_vocabulary(teacher, plan.vocabulary), mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
     batches = list(batches)

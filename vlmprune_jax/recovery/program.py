@@ -18,6 +18,7 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.prune.surgery import trim_vocabulary
 from vlmprune_jax.recovery.checkpoint import weights_digest
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import room_of
@@ -105,6 +106,8 @@ def prepare(
 ) -> Run:
     """Check everything before the first batch, place the arrays and build the step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
+    if teacher is not None:
+        teacher = trim_vocabulary(teacher, getattr(plan, "vocabulary", None))
     program = make_program(
         model.cfg,
         config,

@@ -15,6 +15,7 @@ from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
 from vlmprune_jax.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
+from vlmprune_jax.report.vocabulary import vocabulary_section
 from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
 from vlmprune_jax.workdir.samples import read_samples
 from vlmprune_jax.workdir.speed import BENCH, read_bench, read_speed
@@ -90,6 +91,7 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
         groups = tuple(groups_of(result))
         if groups:
             yield Section("By group of questions", tables=groups)
+    yield from vocabulary_section(workdir, variants)
     yield from figures.removed_section(workdir, variants)
     yield from figures.importance_section(workdir, variants)
     yield from figures.kinds_section(workdir, variants)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -95,6 +95,7 @@ class _Window(TypedDict):
 
     nll: float
     tokens: Count
+    bytes: NotRequired[float]
 
 
 def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
@@ -189,7 +190,7 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
     """Answer questions: one line each, and facts about all."""
     assert of.max_new_tokens is not None
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
-    questions = arranged_questions(work.model, data, spec, of, model.cfg, multiple=row_ways(work.devices))
+    questions = arranged_questions(work.tokens, data, spec, of, model.cfg, multiple=row_ways(work.devices))
     _check_metric(of, questions.records)  # the last one now, not after hours
     start = time.perf_counter()
     with work.phase(f"evaluate {work.part}", len(questions)) as progress:
@@ -252,7 +253,7 @@ def _read_text(
     assert of.text_window is not None
     file, size, window = Path(of.text), spec.batch_size, of.text_window
     model.cfg.check_row("evaluate's text_window", window)
-    tokenizer = inputs.load_inputs(work.model, data, model.cfg).tokenizer
+    tokenizer = inputs.load_inputs(work.tokens, data, model.cfg).tokenizer
     text = read_text(file, missing="no such file: evaluate.text names it")
     with reading(file, "give another text"):
         ids = tokenizer(text.replace("\r\n", "\n").replace("\r", "\n"))["input_ids"]
@@ -261,6 +262,8 @@ def _read_text(
         kept = work.journal(path, {"batches": total})
         lines = list(log_likelihoods(model, ids, window=window, batch_size=size, progress=progress, journal=kept))
     seconds, tokens = round(time.perf_counter() - start, 3), int(sum(line["tokens"] for line in lines))
+    per_token = len(text.encode()) / len(ids)
+    lines = [{**line, "bytes": per_token * line["tokens"]} for line in lines]
     return lines, {"model_seconds": seconds, "tokens": tokens}
 
 

@@ -89,7 +89,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 
 def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
     """Return a calibration's value on the records of `reconstruct`, with its weights of prompts, images and answers."""
-    batches = inputs.calibration_batches(work.model, data, repair, model.cfg, seed=repair.seed)
+    batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
     with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
         function = CALIBRATIONS[calibration.function]
         return function(model, batches, repair, progress=progress, **calibration.settings)

@@ -25,8 +25,11 @@ from vlmprune_jax.prune.select import moved_features, plan_stacks
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
 from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
 from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.vocabulary import VOCABULARY
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -59,11 +62,13 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
             **(inputs.record_files(data, "train") if needs_records else {}),
             **(criterion_files(criteria.values()) if iterative else {}),
             **({} if spec.budget.bench is None else {"prune.budget.bench": Path(spec.budget.bench)}),
+            **vocabulary_files(spec.vocabulary, data),
         },
         settings={
             **(affecting("export", sections) if spec.budget.limits else {}),
             **(affecting("score", sections) if iterative else {}),
         },
+        outputs=[] if spec.vocabulary.size is None else [work.folder / VOCABULARY],
     )
 
 
@@ -75,8 +80,13 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     if spec.steps > 1:
         plan, cfg = _prune_in_steps(work, data, score, spec, export, scores[0][0])
     else:
-        plan, cfg = _prune_files(work, score, spec, export, scores)
+        plan, cfg = _prune_files(work, data, score, spec, export, scores)
     write_text(work.folder / "plan.json", plan.to_json())
+    if plan.vocabulary is not None:
+        report = report_vocabulary(work, sources_of(spec.vocabulary, data), plan.vocabulary)
+        write_artefact(work.folder / VOCABULARY, report)
+        for line in vocabulary_lines(report):
+            work.say(f"  {line}")
     facts = plan_facts(plan, cfg)
     work.say(
         f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
@@ -100,13 +110,18 @@ def _load(path: Path, stack: str) -> Scores:
 
 
 def _prune_files(
-    work: Work, score: ScoreSpec, spec: PruneSpec, export: ExportSpec, loaded: Sequence[Sequence[Scores]]
+    work: Work,
+    data: DataSpec,
+    score: ScoreSpec,
+    spec: PruneSpec,
+    export: ExportSpec,
+    loaded: Sequence[Sequence[Scores]],
 ) -> tuple[PrunePlan, ModelConfig]:
     """Plan from the scores, and apply the plan from file to file: the model is not loaded."""
     scores = [first if not second else (first, second[0]) for first, *second in loaded]
     cfg = work.config(work.teacher)
     with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-        plan = plan_stacks(scores, cfg, _plan_config(work, spec, export))
+        plan = plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
     )
@@ -127,7 +142,7 @@ def _prune_in_steps(
     pruned, plan, _ = prune_iteratively(
         model,
         batches,
-        _plan_config(work, spec, export),
+        _plan_config(work, data, spec, export),
         steps=spec.steps,
         criterion=score.width,
         scores=scores,
@@ -138,7 +153,7 @@ def _prune_in_steps(
     return plan, model.cfg
 
 
-def _plan_config(work: Work, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
+def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
     """Return `plan_config`; a limit on exported bytes counts all that is exported."""
     config = plan_config(spec, work.model, export)
     if config.budget.disk_bytes is not None:
@@ -150,7 +165,8 @@ def _plan_config(work: Work, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
         source, tower = str(work.teacher), work.model.vision_dir
         budget = dataclasses.replace(config.budget, layout=export.layout, source_dir=source, vision_dir=tower)
         config = dataclasses.replace(config, budget=budget)
-    return config
+    vocabulary = dataclasses.replace(sources_of(spec.vocabulary, data), source_dir=str(work.teacher))
+    return dataclasses.replace(config, vocabulary=vocabulary)
 
 
 def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:

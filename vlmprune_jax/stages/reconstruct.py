@@ -38,7 +38,7 @@ class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
 def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
     """Repair the pruned weights layer by layer; an interrupted run continues with the next layer."""
     plan, teacher, model = work.plan, work.load(work.teacher), work.load(work.start)
-    batches = inputs.calibration_batches(work.model, data, spec, teacher.cfg, seed=spec.seed)
+    batches = inputs.calibration_batches(work.tokens, data, spec, model.cfg, seed=spec.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})
     with work.phase("reconstruct", layers_to_solve(plan)) as progress:
         model, reports = reconstruct(

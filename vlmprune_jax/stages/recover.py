@@ -31,7 +31,7 @@ from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import KeptStack, PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
-from vlmprune_jax.prune.surgery import check_plan_is_for
+from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.recovery.loop import recover
@@ -134,7 +134,8 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
         with error_context(work.variant / "plan.json"):
             check_plan_is_for(teacher, plan)
             _check_teacher_differs(plan, config)
-    shared = inputs.load_inputs(work.model, data, student.cfg)
+    teacher = trim_vocabulary(teacher, plan.vocabulary)
+    shared = inputs.load_inputs(work.tokens, data, student.cfg)
     records = inputs.recovery_records(data, shared.template)
     config = config.fit_records(len(records), row_ways(mesh))
     if config.batch_size != spec.batch_size:
@@ -244,7 +245,7 @@ def cached_teacher(
         sizes=None if training.sizes is None else training.sizes[todo],
         on_error=data.on_error,
     )
-    local, teacher = size // jax.process_count(), work.load(work.teacher, parts)
+    local, teacher = size // jax.process_count(), trim_vocabulary(work.load(work.teacher, parts), work.plan.vocabulary)
     found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
     try:
         with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
@@ -265,11 +266,12 @@ def cached_teacher(
 def _made_from(work: Work, data: DataSpec, spec: RecoverSpec) -> dict[str, Any]:
     """Return everything that the cached logits of a record depend on."""
     settings = affecting("teacher_cache", {"model": work.model, "data": data, "recover": spec})
-    losses = settings.pop("recover.losses")
+    losses, kept = settings.pop("recover.losses"), work.plan.vocabulary
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
     return {
         "holds": "a teacher's top-k logits",
         "model.vision_dir": None,
+        **({} if kept is None else {"prune.vocabulary": kept.digest}),
         **{name: digest(folder) for name, folder in work.model_files.items()},
         **settings,
         **{f"recover.losses.{name}": value for name, value in losses.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,12 @@ class Work(Context):
     def devices(self) -> Mesh | None:
         """The device mesh, or None for one device."""
         return mesh_of(self.mesh)
+
+    @property
+    def tokens(self) -> ModelSpec:
+        """`model`, with the folder whose tokenizer the model `start` has: its own if its vocabulary is trimmed."""
+        rows = [self.config(folder).text.vocab_size for folder in (self.start, self.teacher)]
+        return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(self.start))
 
     @property
     def plan(self) -> PrunePlan:

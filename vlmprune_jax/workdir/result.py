@@ -15,6 +15,7 @@ from msgspec import Meta
 from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
+from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
 from vlmprune_jax.workdir.speed import MedianSpeed
@@ -244,8 +245,11 @@ def unpruned_of(
 
 
 def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
-    """Compare a model with the unpruned one."""
+    """Compare a model with the unpruned one; perplexities per token of different vocabularies by bits per byte."""
     sets, scores, original = describe_sets(teacher), _values(evaluations), _values(teacher)
+    for name, text in sets.items():
+        if text.counted == "tokens" and evaluations[name].count != text.count and BITS in scores[name]:
+            sets[name] = msgspec.structs.replace(text, main=BITS)
     ours, theirs = _averaged(scores, sets), _averaged(original, sets)
     theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
     ours = {name: ours[name] for name in theirs}

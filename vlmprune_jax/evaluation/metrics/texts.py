@@ -135,11 +135,15 @@ VQA_ACCURACY = Metric("accuracy", _soft_accuracy)
 # Perplexity of running text: exp of the mean negative log-likelihood per predicted token
 
 
+BITS = "bits_per_byte"  # comparable between vocabularies, unlike a perplexity per token
+
+
 def _perplexity(scores: Sequence[Scores], _: Sequence[Record]) -> dict[str, float]:
-    nats, tokens = 0.0, 0.0
+    nats, tokens, size = 0.0, 0.0, 0.0
     for score in scores:
-        nats, tokens = nats + score["nll"], tokens + score["tokens"]
-    return {"perplexity": math.exp(nats / tokens) if nats / tokens < 700 else math.inf}
+        nats, tokens, size = nats + score["nll"], tokens + score["tokens"], size + score.get("bytes", 0.0)
+    values = {"perplexity": math.exp(nats / tokens) if nats / tokens < 700 else math.inf}
+    return {**values, BITS: nats / math.log(2) / size} if size else values
 
 
 PERPLEXITY = Metric("perplexity", None, _perplexity, full=None, unit="", higher_is_better=False)

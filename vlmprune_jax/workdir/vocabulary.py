@@ -1,0 +1,50 @@
+"""`vocabulary.json`: what trimming the vocabulary does to texts that chose no token."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.workdir.artefact import Artefact, Part
+
+VOCABULARY = "vocabulary.json"
+
+
+class TextSample(Part, frozen=True, kw_only=True):
+    """Held-out texts of one script, or "all".
+
+    `equal`: texts that both tokenizers split alike; `kept`: texts made of kept tokens, `broken` of which are split in
+    another way. Bits per byte are those of the unpruned model with either vocabulary, on the first `measured_bytes`.
+    """
+
+    name: str
+    texts: Count
+    equal: Count
+    kept: Count
+    broken: Count
+    bytes: Count
+    tokens_before: Count
+    tokens_after: Count
+    measured_bytes: Count = 0
+    bits_before: Finite | None = None
+    bits_after: Finite | None = None
+
+    @property
+    def growth(self) -> float:
+        """Additional tokens, as a share of those before."""
+        return self.tokens_after / max(self.tokens_before, 1) - 1
+
+
+class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
+    """Sizes of a vocabulary before and after, and samples of held-out texts: all, and each script if there are several.
+
+    `parameters`: those of the rows that are dropped.
+    """
+
+    HINT: ClassVar[str] = "run `vlmprune prune` again"
+    rows_before: Count
+    rows: Count
+    parameters: Count
+    samples: Annotated[list[TextSample], Meta(max_length=100)]
