@@ -68,7 +68,7 @@ def test_every_command_has_help(capsys, name):
     assert out.startswith(f"vlmprune {name}")
     assert "--debug" in out
     of_their_own = {"inspect": "HF_DIR", "diff": "diff A B", "tfds": "--out", "help": "NAME", "recommend": "--ratio",
-                    "bench": "--against", "chat": "QUESTION", "env": "bug report"}  # fmt: skip
+                    "bench": "--against", "chat": "QUESTION", "env": "bug report", "vocabulary": "--sizes"}  # fmt: skip
     assert of_their_own.get(name, "--workdir") in out
 
 

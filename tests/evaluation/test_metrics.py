@@ -56,6 +56,8 @@ def test_accuracy_by_answer():
 def test_perplexity_is_of_running_text():
     lines = [{"nll": 3.0, "tokens": 2}, {"nll": 1.0, "tokens": 2}]
     assert PERPLEXITY.values(lines, ()) == {"perplexity": pytest.approx(math.e)}
+    with_bytes = [{**line, "bytes": 2.0 * line["tokens"]} for line in lines]
+    assert PERPLEXITY.values(with_bytes, ())["bits_per_byte"] == pytest.approx(1 / math.log(2) / 2)
     assert PERPLEXITY.values([{"nll": 1e9, "tokens": 1}], ()) == {"perplexity": math.inf}
     with pytest.raises(UserError, match="scores running text, not answers"):
         PERPLEXITY.score_all(["a"], [asked("a")])

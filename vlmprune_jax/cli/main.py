@@ -36,6 +36,7 @@ OTHERS = {
     "env": "print versions, devices and installed packages, for a bug report",
     "help": "explain a setting, as `vlmprune help kl`: default, choices, effect",
     "inspect": "print what a Hugging Face folder holds and what can be pruned, from its headers",
+    "vocabulary": "print what a smaller vocabulary saves and costs, before anything is written",
     "tfds": "convert LLaVA records and their images to a tensorflow-datasets data set",
     "demo": "run the whole pipeline on bundled real data, on a CPU",
 }
@@ -54,7 +55,7 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help        vlmprune -
 {configs}
 """
 # Commands that keep nothing of what they have done.
-_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "recommend")
+_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "recommend", "vocabulary")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -29,6 +29,7 @@ from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.speed import Bench, read_bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _LARGE = 10**9  # parameters; larger models are loaded in bfloat16
 
 
@@ -147,6 +148,7 @@ def as_lines(advice: Advice) -> list[str]:
         f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
         f"asked: {percent(found.ratio)} of all parameters, {percent(found.decoder_ratio)} of the decoder",
         "",
+        *_vocabulary_lines(advice),
         *rule_lines(found),
     ]
     for method, plan in advice.plans.items():
@@ -157,6 +159,27 @@ def as_lines(advice: Advice) -> list[str]:
             f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
         )
     return lines + expectation_lines(found)
+
+
+def vocabulary_share(cfg: ModelConfig) -> float:
+    """Return the share of all parameters in rows of the vocabulary: embedding, output head and its bias."""
+    rows = cfg.text.vocab_size
+    without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
+    per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
+    return per_row * rows / count_params(cfg)
+
+
+def _vocabulary_lines(advice: Advice) -> list[str]:
+    """Return the advice to trim a large vocabulary first; nothing for a small one."""
+    share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
+    if share <= LARGE_VOCABULARY:
+        return []
+    return [
+        f"first: trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters; texts made of kept "
+        "tokens stay the same",
+        f"  sizes: vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k",
+        "",
+    ]
 
 
 def commands(advice: Advice, config: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.prompts import load_tokenizer, render
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
-from vlmprune_jax.export.vocabulary import CONFIGS, ids_in
+from vlmprune_jax.export.vocabulary import CONFIGS, ids_in, trim_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.prune.config import VocabularyConfig
@@ -33,13 +34,14 @@ HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A model's tokenizer: `subwords` of its tokenizer.json, `digest` of its tokens, and its prompt template.
+    """A model's tokenizer: `content` and `subwords` of its tokenizer.json, `digest` of its tokens, prompt template.
 
     `needed`: token id -> why the model's own files need it.
     """
 
     folder: Path
     rows: int
+    content: Mapping[str, Any]
     tokenizer: Any
     subwords: Subwords
     digest: str
@@ -66,11 +68,17 @@ class Source:
         has_vision = cfg.vision is not None
         template = choose_template(AUTO, family_of(cfg), tokenizer, config=config, has_vision=has_vision)
         needed = {i: why for i, why in _needed(folder, cfg, tokenizer, template) if 0 <= i < rows}
-        return cls(folder, rows, tokenizer, subwords, vocabulary_digest(content), template, needed)
+        return cls(folder, rows, content, tokenizer, subwords, vocabulary_digest(content), template, needed)
 
     def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yield the token ids of each text, without special tokens around it."""
         return tokens_of(self.tokenizer, texts)
+
+    def trimmed(self, vocabulary: KeptVocabulary) -> Any:
+        """Return a tokenizer with the kept tokens, in memory."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
 
     def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
         """Return the vocabulary of this size; see `choose_tokens`."""
@@ -152,7 +160,8 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
     """Yield the token ids of each text, without special tokens around it."""
     for start in range(0, len(texts), _CHUNK):
         part = [*texts[start : start + _CHUNK]]
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(part, add_special_tokens=False):
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        for encoding in backend.encode_batch_fast(part, add_special_tokens=False):
             yield encoding.ids
 
 

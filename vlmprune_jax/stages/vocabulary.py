@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
@@ -21,6 +25,7 @@ from vlmprune_jax.prune.config import VocabularyConfig
 from vlmprune_jax.prune.plan import KeptVocabulary
 from vlmprune_jax.prune.surgery import trim_vocabulary
 from vlmprune_jax.prune.token_sources import Source, read_sample, tokens_of
+from vlmprune_jax.stages.plan_tables import Table
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.vocabulary import TextSample, VocabularyReport
 
@@ -50,11 +55,11 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
     """Compare both tokenizers, and the unpruned model with both vocabularies, on the held-out texts."""
     cfg = work.config(work.teacher)
     source = Source.of(work.teacher, cfg)
-    texts = read_sample(source, config).held_out
-    samples = [_sample("all", texts, source, work.out, vocabulary)] if texts else []
+    texts, trimmed = read_sample(source, config).held_out, load_tokenizer(work.out)
+    samples = [_sample("all", texts, source, trimmed, vocabulary)] if texts else []
     scripts = _by_script(texts)
     if len(scripts) > 1:
-        samples += [_sample(name, some, source, work.out, vocabulary) for name, some in scripts]
+        samples += [_sample(name, some, source, trimmed, vocabulary) for name, some in scripts]
     if texts and config.bits:
         samples[0] = _with_bits(samples[0], work, texts, source, vocabulary)
     return VocabularyReport(
@@ -63,6 +68,50 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
         parameters=count_params(cfg) - count_params(vocabulary.apply_to(cfg)),
         samples=samples,
     )
+
+
+def parse_size(text: str) -> int:
+    """Convert "16384" or "16k" (x 1,024) to a number of tokens.
+
+    Raises:
+      UserError: another form.
+    """
+    found = re.fullmatch(r"(\d{1,9})(k?)", text.strip().lower())
+    if found is None or not int(found[1]):
+        raise UserError(f"--sizes={text}: must be a number of tokens, such as 16384 or 16k")
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
+    """Return what vocabularies of these sizes save in parameters and bytes, and what they cost in tokens.
+
+    Raises:
+      UserError: see `read_sample` and `choose_tokens`.
+    """
+    source = Source.of(folder, cfg)
+    sample, whole, rows = read_sample(source, config), count_params(cfg), list[list[str]]()
+    before = max(sum(map(len, source.tokens(sample.held_out))), 1)
+    for size in sizes:
+        vocabulary = source.keep(sample.used, sample.listed, size, config.multiple)
+        left, cost = count_params(vocabulary.apply_to(cfg)), ("", "", "")
+        if sample.held_out:
+            one = _sample("all", sample.held_out, source, source.trimmed(vocabulary), vocabulary)
+            texts = f"{one.equal:,} of {one.texts:,}"
+            cost = (f"{100 * one.growth:.2f}", f"{one.tokens_after / one.texts:,.1f}", texts)
+        share = 100 * (whole - left) / whole
+        rows.append([f"{len(vocabulary.kept):,}", f"{left:,}", f"{share:.1f}", f"{2 * left / 1e9:.3f}", *cost])
+    per_text = f"{before / max(len(sample.held_out), 1):,.1f}"
+    unpruned = [f"{cfg.text.vocab_size:,}", f"{whole:,}", "0.0", f"{2 * whole / 1e9:.3f}", "0.00", per_text, ""]
+    header = [
+        "tokens",
+        "parameters",
+        "removed, %",
+        "bfloat16, GB",
+        "tokens, +%",
+        "tokens a text",
+        "texts split as before",
+    ]
+    return f"Vocabularies, on {len(sample.held_out):,} held-out texts", header, [unpruned, *rows]
 
 
 def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
@@ -78,10 +127,10 @@ def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
         )
 
 
-def _sample(name: str, texts: Sequence[str], source: Source, pruned: Path, vocabulary: KeptVocabulary) -> TextSample:
+def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocabulary: KeptVocabulary) -> TextSample:
     """Split texts with both tokenizers."""
     kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
-    after = tokens_of(load_tokenizer(pruned), texts)
+    after = tokens_of(trimmed, texts)
     for old, new in zip(source.tokens(texts), after, strict=True):
         same = old == [vocabulary.kept[i] for i in new]
         inside = kept.issuperset(old)
