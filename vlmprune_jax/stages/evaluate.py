@@ -226,7 +226,7 @@ def _ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers
     start = time.perf_counter()
     lines, found = ask_task(
         model,
-        inputs.load_inputs(work.model, data, model.cfg),
+        inputs.load_inputs(work.tokens, data, model.cfg),
         spec,
         task,
         multiple=row_ways(work.devices),

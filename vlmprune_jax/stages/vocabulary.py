@@ -24,8 +24,8 @@ from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.config import VocabularyConfig
 from vlmprune_jax.prune.plan import KeptVocabulary
 from vlmprune_jax.prune.surgery import trim_vocabulary
+from vlmprune_jax.prune.tables import Table
 from vlmprune_jax.prune.token_sources import Source, read_sample, tokens_of
-from vlmprune_jax.stages.plan_tables import Table
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.vocabulary import TextSample, VocabularyReport
 
