@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
-from vlmprune_jax.data.buckets import image_buckets, length_buckets, tile_buckets
 from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, prompt_of, with_marks
 from vlmprune_jax.data.config import Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
@@ -57,6 +56,7 @@ class Inputs:
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
         """Return the encoder of rows of `max_length` tokens for this model."""
+        preparation = None if self.image_loader is None else self.image_loader.preparation
         return Encoder(
             tokenizer=self.tokenizer,
             template=self.template,
@@ -66,21 +66,64 @@ class Inputs:
             tokens_per_image=cfg.tokens_per_image,
             max_images=self.data.max_images,
             truncate=self.data.truncate,
-            tile_buckets=tile_buckets(self.data, self._preparation),
-            image_buckets=image_buckets(self.data, self._preparation),
+            tile_buckets=tile_buckets(self.data, preparation),
+            image_buckets=image_buckets(self.data, preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
         )
-
-    @property
-    def _preparation(self) -> Preparation | None:
-        return None if self.image_loader is None else self.image_loader.preparation
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
         """Return the encoder of training rows: up to `data.max_length` or the last of `data.length_buckets`."""
         lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
+
+
+def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
+    """Return the possible row lengths of a training batch, ascending; () if the longest record decides.
+
+    Raises UserError if `data.length_buckets` and `data.max_length` contradict each other, or are too long for the
+    model.
+    """
+    buckets, limit = data.length_buckets, data.max_length
+    _check_buckets("data.length_buckets", buckets)
+    cfg.check_row("data.max_length", limit or 0)
+    cfg.check_row("the last of data.length_buckets", max(buckets, default=0))
+    if buckets and limit not in (None, buckets[-1]):
+        raise UserError(f"data.length_buckets={buckets} must end with data.max_length={limit}")
+    return buckets or ((limit,) if limit else ())
+
+
+def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """Return `data.tile_buckets`, or defaults that hold every record of a model with tiles (else None)."""
+    buckets = data.tile_buckets
+    _check_buckets("data.tile_buckets", buckets)
+    if buckets or preparation is None or preparation.usual == (1,):
+        return buckets or None
+    most = preparation.most(data.max_images)
+    return (*(bucket for bucket in preparation.usual if bucket < most), most)
+
+
+def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """Return `data.image_buckets`, or defaults that hold every image of a model for any size (else None).
+
+    Raises UserError if they are set for a model whose images have one size.
+    """
+    buckets, own = data.image_buckets, () if preparation is None else preparation.image_buckets
+    _check_buckets("data.image_buckets", buckets)
+    if buckets and not own:
+        raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
+    return buckets or own or None
+
+
+def _check_buckets(name: str, buckets: Sequence[int]) -> None:
+    if buckets and (buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
+        raise UserError(f"{name}={buckets} must be positive and ascending")
+
+
+def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return the ascending `image_buckets` that an image in a row of `length` tokens may need."""
+    return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
@@ -173,25 +216,25 @@ def count_records(data: DataSpec) -> int | None:
 
 def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
     """Return the records of a set, from a file, tfds folder or datasets folder; `what` is the setting's name."""
-    path = _required_path(path, what)
-    root = None if images is None else Path(images)
-    if path.startswith(PREFIX):
-        state = tfds_state(tfds_folder(path))
-    elif path.startswith(DATASETS):
-        state = datasets_state(datasets_folder(path))
-    else:
-        files = data_files(Path(path), root)
-        state = str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
-    return _records(path, root, image_lead, on_error, state)
+    _, state = _sources(path, images, what)
+    return _records(path or "", None if images is None else Path(images), image_lead, on_error, state)
 
 
-def _required_path(path: str | None, what: str) -> str:
+def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path | str], str]:
+    """Return the files or the folder of a set (a text that describes a bucket), and a text that changes with them."""
     if path is None:
         raise UserError(
             f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
             f"{DATASETS}FOLDER"
         )
-    return path
+    if path.startswith(PREFIX):
+        folder = tfds_folder(path)
+        state = tfds_state(folder)
+        return [folder if isinstance(folder, Path) else state], state
+    if path.startswith(DATASETS):
+        return [datasets_folder(path)], datasets_state(datasets_folder(path))
+    files = data_files(Path(path), None if images is None else Path(images))
+    return [*files], str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
 
 
 def name_of_records(path: str) -> str:
@@ -205,14 +248,8 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 
     Raises UserError if the setting is not set.
     """
-    path = _required_path(getattr(data, which), f"data.{which}")
-    if path.startswith(PREFIX):
-        folder = tfds_folder(path)
-        return {f"data.{which}": folder if isinstance(folder, Path) else tfds_state(folder)}
-    if path.startswith(DATASETS):
-        return {f"data.{which}": datasets_folder(path)}
     images = data.images if which == "train" else data.eval_images or data.images
-    first, *listed = data_files(Path(path), None if images is None else Path(images))
+    (first, *listed), _ = _sources(getattr(data, which), images, f"data.{which}")
     return {f"data.{which}": first, **{f"data.{which} ({file})": file for file in listed}}
 
 
