@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import FRACTION, check_settings, setting
 
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # stages that read records
@@ -174,3 +175,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         check_settings("data", self)
+        for name in ("length_buckets", "tile_buckets", "image_buckets"):
+            buckets = getattr(self, name)
+            if buckets and (buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
+                raise UserError(f"data.{name}={buckets} must be positive and ascending")

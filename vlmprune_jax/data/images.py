@@ -106,7 +106,6 @@ class WholeImage:
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the shape of a whole image."""
-        del width, height, sharing
         return ImageShape()
 
     def most(self, images: int) -> int:
@@ -115,7 +114,6 @@ class WholeImage:
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels after padding, or after resizing the short side (thin images get huge)."""
-        del sharing
         height_after, width_after = self._resized
         if self._pad:
             return max(max(width, height) ** 2, height_after * width_after)
@@ -125,7 +123,6 @@ class WholeImage:
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[1, 3, height, width]."""
-        del sharing
         if self._pad:
             image = pad_to_square(image, tuple(self._processor.image_mean))
         return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
@@ -216,15 +213,9 @@ class ImageLoader:
 def thumbnail(
     image: Path | StoredImage, record: str, *, side: int, max_pixels: int
 ) -> tuple[bytes, str, tuple[int, int]]:
-    """Return a small copy of an image for people: the encoded file, "jpeg" or "png", and (width, height).
+    """Return a copy of an image of at most `side` pixels: the encoded file, "jpeg" or "png", and (width, height).
 
-    Args:
-      image: image of a record.
-      record: id of the record, for messages.
-      side: maximum pixels of the longer side; smaller images are not enlarged.
-      max_pixels: limit above which images are refused.
-
-    Raises UserError naming the file and the record.
+    Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
     """
     with _opened(image, record) as opened:
         width, height = opened.size
@@ -251,16 +242,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
-    """Open an image and read its header; errors in the block name the file and the record."""
-    with _readable(path, record), open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
-        yield image
-
-
-@contextlib.contextmanager
-def _readable(path: Path | StoredImage, record: str) -> Iterator[None]:
-    """Turn any error of a decoder into one line that names the file and the record."""
+    """Open an image and read its header; errors, also of decoding in the block, name the file and the record."""
     try:
-        yield
+        with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+            yield image
     except UserError as error:
         raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error
     except Image.DecompressionBombError as error:
@@ -284,9 +269,7 @@ def load_image_processor(
     """Return the ImageLoader that a Hugging Face folder describes.
 
     Args:
-      folder: a model or its vision tower. For some families config.json describes the tiling; otherwise
-        `preprocessor_config.json` is read, or the section `image_processor` of `processor_config.json` (the only file
-        that transformers 5 writes).
+      folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
       aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
       max_pixels: maximum size of an image.
       cache_bytes: memory for prepared images.
@@ -313,21 +296,23 @@ def load_image_processor(
 
 def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
     """Refuse a preparation whose output does not fit the vision tower (see `load_image_processor`)."""
-    if patches is None and image_size is None:
-        return
-    makes_patches = isinstance(preparation, Patching)
-    output = (*preparation.shape, preparation.merge) if makes_patches else preparation.shape[1:]
-    expected = (image_size, image_size) if patches is None else patches
-    if (output, makes_patches) != (expected, patches is not None):
-        raise UserError(
-            f"{where}: the image processor makes {_size_text(output, makes_patches)}, but the vision tower takes "
-            f"{_size_text(expected, patches is not None)}: use the model's own processor"
+
+    def described(first: int | None, second: int | None, in_patches: bool) -> str:
+        return (
+            f"patches of {first} values, {second} per side of a token" if in_patches else f"{first} x {second} pixels"
         )
 
-
-def _size_text(sizes: Sequence[int | None], in_patches: bool) -> str:
-    first, second = sizes
-    return f"patches of {first} values, {second} per side of a token" if in_patches else f"{first} x {second} pixels"
+    if patches is None and image_size is None:
+        return
+    in_patches = isinstance(preparation, Patching)
+    first, second = (*preparation.shape, preparation.merge) if in_patches else preparation.shape[1:]
+    makes = described(first, second, in_patches)
+    takes = described(*(patches or (image_size, image_size)), patches is not None)
+    if makes != takes:
+        raise UserError(
+            f"{where}: the image processor makes {makes}, but the vision tower takes {takes}: use the model's own "
+            "processor"
+        )
 
 
 def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:

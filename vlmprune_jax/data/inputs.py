@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,6 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     model.
     """
     buckets, limit = data.length_buckets, data.max_length
-    _check_buckets("data.length_buckets", buckets)
     cfg.check_row("data.max_length", limit or 0)
     cfg.check_row("the last of data.length_buckets", max(buckets, default=0))
     if buckets and limit not in (None, buckets[-1]):
@@ -97,7 +96,6 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
 def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
     """Return `data.tile_buckets`, or defaults that hold every record of a model with tiles (else None)."""
     buckets = data.tile_buckets
-    _check_buckets("data.tile_buckets", buckets)
     if buckets or preparation is None or preparation.usual == (1,):
         return buckets or None
     most = preparation.most(data.max_images)
@@ -110,15 +108,9 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
     Raises UserError if they are set for a model whose images have one size.
     """
     buckets, own = data.image_buckets, () if preparation is None else preparation.image_buckets
-    _check_buckets("data.image_buckets", buckets)
     if buckets and not own:
         raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
     return buckets or own or None
-
-
-def _check_buckets(name: str, buckets: Sequence[int]) -> None:
-    if buckets and (buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
-        raise UserError(f"{name}={buckets} must be positive and ascending")
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:

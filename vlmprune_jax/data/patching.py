@@ -81,7 +81,6 @@ class Patching:
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the grid of an image's patches. Raises UserError if the image is too thin."""
-        del sharing
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
 
@@ -91,13 +90,11 @@ class Patching:
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of all patches. Raises UserError if the image is too thin."""
-        del sharing
         rows, columns = self._grid(width, height)
         return rows * columns * self.temporal * self.patch**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[1, patches, values] of an RGB image, with the patches of a token next to each other."""
-        del sharing
         rows, columns = self._grid(*image.size)
         resized = image.resize((columns * self.patch, rows * self.patch), self.resample)
         pixels = normalize(np.asarray(resized), self.mean, self.std)

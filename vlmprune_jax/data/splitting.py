@@ -61,7 +61,6 @@ class Splitting:
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the grid of an image, and its number of sub-images with the overview."""
-        del sharing
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
@@ -71,14 +70,12 @@ class Splitting:
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of the largest intermediate image."""
-        del sharing
         rows, columns = self._grid(width, height)
         first_width, first_height = self._resized(width, height)
         return max(rows * columns * self.size**2, first_width * first_height)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[sub-images, 3, size, size]: the grid row by row, then the whole image."""
-        del sharing
         pieces = np.stack([np.asarray(piece) for piece in self.cut(image)])
         return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
 
