@@ -38,7 +38,7 @@ def run(flags: Any) -> None:
     """Measure, print the tables, and write the numbers if asked to."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
-    from vlmprune_jax.distributed.processor import cores
+    from vlmprune_jax.distributed.machine import cores
     from vlmprune_jax.evaluation.speed.bench import bench, check_bench, find_sides
     from vlmprune_jax.report.speed import bench_notes, bench_tables
     from vlmprune_jax.workdir.artefact import write_artefact

@@ -25,7 +25,7 @@ def run(flags: Any) -> None:
     import os
     import platform
 
-    from vlmprune_jax.distributed.processor import cores, cpu
+    from vlmprune_jax.distributed.machine import cores, cpu
     from vlmprune_jax.workdir.provenance import commit, versions
 
     found = versions((*_REQUIRED, *_OPTIONAL))
@@ -50,8 +50,8 @@ def _devices() -> str:
     import jax
 
     from vlmprune_jax.core.errors import UserError
+    from vlmprune_jax.distributed.machine import processor
     from vlmprune_jax.distributed.mesh import start_devices
-    from vlmprune_jax.distributed.processor import processor
 
     try:
         start_devices()

@@ -180,27 +180,14 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
     """
     if process_count() == 1:
         return compute()
-    result: dict[str, Any] = {}
-    if is_main_process():
-        try:
-            result = {"value": compute()}
-        except UserError as error:
-            result = {"error": str(error)}
-        except BaseException as error:  # otherwise the others would wait for ever
-            _broadcast({"error": f"process 0 failed ({type(error).__name__}: {error})"})
-            raise
-    result = _broadcast(result)
-    if "error" in result:
-        raise SharedError(result["error"])
-    return msgspec.convert(result["value"], kind)
-
-
-def _broadcast(result: dict[str, Any]) -> dict[str, Any]:
-    """Return process 0's value on every process."""
-    raw = np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.asarray(raw.size, np.int32)))
-    padded = raw if is_main_process() else np.zeros(size, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    result, failure = _attempt(compute) if is_main_process() else ({}, None)
+    encoded = _encoded(result)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(encoded.size, np.int32)))
+    padded = encoded if is_main_process() else np.zeros(size, np.uint8)
+    padded = np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)
+    if failure is not None:
+        raise failure
+    return msgspec.convert(_value(padded), kind)
 
 
 def from_all(compute: Callable[[], Any]) -> list[Any]:
@@ -210,25 +197,36 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
     """
     if process_count() == 1:
         return [compute()]
-    failure: BaseException | None = None
-    try:
-        result = {"value": compute()}
-    except UserError as error:
-        result = {"error": str(error)}
-    except BaseException as error:  # otherwise the others would wait for ever
-        result, failure = {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
-    raw = np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
-    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(raw.size, np.int32)))
+    result, failure = _attempt(compute)
+    encoded = _encoded(result)
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(encoded.size, np.int32)))
     padded = np.zeros(lengths.max(), np.uint8)
-    padded[: raw.size] = raw
+    padded[: encoded.size] = encoded
     rows = np.asarray(multihost_utils.process_allgather(padded))
     if failure is not None:
         raise failure
-    answers = [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
-    for answer in answers:
-        if "error" in answer:
-            raise SharedError(answer["error"])
-    return [answer["value"] for answer in answers]
+    return [_value(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
+    """Return the value or the error of `compute()` as JSON, and an error to raise here after all know of it."""
+    try:
+        return {"value": compute()}, None
+    except UserError as error:
+        return {"error": str(error)}, None
+    except BaseException as error:  # otherwise the others would wait for ever
+        return {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
+
+
+def _encoded(result: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(json.dumps(result, default=msgspec.to_builtins).encode(), np.uint8)
+
+
+def _value(encoded: np.ndarray) -> Any:
+    result = json.loads(encoded.tobytes())
+    if "error" in result:
+        raise SharedError(result["error"])
+    return result["value"]
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:

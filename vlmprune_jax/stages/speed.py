@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.distributed.processor import processor
+from vlmprune_jax.distributed.machine import processor
 from vlmprune_jax.evaluation.speed.clock import Measurement
 from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.distributed.processor import processor
+from vlmprune_jax.distributed.machine import processor
 
 _PACKAGES = ("vlmprune-jax", "jax", "flax", "optax", "transformers", "numpy")
 _SOURCE = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from vlmprune_jax.core.files import Count, Finite
-from vlmprune_jax.distributed.processor import cpu
+from vlmprune_jax.distributed.machine import cpu
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 

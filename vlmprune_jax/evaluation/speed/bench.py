@@ -20,7 +20,7 @@ from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import open_file, parse_json, reading
-from vlmprune_jax.distributed.processor import cores
+from vlmprune_jax.distributed.machine import cores
 from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts

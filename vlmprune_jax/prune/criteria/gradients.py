@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig, runs
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.distributed.memory import free_memory
+from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import STREAM

@@ -4,17 +4,17 @@ import types
 
 import jax
 
-from vlmprune_jax.distributed import memory
+from vlmprune_jax.distributed import machine
 
 
 def test_free_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    assert 2**20 < memory.free_memory() * len(jax.local_devices()) <= 2**50
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    assert 2**20 < machine.free_memory() * len(jax.local_devices()) <= 2**50
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("100\n")
-    assert memory._of_container() == 2**62
+    assert machine._of_container() == 2**62
     (tmp_path / "memory.max").write_text(f"{100 + 8000 * len(jax.local_devices())}\n")
-    assert memory.free_memory() == 8000
+    assert machine.free_memory() == 8000
     devices = [types.SimpleNamespace(memory_stats=lambda u=u: {"bytes_limit": 90, "bytes_in_use": u}) for u in (30, 50)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert memory.free_memory() == 40
+    assert machine.free_memory() == 40
