@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import tensorflow_datasets
-from google.protobuf.json_format import MessageToDict
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
@@ -69,18 +68,6 @@ def test_a_class_that_a_file_names_is_not_imported(
     assert "features.json: describes other features than `vlmprune tfds` writes: write it again" in refused(folder)
     assert not (tmp_path / "ran").exists()
     assert "evil_features" not in sys.modules
-
-
-def test_folders_of_older_versions_are_read(source: tuple[Path, Path], tmp_path: Path) -> None:
-    newest, older = tfds._features("records")
-    assert set(newest) - set(older) == {"others"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tfds, "_features", lambda name: (older,))
-        made = tfds._example
-        patch.setattr(tfds, "_example", lambda *given: {k: v for k, v in made(*given).items() if k != "others"})
-        write_tfds(read_records(*source)[1:], tmp_path / "old", image_root=None)
-    assert json.loads((tmp_path / "old/records/1.0.0/features.json").read_text()) == MessageToDict(older.to_proto())
-    assert [record.id for record in read_tfds(tmp_path / "old")] == ["y"]
 
 
 @pytest.mark.parametrize("name", ["records", "images"])

@@ -40,21 +40,26 @@ class _Size(TypedDict, total=False):
 _AnySize = _Side | _Sides | _Size | None
 
 
-class ProcessorFile(TypedDict, total=False):
-    """Fields of a preprocessor_config.json that are used."""
+class _Steps(TypedDict, total=False):
+    """Fields of every image processor that are used."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
     do_resize: bool | None
-    size: _AnySize
     resample: Annotated[int, Meta(ge=0, le=5)] | None
-    do_center_crop: bool | None
-    crop_size: _AnySize
     do_rescale: bool | None
     rescale_factor: Annotated[float, Meta(gt=0, le=1)] | None
     do_normalize: bool | None
     image_mean: _Means | None
     image_std: _Deviations | None
+
+
+class ProcessorFile(_Steps, total=False):
+    """Fields of a preprocessor_config.json that are used."""
+
+    size: _AnySize
+    do_center_crop: bool | None
+    crop_size: _AnySize
     default_to_square: bool | None
     crop_to_patches: bool | None
     do_image_splitting: bool | None
@@ -72,29 +77,15 @@ class _Areas(TypedDict, total=False):
     longest_edge: _Area
 
 
-class PatchFile(TypedDict, total=False):
+class PatchFile(_Steps, total=False):
     """Fields for images of any size that are used; `size` is two areas, which older files name separately."""
 
-    image_processor_type: str | None
-    feature_extractor_type: str | None
-    do_resize: bool | None
     size: _Areas | None
     min_pixels: _Area
     max_pixels: _Area
-    resample: Annotated[int, Meta(ge=0, le=5)] | None
-    do_rescale: bool | None
-    rescale_factor: Annotated[float, Meta(gt=0, le=1)] | None
-    do_normalize: bool | None
-    image_mean: _Means | None
-    image_std: _Deviations | None
     patch_size: Annotated[int, Meta(ge=1, le=256)] | None
     temporal_patch_size: Annotated[int, Meta(ge=1, le=16)] | None
     merge_size: Annotated[int, Meta(ge=1, le=16)] | None
-
-
-class _Named(TypedDict, total=False):
-    image_processor_type: str | None
-    feature_extractor_type: str | None
 
 
 # Fields passed to the processor classes. Padding is not among them, since the reference pads images before.
@@ -109,7 +100,7 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
 
     Raises UserError naming a field with an invalid value.
     """
-    way = way_of(checked(config, _Named, where, _TODO))
+    way = way_of(checked(config, _Steps, where, _TODO))
     return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
 
 

@@ -110,18 +110,20 @@ def write_tfds(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _features(name: str) -> tuple[Any, ...]:
-    """Return the features of a data set's examples: the current ones, then those of older versions."""
-    tfds = _load_tfds()
-    text, sequence, features = tfds.features.Text(), tfds.features.Sequence, tfds.features.FeaturesDict
+def _features(name: str) -> Any:
+    """Return the features of a data set's examples."""
+    features = _load_tfds().features
+    text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
-        return (features({"name": text, "image": tfds.features.Image()}),)
-    older = {
-        "id": text,
-        "conversations": sequence({"from": text, "value": text}),
-        "images": sequence({"name": text, "number": np.int64}),
-    }
-    return features({**older, "others": text}), features(older)
+        return features.FeaturesDict({"name": text, "image": features.Image()})
+    return features.FeaturesDict(
+        {
+            "id": text,
+            "conversations": sequence({"from": text, "value": text}),
+            "images": sequence({"name": text, "number": np.int64}),
+            "others": text,
+        }
+    )
 
 
 def _name(image: Path | StoredImage, root: Path | None) -> str:
@@ -153,7 +155,7 @@ def _counted(examples: Iterable[Any], before: int, progress: Callable[[int], Non
 
 
 def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> None:
-    tfds, (features, *_) = _load_tfds(), _features(name)
+    tfds, features = _load_tfds(), _features(name)
     base: Any = tfds.core.GeneratorBasedBuilder
 
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
@@ -167,7 +169,6 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
             return tfds.core.DatasetInfo(builder=self, features=features, description=described, disable_shuffling=True)
 
         def _split_generators(self, manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-            del manager
             return {SPLIT: examples}
 
         def _generate_examples(self) -> Any:
@@ -186,6 +187,7 @@ class ImageStore:
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
+        self.numbers: dict[str, int] = {}  # of images, by their names
         self._source: _Source | None = None
         self._identity: str | None = None
         self._lock = threading.Lock()
@@ -196,6 +198,10 @@ class ImageStore:
             text = _text(self.folder / IMAGES / VERSION / _INFO)
             self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
+
+    def find(self, name: str, where: str) -> StoredImage:
+        """Return the image of this name."""
+        return StoredImage(name, self.numbers[name], self)
 
     def read(self, number: int) -> bytes:
         """Return the encoded bytes of an image. Raises OSError for a missing image, UserError for a damaged folder."""
@@ -215,18 +221,23 @@ class _Source:
     """
 
     def __init__(self, folder: Path | epath.Path, name: str) -> None:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from google.protobuf.json_format import MessageToDict
+
         place = folder / name / VERSION
         with _readable(place):
             if not (place / _INFO).exists():
                 raise UserError(f"{folder}: was not written by `vlmprune tfds` (no {name}/{VERSION}/{_INFO}): {_TODO}")
-            self._features = self._described(place, name)
+            self._features = _features(name)
+            file = place / _FEATURES
+            # the form that tfds writes; no class is looked up by a name in the file
+            if parse_json(_text(file), str(file), _TODO) != MessageToDict(self._features.to_proto()):
+                raise UserError(f"{file}: describes other features than `vlmprune tfds` writes: {_TODO}")
             lengths = _shard_lengths(place, name)
             shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
             if isinstance(place, Path):
                 for shard in shards:
                     open_file(Path(shard)).close()
-            from array_record.python.array_record_data_source import ArrayRecordDataSource
-
             # shards named with their range of examples are opened only when they are read
             ranges = [f"{shard}[0:{length}]" for shard, length in zip(shards, lengths, strict=True) if length]
             self._examples = ArrayRecordDataSource(ranges) if ranges else []
@@ -240,18 +251,6 @@ class _Source:
         if not 0 < len(content) <= _MAX_EXAMPLE:
             raise ValueError(f"example {number} has {len(content):,} bytes")
         return self._features.deserialize_example_np(content, decoders=self._decoders)
-
-    @staticmethod
-    def _described(place: Path | epath.Path, name: str) -> Any:
-        """Return our features that match the folder's description; no class is looked up by a name in a file."""
-        from google.protobuf.json_format import MessageToDict
-
-        file = place / _FEATURES
-        described = parse_json(_text(file), str(file), _TODO)
-        for features in _features(name):
-            if described == MessageToDict(features.to_proto()):  # the form that tfds writes
-                return features
-        raise UserError(f"{file}: describes other features than `vlmprune tfds` writes: {_TODO}")
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
@@ -277,23 +276,15 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
     Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
     they become records with a `problem`, as in `read_records`.
     """
-    store, numbers = ImageStore(folder), dict[str, int]()
-
-    class Stored:
-        def find(self, name: str, where: str) -> StoredImage:
-            """Return the image by its name."""
-            del where
-            return StoredImage(name, numbers[name], store)
-
-    records = []
+    store, records = ImageStore(folder), []
     with _on_this_machine(folder) as near:
         source = _Source(near, RECORDS)
         for index in range(len(source)):
             where = f"{folder / RECORDS}, example {index}"
             with reading(where, _TODO):
                 entry, images = _entry(source[index], where)
-                numbers |= images
-            records.append(make_record(entry, index, folder, Stored(), image_lead, on_error))
+                store.numbers |= images
+            records.append(make_record(entry, index, folder, store, image_lead, on_error))
     if not records:
         raise UserError(f"{folder / RECORDS}: contains no records: {_TODO}")
     return records
@@ -303,9 +294,8 @@ def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
     """Return an example in the form of a JSON data file's entry, and the numbers of its images by name."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
-    others = parse_json(example.get("others", b"{}"), where, _TODO)  # absent in older versions
     entry = {
-        **checked(others, dict[str, Any], where, _TODO),
+        **checked(parse_json(example["others"], where, _TODO), dict[str, Any], where, _TODO),
         "id": example["id"].decode(),
         "conversations": [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns],
         "images": names,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, reason
@@ -194,45 +193,41 @@ def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
-    axes = param_axes(cfg)
-    flat = {}
+    axes, flat = param_axes(cfg), {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
-            if path not in members:
-                continue
-            where = None if mesh is None else sharding(mesh, axes[path])
-            slices = [(slice(None),) * len(shape)]
-            if where is not None:
-                slices = [index for index in where.addressable_devices_indices_map(shape).values() if index is not None]
-            # Devices that hold the same slice share one buffer.
-            blocks = {bounds: _aligned(bounds, dtype) for bounds in (_bounds(index, shape) for index in slices)}
-            fill = functools.partial(_fill, sources=sources, blocks=blocks)
-            list(pool.map(fill, members[path]))  # list: raises what a thread raised
-            if where is None:
-                (whole,) = blocks.values()
-                flat[path] = jax.device_put(whole)
-            else:
-                look_up = functools.partial(_look_up, blocks, shape)
-                flat[path] = jax.make_array_from_callback(shape, where, look_up)
+            if path in members:
+                where = None if mesh is None else sharding(mesh, axes[path])
+                flat[path] = _read_param(members[path], shape, where, sources, dtype, pool)
     return unflatten(flat)
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    return tuple(
-        (part.start or 0, size if part.stop is None else part.stop) for part, size in zip(index, shape, strict=True)
-    )
+def _read_param(
+    slots: list[Slot],
+    shape: tuple[int, ...],
+    where: NamedSharding | None,
+    sources: Sources,
+    dtype: np.dtype,
+    pool: ThreadPoolExecutor,
+) -> jax.Array:
+    def bounds(index: Any) -> Bounds:
+        return tuple((part.start or 0, part.stop or size) for part, size in zip(index, shape, strict=True))
+
+    slices = [(slice(None),) * len(shape)] if where is None else where.addressable_devices_indices_map(shape).values()
+    # Devices that hold the same slice share one buffer.
+    blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
+    list(pool.map(lambda slot: _fill(slot, sources[slot.key], blocks), slots))  # list: raises what a thread raised
+    if where is None:
+        (whole,) = blocks.values()
+        return jax.device_put(whole)
+    return jax.make_array_from_callback(shape, where, lambda index: blocks[bounds(index)])
 
 
-def _look_up(blocks: Mapping[Bounds, np.ndarray], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    return blocks[_bounds(index, shape)]
-
-
-def _fill(slot: Slot, *, sources: Sources, blocks: Mapping[Bounds, np.ndarray]) -> None:
+def _fill(slot: Slot, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
     """Copy one tensor into its parameter's blocks, in pieces that fit the processor's cache.
 
     Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
     """
-    source = sources[slot.key]
     targets = []
     for bounds, block in blocks.items():
         if slot.index is not None:

@@ -122,22 +122,17 @@ def clean_stale(out_dir: Path) -> None:
 def _writing(folder: Path, host: str, pid: int) -> bool:
     """Return True if the process that created a folder may still be writing."""
     if host == socket.gethostname():
-        return pid != os.getpid() and _alive(pid)
+        with contextlib.suppress(PermissionError):  # of another user's process
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return False
+        return pid != os.getpid()
     try:
         newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     except FileNotFoundError:  # being renamed or removed
         return True
     return time.time() - newest < ABANDONED_SECONDS
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def sync(path: Path) -> None:

@@ -96,14 +96,14 @@ def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]
     Within a shard, wide dtypes come first, as the safetensors library writes them, which aligns every tensor.
     """
     shards: list[list[Tensor]] = [[]]
-    size = 0
+    size, item_bytes = 0, {name: dtype.itemsize for name, dtype in FILE_DTYPES.items()}
     for tensor in tensors:
         if shards[-1] and size + tensor.n_bytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += tensor.n_bytes
-    return [sorted(shard, key=lambda tensor: -_item_bytes(tensor.dtype)) for shard in shards]
+    return [sorted(shard, key=lambda tensor: -item_bytes.get(tensor.dtype, 1)) for shard in shards]
 
 
 def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
@@ -154,7 +154,3 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
         data = tensor.fetch()
         assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
         file.write(data)
-
-
-def _item_bytes(dtype: str) -> int:
-    return FILE_DTYPES[dtype].itemsize if dtype in FILE_DTYPES else 1
