@@ -41,9 +41,7 @@ def check_inputs(
     image_grid_thw: Any = None,
     attention_mask: Any = None,
 ) -> None:
-    """Refuse ids outside the vocabulary, and image positions that do not match the images (they would be spliced
-    wrongly).
-    """
+    """Refuse ids outside the vocabulary, and image positions that do not match the images."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
@@ -57,41 +55,43 @@ def check_inputs(
     if image_grid_thw is not None and not cfg.any_size:
         raise UserError("image_grid_thw passed to a model whose images all have one size: leave it out")
     if vision_features is not None or not cfg.tower:
-        shape, per_image = np.shape(vision_features), cfg.feature_shape
-        if cfg.any_size and len(shape) == 4:
-            per_image = (shape[2], per_image[1])
-        if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (len(ids), *per_image):
-            raise UserError(
-                f"vision_features has shape {list(shape)}: a model without its tower takes "
-                f"[{len(ids)}, images, {per_image[0]}, {per_image[1]}], another one pixel_values"
-            )
-        return
-    if pixel_values is None:
+        _check_features(cfg, len(ids), np.shape(vision_features))
+    elif pixel_values is None:
         if is_image.any():
             raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
-        return
-    if cfg.vision is None:
+    elif cfg.vision is None:
         raise UserError("pixel_values passed to a model without a vision tower: leave it out")
-    if cfg.any_size:
+    elif cfg.any_size:
         check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
-        return
-    wanted = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)
-    if np.ndim(pixel_values) not in (4, 5) or np.shape(pixel_values)[-3:] != wanted:
+    else:
+        _check_pixels(cfg, is_image, np.shape(pixel_values))
+
+
+def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None:
+    per_image = cfg.feature_shape
+    if cfg.any_size and len(shape) == 4:
+        per_image = (shape[2], per_image[1])
+    if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (rows, *per_image):
         raise UserError(
-            f"pixel_values has shape {list(np.shape(pixel_values))}, expected [images, {', '.join(map(str, wanted))}]"
+            f"vision_features has shape {list(shape)}: a model without its tower takes "
+            f"[{rows}, images, {per_image[0]}, {per_image[1]}], another one pixel_values"
         )
-    per_row = np.ndim(pixel_values) == 5
-    expected = np.prod(np.shape(pixel_values)[: 2 if per_row else 1]) * cfg.tokens_per_image
-    if per_row:
-        room = int(np.shape(pixel_values)[1]) * cfg.tokens_per_image
-        most = int(is_image.sum(axis=1).max(initial=0))
-        if len(pixel_values) != len(ids) or most > room:
-            raise UserError(
-                f"pixel_values has shape {list(np.shape(pixel_values))} for {len(ids)} rows with up to {most} image "
-                f"positions: a row has room for {room} ({cfg.tokens_per_image} per image)"
-            )
-    if not per_row and is_image.any() and is_image.sum() != expected:
+
+
+def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse pixels [images, ...] that do not fill the image positions, or [rows, images, ...] with less room."""
+    assert cfg.vision is not None
+    wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
+    if len(shape) not in (4, 5) or shape[-3:] != wanted:
+        raise UserError(f"pixel_values has shape {list(shape)}, expected [images, {', '.join(map(str, wanted))}]")
+    positions, most = int(is_image.sum()), int(is_image.sum(axis=1).max(initial=0))
+    if len(shape) == 5 and (shape[0] != len(is_image) or most > shape[1] * per_image):
         raise UserError(
-            f"input_ids hold {int(is_image.sum())} image positions but the images give {int(expected)} features "
-            f"({cfg.tokens_per_image} per image): expand each image to that many ids {cfg.image_token_id}"
+            f"pixel_values has shape {list(shape)} for {len(is_image)} rows with up to {most} image positions: a row "
+            f"has room for {shape[1] * per_image} ({per_image} per image)"
+        )
+    if len(shape) == 4 and positions not in (0, shape[0] * per_image):
+        raise UserError(
+            f"input_ids hold {positions} image positions but the images give {shape[0] * per_image} features "
+            f"({per_image} per image): expand each image to that many ids {cfg.image_token_id}"
         )

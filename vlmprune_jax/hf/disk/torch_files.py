@@ -163,17 +163,12 @@ def _interpret(pickle: bytes) -> Any:
             case "TUPLE":
                 items, stack = stack, below.pop()
                 stack.append(tuple(items))
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items, stack = stack, below.pop()
+            case "APPEND" | "APPENDS":
+                items, stack = ([stack.pop()], stack) if opcode.name == "APPEND" else (stack, below.pop())
                 stack[-1].extend(items)
-            case "SETITEM":
-                key, value = stack.pop(-2), stack.pop()
-                stack[-1].update(_pairs([key], [value]))
-            case "SETITEMS":
-                items, stack = stack, below.pop()
+            case "SETITEM" | "SETITEMS":
+                pair = opcode.name == "SETITEM"
+                items, stack = ([stack.pop(-2), stack.pop()], stack) if pair else (stack, below.pop())
                 stack[-1].update(_pairs(items[::2], items[1::2]))
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 memo[len(memo) if argument is None else argument] = stack[-1]
