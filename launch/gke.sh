@@ -21,7 +21,7 @@ case "$action" in
       ${BUCKET:+--enable-gcsfuse-csi-driver} ;;
   setup) # the image that run uses
     need IMAGE
-    run docker build --file "$root/launch/Dockerfile" --tag "$IMAGE" "$root"
+    run docker build --build-arg EXTRAS=tpu --tag "$IMAGE" "$root"
     run docker push "$IMAGE"
     [[ -z "${BUCKET:-}" ]] || run xpk storage attach "$BUCKET" "${at[@]}" --type=gcsfuse "--bucket=$BUCKET" \
       "--mount-point=/mnt/$BUCKET" --readonly=false --auto-mount=true --size=1 ;;

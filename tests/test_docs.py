@@ -10,7 +10,8 @@ from make_reference import PAGE_OF
 from repository import ROOT
 
 import vlmprune_jax as vp
-from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.cli.config_files import read_hyper
+from vlmprune_jax.cli.flags import parse, shipped_configs
 from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.experiment.options import sections
 
@@ -145,3 +146,36 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     accuracy = names["accuracy"]
     assert accuracy["pruned"] < accuracy["reconstructed"] < accuracy["recovered"] < accuracy["unpruned"]
     assert vp.load(names["out"]).cfg == names["recovered"].cfg
+
+
+def commands(path):
+    """The lines of a page's code blocks, joined where they end in a backslash, and its inline commands."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```(?!python)\w*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`((?:vlmprune|python|make) [^`]+)`", text)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline
+
+
+@pytest.mark.parametrize("path", [*PAGES, *OTHERS], ids=page_id)
+def test_commands_name_configs_and_files_that_exist(path):
+    """Configs by name or path, and files of the repository; a page may define a config of its own, `# my_run.py`."""
+    folders = "|".join(FOLDERS)
+    own = set(re.findall(r"^# ([\w.]+\.py)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    missing = []
+    for line in commands(path):
+        for config in re.findall(r"--config[= ]([\w./-]+)", line):
+            name = config.removesuffix(".py")
+            known = name in shipped_configs() or (ROOT / f"{name}.py").is_file() or config in own
+            if not known and not config.isupper() and not config.startswith(("FILE", "DIR", "...")):
+                missing.append(config)
+        for name in re.findall(rf"(?<![\w/.=-])((?:{folders})/[\w./-]+)", line):
+            if not (ROOT / name).exists():
+                missing.append(name)
+    assert not missing
+
+
+@pytest.mark.parametrize(("name", "variant"), [("demo_cut", ""), ("study_smollm2", ""), ("study_easyvqa", ":small")])
+def test_sweeps_say_how_many_runs_they_have(name, variant):
+    path = ROOT / f"configs/sweeps/{name}.py"
+    said = re.findall(r"\b(\d+) runs", path.read_text(encoding="utf-8"))
+    assert str(len(read_hyper(f"{path}{variant}"))) == said[0]

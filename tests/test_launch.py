@@ -102,7 +102,7 @@ GKE_ACTIONS = {
     "setup": (
         ["setup"],
         [
-            ["docker", "build", "--file", str(LAUNCH / "Dockerfile"), "--tag", "i", str(ROOT)],
+            ["docker", "build", "--build-arg", "EXTRAS=tpu", "--tag", "i", str(ROOT)],
             ["docker", "push", "i"],
         ],
     ),

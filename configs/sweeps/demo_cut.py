@@ -3,7 +3,7 @@
   vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
 
 easy-VQA and the package's teacher: depth and width at 30 and 56 % of the decoder, with and without reconstruction,
-and with a few training steps. 10 runs on 256 questions; the numbers are not meaningful.
+and with a few training steps. 16 runs on 256 questions; the numbers are not meaningful.
 """
 
 from ml_collections import ConfigDict
