@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
@@ -38,7 +38,7 @@ class _Stack(TypedDict):
 
 
 class _Plan(TypedDict):
-    """Fields of plan.json that the card shows. In format 1 the decoder is the only stack, at the top level."""
+    """Fields of plan.json that the card shows."""
 
     method: str
     criterion: str
@@ -46,9 +46,7 @@ class _Plan(TypedDict):
     reached: float
     parameters_total: int
     fingerprint: str
-    stacks: NotRequired[dict[str, _Stack]]
-    layers_before: NotRequired[_Shapes]
-    kept_layers: NotRequired[list[int]]
+    stacks: dict[str, _Stack]
 
 
 def model_name(folder: Path) -> str:
@@ -91,8 +89,10 @@ def write_card(
     plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
     steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
     all_steps = [*(["pruned"] if plan else []), *steps]
-    fields = {"library_name": library, "pipeline_tag": _task(cfg), **({"base_model": name} if "/" in name else {})}
+    task = "text-generation" if cfg.vision is None else "image-text-to-text"
+    fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
     listed = [one for one in datasets if "/" in one]
+    data = f" Data: {', '.join(f'`{printable(name)}`' for name in datasets)}." if datasets else ""
     fields |= license_of(source) if license is None else {"license": license}
     metadata = [f"{field}: {value}" for field, value in fields.items()]
     metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
@@ -100,6 +100,9 @@ def write_card(
         removed, table = _removed(plan), _table(cfg, plan)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: plan.json is not a prune plan ({error!r}): move it away") from error
+    tower = cfg.vision if plan is not None and "vision" in plan["stacks"] else None
+    layers = f"Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}."
+    layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
     card = f"""---
 {chr(10).join(metadata)}
 tags: [vlmprune-jax, pruned]
@@ -108,13 +111,13 @@ tags: [vlmprune-jax, pruned]
 # {", ".join([name, *all_steps])}
 
 Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
-{"".join(f" {_STEPS[step]}" for step in steps)}{_data(datasets)}
+{"".join(f" {_STEPS[step]}" for step in steps)}{data}
 
 {removed}
 
 {table}
 
-Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, plan)}
+{layers}
 {_benchmarks(benchmarks)}
 ## Loading
 
@@ -123,20 +126,12 @@ Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}.{_tower(cfg, 
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
-def _task(cfg: ModelConfig) -> str:
-    return "text-generation" if cfg.vision is None else "image-text-to-text"
-
-
-def _data(datasets: Sequence[str]) -> str:
-    return f" Data: {', '.join(f'`{printable(name)}`' for name in datasets)}." if datasets else ""
-
-
 def _removed(plan: dict[str, Any] | None) -> str:
     if plan is None:
         return "No prune plan came with this model."
-    stacks = _stacks(plan)
-    before = stacks["text"]["layers_before"]
-    removed = sorted(set(range(len(before))) - set(stacks["text"]["kept_layers"]))
+    text = plan["stacks"]["text"]
+    before = text["layers_before"]
+    removed = sorted(set(range(len(before))) - set(text["kept_layers"]))
     request = "" if plan["asked"] is None else f" (requested: {plan['asked']:.1%})"
     return (
         f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
@@ -146,18 +141,13 @@ def _removed(plan: dict[str, Any] | None) -> str:
     )
 
 
-def _stacks(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return the stacks of a plan by name; format 1 has the decoder only."""
-    return plan.get("stacks", {"text": plan})
-
-
 def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
     parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
     if plan is None:
         rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
         return "\n".join(["| part | parameters |", "|---|---|", *rows])
     original = cfg
-    for name, stack in _stacks(plan).items():
+    for name, stack in plan["stacks"].items():
         original = original.with_layers([LayerShape(*shape) for shape in stack["layers_before"]], name)
     rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
@@ -174,13 +164,6 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
         "bootstrap over the questions; they do not cover other data or training runs."
     )
     return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
-
-
-def _tower(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
-    """Return the shapes of the vision tower's layers, or "" if the plan does not prune them."""
-    if plan is None or cfg.vision is None or "vision" not in _stacks(plan):
-        return ""
-    return f"\nVision layers: {len(cfg.vision.layers)}, {_shapes(cfg.vision.layers)}."
 
 
 def _shapes(layers: tuple[LayerShape, ...]) -> str:

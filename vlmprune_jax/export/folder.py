@@ -126,8 +126,7 @@ def _weight(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape:
             if before.layer is not None:
-                shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
-                array = pad_tensor(array, before.axes, *shapes)
+                array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
         return _as_dtype(array, dtype)

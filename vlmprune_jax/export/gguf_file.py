@@ -148,11 +148,11 @@ def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide
     if before.shape == after.shape:
         return mean
     assert before.layer is not None
-    shapes = [config.text.layers[before.layer] for config in (cfg, wide)]
     inside = len(before.shape) - 1
     while np.prod(before.shape[inside:]) < mean.size:
         inside -= 1
-    return pad_tensor(mean.reshape(before.shape[inside:]), before.axes[inside:], *shapes).reshape(-1)
+    mean = mean.reshape(before.shape[inside:])
+    return pad_tensor(mean, before.axes[inside:], "text", before.layer, cfg, wide).reshape(-1)
 
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:

@@ -286,8 +286,7 @@ def _tensor(
         array = to_host(flat[before.path], before.index)
         if before.shape != after.shape:
             assert before.layer is not None
-            shapes = [cfg.stack(before.part).layers[before.layer] for cfg in (old, new)]
-            array = pad_tensor(array, before.axes, *shapes)
+            array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
         return neighbours(array) if interleaved else array
 
     shape = pairs[0][1].hf_shape

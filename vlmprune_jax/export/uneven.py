@@ -47,12 +47,13 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     return cfg
 
 
-def pad_tensor(array: np.ndarray, axes: tuple[str, ...], shape: LayerShape, target: LayerShape) -> np.ndarray:
-    """Widen a tensor with named `axes` from a layer of `shape` to `target`, with zeros.
+def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
+    """Widen a tensor with named `axes` from its width in the first to that in the second config, with zeros.
 
     A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
     attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
     """
+    shape, target = (cfg.stack(stack).layers[layer] for cfg in cfgs)
     if "q_heads" in axes:
         at = axes.index("q_heads")
         per_group = shape.q_heads // shape.kv_heads
