@@ -180,7 +180,10 @@ def ask(
         )
         return _decoded(batch, tokens, tokenizer, model.cfg)
 
-    for done, answered in enumerate(continued(answer, noted(), journal, _answers_all), start=1):
+    def answers_all(batch: QuestionBatch, entry: Any) -> bool:
+        return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
+
+    for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
         said += answered
         if progress is not None:
             progress(done)
@@ -188,16 +191,6 @@ def ask(
         raise UserError("evaluation: no questions found: check the evaluation records")
     replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, said, strict=True)]
     return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
-
-
-def _answers_all(batch: QuestionBatch, entry: Any) -> bool:
-    """Return True if a journal entry has an answer to every question of a batch."""
-    return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
-
-
-class _LogLikelihood(TypedDict):
-    nll: float
-    tokens: Count
 
 
 def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
@@ -243,6 +236,11 @@ def perplexity(
     value = PERPLEXITY.values(scores, ())["perplexity"]
     tokens = int(sum(score["tokens"] for score in scores))
     return Perplexity(value, tokens, count_params(model.cfg), round(time.perf_counter() - start, 3))
+
+
+class _LogLikelihood(TypedDict):
+    nll: float
+    tokens: Count
 
 
 def log_likelihoods(

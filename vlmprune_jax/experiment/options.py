@@ -74,8 +74,8 @@ def _kind(hint: Any) -> str:
     return plain.get(hint, "")  # objects that only Python functions take have no name here
 
 
-def find(name: str) -> tuple[list[str], list[Option]]:
-    """Return the sections and settings that a name stands for.
+def describe(name: str) -> list[str]:
+    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings.
 
     A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
     """
@@ -91,12 +91,6 @@ def find(name: str) -> tuple[list[str], list[Option]]:
         near = difflib.get_close_matches(name, sorted(names), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f" (sections: {', '.join(places)})"
         raise UserError(f"no setting {name!r}{hint}")
-    return whole, found
-
-
-def describe(name: str) -> list[str]:
-    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings."""
-    whole, found = find(name)
     docs = {place.removesuffix(".NAME"): section.__doc__ or "" for place, section in sections().items()}
     lines = []
     for place in whole:

@@ -44,11 +44,11 @@ from vlmprune_jax.workdir.evaluation import (
     TEACHER,
     UNPRUNED,
     Evaluated,
+    MetricInfo,
     as_columns,
     as_groups,
     evaluation_file,
     find_evaluated,
-    metric_info,
     read_evaluated,
 )
 from vlmprune_jax.workdir.ledger import Finished, write_text
@@ -303,7 +303,7 @@ def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Fin
     if original is not None and original.exists() and is_quick(metric, scores):
         interval = retained_interval(metric, scores, _scores(of, original, records), records)
     found = Evaluated(
-        metric=metric_info(of.metric, metric.describe()),
+        metric=MetricInfo(name=of.metric, **metric.describe()),
         values=metric.values(scores, records),
         groups=as_groups(metric.values_of_groups(scores, records)),
         counted="questions" if of.text is None else "tokens",
@@ -344,7 +344,7 @@ def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> d
         if comparable and is_quick(of.metric, of.scores):
             interval = retained_interval(of.metric, of.scores, before, of.records)
         found[key] = Evaluated(
-            metric=metric_info(f"lmms-eval {task}", of.describe()),
+            metric=MetricInfo(name=f"lmms-eval {task}", **of.describe()),
             values={**values},
             counted="questions",
             count=count,

@@ -55,19 +55,14 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
         else:
             told = f"has no format that this version reads (format {ours}): {kind.HINT}"
         raise UserError(f"{path}: {told}")
-    read = as_kind(value, kind, path)
+    try:
+        read = msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
+        raise UserError(f"{path}: holds something else than it should ({reason(error)}): {kind.HINT}") from None
     problem = read.problems(path.parent)
     if problem is not None:
         raise UserError(f"{path}: {problem}: {kind.HINT}")
     return read
-
-
-def as_kind(value: Any, kind: type[_A], where: object) -> _A:
-    """Convert a JSON value to an artefact."""
-    try:
-        return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
-        raise UserError(f"{where}: holds something else than it should ({reason(error)}): {kind.HINT}") from None
 
 
 def to_json(value: Any) -> Any:

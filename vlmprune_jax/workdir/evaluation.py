@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -130,8 +130,3 @@ def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
         if path == evaluation_file(folder, name, key):
             found[key] = read_evaluated(path)
     return found
-
-
-def metric_info(name: str, described: Mapping[str, Any]) -> MetricInfo:
-    """Make the description of a metric from its name and `Metric.describe()`."""
-    return MetricInfo(name=name, **described)

@@ -180,12 +180,8 @@ class VlmpruneJax(Backend):
             raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
         if device is not None or max_batch_size is not None:
             raise UserError("--device, --max_batch_size: not supported, as jax chooses its devices: leave both out")
-        options = (
-            {}
-            if batch_size == "auto"
-            else {"batch_size": int(batch_size) if str(batch_size).isdecimal() else batch_size}
-        )
-        rows = override(EvaluateSpec(), options, "lmms-eval: -").batch_size
+        size = int(batch_size) if str(batch_size).isdecimal() else batch_size
+        rows = override(EvaluateSpec(), {} if size == "auto" else {"batch_size": size}, "lmms-eval: -").batch_size
         initialize(None, None, None)
         mesh = override(MeshSpec(), {"data": data, "fsdp": fsdp, "tensor": tensor}, "--model_args")
         folders = {"hf_dir": pretrained, **({} if vision_dir is None else {"vision_dir": vision_dir})}
