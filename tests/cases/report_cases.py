@@ -15,7 +15,7 @@ from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, fingerprint, make_plan
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.evaluation import Evaluated, Group, metric_info
+from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.workdir.result import Export, Result, Run, compare, describe_sets, read_result, unpruned_of
 from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
@@ -42,7 +42,7 @@ def result_of(teacher, runs, best=None, **more):
 
 def evaluated(accuracy, groups=GROUPS, **changes):
     """An evaluation by exact match, on 40 questions."""
-    info = metric_info("exact_match", EXACT_MATCH.describe())
+    info = MetricInfo(name="exact_match", **EXACT_MATCH.describe())
     facts = {"groups": groups, "counted": "questions", "count": 40, "parameters": SIZE, "seconds": 1.5, **changes}
     return Evaluated(metric=info, values={"accuracy": accuracy}, **facts)
 
@@ -159,9 +159,9 @@ PLANNED = PlannedStep(
 )
 
 METRICS = {
-    "docs": metric_info("anls", Metric("anls", None).describe()),
-    "mme": metric_info("mme_p", Metric("perception", None, full=2000.0, unit="").describe()),
-    "wiki": metric_info("bpb", Metric("bits", None, full=None, unit="bit", higher_is_better=False).describe()),
+    "docs": MetricInfo(name="anls", **Metric("anls", None).describe()),
+    "mme": MetricInfo(name="mme_p", **Metric("perception", None, full=2000.0, unit="").describe()),
+    "wiki": MetricInfo(name="bpb", **Metric("bits", None, full=None, unit="bit", higher_is_better=False).describe()),
 }
 
 

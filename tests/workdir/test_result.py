@@ -10,7 +10,7 @@ from report_cases import EXPORT, FACTS, result_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.evaluation import Evaluated, Group, metric_info
+from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.workdir.result import Run, best_run, compare, describe_sets, read_result
 
 F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
@@ -23,7 +23,7 @@ def found(groups=None, **values):
     for name, value in values.items():
         key, metric = metrics.get(name, ("perplexity", METRICS["perplexity"]))
         reported[name] = Evaluated(
-            metric=metric_info(key, metric.describe()),
+            metric=MetricInfo(name=key, **metric.describe()),
             values={metric.main: value},
             groups=groups or {},
             counted="tokens" if name == "text" else "questions",
