@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from initial import write_joined, write_random
 
+from vlmprune_jax.cli.config_files import to_workdir
 from vlmprune_jax.cli.flags import Flags, common
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.checks import one_of
@@ -275,7 +276,7 @@ def run(flags: Any) -> None:
         stages.append(Stage(**{name: stage[name] for name in own if name in stage}, training=training))
     joined = config.get("joined")
     folder = pretrain(
-        Path(flags.workdir),
+        to_workdir(flags.workdir),
         stages,
         seed=config["seed"],
         architecture=config.get("architecture"),

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text, replacing
+from vlmprune_jax.core.markup import markdown
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.plots import write_png
@@ -50,14 +51,14 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"{len(points)} models of {of}, by the paper's criteria: {measured(sweep)}."
+    about = f"{len(points)} models of {of}, by the paper's criteria: {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     found = conclude(points)
     for one in found:
         sure = [row for row in one.comparisons if row.interval]
         shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
         rows = [
-            f"|{row.where.removesuffix(_SHARE) if shared else row.where} ({row.pairs})"
+            f"|{markdown(row.where.removesuffix(_SHARE) if shared else row.where)} ({row.pairs})"
             f"|{_interval(row.effect, *(row.interval or ()))}|{row.verdict}|"
             for row in sure
         ]
@@ -98,14 +99,14 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         row.setdefault((point.data, point.recovery), []).append(point)
     if not cells:
         return []
-    heads = [recovery + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
+    heads = [markdown(recovery) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = ["Retained (%), mean over seeds ± half of the 95 % interval; without ± one seed.", ""]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
     several = len({model for *_, model in cells}) > 1
     for (_, method, model), row in sorted(cells.items()):
         reached = 100 * float(np.mean([point.reached for of in row.values() for point in of]))
         label = f"{method} {reached:.1f} %" + (f", {model}" if several else "")
-        lines.append(f"|{label}|{'|'.join(_retained(row.get(column, ())) for column in columns)}|")
+        lines.append(f"|{markdown(label)}|{'|'.join(_retained(row.get(column, ())) for column in columns)}|")
     return [*lines, ""]
 
 
@@ -191,15 +192,15 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
             continue
         columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
-        lines += [f"**Perplexity of {name}**, {told} unpruned.", ""]
-        lines += [f"|decoder removed|{'|'.join(words for _, words in columns)}|"]
+        lines += [f"**Perplexity of {markdown(name)}**, {told} unpruned.", ""]
+        lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             found = cells[cut]
             share = 100 * float(np.mean([row.decoder_ratio for rows in found.values() for row in rows]))
             means = [[row.evaluation.main(name, sweep.sets) for row in found.get(column, ())] for column in columns]
             shown = "|".join(_short(_mean(one)) if one else "" for one in means)
-            lines.append(f"|{cut[1]}, {cut[2]}, {share:.1f} %|{shown}|")
+            lines.append(f"|{markdown(f'{cut[1]}, {cut[2]}')}, {share:.1f} %|{shown}|")
         lines.append("")
     return lines
 

@@ -1,6 +1,8 @@
 """`vlmprune recommend` as a person meets it: words, a config that runs, and what is refused."""
 
+import ast
 import json
+import re
 import shutil
 
 import pytest
@@ -18,6 +20,7 @@ from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
+from vlmprune_jax.planning.guide import FILE
 from vlmprune_jax.planning.recommend import parse_bytes, parse_share
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.sweep import read_sweep
@@ -134,6 +137,27 @@ def test_a_name_in_quotes_stays_a_name(folder, tmp_path, capsys):
     shutil.copytree(folder, odd)
     told(capsys, f"--model={odd}", "--ratio=0.2", f"--save={tmp_path / 'odd.py'}")
     assert experiment_of(tmp_path / "odd.py").model.hf_dir == str(odd)
+
+
+@pytest.mark.parametrize("key", ["x = 0\n    open('OWNED', 'w'); y", "class", "a b", "1", "x.y", ""])
+@pytest.mark.parametrize("where", ["score.options", "recover.losses.extra"])
+def test_names_and_values_of_a_guide_are_literals_in_the_config(folder, tmp_path, capsys, where, key):
+    """A config is Python that a person runs; a guide is a file from anywhere."""
+    guide = json.loads(FILE.read_text())
+    for settings in guide["settings"].values():
+        at = settings
+        for name in where.split("."):
+            at = at.setdefault(name, {})
+        at[key] = 0.5 if "extra" in where else [1.5, None, {"\n'\"": 1e400}, '\\"\n']
+    (tmp_path / "guide.json").write_text(json.dumps(guide))
+    flags = (f"--model={folder}", "--ratio=0.1", f"--guide={tmp_path / 'guide.json'}", f"--save={tmp_path / 'a.py'}")
+    told(capsys, *flags)
+    tree = ast.parse((tmp_path / "a.py").read_text())
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert calls <= {"experiment_config", "float"}
+    targets = [ast.unparse(node.targets[0]) for node in function.body if isinstance(node, ast.Assign)]
+    assert all(re.fullmatch(r"config(\.\w+)*", target) for target in targets)
 
 
 def test_what_is_refused(folder, tmp_path, capsys):

@@ -183,6 +183,8 @@ def test_bad_input():
         reconstruct(pruned, plan, teacher, rows(1, batch=1))
     with pytest.raises(UserError, match=r"reconstruct has no 'image_wait'; did you mean 'image_weight'"):
         reconstruct(pruned, plan, teacher, rows(), image_wait=1.0)
+    with pytest.raises(UserError, match=r"no token of the .*records has a weight above 0: raise prompt_weight"):
+        reconstruct(pruned, plan, teacher, rows(), prompt_weight=0.0, image_weight=0.0, answer_weight=0.0)
     flat = {path: np.array(leaf) for path, leaf in flatten(teacher.params).items()}
     flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
     broken = teacher.replace(params=unflatten(flat))

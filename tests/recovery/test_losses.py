@@ -23,6 +23,7 @@ from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig, from_alpha
 from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums
 from vlmprune_jax.recovery.objective import check_losses, layer_pairs, reported_terms
+from vlmprune_jax.recovery.terms import LossTerm
 
 # Reference family -> its checkpoint, tower folder, and whose inputs its trainer gives to the teacher.
 FAMILIES = {
@@ -294,3 +295,31 @@ def test_bad_loss_settings(changes, message):
 def test_bad_strategies(strategy, alpha, norm, message):
     with pytest.raises(UserError, match=message):
         from_alpha(strategy, alpha, kl_norm=norm)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (lambda logits, targets: [][0], r"failed at .*test_losses.py:\d+ with IndexError"),
+        (lambda logits, targets: None, "returned None, expected a real number for each position"),
+        (lambda logits, targets: 1.0, r"returned 1\.0, expected"),
+        (lambda logits, targets: logits, r"returned float32\[\d+, \d+, \d+\], expected"),
+        (lambda logits, targets: logits[..., 0].astype("complex64"), r"returned complex64\[\d+, \d+\], expected"),
+        (lambda logits, targets: np.asarray(logits), r"failed at .* with TracerArrayConversionError"),
+        (lambda logits: logits, r"failed with TypeError: .*positional argument"),
+    ],
+)
+def test_a_term_of_a_user_that_fails(monkeypatch, value, told):
+    monkeypatch.setitem(losses.data, "mine", LossTerm(value, ("logits", "targets"), "positions"))
+    cfg = cases.config(vision=False)
+    batch = next(iter(cases.Stream(cfg)))
+    with pytest.raises(UserError, match=f"loss term 'mine'.*{told}"):
+        losses(cases.model(cfg), batch, LossConfig(ce=0.0, extra={"mine": 1.0}))
+
+
+def test_a_hidden_term_of_a_user_that_fails(monkeypatch):
+    monkeypatch.setitem(losses.data, "mine", LossTerm(lambda hidden: hidden, ("hidden",), "tokens"))
+    cfg = cases.config(vision=False)
+    batch = next(iter(cases.Stream(cfg)))
+    with pytest.raises(UserError, match=r"loss term 'mine': returned float32\[\d+, \d+, \d+\], expected"):
+        losses(cases.model(cfg), batch, LossConfig(ce=0.0, l2_layers=(-1,), extra={"mine": 1.0}))

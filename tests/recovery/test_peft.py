@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -111,6 +112,18 @@ def test_what_the_folder_says(pruned, tmp_path):
     tensors = load_file(tmp_path / "adapter" / peft.WEIGHTS_FILE)
     assert len(tensors) == 2 * 4 * 2 + 4  # A and B of four projections in two layers, and the projector's two layers
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+
+
+def test_names_of_folders_are_text_in_the_card(pruned, tmp_path):
+    base, folder = pruned("llama", "depth")
+    evil = folder.rename(tmp_path / 'a"); import os # `b`\n# c <img>')
+    model, trained = trained_model(base)
+    write_adapter(model, tmp_path / "adapter", base_dir=evil, trained=trained)
+    card = (tmp_path / "adapter" / peft.CARD_FILE).read_text()
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == [r"""# Adapters for a"); import os \# \`b\` \# c \<img\>""", "## Loading"]
+    code = "".join(part for part in card.split("```")[1::2]).replace("python\n", "\n")
+    assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import)]
 
 
 @pytest.mark.slow

@@ -127,7 +127,9 @@ class Taught(cases.Stream):
     def __init__(self, folder, teacher: Model, loss: LossConfig, mesh):
         super().__init__(teacher.cfg)
         cache = ArrayCache(folder, {})
-        self.kept = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype("float32"))
+        self.kept = TeacherRows(
+            cache, loss.teacher_top_k, loss.kl_positions, np.dtype("float32"), teacher.cfg.text.vocab_size
+        )
         self.pass_over = functools.partial(teacher_top_k, teacher, loss=loss, compute_dtype="float32", mesh=mesh)
 
     def __next__(self):
@@ -262,7 +264,7 @@ def test_more_tokens_than_there_are_and_batches_without_any():
 
 def test_rows_keep_the_positions_that_count(tmp_path):
     """Position t counts for label t + 1; what is read back stands there, for records that share an id as well."""
-    rows = TeacherRows(ArrayCache(tmp_path, {}), 2, "labels", np.dtype("bfloat16"))
+    rows = TeacherRows(ArrayCache(tmp_path, {}), 2, "labels", np.dtype("bfloat16"), 80_000)
     records = [Record("same", (("human", "a"), ("gpt", text)), ()) for text in "bcd"]
     row = {"labels": np.array([-100, -100, 7, 8, -100, 9]), "attention_mask": np.array([1, 1, 1, 1, 1, 1])}
     nothing = {"labels": np.full(6, -100), "attention_mask": row["attention_mask"]}
@@ -322,7 +324,7 @@ def test_a_record_is_known_by_what_it_says_and_shows(tmp_path, monkeypatch):
 
 def test_padding_is_not_kept_where_all_positions_count(tmp_path):
     """A longer bucket has more of it."""
-    rows, record = TeacherRows(ArrayCache(tmp_path, {}), 1, "all", np.dtype("float32")), Record("r", (), ())
+    rows, record = TeacherRows(ArrayCache(tmp_path, {}), 1, "all", np.dtype("float32"), 100), Record("r", (), ())
     rows.keep(record, _row(3, 4), np.arange(1, 5)[:, None], np.arange(8, dtype=np.float32).reshape(4, 2))
     rows.cache.publish()
     found = _row(3, 6)

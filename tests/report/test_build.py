@@ -3,9 +3,13 @@
 import dataclasses
 import html
 import html.parser
+import os
 import re
 import struct
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -32,6 +36,17 @@ def change(workdir, run, **changes):
     result = read_result(workdir)
     result.runs[run] = replace(result.runs[run], **changes)
     write_artefact(workdir / "result.json", result)
+
+
+def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
+    """`text.usetex` starts LaTeX; a FIFO would be waited for."""
+    (tmp_path / "here").mkdir()
+    os.mkfifo(tmp_path / "here/matplotlibrc")
+    code = "import vlmprune_jax.report.plots"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path / "here", check=True, timeout=60)
+    first = build_report(workdir).read_text()
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "none"}):
+        assert build_report(workdir).read_text() == first
 
 
 class _Links(html.parser.HTMLParser):

@@ -1,6 +1,7 @@
 """Runs of a sweep: skipped, shared, failed, killed, spread over shards and processes; and what is told of them."""
 
 import csv
+import json
 import os
 import signal
 
@@ -149,7 +150,7 @@ def test_shards_are_a_partition(sweep, capsys):
     for count in (1, 2, 3, 7, 40):
         shards = [stages.shard_of(runs, f"{number}/{count}") for number in range(1, count + 1)]
         assert sorted(run.name for shard in shards for run in shard) == sorted(run.name for run in runs)
-    for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", ""):
+    for shard in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", "", "1/" + "9" * 5000, "²/2"):
         with pytest.raises(UserError, match=r"--shard=.*: must be i/n with i from 1 to n"):
             stages.shard_of(runs, shard)
 
@@ -224,6 +225,19 @@ def test_equal_models_of_several_runs_are_listed_once(tmp_path):
         entry = replace(one, name=run.name, run=run.name, group=run.group, found=None)
         names += [one.name for one in sweep_run._entries(run, entry, models, seen)]
     assert names == [f"{runs[0].name}/pruned", runs[0].name, runs[1].name]
+
+
+@pytest.mark.parametrize("path", ["runs/other/pruned", "elsewhere", "/tmp/x", "{}/../../../x"])
+def test_a_run_whose_model_lies_elsewhere_is_done_again(tmp_path, path):
+    runs = cases.some_runs(seeds=(1,))[:1]
+    cases.write_sweep(tmp_path, runs=runs)
+    sweep = sweep_run.Sweep(tmp_path, "c.py", overwrite=False)
+    record = sweep.folder(runs[0]) / sweep_run.RUN
+    assert sweep_run.read_run(runs[0], sweep) is not None
+    found = json.loads(record.read_text())
+    found["models"][0]["path"] = path.format(f"runs/{runs[0].name}")
+    record.write_text(json.dumps(found))
+    assert sweep_run.read_run(runs[0], sweep) is None
 
 
 def test_caches_are_shared_by_those_that_can():

@@ -1,6 +1,7 @@
 """What a sweep says of the paper's insights: verdicts, pairs and intervals of sweeps made by hand."""
 
 import dataclasses
+import re
 
 import PIL.Image
 import pytest
@@ -173,6 +174,19 @@ def test_what_a_study_cannot_be(capsys, tmp_path, study):
         capsys, f"a={study}", f"--guide={tmp_path / 'guide.json'}"
     )
     assert (tmp_path / "guide.json").read_text() == "{}"
+
+
+def test_names_are_text_and_no_markup():
+    evil = "a|b\n# c <img src=x> [d](http://e)"
+    rows = [row("depth", 0.15, "none", 90.0, model=evil), row("depth", 0.15, evil, 90.0), row("width", 0.45, "none", 9)]
+    found = sweep(rows)
+    found.unpruned[evil] = found.unpruned["models/teacher"]
+    found = replace(found, sets={evil: replace(found.sets["questions"], name=evil, main="perplexity", full=None)})
+    for model in (*found.done, *found.unpruned.values()):
+        model.evaluation.scores[evil] = {"perplexity": 3.0}
+    text = as_markdown("study", found)
+    assert "Perplexity of a" in text
+    assert not re.search(r"(?<!\\)[<\[]|^# |[^\\|\n-]\|b", text, re.M)
 
 
 def test_perplexities_stand_in_a_table_over_seeds():

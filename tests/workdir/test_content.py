@@ -77,3 +77,29 @@ def test_a_key_is_of_settings_inputs_and_version(tmp_path):
     ]
     assert len({content_key(one) for one in [first, *others]}) == 5
     assert content_key(first, "more") != content_key(first)
+
+
+def test_the_holes_of_a_sparse_file_take_no_time(tmp_path):
+    """A terabyte beside a model, of which a page was written; what was written counts, and where."""
+    found = []
+    for at, text in ((0, b"a"), (0, b"b"), (1 << 39, b"a")):
+        with (tmp_path / "weights").open("wb") as file:
+            file.truncate(1 << 40)
+            file.seek(at)
+            file.write(text * 4096)
+        found.append(digest(tmp_path, every_byte=True))
+    assert len(set(found)) == 3
+
+
+def test_a_linked_folder_counts_by_its_name(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/more").symlink_to(tmp_path / "a")
+    first = digest(tmp_path / "model")
+    (tmp_path / "a/inner").write_text("not read")
+    assert digest(tmp_path / "model") == first
+    (tmp_path / "model/more").unlink()
+    assert digest(tmp_path / "model") != first
+    (tmp_path / "model/more").symlink_to(tmp_path / "b")
+    assert digest(tmp_path / "model") != first

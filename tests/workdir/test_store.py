@@ -9,6 +9,7 @@ import time
 import msgspec
 import pytest
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.workdir import store as stores
 from vlmprune_jax.workdir.ledger import Job, run_job, write_text
 from vlmprune_jax.workdir.store import RECORD, Store
@@ -147,3 +148,33 @@ def test_one_makes_it_while_another_one_waits(sweep):
     assert len(sweep.made) == 1
     assert "recover: another run makes it, waiting" in sweep.said
     assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize("link", ["model/more", "model/inner/key", "model"])
+def test_what_lies_elsewhere_is_not_taken(sweep, link):
+    sweep("a")
+    (sweep.folder / "secret").mkdir()
+    (sweep.folder / "secret/key").write_text("secret")
+    (entry,) = (sweep.folder / "shared").glob("recover-*/")
+    if link == "model":
+        shutil.rmtree(entry / link)
+    (entry / link).symlink_to(sweep.folder / ("secret" if link != "model/inner/key" else "secret/key"))
+    (entry / "model/.hidden").write_text("not part of the result") if link != "model" else None
+    sweep("b")  # made anew: the entry is not what was put there
+    assert sweep.made == ["a", "b"]
+    assert not [path for path in (sweep.folder / "b").rglob("*") if path.name in ("key", ".hidden", "more")]
+
+
+def test_hidden_files_are_no_part_of_a_result(sweep):
+    sweep("a")
+    (entry,) = (sweep.folder / "shared").glob("recover-*/")
+    (entry / "model/.hidden").write_text("not in the digest")
+    sweep("b")
+    assert sweep.made == ["a"]
+    assert [path.name for path in (sweep.folder / "b/model").iterdir()] == ["inner"]
+
+
+def test_links_are_not_linked(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="a: is a link, in a folder of results"):
+        stores._link(tmp_path / "a", tmp_path / "b")

@@ -1,13 +1,15 @@
 """`sweep.json`: groups over seeds, its table, and what is refused."""
 
+import csv
 import json
 
 import pytest
+from msgspec.structs import replace
 from sweep_cases import some_runs, write_sweep
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.workdir.sweep import groups_of, read_sweep, table_of
+from vlmprune_jax.workdir.sweep import as_csv, groups_of, read_sweep, table_of
 
 
 def test_groups_differ_in_more_than_seeds(tmp_path):
@@ -25,6 +27,18 @@ def test_groups_differ_in_more_than_seeds(tmp_path):
     assert rows[1][5] == "1"
     assert "±" in rows[2][4]
     assert len(rows) == 13
+
+
+def test_cells_of_the_table_are_no_formulas(tmp_path):
+    made = write_sweep(tmp_path, ("docs",), runs=some_runs(seeds=(1,))[:2])
+    made.models[0].labels["=HYPERLINK()"] = "@SUM(1)"
+    entries = [replace(made.models[0], error="=1+1", name="+a"), *made.models[1:]]
+    sets = {"-docs": made.sets["docs"]}
+    header, first, *_ = csv.reader(as_csv(replace(made, models=entries, sets=sets)).splitlines())
+    assert "label.=HYPERLINK()" in header
+    assert "'-docs.score" in header
+    assert {"'@SUM(1)", "'=1+1", "'+a"} <= set(first)
+    assert not [cell for cell in (*header, *first) if cell.startswith(("=", "+", "-", "@"))]
 
 
 @pytest.mark.parametrize(

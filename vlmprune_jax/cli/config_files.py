@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.cli.flags import file_of, importing_beside, locate
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.links import check_links
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.experiment import recipes
@@ -168,12 +169,13 @@ def shipped_config(name: str) -> ConfigDict:
 
 
 def to_workdir(text: str) -> Path:
-    """A workdir, which need not be there yet."""
+    """Return the path of a workdir, which need not exist yet; nothing in it may lead out of it."""
     folder = Path(text)
     if "\0" in text:
         raise UserError(f"--workdir={text}: holds a NUL character, which no path can")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={text}: is a file, give a folder")
+    check_links(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from vlmprune_jax.cli import env
 from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, switch, value_of
 from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.cli.stages import StageCommand, commands
-from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.checks import line_of_users, suggest
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, printable, reason
 from vlmprune_jax.core.files import last_read
 from vlmprune_jax.distributed.failure import end, joined
@@ -127,10 +127,10 @@ def _guarded(argv: list[str], script: ModuleType | None) -> int:
     except BaseException as error:
         if switch(argv, "debug"):
             traceback.print_exc()
-        return _ended(argv, error)
+        return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
 
 
-def _ended(argv: list[str], error: BaseException) -> int:
+def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
     """Tell in one line what ended a command, here and to the other processes of the run; returns the exit code."""
     if isinstance(error, Stopped):
         print(f"vlmprune: {error}", file=sys.stderr)
@@ -148,7 +148,7 @@ def _ended(argv: list[str], error: BaseException) -> int:
         with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    said = str(error) if isinstance(error, UserError) else _of_the_system(argv, error)
+    said = str(error) if isinstance(error, UserError) else _of_the_system(argv, error) or _of_users(argv, error, ours)
     if said is not None:
         return end(f"vlmprune: error: {said}", said, USER_ERROR)
     if joined():
@@ -172,9 +172,23 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
             f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter rows, a "
             "smaller batch or a larger machine"
         )
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and isinstance(error, RuntimeError | AssertionError) and "jax" in sys.modules:
+        try:
+            sys.modules["jax"].devices()
+        except Exception as problem:
+            todo = "unset it, or install jax for them"
+            return printable(f"JAX_PLATFORMS={platforms}: jax cannot start these devices ({reason(problem)}): {todo}")
     if isinstance(error, SystemExit):
         return printable(f"{command}: a file of yours ended it by SystemExit({error.code!r}): remove that")
     return None
+
+
+def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
+    """Return the line for an error in a file of the user's, as in a format that it adds; None for any other."""
+    line = line_of_users(error, ours)
+    told = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
+    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}") if line else None
 
 
 def _defect(argv: list[str], error: BaseException) -> str:

@@ -34,7 +34,7 @@ def run(flags: Any) -> None:
 
     import jax
 
-    from vlmprune_jax.cli.config_files import read_experiment
+    from vlmprune_jax.cli.config_files import read_experiment, to_workdir
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.planning.fit import fit_all
@@ -47,7 +47,7 @@ def run(flags: Any) -> None:
         raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
     if flags.records is not None and flags.records < 1:
         raise UserError(f"--records={flags.records} must be at least 1")
-    workdir = None if flags.workdir is None else Path(flags.workdir)
+    workdir = None if flags.workdir is None else to_workdir(flags.workdir)
     found = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
     saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sysconfig
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, reason
+
+_PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
 def one_of(kind: str, value: Any, known: Collection[str]) -> str:
@@ -60,4 +66,40 @@ def file_of_users(function: Any) -> Path | None:
     """Return the source file of a user's function, or None for functions of this package."""
     code = getattr(function, "__code__", None)
     path = Path("" if code is None else code.co_filename)
-    return path if path.is_file() and Path(__file__).parents[1] not in path.parents else None
+    return path if path.is_file() and _PACKAGE not in path.parents else None
+
+
+@contextlib.contextmanager
+def blaming(what: str, *functions: Any) -> Iterator[None]:
+    """Turn errors of users' functions, or of what they return, into a UserError `what failed ...`.
+
+    An error of this package's own functions is raised as it is.
+
+    Raises:
+      UserError: names the line of the user's file.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        modules = (getattr(getattr(function, "func", function), "__module__", None) for function in functions)
+        if all((module or "").split(".")[0] == _PACKAGE.name for module in modules):
+            raise
+        line = line_of_users(error)
+        raise UserError(
+            f"{what} failed{f' at {line}' if line else ''} with {type(error).__name__}: {reason(error)}: correct it "
+            "(--debug shows more)"
+        ) from error
+
+
+def line_of_users(error: BaseException, ours: Collection[Path] = ()) -> str:
+    """Return FILE:LINE of the innermost frame of an error in a file of the user's; "" if there is none.
+
+    `ours`: folders, beside this package and installed libraries, whose files are not the user's.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path, known = Path(frame.filename), {_PACKAGE, *_LIBRARIES, *ours}
+        if path.is_file() and not known & {*path.parents} and "site-packages" not in path.parts:
+            return f"{path}:{frame.lineno}"
+    return ""

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.links import check_inside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +36,7 @@ MAX_JSON_BYTES = 100_000_000
 MAX_JSON_DEPTH = 100
 MAX_ARRAYS_BYTES = 2**26  # the scores of a 70B model: 18 MB
 MAX_COPY_BYTES = 2**30
+_SMALL = 2**26
 # Numbers in schemas: integers that a float64 represents exactly, and finite floats.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
@@ -122,12 +124,31 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
     """
     with open_file(path, missing) as file, reading(path, "check the disk"):
         size = os.fstat(file.fileno()).st_size
+        if (
+            _SMALL < size <= (most or size)
+            and sum(end - start for start, end in written(file.fileno(), size)) < size / 2
+        ):
+            raise UserError(f"{path}: most of its {size:,} bytes were never written: restore it from its source")
         content = b"" if most is not None and size > most else file.read(size)
         if file.peek(1):  # files in /proc are longer than their reported size
             content += file.read() if most is None else file.read(most + 1)
         if most is not None and max(size, len(content)) > most:
             raise UserError(f"{path}: has {size:,} bytes, more than the maximum of {most:,} for such a file")
         return content
+
+
+def written(file: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the parts of an open file that were written: a sparse file has holes, perhaps terabytes."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the disk does not tell
+                yield end, size
+            return
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
@@ -334,7 +355,7 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
       OSError: `target` cannot be written.
     """
     with open_file(source) as file:
-        _check_inside(source, folder)
+        check_inside(source, folder)
         size = os.fstat(file.fileno()).st_size
         if size > MAX_COPY_BYTES:
             raise UserError(
@@ -354,7 +375,7 @@ def copy_folder(source: Path, target: Path, folder: Path) -> None:
     if not os.path.isdir(source):
         open_file(source).close()  # raises for special files
         raise UserError(f"{source}: is a file, expected a folder")
-    _check_inside(source, folder)
+    check_inside(source, folder)
     folders = [(source, target)]
     while folders:
         here, there = folders.pop()
@@ -364,10 +385,3 @@ def copy_folder(source: Path, target: Path, folder: Path) -> None:
                 folders.append((here / name, there / name))
             else:
                 copy_file(here / name, there / name, folder)
-
-
-def _check_inside(source: Path, folder: Path) -> None:
-    real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not real.is_relative_to(home) and real.parent != blobs:
-        raise UserError(f"{source}: is a link out of the folder, to {real}: replace it by a copy or remove it")

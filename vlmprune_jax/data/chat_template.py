@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_json, read_text
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
 from vlmprune_jax.data.prompts import render
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.families import Family, template_of, templates
@@ -107,7 +107,7 @@ def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:
     if os.path.lexists(folder / "chat_template.jinja"):
-        return read_text(folder / "chat_template.jinja")
+        return read_text(folder / "chat_template.jinja", MAX_JSON_BYTES)
     if os.path.lexists(folder / "chat_template.json"):
         return read_json(folder / "chat_template.json", _ChatTemplate).get("chat_template")
     found = tokenizer.chat_template

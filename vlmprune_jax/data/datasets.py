@@ -2,7 +2,8 @@
 
 A folder is one split: Arrow streams, `state.json` that lists them, and `dataset_info.json`. Texts are read at once, an
 image's bytes when it is decoded, so that at most one Arrow record batch is in memory. Files are not memory-mapped, so
-that a truncated file raises an error instead of killing the process.
+that a truncated file raises an error instead of killing the process. Rows and sizes that a file claims are bounded
+before anything is decoded (`data.arrow`), and only types are read whose values lie in the file one by one.
 
 Rows have one of the forms of JSON entries (data/forms.py). All columns except images become fields, which metrics read.
 """
@@ -14,7 +15,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_json, reading
+from vlmprune_jax.data.arrow import MAX_ROWS, bounded_messages, check_schema
 from vlmprune_jax.data.forms import to_entry
 from vlmprune_jax.data.records import Record, StoredImage, make_record
 
@@ -29,6 +31,7 @@ PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _TODO = "save it again with save_to_disk"
 _MOST_IMAGES = 1000  # of a row
+_AT_ONCE = 1000  # rows as Python values
 
 
 class _File(TypedDict):
@@ -92,6 +95,8 @@ class _Split:
         state = read_json(folder / _STATE, _State, missing=missing, todo=_TODO)
         self._files = [folder / file["filename"] for file in state["_data_files"]]
         outside = [file.name for file in self._files if file.parent != folder]
+        if len(set(self._files)) < len(self._files):
+            raise UserError(f"{folder / _STATE}: names a file twice: {_TODO}")
         if outside:
             raise UserError(f"{folder / _STATE}: names {outside[0]!r}, which is not a file of this folder: {_TODO}")
         self._firsts: list[int] = []  # row of each batch
@@ -119,7 +124,7 @@ class _Split:
                 self._batch = (batch, self._read_batch(batch))
             _, rows = self._batch
             assert rows is not None
-            images = _images(rows.slice(row - self._firsts[batch], 1), rows.schema)[0]
+            images = _images(rows.slice(row - self._firsts[batch], 1), _image_columns(rows.schema))[0]
             return list(itertools.chain(*images.values()))[place]
 
     def _read_batch(self, number: int) -> pa.RecordBatch:
@@ -133,20 +138,26 @@ class _Split:
         row = 0
         for path in self._files:
             with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
-                reader = pa.ipc.MessageReader.open_stream(source)
-                self._schemas[path] = schema = pa.ipc.read_schema(reader.read_next_message())
-                for offset, message in _messages(reader, source):
-                    batch = _checked(pa.ipc.read_record_batch(message, schema))
+                messages = bounded_messages(file)
+                source.seek(next(messages, 0))
+                self._schemas[path] = schema = check_schema(pa.ipc.read_schema(pa.ipc.read_message(source)))
+                images = _image_columns(schema)
+                for offset in messages:
+                    source.seek(offset)
+                    batch = _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema))
                     self._firsts.append(row)
                     self._places.append((path, offset))
-                    for entry in self._rows(batch, row):
-                        yield entry
-                        row += 1
+                    for start in range(0, batch.num_rows, _AT_ONCE):
+                        for entry in self._rows(batch.slice(start, _AT_ONCE), row, images):
+                            yield entry
+                            row += 1
+                    if row > MAX_ROWS:
+                        raise ValueError(f"more than {MAX_ROWS:,} rows")
 
-    def _rows(self, batch: pa.RecordBatch, first: int) -> Iterator[dict[str, Any]]:
-        images = _images(batch, batch.schema)
-        texts = batch.select([name for name in batch.schema.names if name not in _image_columns(batch.schema)])
-        for row, (values, pictures) in enumerate(zip(texts.to_pylist(), images, strict=True), start=first):
+    def _rows(self, batch: pa.RecordBatch, first: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        texts = batch.select([name for name in batch.schema.names if name not in columns])
+        of_rows = zip(texts.to_pylist(), _images(batch, columns), strict=True)
+        for row, (values, pictures) in enumerate(of_rows, start=first):
             named: dict[str, list[str]] = {}
             number = row * _MOST_IMAGES
             for column, contents in pictures.items():
@@ -155,19 +166,6 @@ class _Split:
                     self._numbers.setdefault(name, number)
                     number += 1
             yield to_entry(json.loads(json.dumps(values, default=str)), named)
-
-
-def _messages(reader: pa.ipc.MessageReader, source: pa.PythonFile) -> Iterator[tuple[int, pa.ipc.Message]]:
-    """Yield (offset, message) of every record batch."""
-    while True:
-        offset = source.tell()
-        try:
-            message = reader.read_next_message()
-        except StopIteration:
-            return
-        if message.type != "record batch":
-            raise ValueError(f"contains a {message.type}, expected only record batches")
-        yield offset, message
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -189,14 +187,14 @@ def _is_list_of_images(kind: pa.DataType) -> bool:
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_image(kind.value_type)
 
 
-def _images(batch: pa.RecordBatch, schema: pa.Schema) -> list[dict[str, list[bytes]]]:
+def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:
     """Return {column: bytes of its images} for every row, without empty columns.
 
     Raises:
       ValueError: an image is a path, which may point to any file; or a row has too many images.
     """
     rows: list[dict[str, list[bytes]]] = [{} for _ in range(batch.num_rows)]
-    for name in _image_columns(schema):
+    for name in columns:
         for row, value in zip(rows, batch.column(name).to_pylist(), strict=True):
             items = value if isinstance(value, list) else [value]
             images = [item["bytes"] for item in items if item is not None]

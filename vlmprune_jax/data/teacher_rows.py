@@ -22,13 +22,14 @@ class TeacherRows:
 
     A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
     `recovery.terms.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
-    before a label).
+    before a label). Ids are below `vocab_size`.
     """
 
     cache: ArrayCache
     top_k: int
     positions: str
     dtype: np.dtype
+    vocab_size: int
 
     def has(self, record: Record) -> bool:
         """Return True if the cache has a record."""
@@ -49,10 +50,10 @@ class TeacherRows:
         arrays = (ids.astype(_narrow(ids.max(initial=0))), logprobs)
         self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
 
-    def bytes_of(self, labels: np.ndarray, vocab_size: int) -> int:
+    def bytes_of(self, labels: np.ndarray) -> int:
         """Return the bytes that `keep` stores for a record with int[tokens] labels, without padding."""
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
-        per_position = self.top_k * _narrow(vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
+        per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position
 
     def fill(self, row: Row, record: Record | None) -> None:
@@ -71,6 +72,11 @@ class TeacherRows:
             raise UserError(
                 f"record {record.id}: {self.cache.folder} does not have its top {self.top_k} tokens: remove that "
                 "folder, or use another recover.teacher_cache"
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise UserError(
+                f"record {record.id}: {self.cache.folder} has token ids from {ids.min()} to {ids.max()}, the "
+                f"vocabulary has 0 to {self.vocab_size - 1}: remove that folder, or use another recover.teacher_cache"
             )
         if len(ids) != counted.sum():
             raise UserError(

@@ -30,7 +30,16 @@ from etils import epath
 from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError, reason
-from vlmprune_jax.core.files import MAX_JSON_BYTES, checked, open_file, parse_json, read_bytes, read_text, reading
+from vlmprune_jax.core.files import (
+    MAX_COPY_BYTES,
+    MAX_JSON_BYTES,
+    checked,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_text,
+    reading,
+)
 from vlmprune_jax.data.records import Record, StoredImage, make_record
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
@@ -143,7 +152,7 @@ def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int
 
 def _picture(image: Path | StoredImage, name: str) -> dict[str, Any]:
     with reading(image, "check the image root"):
-        content = read_bytes(image) if isinstance(image, Path) else image.read_bytes()
+        content = read_bytes(image, MAX_COPY_BYTES) if isinstance(image, Path) else image.read_bytes()
     return {"name": name, "image": io.BytesIO(content)}  # encoded bytes: arrays would go through TensorFlow
 
 

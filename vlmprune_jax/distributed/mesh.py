@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -89,9 +90,9 @@ def _named_place(coordinator: str | None, num_processes: int | None, process_id:
             f"--coordinator=HOST:PORT, --num_processes and --process_id (or {', '.join(VARIABLES)})"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII):
         raise UserError(f"coordinator {address!r} must be HOST:PORT, the address of process 0")
-    if not (count.isdigit() and number.isdigit() and int(number) < int(count)):
+    if not all(re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in (count, number)) or int(number) >= int(count):
         raise UserError(f"process {number} of {count}: process_id must be between 0 and num_processes - 1")
     return address, int(count), int(number)
 

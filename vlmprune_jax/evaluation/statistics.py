@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics.metric import Metric, Scores, mean
@@ -51,10 +52,11 @@ def retained_interval(
             f"retained interval: {len(scores)} and {len(original)} answers: both models must answer the same questions"
         )
     random = np.random.Generator(np.random.PCG64(seed))
-    if _is_mean(metric, (*scores, *original)):
-        ours, theirs = _drawn_means(metric, (scores, original), draws, random)
-    else:
-        ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
+    with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
+        if _is_mean(metric, (*scores, *original)):
+            ours, theirs = _drawn_means(metric, (scores, original), draws, random)
+        else:
+            ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
     above, below = (ours, theirs) if metric.higher_is_better else (theirs, ours)
     if not (np.isfinite(above).all() and np.isfinite(below).all() and below.all()):
         return None

@@ -11,8 +11,9 @@ from typing import Annotated, Any, TypedDict
 from msgspec import Meta
 
 from vlmprune_jax.core.config import LayerShape, ModelConfig
-from vlmprune_jax.core.errors import UserError, printable
-from vlmprune_jax.core.files import read_json, read_text
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS
@@ -60,7 +61,7 @@ def model_name(folder: Path) -> str:
 def license_of(source: Path) -> dict[str, str]:
     """Return the license fields of the metadata in a folder's model card."""
     path = source / "README.md"
-    text = read_text(path) if os.path.lexists(path) else ""
+    text = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
     front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
     fields = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
     return {name: value for name, value in fields.items() if value.isprintable()}
@@ -91,10 +92,10 @@ def write_card(
     all_steps = [*(["pruned"] if plan else []), *steps]
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
-    listed = [one for one in datasets if "/" in one]
-    data = f" Data: {', '.join(f'`{printable(name)}`' for name in datasets)}." if datasets else ""
+    listed = [yaml(one) for one in datasets if "/" in one]
+    data = f" Data: {', '.join(map(code, datasets))}." if datasets else ""
     fields |= license_of(source) if license is None else {"license": license}
-    metadata = [f"{field}: {value}" for field, value in fields.items()]
+    metadata = [f"{field}: {yaml(value)}" for field, value in fields.items()]
     metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
     try:
         removed, table = _removed(plan), _table(cfg, plan)
@@ -108,9 +109,9 @@ def write_card(
 tags: [vlmprune-jax, pruned]
 ---
 
-# {", ".join([name, *all_steps])}
+# {", ".join([markdown(name), *all_steps])}
 
-Made from `{name}` by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
+Made from {code(name)} by vlmprune-jax (structural pruning of the language model; arXiv 2604.24380).\
 {"".join(f" {_STEPS[step]}" for step in steps)}{data}
 
 {removed}
@@ -133,11 +134,12 @@ def _removed(plan: dict[str, Any] | None) -> str:
     before = text["layers_before"]
     removed = sorted(set(range(len(before))) - set(text["kept_layers"]))
     request = "" if plan["asked"] is None else f" (requested: {plan['asked']:.1%})"
+    method, criterion = markdown(plan["method"]), markdown(plan["criterion"])
     return (
-        f"Method: {plan['method']}, criterion: {plan['criterion']}. Removed: {plan['reached']:.1%} of "
+        f"Method: {method}, criterion: {criterion}. Removed: {plan['reached']:.1%} of "
         f"{plan['parameters_total']:,} parameters{request}; {len(removed)} of {len(before)} layers"
         f"{' (numbers ' + ', '.join(map(str, removed)) + ')' if removed else ''}. "
-        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: `{plan['fingerprint']}`."
+        f"`plan.json` lists the kept heads and neurons. Plan fingerprint: {code(plan['fingerprint'])}."
     )
 
 
@@ -157,7 +159,7 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
     """Return the section "Evaluation", or "" without rows."""
     if not rows:
         return ""
-    lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
     note = (
         "Retained: share of the unpruned model's score on the same questions. Intervals are from a paired "
@@ -191,9 +193,9 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         )  # zero points, which it can only dequantise
         names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
         trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
-        code = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
-        code += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
-        parts.append("\n".join(["```python", *code, "```"]))
+        lines = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
+        lines += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+        parts.append("\n".join(["```python", *lines, "```"]))
         if loader is not None:
             parts.append(
                 "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "

@@ -101,7 +101,7 @@ def make_gguf(
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
     tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
     tensors += _constants(wide.text, architecture, tensors)
-    stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2])
+    stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
     remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
     files = [
         GgufFile(f"{stem}-{label}.gguf", architecture.name, fields, tensors, wide.text.layers, remarks),

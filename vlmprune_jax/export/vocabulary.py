@@ -124,7 +124,7 @@ def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
     if path.name == "vocab.json":
         ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
         return json.dumps(ids, ensure_ascii=False)
-    lines = read_text(path).splitlines()
+    lines = read_text(path, MAX_JSON_BYTES).splitlines()
     kept = [line for line in lines if line.startswith("#version") or all(part in texts for part in _parts(line))]
     return "\n".join(kept) + "\n"
 

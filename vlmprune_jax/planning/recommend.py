@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import keyword
 import math
 import re
 import shlex
@@ -228,16 +229,18 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
 
 
 def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield pairs such as ("recover.losses.ce", 0.5) from nested settings."""
+    """Yield pairs such as ("recover.losses.ce", 0.5) from nested settings; a mapping with other keys is a value."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(key.isidentifier() and not keyword.iskeyword(key) for key in value):
             yield from _leaves(value, f"{where}{name}.")
         else:
             yield where + name, value
 
 
 def _literal(value: Any) -> str:
-    """Return a JSON value as a Python literal."""
+    """Return a JSON value as Python code that evaluates to it and does nothing else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
     if isinstance(value, list | tuple):

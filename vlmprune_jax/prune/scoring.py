@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.checks import one_of, with_defaults
+from vlmprune_jax.core.checks import blaming, one_of, with_defaults
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
@@ -70,11 +70,12 @@ def score(
         raise UserError(f"criterion {criterion!r} needs calibration batches")
     if not chosen.journals:
         journal = cache = None
-    parts, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
-    for one in (parts, *by_kind.values()):
-        _check(criterion, chosen, one, settings, model.cfg.stack(stack).layers)
     told = {name: value for name, value in settings.items() if name not in OPERATIONAL}
-    return Scores(criterion, fingerprint(model), told, **parts, stack=stack, by_kind=by_kind)
+    with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
+        parts, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
+        for one in (parts, *by_kind.values()):
+            _check(criterion, chosen, one, settings, model.cfg.stack(stack).layers)
+        return Scores(criterion, fingerprint(model), told, **parts, stack=stack, by_kind=by_kind)
 
 
 def _measure(

@@ -71,6 +71,9 @@ def row_steps(
     """Return all rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
 
     Without a `held_out` in the settings none is held out.
+
+    Raises:
+      UserError: there are too few rows, or no token of them has weight.
     """
     rows = [
         {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
@@ -83,11 +86,18 @@ def row_steps(
     for kind, name in ((PROMPT, "prompt"), (IMAGE, "image"), (ANSWER, "answer")):
         weight_of[kind] = settings[f"{name}_weight"]
     size = len(batches[0]["kind"])
-    return [
+    steps = [
         _step(chosen[at : at + size], size, weight_of, held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
         for at in range(0, len(chosen), size)
     ]
+    for held_out in {step.held_out for step in steps}:
+        if not any(step.weight.any() for step in steps if step.held_out == held_out):
+            raise UserError(
+                f"calibration: no token of the {'held-out ' if held_out else ''}records has a weight above 0: raise "
+                "prompt_weight, image_weight or answer_weight, or use more records"
+            )
+    return steps
 
 
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:

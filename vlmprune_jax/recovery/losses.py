@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import use_mesh
@@ -171,7 +172,8 @@ def loss_sums(
         target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)
         target, taught = jax.lax.stop_gradient((target, seen.get("states", ())))
     for name, term in hidden.items():
-        sums[name] = sum(_over_tokens(term, *pair, mask, loss) for pair in zip(aux["states"], taught, strict=True))
+        pairs = zip(aux["states"], taught, strict=True)
+        sums[name] = sum(_over_tokens(name, term, *pair, mask, loss) for pair in pairs)
     if teacher is not None and teacher_params is not None and compares_logits(loss):
         teacher_head = gathered_head(jax.lax.stop_gradient(teacher_params), teacher.cfg)
     top = _top_k(batch, loss) if loss.teacher_top_k else None
@@ -200,13 +202,13 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
 
 
 def _over_tokens(
-    term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
+    name: str, term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
 ) -> jax.Array:
     """Return the float32[] sum of a hidden-state term of one layer over valid positions (all if `reference_compat`)."""
     states = {
-        name: x.astype(jnp.float32) for name, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
+        need: x.astype(jnp.float32) for need, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
     }
-    values = term.value(*(states[name] for name in term.needs))
+    values = _at_positions(name, term.value, [states[need] for need in term.needs], mask)
     return jnp.sum(values if loss.reference_compat else values * mask.astype(jnp.float32))
 
 
@@ -263,10 +265,11 @@ def _chunk_sums(
             logprobs = jax.nn.log_softmax(values[name] / loss.temperature, axis=-1)
             values[name.replace("logits", "log_probs")] = logprobs
     weight = x["w"].astype(jnp.float32)
-    return {name: _over_chunk(term, values, x, weight, loss) for name, term in terms}
+    return {name: _over_chunk(name, term, values, x, weight, loss) for name, term in terms}
 
 
 def _over_chunk(
+    name: str,
     term: LossTerm,
     inputs: Mapping[str, jax.Array],
     x: Mapping[str, jax.Array],
@@ -275,11 +278,29 @@ def _over_chunk(
 ) -> jax.Array:
     """Return the float32[] sum of a vocabulary term over the weighted positions of a chunk."""
     if term.needs_teacher and "ids" in x and term.from_top_k is not None:
-        values = term.from_top_k(inputs["logits"], x["ids"], x["logprobs"], loss.temperature)
+        top = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
+        values = _at_positions(name, term.from_top_k, top, weight)
     else:
-        values = term.value(*(inputs[name] for name in term.needs))
+        values = _at_positions(name, term.value, [inputs[need] for need in term.needs], weight)
     total = jnp.sum(jnp.where(x["y"] == IGNORED, 0.0, values) if term.counts == "labels" else values * weight)
     return loss.temperature**2 * total if term.tempered else total
+
+
+def _at_positions(
+    name: str, function: Callable[..., jax.Array], inputs: Sequence[Any], positions: jax.Array
+) -> jax.Array:
+    """Return `function(*inputs)`, a number for each of the [batch, seq] positions.
+
+    Raises:
+      UserError: the function is a user's and fails, or returns something else.
+    """
+    with blaming(f"loss term {name!r}", function):
+        values = function(*inputs)
+    if getattr(values, "shape", None) != positions.shape or jnp.iscomplexobj(values):
+        found = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else repr(values)
+        expected = f"a real number for each position, {list(positions.shape)}"
+        raise UserError(f"loss term {name!r}: returned {found}, expected {expected}: correct it")
+    return values
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:

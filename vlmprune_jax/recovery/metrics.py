@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlmprune_jax.core.chips import peak_flops
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, checked, read_json_lines, replacing
+from vlmprune_jax.core.links import check_links
 from vlmprune_jax.distributed.mesh import from_all, is_main_process
 from vlmprune_jax.recovery.loggers import LOGGERS, Logger
 
@@ -65,7 +66,9 @@ class Recorder:
         self._file, self._loggers = None, list[Logger]()
         self._skipped = 0
         self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
-        if self._skipped_file is not None and self._skipped_file.exists():
+        if folder is not None:
+            check_links(folder)  # TensorBoard writes through them
+        if self._skipped_file is not None:
             self._skipped = len(_keep_until(self._skipped_file, first, _Skipped))
         if folder is not None and is_main_process():
             folder.mkdir(parents=True, exist_ok=True)

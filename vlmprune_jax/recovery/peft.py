@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.export.card import model_name
@@ -75,7 +76,8 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
             save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (folder / CARD_FILE).write_text(_card(config, model_name(base_dir), "auto_map" in stock), encoding="utf-8")
+            card = _card(config, model_name(base_dir), "auto_map" in stock)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
             shutil.copymode(
                 folder / CONFIG_FILE, folder / WEIGHTS_FILE
             )  # safetensors creates files without group permissions
@@ -174,10 +176,12 @@ def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
     mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
     loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None
     if loader is None:
-        load = f"Load `{base}` with the code of its hub page, and pass the model to `peft.PeftModel.from_pretrained`."
+        load = (
+            f"Load {code(base)} with the code of its hub page, and pass the model to `peft.PeftModel.from_pretrained`."
+        )
     else:
         auto = "AutoPeftModel" if mapping else "AutoPeftModelForCausalLM"
-        load = f"""In this folder (the path of the base model, `{base}`, is relative to it):
+        load = f"""In this folder (the path of the base model, {code(base)}, is relative to it):
 
 ```python
 from peft import {auto}
@@ -191,18 +195,18 @@ In another folder, with the paths of both:
 from peft import PeftModel
 from transformers import {loader}
 
-base = {loader}.from_pretrained("{base}"{trust})
+base = {loader}.from_pretrained({json.dumps(printable(base))}{trust})
 model = PeftModel.from_pretrained(base, ".")
 ```"""
     return f"""---
 library_name: peft
-base_model: {name}
+base_model: {yaml(name)}
 tags: [vlmprune-jax, lora]
 ---
 
-# Adapters for {name}
+# Adapters for {markdown(name)}
 
-LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for `{name}`, trained by vlmprune-jax.\
+LoRA adapters of rank {config["r"]} (alpha {config["lora_alpha"]:g}) for {code(name)}, trained by vlmprune-jax.\
 {" Also trained, and stored here in full: " + ", ".join(f"`{module}`" for module in whole) + "." if whole else ""}
 
 ## Loading

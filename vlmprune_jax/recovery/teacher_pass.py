@@ -40,11 +40,11 @@ def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> 
     return [number for batch in batches if not all(rows.has(records[number]) for number in batch) for number in batch]
 
 
-def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int], vocab_size: int) -> int:
+def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int]) -> int:
     """Return the bytes that these records will take, from evenly spread ones of them."""
     spread = todo[:: -(-len(todo) // _SPREAD)]
     labels = (training.encoder.training_tokens(training.records[number])[1] for number in spread)
-    return sum(rows.bytes_of(row, vocab_size) for row in labels) * len(todo) // len(spread)
+    return sum(rows.bytes_of(row) for row in labels) * len(todo) // len(spread)
 
 
 def teacher_top_k(

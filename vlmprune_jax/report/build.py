@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.files import read_text
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_text
 from vlmprune_jax.report import figures
 from vlmprune_jax.report.advice import advice_section
 from vlmprune_jax.report.answers import comparison_section
@@ -70,7 +70,7 @@ def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
         numbers=() if done is None else key_numbers(done),
         missing=missing,
         best="" if done is None else done.labels[done.best],
-        result_json=read_text(path) if finished else "",
+        result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
     )
 
 

@@ -355,11 +355,18 @@ def legible(text: str, longest: int = LONGEST) -> str:
     return line.replace("$", r"\$")
 
 
-def styled(*names: str) -> Any:
-    """Return the style of a figure with these names, in fonts that have their characters."""
+@contextlib.contextmanager
+def styled(*names: str) -> Iterator[None]:
+    """Set the style of a figure with these names, in fonts that have their characters.
+
+    It starts from matplotlib's defaults, not from a `matplotlibrc`, which may start programs (`text.usetex`).
+    """
     fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
     others = [family for family in fonts if family not in (None, _FONT)]
-    return matplotlib.rc_context({**STYLE, "font.family": ["sans-serif", *others]} if others else STYLE)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, "font.family": ["sans-serif", *others]} if others else STYLE)
+        yield
 
 
 @functools.cache
@@ -383,7 +390,7 @@ def _characters(path: str) -> frozenset[int]:
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
     """Silence the warning that long names leave no room for the axes."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
 

@@ -75,7 +75,10 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
         work.say(f"{job.name} ...")
         start_devices()
         with in_memory(job.name):
-            return stage.function(work, *(sections[section] for section in stage.sections)) or NoFacts()
+            facts = stage.function(work, *(sections[section] for section in stage.sections)) or NoFacts()
+        if not isinstance(facts, msgspec.Struct):
+            raise UserError(f"stage {name}: returned a {type(facts).__name__}: it must return a msgspec.Struct or None")
+        return facts
 
     return run_job(job, body, overwrite=work.overwrite, say=work.say)
 

@@ -225,16 +225,14 @@ def cached_teacher(
     """
     config, loss = ready.config, ready.config.losses
     cache = ArrayCache(Path(spec.teacher_cache or ""), on_process_zero(lambda: _made_from(work, data, spec)))
-    rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, np.dtype(config.compute_dtype))
+    dtype, vocab_size = np.dtype(config.compute_dtype), ready.teacher.cfg.text.vocab_size
+    rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
     size = config.batch_size // config.accumulation
     todo = records_to_compute(training, rows, size)
     work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
-    vocab_size = ready.teacher.cfg.text.vocab_size
-    on_process_zero(
-        lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo, vocab_size))
-    )
+    on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,

@@ -145,9 +145,12 @@ def is_done(run: SweepRun, sweep: Sweep) -> bool:
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
     """Return the results of a run; None if the file is missing or damaged."""
     try:
-        return read_artefact(sweep.folder(run) / RUN, RunRecord)
+        found = read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
         return None
+    paths = [Path(model.path) for model in found.models]
+    inside = all(path.is_relative_to(Path(RUNS) / run.name) and ".." not in path.parts for path in paths)
+    return found if inside and paths else None
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,10 +70,11 @@ def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
     Raises:
       UserError: not of the form i/n with 1 <= i <= n.
     """
-    number, mark, count = shard.partition("/")
-    if not (mark and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
         raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, such as 2/8")
-    return list(runs)[int(number) - 1 :: int(count)]
+    return list(runs)[number - 1 :: count]
 
 
 def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:

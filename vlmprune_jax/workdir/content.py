@@ -19,10 +19,11 @@ from typing import Any
 import msgspec
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import open_file
+from vlmprune_jax.core.files import open_file, written
 
 _SAMPLED = 8 << 20  # bytes: larger files are sampled
 _BLOCK, _BLOCKS = 64 << 10, 32
+_AT_ONCE = 1 << 20
 
 
 class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +59,14 @@ def digest(path: Path | str, *, every_byte: bool = False) -> str:
     if isinstance(path, str):
         total.update(os.fsencode(path))
     elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{_file_digest(file, every_byte)}\n"))
+        for file in sorted(p for p in path.rglob("*") if not p.name.startswith(".")):
+            if file.is_file():
+                content = _file_digest(file, every_byte)
+            elif file.is_symlink():  # to a folder, which is not read
+                content = f"-> {os.readlink(file)}"
+            else:
+                continue
+            total.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{content}\n"))
     elif path.is_file():
         total.update(_file_digest(path, every_byte).encode())
     else:
@@ -85,8 +92,15 @@ def _file_digest(path: Path, every_byte: bool) -> str:
 @functools.lru_cache(maxsize=100_000)
 def _every_byte(path: Path, *state: int) -> str:
     del state  # part of the cache's key: a file that is written again is read again
+    total = hashlib.sha256()
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for start, end in written(file.fileno(), os.fstat(file.fileno()).st_size):
+            total.update(f"{start}-{end}:".encode())
+            file.seek(start)
+            while start < end and (block := file.read(min(_AT_ONCE, end - start))):
+                total.update(block)
+                start += len(block)
+    return total.hexdigest()
 
 
 def plain(value: Any) -> Any:

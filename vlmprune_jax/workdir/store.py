@@ -78,10 +78,16 @@ class Store:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard links to a file, or to all files of a folder."""
+    """Make hard links to a file, or to the files of a folder that `digest` reads.
+
+    Raises:
+      UserError: a link is among them.
+    """
+    if source.is_symlink():
+        raise UserError(f"{source}: is a link, in a folder of results: remove the link and run the same command")
     if source.is_dir():
         target.mkdir(exist_ok=True)
-        for path in sorted(source.iterdir()):
+        for path in sorted(path for path in source.iterdir() if not path.name.startswith(".")):
             _link(path, target / path.name)
         return
     try:

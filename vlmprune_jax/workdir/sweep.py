@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.markup import cell
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED
@@ -217,13 +218,13 @@ def as_csv(sweep: SweepResult) -> str:
     lines = csv.writer(text, lineterminator="\n")
     entry = ("name", "run", "group", "seed", "status", "error")
     scores = ("evaluation_seconds", "retained", "paper_average")
-    lines.writerow([*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts])
+    lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts]))
     for one in sweep.models:
         row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
         row += [end for name in speedups for end in getattr(one.found, name, None) or (None, None, None)]
         row += [one.labels.get(label) for label in labels]
         row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
-        lines.writerow(["" if value is None else value for value in row])
+        lines.writerow(map(cell, row))
     return text.getvalue()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 
@@ -131,8 +132,9 @@ class Metric:
         if self.groups is None:
             return {}
         places: dict[str, list[int]] = {}
-        for place, record in enumerate(records):
-            places.setdefault(self.groups[1](record), []).append(place)
+        with blaming(f'metric "{self.main}": groups', self.groups[1]):
+            for place, record in enumerate(records):
+                places.setdefault(str(self.groups[1](record)), []).append(place)
         ordered = sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
         return {
             name: {"questions": len(mine), **self.values([scores[i] for i in mine], [records[i] for i in mine])}

@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context, printable
-from vlmprune_jax.core.files import open_file, parse_json, reading
+from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.distributed.machine import cores
 from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
@@ -28,6 +28,7 @@ from vlmprune_jax.export.reload import torch_loads
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
+from vlmprune_jax.hf.disk.gguf import GgufHeader, read_gguf_header
 from vlmprune_jax.hf.read import read_config, read_fields, resolve
 from vlmprune_jax.models.params import count_params
 
@@ -38,6 +39,7 @@ BACKENDS = {
     "transformers": (FOLDER, ("torch", "transformers"), "pip install 'vlmprune-jax[torch]'"),
     ENGINE: (GGUF, (WHEEL,), f"pip install {WHEEL}"),
 }
+_MAX_SIDE = 4096  # pixels of a square image
 _LOADERS = "vlmprune_jax.export.remote.modeling_per_layer"
 _ENGINES = "vlmprune_jax.evaluation.speed.engines"
 
@@ -230,7 +232,9 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
 
 
 def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
-    fields, weights, count = _header(file)
+    fields, types, count = read_gguf_header(file)
+    if not types:
+        raise UserError(f"{file}: has no tensors: export it again, or download it again")
     if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
         raise UserError(f"{file}: is the tower of a model (mmproj): give the decoder's file beside it")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []
@@ -242,35 +246,23 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
         raise UserError(
             f"{file}: --prompt_tokens + new_tokens + 1={context} is more than its context of {longest} tokens: lower it"
         )
-    tower, _, tower_count = _header(towers[0]) if towers else ({}, "", 0)
+    tower, _, tower_count = read_gguf_header(towers[0]) if towers else GgufHeader({}, {}, 0)
+    image_size = tower.get("clip.vision.image_size", 224)
+    if not isinstance(image_size, int) or not 0 < image_size <= _MAX_SIDE:
+        raise UserError(
+            f"{towers[0]}: has clip.vision.image_size {image_size!r}, expected 1 to {_MAX_SIDE}: export it again"
+        )
     job = Job(
         model=str(file),
         prompt_tokens=config.prompt_tokens,
         new_tokens=config.new_tokens,
         mmproj=str(towers[0]) if towers else None,
-        image_size=tower.get("clip.vision.image_size", 224),
+        image_size=image_size,
         context=context,
     )
     n_bytes = sum(part.stat().st_size for part in (file, *towers))
+    weights = max(types, key=lambda name: types[name])
     return Side(model, weights, n_bytes, count + tower_count, bool(towers), job)
-
-
-def _header(file: Path) -> tuple[dict[str, Any], str, int]:
-    """Return the fields of a GGUF file, the type of most of its weights, and the number of weights."""
-    from gguf import GGUFReader
-
-    open_file(file).close()  # a FIFO would be waited for
-    with reading(file, "export it again, or download it again"):
-        reader = GGUFReader(file)
-        wanted = ("general.", "clip.vision.image_size", ".context_length")
-        fields = {
-            name: field.contents() for name, field in reader.fields.items() if any(part in name for part in wanted)
-        }
-        types: dict[str, int] = {}
-        for tensor in reader.tensors:
-            types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-        count = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        return fields, max(types, key=lambda name: types[name]), count
 
 
 def _gguf_file(model: str) -> Path | None:

@@ -23,6 +23,7 @@ from vlmprune_jax.core.settings import check_settings, setting
 MIN_RUNS, MIN_SECONDS = 3, 0.05
 TRIES = 10
 speed_setting = functools.partial(setting, affects=("speed",))
+_MAX_TOKENS = 2**20
 _T = TypeVar("_T")
 Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
 _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
@@ -34,9 +35,11 @@ class SpeedConfig:
 
     rounds: int = speed_setting(5, "Number of measurements of each model.", least=0, most=1000)
     prompt_tokens: int = speed_setting(
-        640, "Length of a prompt, including the tokens of its image.", unit="tokens", least=1
+        640, "Length of a prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
     )
-    new_tokens: int = speed_setting(32, "Number of tokens to generate after the first.", unit="tokens", least=1)
+    new_tokens: int = speed_setting(
+        32, "Number of tokens to generate after the first.", unit="tokens", least=1, most=_MAX_TOKENS
+    )
     batch_size: int = speed_setting(1, "Number of prompts that are answered together.", unit="rows", least=1, most=8192)
     image: bool = speed_setting(True, "Begin every prompt with an image, if the model takes images.")
 

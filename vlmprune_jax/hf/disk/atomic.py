@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import time
@@ -109,9 +110,11 @@ def clean_stale(out_dir: Path) -> None:
     """
     for kind in ("replaced", "partial"):
         mark = f".{out_dir.name}.{kind}-"
-        for left in sorted(path for path in out_dir.parent.iterdir() if path.name.startswith(mark)):
+        for left in sorted(
+            path for path in out_dir.parent.iterdir() if path.name.startswith(mark) and not path.is_symlink()
+        ):
             host, _, pid = left.name.removeprefix(mark).rpartition("-")
-            if not pid.isdigit() or _writing(left, host, int(pid)):
+            if not re.fullmatch(r"\d{1,9}", pid, re.ASCII) or _writing(left, host, int(pid)):
                 continue
             if kind == "replaced" and not out_dir.exists():
                 os.rename(left, out_dir)

@@ -1,0 +1,48 @@
+"""Model cards whose names and plans come from anywhere."""
+
+import json
+import re
+
+import pytest
+from hf_cases import LLAMA, keep_layers, make_folder
+
+from vlmprune_jax.export.card import model_name, write_card
+from vlmprune_jax.export.write import save
+from vlmprune_jax.hf.read import load
+
+EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = make_folder(tmp_path / "source", LLAMA)
+    model, plan = keep_layers(load(source), [0, 3])
+    save(model, tmp_path / "out", source_dir=source, plan=plan)
+    path = tmp_path / "out/plan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": EVIL, "criterion": EVIL, "fingerprint": EVIL}))
+    return tmp_path / "out", model.cfg
+
+
+def test_names_are_text(folder):
+    out, cfg = folder
+    (out.parent / "from").mkdir()
+    (out.parent / "from/README.md").write_text("---\nlicense: a]: [b\nlicense_link: # c\n---\n")
+    told = {"loading": "here", "library": "transformers", "benchmarks": [[EVIL] * 5], "datasets": [f"org/{EVIL}"]}
+    write_card(out, cfg, f"org/{EVIL}", out.parent / "from", recovered=True, **told)
+    card = (out / "README.md").read_text()
+    _, front, text = re.split(r"^---$", card, maxsplit=2, flags=re.M)
+    assert [line.partition(":")[0] for line in front.strip().splitlines()] == [
+        "library_name", "pipeline_tag", "base_model", "license", "license_link", "datasets", "tags"
+    ]  # fmt: skip
+    assert 'license: "a]: [b"' in front.splitlines()
+    assert [line.partition(" ")[0] for line in text.splitlines() if line.startswith("#")] == ["#", "##", "##"]
+    plain = re.sub(r"`[^`\n]*`", "", text.replace("\\`", ""))
+    assert not re.search(r"(?<!\\)[<\[]|(?<!\\)\*\*|^---$", plain, re.M)
+    (row,) = [line for line in text.splitlines() if line.startswith("| a")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6
+
+
+def test_a_hub_id_is_the_name_and_stays_one_line(tmp_path):
+    folder = tmp_path / "models--org--a\nb/snapshots/1"
+    folder.mkdir(parents=True)
+    assert model_name(folder) == "org/a\nb"

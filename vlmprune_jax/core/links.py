@@ -1,0 +1,42 @@
+"""Links in folders from any source: nothing is read or written outside the folder that a command was given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from vlmprune_jax.core.errors import UserError
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder to write in that contains a link to another folder, or to any file outside.
+
+    Raises:
+      UserError: names the first such link.
+    """
+    home, folders = os.path.realpath(folder), [str(folder)]
+    while folders:
+        # Folders of others, and those that another run removes meanwhile, are left to whoever opens them.
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                inside = Path(os.path.realpath(entry)).is_relative_to(home) if entry.is_symlink() else True
+                if not inside or (entry.is_symlink() and os.path.isdir(entry)):
+                    raise UserError(
+                        f"{entry.path}: is a link to {os.readlink(entry)}, through which this command would write or "
+                        "read elsewhere: replace it by a copy, or use another --workdir"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+
+
+def check_inside(source: Path, folder: Path) -> None:
+    """Refuse a file of a model folder that is a link out of it, except to the hub cache's `blobs`.
+
+    Raises:
+      UserError: names the link and its target.
+    """
+    real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and real.parent != blobs:
+        raise UserError(f"{source}: is a link out of the folder, to {real}: replace it by a copy or remove it")

@@ -1,0 +1,127 @@
+"""Headers of GGUF files from any source, read in bounded time and memory (gguf's reader maps and trusts the file)."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from vlmprune_jax.core.files import open_file, reading
+
+MAX_HEADER = 2**26  # bytes; of a vocabulary of 260,000 tokens: 20 MB; its texts are walked one by one
+_MAX_FIELDS, _MAX_TENSORS, _MAX_NAME, _MAX_DIMENSIONS = 10_000, 100_000, 1000, 4
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+Value = int | float | bool | str
+
+
+class GgufHeader(NamedTuple):
+    """Header of a GGUF file: numbers and short texts by name, bytes of its tensors by type, and number of weights."""
+
+    fields: dict[str, Value]
+    types: dict[str, int]
+    weights: int
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file and compare the sizes that it claims with the bytes present.
+
+    Raises:
+      UserError: see `open_file`; or the file is not GGUF of version 2 or 3, or is damaged or cut off.
+    """
+    with open_file(path) as file, reading(path, "export it again, or download it again"):
+        header = _Header(file, os.fstat(file.fileno()).st_size)
+        if header.take(4) != b"GGUF" or header.number("<I") not in (2, 3):
+            raise ValueError("is not a GGUF file of version 2 or 3")
+        n_tensors, n_fields = header.count(_MAX_TENSORS, "tensors"), header.count(_MAX_FIELDS, "fields")
+        fields: dict[str, Value] = {}
+        for _ in range(n_fields):
+            name, value = header.text(), header.value(header.number("<I"))
+            if name in fields:
+                raise ValueError(f"has field {name} twice")
+            if value is not None:
+                fields[name] = value
+        sizes = [header.tensor() for _ in range(n_tensors)]
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
+            raise ValueError(f"has general.alignment {alignment!r}")
+        begin = -(-header.at // alignment) * alignment
+        types: dict[str, int] = {}
+        for kind, n_bytes, _, offset in sizes:
+            if begin + offset + n_bytes > header.size:
+                raise ValueError(f"has {header.size:,} bytes, its tensors end at {begin + offset + n_bytes:,}")
+            types[kind] = types.get(kind, 0) + n_bytes
+        return GgufHeader(fields, types, sum(weights for _, _, weights, _ in sizes))
+
+
+class _Header:
+    """A file that is read from its beginning, `at` bytes so far."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.size, self.at, self._file = size, 0, file
+
+    def _advance(self, n_bytes: int) -> None:
+        self.at += n_bytes
+        if self.at > min(self.size, MAX_HEADER):
+            raise ValueError(f"its header does not end within its {min(self.size, MAX_HEADER):,} bytes")
+
+    def take(self, n_bytes: int) -> bytes:
+        self._advance(n_bytes)
+        return self._file.read(n_bytes)
+
+    def skip(self, n_bytes: int) -> None:
+        self._advance(n_bytes)
+        self._file.seek(n_bytes, os.SEEK_CUR)
+
+    def number(self, form: str) -> int:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def count(self, most: int, what: str) -> int:
+        count = self.number("<Q")
+        if count > most:
+            raise ValueError(f"claims {count:,} {what}, more than the maximum of {most:,}")
+        return count
+
+    def text(self) -> str:
+        return self.take(self.count(_MAX_NAME, "characters in a name")).decode(errors="replace")
+
+    def value(self, kind: int) -> Value | None:
+        """Return a number or a short text; skip anything else and return None."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            length = self.number("<Q")
+            if length <= _MAX_NAME:
+                return self.take(length).decode(errors="replace")
+            self.skip(length)
+            return None
+        if kind != _ARRAY:
+            raise ValueError(f"has a field of the unknown type {kind}")
+        inner, count = self.number("<I"), self.number("<Q")
+        if inner in _SCALARS:
+            self.skip(count * struct.calcsize(_SCALARS[inner]))
+        elif inner == _STRING:
+            self._advance(0 if count <= self.size // 8 else self.size)  # each text has a length of 8 bytes
+            for _ in range(count):
+                self.skip(self.number("<Q"))
+        else:
+            raise ValueError(f"has an array of the type {inner}")
+        return None
+
+    def tensor(self) -> tuple[str, int, int, int]:
+        """Return (type, bytes, weights, offset of the data) of a tensor."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name, dimensions = self.text(), self.number("<I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name} has {dimensions} dimensions, the maximum is {_MAX_DIMENSIONS}")
+        shape = [self.number("<Q") for _ in range(dimensions)]
+        kind = GGMLQuantizationType(self.number("<I"))
+        block, size = GGML_QUANT_SIZES[kind]
+        weights = math.prod(shape)
+        if weights % block:
+            raise ValueError(f"tensor {name} {shape} is not in whole blocks of {block} values, as {kind.name} has them")
+        return kind.name, weights // block * size, weights, self.number("<Q")
