@@ -58,8 +58,7 @@ UNBOUNDED = {
     ("evaluation/lmms/tasks.py", "write_tasks"): _USERS,
     ("evaluation/lmms/backend.py", "read"): "an image that a task of lmms-eval names",
     ("export/gguf_file.py", "_header"): "what was written a moment ago",
-    ("distributed/memory.py", "_lines"): _SYSTEM,
-    ("distributed/processor.py", "cpu"): _SYSTEM,
+    ("distributed/machine.py", "_lines"): _SYSTEM,
     ("sweep/sweep.py", "_forget_programs"): _SYSTEM,
     ("evaluation/speed/engines.py", "_peak_bytes"): _SYSTEM,
 }
