@@ -25,7 +25,6 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
 from vlmprune_jax.hf.disk.storage import Storage, StoredWeight
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
-from vlmprune_jax.hf.fetch import extent_of, origin, to_host
 from vlmprune_jax.hf.layout import (
     Slot,
     block_number,
@@ -36,6 +35,7 @@ from vlmprune_jax.hf.layout import (
     template,
     tied_head,
 )
+from vlmprune_jax.hf.lazy import extent_of, origin, to_host
 from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model

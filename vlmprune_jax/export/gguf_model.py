@@ -41,8 +41,8 @@ from vlmprune_jax.families.gguf import (
 from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.tensors import Tensor
-from vlmprune_jax.hf.fetch import origin, to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.hf.lazy import origin, to_host
 from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.layers import inverse_frequencies
 from vlmprune_jax.models.params import flatten

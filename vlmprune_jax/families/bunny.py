@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families.decoders import text_from_hf
 from vlmprune_jax.families.llava import LLAVA_ORIGINAL, ORIGINAL_IMAGE_TOKEN, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, token_ids

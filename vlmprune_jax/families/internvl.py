@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, ProjectorConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids, vlm_token_ids

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, ProjectorConfig, VisionConfig
+from vlmprune_jax.core.config import LayerShape, ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families.table import JsonDict, Weight
 
 # Defaults of each tower's config class in transformers (InternViT: in the hub's remote code).

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.config import ProjectorConfig
+from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation
 
 

@@ -21,8 +21,8 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
-from vlmprune_jax.hf.fetch import to_host
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.hf.lazy import to_host
 from vlmprune_jax.hf.read import read_fields
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model

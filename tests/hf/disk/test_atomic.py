@@ -123,14 +123,14 @@ def test_failure_keeps_the_old_folder(llama, tmp_path, monkeypatch):
 
 WRITER = """
 import sys, time
-from vlmprune_jax.hf import fetch
+from vlmprune_jax.hf import lazy
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.export import folder
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 source, out = sys.argv[1:]
 verified.BLOCK = 4096  # or nothing of so small a model is on the disk before its end
-model, plain, count = load(source), fetch.to_host, 0
+model, plain, count = load(source), lazy.to_host, 0
 def slow(*args):
     global count
     count += 1

@@ -1,0 +1,50 @@
+"""Projector between a vision tower and a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmprune_jax.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Projector from vision features to decoder embeddings.
+
+    Kinds:
+      mlp: LLaVA's two layers.
+      pixel_shuffle: InternVL's; a layer norm (`norm_eps`), then two layers.
+      linear: SmolVLM's single layer without activation.
+      merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
+      pool: Gemma's; the mean of neighbours, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
+        activation, whose matrix is stored [inputs, outputs] with `inputs_first`.
+
+    All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature, or their mean
+    (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a
+    layer norm after joining, in the order of the tower's deepstack blocks.
+    """
+
+    activation: str
+    bias: bool
+    kind: str = "mlp"
+    norm_eps: float = 0.0
+    downsample: int = 1
+    shuffle_version: str = "v2"
+    norm: str = "layer"
+    deepstack: int = 0
+    norm_offset: float = 0.0
+    inputs_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shuffle_version not in ("v1", "v2"):
+            raise UserError(f"ps_version {self.shuffle_version!r} is not one of v1, v2")
+
+    @property
+    def pools(self) -> bool:
+        """True if the mean of neighbouring patches is one feature."""
+        return self.kind == "pool"
+
+    @property
+    def shuffles(self) -> bool:
+        """True if neighbouring patches are joined into one feature."""
+        return self.kind not in ("mlp", "pool")
