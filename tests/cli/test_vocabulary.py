@@ -5,8 +5,11 @@ from hf_cases import edit_config
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.planning.case import predict_plan
 from vlmprune_jax.planning.recommend import LARGE_VOCABULARY, vocabulary_share
 
 
@@ -58,3 +61,12 @@ def test_recommend_offers_a_large_vocabulary_first(tmp_path, capsys):
     edit_config(folder, vocab_size=16)
     assert main(["recommend", f"--model={folder}", "--ratio=0.2", "--compute=none"]) == 0
     assert "first: trim" not in capsys.readouterr().out
+
+
+def test_the_planner_predicts_its_shapes(model):
+    """It knows the size without reading a source."""
+    changes = {"prune": {"ratio": 0.3, "method": "width", "vocabulary": {"size": 443, "multiple": 8}}}
+    cfg = read_config(model)[1]
+    plan = predict_plan(override(Experiment(), changes), cfg)
+    assert plan.apply_to(cfg).text.vocab_size == 448
+    assert plan.reached == pytest.approx(0.3, abs=0.03)

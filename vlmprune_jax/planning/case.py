@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
-from vlmprune_jax.prune import PrunePlan, Scores, make_plan
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig
 from vlmprune_jax.prune.criteria.random import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.select import Trim, plan_beside
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.flops import StepFlops, step_flops
@@ -134,9 +136,10 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
+    teacher = cfg if plan.vocabulary is None else plan.vocabulary.apply_to(cfg)
     return Case(
         cfg=plan.apply_to(cfg),
-        teacher_cfg=cfg if needs_teacher(config.losses) else None,
+        teacher_cfg=teacher if needs_teacher(config.losses) else None,
         kept_layers=plan.kept_layers,
         config=config,
         dtype=model.dtype,
@@ -155,12 +158,26 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
     """
     config = plan_config(experiment.prune, experiment.model, experiment.export)
+    config.check()
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if config.method == "hybrid" else scores
     if config.heads == "auto":
         config = dataclasses.replace(config, heads="proportional")
-    return make_plan(pair, cfg, config)
+    return plan_beside(Trim.of(_typical_vocabulary(config.vocabulary, cfg), cfg), pair, cfg, config)
+
+
+def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
+    """Return a vocabulary of the size asked for, which decides shapes; its tokens are those of low ids."""
+    rows = cfg.text.vocab_size
+    if config.size is None:
+        return None
+    special = {cfg.bos_token_id, *cfg.eos_token_ids, cfg.pad_token_id, cfg.image_token_id, cfg.video_token_id}
+    needed = sorted(i for i in special if i is not None and 0 <= i < rows)
+    size = min(-(-config.size // config.multiple) * config.multiple, rows)
+    others = (i for i in range(rows) if i not in needed)
+    kept = sorted([*needed, *itertools.islice(others, size - len(needed))])
+    return KeptVocabulary(rows, tuple(kept), "")
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

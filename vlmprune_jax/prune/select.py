@@ -49,7 +49,11 @@ def make_plan(
     """
     config, cfg = _configured(config, options), config_of(cfg)
     config.check([name for name, value in options.items() if value is not None])
-    trim = make_trim(config.vocabulary, cfg)
+    return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
+
+
+def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
+    """Return the plan of a trimmed vocabulary, and of layers, heads and neurons for the rest of the ratio."""
     share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
     plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
     check_loads(plan.apply_to(cfg), config.loads_in)
@@ -105,6 +109,12 @@ class Trim:
     cfg: ModelConfig
     parameters: int
 
+    @classmethod
+    def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
+        """Return what the vocabulary leaves of a model and removes."""
+        trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
+        return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
+
     def share_left(self, config: PlanConfig, total: int) -> float | None:
         """Return the share of all parameters that layers, heads and neurons must lose; None if it is not a ratio."""
         if config.ratio is not None:
@@ -124,15 +134,13 @@ def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
       UserError: see `choose_vocabulary`; or no folder of a tokenizer is given.
     """
     if config.size is None:
-        return Trim(None, cfg, 0)
+        return Trim.of(None, cfg)
     if config.source_dir is None:
         raise UserError(
             'vocabulary.source_dir: name the folder of the model, which has the tokenizer, as in vocabulary={"size": '
             '16384, "sources": ("train.json",), "source_dir": "DIR"}'
         )
-    vocabulary = choose_vocabulary(config.source_dir, cfg, config)
-    trimmed = vocabulary.apply_to(cfg)
-    return Trim(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
+    return Trim.of(choose_vocabulary(config.source_dir, cfg, config), cfg)
 
 
 def _configured(config: PlanConfig | None, options: Mapping[str, Any]) -> PlanConfig:
