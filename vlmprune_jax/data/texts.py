@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.inputs import read_set
 from vlmprune_jax.data.prompts import render
-from vlmprune_jax.data.records import IMAGE_TOKEN, data_files, read_entries
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, data_files, make_record, read_entries
 from vlmprune_jax.data.tfds import PREFIX as TFDS
 from vlmprune_jax.families.templates import Template
 
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _PART = 2000  # characters of a text file per text, cut at the end of a line
 
 
@@ -39,7 +37,7 @@ def read_texts(source: str, template: Template) -> Texts:
     """
     if source.startswith((TFDS, DATASETS)):
         records = read_set(source, None, "prune.vocabulary.sources", True, "skip")
-        return Texts([text for record in records for text in _rendered(record.turns, template)], [])
+        return Texts([text for record in records for text in _texts_of(record, template)], [])
     path = Path(source)
     if path.suffix not in (".json", ".jsonl"):
         return Texts(list(_parts(read_text(path, missing="no such file: prune.vocabulary names it"))), [])
@@ -47,14 +45,23 @@ def read_texts(source: str, template: Template) -> Texts:
     ids: list[int] = []
     first, *listed = data_files(path, None)
     for file in listed or [first]:
-        for entry in read_entries(file, "stop"):
+        for number, entry in enumerate(read_entries(file, "stop")):
             if isinstance(entry, str):
                 texts.append(entry)
             elif isinstance(entry, int) and not isinstance(entry, bool):
                 ids.append(entry)
             else:
-                texts += _texts_of(entry, template, file)
+                texts += _texts_of(make_record(entry, number, file, _Unopened(), True), template)
     return Texts(texts, ids)
+
+
+class _Unopened:
+    """Images by their names alone."""
+
+    def find(self, name: str, where: str) -> Path:
+        """Return the name as a path."""
+        del where
+        return Path(name)
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -68,21 +75,11 @@ def _parts(text: str) -> Iterator[str]:
         yield part
 
 
-def _texts_of(entry: Any, template: Template, where: Path) -> Iterator[str]:
-    """Yield the rendered conversation of a record, and the texts in its lists (answers, choices, labels)."""
-    if not isinstance(entry, dict):
-        raise UserError(
-            f"{where}: holds a {type(entry).__name__}, expected records, or a list of texts or of token ids"
-        )
-    turns = entry.get("conversations")
-    if isinstance(turns, list):
-        pairs = [(turn.get("from"), turn.get("value")) for turn in turns if isinstance(turn, dict)]
-        yield from _rendered([(_SPEAKERS.get(str(of), "human"), str(text)) for of, text in pairs], template)
-    for name, value in entry.items():
-        if name not in ("conversations", "images", "image") and isinstance(value, list):
+def _texts_of(record: Record, template: Template) -> Iterator[str]:
+    """Yield the rendered conversation of a record, its answers, and the texts in its other lists (choices, labels)."""
+    prompt = render(record.turns, template, has_image=bool(record.images))
+    yield from (piece for piece in prompt.split(IMAGE_TOKEN) if piece)
+    yield from record.answers
+    for value in record.fields.values():
+        if isinstance(value, list):
             yield from (text for text in value if isinstance(text, str))
-
-
-def _rendered(turns: Any, template: Template) -> Iterator[str]:
-    has_image = any(IMAGE_TOKEN in text for _, text in turns)
-    yield from (piece for piece in render(turns, template, has_image=has_image).split(IMAGE_TOKEN) if piece)
