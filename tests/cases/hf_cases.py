@@ -117,7 +117,7 @@ def edit_weights(folder: Path, edit: Any, name: str = "model.safetensors") -> No
     """Rewrite one safetensors file after `edit(dict)`."""
     tensors = load_file(folder / name)
     tensors = edit(tensors) or tensors
-    tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    tensors = {key: np.array(value, order="C") for key, value in tensors.items()}
     save_file(tensors, folder / name, metadata={"format": "pt"})
 
 

@@ -21,14 +21,16 @@ class LayerShape:
     """Widths of one layer: query heads, key/value heads and MLP neurons.
 
     `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
-    sliding window, or in a tower the side, in merged cells, of square windows. Pruning never changes it, and plans do
-    not record it.
+    sliding window, or in a tower the side, in merged cells, of square windows. A `shared` layer has no keys and values
+    of its own: it attends to those of the last layer before it that has, with the same window. Pruning never changes
+    either, and plans do not record them.
     """
 
     q_heads: int
     kv_heads: int
     mlp: int
     window: int | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if min(*self.widths, 1 if self.window is None else self.window) < 1:
@@ -40,6 +42,10 @@ class LayerShape:
     def widths(self) -> tuple[int, int, int]:
         """(q_heads, kv_heads, mlp), as recorded by plans and `per_layer_shapes`."""
         return self.q_heads, self.kv_heads, self.mlp
+
+    def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
+        """Return the same layer with other widths."""
+        return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads, mlp=mlp)
 
 
 _CHOICES = {
@@ -62,7 +68,8 @@ class Stack:
     their weight + `norm_offset`. `block` is "sequential", or "parallel" for x + attention(norm x) + mlp(norm x).
     `mlp_kind` is "gated" or "plain" (two projections). `qk_norm` normalises every query and key head; `layer_scale`
     scales what a branch adds, channel by channel. Attention scores are multiplied by `query_scale` (0: head_dim **
-    -0.5).
+    -0.5); `v_norm` divides every value head by its root mean square. `clips` bounds inputs and outputs of every
+    projection. A head is rotated in `rope_parts` independent parts.
     """
 
     causal: ClassVar[bool] = False  # whether a position sees only itself and those before it
@@ -84,6 +91,9 @@ class Stack:
     norm_place: str = "before"
     norm_offset: float = 0.0
     query_scale: float = 0.0
+    v_norm: bool = False
+    clips: bool = False
+    rope_parts: int = 1
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -99,6 +109,11 @@ class Stack:
     def even(self) -> bool:
         """True if all layers have the same widths, as stock transformers requires."""
         return len({shape.widths for shape in self.layers}) <= 1
+
+    def head_dim_of(self, shape: LayerShape) -> int:
+        """Return the channels of a head of this layer."""
+        del shape
+        return self.head_dim
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
         """Return the same stack with other layers."""
@@ -117,7 +132,13 @@ class TextConfig(Stack):
     says that its PyTorch class derives the size of a head as hidden_size / heads.
 
     Embeddings of tokens are multiplied by `embed_scale`. Layers with a window rotate by `window_rope` (None: by `rope`,
-    as all others). With `sees_images` the tokens of an image also see those that follow them in the same image.
+    as all others). The tokens of an image also see those that follow them in the same image, in the layers that
+    `sees_images` names: "" none, "windows" those with a window, "all".
+
+    Layers without a window may have other heads: of `full_head_dim` channels (0: `head_dim`), and with `keys_as_values`
+    their values are their keys before norm and rotation. `double_wide`: shared layers have twice the neurons. Logits
+    are bounded by `logit_cap` (0: not). With `layer_inputs`, every layer also gets so many channels by token, from a
+    table of its own and from the embeddings, and its output is multiplied by one learned number.
     """
 
     causal: ClassVar[bool] = True
@@ -131,10 +152,34 @@ class TextConfig(Stack):
     whole_heads: bool = False
     embed_scale: float = 1.0
     window_rope: RopeConfig | None = None
-    sees_images: bool = False
+    sees_images: str = ""
+    full_head_dim: int = 0
+    keys_as_values: bool = False
+    double_wide: bool = False
+    logit_cap: float = 0.0
+    layer_inputs: int = 0
+    layer_scalar: bool = False
     decoder: str = field(kw_only=True)
     norm: str = field(default="rms", kw_only=True)
     mlp_kind: str = field(default="gated", kw_only=True)
+
+    def head_dim_of(self, shape: LayerShape) -> int:
+        """Return the channels of a head of this layer."""
+        return self.head_dim if shape.window is not None else self.full_head_dim or self.head_dim
+
+    @property
+    def even(self) -> bool:
+        """True if all layers have the widths that stock transformers gives them by one number."""
+        full = [shape for shape in self.layers if shape.window is None]
+        own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
+        wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
+        heads, kv_full, kv_own = {s.q_heads for s in self.layers}, {s.kv_heads for s in full}, {s.kv_heads for s in own}
+        return max(len(heads), len(kv_full), len(kv_own), len(wide)) <= 1
+
+    def producer(self, shape: LayerShape) -> int | None:
+        """Return the number of the layer whose keys and values `shared` layers like this one use."""
+        found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
+        return found[-1] if found else None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,7 +210,9 @@ class VisionConfig(Stack):
     With `temporal` (copies of the image in a patch) images have any size and arrive as patches, `merge` x `merge`
     neighbours consecutively; `image_size` is then a typical size, for estimates. Such a tower interpolates its position
     table, if it has one (`table`), for every image, and rotates queries and keys by row and column (`rope_theta`). The
-    outputs of the blocks in `deepstack` are added to the first decoder layers.
+    outputs of the blocks in `deepstack` are added to the first decoder layers. With `axis_positions`, an image's
+    patches take the sum of two entries of as many, by column and by row. `channels_last`: order of a patch's values,
+    which are then in 0..1, and centred by the tower.
     """
 
     n_layers_total: int
@@ -185,6 +232,8 @@ class VisionConfig(Stack):
     table: bool = True
     rope_theta: float = 0.0
     deepstack: tuple[int, ...] = ()
+    axis_positions: int = 0
+    channels_last: bool = False
     norm: str = field(default="layer", kw_only=True)
     mlp_kind: str = field(default="plain", kw_only=True)
 

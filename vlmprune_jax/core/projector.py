@@ -17,7 +17,8 @@ class ProjectorConfig:
       linear: SmolVLM's single layer without activation.
       merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
       pool: Gemma's; the mean of neighbours, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
-        activation, whose matrix is stored [inputs, outputs] with `inputs_first`.
+        activation, whose matrix is stored [inputs, outputs] with `inputs_first`. The mean is multiplied by
+        `feature_scale` and, if `standardizes`, shifted and scaled by channel; `plain_norm`: the norm has no weight.
 
     All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature, or their mean
     (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a
@@ -34,6 +35,9 @@ class ProjectorConfig:
     deepstack: int = 0
     norm_offset: float = 0.0
     inputs_first: bool = False
+    feature_scale: float = 1.0
+    standardizes: bool = False
+    plain_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.shuffle_version not in ("v1", "v2"):

@@ -11,9 +11,10 @@ from vlmprune_jax.core.errors import UserError
 class RopeConfig:
     """Rotary position embedding as Hugging Face configs describe it (`rope_theta` and `rope_scaling`).
 
-    `kind` is "default", "linear", "llama3", "yarn" or "longrope"; the other fields are its parameters, 0 or empty if
-    unused. LongRoPE divides each frequency by its short factor, or by its long factor for the whole batch
-    as soon as one position reaches `original_max_positions`.
+    `kind` is "default", "linear", "llama3", "yarn", "longrope" or "proportional"; the other fields are its parameters,
+    0 or empty if unused. Proportional RoPE turns only the `rotated` share of all frequencies, the fastest. LongRoPE
+    divides each frequency by its short factor, or by its long factor for the whole batch as soon as one position
+    reaches `original_max_positions`.
 
     `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column: in consecutive
     blocks, or `interleaved`.
@@ -32,6 +33,7 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
     sections: tuple[int, ...] = ()
     interleaved: bool = False
+    rotated: float = 1.0
 
     def __post_init__(self) -> None:
         wrong = (

@@ -264,8 +264,9 @@ class Encoder:
 
     @property
     def _merge(self) -> int:
-        """`Preparation.merge` of the image loader; 0 without one."""
-        return 0 if self.image_loader is None else self.image_loader.preparation.merge
+        """Patches per side of a token, for models with M-RoPE; else 0."""
+        preparation = None if self.image_loader is None else self.image_loader.preparation
+        return preparation.merge if preparation is not None and preparation.turns else 0
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:

@@ -17,7 +17,7 @@ from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import MAX_SIDE
 
 # Values of `Family.images` for which the transformers classes are not used.
-_CUT = ("tiles", "splits", "crops", "patches")
+_CUT = ("tiles", "splits", "crops", "budget", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 _TODO = "restore it from the model's source"
 
@@ -70,6 +70,9 @@ class ProcessorFile(_Steps, total=False):
     pan_and_scan_min_crop_size: _Count
     pan_and_scan_max_num_crops: Annotated[int, Meta(ge=2, le=100)] | None
     pan_and_scan_min_ratio_to_activate: Annotated[float, Meta(ge=1, le=1000)] | None
+    patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    pooling_kernel_size: Annotated[int, Meta(ge=1, le=16)] | None
+    max_soft_tokens: _Count
 
 
 class _Areas(TypedDict, total=False):
@@ -118,9 +121,9 @@ def processor_settings(folder: Path) -> tuple[Any, str] | None:
     return None
 
 
-def check_steps(config: Mapping[str, Any], where: str, images: str) -> None:
+def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalizes: bool = True) -> None:
     """Refuse settings without resizing, rescaling by 1/255 or normalisation; `images` names the kind of images."""
-    for step in ("do_resize", "do_rescale", "do_normalize"):
+    for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
         if config.get(step) is False:
             raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:

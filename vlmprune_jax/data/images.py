@@ -26,6 +26,7 @@ from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
+from vlmprune_jax.data.token_budget import TokenBudget, token_budget_from_processor
 from vlmprune_jax.families import find
 from vlmprune_jax.families.tiles import ImageShape
 
@@ -50,6 +51,10 @@ class Preparation(Protocol):
     @property
     def merge(self) -> int:
         """Patches per side of a token, for images of any size; else 0."""
+
+    @property
+    def turns(self) -> bool:
+        """True if tokens have positions by row and column of their image (M-RoPE)."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
@@ -87,7 +92,7 @@ class WholeImage:
     unchanged.
     """
 
-    shares, usual, merge, image_buckets = False, (1,), 0, ()
+    shares, usual, merge, image_buckets, turns = False, (1,), 0, (), False
 
     def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS[1:]:
@@ -304,7 +309,7 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
 
     if patches is None and image_size is None:
         return
-    in_patches = isinstance(preparation, Patching)
+    in_patches = preparation.merge > 0
     first, second = (*preparation.shape, preparation.merge) if in_patches else preparation.shape[1:]
     makes = described(first, second, in_patches)
     takes = described(*(patches or (image_size, image_size)), patches is not None)
@@ -325,7 +330,7 @@ def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None
         preparation = dataclasses.replace(preparation, **changes)
     if most is None:
         return preparation
-    if not isinstance(preparation, Patching):
+    if not isinstance(preparation, Patching | TokenBudget):
         raise UserError(f"{folder}: data.max_image_tokens set, but this model's images have one size: unset it")
     return preparation.with_most_tokens(most)
 
@@ -355,5 +360,6 @@ _PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "tiles": tiling_from_processor,
     "splits": splitting_from_processor,
     "crops": cropping_from_processor,
+    "budget": token_budget_from_processor,
     "patches": patching_from_processor,
 }

@@ -37,7 +37,7 @@ class Patching:
     std: tuple[float, ...]
     resample: int
 
-    shares, usual = False, (1,)
+    shares, usual, turns = False, (1,), True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ class Splitting:
     std: tuple[float, ...]
     resample: int
 
-    shares, merge, image_buckets = False, 0, ()
+    shares, merge, image_buckets, turns = False, 0, (), False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole
 class Tiling(TilingConfig):
     """A `TilingConfig` that can be applied to images."""
 
-    merge, image_buckets = 0, ()
+    merge, image_buckets, turns = 0, (), False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -167,7 +167,7 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
     tensors = []
     for key, entry in source.entries.items():
         name = family.canonical(key)
-        if name in known or not family.is_ignored(name) or is_left_out(name, target.config):
+        if name in known or family.is_dropped(name) or not family.is_ignored(name) or is_left_out(name, target.config):
             continue
         numbers = {stack: block_number(name, prefix) for stack, prefix in prefixes.items()}
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):

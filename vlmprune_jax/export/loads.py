@@ -95,4 +95,4 @@ def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
     """Return a layer with fewer groups of heads and fewer neurons."""
     groups = max(1, shape.kv_heads - heads)
     widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
-    return LayerShape(*widths, shape.window)
+    return shape.with_widths(*widths)

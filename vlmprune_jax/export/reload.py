@@ -25,6 +25,7 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.patch_rows import with_places
 from vlmprune_jax.models.vlm import Model, forward, mesh_of
 
 # Tolerances of float32 logits between two implementations: absolute, and relative to the largest logit above 10
@@ -254,6 +255,9 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id
     inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
+    if "image_position_ids" in takes and "image_grid_thw" in inputs:
+        grids, cfg = inputs.pop("image_grid_thw"), family.from_hf(config, None)
+        inputs["pixel_values"], inputs["image_position_ids"] = with_places(cfg, inputs["pixel_values"], grids)
     if "token_type_ids" in takes:  # without it, images would not see themselves
         inputs["token_type_ids"] = (inputs["input_ids"] == family.from_hf(config, None).image_token_id).astype(np.int64)
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}

@@ -33,7 +33,7 @@ def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape
 def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
     """Return all layers at the widths of `widest`, each with its own sliding window."""
     widths = widest(layers, heads).widths
-    return tuple(LayerShape(*widths, shape.window) for shape in layers)
+    return tuple(shape.with_widths(*widths) for shape in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:

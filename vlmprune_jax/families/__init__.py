@@ -9,6 +9,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.bunny import BUNNY
 from vlmprune_jax.families.gemma3 import GEMMA3
+from vlmprune_jax.families.gemma4 import GEMMA4
 from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
 from vlmprune_jax.families.llama import LLAMA
 from vlmprune_jax.families.llava import LLAVA_HF, LLAVA_ORIGINAL
@@ -34,6 +35,7 @@ FAMILIES.update(
         "qwen3_vl": QWEN3_VL,
         "qwen2_5_vl": QWEN2_5_VL,
         "gemma3": GEMMA3,
+        "gemma4": GEMMA4,
         **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
     }
 )

@@ -52,7 +52,8 @@ _KINDS: tuple[_Kind, ...] = (
          "num_channels", "scale_factor", "min_dynamic_patch", "max_dynamic_patch", "num_heads", "in_channels",
          "spatial_merge_size", "temporal_patch_size", "window_size", "out_hidden_size", "num_position_embeddings"),
         ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
-         "sliding_window_pattern", "mm_tokens_per_image"),
+         "sliding_window_pattern", "mm_tokens_per_image", "global_head_dim", "num_global_key_value_heads",
+         "vocab_size_per_layer_input", "pooling_kernel_size", "position_embedding_size"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers", "depth"), ()),
     (
@@ -61,7 +62,25 @@ _KINDS: tuple[_Kind, ...] = (
         ("image_size", "patch_size"),
         ("force_image_size",),
     ),
-    ("a number", _number, ("rms_norm_eps", "layer_norm_eps"), ()),
+    ("a number", _number, ("rms_norm_eps", "layer_norm_eps"), ("final_logit_softcapping",)),
+    (
+        "a whole number from 0",
+        lambda v: type(v) is int and 0 <= v <= _MAX,
+        (),
+        ("num_kv_shared_layers", "hidden_size_per_layer_input"),
+    ),
+    (
+        "true, false or a name",
+        lambda v: isinstance(v, bool) or _name(v),
+        (),
+        ("use_bidirectional_attention",),
+    ),
+    (
+        "an object of objects by layer number",
+        lambda v: isinstance(v, dict) and all(k.isdecimal() and isinstance(one, dict) for k, one in v.items()),
+        (),
+        ("per_layer_config",),
+    ),
     (
         "a number above 0",
         _positive,
@@ -100,7 +119,7 @@ _KINDS: tuple[_Kind, ...] = (
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window", "qk_layernorm",
          "multimodal_projector_bias", "use_s2", "qk_normalization", "use_qk_norm", "use_mean_pooling",
          "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square",
-         "use_bidirectional_attention"),
+         "attention_k_eq_v", "use_double_wide_mlp", "use_clipped_linears", "standardize", "enable_moe_block"),
     ),
     (
         "a text",

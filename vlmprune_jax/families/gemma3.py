@@ -40,9 +40,9 @@ _TEXT: JsonDict = {
     "bos_token_id": 2,
     "tie_word_embeddings": True,
 }
-_THETA = {_FULL: 1e6, _SLIDING: 1e4}
+THETA = {_FULL: 1e6, _SLIDING: 1e4}
 # Norms of a layer by what they do, and their names in the files.
-_NORMS = {
+NORMS = {
     "post_attention_layernorm": "pre_feedforward_layernorm",  # of the MLP's input
     "attention_output_norm": "post_attention_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
@@ -76,7 +76,7 @@ def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
         _SLIDING: {"rope_theta": config.get("rope_local_base_freq")},
     }
     stated = {kind: {k: v for k, v in (nested.get(kind) or older[kind]).items() if v is not None} for kind in older}
-    return {kind: {"rope_type": "default", "rope_theta": _THETA[kind], **fields} for kind, fields in stated.items()}
+    return {kind: {"rope_type": "default", "rope_theta": THETA[kind], **fields} for kind, fields in stated.items()}
 
 
 def _windows(config: Mapping[str, Any]) -> list[int | None]:
@@ -102,7 +102,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         norm_offset=1.0,
         embed_scale=math.sqrt(int(config["hidden_size"])),
         query_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-        sees_images=True,
+        sees_images="all",
     )
 
 
@@ -123,7 +123,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     table, layer, key = llama_like_weights(text, prefix, head), "text/layers/{i}", prefix + "layers.{i}"
-    norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in _NORMS.items()]
+    norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in NORMS.items()]
     return [line for line in table if line.path not in {norm.path for norm in norms}] + norms
 
 

@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.families.table import JsonDict
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
@@ -32,6 +32,9 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         raise UserError(f"{kind} rope with mrope_section is not supported (supported: default)")
     if kind == "longrope":
         return _longrope(config, scaling, theta)
+    if kind == "proportional":
+        rotated = float(scaling.get("partial_rotary_factor") or 1.0)
+        return RopeConfig(theta=theta, kind=kind, factor=float(scaling.get("factor") or 1.0), rotated=rotated)
     if kind == "yarn":
         unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
         if unsupported:
@@ -89,7 +92,7 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
 def for_both_versions(config: JsonDict) -> JsonDict:
     """Return a decoder's config with `rope_parameters` also in transformers 4's spelling."""
     nested = config.get("rope_parameters")
-    if not nested or "rope_theta" in config:
+    if not nested or "rope_theta" in config or "full_attention" in nested:  # by type of layer: only in version 5
         return config
     outside = {name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested}
     scaling: JsonDict | None = {name: value for name, value in nested.items() if name not in outside}

@@ -118,9 +118,10 @@ class Family:
 
     Weights: `weights(cfg)` has one line per tensor. `renames` are ordered (regex, replacement) pairs that turn every
     accepted spelling of a key into the table's. Keys that match `ignored` are neither loaded nor refused, and are
-    copied on export. `modules` are pairs that turn the table's spelling into names of modules in memory in
-    transformers. With `respells` exports have the table's spelling, whatever their source's (some versions silently
-    ignore other ones). With `separate_vision` the tower may be a folder of its own; without `holds_tower` it always is.
+    copied on export, unless they match `dropped`. `modules` are pairs that turn the table's spelling into names of
+    modules in memory in transformers. With `respells` exports have the table's spelling, whatever their source's
+    (some versions ignore others). With `separate_vision` the tower may be a folder of its own; without `holds_tower`
+    it always is.
 
     Tokens and prompt: `token_names` are pairs (field, token): config fields of `from_hf` that get the id of a token of
     the folder's tokenizer, if it has that token. Models were trained with the first of `templates`, unless
@@ -146,6 +147,7 @@ class Family:
     text_section: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()
     respells: bool = False
     separate_vision: bool = False
@@ -170,7 +172,11 @@ class Family:
 
     def is_ignored(self, key: str) -> bool:
         """Return True if a (canonical) key is known but not part of the computed model."""
-        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
+        return self.is_dropped(key) or any(re.fullmatch(pattern, key) for pattern in self.ignored)
+
+    def is_dropped(self, key: str) -> bool:
+        """Return True if a (canonical) key is known but never written again."""
+        return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def text_config(self, config: Mapping[str, Any]) -> JsonDict:
         """Return the part of a config.json that describes the decoder, or {} without one."""

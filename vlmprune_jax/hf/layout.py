@@ -76,22 +76,28 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     slots = []
     for weight in family.weights(cfg):
         tokens = weight.layout.replace("(", " ( ").replace(")", " ) ").split()
-        for i, path, index in locate(cfg, weight.path):
+        places = locate(cfg, weight.path)
+        some = any(path in axes for _, path, _ in places)  # layers may lack it
+        for i, path, index in places:
             line = weight if i is None else weight.at(i)
             if path not in axes:
+                if some:
+                    continue
                 raise UserError(
                     f"family {family.name}: line for {line.path}, a parameter that this model does not have"
                 )
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
-            if [t for t in tokens if t not in "()1"] != list(names):
+            unnamed = () if "unit" in tokens else ("unit",)  # numbers without an axis in files
+            if [t for t in tokens if t not in "()1"] != [name for name in names if name not in unnamed]:
                 raise UserError(
                     f"family {family.name}: layout {line.layout!r} of {line.path} does not match its axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             hf_shape = _grouped(tokens, size)
-            slots.append(Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, hf_shape[0]))
+            rows = hf_shape[0] if hf_shape else 1
+            slots.append(Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows))
     slots = _fused(slots)
     missing = sorted(set(shapes) - {slot.path for slot in slots})
     if missing:
@@ -107,7 +113,10 @@ def _fused(slots: Sequence[Slot]) -> list[Slot]:
         start = rows[slot.key]
         rows[slot.key] += slot.stop
         placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
-    return [dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) for slot in placed]
+    return [
+        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
+        for slot in placed
+    ]
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:

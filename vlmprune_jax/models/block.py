@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.config import LayerShape, Stack
+from vlmprune_jax.core.config import LayerShape, Stack, TextConfig
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
@@ -30,6 +30,7 @@ from vlmprune_jax.models.layers import (
     compute_once,
     rotate,
     saveable,
+    unit_rms,
 )
 from vlmprune_jax.models.random import bernoulli
 
@@ -40,6 +41,7 @@ READERS = ("self_attn", "mlp", *WRITERS)  # groups of matrices that read the sam
 # "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before what
 # `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
 VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
+KEYS = "keys"
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
@@ -53,7 +55,8 @@ class Context(NamedTuple):
     everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
     none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
     segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
-    `slot`: int32[], the first cache slot that this call writes. `dropout_key`: LoRA dropout is on.
+    `slot`: int32[], the first cache slot that this call writes. `dropout_key`: LoRA dropout is on. `shared`: per window
+    (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this layer alone.
     """
 
     masks: Mapping[int, jax.Array | None]
@@ -63,6 +66,8 @@ class Context(NamedTuple):
     segments: Mapping[int, jax.Array] | None = None
     slot: Any = 0
     dropout_key: jax.Array | None = None
+    shared: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    layer_input: jax.Array | None = None
 
 
 class BlockValues(NamedTuple):
@@ -104,42 +109,60 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: Stack, shape: LayerShape, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
-            return Projection(sizes, out, into, bias=bias, lora=_adapter(lora, name))
+            return Projection(sizes, out, into, bias=bias, lora=_adapter(lora, name), clips=cfg.clips)
 
+        own, head_dim = not shape.shared, cfg.head_dim_of(shape)
+        values = own and not (isinstance(cfg, TextConfig) and cfg.keys_as_values and shape.window is None)
         self.window, self.causal, self.out_name = shape.window or 0, cfg.causal, names.out
-        self.query_gain = cfg.query_scale * cfg.head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
+        self.query_gain = cfg.query_scale * head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
         self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), cfg.qkv_bias)
-        self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias)
-        self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias)
+        self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if own else None
+        self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if values else None
         setattr(self, names.out, projection(names.out, (names.axis,), ("q_heads", "head"), cfg.out_bias))
         norm = functools.partial(Norm, sizes, "head", kind="rms", eps=cfg.norm_eps, offset=cfg.norm_offset)
         self.q_norm = norm() if cfg.qk_norm else None
-        self.k_norm = norm() if cfg.qk_norm else None
+        self.k_norm = norm() if cfg.qk_norm and own else None
+        self.v_eps, self.parts = cfg.norm_eps if cfg.v_norm else None, cfg.rope_parts
+
+    def _keys_and_values(
+        self, x: jax.Array, ctx: Context, masks: Sequence[jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.k_proj is None:
+            assert ctx.shared is not None
+            return ctx.shared[self.window]
+        k = self.k_proj(x, masks[0])
+        v = k if self.v_proj is None else self.v_proj(x, masks[1])
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        if self.v_eps is not None:
+            v = unit_rms(v, self.v_eps)
+        return k if ctx.ropes is None else rotate(k, *ctx.ropes[self.window], self.parts), v
 
     def __call__(
         self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Return (output, input of the output projection, cache)."""
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]]:
+        """Return (output, input of the output projection, cache, keys and values)."""
         out_proj = getattr(self, self.out_name)
-        dropout_masks = _dropout_masks(ctx.dropout_key, x, (self.q_proj, self.k_proj, self.v_proj, out_proj))
-        q, k, v = self.q_proj(x, dropout_masks[0]), self.k_proj(x, dropout_masks[1]), self.v_proj(x, dropout_masks[2])
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
+        dropout_masks = _dropout_masks(ctx.dropout_key, x, [one for one in projections if one is not None])
+        q = self.q_proj(x, dropout_masks[0])
+        k, v = self._keys_and_values(x, ctx, [*dropout_masks[1:-1], None, None])
+        if self.q_norm is not None:
+            q = self.q_norm(q)
         if self.query_gain != 1:
             q = q * self.query_gain
         if ctx.ropes is not None:
-            rope = ctx.ropes[self.window]
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *ctx.ropes[self.window], self.parts)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
             cache = (k, v)
-        if cache is None and ctx.ahead is None and for_tpu():
+        if cache is None and ctx.ahead is None and k.shape[1] == q.shape[1] and for_tpu():
             segments = None if ctx.segments is None else ctx.segments[self.window]
             mixed = splash_attention(q, k, v, ctx.valid, causal=self.causal, window=self.window, segments=segments)
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window))
-        return out_proj(mixed, dropout_masks[3]), mixed, cache
+        return out_proj(mixed, dropout_masks[-1]), mixed, cache, (k, v)
 
 
 class Mlp(nnx.Module):
@@ -149,7 +172,8 @@ class Mlp(nnx.Module):
         self.names, self.activation = _MLPS[cfg.mlp_kind], cfg.activation
         for name in self.names:
             out, into = ((axis,), ("mlp",)) if name == self.names[-1] else (("mlp",), (axis,))
-            setattr(self, name, Projection(sizes, out, into, bias=cfg.mlp_bias, lora=_adapter(lora, name)))
+            adapter = _adapter(lora, name)
+            setattr(self, name, Projection(sizes, out, into, bias=cfg.mlp_bias, lora=adapter, clips=cfg.clips))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return (output, input of the last projection)."""
@@ -160,6 +184,21 @@ class Mlp(nnx.Module):
             hidden = hidden * projection(x, mask)
         hidden = compute_once(hidden)
         return down[0](hidden, down[1]), hidden
+
+
+class LayerInput(nnx.Module):
+    """norm(project(act(gate(x)) * layer input)), which a layer adds to the stream (per-layer embeddings)."""
+
+    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int]):
+        sizes = {**sizes, "extra": cfg.layer_inputs}
+        self.gate = Projection(sizes, ("extra",), ("embed",), bias=False)
+        self.project = Projection(sizes, ("embed",), ("extra",), bias=False)
+        self.norm = Norm(sizes, "embed", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array, layer_input: jax.Array | None) -> jax.Array:
+        assert layer_input is not None
+        return self.norm(self.project(activation(self.activation)(self.gate(x)) * layer_input))
 
 
 class Block(nnx.Module):
@@ -173,7 +212,7 @@ class Block(nnx.Module):
         sizes = {
             "layer": length,
             names.axis: cfg.hidden_size,
-            "head": cfg.head_dim,
+            "head": cfg.head_dim_of(shape),
             "q_heads": shape.q_heads,
             "kv_heads": shape.kv_heads,
             "mlp": shape.mlp,
@@ -189,6 +228,9 @@ class Block(nnx.Module):
         scales = ("layer_scale1", "layer_scale2") if cfg.layer_scale else ()
         for name in scales:
             setattr(self, name, Leaf(sizes, (names.axis,)))
+        self.extra = LayerInput(cfg, sizes) if isinstance(cfg, TextConfig) and cfg.layer_inputs else None
+        scaled = isinstance(cfg, TextConfig) and cfg.layer_scalar
+        self.layer_scalar = Leaf({**sizes, "unit": 1}, ("unit",)) if scaled else None
         projections = (f"self_attn/{names.out}", f"mlp/{self.mlp.names[-1]}")
         following = zip(projections, after or (None, None), scales or (None, None), strict=True)
         self._writers = tuple(Writer(*parts) for parts in following)
@@ -233,12 +275,13 @@ class Block(nnx.Module):
         ctx: Context,
         cache: tuple[jax.Array, jax.Array] | None = None,
         want: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, jax.Array]]:
-        """Return (output, cache, the `VALUES` named by `want`)."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, Any]]:
+        """Return (output, cache, the `VALUES` named by `want`, or `KEYS`: (keys, values) that it attends to)."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]
         attention_input = x if norms[0] is None else compute_once(norms[0](x))
-        attended, mixed, cache = self.self_attn(attention_input, ctx._replace(dropout_key=attention_key), cache)
+        inner = ctx._replace(dropout_key=attention_key)
+        attended, mixed, cache, keys = self.self_attn(attention_input, inner, cache)
         middle = x + self.follow("o_proj", attended)
         if self.parallel:
             mlp_input = attention_input
@@ -247,7 +290,12 @@ class Block(nnx.Module):
             mlp_input = middle if norms[1] is None else compute_once(norms[1](middle))
         out, hidden = self.mlp(mlp_input, mlp_key)
         y = constrain(middle + self.follow("down_proj", out), STREAM)
-        values = dict(zip(VALUES, (attention_input, mlp_input, mixed, hidden, attended, out, middle), strict=True))
+        if self.extra is not None:
+            y = constrain(y + self.extra(y, ctx.layer_input), STREAM)
+        if self.layer_scalar is not None:
+            y = y * self.layer_scalar.weight.get_value()[None, None]
+        arrays = (attention_input, mlp_input, mixed, hidden, attended, out, middle)
+        values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=True)), KEYS: keys}
         return y, cache, {name: values[name] for name in want}
 
 

@@ -13,7 +13,7 @@ from vlmprune_jax.core.config import TextConfig, runs
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.attention import attention_mask, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
-from vlmprune_jax.models.layers import Norm, declare, rope_tables
+from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vocabulary import Head
 
@@ -22,7 +22,7 @@ class Table(nnx.Module):
     """`[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
-        self.scale = cfg.embed_scale
+        self.scale, self.cap = cfg.embed_scale, cfg.logit_cap
         sizes = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}
         self.weight = declare(sizes, ("vocab", "embed"))
         self.bias = declare(sizes, ("vocab",)) if bias else None
@@ -34,7 +34,28 @@ class Table(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return [..., vocab] of [..., embed]."""
-        return Head(self.weight.get_value(), None if self.bias is None else self.bias.get_value()).logits(hidden)
+        bias = None if self.bias is None else self.bias.get_value()
+        return Head(self.weight.get_value(), bias, self.cap).logits(hidden)
+
+
+class LayerInputs(nnx.Module):
+    """Inputs of single layers (per-layer embeddings): of each token's row in a table, and of the first layer's input.
+
+    The tables of all layers are one; surgery cuts their axis `depth` with the layers.
+    """
+
+    def __init__(self, cfg: TextConfig):
+        sizes = {"vocab": cfg.vocab_size, "depth": len(cfg.layers), "extra": cfg.layer_inputs, "embed": cfg.hidden_size}
+        self.table = Leaf(sizes, ("vocab", "depth", "extra"))
+        self.project = Projection(sizes, ("depth", "extra"), ("embed",), bias=False)
+        self.norm = Norm(sizes, "extra", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+        self.scales = cfg.layer_inputs**0.5, cfg.hidden_size**-0.5
+
+    def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
+        rows = rows * jnp.asarray(self.scales[0], rows.dtype)
+        both = self.norm(self.project(x) * self.scales[1]) + rows
+        return jnp.moveaxis(both * 2**-0.5, 2, 0)
 
 
 class Decoder(BlockStack):
@@ -50,6 +71,19 @@ class Decoder(BlockStack):
         sizes = {"embed": cfg.hidden_size}
         setattr(self, self.norm_name, Norm(sizes, "embed", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset))
         self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
+        self.extra_inputs = LayerInputs(cfg) if cfg.layer_inputs else None
+
+    @property
+    def per_layer(self) -> bool:
+        """True if every layer has an input of its own beside the stream."""
+        return self.extra_inputs is not None
+
+    def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
+        """Return float[layers, batch, seq, n], the layers' own inputs (None: they have none).
+
+        `x`: the stream before the first layer; `ids`: int[batch, seq], with padding at image tokens.
+        """
+        return None if self.extra_inputs is None else self.extra_inputs(x, ids)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Return the norm after the last block."""
@@ -80,12 +114,11 @@ class Decoder(BlockStack):
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
         masks = {size: windowed(seen, size)[:, None] for size in windows}
         if ahead is not None:  # a window limits what lies behind
-            masks = {size: own | ahead[:, None] for size, own in masks.items()}
-        tables = rope_tables(self.cfg.rope, self.cfg.rotary_dim, positions)
-        ropes = dict.fromkeys(windows, tables)
-        if self.cfg.window_rope is not None:
-            local = rope_tables(self.cfg.window_rope, self.cfg.rotary_dim, positions)
-            ropes |= {size: local for size in windows if size}
+            masks |= {s: own | ahead[:, None] for s, own in masks.items() if s or self.cfg.sees_images == "all"}
+        rope, dim = self.cfg.rope, self.cfg.rotary_dim
+        full = rope_tables(rope, self.cfg.full_head_dim or dim, positions)
+        local = full if self.cfg.window_rope is None else rope_tables(self.cfg.window_rope, dim, positions)
+        ropes = {size: local if size else full for size in windows}
         slot = jnp.asarray(slot, jnp.int32)
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
@@ -135,6 +168,7 @@ class Decoder(BlockStack):
         """Return a zeroed key/value cache."""
         cache: Cache = {}
         for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
-            size = (length, batch, slots, shape.kv_heads, self.cfg.head_dim)
-            cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
+            size = (length, batch, slots, shape.kv_heads, self.cfg.head_dim_of(shape))
+            if not shape.shared:
+                cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
         return cache

@@ -35,7 +35,8 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int) -> int:
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
     """Return the forward FLOPs of one row's attention: 4 per channel and visible pair of a query and a key."""
-    return sum(4 * seen(length, shape.window) * shape.q_heads * cfg.text.head_dim for shape in cfg.text.layers)
+    text = cfg.text
+    return sum(4 * seen(length, shape.window) * shape.q_heads * text.head_dim_of(shape) for shape in text.layers)
 
 
 def seen(length: int, window: int | None) -> int:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.models.block import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import check_types, patch_rows
+from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
 
@@ -41,6 +41,7 @@ def generate(
     pixel_values: Any = None,
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
+    image_position_ids: Any = None,
     mm_token_type_ids: Any = None,
     token_type_ids: Any = None,
     attention_mask: Any = None,
@@ -53,7 +54,8 @@ def generate(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values, pixel_attention_mask, image_grid_thw, mm_token_type_ids, token_type_ids: see `forward`.
+      pixel_values, pixel_attention_mask, image_grid_thw, image_position_ids, mm_token_type_ids, token_type_ids: see
+        `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
@@ -65,6 +67,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    pixel_values, image_grid_thw = in_cells(model.cfg, pixel_values, image_grid_thw, image_position_ids)
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
     check_inputs(model.cfg, shown_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=shown_mask)
     host = _prompts(model.cfg, input_ids, attention_mask, pixel_values, pixel_attention_mask)
@@ -152,13 +155,11 @@ def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_gr
     """Return the program's inputs for images of any size: pixels, grids, positions, offset of later positions."""
     before = "prefix_" * ("rows" in host)
     made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
+    placed = {"pixels": made["pixel_values"], "grid": made["image_grid_thw"]}
+    if "deltas" not in made:
+        return placed
     deltas = made["deltas"] if "rows" not in host else made["deltas"][host["rows"]]
-    return {
-        "pixels": made["pixel_values"],
-        "grid": made["image_grid_thw"],
-        "positions": made["position_ids"],
-        "delta": deltas[:, None],
-    }
+    return {**placed, "positions": made["position_ids"], "delta": deltas[:, None]}
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
@@ -239,7 +240,8 @@ def _generate(
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         slot = start + length + i
         context = module.text.context(slots, n_real + i, slot=slot)
-        hidden, aux = module.text(module.text.embed_tokens.lookup(token[:, None]), context, cache=cache)
+        x, _, added = module.embed(token[:, None], None)
+        hidden, aux = module.text(x, context, cache=cache, added=added)
         token, ended = choose(hidden, ended)
         return i + 1, token, ended, tokens, aux["cache"]
 

@@ -19,6 +19,7 @@ from vlmprune_jax.core.sections import LoraConfig
 Axes = tuple[str, ...]
 Product = Callable[[jax.Array, jax.Array, int], jax.Array]
 SAVEABLE = "saveable"
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped projections
 
 
 class Parameter(nnx.Param):
@@ -90,6 +91,12 @@ class Norm(nnx.Module):
         return jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
 
 
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """Return x divided by its root mean square over the last axis, with statistics in float32."""
+    full = x.astype(jnp.float32)
+    return (full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class Leaf(nnx.Module):
     """Parameter that is not part of a projection or norm."""
 
@@ -106,11 +113,23 @@ class Projection(nnx.Module):
 
     The adapter is added to the output and never merged into the weight: a merged weight would make the backward pass
     build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a function like it with its
-    own gradient (scoring).
+    own gradient (scoring). With `clips`, learned bounds limit inputs and outputs.
     """
 
-    def __init__(self, sizes: Mapping[str, int], out: Axes, into: Axes, *, bias: bool, lora: LoraConfig | None = None):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        out: Axes,
+        into: Axes,
+        *,
+        bias: bool,
+        lora: LoraConfig | None = None,
+        clips: bool = False,
+    ):
         self.weight = declare(sizes, out + into)
+        self.clips = clips
+        for name in BOUNDS if clips else ():
+            setattr(self, name, declare({**sizes, "unit": 1}, ("unit",)))
         self.n_out, self.n_in = len(out), len(into)
         self.inputs = tuple(sizes[axis] for axis in into)
         self.bias = declare(sizes, out) if bias else None
@@ -127,7 +146,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
         """Return the projected inputs; `dropout_mask`: bool mask of the inputs that adapter dropout keeps, or None."""
-        y = self.product(x, self.weight.get_value(), self.n_in)
+        y = self.product(self._bounded(x, "input"), self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
         if self.lora is not None:
@@ -137,7 +156,13 @@ class Projection(nnx.Module):
                 x, scale = jnp.where(dropout_mask, x, jnp.zeros_like(x)), scale / (1 - self.lora.dropout)
             low = saveable(contract(x, self.lora_a.get_value(), self.n_in) * scale)
             y = y + _expand(low, self.lora_b.get_value())
-        return saveable(_compute_gradient_once(y))
+        return saveable(_compute_gradient_once(self._bounded(y, "output")))
+
+    def _bounded(self, x: jax.Array, side: str) -> jax.Array:
+        if not self.clips:
+            return x
+        low, high = (getattr(self, f"{side}_{end}").get_value().reshape(()).astype(x.dtype) for end in ("min", "max"))
+        return jnp.clip(x, low, high)
 
 
 def compute_once(x: jax.Array) -> jax.Array:
@@ -230,6 +255,8 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
         )
         ramp = np.clip((np.arange(rotary_dim // 2) - low) / max(high - low, 0.001), 0, 1)
         base = base / rope.factor * ramp + base * (1 - ramp)
+    elif rope.kind == "proportional":
+        base = np.where(np.arange(len(base)) < int(rope.rotated * rotary_dim // 2), base / rope.factor, 0.0)
     return base.astype(np.float32)
 
 
@@ -263,13 +290,16 @@ def section_axes(rope: RopeConfig) -> np.ndarray:
     return axes
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, parts: int = 1) -> jax.Array:
     """Apply half-split rotary embedding to the first channels of `[batch, seq, heads, head]`, as many as the tables
-    have.
+    have; to several `parts` of the head independently.
     """
+    if parts > 1:
+        cut = [jnp.split(array, parts, axis=-1) for array in (x, cos, sin)]
+        return jnp.concatenate([rotate(*piece) for piece in zip(*cut, strict=True)], axis=-1)
     rotary_dim = 2 * cos.shape[-1]
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = jnp.split(turned, 2, axis=-1)
     cos, sin = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(parts + ([rest] if rest.shape[-1] else []), axis=-1)
+    turned_parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned_parts + ([rest] if rest.shape[-1] else []), axis=-1)

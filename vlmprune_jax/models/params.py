@@ -44,13 +44,17 @@ def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ..
 
 
 def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters of the first layer of a stack."""
+    """Return the shapes of the parameters of the first layer of a stack that has them."""
     return _of_first_run(param_shapes(cfg), stack)
 
 
 def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
-    prefix = f"{stack}/layers/0/"
-    return {path.removeprefix(prefix): sizes[1:] for path, sizes in found.items() if path.startswith(prefix)}
+    result: dict[str, tuple[Any, ...]] = {}
+    for path, sizes in found.items():
+        first, _, rest = path.partition("/layers/")
+        if first == stack and rest:
+            result.setdefault(rest.split("/", 1)[1], sizes[1:])
+    return result
 
 
 def count_params(cfg: ModelConfig | Model, part: str = "") -> int:

@@ -33,7 +33,8 @@ def patch_rows(
 
     Returns:
       {"pixel_values": float32[batch, slots, patches, values], "image_grid_thw": int32[batch, slots, 3]}, both None
-      without an image, and {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see `mrope_positions`.
+      without an image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see
+      `mrope_positions`.
 
     Raises:
       UserError: pixels, grids, image tokens or their types that do not fit together, or a video.
@@ -44,8 +45,10 @@ def patch_rows(
     if (pixel_values is None) != (image_grid_thw is None):
         given, absent = ("pixel_values", "image_grid_thw")[:: -1 if pixel_values is None else 1]
         raise UserError(f"{given} without {absent}: pass both, as the processor emits them")
-    positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
-    placed = {"position_ids": positions, "deltas": deltas}
+    placed: dict[str, Any] = {}
+    if cfg.text.rope.sections:
+        positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
+        placed = {"position_ids": positions, "deltas": deltas}
     if pixel_values is None:
         return {**placed, "pixel_values": None, "image_grid_thw": None}
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)
@@ -54,6 +57,52 @@ def patch_rows(
         return {**placed, "pixel_values": pixels, "image_grid_thw": grids.astype(np.int32)}
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     return placed | _by_row(cfg, pixels, grids_by_row(is_image & valid, grids, merge))
+
+
+def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
+    """Return patches in the order of merged cells, [patches of all images, values], and their grids int[images, 3].
+
+    Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
+    as they are.
+
+    Raises:
+      UserError: positions that are no whole grid of cells, or not those of the pixels.
+    """
+    if image_position_ids is None:
+        return pixel_values, image_grid_thw
+    pixels, places, merge = np.asarray(pixel_values, np.float32), np.asarray(image_position_ids), _merge(cfg)
+    if image_grid_thw is not None or pixels.ndim != 3 or places.shape != (*pixels.shape[:2], 2):
+        raise UserError(
+            f"image_position_ids has shape {list(places.shape)} and pixel_values {list(pixels.shape)}: pass both as "
+            "the processor emits them, without image_grid_thw"
+        )
+    patches, grids = [], []
+    for image, at in zip(pixels, places, strict=True):
+        real = (at >= 0).all(axis=1)
+        columns, rows = (int(at[real, axis].max(initial=-1)) + 1 for axis in (0, 1))
+        order = np.lexsort((at[real, 0], at[real, 1]))
+        if real.sum() != rows * columns or rows % merge or columns % merge or rows < 1:
+            raise UserError(
+                f"image_position_ids of an image name {int(real.sum())} patches in {rows} rows and {columns} columns: "
+                f"expected a whole grid with multiples of {merge} on both sides"
+            )
+        cells = image[real][order].reshape(rows // merge, merge, columns // merge, merge, -1)
+        patches.append(cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1))
+        grids.append((1, rows, columns))
+    return np.concatenate(patches), np.array(grids)
+
+
+def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixel_values and image_position_ids of patches and grids: the inverse of `in_cells`."""
+    sizes, merge = grids.prod(axis=1), _merge(cfg)
+    padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
+    places = np.full((*padded.shape[:2], 2), -1, np.int64)
+    parts = np.split(pixels, np.cumsum(sizes)[:-1])
+    for at, (_, rows, columns) in enumerate(grids):
+        cells = parts[at].reshape(rows // merge, columns // merge, merge, merge, -1)
+        padded[at, : sizes[at]] = cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        places[at, : sizes[at]] = np.indices((rows, columns))[::-1].reshape(2, -1).T
+    return padded, places
 
 
 def check_patches(cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, grids: Any) -> None:

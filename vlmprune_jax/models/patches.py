@@ -74,13 +74,16 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
     return (first, jnp.minimum(first + 1, side - 1)), share
 
 
-def axial_angles(places: Places, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def axial_angles(
+    places: Places, head_dim: int, theta: float, columns_first: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Return float32[images, patches, head_dim / 2] cosines and sines; rows rotate half of the frequencies, columns the
-    other.
+    other, or the other way round.
     """
     quarter = head_dim // 4
     inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
-    at = jnp.stack([places.row, places.column], axis=-1).astype(jnp.float32)
+    axes = (places.column, places.row) if columns_first else (places.row, places.column)
+    at = jnp.stack(axes, axis=-1).astype(jnp.float32)
     angles = (at[..., None] * inverse[None, None, None]).reshape(*places.row.shape, 2 * quarter)
     return jnp.cos(angles), jnp.sin(angles)
 

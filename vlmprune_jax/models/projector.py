@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation
+from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, unit_rms
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
@@ -51,7 +51,10 @@ class Projector(nnx.Module):
         sizes = {into: wide, "projector": hidden_size, "embed": hidden_size}
         self.linear = _linear(cfg, sizes, into) if cfg.kind in ("linear", "pool") else None
         norm = functools.partial(Norm, sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-        self.pool_norm = norm() if cfg.pools else None
+        self.pool_norm = norm() if cfg.pools and not cfg.plain_norm else None
+        self.pool_scale, self.pool_eps = cfg.feature_scale, cfg.norm_eps if cfg.plain_norm else None
+        self.std_bias = Leaf(sizes, ("vision",)) if cfg.standardizes else None
+        self.std_scale = Leaf(sizes, ("vision",)) if cfg.standardizes else None
         self.n_deepstack = cfg.deepstack
         if self.linear is not None:
             return
@@ -70,7 +73,7 @@ class Projector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return float[..., embed] of float[..., features]."""
         if self.linear is not None:
-            x = x if self.pool_norm is None else self.pool_norm(x)
+            x = self._normalized(x)
             return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
         if self.patch_norm is not None:
             x = x[..., : self.linear_1.inputs[0]]
@@ -80,12 +83,25 @@ class Projector(nnx.Module):
             x = self.layer_norm(x)
         return self.linear_2(activation(self.activation)(self.linear_1(x)))
 
+    def _normalized(self, x: jax.Array) -> jax.Array:
+        x = x if self.pool_scale == 1 else x * self.pool_scale
+        if self.std_bias is not None and self.std_scale is not None:
+            bias, scale = (_wide(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
+            x = (x - bias) * scale
+        if self.pool_eps is not None:
+            return unit_rms(x, self.pool_eps)
+        return x if self.pool_norm is None else self.pool_norm(x)
+
     def added(self, x: jax.Array) -> jax.Array | None:
         """Return float[n, ..., embed], added by the first n decoder layers, of float[..., features] (None: n is 0)."""
         if not self.n_deepstack:
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
         return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])
+
+
+def _wide(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projection | Leaf:

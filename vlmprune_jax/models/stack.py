@@ -13,7 +13,7 @@ from flax import nnx
 from vlmprune_jax.core.config import Stack, runs
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.models.block import WRITERS, Block, BlockValues, Cache, Context, Names, Tap
+from vlmprune_jax.models.block import KEYS, WRITERS, Block, BlockValues, Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import SAVEABLE
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -48,6 +48,11 @@ class BlockStack(nnx.Module):
                 for run, (_, length, shape) in enumerate(runs(cfg.layers))
             }
         )
+
+    @property
+    def per_layer(self) -> bool:
+        """True if every layer has an input of its own beside the stream."""
+        return False
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
         """Return the context for a stream float[rows, seq, embed] of a batch with these arrays, by `encode`'s names."""
@@ -88,7 +93,8 @@ class BlockStack(nnx.Module):
           tap, tap_inputs: function of `BlockValues`, evaluated per block inside the scan, and the `VALUES` it sees.
           final: what follows the last block; its result is `last`, and the last block's `after` that the tap sees.
           cache, remat: keys and values of earlier tokens; one of `REMAT_POLICIES`.
-          added: float[n, batch, seq, embed], added to the outputs of the first n blocks (DeepStack, Meng et al. 2024).
+          added: float[n, batch, seq, embed], added to the outputs of the first n blocks (DeepStack, Meng et al. 2024);
+            in stacks whose layers have inputs of their own, these.
         """
         writers = [name for name in tap_inputs if name in WRITERS]  # a stack without blocks has no norms either
         norms = {name: norm for name in writers if (norm := self.layers["0"].norm_after(name))}
@@ -98,14 +104,19 @@ class BlockStack(nnx.Module):
             scales = {name: norm.statistics(values[f"{name}_out"])[..., 1:] for name, norm in norms.items()}
             return BlockValues(before, after, {name: values[name] for name in tap_inputs}, params, scales)
 
+        extra, added = (added, None) if self.per_layer else (None, added)
         kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
         taps, caches, last = list[Any](), {}, None
-        for run, (start, length, _) in enumerate(runs(self.cfg.layers)):
+        producers = {self.cfg.producer(shape) for shape in self.cfg.layers if shape.shared}
+        shared = dict[int, tuple[jax.Array, jax.Array]]()
+        for run, (start, length, shape) in enumerate(runs(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
             own_cache = (cache or {}).get(str(run))
-            apply = _with_remat(apply, ctx, want, remat)
+            produces = start + length - 1 in producers
+            apply = _with_remat(apply, ctx._replace(shared=shared), (*want, KEYS) if produces else want, remat, extra)
             if tap is not None and final is not None:
                 values = jax.eval_shape(apply, jax.tree.map(operator.itemgetter(0), state), x, jnp.int32(0), None)[2]
+                values.pop(KEYS, None)
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
             slots = [keep.index(i) if i in keep else len(keep) for i in range(start, start + length)]
 
@@ -116,11 +127,16 @@ class BlockStack(nnx.Module):
                     y = jax.lax.cond(index < len(added), lambda y: y + at_layer(added, index), lambda y: y, y)
                 if kept is not None:
                     kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
+                keys = values.pop(KEYS, None)
                 tapped = None if tap is None else tap(seen(x, y, values, nnx.to_pure_dict(state)))
-                return (y, kept, None if last is None else (x, values)), (tapped, cache)
+                return (y, kept, None if last is None else (x, values)), (tapped, cache, keys)
 
             layers = (state, jnp.arange(start, start + length), jnp.asarray(slots) if keep else None, own_cache)
-            (x, kept, last), (tapped, caches[str(run)]) = jax.lax.scan(body, (x, kept, last), layers)
+            (x, kept, last), (tapped, of_run, keys) = jax.lax.scan(body, (x, kept, last), layers)
+            if of_run is not None:
+                caches[str(run)] = of_run
+            if produces:
+                shared = {**shared, shape.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
             taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
         if final is not None:
             x = final(x)
@@ -130,12 +146,15 @@ class BlockStack(nnx.Module):
         return Passed(x, kept, taps, caches)
 
 
-def _with_remat(apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)` of one block under a remat policy."""
+def _with_remat(
+    apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str, extra: jax.Array | None
+) -> Callable[..., Any]:
+    """Return `apply(state, x, index, cache)` of one block under a remat policy; `extra`: inputs of single layers."""
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        return apply(state, x, ctx._replace(dropout_key=key), cache, want)
+        own = None if extra is None else at_layer(extra, index)
+        return apply(state, x, ctx._replace(dropout_key=key, layer_input=own), cache, want)
 
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")

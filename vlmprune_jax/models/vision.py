@@ -28,7 +28,9 @@ class PatchEmbedding(nnx.Module):
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         frames = ("temporal",) if cfg.any_size else ()
-        self.weight = declare(sizes, ("vision", "channel", *frames, "patch_row", "patch_column"))
+        axes = ("channel", *frames, "patch_row", "patch_column")
+        axes = ("patch_row", "patch_column", "channel") if cfg.channels_last else axes
+        self.weight = declare(sizes, ("vision", *axes))
         self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -61,11 +63,13 @@ class VisionTower(BlockStack):
             "temporal": cfg.temporal,
             "patch_row": cfg.patch_size,
             "patch_column": cfg.patch_size,
-            "position": cfg.position_grid**2 + cfg.class_token,
+            "position": cfg.axis_positions or cfg.position_grid**2 + cfg.class_token,
+            "axis": 2,
         }
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
         self.patch_embedding = PatchEmbedding(cfg, sizes)
-        self.position_embedding = Leaf(sizes, ("position", "vision")) if cfg.table else None
+        by_axis = ("axis",) if cfg.axis_positions else ()
+        self.position_embedding = Leaf(sizes, (*by_axis, "position", "vision")) if cfg.table else None
         norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.norm_eps, offset=cfg.norm_offset)
         self.pre_layrnorm = norm() if cfg.pre_norm else None
         self.post_layernorm = norm() if cfg.post_norm else None
@@ -129,7 +133,7 @@ class VisionTower(BlockStack):
         sides = sorted({shape.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
         masks = {side: (own[:, :, None] == own[:, None])[:, None] for side, own in segments.items()}
-        rope = axial_angles(places, cfg.head_dim, cfg.rope_theta)
+        rope = axial_angles(places, cfg.head_dim, cfg.rope_theta, columns_first=cfg.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
@@ -143,7 +147,10 @@ class VisionTower(BlockStack):
         The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
-        x = self.patch_embedding(pixels)
+        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.channels_last else pixels)
+        if grid is not None and self.cfg.axis_positions:
+            (columns, rows), places = self._table(), self.places(pixels, grid)
+            return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
         if grid is not None:
             if self.position_embedding is not None:
                 table = constrain(self._table(), (None, None))  # small, and gathered from whole

@@ -21,7 +21,7 @@ from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.block import Tap
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import check_types, patch_rows, real_features
+from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle, pooled
@@ -120,11 +120,12 @@ class VisionLanguageModel(nnx.Module):
                 images,
             )
         else:
-            return Embedded(x, None, None)
+            return Embedded(x, None, self.layer_inputs(x, input_ids))
         features = self.projector(states)
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
         if grid is None:
-            return Embedded(splice(x, is_image, features, per_row), features, None)
+            x = splice(x, is_image, features, per_row)
+            return Embedded(x, features, self.layer_inputs(x, input_ids))
         assert self.cfg.projector is not None
         counts = grid.prod(axis=-1) // self.cfg.projector.downsample**2
         index = slot_index(is_image, counts, features.shape[1])
@@ -132,14 +133,22 @@ class VisionLanguageModel(nnx.Module):
         if added is not None:
             added = jnp.stack([_placed(jnp.zeros_like(x), is_image, one, index) for one in added])
             added = constrain(added, (None, "batch", "sequence", None))
-        return Embedded(_placed(x, is_image, features, index), features, added)
+        x = _placed(x, is_image, features, index)
+        return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
+
+    def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
+        """Return `Decoder.layer_inputs`; images and videos have the padding's row in the table."""
+        for token in (self.cfg.image_token_id, self.cfg.video_token_id):
+            if token is not None:
+                input_ids = jnp.where(input_ids == token, self.cfg.pad_token_id or 0, input_ids)
+        return self.text.layer_inputs(x, input_ids)
 
 
 class Embedded(NamedTuple):
     """Inputs of the decoder.
 
     `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
-    batch, seq, embed], added to the outputs of the first n layers (None: nothing).
+    batch, seq, embed], added to the outputs of the first n layers, or the layers' own inputs (None: nothing).
     """
 
     x: jax.Array
@@ -154,7 +163,10 @@ def _features(
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
-        return jnp.concatenate([merged(level, factor) for level in tower.levels(pixels, grid)], axis=-1)
+        levels = [merged(level, factor) for level in tower.levels(pixels, grid)]
+        if projector is not None and projector.pools:
+            levels = [pooled(level, tower.cfg.hidden_size) for level in levels]
+        return jnp.concatenate(levels, axis=-1)
     states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
     if cfg.feature_select == "patch":
         states = states[:, 1:]
@@ -253,10 +265,12 @@ def encode(
         inputs_embeds, features, added = module.embed(
             input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw
         )
+    elif cfg.text.layer_inputs:  # those of another model's layers would be of no use
+        added = module.layer_inputs(inputs_embeds, input_ids)
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
-    if image_grid_thw is not None and position_ids is None:
+    if image_grid_thw is not None and position_ids is None and cfg.text.rope.sections:
         raise UserError(
             "image_grid_thw without position_ids: images have rows and columns (models.positions makes them)"
         )
@@ -270,7 +284,7 @@ def encode(
 def head_of(params: Params, cfg: ModelConfig) -> Head:
     """Return the output head, which makes logits of final-norm states."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
-    return Head(head["weight"], head.get("bias"))
+    return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
 
 
 def apply(
@@ -321,6 +335,7 @@ def forward(
     pixel_values: Any = None,
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
+    image_position_ids: Any = None,
     mm_token_type_ids: Any = None,
     token_type_ids: Any = None,
     attention_mask: Any = None,
@@ -336,6 +351,8 @@ def forward(
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
       image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
         [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
+      image_position_ids: int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with
+        pixel_values [images, patches, values] (Gemma 4).
       mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
       want: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
@@ -349,6 +366,7 @@ def forward(
     Raises:
       UserError: an unknown name in `want`, ids outside the vocabulary, or image positions that do not match the images.
     """
+    pixel_values, image_grid_thw = in_cells(model.cfg, pixel_values, image_grid_thw, image_position_ids)
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
     check_types(model.cfg, input_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
     arrays = {
@@ -359,7 +377,7 @@ def forward(
     }
     if model.cfg.any_size:
         arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw)
-        del arrays["deltas"]
+        arrays.pop("deltas", None)
     mesh = mesh_of(model.params)
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,16 +16,21 @@ from vlmprune_jax.distributed.rules import constrain
 _LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
 
 
-class Head(NamedTuple):
-    """Output head: a [vocab, embed] weight, and its [vocab] bias or None."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["cap"])
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Output head: a [vocab, embed] weight, its [vocab] bias or None, and a bound of the logits (0: none)."""
 
     weight: jax.Array
     bias: jax.Array | None
+    cap: float = 0.0
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return [..., vocab] of final-norm states [..., embed]."""
         logits = jnp.einsum("...d,vd->...v", hidden, self.weight)
-        return logits if self.bias is None else logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
+        if self.bias is not None:
+            logits = logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
+        return jnp.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Return the logits in float32."""

@@ -142,19 +142,23 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, St
 
 def _cache(text: Stack, context: int) -> int:
     """Return the number of values in the key/value cache of a row."""
-    return sum(2 * one.kv_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
+    return sum(
+        2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
+        for one in text.layers
+    )
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
     """Return the attention FLOPs of the row's last token."""
-    return sum(4 * one.q_heads * text.head_dim * min(one.window or context, context) for one in text.layers)
+    return sum(4 * one.q_heads * text.head_dim_of(one) * min(one.window or context, context) for one in text.layers)
 
 
 def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
     """Return the FLOPs of all layers in `forward_flops`."""
     total, text = 0, cfg.text
     for one in text.layers:
-        total += 2 * length * products["text"].of(one) + 4 * seen(length, one.window) * one.q_heads * text.head_dim
+        attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)
+        total += 2 * length * products["text"].of(one) + attention
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg)

@@ -64,7 +64,10 @@ def count_carried(folder: Path, vision_dir: Path | None) -> int:
 def _stack(stack: Stack) -> dict[str, Any]:
     return {
         "layers": len(stack.layers),
-        "runs": [{"first": first, "layers": n, **vars(shape)} for first, n, shape in runs(stack.layers)],
+        "runs": [
+            {name: value for name, value in {"first": first, "layers": n, **vars(shape)}.items() if value is not False}
+            for first, n, shape in runs(stack.layers)
+        ],
         "hidden_size": stack.hidden_size,
         "head_dim": stack.head_dim,
     }

@@ -250,8 +250,8 @@ class PrunePlan:
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """Return the config of the pruned model."""
         for name, kept in self.stacks.items():
-            windows = [shape.window for shape in cfg.stack(name).layers]
-            shapes = [dataclasses.replace(one.shape, window=windows[one.index]) for one in kept.layers]
+            before = cfg.stack(name).layers
+            shapes = [before[one.index].with_widths(*one.shape.widths) for one in kept.layers]
             cfg = cfg.with_layers(shapes, name)
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 

@@ -86,7 +86,8 @@ def plan_layers(
     kept, solved = request.decide(share)
     layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
     cost = layer_costs(cfg, stack).of
-    gone = sum(map(cost, shapes)) - sum(cost(layer.shape) for layer in layers)
+    left = [shapes[layer.index].with_widths(*layer.shape.widths) for layer in layers]
+    gone = sum(map(cost, shapes)) - sum(map(cost, left))
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=config.method,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
+from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, runs
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.params import layer_axes, layer_shapes
+from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import PlanConfig
 
 # What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
@@ -29,32 +29,54 @@ class OutOfReach(UserError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters per layer of a stack (the constant part), per query head, per key/value head and per MLP neuron."""
+    """Parameters per layer of a stack (the constant part), per query head, per key/value head and per MLP neuron.
+
+    `kinds`: the costs of layers that differ from the first, by whether they have full attention and shared keys.
+    """
 
     layer: int
     q_head: int
     kv_head: int
     neuron: int
+    kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
+
+    def at(self, shape: LayerShape) -> Costs:
+        """Return the costs of layers like this one."""
+        return self.kinds.get((shape.window is None, shape.shared), self)
 
     def of(self, shape: LayerShape) -> int:
         """Return the parameters of a layer with these widths."""
-        return self.layer + shape.q_heads * self.q_head + shape.kv_heads * self.kv_head + shape.mlp * self.neuron
+        cost = self.at(shape)
+        return cost.layer + shape.q_heads * cost.q_head + shape.kv_heads * cost.kv_head + shape.mlp * cost.neuron
 
 
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Return the costs of one layer of a stack, from the named axes of its weights; `products`: of matrices alone."""
-    fixed, pruned, axes = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}, layer_axes(cfg, stack)
-    for name, shape in layer_shapes(cfg, stack).items():
-        names = axes[name]
-        if products and (name.endswith("/bias") or len(names) < 2):
+    """Return the costs of the layers of a stack, from the named axes of its weights; `products`: of matrices alone.
+
+    A layer's part of a parameter of all layers (axis `depth`) is among them.
+    """
+    axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[tuple[bool, bool], Costs]()
+    for run, (_, _, shape) in enumerate(runs(cfg.stack(stack).layers)):
+        kind = (shape.window is None, shape.shared)
+        if kind in kinds:
             continue
-        size = math.prod(n for axis, n in zip(names, shape, strict=True) if axis not in pruned)
-        along = [axis for axis in names if axis in pruned]
-        if along:
-            pruned[along[0]] += size
-        else:
-            fixed += size
-    return Costs(fixed, pruned["q_heads"], pruned["kv_heads"], pruned["mlp"])
+        fixed, pruned = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}
+        for name, sizes in shapes.items():
+            names, in_run = axes[name], name.startswith(f"{stack}/layers/{run}/")
+            if not in_run and not (name.startswith(f"{stack}/") and "depth" in names and not products):
+                continue
+            if products and (name.endswith("/bias") or len(names) < 3):
+                continue
+            apart = ("layer", "depth", *pruned)
+            size = math.prod(n for axis, n in zip(names, sizes, strict=True) if axis not in apart)
+            along = [axis for axis in names if axis in pruned]
+            if along:
+                pruned[along[0]] += size
+            else:
+                fixed += size
+        kinds[kind] = Costs(fixed, pruned["q_heads"], pruned["kv_heads"], pruned["mlp"])
+    first = next(iter(kinds.values()))
+    return dataclasses.replace(first, kinds=kinds if len(kinds) > 1 else {})
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
@@ -130,13 +152,13 @@ def units_of(
     """Return the units of every layer. Raises UserError if a layer in range is narrower than the multiple asked for."""
     result = []
     for i, shape in enumerate(shapes):
-        group = shape.q_heads // shape.kv_heads
+        group, each = shape.q_heads // shape.kv_heads, costs.at(shape)
         if gqa == "groups":
-            heads, cost, step = shape.kv_heads, group * costs.q_head + costs.kv_head, heads_multiple
+            heads, cost, step = shape.kv_heads, group * each.q_head + each.kv_head, heads_multiple
         else:
-            heads, cost = group, shape.kv_heads * costs.q_head
+            heads, cost = group, shape.kv_heads * each.q_head
             step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
-        unit = Units(heads, shape.mlp, cost, costs.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
+        unit = Units(heads, shape.mlp, cost, each.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
         if unit.prune_heads and step > heads:
             raise UserError(
                 f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep them "

@@ -36,6 +36,7 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
         for layer in stack.layers:
             flat = {path: keep_indices(leaf, axes[path], layer) for path, leaf in layers[layer.index].items()}
             kept.append({path: _place(leaf, axes[path], mesh) for path, leaf in flat.items()})
+        rest = _keep_depth(rest, param_axes(model.cfg), name, stack.kept_layers)
         params = stack_layers(kept, rest, cfg, name)
     if plan.vocabulary is not None:
         params = _keep_tokens(params, plan.vocabulary, cfg)
@@ -101,6 +102,16 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
             continue
         leaf = leaf.take(np.asarray(indices), axis=position)
     return leaf
+
+
+def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:
+    """Return params with the kept layers' part of the parameters that belong to all layers (axis `depth`)."""
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        names = axes[path] if path.startswith(f"{stack}/") else ()
+        if "depth" in names and len(layers) < leaf.shape[names.index("depth")]:
+            flat[path] = leaf.take(np.asarray(layers), axis=names.index("depth"))
+    return unflatten(flat)
 
 
 def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:

@@ -45,14 +45,16 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     header = ["layer", "heads", "neurons", "parameters lost", "share"]
     header += [] if depth is None else ["score", "rank"]
     header += [] if width is None else ["heads' score lost", "neurons'"]
-    rows, before = [], [cost(shape) for shape in kept.layers_before]
+    shapes = cfg.stack(name).layers
+    rows, before = [], [cost(shape) for shape in shapes]
+    left = {i: cost(shapes[i].with_widths(*layer.shape.widths)) for i, layer in layers.items()}
     for i, shape in enumerate(kept.layers_before):
         layer = layers.get(i)
-        row = [str(i), *_counts(layer, shape), *_loss(before[i], 0 if layer is None else cost(layer.shape))]
+        row = [str(i), *_counts(layer, shape), *_loss(before[i], left.get(i, 0))]
         row += [] if depth is None else _rank(depth, i)
         row += [] if width is None else _scores_lost(width, i, layer)
         rows.append([*row, _why(i, layer, spec, plan.method)])
-    total = _loss(sum(before), sum(cost(layer.shape) for layer in kept.layers))
+    total = _loss(sum(before), sum(left.values()))
     rows.append(["all", NONE, NONE, *total, *[NONE] * (len(header) - 5), f"{len(kept.layers)} layers stay"])
     rounds = f", scores of the first of {plan.options['steps']} rounds" if plan.options.get("steps", 1) > 1 else ""
     return f"{name}: what each layer lost ({plan.method} by {plan.criterion}{rounds})", [*header, "why"], rows

@@ -185,7 +185,7 @@ def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
     """Return the shape that is left of a layer."""
     heads, neurons = map(len, kept)
     q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
-    return LayerShape(q, kv, neurons, shape.window)
+    return shape.with_widths(q, kv, neurons)
 
 
 def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:

@@ -5,6 +5,7 @@ Vocabulary terms are computed in chunks of positions, so that no array of shape 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
@@ -198,7 +199,7 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
     Gathering it in every chunk cost 3.9 GiB of traffic instead of 0.5 in a 7B step of 8 chunks on 64 chips.
     """
     head = head_of(params, cfg)
-    return head._replace(weight=constrain(head.weight, ("vocab", None)))
+    return dataclasses.replace(head, weight=constrain(head.weight, ("vocab", None)))
 
 
 def _over_tokens(

@@ -10,7 +10,7 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.models.patch_rows import in_cells, patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.prune.config import ScoreConfig
 
@@ -74,8 +74,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     for name, array in result.items():
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape} but input_ids {shape}")
-    pixels = arrays.get("pixel_values")
-    grid = arrays.get("image_grid_thw")
+    pixels, grid, places = (arrays.get(name) for name in ("pixel_values", "image_grid_thw", "image_position_ids"))
+    pixels, grid = in_cells(cfg, pixels, grid, places)
     check_inputs(cfg, result["input_ids"], pixels, image_grid_thw=grid, attention_mask=result["attention_mask"])
     if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
         raise UserError("pixel_attention_mask hides parts of images: scores are of whole images, resize them first")

@@ -1,0 +1,114 @@
+"""Gemma 4's image preparation: images of any aspect are resized to a budget of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.image_processor import check_steps
+from vlmprune_jax.families.tiles import BICUBIC, ImageShape
+
+BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was trained with
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """Resizing of images to at most `tokens` tokens of `merge` x `merge` patches of `patch` x `patch` pixels.
+
+    Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
+    `Gemma4ImageProcessor`). `resample` is PIL's number of the filter.
+    """
+
+    patch: int
+    merge: int
+    tokens: int
+    resample: int
+
+    shares, usual, turns = False, (1,), False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(values,) of a patch."""
+        return (3 * self.patch**2,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the patches depend on, as JSON values."""
+        return {"token_budget": dataclasses.asdict(self)}
+
+    @property
+    def image_buckets(self) -> tuple[int, ...]:
+        """The budget: most images nearly fill it."""
+        return (self.tokens,)
+
+    def with_most_tokens(self, tokens: int) -> TokenBudget:
+        """Return the largest budget of at most `tokens` and this one's tokens. Raises UserError if there is none."""
+        fits = [budget for budget in BUDGETS if budget <= min(tokens, self.tokens)]
+        if not fits:
+            raise UserError(f"data.max_image_tokens={tokens} must be at least {BUDGETS[0]}: raise it")
+        return dataclasses.replace(self, tokens=fits[-1])
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        """Return the grid of an image's patches. Raises UserError if the image is too thin."""
+        del sharing
+        rows, columns = self._cells(width, height)
+        return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
+
+    def most(self, images: int) -> int:
+        """Return `images`."""
+        return images
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        """Return the pixels of all patches."""
+        del width, height, sharing
+        return self.tokens * (self.merge * self.patch) ** 2
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[1, patches, values] of an RGB image, with the patches of a token next to each other."""
+        del sharing
+        (rows, columns), m, p = self._cells(*image.size), self.merge, self.patch
+        size = (columns * m * p, rows * m * p)
+        resized = image if image.size == size else image.resize(size, self.resample)
+        pixels = np.asarray(resized).astype(np.float32) * np.float32(1 / 255)
+        cells = pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+        return np.ascontiguousarray(cells.reshape(1, rows * columns * m * m, -1))
+
+    def _cells(self, width: int, height: int) -> tuple[int, int]:
+        """Return (rows, columns) of tokens."""
+        side = self.merge * self.patch
+        factor = math.sqrt(self.tokens * side**2 / (height * width))
+        rows, columns = (math.floor(factor * length / side) for length in (height, width))
+        if not rows and not columns:
+            raise UserError(f"image of {width}x{height} pixels: too small for a budget of {self.tokens} tokens")
+        if not rows:
+            return 1, min(width // height, self.tokens)
+        return (rows, columns) if columns else (min(height // width, self.tokens), 1)
+
+
+def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenBudget:
+    """Return the preparation of a Gemma 4 folder.
+
+    `config` has the settings that `image_processor.checked_processor` returns.
+
+    Raises:
+      UserError: a step is switched off or on, or the budget is none of the model's.
+    """
+    check_steps(config, where, "Gemma 4", normalizes=False)
+    if config.get("do_normalize"):
+        raise UserError(f"{where}: do_normalize true is not supported for Gemma 4, whose tower centres pixels itself")
+    tokens, resample = config.get("max_soft_tokens") or 280, config.get("resample")
+    if tokens not in BUDGETS:
+        raise UserError(f"{where}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore it")
+    return TokenBudget(
+        patch=config.get("patch_size") or 16,
+        merge=config.get("pooling_kernel_size") or 3,
+        tokens=tokens,
+        resample=BICUBIC if resample is None else resample,
+    )

@@ -1,0 +1,359 @@
+"""Gemma 4 (E2B, E4B and dense kinds): a tower for images of any aspect, and layers that share keys and values.
+
+Its audio tower is carried along unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.families.gemma3 import NORMS, THETA
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.llava import RECIPE
+from vlmprune_jax.families.rope import rope_from_hf
+from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
+from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
+from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.towers import equal_shape, projector_of, vision_of
+
+_DECODER = "gemma4_text"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Defaults of the config classes in transformers.
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "global_head_dim": 512,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+_ROPE: JsonDict = {
+    _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
+    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
+}
+_VISION: JsonDict = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "pooling_kernel_size": 3,
+    "patch_size": 16,
+    "position_embedding_size": 10240,
+    "use_clipped_linears": False,
+    "standardize": False,
+}
+_TYPICAL = 16  # tokens per side of a typical image: the default budget is 280 tokens
+
+_TEMPLATE = Template(
+    name="gemma4",
+    start="<bos>",
+    system_start="<|turn>system\n",
+    system="",
+    system_end="<turn|>\n",
+    user="<|turn>user\n",
+    user_end="<turn|>\n",
+    assistant="<|turn>model\n",
+    assistant_end="<turn|>\n",
+    gap="",
+    image_first=False,
+    tight_image=True,
+    strips=True,
+    image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
+    by_turn=True,
+    special=("<|turn>", "<turn|>"),
+    videos="<|video|>",
+)
+
+
+def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
+    """Return (head_dim, key/value heads) of layers without a window, in the spelling of the hub or of 5.24.
+
+    Raises:
+      UserError: `per_layer_config` gives layers of one type different heads, as stale entries do.
+    """
+    kv_heads, other = int(config["num_key_value_heads"]), config.get("num_global_key_value_heads")
+    if "per_layer_config" not in config:
+        return int(config["global_head_dim"]), int(other or kv_heads) if config.get("attention_k_eq_v") else kv_heads
+    usual, found = {"head_dim": int(config["head_dim"]), "num_key_value_heads": kv_heads}, set[tuple[int, int]]()
+    entries = {int(name): entry for name, entry in (config["per_layer_config"] or {}).items()}
+    for layer, window in enumerate(windows):
+        own = {**usual, **entries.pop(layer, {})}
+        if own.keys() != usual.keys() or (window is not None and own != usual):
+            raise UserError(
+                f"per_layer_config gives layer {layer} {own}, a layer with a window: it is stale: remove it and set "
+                "global_head_dim"
+            )
+        if window is None:
+            found.add((int(own["head_dim"]), int(own["num_key_value_heads"])))
+    if entries or len(found) > 1:
+        raise UserError(
+            f"per_layer_config has {'entries for layers that do not exist' if entries else 'different full layers'}: "
+            "it is stale: remove it and set global_head_dim"
+        )
+    return found.pop() if found else (usual["head_dim"], kv_heads)
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_TEXT, **config}
+    for name, wrong in {"enable_moe_block": True, "use_bidirectional_attention": "all"}.items():
+        if config.get(name) == wrong:
+            raise UserError(f"{name} {wrong!r} of Gemma 4 is not supported")
+    n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
+    types = config.get("layer_types") or [_SLIDING if (i + 1) % 6 else _FULL for i in range(n_layers)]
+    windows = windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
+    full_head_dim, full_kv_heads = _full_heads(config, windows)
+    extra, double = int(config["hidden_size_per_layer_input"] or 0), bool(config.get("use_double_wide_mlp"))
+    if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
+        raise UserError("vocab_size_per_layer_input must be vocab_size: trim both tables alike")
+    text = llama_like(
+        {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
+        _DECODER,
+        windows=windows,
+        window_rope=rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
+        qkv_bias=bool(config.get("attention_bias", False)),
+        out_bias=bool(config.get("attention_bias", False)),
+        qk_norm=True,
+        v_norm=True,
+        norm_place="both",
+        embed_scale=math.sqrt(int(config["hidden_size"])),
+        query_scale=1.0,
+        sees_images="windows" if config.get("use_bidirectional_attention") == "vision" else "",
+        full_head_dim=full_head_dim,
+        keys_as_values=bool(config.get("attention_k_eq_v")),
+        double_wide=double,
+        logit_cap=float(config.get("final_logit_softcapping") or 0.0),
+        layer_inputs=extra,
+        layer_scalar=True,
+    )
+    first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
+    stated = config.get(PER_LAYER)
+
+    def shape(i: int, layer: LayerShape) -> LayerShape:
+        shared = i >= first_shared
+        kv_heads = full_kv_heads if layer.window is None and not stated else layer.kv_heads
+        wide = layer.mlp * (2 if double and shared and not stated else 1)
+        return LayerShape(layer.q_heads, kv_heads, wide, layer.window, shared)
+
+    text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
+    problem = _problem(text)
+    if problem is not None:
+        raise UserError(problem)
+    return text
+
+
+def _problem(text: TextConfig) -> str | None:
+    """Return why transformers cannot hold these layers, and what to do; None if it can."""
+    if text.layers[-1].window is not None:
+        return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
+    lacking = {shape.window for shape in text.layers} - {shape.window for shape in text.layers if not shape.shared}
+    if lacking:
+        kind = "full" if None in lacking else "sliding"
+        return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
+    own = [shape.shared for shape in text.layers]
+    return None if own == sorted(own) else "layers that share keys and values must follow all others"
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a config that every version reads alike: without `per_layer_config`."""
+    config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
+    full = [shape for shape in text.layers if shape.window is None]
+    local = [shape for shape in text.layers if shape.window is not None] or full
+    return {
+        **config,
+        "layer_types": [_FULL if shape.window is None else _SLIDING for shape in text.layers],
+        "num_key_value_heads": max(shape.kv_heads for shape in local),
+        "intermediate_size": max(s.mlp // (2 if text.double_wide and s.shared else 1) for s in text.layers),
+        "num_kv_shared_layers": sum(shape.shared for shape in text.layers),
+        "global_head_dim": text.full_head_dim,
+        "num_global_key_value_heads": max(s.kv_heads for s in full) if text.keys_as_values else None,
+    }
+
+
+def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    layer, key = "text/layers/{i}", prefix + "layers.{i}"
+    lines = {f"{layer}/{path}": (f"{key}.{name}", "embed") for path, name in NORMS.items()}
+    lines[f"{layer}/layer_scalar"] = (f"{key}.layer_scalar", "unit")
+    if text.layer_inputs:
+        lines |= {
+            f"{layer}/extra/gate": (f"{key}.per_layer_input_gate", "extra embed"),
+            f"{layer}/extra/project": (f"{key}.per_layer_projection", "embed extra"),
+            f"{layer}/extra/norm": (f"{key}.post_per_layer_input_norm", "embed"),
+            "text/extra_inputs/table": (f"{prefix}embed_tokens_per_layer", "vocab (depth extra)"),
+            "text/extra_inputs/project": (f"{prefix}per_layer_model_projection", "(depth extra) embed"),
+            "text/extra_inputs/norm": (f"{prefix}per_layer_projection_norm", "extra"),
+        }
+    own = [
+        Weight(f"{path}/weight", name if name.endswith("scalar") else f"{name}.weight", layout)
+        for path, (name, layout) in lines.items()
+    ]
+    paths = {line.path for line in own}
+    return [line for line in llama_like_weights(text, prefix, head) if line.path not in paths] + own
+
+
+_TOWER = {
+    "layer_norm1": ("input_layernorm", "vision"),
+    "attention_output_norm": ("post_attention_layernorm", "vision"),
+    "layer_norm2": ("pre_feedforward_layernorm", "vision"),
+    "mlp_output_norm": ("post_feedforward_layernorm", "vision"),
+    "self_attn/q_norm": ("self_attn.q_norm", "head"),
+    "self_attn/k_norm": ("self_attn.k_norm", "head"),
+}
+_CLIPPED = {
+    "self_attn/q_proj": ("self_attn.q_proj", "(q_heads head) vision"),
+    "self_attn/k_proj": ("self_attn.k_proj", "(kv_heads head) vision"),
+    "self_attn/v_proj": ("self_attn.v_proj", "(kv_heads head) vision"),
+    "self_attn/out_proj": ("self_attn.o_proj", "vision (q_heads head)"),
+    "mlp/gate_proj": ("mlp.gate_proj", "mlp vision"),
+    "mlp/up_proj": ("mlp.up_proj", "mlp vision"),
+    "mlp/down_proj": ("mlp.down_proj", "vision mlp"),
+}
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
+
+def _tower_weights(cfg: ModelConfig) -> list[Weight]:
+    vision, prefix = vision_of(cfg), "model.vision_tower."
+    layer, key = "vision/layers/{i}", prefix + "encoder.layers.{i}"
+    embedder = prefix + "patch_embedder."
+    table = [
+        Weight(
+            "vision/patch_embedding/weight",
+            f"{embedder}input_proj.weight",
+            "vision (patch_row patch_column channel)",
+        ),
+        Weight("vision/position_embedding/weight", f"{embedder}position_embedding_table", "axis position vision"),
+    ]
+    for path, (name, layout) in _TOWER.items():
+        table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", layout))
+    for path, (name, layout) in _CLIPPED.items():
+        table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.linear.weight", layout))
+        if vision.clips:
+            table += [Weight(f"{layer}/{path}/{bound}", f"{key}.{name}.{bound}", "") for bound in _BOUNDS]
+    for name in ("std_bias", "std_scale") if projector_of(cfg).standardizes else ():
+        table.append(Weight(f"projector/{name}/weight", prefix + name, "vision"))
+    return [*table, Weight("projector/linear/weight", "model.embed_vision.embedding_projection.weight", "embed vision")]
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
+    rope = full.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
+    depth, patch, merge = (int(full[name]) for name in ("num_hidden_layers", "patch_size", "pooling_kernel_size"))
+    heads, kv_heads = int(full["num_attention_heads"]), int(full["num_key_value_heads"])
+    bias = bool(full.get("attention_bias"))
+    if bias:
+        raise UserError("vision tower: attention_bias true is not supported")
+    return VisionConfig(
+        hidden_size=int(full["hidden_size"]),
+        head_dim=int(full["head_dim"]),
+        layers=(LayerShape(heads, kv_heads, int(full["intermediate_size"])),) * depth,
+        n_layers_total=depth,
+        image_size=_TYPICAL * merge * patch,
+        patch_size=patch,
+        channels=3,
+        norm_eps=float(full["rms_norm_eps"]),
+        activation=full["hidden_activation"],
+        kind="gemma4",
+        class_token=False,
+        pre_norm=False,
+        temporal=1,
+        merge=merge,
+        rope_theta=float(rope.get("rope_theta", 100.0)),
+        axis_positions=int(full["position_embedding_size"]),
+        channels_last=True,
+        norm="rms",
+        norm_place="both",
+        mlp_kind="gated",
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        v_norm=True,
+        query_scale=1.0,
+        rope_parts=2,
+        clips=bool(full["use_clipped_linears"]),
+    )
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section, tower = {**_TEXT, **(config.get("text_config") or {})}, config.get("vision_config")
+    if tower is None:
+        raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")
+    seen = _vision_from_hf(tower)
+    return ModelConfig(
+        family="gemma4",
+        layout="transformers",
+        text=text_from_hf({**section, "tie_word_embeddings": tied_embeddings(config, section, default=True)}),
+        vision=seen,
+        projector=ProjectorConfig(
+            activation="gelu",
+            bias=False,
+            kind="pool",
+            norm="rms",
+            norm_eps=seen.norm_eps,
+            plain_norm=True,
+            downsample=seen.merge,
+            feature_scale=math.sqrt(seen.hidden_size),
+            standardizes=bool(tower.get("standardize")),
+        ),
+        image_token_id=int(config.get("image_token_id") or 258880),
+        video_token_id=int(config.get("video_token_id") or 258884),
+        feature_select="full",
+        **vlm_token_ids(config, section),
+    )
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    vision, old = vision_of(cfg), source.get("vision_config") or {}
+    if _vision_from_hf(old).layers != vision.layers:
+        shape = equal_shape(vision)
+        new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.q_heads}
+        new |= {"num_key_value_heads": shape.kv_heads, "intermediate_size": shape.mlp}
+        source = {**source, "vision_config": {**old, **new}}
+    return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
+
+
+GEMMA4 = Family(
+    name="gemma4",
+    layout="transformers",
+    model_types=("gemma4",),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    text_section="text_config",
+    weights=lambda cfg: text_weights(cfg.text, "model.language_model.", "lm_head.weight") + _tower_weights(cfg),
+    ignored=(
+        r".*\.rotary_emb\.inv_freq",
+        r"lm_head\.weight",
+        r"model\.(audio_tower|embed_audio)\..*",
+    ),
+    dropped=(r"model\.language_model\.layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm)\.weight",),  # of shared layers
+    templates=(_TEMPLATE,),
+    image_processors=("Gemma4",),
+    images="budget",
+    recipe={**RECIPE, "data": {"max_length": 4096}},
+    decoder=Decoder(_DECODER, "Gemma4ForCausalLM", _text_from_hf, _text_to_hf, _text_weights),
+    stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
+)
