@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.core.settings import check_settings, prune_setting, setting
 
 LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decode_ms")
-_PRUNE = ("prune",)
 
 
 @dataclass(frozen=True)
@@ -21,73 +20,53 @@ class Budget:
     `source_dir` also those that `save` copies from there (and not those that it leaves out): `other_bytes`.
     """
 
-    parameters: float | None = setting(
-        None, "Maximum number of parameters of the whole model.", affects=_PRUNE, unit="parameters", above=0
+    parameters: float | None = prune_setting(
+        None, "Maximum number of parameters of the whole model.", unit="parameters", above=0
     )
-    disk_bytes: float | None = setting(
-        None,
-        "Maximum size of the exported weights, in the dtype and layout of the export.",
-        affects=_PRUNE,
-        unit="bytes",
-        above=0,
+    disk_bytes: float | None = prune_setting(
+        None, "Maximum size of the exported weights, in the dtype and layout of the export.", unit="bytes", above=0
     )
-    memory_bytes: float | None = setting(
+    memory_bytes: float | None = prune_setting(
         None,
         "Maximum size of the weights and of the key/value cache for `batch` rows of `context` tokens, in the dtype of "
         "the export.",
-        affects=_PRUNE,
         unit="bytes",
         above=0,
     )
-    flops: float | None = setting(
-        None,
-        "Maximum cost of the forward pass over a prompt of `context` tokens.",
-        affects=_PRUNE,
-        unit="FLOPs",
-        above=0,
+    flops: float | None = prune_setting(
+        None, "Maximum cost of the forward pass over a prompt of `context` tokens.", unit="FLOPs", above=0
     )
-    step_ms: float | None = setting(
+    step_ms: float | None = prune_setting(
         None,
         "Maximum time of a decode step on the TPU `slice`, with `batch` rows of `context` tokens (roofline estimate of "
         "`vlmprune plan`).",
-        affects=_PRUNE,
         unit="ms",
         above=0,
     )
-    decode_ms: float | None = setting(
+    decode_ms: float | None = prune_setting(
         None,
         "Maximum decode time per token, on the machine and engine that the file `bench` was measured with.",
-        affects=_PRUNE,
         unit="ms",
         above=0,
     )
-    bench: str | None = setting(
+    bench: str | None = prune_setting(
         None,
         "File with decode times of models of several sizes, the unpruned model first, for `decode_ms`: written by "
         "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json`. Times between the sizes are interpolated.",
-        affects=_PRUNE,
         by_content=True,
     )
-    context: int = setting(
+    context: int = prune_setting(
         4096,
         "Length of a row, including image tokens, for the limits on memory, FLOPs and time.",
-        affects=_PRUNE,
         unit="tokens",
         least=1,
         most=2**31,
     )
-    batch: int = setting(
-        1,
-        "Number of rows decoded together, for the limits on memory and time.",
-        affects=_PRUNE,
-        unit="rows",
-        least=1,
-        most=2**31,
+    batch: int = prune_setting(
+        1, "Number of rows decoded together, for the limits on memory and time.", unit="rows", least=1, most=2**31
     )
-    images: int = setting(
-        1, "Number of images (or tiles) in a prompt.", affects=_PRUNE, unit="images", least=0, most=10_000
-    )
-    slice: str = setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.", affects=_PRUNE)
+    images: int = prune_setting(1, "Number of images (or tiles) in a prompt.", unit="images", least=0, most=10_000)
+    slice: str = prune_setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.")
     dtype: str = setting(
         "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import numbers
@@ -80,6 +81,12 @@ def setting(default: Any, sentence: str, **declared: Any) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# Settings that change the results of one stage.
+score_setting, prune_setting, reconstruct_setting, recover_setting, evaluate_setting, export_setting, speed_setting = (
+    functools.partial(setting, affects=(stage,)) for stage in STAGES[:-1]
+)
 
 
 def settings_of(section: Any) -> dict[str, Setting]:

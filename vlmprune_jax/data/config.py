@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import FRACTION, check_settings, setting
+from vlmprune_jax.core.settings import FRACTION, check_settings, evaluate_setting, recover_setting, setting
 
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # stages that read records
-_ROWS = (*_RECORDS, "teacher_cache")
+records_setting = functools.partial(setting, affects=_RECORDS)
+rows_setting = functools.partial(setting, affects=(*_RECORDS, "teacher_cache"))
 _TRAINING = ("score", "reconstruct", "recover")
-_RECOVER, _EVALUATE = ("recover",), ("evaluate",)
+training_setting = functools.partial(setting, affects=_TRAINING)
 
 
 class Calibration(Protocol):
@@ -39,34 +41,28 @@ class DataSpec:
         '("easyvqa").',
         choices=("files", "easyvqa"),
     )
-    train: str | None = setting(
+    train: str | None = training_setting(
         None,
         "Training records: a JSON or JSON-lines file (LLaVA's format, OpenAI's `messages`, or questions), InternVL's "
         'JSON file that names several such files, "tfds:FOLDER" (written by `vlmprune tfds`; may be in a bucket, '
         '"tfds:gs://BUCKET/DIR"), "datasets:FOLDER" (written by `save_to_disk` of Hugging Face datasets), or '
         '"hub:ORG/NAME:SPLIT", which is stored in the workdir ("hub:ORG/NAME/CONFIG:SPLIT[:5000]" streams the first '
         "5,000 rows of a configuration).",
-        affects=_TRAINING,
         by_content=True,
     )
-    eval: str | None = setting(
-        None, "Evaluation records, in the same formats as `train`.", affects=_EVALUATE, by_content=True
+    eval: str | None = evaluate_setting(None, "Evaluation records, in the same formats as `train`.", by_content=True)
+    images: str | None = records_setting(
+        None, "Folder that image paths in the records are relative to.", by_content=True
     )
-    images: str | None = setting(
-        None, "Folder that image paths in the records are relative to.", affects=_RECORDS, by_content=True
+    eval_images: str | None = evaluate_setting(
+        None, "Folder of the evaluation images (None = `images`).", by_content=True
     )
-    eval_images: str | None = setting(
-        None, "Folder of the evaluation images (None = `images`).", affects=_EVALUATE, by_content=True
-    )
-    template: str = setting(
+    template: str = rows_setting(
         "auto",
         'Prompt template; "auto" follows the chat template in the model folder, else that of the model family.',
-        affects=_ROWS,
         choices="families:templates",
     )
-    system: str | None = setting(
-        None, 'System prompt, instead of the template\'s ("" = no system prompt).', affects=_ROWS
-    )
+    system: str | None = rows_setting(None, 'System prompt, instead of the template\'s ("" = no system prompt).')
     max_length: int | None = setting(
         None,
         "Maximum length of a training row, image tokens included; at most 4 times the model's positions (None = the "
@@ -80,76 +76,63 @@ class DataSpec:
         "Truncate records that are longer than `max_length`, instead of refusing them.",
         affects=(*_TRAINING, "teacher_cache"),
     )
-    max_images: int = setting(
-        1, "Maximum number of images per record.", affects=_RECORDS, unit="images", least=1, most=10_000
-    )
-    aspect_ratio: str = setting(
+    max_images: int = records_setting(1, "Maximum number of images per record.", unit="images", least=1, most=10_000)
+    aspect_ratio: str = rows_setting(
         "auto",
         'Method to make images square, for models that do not cut images into tiles: "pad", or "square" (the image '
         'processor resizes and crops); "auto" follows the model folder.',
-        affects=_ROWS,
         choices="data.images:ASPECT_RATIOS",
     )
-    min_tiles: int | None = setting(
+    min_tiles: int | None = rows_setting(
         None,
         "Minimum number of tiles per image, for models that cut images into tiles (None = as the model folder says).",
-        affects=_ROWS,
         unit="tiles",
         least=1,
     )
-    max_tiles: int | None = setting(
+    max_tiles: int | None = rows_setting(
         None,
         "Maximum number of tiles per image, for models that cut images into tiles (None = as the model folder says).",
-        affects=_ROWS,
         unit="tiles",
         least=1,
     )
-    thumbnail: bool | None = setting(
-        None,
-        "Add a small copy of the whole image to its tiles (None = as the model folder says).",
-        affects=_ROWS,
+    thumbnail: bool | None = rows_setting(
+        None, "Add a small copy of the whole image to its tiles (None = as the model folder says)."
     )
-    max_image_tokens: int | None = setting(
+    max_image_tokens: int | None = rows_setting(
         None,
         "Maximum number of tokens per image, for models that take images of any size (Qwen-VL); larger images are "
         "shrunk (None = as the model folder says).",
-        affects=_ROWS,
         unit="tokens",
         least=1,
     )
-    image_buckets: tuple[int, ...] = setting(
+    image_buckets: tuple[int, ...] = records_setting(
         (),
         "Numbers of tokens that images of any size are padded to; each value is one compiled program (() = 64, 128, "
         "256, ... up to the maximum per image).",
-        affects=_RECORDS,
         unit="tokens",
     )
-    tile_buckets: tuple[int, ...] = setting(
+    tile_buckets: tuple[int, ...] = records_setting(
         (),
         "Numbers of image slots that a batch may have; each value is one compiled program (() = the model's own, such "
         "as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
-        affects=_RECORDS,
         unit="images",
     )
-    length_buckets: tuple[int, ...] = setting(
+    length_buckets: tuple[int, ...] = training_setting(
         (),
         "Lengths that training batches are padded to, ending with `max_length`; each value is one compiled program "
         "(() = always `max_length`).",
-        affects=_TRAINING,
         unit="tokens",
     )
-    group_by: str = setting(
+    group_by: str = recover_setting(
         "none",
         'Grouping of training records into batches: none, by similar length ("length"), or by length and by with or '
         "without images.",
-        affects=_RECOVER,
         choices="data.grouping:GROUPINGS",
     )
-    on_error: str = setting(
+    on_error: str = training_setting(
         "stop",
         "Action on a training record that cannot be read or does not fit: stop, or skip it (its row becomes padding, "
         "and training/skipped-*.jsonl lists it).",
-        affects=_TRAINING,
         choices="data.batching:ON_ERROR",
     )
     max_image_pixels: int = setting(
@@ -162,15 +145,11 @@ class DataSpec:
         "recovery then trains without tower and pixels.",
     )
     threads: int = setting(2, "Number of threads that read and prepare records.", unit="threads", least=0, most=1024)
-    fraction: float = setting(
-        1.0, "Share of the training records to use in recovery.", affects=_RECOVER, unit=FRACTION, above=0, most=1
+    fraction: float = recover_setting(
+        1.0, "Share of the training records to use in recovery.", unit=FRACTION, above=0, most=1
     )
-    seed: int = setting(
-        42,
-        "Random seed for choosing the share `fraction` of the training records.",
-        affects=_RECOVER,
-        least=0,
-        below=2**32,
+    seed: int = recover_setting(
+        42, "Random seed for choosing the share `fraction` of the training records.", least=0, below=2**32
     )
 
     def __post_init__(self) -> None:

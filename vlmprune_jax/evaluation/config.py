@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import MAX_ROWS, check_settings, setting
-
-evaluate_setting = functools.partial(setting, affects=("evaluate",))
+from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_setting, setting
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
-from vlmprune_jax.core.settings import MAX_ROWS, STAGES, setting, settings_of
+from vlmprune_jax.core.settings import (
+    MAX_ROWS,
+    STAGES,
+    prune_setting,
+    reconstruct_setting,
+    recover_setting,
+    score_setting,
+    setting,
+    settings_of,
+    speed_setting,
+)
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
@@ -19,10 +28,6 @@ from vlmprune_jax.recovery.config import RecoverConfig
 
 RECONSTRUCTIONS = ("none", "least_squares")
 RECOVERIES = ("train", "none")
-# Settings that change the results of one stage.
-score_setting, prune_setting, reconstruct_setting, recover_setting, _, _, speed_setting = (
-    functools.partial(setting, affects=(stage,)) for stage in STAGES[:-1]
-)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.core.settings import check_settings
-from vlmprune_jax.export.format import export_setting
+from vlmprune_jax.core.settings import check_settings, export_setting
 from vlmprune_jax.export.gguf import GgufOptions
 from vlmprune_jax.export.integers import IntegerOptions
 

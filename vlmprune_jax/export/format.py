@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.core.files import Finite
-from vlmprune_jax.core.settings import setting, settings_of
+from vlmprune_jax.core.settings import settings_of
 
 if TYPE_CHECKING:  # configs import the options of formats, and load without jax
     import numpy as np
 
     from vlmprune_jax.hf.disk.tensors import Tensor
     from vlmprune_jax.models.vlm import Model
-
-export_setting = functools.partial(setting, affects=("export",))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import settings_of
-from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin, export_setting
+from vlmprune_jax.core.settings import export_setting, settings_of
+from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin
 
 if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune_jax.core.settings import setting
-from vlmprune_jax.export.format import Comparison, Contents, Format, Origin, export_setting
+from vlmprune_jax.core.settings import export_setting, setting
+from vlmprune_jax.export.format import Comparison, Contents, Format, Origin
 
 if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.format import Calibration, Contents, Format, Origin, export_setting
+from vlmprune_jax.core.settings import export_setting
+from vlmprune_jax.export.format import Calibration, Contents, Format, Origin
 from vlmprune_jax.export.huggingface import HUGGINGFACE, FolderOptions
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors, check_scheme
 

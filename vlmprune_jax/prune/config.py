@@ -9,7 +9,15 @@ from typing import Any
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import FRACTION, check_settings, setting, settings_of
+from vlmprune_jax.core.settings import (
+    FRACTION,
+    check_settings,
+    prune_setting,
+    reconstruct_setting,
+    score_setting,
+    setting,
+    settings_of,
+)
 
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
@@ -27,59 +35,44 @@ _LACKS = {
     "width": (*_DEPTH, "layers_removed", "depth_share"),
     "hybrid": ("sparsity", "base"),
 }
-_SCORE, _PRUNE, _RECONSTRUCT = ("score",), ("prune",), ("reconstruct",)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Options of the criteria that score layers, heads and neurons; each criterion uses those that it has."""
 
-    variant: str = setting(
+    variant: str = score_setting(
         "param_first",
         'Taylor importance, from weights w and gradients g: sum of |w g| ("param_first"), |sum of w g| ("vectorize"), '
         'second order ("param_second"), or first and second order ("param_mix").',
-        affects=_SCORE,
         choices="prune.criteria.taylor:VARIANTS",
     )
-    reduction: str | None = setting(
+    reduction: str | None = score_setting(
         None,
         "Reduction over the weight matrices of a head or neuron (None = the criterion's default).",
-        affects=_SCORE,
         choices="prune.criteria.groups:REDUCTIONS",
     )
-    gqa: str = setting(
+    gqa: str = score_setting(
         "groups",
         'Unit of attention pruning: a key/value head with all its query heads ("groups"), or single query heads, the '
         'same number from every group ("q_heads").',
-        affects=_SCORE,
         choices="prune.criteria.groups:GQA",
     )
-    reference_compat: bool = setting(
-        False,
-        "Sum Block Influence and angular distance exactly as the paper's code does, padding included.",
-        affects=_SCORE,
+    reference_compat: bool = score_setting(
+        False, "Sum Block Influence and angular distance exactly as the paper's code does, padding included."
     )
-    layers_removed: int | None = setting(
-        None,
-        "Number of consecutive layers in the block that the angular criterion scores.",
-        affects=_SCORE,
-        unit="layers",
-        least=1,
+    layers_removed: int | None = score_setting(
+        None, "Number of consecutive layers in the block that the angular criterion scores.", unit="layers", least=1
     )
-    seed: int = setting(
-        42,
-        "Random seed for choosing calibration records, and for the random criterion.",
-        affects=_SCORE,
-        least=0,
-        below=2**32,
+    seed: int = score_setting(
+        42, "Random seed for choosing calibration records, and for the random criterion.", least=0, below=2**32
     )
-    prompt_weight: float = setting(1.0, "Weight of prompt tokens in the score (0 = ignored).", affects=_SCORE, least=0)
-    image_weight: float = setting(1.0, "Weight of image tokens in the score (0 = ignored).", affects=_SCORE, least=0)
-    answer_weight: float = setting(1.0, "Weight of answer tokens in the score (0 = ignored).", affects=_SCORE, least=0)
-    by_kind: bool = setting(
+    prompt_weight: float = score_setting(1.0, "Weight of prompt tokens in the score (0 = ignored).", least=0)
+    image_weight: float = score_setting(1.0, "Weight of image tokens in the score (0 = ignored).", least=0)
+    answer_weight: float = score_setting(1.0, "Weight of answer tokens in the score (0 = ignored).", least=0)
+    by_kind: bool = score_setting(
         False,
         "Report Taylor scores also for prompt, image and answer tokens separately (the other criteria always do).",
-        affects=_SCORE,
     )
     memory_budget: int | None = setting(
         None,
@@ -88,8 +81,8 @@ class ScoreConfig:
         unit="bytes",
         least=0,
     )
-    options: Mapping[str, Any] = setting(
-        {}, "Further options of the criterion, by name, for example those of a criterion of your own.", affects=_SCORE
+    options: Mapping[str, Any] = score_setting(
+        {}, "Further options of the criterion, by name, for example those of a criterion of your own."
     )
 
     def __post_init__(self) -> None:
@@ -100,40 +93,35 @@ class ScoreConfig:
 class VocabularyConfig:
     """Trimming of the vocabulary: rows of the embedding and of the output head, with the tokenizer."""
 
-    size: int | None = setting(
+    size: int | None = prune_setting(
         None,
         "Number of tokens to keep, rounded up to `multiple` (None = the whole vocabulary). Bytes, special tokens and "
         "those of templates stay; the tokens of `sources` follow, the most frequent first, then others by merge rank.",
-        affects=_PRUNE,
         unit="tokens",
         least=1,
     )
-    sources: tuple[str, ...] = setting(
+    sources: tuple[str, ...] = prune_setting(
         (),
         "Files with the texts to keep tokens for: records as in `data.train`, text files, or JSON lists of texts or of "
         "token ids, which all stay (() = `data.train`).",
-        affects=_PRUNE,
         by_content=True,
     )
-    held_out: tuple[str, ...] = setting(
+    held_out: tuple[str, ...] = prune_setting(
         (),
         "Files, like `sources`, whose texts are only measured (() = a tenth of the texts of `sources`, which then "
         "choose no token).",
-        affects=_PRUNE,
         by_content=True,
     )
-    multiple: int = setting(
+    multiple: int = prune_setting(
         64,
         "Keep a multiple of this number of tokens: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
-        affects=_PRUNE,
         unit="tokens",
         least=1,
         most=2**20,
     )
-    bits: bool = setting(
+    bits: bool = prune_setting(
         True,
         "Measure bits per byte of the unpruned model on the held-out texts, with the whole and the trimmed vocabulary.",
-        affects=_PRUNE,
     )
     source_dir: str | None = setting(None, "Folder of the model, for its tokenizer and configs.", offered=False)
 
@@ -145,115 +133,94 @@ class VocabularyConfig:
 class PlanConfig:
     """Settings of `make_plan`: how much of a model to remove, and from where."""
 
-    method: str = setting(
+    method: str = prune_setting(
         "depth",
         'Parts to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), or layers first and then '
         'heads and neurons ("hybrid").',
-        affects=_PRUNE,
         choices=METHODS,
     )
-    ratio: float | None = setting(
+    ratio: float | None = prune_setting(
         None,
         "Share of the whole model's parameters to remove, rows of the vocabulary included.",
-        affects=_PRUNE,
         unit=FRACTION,
         least=0,
         below=1,
     )
-    layers_removed: int | None = setting(
-        None, "Number of layers to remove, instead of `ratio` (depth, hybrid).", affects=_PRUNE, unit="layers", least=0
+    layers_removed: int | None = prune_setting(
+        None, "Number of layers to remove, instead of `ratio` (depth, hybrid).", unit="layers", least=0
     )
-    protect: tuple[int, ...] = setting(
-        (),
-        "Layers that depth pruning never removes, by original layer number.",
-        affects=_PRUNE,
-        unit="layers",
-        least=0,
+    protect: tuple[int, ...] = prune_setting(
+        (), "Layers that depth pruning never removes, by original layer number.", unit="layers", least=0
     )
-    rounding: str = setting(
+    rounding: str = prune_setting(
         "nearest",
         'Number of layers to remove: the one nearest to `ratio` ("nearest"), or the smallest that reaches it '
         '("at_least").',
-        affects=_PRUNE,
         choices=ROUNDINGS,
     )
-    deepstack: str = setting(
+    deepstack: str = prune_setting(
         "keep",
         "Decoder layers that add vision features to their output (the first layers of Qwen3-VL): keep these layers, or "
         "move the features to the first layers that remain.",
-        affects=_PRUNE,
         choices=DEEPSTACK,
     )
-    attn_layers: tuple[int, ...] = setting(
+    attn_layers: tuple[int, ...] = prune_setting(
         (),
         "Layers that lose attention heads, as a half-open range (start, stop) of original layer numbers (() = all).",
-        affects=_PRUNE,
         unit="layers",
         least=0,
     )
-    mlp_layers: tuple[int, ...] = setting(
+    mlp_layers: tuple[int, ...] = prune_setting(
         (),
         "Layers that lose MLP neurons, as a half-open range (start, stop) of original layer numbers (() = all).",
-        affects=_PRUNE,
         unit="layers",
         least=0,
     )
-    heads_multiple: int = setting(
-        1, "Keep a multiple of this number of heads in every layer.", affects=_PRUNE, unit="heads", least=1
+    heads_multiple: int = prune_setting(
+        1, "Keep a multiple of this number of heads in every layer.", unit="heads", least=1
     )
-    neurons_multiple: int = setting(
-        1, "Keep a multiple of this number of neurons in every layer.", affects=_PRUNE, unit="neurons", least=1
+    neurons_multiple: int = prune_setting(
+        1, "Keep a multiple of this number of neurons in every layer.", unit="neurons", least=1
     )
-    snap_for: str | None = setting(
+    snap_for: str | None = prune_setting(
         None,
         'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
         '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
-        affects=_PRUNE,
         choices="prune.solver:BLOCKS",
     )
-    tensor_parallel: int = setting(
+    tensor_parallel: int = prune_setting(
         1,
         "Number of devices that must share the kept heads and neurons equally, each with whole blocks of `snap_for`.",
-        affects=_PRUNE,
         unit="devices",
         least=1,
     )
-    heads: str = setting(
+    heads: str = prune_setting(
         "auto",
         'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
         '("keep"), or whichever of several splits loses the least score ("auto"; with a sparsity or global selection '
         "it is proportional).",
-        affects=_PRUNE,
         choices=HEADS,
     )
-    selection: str = setting(
+    selection: str = prune_setting(
         "local",
         "Rank heads and neurons within their layer, which gives equal widths, or over all layers.",
-        affects=_PRUNE,
         choices=SELECTIONS,
     )
-    loads_in: tuple[str, ...] = setting(
+    loads_in: tuple[str, ...] = prune_setting(
         (),
         "Engines that must load the pruned model at its true size; a plan that one of them cannot load is refused. "
         '`heads="auto"` keeps all heads if an engine needs them.',
-        affects=_PRUNE,
         choices="export.loads:TARGETS",
     )
-    sparsity: float | None = setting(
+    sparsity: float | None = prune_setting(
         None,
         "Share of the heads and neurons to remove from every layer in range, instead of `ratio` (the paper's code).",
-        affects=_PRUNE,
         unit=FRACTION,
         least=0,
         below=1,
     )
-    depth_share: float = setting(
-        0.5,
-        "Share of the reduction that hybrid pruning takes by removing layers.",
-        affects=_PRUNE,
-        unit=FRACTION,
-        least=0,
-        below=1,
+    depth_share: float = prune_setting(
+        0.5, "Share of the reduction that hybrid pruning takes by removing layers.", unit=FRACTION, least=0, below=1
     )
     parameters_total: int | None = setting(
         None,
@@ -307,17 +274,14 @@ class PlanConfig:
 class TokenWeights:
     """Weights of the calibration tokens in reconstruction, GPTQ and importance matrices."""
 
-    prompt_weight: float = setting(
-        1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", affects=_RECONSTRUCT, least=0
+    prompt_weight: float = reconstruct_setting(
+        1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
     )
-    image_weight: float = setting(
-        0.1,
-        "Weight of image tokens in the reconstruction error (low, because there are many).",
-        affects=_RECONSTRUCT,
-        least=0,
+    image_weight: float = reconstruct_setting(
+        0.1, "Weight of image tokens in the reconstruction error (low, because there are many).", least=0
     )
-    answer_weight: float = setting(
-        1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", affects=_RECONSTRUCT, least=0
+    answer_weight: float = reconstruct_setting(
+        1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0
     )
 
     def __post_init__(self) -> None:
@@ -333,10 +297,9 @@ class TokenWeights:
 class ReconstructConfig(TokenWeights):
     """Settings of `reconstruct`."""
 
-    held_out: float = setting(
+    held_out: float = reconstruct_setting(
         0.125,
         "Share of the calibration records held out to choose the regularisation of each weight, or to leave it alone.",
-        affects=_RECONSTRUCT,
         unit=FRACTION,
         above=0,
         below=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.settings import MAX_ROWS, check_settings, setting, settings_of
+from vlmprune_jax.core.settings import MAX_ROWS, check_settings, recover_setting, setting, settings_of
 
 # (regex over the whole path, True | False | group name); the first rule that matches a path decides.
 Rule = tuple[str, bool | str]
@@ -33,8 +34,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 WEIGHT = "weight"  # unit of the settings that are weights of loss terms
 
-_RECOVER = ("recover",)
-_TEACHER = ("recover", "teacher_cache")
+teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"))
 
 
 class _Weights(dict[str, float]):
@@ -54,80 +54,59 @@ class LossConfig:
     (`teacher_inputs="student"`), and token ids at position 0 in InternVL's ("own").
     """
 
-    ce: float = setting(
-        1.0, "Weight of the next-token cross-entropy, over labelled positions.", affects=_RECOVER, unit=WEIGHT, least=0
+    ce: float = recover_setting(
+        1.0, "Weight of the next-token cross-entropy, over labelled positions.", unit=WEIGHT, least=0
     )
-    l2: float = setting(
+    l2: float = recover_setting(
         0.0,
         "Weight of the mean squared difference between the hidden states of student and teacher.",
-        affects=_RECOVER,
         unit=WEIGHT,
         least=0,
     )
-    kl: float = setting(
-        0.0,
-        "Weight of the forward KL divergence (teacher to student) at `temperature`.",
-        affects=_RECOVER,
-        unit=WEIGHT,
-        least=0,
+    kl: float = recover_setting(
+        0.0, "Weight of the forward KL divergence (teacher to student) at `temperature`.", unit=WEIGHT, least=0
     )
-    rkl: float = setting(
-        0.0,
-        "Weight of the reverse KL divergence (student to teacher) at `temperature`.",
-        affects=_RECOVER,
-        unit=WEIGHT,
-        least=0,
+    rkl: float = recover_setting(
+        0.0, "Weight of the reverse KL divergence (student to teacher) at `temperature`.", unit=WEIGHT, least=0
     )
-    l2_layers: tuple[int, ...] = setting(
+    l2_layers: tuple[int, ...] = recover_setting(
         (-1,),
         "Hidden states that `l2` and `cosine` compare, by index in the student (0 = embeddings, -1 = after the last "
         "norm).",
-        affects=_RECOVER,
         unit="layers",
     )
-    temperature: float = setting(
-        2.0, "Temperature of teacher and student distributions in the KL terms.", affects=_TEACHER, above=0
+    temperature: float = teacher_setting(
+        2.0, "Temperature of teacher and student distributions in the KL terms.", above=0
     )
-    teacher_inputs: str = setting(
+    teacher_inputs: str = recover_setting(
         "student",
         'Inputs of the teacher: the input embeddings of the student ("student", as in the paper), or the embeddings '
         'that the teacher itself computes ("own").',
-        affects=_RECOVER,
         choices=("student", "own"),
     )
-    reference_compat: bool = setting(
-        False, "Compute the losses exactly as the paper's trainers do, padding included.", affects=_RECOVER
+    reference_compat: bool = recover_setting(
+        False, "Compute the losses exactly as the paper's trainers do, padding included."
     )
-    chunk: int = setting(
-        128, "Number of positions per row whose logits are in memory at once.", affects=_RECOVER, unit="tokens", least=1
+    chunk: int = recover_setting(
+        128, "Number of positions per row whose logits are in memory at once.", unit="tokens", least=1
     )
-    cosine: float = setting(
-        0.0,
-        "Weight of 1 - cosine similarity between the hidden states of student and teacher.",
-        affects=_RECOVER,
-        unit=WEIGHT,
-        least=0,
+    cosine: float = recover_setting(
+        0.0, "Weight of 1 - cosine similarity between the hidden states of student and teacher.", unit=WEIGHT, least=0
     )
-    kl_positions: str = setting(
+    kl_positions: str = teacher_setting(
         "all",
         'Positions in the KL terms: all tokens ("all", as in the paper), or only those that predict labels ("labels").',
-        affects=_TEACHER,
         choices=("all", "labels"),
     )
-    teacher_top_k: int = setting(
+    teacher_top_k: int = recover_setting(
         0,
         "Number of cached teacher logits per position, in place of running the teacher (0 = run the teacher).",
-        affects=_RECOVER,
         unit="tokens",
         least=0,
         offered=False,
     )
-    extra: Mapping[str, float] = setting(
-        {},
-        "Weights of loss terms that a file of your own adds to `vp.losses`, by name.",
-        affects=_RECOVER,
-        unit=WEIGHT,
-        least=0,
+    extra: Mapping[str, float] = recover_setting(
+        {}, "Weights of loss terms that a file of your own adds to `vp.losses`, by name.", unit=WEIGHT, least=0
     )
 
     def __post_init__(self) -> None:
@@ -172,78 +151,62 @@ def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: 
 class RecoverConfig:
     """Settings of `recover`; the defaults are the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
 
-    trainable: str | Rules = setting(
+    trainable: str | Rules = recover_setting(
         "lora",
         "Parameters to train: LoRA adapters, the decoder, the projections of the vision tower, or all, each together "
         "with the projector; or the projector alone. In Python also a tuple of rules (regex of parameter paths, True | "
         "False | optimizer group), of which the first match decides.",
-        affects=_RECOVER,
         choices=tuple(PRESETS),
     )
-    learning_rate: float = setting(2e-4, "Peak learning rate.", affects=_RECOVER, above=0)
-    batch_size: int = setting(
+    learning_rate: float = recover_setting(2e-4, "Peak learning rate.", above=0)
+    batch_size: int = recover_setting(
         128,
         "Number of rows per optimizer step, over all devices; fewer if there are fewer training records.",
-        affects=_RECOVER,
         unit="rows",
         least=1,
         most=MAX_ROWS,
     )
     losses: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    projector_learning_rate: float | None = setting(
-        None, "Peak learning rate of the projector (None = `learning_rate`).", affects=_RECOVER, above=0
+    projector_learning_rate: float | None = recover_setting(
+        None, "Peak learning rate of the projector (None = `learning_rate`).", above=0
     )
-    weight_decay: float = setting(0.0, "Weight decay of AdamW, applied to matrices only.", affects=_RECOVER, least=0)
-    schedule: str = setting("cosine", "Learning-rate schedule after the warm-up.", affects=_RECOVER, choices=SCHEDULES)
-    warmup_ratio: float = setting(
+    weight_decay: float = recover_setting(0.0, "Weight decay of AdamW, applied to matrices only.", least=0)
+    schedule: str = recover_setting("cosine", "Learning-rate schedule after the warm-up.", choices=SCHEDULES)
+    warmup_ratio: float = recover_setting(
         0.03,
         "Share of the optimizer steps in which the learning rate rises linearly from 0 (never all steps).",
-        affects=_RECOVER,
         least=0,
         below=1,
     )
-    b1: float = setting(0.9, "AdamW's decay rate of the first moment (beta 1).", affects=_RECOVER, least=0, below=1)
-    b2: float = setting(0.999, "AdamW's decay rate of the second moment (beta 2).", affects=_RECOVER, least=0, below=1)
-    eps: float = setting(1e-8, "Epsilon of AdamW.", affects=_RECOVER, above=0)
-    clip_norm: float | None = setting(
-        1.0,
-        "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).",
-        affects=_RECOVER,
-        above=0,
+    b1: float = recover_setting(0.9, "AdamW's decay rate of the first moment (beta 1).", least=0, below=1)
+    b2: float = recover_setting(0.999, "AdamW's decay rate of the second moment (beta 2).", least=0, below=1)
+    eps: float = recover_setting(1e-8, "Epsilon of AdamW.", above=0)
+    clip_norm: float | None = recover_setting(
+        1.0, "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).", above=0
     )
-    steps: int | None = setting(
-        None, "Number of optimizer steps, instead of `epochs`.", affects=_RECOVER, unit="steps", least=1, most=10**9
+    steps: int | None = recover_setting(
+        None, "Number of optimizer steps, instead of `epochs`.", unit="steps", least=1, most=10**9
     )
-    epochs: float = setting(
-        1.0, "Number of passes over the training records.", affects=_RECOVER, unit="epochs", above=0, most=10_000
+    epochs: float = recover_setting(
+        1.0, "Number of passes over the training records.", unit="epochs", above=0, most=10_000
     )
-    accumulation: int = setting(
-        1,
-        "Number of micro-batches per optimizer step (gradient accumulation).",
-        affects=_RECOVER,
-        unit="micro-batches",
-        least=1,
+    accumulation: int = recover_setting(
+        1, "Number of micro-batches per optimizer step (gradient accumulation).", unit="micro-batches", least=1
     )
-    compute_dtype: str = setting(
+    compute_dtype: str = teacher_setting(
         "float32",
         "Data type of the forward and backward passes; trained parameters always have float32 master copies.",
-        affects=_TEACHER,
         choices=COMPUTE_DTYPES,
     )
-    remat: str = setting(
+    remat: str = recover_setting(
         "dots",
         'Rematerialisation in the backward pass: nothing ("none"), everything but matrix products ("dots"), or whole '
         'blocks ("full").',
-        affects=_RECOVER,
         choices=REMAT,
     )
-    seed: int = setting(
-        42,
-        "Random seed for adapter initialisation, dropout and the order of records.",
-        affects=_RECOVER,
-        least=0,
-        below=2**32,
+    seed: int = recover_setting(
+        42, "Random seed for adapter initialisation, dropout and the order of records.", least=0, below=2**32
     )
     merge_lora: bool = setting(True, "Merge the LoRA adapters into the weights of the returned model.", offered=False)
     save_every: int = setting(

@@ -5,7 +5,6 @@ Does not import jax, so that the process of another engine does not hold it.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from msgspec import Meta
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
-from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.core.settings import check_settings, speed_setting
 
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
 MIN_RUNS, MIN_SECONDS = 3, 0.05
 TRIES = 10
-speed_setting = functools.partial(setting, affects=("speed",))
 _MAX_TOKENS = 2**20
 _T = TypeVar("_T")
 Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
