@@ -29,6 +29,7 @@ class Point:
     """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder."""
 
     model: str
+    parameters: int
     method: str
     recovery: str
     level: float
@@ -89,6 +90,7 @@ def points_of(sweep: SweepResult) -> list[Point]:
         interval = intervals[0] if len(intervals) == 1 else None
         point = Point(
             _name(row.model, sweep.unpruned[row.model].parameters),
+            sweep.unpruned[row.model].parameters,
             row.method,
             how,
             round(level, 2),

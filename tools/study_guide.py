@@ -11,8 +11,10 @@ import numpy as np
 from insights import Point, points_of
 from study_page import measured
 
+from vlmprune_jax.cli.config_files import read_experiment, shipped_config
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.planning.guide import FILE, Evidence, Guide, Source, as_json, read_guide
 from vlmprune_jax.workdir.sweep import SweepResult
 
@@ -34,9 +36,41 @@ def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
 def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
     """Return the guide with the rows of a sweep, replacing those of the same name."""
     vision = any(of.counted == "questions" for of in sweep.sets.values())
-    source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision)
+    recipe, task = settings_of_config(sweep.config)
+    source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision, recipe, task)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
     return dataclasses.replace(guide, sources={**guide.sources, name: source}, evidence=tuple(rows))
+
+
+def settings_of_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a config file changes: the recipe of its models, and its data and evaluation; {} without the file."""
+    if not Path(name.partition(":")[0]).is_file():
+        return {}, {}
+    changes = changed_settings(read_experiment(shipped_config(name)), Experiment())
+    recipe, task = (
+        {section: dict(changes.get(section, {})) for section in sections}
+        for sections in (("score", "reconstruct", "recover"), ("data", "evaluate", "export", "speed"))
+    )
+    for setting in ("losses", "name", "method"):  # which the names of recoveries say
+        recipe["recover"].pop(setting, None)
+    for section, setting in (
+        ("data", "train"),
+        ("data", "fraction"),
+        ("evaluate", "unrecovered"),
+        ("evaluate", "text"),
+    ):
+        task[section].pop(setting, None)
+    return recipe, task
+
+
+def changed_settings(spec: Any, default: Any) -> dict[str, Any]:
+    """Return the settings of a section that differ from another's, as a partial experiment."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        ours, theirs = getattr(spec, field.name), getattr(default, field.name)
+        if ours != theirs:
+            changes[field.name] = changed_settings(ours, theirs) if dataclasses.is_dataclass(ours) else ours
+    return changes
 
 
 def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
@@ -53,6 +87,7 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
             Evidence(
                 source=name,
                 model=model,
+                parameters=of[0].parameters,
                 method=method,
                 recovery=recovery,
                 decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),

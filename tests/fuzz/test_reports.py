@@ -9,7 +9,7 @@ from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
-from vlmprune_jax.planning.guide import FILE, read_guide, recommend
+from vlmprune_jax.planning.guide import FILE, Target, read_guide, recommend
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.comparison_plots import series_of, way_of
@@ -123,17 +123,17 @@ def test_guides(tmp_path):
     path = tmp_path / "guide.json"
     path.write_bytes(FILE.read_bytes())
     whole = read_json(path)
-    cfg = cases.config()
 
     def advised():
         guide = read_guide(path)
         return [
-            recommend(cfg, ratio=ratio, data_fraction=0.05, compute=compute, speed=True, guide=guide)
+            recommend(Target(size, True, ratio, ratio), data_fraction=0.05, compute=compute, speed=True, guide=guide)
             for ratio in (0.1, 0.3, 0.6)
             for compute in ("none", "full")
+            for size in (1056576, 7 * 10**9)
         ]
 
-    assert len(advised()) == 6
+    assert len(advised()) == 12
 
     @fuzz(100, content=json_files(whole))
     def check(content):

@@ -110,6 +110,7 @@ def test_rows_for_the_guide():
         r for r in found if (r.method, r.recovery, r.decoder_ratio, r.data_fraction) == ("width", "none", 0.16, 0)
     ]
     assert (one.source, one.model, one.retained, one.seeds) == ("mine", "teacher, 1.06 M", 80.1, 3)
+    assert one.parameters == 1_060_000
     assert one.interval == pytest.approx((79.85, 80.35), abs=0.005)
     (alone,) = evidence_of("mine", points_of(sweep([row("depth", 0.15, "none", 50.0)])))
     assert (alone.interval, alone.seeds) == ((48.0, 52.0), 1)

@@ -7,34 +7,43 @@ contradictions between sources. `tools/study_guide.py` adds the rows of a sweep.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from vlmprune_jax.core.checks import fraction, one_of
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Finite, read_json
-from vlmprune_jax.models.params import count_params
+from vlmprune_jax.evaluation.statistics import interval_of_mean
 
 FILE = Path(__file__).with_name("guide.json")
-VERSION, SOLVED = 1, "reconstruct"
+VERSION, SOLVED = 2, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
 ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
+PAPER, LIKE = "paper", 10  # the source of recipes without like evidence; times the size of models that are alike
 _TODO = "write it again with tools/study.py, or leave --guide out"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Source of evidence rows; `measure` names the metric retained, in %; `vision`: its models have a vision tower."""
+    """Source of evidence rows.
+
+    `measure` names the metric retained, in %; `vision`: its models have a vision tower. `recipe` is the partial
+    experiment that made all its rows, apart from the settings of methods and recoveries (the paper's: on top of the
+    recipe of each family). `task`: its data and evaluation, which only a model of the same shape takes over.
+    """
 
     title: str
     measure: str
     vision: bool
+    recipe: dict[str, Any]
+    task: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,13 @@ class Evidence:
 
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
     weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
-    close). `interval`: 95 %, over `seeds` runs, or over questions for a single run. Rows without `counts` are shown but
-    left out of ranges, for the reason in `note`.
+    close). `parameters`: of the unpruned model. `interval`: 95 %, over `seeds` runs, or over questions for a single
+    run. Rows without `counts` are shown but left out of ranges, for the reason in `note`.
     """
 
     source: str
     model: str
+    parameters: int
     method: str
     recovery: str
     decoder_ratio: Finite
@@ -60,9 +70,9 @@ class Evidence:
     counts: bool
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """The interval, or the value alone."""
-        return self.interval or (self.retained, self.retained)
+    def made_by(self) -> list[str]:
+        """The names of the guide's settings that make it."""
+        return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
 
 
 @dataclass(frozen=True)
@@ -127,38 +137,51 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """Expected retention from the rows of one source: `low` (None: no row at such a high ratio) to `high`, in %.
+class Target:
+    """The model to prune: `parameters` of it, if it sees images, and the shares of it and its decoder to remove."""
 
-    `alike`: the source's models have a vision tower exactly if the user's model has one.
+    parameters: int
+    vision: bool
+    ratio: float
+    decoder_ratio: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Expected retention: a single interval (None if nothing measured its width) around `value`, in %.
+
+    `same`: the rows are of a model of the same shape, so that the interval is for another seed; else it is for another
+    model, task and seed.
     """
 
-    name: str
-    source: Source
-    alike: bool
-    low: float | None
-    high: float
+    value: float
+    interval: tuple[float, float] | None
+    same: bool
     rows: tuple[Evidence, ...]
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The rule that applies, its predicted outcome and its evidence.
+    """Advice for a target, its predicted outcome and its evidence.
 
-    `data_fraction`: share of the training data to train on; 0 without training. `beside`: other rows at a similar
-    ratio. `conflicts`: contradictions between the sources. `notes`: remarks for the user. `variants`: a partial
-    experiment for each recommended method.
+    `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `expected`:
+    None without evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without
+    training. `beside`: other rows at a similar ratio. `conflicts`: contradictions between the sources. `notes`: remarks
+    for the user. `recipe`, `variants`: the partial experiment that made the evidence, and the part of it for each
+    recommended method; `of_family`: on top of the recipe of the model's family.
     """
 
     rule: Rule
-    ratio: float
-    decoder_ratio: float
+    target: Target
     data_fraction: float
-    expected: tuple[Expected, ...]
+    head: Evidence | None
+    expected: Expected | None
     beside: tuple[Evidence, ...]
     speed: tuple[Speed, ...]
     conflicts: tuple[str, ...]
     notes: tuple[str, ...]
+    of_family: bool
+    recipe: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
 
@@ -179,7 +202,11 @@ def _problems(guide: Guide) -> Iterator[str]:
     """Yield problems that the schema cannot express: unknown names, and ratios that no rule covers."""
     if guide.version != VERSION:
         yield f"written in format {guide.version}, this version reads {VERSION}"
+    if PAPER not in guide.sources:
+        yield f"there must be a source {PAPER!r}"
     for row in guide.evidence:
+        if row.parameters < 1:
+            yield f"a row of {row.model!r} has {row.parameters} parameters"
         if row.source not in guide.sources:
             yield f"a row has the unknown source {row.source!r}"
     for rule in guide.rules:
@@ -216,42 +243,28 @@ def _json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def recommend(
-    cfg: ModelConfig, *, ratio: float, data_fraction: float, compute: str, speed: bool, guide: Guide
-) -> Recommendation:
-    """Return the guide's recommendation for a model (decision guide of arXiv 2604.24380, and our measurements).
+def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
+    """Return the guide's recommendation (decision guide of arXiv 2604.24380, and our measurements).
+
+    The best row of a model of the same shape comes first; else the rule that fits applies, with the evidence of models
+    of like size. Either way the settings are those that the evidence was measured with.
 
     Args:
-      ratio: share of the whole model's parameters to remove.
       data_fraction: available share of the training data; 0: none.
-      compute: "none" (no training), "projector" (the projector alone) or "full" (adapters, with the teacher).
+      compute: "none" (no training), "projector" (the projector alone) or "full" (with the teacher).
       speed: the pruned model's speed matters as much as its accuracy.
 
     Raises:
-      UserError: an invalid ratio or share, an unknown `compute`, or "projector" for a model without projector.
+      UserError: an invalid ratio or share, or an unknown `compute`.
     """
-    if not fraction("ratio", ratio):
+    if not fraction("ratio", target.ratio):
         raise UserError("ratio=0 must be above 0: choose the share of parameters to remove")
-    if compute == "projector" and cfg.projector is None:
-        raise UserError("compute='projector': this model has no projector: use none or full")
-    share, sees = ratio * count_params(cfg) / count_params(cfg, "text"), cfg.vision is not None
-    return recommend_for(ratio, share, sees, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
-
-
-def recommend_for(
-    ratio: float, share: float, sees: bool, *, data_fraction: float, compute: str, speed: bool, guide: Guide
-) -> Recommendation:
-    """Return the recommendation for a decoder ratio `share`; `sees`: the model has a vision tower.
-
-    Raises:
-      UserError: an invalid share of the data, or an unknown `compute`.
-    """
     one_of("compute", compute, COMPUTE)
     if not 0 <= data_fraction <= 1:
         raise UserError(
             f"data={data_fraction:g} must be a share of the training data: between 0 and 1, or for example 5%"
         )
-    trains = compute if data_fraction else "none"
+    trains, share = compute if data_fraction else "none", target.decoder_ratio
     rule = next(
         rule
         for rule in guide.rules
@@ -259,46 +272,173 @@ def recommend_for(
     )
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    expected = _expected(rule, sees, share, used, guide)
-    shown = {id(row) for one in expected for row in one.rows}
-    beside = [row for row in guide.evidence if abs(row.decoder_ratio - share) <= guide.at and id(row) not in shown]
-    notes = list(_data_notes(data_fraction, needed, compute, rule, guide))
-    if not sees:
-        notes.append(
-            "The guide is for models with a vision tower; for decoders there are only this project's text measurements."
-        )
-    if not any(one.alike for one in expected):
-        notes.append("No measurement of a similar model predicts the result: evaluate it before use.")
-    nominal, average, five_percent = ALWAYS
-    named = [*((nominal, average) if sees else ()), *rule.conflicts]
-    named += [five_percent] if used and sees else []
-    variants = {method: _settings(rule, method, guide) for method in rule.methods}
+    head = _best_of_same_shape(target, trains, data_fraction, speed, guide)
+    if head is None:
+        expected = _expect_like(target, rule, used, guide)
+        methods: dict[str, list[str]] = {method: _words(rule, method) for method in rule.methods}
+    else:
+        expected, methods = _expect_same(target, head, guide), {head.method: head.made_by}
+        used = head.data_fraction or 0.0
+    shown = () if expected is None else expected.rows
+    name = shown[0].source if shown else PAPER
+    source = guide.sources[name]
+    notes = _notes(target, rule, head, expected, data_fraction, needed, compute, guide)
     return Recommendation(
         rule=rule,
-        ratio=ratio,
-        decoder_ratio=share,
+        target=target,
         data_fraction=used,
-        expected=tuple(expected),
-        beside=tuple(beside),
+        head=head,
+        expected=expected,
+        beside=tuple(_beside(target, shown, guide)),
         speed=guide.speed if speed else (),
-        conflicts=tuple(guide.conflicts[name] for name in named),
+        conflicts=tuple(_conflicts(target, rule, head, used, guide)),
         notes=tuple(notes),
-        variants=variants,
+        of_family=name == PAPER,
+        recipe=merge(source.recipe, source.task if head else {}),
+        variants={method: merge(*(guide.settings[word] for word in words)) for method, words in methods.items()},
     )
 
 
-def _settings(rule: Rule, method: str, guide: Guide) -> dict[str, Any]:
-    """Return the partial experiment of a rule; if both methods are tried, only width is reconstructed."""
-    words = [method, rule.recovery]
-    if rule.reconstruct and (method == "width" or len(rule.methods) == 1):
-        words.append(SOLVED)
-    settings: dict[str, Any] = {}
-    for word in words:
-        settings |= guide.settings[word]
-    return settings
+def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge partial experiments section by section; later ones win."""
+    merged: dict[str, Any] = {}
+    for values in settings:
+        for name, value in values.items():
+            known = merged.get(name)
+            merged[name] = merge(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
-def _data_notes(available: float, needed: float, compute: str, rule: Rule, guide: Guide) -> Iterable[str]:
+def _words(rule: Rule, method: str) -> list[str]:
+    """Return the settings of a rule by name; if both methods are tried, only width is reconstructed."""
+    solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
+    return [method, rule.recovery, *([SOLVED] if solved else [])]
+
+
+def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
+    return row.parameters == target.parameters and guide.sources[row.source].vision == target.vision
+
+
+def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
+    """Return True if a model is of the same kind and within `LIKE` times the size."""
+    ratio = row.parameters / target.parameters
+    return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
+
+
+def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
+    """Return the row of a model of this shape that retains most at this ratio within the budget."""
+
+    def fits(row: Evidence) -> bool:
+        recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
+        budget = {"none": recovery == "none", "projector": recovery == "projector", "full": recovery != "none"}
+        known = all(word in guide.settings for word in row.made_by)
+        return budget[trains] and known and (row.data_fraction or 0.0) <= data and not (speed and row.method != "depth")
+
+    rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide) and fits(row)]
+    near = [row for row in rows if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
+    return max(near, key=lambda row: row.retained, default=None)
+
+
+def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
+    """Predict another seed of a row: by the spread over seeds of this way to prune and recover, on this shape."""
+    rows = [
+        row
+        for row in guide.evidence
+        if _same_shape(target, row, guide) and row.made_by == head.made_by and row.data_fraction == head.data_fraction
+        if abs(row.decoder_ratio - head.decoder_ratio) <= guide.at and row != head
+    ]
+    half = _seed_half(head) or max(map(_seed_half, rows), default=0.0)
+    if not half:  # of one seed alone: as far as models of like size are from each other
+        others = [row for row in guide.evidence if _alike(target, row, guide) and row.made_by == head.made_by]
+        half = _spread(list(_by_model(others, target.decoder_ratio, guide.at).values()))
+    return Expected(head.retained, _interval(head.retained, half), True, (head, *rows))
+
+
+def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expected | None:
+    """Predict another model from the models of like size, by the recovery of the rule that the nearest have."""
+    like = [row for row in guide.evidence if _alike(target, row, guide) and row.method in rule.methods]
+    for recovery in rule.evidence:
+        rows = _nearest_data([row for row in like if row.recovery == recovery], used)
+        rows = sorted(rows, key=lambda row: _distance(target, row))
+        values = _by_model(rows, target.decoder_ratio, guide.at)
+        if values:
+            mean = sum(values.values()) / len(values)
+            shown = [row for row in rows if row.model in values]
+            near = [row for row in shown if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
+            return Expected(mean, _interval(mean, _spread(list(values.values()))), False, tuple(near or shown))
+    return None
+
+
+def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, float]:
+    """Return what each model retained at a ratio, between its neighbouring ratios by a line, at 0 all."""
+    found = {}
+    for key in dict.fromkeys(row.model for row in rows):
+        points = [(row.decoder_ratio, row.retained) for row in rows if row.model == key]
+        near = [value for ratio, value in points if abs(ratio - share) <= at]
+        if near:
+            found[key] = sum(near) / len(near)
+        elif share < max(ratio for ratio, _ in points):
+            ratios, values = zip(*sorted([(0.0, 100.0), *points]), strict=True)
+            found[key] = float(np.interp(share, ratios, values))
+    return found
+
+
+def _seed_half(row: Evidence) -> float:
+    """Return half of the 95 % interval of one more seed, by Student's t; 0 if there was one."""
+    if row.interval is None or (row.seeds or 1) < 2:
+        return 0.0
+    return (row.interval[1] - row.interval[0]) / 2 * math.sqrt((row.seeds or 1) + 1)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of one more model, by Student's t; 0 for a single model."""
+    mean, _, high = interval_of_mean(values) if values else (0.0, 0.0, 0.0)
+    return (high - mean) * math.sqrt(len(values) + 1)
+
+
+def _interval(value: float, half: float) -> tuple[float, float] | None:
+    """Return the interval around a value, which ends at 100 % unless more was measured; None without a width."""
+    return (max(0.0, value - half), min(value + half, max(100.0, value))) if half else None
+
+
+def _distance(target: Target, row: Evidence) -> float:
+    return abs(math.log(row.parameters / target.parameters))
+
+
+def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
+    """Return the rows with the share of the data nearest to `used`, and those without a share."""
+    shares = [row.data_fraction for row in rows if row.data_fraction is not None]
+    nearest = min(shares, key=lambda share: abs(share - used), default=None)
+    return [row for row in rows if row.data_fraction in (None, nearest)]
+
+
+def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
+    """Return the other rows at a similar ratio: models of the same kind first, those of like size before others."""
+    rows = [row for row in guide.evidence if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
+    kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
+    return sorted(
+        (row for row in rows if row not in shown), key=lambda row: (kinds[row.source], _distance(target, row))
+    )
+
+
+def _notes(
+    target: Target,
+    rule: Rule,
+    head: Evidence | None,
+    expected: Expected | None,
+    available: float,
+    needed: float,
+    compute: str,
+    guide: Guide,
+) -> Iterator[str]:
+    if expected is None:
+        yield f"No model of this kind within {LIKE} times its size was measured at this ratio: evaluate before use."
+    if not target.vision:
+        yield "The guide is for models with a vision tower; for decoders there are only measurements on text."
+    if head is not None:
+        yield f"The guide's rule for other models: {' or '.join(rule.methods)}, {rule.recovery} ({rule.source})."
+    if head is not None and head.recovery != "none":
+        return
     if rule.recovery == "none":
         if compute != "none":
             yield "Training needs data: this is the recommendation without training."
@@ -311,41 +451,10 @@ def _data_notes(available: float, needed: float, compute: str, rule: Rule, guide
         yield f"By the guide, {100 * needed:g} % of the data suffice; to use more, set --config.data.fraction."
 
 
-def _expected(rule: Rule, sees: bool, share: float, used: float, guide: Guide) -> list[Expected]:
-    """Return the expectation from each source; sources of similar models (with or without tower) come first."""
-    expected = []
-    for name, source in sorted(guide.sources.items(), key=lambda item: item[1].vision != sees):
-        rows = [row for row in guide.evidence if row.source == name and row.method in rule.methods]
-        kind = next((kind for kind in rule.evidence if any(row.recovery == kind for row in rows)), None)
-        of_kind = _nearest_data([row for row in rows if row.recovery == kind], used)
-        near = _near(of_kind, share, guide.at)
-        if near is not None:
-            expected.append(Expected(name, source, source.vision == sees, *near))
-    return expected
-
-
-def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Return the rows with the share of the data nearest to `used`, and those without a share."""
-    shares = [row.data_fraction for row in rows if row.data_fraction is not None]
-    nearest = min(shares, key=lambda share: abs(share - used), default=None)
-    return [row for row in rows if row.data_fraction in (None, nearest)]
-
-
-def _near(rows: Sequence[Evidence], share: float, at: float) -> tuple[float | None, float, tuple[Evidence, ...]] | None:
-    """Return the range that rows at a ratio retained; for models without such rows, from their neighbouring ratios.
-
-    A larger cut leaves less: its rows are the low end, those of the next smaller cut the high end, or the unpruned
-    model.
-    """
-    lows, highs, used = list[float](), list[float](), list[Evidence]()
-    for key in dict.fromkeys((row.model, row.method) for row in rows):
-        series = [row for row in rows if (row.model, row.method) == key]
-        low = high = [row for row in series if abs(row.decoder_ratio - share) <= at]
-        if not low:
-            up = min((row.decoder_ratio for row in series if row.decoder_ratio > share), default=None)
-            down = max((row.decoder_ratio for row in series if row.decoder_ratio < share), default=None)
-            low, high = ([row for row in series if row.decoder_ratio == end] for end in (up, down))
-        used += [*high, *(row for row in low if row not in high)]
-        lows += [row.bounds[0] for row in low if row.counts]
-        highs += [row.bounds[1] for row in high if row.counts]
-    return (min(lows, default=None), max(highs, default=100.0), tuple(used)) if lows or highs else None
+def _conflicts(target: Target, rule: Rule, head: Evidence | None, used: float, guide: Guide) -> Iterator[str]:
+    if head is not None:
+        return
+    nominal, average, five_percent = ALWAYS
+    named = [*((nominal, average) if target.vision else ()), *rule.conflicts]
+    for name in [*named, *([five_percent] if used and target.vision else [])]:
+        yield guide.conflicts[name]

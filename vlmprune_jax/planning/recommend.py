@@ -23,15 +23,17 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.planning.advice import expectation_lines, percent, rule_lines, summarize
 from vlmprune_jax.planning.case import predict_plan
-from vlmprune_jax.planning.guide import Guide, Recommendation, recommend
+from vlmprune_jax.planning.guide import LIKE, SOLVED, Guide, Recommendation, Target, merge, recommend
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.speed import Bench, read_bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _LARGE = 10**9  # parameters; larger models are loaded in bfloat16
+_PRUNING = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
+_TRAINED = {"projector": "the projector alone", "lora": "adapters and projector", "decoder": "decoder and projector"}
+_LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +132,15 @@ def advise(
             )
         ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
     assert ratio is not None
-    found = recommend(cfg, ratio=ratio, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
+    if compute == "projector" and cfg.projector is None:
+        raise UserError("compute='projector': this model has no projector: use none or full")
+    decoder_ratio = ratio * count_params(cfg) / count_params(cfg, "text")
+    asked = Target(count_params(cfg), cfg.vision is not None, ratio, decoder_ratio)
+    found = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
     plans = {}
     for method, variant in found.variants.items():
-        experiment = override(Experiment(), {"prune": target})
         with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
-            plans[method] = predict_plan(override(experiment, variant), cfg)
+            plans[method] = predict_plan(override(Experiment(), merge(variant, {"prune": target})), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
     told = found if measured is None else dataclasses.replace(found, speed=())
     return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured)
@@ -143,23 +148,72 @@ def advise(
 
 def as_lines(advice: Advice) -> list[str]:
     """Return the recommendation for this model in words, without its tables."""
-    found, cfg = advice.recommendation, advice.cfg
+    found, cfg, asked = advice.recommendation, advice.cfg, advice.recommendation.target
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
         f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
-        f"asked: {percent(found.ratio)} of all parameters, {percent(found.decoder_ratio)} of the decoder",
+        f"asked: {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of the decoder)",
         "",
         *_vocabulary_lines(advice),
-        *rule_lines(found),
     ]
+    headline, *rest = advice_lines(found)
+    sizes = []
     for method, plan in advice.plans.items():
         kept = plan.stacks["text"].layers
         size = plan.parameters_after * DTYPES["bfloat16"].itemsize / 1e9
-        lines.append(
+        sizes.append(
             f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
             f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
         )
-    return lines + expectation_lines(found)
+    return [*lines, headline, *sizes, *rest]
+
+
+def advice_lines(found: Recommendation) -> list[str]:
+    """Return the recommendation in words: what to do, what to expect, why, notes and conflicts of sources."""
+    rule, head = found.rule, found.head
+    sure = "recommended" if head is not None or rule.supported else "nothing supports this; the nearest"
+    lines = [f"{sure}: {summarize(found)}", f"  expect: {expectation(found)}"]
+    if head is None:
+        lines += [f"  why: {rule.why}", f"  from: {rule.source} ({rule.label} of the decoder)"]
+    else:
+        lines.append("  why: this retained most of all that was measured on a model of this shape at this ratio")
+    lines += [f"  note: {note}" for note in found.notes]
+    return lines + [f"  conflict: {text}" for text in found.conflicts]
+
+
+def expectation(found: Recommendation) -> str:
+    """Return the expected retention: one interval, and what it is for."""
+    expected = found.expected
+    if expected is None:
+        return "unknown, as no model of like size was measured"
+    models = len({row.model for row in expected.rows})
+    of = "one model" if models == 1 else f"{models} models, on average,"
+    told = f"{expected.value:.1f} % on {'this shape' if expected.same else f'{of} within {LIKE} times this size'}"
+    if expected.interval is None:
+        return f"about {told}; one measurement, which has no interval: evaluate before use"
+    low, high = expected.interval
+    other = "another seed of the same task" if expected.same else "another model, task and seed"
+    return f"{low:.1f} to {high:.1f} % retained (95 % interval for {other}; measured: {told})"
+
+
+def summarize(found: Recommendation) -> str:
+    """Return the recommendation in one sentence."""
+    parts = []
+    for method, settings in found.variants.items():
+        repaired = ", reconstruct the kept weights by least squares" if SOLVED in settings else ""
+        parts.append(_PRUNING[method] + repaired)
+    pruning, settings = "; and beside it ".join(parts), merge(found.recipe, *found.variants.values())
+    recover = settings.get("recover", {})
+    if recover.get("method") == "none":
+        return f"{pruning}; no training"
+    trained = _TRAINED[recover.get("trainable", "lora")]
+    losses = " + ".join(_LOSSES[name] for name, weight in recover.get("losses", {"ce": 1}).items() if weight)
+    return f"{pruning}; then train {trained} by {losses} on {percent(found.data_fraction)} of the data"
+
+
+def percent(value: float) -> str:
+    """Format a share as a percentage."""
+    return f"{100 * value:.4g} %"
 
 
 def vocabulary_share(cfg: ModelConfig) -> float:
@@ -187,7 +241,7 @@ def commands(advice: Advice, config: str) -> list[str]:
     """Return the commands to run for a config file."""
     workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
     run = f"vlmprune run --config={config} --workdir={workdir}"
-    if advice.recommendation.rule.recovery == "none":
+    if not advice.recommendation.data_fraction:
         return [run]
     return [f"vlmprune plan --config={config} --topology=v5e:8x8 --records=N", run]
 
@@ -199,14 +253,17 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
     if count_params(cfg) >= _LARGE:
         changes["model"]["dtype"] = "bfloat16"
         changes["mesh"] = {"fsdp": -1}
-    changes["data"] = {"fraction": found.data_fraction} if found.data_fraction else {}
+    data = {"data": {"fraction": found.data_fraction}} if found.data_fraction else {}
     one = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
-    changes |= {**one, "prune": {**one.get("prune", {}), **target}}
-    what = f"What `vlmprune recommend` advises for {percent(found.ratio)} of all parameters: {summarize(found)}."
+    changes = merge(changes, found.recipe, data, one, {"prune": target})
+    recipe = f"recipe={_literal(named)}" if found.of_family and named in recipes() else ""
+    what = f"Advice of `vlmprune recommend` for {percent(found.target.ratio)} of all parameters: {summarize(found)}."
+    given = "source" in found.recipe.get("data", {})
+    todo = "Give data.train, data.images and data.eval here, or as --config.data.train=FILE.json ..."
     lines = [
         *textwrap.wrap(f'"""{what}', 110),
         "",
-        "Give data.train, data.images and data.eval here, or as --config.data.train=FILE.json ...",
+        "The settings are those that the evidence was measured with." if given else todo,
         '"""',
         "",
         "from ml_collections import ConfigDict",
@@ -216,7 +273,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
         "",
         "def get_config() -> ConfigDict:",
         '    """Recommended settings, on top of the defaults or of the family\'s recipe."""',
-        f"    config = experiment_config({f'recipe={_literal(named)}' if named in recipes() else ''})",
+        f"    config = experiment_config({recipe})",
         *(f"    config.{name} = {_literal(value)}" for name, value in _leaves(changes)),
     ]
     if not one:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.planning.advice import expectation_lines, percent, rule_lines
-from vlmprune_jax.planning.guide import Evidence, Recommendation, read_guide, recommend_for
-from vlmprune_jax.planning.recommend import Advice, as_lines, commands, saved_as
+from vlmprune_jax.planning.guide import Evidence, Recommendation, Target, read_guide, recommend
+from vlmprune_jax.planning.recommend import Advice, advice_lines, as_lines, commands, percent, saved_as
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
@@ -43,10 +42,10 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
 
 def tables_of(found: Recommendation) -> list[Table]:
     """Return the evidence of the expectation, other evidence at a like ratio, and speed-ups if speed matters."""
-    header = ("model", "prune + recover", "from", "of decoder", "data", "retained, %", "95 %", "seeds")
+    header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
-        "Expected from": [row for one in found.expected for row in one.rows],
-        "Beside it, at a like ratio": list(found.beside),
+        "Expected from": () if found.expected is None else found.expected.rows,
+        "Beside it, at a like ratio (models of like kind and size first)": found.beside,
     }
     tables = [Table(title, header, tuple(map(_row, of))) for title, of in rows.items() if of]
     if found.speed:
@@ -60,43 +59,33 @@ def tables_of(found: Recommendation) -> list[Table]:
 
 def _row(row: Evidence) -> tuple[str, ...]:
     ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
-    data = "not told" if row.data_fraction is None else percent(row.data_fraction)
+    data = "unknown" if row.data_fraction is None else percent(row.data_fraction)
     retained = f"{row.retained:.2f}{'' if row.counts else ' *'}"
-    made = f"{row.method} + {row.recovery}"
-    return (row.model, made, row.source, percent(row.decoder_ratio), data, retained, ends, str(row.seeds or ""))
+    made, size = f"{row.method} + {row.recovery}", f"{row.parameters / 1e6:,.{0 if row.parameters > 1e7 else 2}f}"
+    return row.model, made, retained, ends, str(row.seeds or ""), percent(row.decoder_ratio), data, size, row.source
 
 
 def footnotes(found: Recommendation) -> list[str]:
-    """Return the notes on rows of the tables; rows with a star are left out of ranges."""
-    rows = [*(row for one in found.expected for row in one.rows), *found.beside]
-    notes = (
-        f"{'' if row.counts else '* '}{row.model}, {row.method} + {row.recovery}: {row.note}"
-        for row in rows
-        if row.note
-    )
+    """Return the notes on rows of the tables; rows with a star do not count."""
+    rows = (*(() if found.expected is None else found.expected.rows), *found.beside)
+    notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(notes))
 
 
 def advice_section(result: Result) -> Iterator[Section]:
     """Recommend for the ratio, data and training of the best run."""
     run = result.best_run
-    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1:
+    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.ratio_reached:
         return
     trained = run.data_fraction > 0
-    found = recommend_for(
-        run.ratio_reached,
-        run.decoder_ratio,
-        result.workload.images > 0,
-        data_fraction=min(max(run.data_fraction, 0), 1),
-        compute="full" if trained else "none",
-        speed=False,
-        guide=read_guide(),
+    asked = Target(result.teacher.parameters, result.workload.images > 0, run.ratio_reached, run.decoder_ratio)
+    data, compute = min(max(run.data_fraction, 0), 1), "full" if trained else "none"
+    found = recommend(asked, data_fraction=data, compute=compute, speed=False, guide=read_guide())
+    about = (
+        f"For the ratio of the best run, {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of "
+        f"the decoder), {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
+        "answers for other budgets."
     )
-    asked = (
-        f"For the ratio of the best run, {percent(found.ratio)} of all parameters and {percent(found.decoder_ratio)} "
-        f"of the decoder, {'with the data it was trained on' if trained else 'without training'}; "
-        "`vlmprune recommend` answers for other budgets."
-    )
-    lines = [line.strip() for line in (*rule_lines(found), *expectation_lines(found))]
-    notes = tuple(line[:1].upper() + line[1:] for line in (asked, *lines, *footnotes(found)))
+    lines = [line.strip() for line in advice_lines(found)]
+    notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(found)))
     yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(found)))

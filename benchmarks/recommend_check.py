@@ -1,0 +1,57 @@
+"""Follow three recommendations of `vlmprune recommend` to the end, and compare what they expect with what comes out.
+
+    python benchmarks/recommend_check.py [--model=DIR] [--workdir=runs/recommend_check] [FLAG_OF_VLMPRUNE_RUN ...]
+
+Without --model it is the demo's teacher, whose recommendations name their data: about four minutes on two cores. For a
+model of your own, give the flags of its data, as --config.data.train=FILE.json. One JSON line per recommendation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import resources
+from pathlib import Path
+
+from vlmprune_jax.cli.main import main as vlmprune
+from vlmprune_jax.planning.guide import read_guide
+from vlmprune_jax.planning.recommend import advise, summarize
+from vlmprune_jax.workdir.result import read_result
+
+CASES = {
+    "trained": {"ratio": 0.305, "data_fraction": 0.05, "compute": "full"},
+    "untrained": {"ratio": 0.245, "data_fraction": 0.0, "compute": "none"},
+    "projector": {"ratio": 0.15, "data_fraction": 0.05, "compute": "projector"},
+}
+
+
+def check(name: str, model: str, workdir: Path, flags: list[str]) -> dict[str, object]:
+    """Run the config of one recommendation; return what was expected and what was retained, in %."""
+    advice = advise(model, **CASES[name], speed=False, guide=read_guide())
+    config = workdir / f"{name}.py"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(advice.config)
+    if vlmprune(["run", f"--config={config}", f"--workdir={workdir / name}", *flags]):
+        raise SystemExit(f"{name}: vlmprune run failed")
+    run, expected = read_result(workdir / name).best_run, advice.recommendation.expected
+    retained = run.evaluation.mean_of_ratios
+    interval = None if expected is None else expected.interval
+    inside = None if interval is None or retained is None else interval[0] <= retained <= max(100.0, interval[1])
+    return {
+        **{"case": name, **CASES[name], "advice": summarize(advice.recommendation), "model": run.label},
+        **{"expected": expected and expected.value, "interval": interval, "retained": retained, "inside": inside},
+    }
+
+
+def main() -> None:
+    """Check every case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(resources.files("vlmprune_jax") / "demo" / "teacher"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/recommend_check"))
+    options, flags = parser.parse_known_args()
+    lines = [json.dumps(check(name, options.model, options.workdir, flags)) for name in CASES]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
