@@ -10,10 +10,11 @@ BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
+.PHONY: help demo demo-full test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
 
 help:
-	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (3 to 5 minutes)'
+	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (2 to 3 minutes)'
+	@echo 'make demo-full  the same with all models of the table in README.md (2 minutes more)'
 	@echo 'make test       install everything, run the tests that protect a user (about 6 minutes on two cores)'
 	@echo '                WORKERS=2 processes run them; PYTEST_ARGS="-k name" goes to pytest'
 	@echo 'make test-all   the same, then the tests marked slow (25 minutes; CI runs this and make lint)'
@@ -26,6 +27,9 @@ help:
 
 demo: setup-demo
 	$(BIN)/vlmprune demo --workdir=runs/demo
+
+demo-full: setup-demo
+	$(BIN)/vlmprune run --config=demo:full --workdir=runs/demo
 
 test: setup-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)

@@ -20,8 +20,7 @@ from vlmprune_jax.cli.config_files import shipped_config
 
 def get_config():
     config = shipped_config("demo")
-    del config.recover_variants.sft, config.prune_variants.width
-    config.prune_variants.width_solved.recover = {"method": "none"}
+    config.prune_variants.width_reconstructed.recover = {"method": "none"}
     config.speed.rounds = 1
     return config
 """)
@@ -31,11 +30,11 @@ def get_config():
     assert result.teacher.evaluation.scores["questions"]["accuracy"] >= 0.99
     runs = {run.name: run for run in result.runs}
     retained = {name: run.evaluation.retained["questions"] for name, run in runs.items()}
-    for name, (low, high) in {"depth": (95, 98), "width_solved": (20, 32)}.items():
+    for name, (low, high) in {"depth": (95, 98), "width_reconstructed": (20, 32)}.items():
         assert low < retained[name] < high
         assert 0.54 < runs[name].decoder_ratio < 0.58
     assert retained["depth-sft_l2"] >= 99
     assert runs["depth-sft_l2"].data_fraction == 0.05
-    assert 72 < retained["width_solved-reconstructed"] < 85
+    assert 72 < retained["width_reconstructed-reconstructed"] < 85
     assert result.best == "depth-sft_l2"
     assert result.export.max_abs_logit_difference < 1e-4

@@ -71,13 +71,13 @@ def test_a_sweep_does_not_set_what_variants_set(config):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.prune.ratio=0.1"], "--config.prune.ratio: the variants depth, width, width_solved set prune.ratio"),
-        (["--config.prune.ratio=None"], "--config.prune.ratio: the variants depth, width, width_solved set"),
+        (["--config.prune.ratio=0.1"], "--config.prune.ratio: the variants depth, width_reconstructed set prune.ratio"),
+        (["--config.prune.ratio=None"], "--config.prune.ratio: the variants depth, width_reconstructed set"),
         (["--config.prune.ratio=30"], "prune.ratio=30.0 must be at least 0 and below 1 (0.3 is 30 %)"),
         (["--config.prune.ratio=-0.1"], "prune.ratio=-0.1 must be at least 0 and below 1"),
         (["--config.prune.method=deep"], "prune.method 'deep' is not one of depth, width, hybrid; did you mean"),
-        (["--config.prune_variants.width.prune.ratio=3"], "prune.ratio=3.0 must be at least 0 and below 1"),
-        (["--only=wide"], "--only=wide: fits no variant; did you mean 'width'"),
+        (["--config.prune_variants.depth.prune.ratio=3"], "prune.ratio=3.0 must be at least 0 and below 1"),
+        (["--only=dept"], "--only=dept: fits no variant; did you mean 'depth'"),
     ],
 )
 def test_the_demo_refuses_at_its_start(flags, message, tmp_path, capsys):

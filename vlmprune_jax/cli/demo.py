@@ -1,8 +1,8 @@
-"""vlmprune demo --workdir=runs/demo: the whole run on bundled real data, on a CPU, in about five minutes.
+"""vlmprune demo --workdir=runs/demo: the whole run on bundled real data, on a CPU, in about three minutes.
 
-The same as `vlmprune run --config=demo`: easy-VQA (1,000 test images, 9,673 questions) and a small LLaVA
-teacher that comes with the package, pruned by depth and by width at about 56 % of the decoder, recovered with 5 % of
-the training questions by fine-tuning alone and with hidden-state distillation, evaluated, exported and compared.
+The same as `vlmprune run --config=demo`: easy-VQA (1,000 test images, 9,673 questions) and a small LLaVA teacher that
+comes with the package, pruned by depth and by width by 30 % (56 % of the decoder), recovered with 5 % of the training
+questions and hidden-state distillation, evaluated, exported and compared. `--config=demo:full` has more recoveries.
 """
 
 from __future__ import annotations
