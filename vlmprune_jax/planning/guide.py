@@ -397,8 +397,8 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _interval(value: float, half: float) -> tuple[float, float] | None:
-    """Return the interval around a value, which ends at 100 % unless more was measured; None without a width."""
-    return (max(0.0, value - half), min(value + half, max(100.0, value))) if half else None
+    """Return the interval around a value, which ends at 100 % unless the value is above; None without a width."""
+    return (max(0.0, value - half), value + half if value > 100 else min(value + half, 100.0)) if half else None
 
 
 def _distance(target: Target, row: Evidence) -> float:
