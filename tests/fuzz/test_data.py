@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+import struct
 
+import pyarrow as pa
 import pytest
 from datasets_cases import write_split
 from fuzz_cases import damaged, edited, fuzz, json_files, json_lines, reads
@@ -128,5 +130,45 @@ def test_folders_of_datasets(goldens, tmp_path):
         for name, content in {**whole, change[0]: change[1]}.items():
             (folder / name).write_bytes(content)
         reads(read, folder.name)
+
+    check()
+
+
+COLUMNS = {
+    "question": pa.array(["A dog?", "b?", None]),
+    "n": pa.array([1, 2, 3], pa.int8()),
+    "options": pa.array([["a", "b"], [], None]),
+    "none": pa.nulls(3),
+    "deep": pa.array([{"a": [{"b": 1.5}]}] * 3),
+    "views": pa.ListViewArray.from_arrays(pa.array([0] * 3, pa.int32()), pa.array([2] * 3, pa.int32()), [1, 2]),
+    "codes": pa.array(["x"] * 3).dictionary_encode(),
+    "runs": pa.RunEndEncodedArray.from_arrays(pa.array([3], pa.int32()), pa.array(["y"])),
+    "image": pa.array([{"bytes": b"GIF8", "path": "../../secret"}] * 3),
+}
+
+
+def test_columns_of_datasets(tmp_path):
+    """Any columns, compressed or not, with lengths that were edited: what is read is no larger than its file."""
+
+    def written(names, codec):
+        batch, buffer = pa.record_batch({name: COLUMNS[name] for name in names}), io.BytesIO()
+        with pa.ipc.new_stream(buffer, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as stream:
+            stream.write_batch(batch)
+        return buffer.getvalue()
+
+    def edited_length(content, at, value):
+        at = 8 * (at % (len(content) // 8))
+        return content[:at] + struct.pack("<q", value) + content[at + 8 :]
+
+    chosen = st.lists(st.sampled_from(sorted(COLUMNS)), min_size=1, max_size=4, unique=True)
+    files = st.builds(written, chosen, st.sampled_from((None, None, "zstd")))
+    lengths = st.sampled_from((-1, 0, 1, 2**20, 2**31 - 1, 2**40, 2**62))
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+
+    @fuzz(200, content=st.builds(edited_length, files, st.integers(0, 10**6), lengths) | files.flatmap(damaged))
+    def check(content):
+        (tmp_path / "a.arrow").write_bytes(content)
+        records = reads(lambda: read_datasets(tmp_path, on_error="skip"), tmp_path.name)
+        assert records is None or len(records) <= len(content)
 
     check()

@@ -5,14 +5,17 @@ import shutil
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 from fuzz_cases import damaged, edited, fuzz, json_files, reads
+from gguf import GGMLQuantizationType, GGUFWriter
 from hf_cases import LLAMA, copy_golden, copy_llava, make_folder
 from hypothesis import strategies as st
 
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.prune.describe import describe
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
@@ -180,5 +183,33 @@ def test_image_processor(goldens, tmp_path, name):
     def check(content):
         path.write_bytes(content)
         reads(read, name, folder.name)
+
+    check()
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def test_gguf_headers(tmp_path):
+    """Whatever comes back has the types and sizes that `vlmprune bench` relies on."""
+    path, writer = tmp_path / "a.gguf", GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "", "ccc"] * 20)
+    writer.add_array("tokenizer.ggml.scores", [0.5] * 60)
+    writer.add_string("tokenizer.chat_template", "t" * 2000)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.add_tensor("output.weight", np.zeros((2, 34), np.uint8), raw_dtype=GGMLQuantizationType.Q8_0)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    whole = (tmp_path / "whole.gguf").read_bytes()
+
+    @fuzz(200, content=damaged(whole))
+    def check(content):
+        path.write_bytes(content)
+        found = reads(lambda: read_gguf_header(path), path.name)
+        if found is not None:
+            assert sum(found.types.values()) <= len(content)
+            assert all(isinstance(value, int | float | str) for value in found.fields.values())
 
     check()
