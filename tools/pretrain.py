@@ -31,7 +31,7 @@ from vlmprune_jax.cli.flags import Flags, common
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.encoding import Encoder, measure
@@ -266,24 +266,30 @@ def run(flags: Any) -> None:
     if flags.config is None or not flags.workdir:
         raise UserError("pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR")
     initialize(flags.coordinator, flags.num_processes, flags.process_id)
-    config = flags.config.to_dict()
-    if "stages" not in config:
-        raise UserError("--config: has no `stages`: pretraining needs a config like tools/pretrain_easyvqa.py")
+    try:
+        options = read_options(flags.config.to_dict())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        todo = "pretraining needs a config like tools/pretrain_easyvqa.py"
+        raise UserError(
+            f"--config: is not a config of stages ({type(error).__name__}: {reason(error)}): {todo}"
+        ) from error
+    folder = pretrain(to_workdir(flags.workdir), **options, overwrite=flags.overwrite)
+    print(f"teacher: {folder}")
+
+
+def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `pretrain` from a config; any error means that it is a config of another command."""
     own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
-    stages = []
-    for stage in (dict(s) for s in config["stages"]):
+    stages, joined = list[Stage](), config.get("joined")
+    for stage in map(dict, config["stages"]):
         training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
         stages.append(Stage(**{name: stage[name] for name in own if name in stage}, training=training))
-    joined = config.get("joined")
-    folder = pretrain(
-        to_workdir(flags.workdir),
-        stages,
-        seed=config["seed"],
-        architecture=config.get("architecture"),
-        joined=None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
-        overwrite=flags.overwrite,
-    )
-    print(f"teacher: {folder}")
+    return {
+        "stages": stages,
+        "seed": int(config["seed"]),
+        "architecture": config.get("architecture"),
+        "joined": None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
+    }
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def get_config():
     ("argv", "message"),
     [
         ([], "pretraining needs --config=tools/pretrain_easyvqa.py and --workdir=DIR"),
-        ([f"--config={ROOT / 'configs/demo.py'}", "--workdir=w"], "has no `stages`: pretraining needs a config like"),
+        ([f"--config={ROOT / 'configs/demo.py'}", "--workdir=w"], "is not a config of stages (KeyError: 'stages'): "),
         (["--workdi=w"], "has no flag --workdi; did you mean 'workdir'?"),
     ],
 )
@@ -158,3 +158,11 @@ def test_scripts_run_as_files(tmp_path):
     for file in scripts:
         done = subprocess.run([sys.executable, file, "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith(f"python tools/{file.name} "), done.stderr
+
+
+@pytest.mark.parametrize("config", ["{'stages': 3}", "{'stages': [{'a': 1}], 'seed': 0}", "{'stages': []}"])
+def test_configs_of_something_else(tmp_path, capsys, config):
+    source = f"from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({config})\n"
+    (tmp_path / "c.py").write_text(source)
+    assert main([f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'w'}"], pretrain) == 2
+    assert "--config: is not a config of stages (" in capsys.readouterr().err
