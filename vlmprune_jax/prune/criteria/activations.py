@@ -62,12 +62,9 @@ def accumulate(
     With `splits` also the trees over the tokens of each type alone, by name, if there are several types.
 
     Args:
-      stack: name of the stack; for the tower, batches without images are skipped.
+      stack: name of the stack; for the tower, batches without images are skipped. Raises UserError if all are.
       weight_of: float32[4], weight of a token of each type.
       journal: keeps the sums of each batch, to continue from.
-
-    Raises:
-      UserError: the tower is to be scored, and no batch has an image.
     """
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params

@@ -46,9 +46,8 @@ def taylor(
     sum |W g - W A W / 2|.
 
     Args:
-      batches, progress: see `gradient_channels`; for a tower `tower_channels`.
+      batches, progress, memory_budget, cache: see `gradient_channels`; for a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
-      memory_budget, cache: see `gradient_channels`.
       by_kind: also return the scores by token type, from each type's share of the gradients; costs one more product for
         each type and weight.
       image_weight, prompt_weight, answer_weight: weights of these shares in the gradient.
