@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
@@ -56,7 +57,7 @@ def prune_iteratively(
     config = dataclasses.replace(config, method="width")
     config.check()
     trim, total = make_trim(config.vocabulary, model.cfg), config.parameters_total or count_params(model.cfg)
-    ratio, sparsity = trim.share_left(config, total), config.sparsity
+    ratio = trim.share_left(config, total)
     current, plan, used = model, None, list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
@@ -66,19 +67,24 @@ def prune_iteratively(
         used.append(scores)
         if config.budget.limits and k == 1:
             ratio = plan_layers(scores, model.cfg, config, None, trim.cfg).reached
-        last = k == steps and bool(config.budget.limits)
-        step = dataclasses.replace(
-            config,
-            base=model.cfg,
-            ratio=None if ratio is None or last else ratio * k / steps,
-            budget=config.budget if last else Budget(),
-            sparsity=None if sparsity is None else sparsity * k / steps,
-        )
+        step = _step_of(config, ratio, k, steps, model.cfg)
         costed = current.cfg if trim.vocabulary is None else trim.vocabulary.apply_to(current.cfg)
         now = plan_layers(scores, current.cfg, step, step.ratio, costed)
         current = apply_plan(current, now)
         plan = now if plan is None else compose(plan, now)
     assert plan is not None
-    recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": sparsity}
+    recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": config.sparsity}
     plan = dataclasses.replace(plan, asked=config.ratio, parameters_total=total, options=recorded)
     return trim_vocabulary(current, trim.vocabulary), trim.attach(plan), tuple(used)
+
+
+def _step_of(config: PlanConfig, ratio: float | None, k: int, steps: int, unpruned: ModelConfig) -> PlanConfig:
+    """Return the settings of step k, which aims at k/steps of the target; the last one at the budget itself."""
+    last = k == steps and bool(config.budget.limits)
+    return dataclasses.replace(
+        config,
+        base=unpruned,
+        ratio=None if ratio is None or last else ratio * k / steps,
+        budget=config.budget if last else Budget(),
+        sparsity=None if config.sparsity is None else config.sparsity * k / steps,
+    )
