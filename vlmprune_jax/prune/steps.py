@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import IGNORED, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, Arrays
+from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
 from vlmprune_jax.prune.layers import Given
 
 
@@ -82,10 +82,7 @@ def row_steps(
     rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
     # By content, so that the order of the rows is immaterial.
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
-    weight_of = np.zeros(4, np.float32)
-    for kind, name in ((PROMPT, "prompt"), (IMAGE, "image"), (ANSWER, "answer")):
-        weight_of[kind] = settings[f"{name}_weight"]
-    size = len(batches[0]["kind"])
+    weight_of, size = weight_of_kinds(settings), len(batches[0]["kind"])
     steps = [
         _step(chosen[at : at + size], size, weight_of, held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
@@ -102,28 +99,11 @@ def row_steps(
 
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
     """Return a step of rows padded to the longest of them and to `size` rows."""
-    arrays = {}
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("kind", PADDING), ("labels", IGNORED)):
-        arrays[name] = np.full((size, max(len(row["kind"]) for row in rows)), fill, np.int32)
-        for at, row in enumerate(rows):
-            if name in row:
-                arrays[name][at, : len(row[name])] = row[name]
-    mask, names = arrays["attention_mask"], [row["name"] for row in rows]
-    inputs = {name: _padded(rows, name, size) for name in ("pixel_values", "image_grid_thw")}
-    inputs["input_ids"] = arrays["input_ids"]
-    context = {"attention_mask": mask, "position_ids": _padded(rows, "position_ids", size)}
+    arrays = stack_rows(rows, size)
+    inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
+    context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
+    names = [row["name"] for row in rows]
     return Step(inputs, context, weight_of[arrays["kind"]], names, held_out, arrays["labels"])
-
-
-def _padded(rows: Sequence[Mapping[str, Any]], name: str, size: int) -> np.ndarray | None:
-    """Return an array of rows, [size, ...], padded with zeros, for rows that lack it too; None: no row has it."""
-    parts = [(at, row[name]) for at, row in enumerate(rows) if name in row]
-    if not parts:
-        return None
-    array = np.zeros((size, *np.max([part.shape for _, part in parts], axis=0)), parts[0][1].dtype)
-    for at, part in parts:
-        array[at][tuple(map(slice, part.shape))] = part
-    return array
 
 
 def image_steps(

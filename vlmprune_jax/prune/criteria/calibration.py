@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ Arrays = dict[str, np.ndarray]
 # Token types; an answer is a token with a label.
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
+_FILLS = {"input_ids": 0, "attention_mask": 0, "kind": PADDING, "labels": IGNORED}
 KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}
 
 
@@ -40,6 +41,23 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
             raise UserError(f"calibration batch {number}: {error}") from None
     if number < 0:
         raise UserError("there are no calibration batches: pass at least one")
+
+
+def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
+    """Return rows of checked batches as arrays of `size` rows, each padded at its end to the largest of them.
+
+    Ids, mask, kind and labels are there even if no row has them; images and positions only if a row has them.
+    """
+    arrays, longest = Arrays(), max(len(row["kind"]) for row in rows)
+    for name in (*_FILLS, "pixel_values", "image_grid_thw", "position_ids"):
+        parts = [(at, row[name]) for at, row in enumerate(rows) if name in row]
+        if parts or name in _FILLS:
+            sizes = np.max([part.shape for _, part in parts], axis=0) if parts else (longest,)
+            shape = sizes if name.startswith(("pixel", "image")) else (*sizes[:-1], longest)
+            arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), parts[0][1].dtype if parts else np.int32)
+        for at, part in parts:
+            arrays[name][at][tuple(map(slice, part.shape))] = part
+    return arrays
 
 
 def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:

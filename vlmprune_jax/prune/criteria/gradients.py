@@ -29,7 +29,7 @@ from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PADDING, PROMPT, Arrays, kinds_in
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import coupled
 from vlmprune_jax.prune.criteria.linearized import linearized
 
@@ -191,41 +191,10 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
-    length = max(arrays["input_ids"].shape[1] for arrays in seen)
-    total = sum(len(arrays["input_ids"]) for arrays in seen)
-    steps = math.ceil(total / rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "kind": PADDING}
-    result: Arrays = {}
-    for name, value in fill.items():
-        flat = np.full((steps * rows, length), value, np.int32)
-        start = 0
-        for arrays in seen:
-            part = arrays[name]
-            flat[start : start + len(part), : part.shape[1]] = part
-            start += len(part)
-        result[name] = flat.reshape(steps, rows, length)
-    for name in ("pixel_values", "image_grid_thw", "position_ids"):
-        if any(name in arrays for arrays in seen):
-            stacked = _stack_rows(seen, name, steps * rows, length)
-            result[name] = stacked.reshape(steps, rows, *stacked.shape[1:])
-    return result
-
-
-def _stack_rows(seen: list[Arrays], name: str, rows: int, length: int) -> np.ndarray:
-    """Return an array of images or positions of all batches, each padded with zeros to the largest; batches may lack
-    it.
-    """
-    parts = [arrays[name] for arrays in seen if name in arrays]
-    sizes = np.max([part.shape[1:] for part in parts], axis=0).tolist()
-    if name == "position_ids":
-        sizes[-1] = length
-    result, start = np.zeros((rows, *sizes), parts[0].dtype), 0
-    for arrays in seen:
-        part = arrays.get(name)
-        if part is not None:
-            result[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
-        start += len(arrays["input_ids"])
-    return result
+    every = [{name: array[at] for name, array in one.items()} for one in seen for at in range(len(one["kind"]))]
+    steps = math.ceil(len(every) / rows)
+    stacked = stack_rows(every, steps * rows)
+    return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
 
 
 def _label_counts(labels: np.ndarray) -> np.ndarray:
