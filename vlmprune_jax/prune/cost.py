@@ -96,10 +96,7 @@ def with_other_bytes(budget: Budget) -> Budget:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse decode measurements that do not cover a model of `whole` parameters and smaller ones.
-
-    Raises UserError that says what to measure.
-    """
+    """Refuse decode measurements that do not cover a model of `whole` parameters and smaller ones."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
         told = ", ".join(f"{size:,.0f}" for size in sizes)
@@ -110,10 +107,7 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
 
 
 def _between(curve: Sequence[Sequence[float]], size: int) -> float:
-    """Return the interpolated milliseconds per token at a size (that of the largest model slightly above it).
-
-    Raises OutOfReach if it is smaller than all measured models.
-    """
+    """Return the interpolated milliseconds per token at a size (that of the largest model slightly above it)."""
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
         raise OutOfReach(f"no measured model has fewer than {sizes[0]:,.0f} parameters")

@@ -262,10 +262,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the sums over these rows, `energy` over all of them.
-
-    Raises UserError if a row has activations that are not finite.
-    """
+    """Return the sums over these rows, `energy` over all of them."""
     totals = None
     for step in steps:
         target = step.middle if module == "o_proj" else step.dense

@@ -156,10 +156,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _discard(path: Path, patience_s: float = 10.0) -> None:
-    """Remove an incomplete checkpoint; retry while a failed save still writes files into it.
-
-    Raises UserError if it cannot be removed.
-    """
+    """Remove an incomplete checkpoint; retry while a failed save still writes files into it."""
     until = time.monotonic() + patience_s
     while True:
         try:

@@ -206,10 +206,7 @@ def _run_step(
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
-    """Return the next batch after checking it.
-
-    Raises UserError if the data ended, the batch has another size, or its inputs do not fit the model.
-    """
+    """Return the next batch after checking it."""
     batch = next(stream, None)
     if batch is None:
         raise UserError(

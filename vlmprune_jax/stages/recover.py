@@ -159,10 +159,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
-    """Refuse a teacher that equals the student: the decoder is unpruned and sees the student's own image embeddings.
-
-    Raises UserError if it does.
-    """
+    """Refuse a teacher that equals the student: the decoder is unpruned and sees the student's own image embeddings."""
     cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
         raise UserError(

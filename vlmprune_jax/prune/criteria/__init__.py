@@ -1,17 +1,15 @@
-"""Criteria that score layers, heads and neurons: one file each, and a mapping by name."""
+"""Criteria that score layers, heads and neurons, by name."""
 
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.angular import ANGULAR
-from vlmprune_jax.prune.criteria.block_influence import BLOCK_INFLUENCE
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
+from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.prune.criteria.greedy import GREEDY_LOSS
 from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
-from vlmprune_jax.prune.criteria.magnitude import L1, L2, input_weights
-from vlmprune_jax.prune.criteria.random import RANDOM
 from vlmprune_jax.prune.criteria.taylor import TAYLOR
+from vlmprune_jax.prune.criteria.weights import L1, L2, RANDOM, input_weights
 
 # A user's file adds its own by assignment: CRITERIA["mine"] = Criterion(...).
 CRITERIA: dict[str, Criterion] = {

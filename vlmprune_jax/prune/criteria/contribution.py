@@ -22,7 +22,7 @@ from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import reduce_inputs
-from vlmprune_jax.prune.criteria.magnitude import input_weights
+from vlmprune_jax.prune.criteria.weights import input_weights
 
 Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of x^2
 

@@ -1,4 +1,4 @@
-"""Width scores from the weights alone: sums of |W|^p over the axis that is not pruned."""
+"""Scores without calibration: sums of |W|^p over the axis that is not pruned, and random numbers as a control."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import STACKS, runs
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import STACKS, ModelConfig, runs
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, stack_module
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
-from vlmprune_jax.prune.criteria.groups import Channels, coupled, reduce_groups
+from vlmprune_jax.prune.criteria.groups import GQA, Channels, coupled, reduce_groups
 
 
 def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
@@ -74,4 +75,32 @@ L1, L2 = (
         stacks=STACKS,
     )
     for power in (1, 2)
+)
+
+
+def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
+    """Return `random_scores` of a model, as a control."""
+    return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
+
+
+def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
+    """Return importance, heads and mlp, drawn from U(0, 1) per layer and channel; a head is the sum of its channels."""
+    one_of("gqa", gqa, GQA)
+    draw = np.random.default_rng(seed)
+    layers = cfg.stack(stack).layers
+    importance = draw.random(len(layers))
+    heads = []
+    for shape in layers:
+        units = shape.kv_heads if gqa == "groups" else shape.q_heads
+        heads.append(draw.random((units, cfg.stack(stack).head_dim)).sum(axis=1))
+    mlp = tuple(draw.random(shape.mlp) for shape in layers)
+    return {"importance": importance, "heads": tuple(heads), "mlp": mlp}
+
+
+RANDOM = Criterion(
+    scores=("layers", "widths"),
+    needs="weights",
+    function=random,
+    options=declared("seed", "gqa"),
+    stacks=STACKS,
 )
