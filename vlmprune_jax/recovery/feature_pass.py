@@ -208,7 +208,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """Return the pictures that this process computes; those of any size are sorted, so that batches have equal sizes."""
+    """Return the pictures that this process computes, those of any size sorted, so that batches have equal sizes."""
     keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
 
     def count() -> list[int]:
