@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_cases import LLAMA, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from vlm_cases import internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
+from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
 
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.params import count_params
@@ -28,6 +28,7 @@ SPECIAL = {
     "qwen3_vl": ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"),
     "qwen2_5_vl": ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>",
                    "<|video_pad|>"),
+    "gemma3": ("<bos>", "<end_of_turn>", "<start_of_turn>", "<image_soft_token>", "<start_of_image>", "<end_of_image>"),
     "internvl_chat": ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<img>", "</img>", "<IMG_CONTEXT>"),
 }  # fmt: skip
 FAMILIES = tuple(SPECIAL)
@@ -56,7 +57,8 @@ def _config(name: str) -> dict[str, Any]:
         return llava_config("llama", "clip")
     if name == "smolvlm":
         return smolvlm_config("llama")
-    return internvl_chat_config("qwen2") if name == "internvl_chat" else qwen_vl_config(name)
+    own = {"internvl_chat": lambda: internvl_chat_config("qwen2"), "gemma3": gemma3_config}
+    return own[name]() if name in own else qwen_vl_config(name)
 
 
 def tokenized_folder(folder: Path, name: str) -> Path:

@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from hf_cases import copy_llava
+from hf_cases import copy_llava, edit_config
 from vocabulary_cases import FAMILIES, SPECIAL, TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.export.vocabulary import ids_in, trim_config
-from vlmprune_jax.export.write import save
+from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import apply_plan, prune_folder
@@ -61,6 +61,40 @@ def test_file_surgery_is_surgery_in_memory(tmp_path, sources):
         assert file.read_bytes() == (tmp_path / "memory" / file.name).read_bytes(), file.name
     with pytest.raises(UserError, match="its vocabulary has 640 rows, the model's 440: pass the plan"):
         save(apply_plan(model, plan), tmp_path / "again", source_dir=source)
+
+
+def test_conversion_takes_the_new_ids(tmp_path, sources):
+    """A hub layout becomes that of transformers, whose image token has a new id."""
+    source = tokenized_folder(tmp_path / "source", "internvl_chat")
+    edit_config(source, ps_version="v2", force_image_size=24)
+    plan, model = vocabulary_plan(source, sources, 440), load(source)
+    pruned = apply_plan(model, plan)
+    save(pruned, tmp_path / "stock", source_dir=source, plan=plan, layout="transformers", dtype="float32")
+    stock, tokenizer = load(tmp_path / "stock"), load_tokenizer(tmp_path / "stock")
+    assert stock.cfg.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert stock.cfg.text.vocab_size >= 440
+    words = load_tokenizer(source)(TOPICS[0][:60])["input_ids"]
+    rows = np.array([[plan.vocabulary.new_ids[i] for i in words]])
+    assert rows[0].tolist() == tokenizer(TOPICS[0][:60])["input_ids"]
+    np.testing.assert_array_equal(forward(stock, rows)[0][..., :440], forward(pruned, rows)[0])
+
+
+def test_gguf_has_the_kept_tokens(tmp_path, sources):
+    """With the pre-tokenizer of the source, which the ids do not decide."""
+    gguf = pytest.importorskip("gguf")
+    source = tokenized_folder(tmp_path / "source", "llama")
+    edit_config(source, hidden_act="silu")
+    plan = vocabulary_plan(source, sources, 440)
+    pruned = apply_plan(load(source), plan)
+    save(pruned, tmp_path / "out", source_dir=source, plan=plan, format="gguf", dtype="float32")
+    fields = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf"))).fields
+    content = json.loads((source / "tokenizer.json").read_text())
+    texts = {i: text for text, i in content["model"]["vocab"].items()}
+    texts |= {token["id"]: token["content"] for token in content["added_tokens"]}
+    assert fields["tokenizer.ggml.tokens"].contents() == [texts[i] for i in plan.vocabulary.kept]
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == pruned.cfg.eos_token_ids[0]
+    check_saved(pruned, tmp_path / "out", source_dir=source, plan=plan, format="gguf", dtype="float32")
 
 
 def test_sentencepiece_files_agree(tmp_path, goldens):

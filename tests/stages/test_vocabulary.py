@@ -102,6 +102,20 @@ def test_the_whole_run(root):
     assert retained == pytest.approx(100 * whole.values["bits_per_byte"] / values["bits_per_byte"])
 
 
+@pytest.mark.slow
+def test_a_cache_belongs_to_one_vocabulary(root, capsys):
+    """The teacher's cached logits have the ids of the kept tokens."""
+    cached = ["--config.recover.losses.teacher_inputs=own", f"--config.recover.teacher_cache={root / 'cache'}"]
+    cached += ["--config.recover.teacher_top_k=4", "--config.reconstruct.method=none"]
+    for stage in ("score", "prune", "recover"):
+        run(root, stage, "cached", *cached)
+    other = [*cached, "--config.prune.vocabulary.size=456"]
+    for stage in ("score", "prune"):
+        run(root, stage, "other", *other)
+    assert main(["recover", f"--config={root / 'config.py'}", f"--workdir={root / 'other'}", *other]) == 2
+    assert "prune.vocabulary" in capsys.readouterr().err
+
+
 def test_the_teacher_is_renormalised_over_the_kept_tokens(root):
     """Its log-probabilities of kept tokens, gathered and renormalised, are those of the trimmed teacher."""
     teacher, plan = vp.load(root / "teacher"), vp.PrunePlan.from_json(root / "w/plan.json")
