@@ -13,14 +13,18 @@ import stat
 import jax
 import numpy as np
 import pytest
+from gguf_cases import byte_tokenizer
 from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch_compat import VERSIONS
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import RecoverSpec
+from vlmprune_jax.export.tokenizer import vocabulary_digest
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
@@ -99,7 +103,10 @@ def test_modules_that_trained_whole_are_in_the_folder(pruned, torch_outputs, tmp
 def test_what_the_folder_says(pruned, tmp_path):
     base, folder = pruned("llava", "depth")
     model, trained = trained_model(base)
+    content = read_json(byte_tokenizer(folder) / "tokenizer.json")
     write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=trained)
+    with safe_open(tmp_path / "adapter" / peft.WEIGHTS_FILE, "np") as file:
+        assert file.metadata() == {"format": "pt", "vocabulary": vocabulary_digest(content)}
     names = {peft.CARD_FILE, peft.CONFIG_FILE, peft.WEIGHTS_FILE}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
     config = json.loads((tmp_path / "adapter" / peft.CONFIG_FILE).read_text())

@@ -19,6 +19,7 @@ from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.export.card import model_name
+from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.hf.disk.atomic import atomic_folder
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
@@ -74,13 +75,19 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
         config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
         with atomic_folder(Path(out_dir)) as folder:
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-            save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"} | _vocabulary(base_dir))
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             card = _card(config, model_name(base_dir), "auto_map" in stock)
             (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
             shutil.copymode(
                 folder / CONFIG_FILE, folder / WEIGHTS_FILE
             )  # safetensors creates files without group permissions
+
+
+def _vocabulary(base_dir: Path) -> dict[str, str]:
+    """Return the digest of the base's tokens: adapters of a trimmed model are not those of the whole one."""
+    content = read_tokenizer(base_dir)
+    return {} if content is None else {"vocabulary": vocabulary_digest(content)}
 
 
 def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
