@@ -95,7 +95,7 @@ def test_failing_to_join_names_the_place(joined, monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED:\n barrier timed out")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
-    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: could not join .*DEADLINE_EXCEEDED: barrier timed"):
+    with pytest.raises(UserError, match=r"process 1 of 2 at host:1: cannot join .*DEADLINE_EXCEEDED: barrier timed"):
         mesh.initialize("host:1", 2, 1)
 
 
@@ -116,7 +116,7 @@ def test_a_tpu_vm_asks_its_metadata_server(joined, tpu_vm, status, text, expecte
 
 def test_a_metadata_server_in_trouble_is_no_answer(joined, tpu_vm):
     tpu_vm(503, "")
-    with pytest.raises(UserError, match="HTTP error 503, so the workers of this slice are unknown"):
+    with pytest.raises(UserError, match="HTTP error 503, so the workers of the slice are unknown"):
         mesh.initialize(None, None, None)
 
 

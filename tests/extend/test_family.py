@@ -134,11 +134,11 @@ def test_it_is_a_decoder_of_the_vision_language_families_too(config, tmp_path, t
         (lambda line: None if "down_proj/bias" in line.path else line, "no line for text/layers/0/mlp/down_proj/bias"),
         (
             lambda line: replace(line, path=line.path.replace("up_proj", "fc1")),
-            "line for text/layers/0/mlp/fc1/weight, a parameter that this model does not have",
+            "line for text/layers/0/mlp/fc1/weight, which is no parameter of this model",
         ),
         (
             lambda line: replace(line, layout=line.layout.replace("mlp embed", "embed mlp")),
-            r"layout 'embed mlp' of text/layers/0/mlp/gate_proj/weight does not match its axes \('mlp', 'embed'\)",
+            r"layout 'embed mlp' of text/layers/0/mlp/gate_proj/weight does not fit axes \('mlp', 'embed'\)",
         ),
     ],
 )

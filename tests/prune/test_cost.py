@@ -196,7 +196,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
         ({"budget": {"step_ms": 1, "slice": "v5e"}}, "prune.budget.slice: topology 'v5e' is not GENERATION:SIZES"),
         (
             {"budget": {"step_ms": 1, "slice": "tpu:2x2"}},
-            "prune.budget.slice: topology 'tpu:2x2': unknown TPU generation",
+            "prune.budget.slice: topology 'tpu:2x2': unknown TPU",
         ),
         (
             {"budget": {"decode_ms": 1}},

@@ -80,9 +80,7 @@ def slice_of(name: str) -> tuple[Chip, int]:
     generation, _, grid = name.partition(":")
     examples = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
     if generation not in CHIPS:
-        raise UserError(
-            f"topology {name!r}: unknown TPU generation (known: {', '.join(CHIPS)}): use for example {examples}"
-        )
+        raise UserError(f"topology {name!r}: unknown TPU (known: {', '.join(CHIPS)}): use for example {examples}")
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
         raise UserError(f"topology {name!r} is not GENERATION:SIZES: use for example {examples}")
     return CHIPS[generation], math.prod(map(int, grid.split("x")))

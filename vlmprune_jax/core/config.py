@@ -192,9 +192,7 @@ class TextConfig(Stack):
             )
         self.rope.check(self.rotary_dim)
         if self.head_bias and self.tie_embeddings:
-            raise UserError(
-                "tie_word_embeddings: an output head with a bias cannot be tied to the embeddings: set it to false"
-            )
+            raise UserError("tie_word_embeddings: an output head with a bias cannot be tied: set it to false")
 
 
 @dataclass(frozen=True)
@@ -329,9 +327,7 @@ class ModelConfig:
             return
         grid, factor = self.vision.grid, self.projector.downsample
         if grid % factor:
-            raise UserError(
-                f"vision tower: {grid} patches per side cannot be downsampled by {factor}: must be divisible"
-            )
+            raise UserError(f"vision tower: {grid} patches per side cannot be downsampled by {factor}: not divisible")
         if len(self.text.layers) < self.deepstack:
             raise UserError(
                 f"decoder has {len(self.text.layers)} layers, but the vision tower has features for the first "

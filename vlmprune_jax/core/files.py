@@ -159,9 +159,7 @@ def read_text(path: Path, most: int | None = None, missing: str = "no such file"
     try:
         return read_bytes(path, most, missing).decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: is not UTF-8 text (at byte {error.start}): check that it is the intended file"
-        ) from None
+        raise UserError(f"{path}: is not UTF-8 text (at byte {error.start}): check that it is the right file") from None
 
 
 def read_json(
@@ -284,9 +282,7 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         if claimed > MAX_ARRAYS_BYTES:
-            raise UserError(
-                f"{path}: unpacks to {claimed:,} bytes, more than the maximum of {MAX_ARRAYS_BYTES:,}: {todo}"
-            )
+            raise UserError(f"{path}: unpacks to {claimed:,} bytes, over the maximum of {MAX_ARRAYS_BYTES:,}: {todo}")
         for member in members:
             name = member.filename.removesuffix(".npy")
             if name in arrays:
@@ -358,9 +354,7 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
         check_inside(source, folder)
         size = os.fstat(file.fileno()).st_size
         if size > MAX_COPY_BYTES:
-            raise UserError(
-                f"{source}: has {size:,} bytes, more than the maximum of {MAX_COPY_BYTES:,} for files beside weights"
-            )
+            raise UserError(f"{source}: has {size:,} bytes, over the maximum of {MAX_COPY_BYTES:,} beside weights")
         with target.open("wb") as copy, reading(source, "check the disk and its free space"):
             shutil.copyfileobj(file, copy)
 

@@ -54,8 +54,7 @@ class RopeConfig:
         frequencies, sections = rotary_dim // 2, self.sections
         if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies):
             raise UserError(
-                f"mrope_section {list(sections)} must be three numbers that sum to {frequencies} (half of rotary_dim "
-                f"{rotary_dim})"
+                f"mrope_section {list(sections)} must be three numbers that sum to {frequencies} (rotary_dim / 2)"
             )
         for factors in (self.short_factors, self.long_factors):
             if self.kind == "longrope" and len(factors) != frequencies:

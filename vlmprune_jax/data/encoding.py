@@ -112,9 +112,7 @@ class Encoder:
             counted = loader.arrays(1, image.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
             for pixels in loader.load(path, record.id, len(record.images)):
                 if slot == len(array) or (image.tokens and not len(pixels) == counted <= len(array[slot])):
-                    raise UserError(
-                        f"record {record.id}: its images changed since they were measured: run the same command again"
-                    )
+                    raise UserError(f"record {record.id}: its images changed since they were measured: run again")
                 if image.tokens:
                     array[slot, : len(pixels)], arrays[GRIDS][slot] = pixels, image.grid
                 else:
@@ -287,8 +285,7 @@ def check_length(length: int, record: Record, limit: int) -> None:
     """Raise UserError naming the record if its tokens exceed a limit."""
     if length > limit:
         raise UserError(
-            f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop the "
-            "record"
+            f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop it"
         )
 
 

@@ -127,9 +127,7 @@ def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalize
         if config.get(step) is False:
             raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
-        raise UserError(
-            f"{where}: rescale_factor {config['rescale_factor']} is not supported for {images}: set it to 1/255"
-        )
+        raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported for {images}: set 1/255")
 
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

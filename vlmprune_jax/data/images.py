@@ -102,9 +102,7 @@ class WholeImage:
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
-            raise UserError(
-                f"{where}: do_resize and do_center_crop are both off, so images differ in size: restore one of them"
-            )
+            raise UserError(f"{where}: do_resize and do_center_crop are off, so images differ in size: restore one")
         self._resized = sides(self._processor.size, where)
         self._short_side = "shortest_edge" in dict(self._processor.size)
         self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
@@ -315,8 +313,7 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
     takes = described(*(patches or (image_size, image_size)), patches is not None)
     if makes != takes:
         raise UserError(
-            f"{where}: the image processor makes {makes}, but the vision tower takes {takes}: use the model's own "
-            "processor"
+            f"{where}: the image processor makes {makes}, but the vision tower takes {takes}: use the model's processor"
         )
 
 

@@ -107,8 +107,7 @@ class Patching:
         """Return (rows, columns) of patches, both multiples of `merge`."""
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
-                f"image of {width}x{height} pixels: long side over {_THINNEST} times the short side, the model's "
-                "limit: crop it"
+                f"image of {width}x{height} pixels: long side over {_THINNEST} times the short side (limit): crop it"
             )
         side = self.patch * self.merge
         # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again

@@ -73,9 +73,7 @@ def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> n
         assert cfg.projector is not None
         grids = np.asarray(np.zeros((0, 3)) if image_grid_thw is None else image_grid_thw, np.int64)
         if grids.shape != (images, 3) or (grids < 1).any():
-            raise UserError(
-                f"expand_images: image_grid_thw must be {images} x 3 positive numbers, got {image_grid_thw}"
-            )
+            raise UserError(f"expand_images: image_grid_thw must be {images} x 3 numbers above 0, got {image_grid_thw}")
         return grids.prod(axis=1) // cfg.projector.downsample**2
     counts = np.ones(images, np.int64) if tiles is None else np.asarray(tiles, np.int64)
     if counts.shape != (images,) or (counts < 1).any():

@@ -264,8 +264,7 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
     if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
         raise UserError(
-            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one per "
-            "image"
+            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one each"
         )
     answers = _answers(entry.get("answers"), where)
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
@@ -364,9 +363,7 @@ class _ImageRoot:
         path = self._folder / name
         if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
             problem = "is not a file" if os.path.lexists(path) else "does not exist"
-            raise UserError(
-                f"{where}: image {self._folder / shown} {problem}: check the image root and the record's path"
-            )
+            raise UserError(f"{where}: image {self._folder / shown} {problem}: check the image root and the path")
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
             raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}: copy it inside")
         self._paths[name] = path

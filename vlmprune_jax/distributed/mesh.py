@@ -52,9 +52,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             jax.distributed.initialize(*place, **_LOSS)
     except (RuntimeError, ValueError) as error:
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
-        raise UserError(
-            f"{where}: could not join the other processes ({reason(error)}): start all processes"
-        ) from error
+        raise UserError(f"{where}: cannot join the other processes ({reason(error)}): start all processes") from error
     if process_count() > 1:
         failure.watch(jax.process_index(), jax.process_count())
 
@@ -123,7 +121,7 @@ def _slice_has_workers() -> bool:
         if error.code == 404:  # on Google Cloud, but not on a TPU VM
             return False
         raise UserError(
-            f"{url}: HTTP error {error.code}, so the workers of this slice are unknown: try again"
+            f"{url}: HTTP error {error.code}, so the workers of the slice are unknown: try again"
         ) from error
     except OSError:  # not on Google Cloud
         return False

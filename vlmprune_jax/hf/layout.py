@@ -83,16 +83,14 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             if path not in axes:
                 if some:
                     continue
-                raise UserError(
-                    f"family {family.name}: line for {line.path}, a parameter that this model does not have"
-                )
+                raise UserError(f"family {family.name}: line for {line.path}, which is no parameter of this model")
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
             unnamed = () if "unit" in tokens else ("unit",)  # numbers without an axis in files
             if [t for t in tokens if t not in "()1"] != [name for name in names if name not in unnamed]:
                 raise UserError(
-                    f"family {family.name}: layout {line.layout!r} of {line.path} does not match its axes {names}"
+                    f"family {family.name}: layout {line.layout!r} of {line.path} does not fit axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             hf_shape = _grouped(tokens, size)

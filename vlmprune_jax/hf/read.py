@@ -278,6 +278,4 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(
-            f"{what} holds {count} NaN or infinite values: the weights are damaged, or the dtype is too narrow"
-        )
+        raise UserError(f"{what} holds {count} NaN or infinite values: damaged weights, or too narrow a dtype")

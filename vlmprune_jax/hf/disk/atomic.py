@@ -41,8 +41,7 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
         raise UserError(f"{out_dir}: exists already: choose another folder or pass --overwrite (overwrite=True)")
     if not (out_dir / "config.json").is_file() and not _has_card(out_dir):
         raise UserError(
-            f"{out_dir}: not a model folder (no config.json and no model card), so it is not overwritten: remove it by "
-            "hand"
+            f"{out_dir}: not a model folder (no config.json and no model card), so it is not overwritten: delete it"
         )
 
 
