@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.export.vocabulary import trim_files
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
+from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.prune.describe import describe
+from vlmprune_jax.prune.token_sources import Source
 
 TOWERS = {"bunny": "siglip_tower", "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower"}
 FOLDERS = ("llava_hf", "llava_orig", "llava_orig_bin", "bunny", "internvl", "llama_gqa")
@@ -153,6 +156,35 @@ def test_tokenizer(goldens, tmp_path, name):
     def check(content):
         path.write_bytes(content)
         reads(read, "tokenizer")
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "generation_config.json"],
+)
+def test_trimmed_vocabularies(goldens, tmp_path, name):
+    """Files that a smaller vocabulary rewrites, and the tokenizer that it is chosen from."""
+    folder = copy_llava(goldens, tmp_path / "model")
+    generation = {"eos_token_id": [2], "bad_words_ids": [[5, 6]], "suppress_tokens": [7]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    cfg, path = read_config(folder)[1], folder / name
+    vocabulary = Source.of(folder, cfg).keep({}, (), 380, 4)
+    files = damaged(path.read_bytes()) if name == "tokenizer.model" else json_files(json.loads(path.read_text()))
+
+    def trim():
+        Source.of(folder, cfg).check(vocabulary)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        trim_files(folder, tmp_path / "out", vocabulary, vocabulary.apply_to(cfg))
+
+    trim()
+
+    @fuzz(25, content=files)
+    def check(content):
+        path.write_bytes(content)
+        reads(trim, "model", "prune plan", "template")
 
     check()
 

@@ -16,6 +16,7 @@ from vlmprune_jax.report.comparison_plots import series_of, way_of
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
 from vlmprune_jax.report.tables import tables_of
+from vlmprune_jax.report.vocabulary import vocabulary_section
 from vlmprune_jax.stages import evaluate
 from vlmprune_jax.stages.evaluate import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
@@ -26,7 +27,8 @@ from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples,
 from vlmprune_jax.workdir.speed import read_bench, read_speed
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep, table_of
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows, read_tpu_plan
-from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, read_unfinished
+from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, Variant, read_unfinished
+from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 CFG = cases.config()
 PRUNE = StepRecord(
@@ -228,6 +230,25 @@ def test_speed(tmp_path):
     assert len(shown()) == 3
 
     @fuzz(100, content=json_files(whole))
+    def check(content):
+        path.write_bytes(content)
+        reads(shown, path.name)
+
+    check()
+
+
+def test_vocabularies(tmp_path):
+    counts = {"texts": 3, "equal": 2, "kept": 1, "broken": 0, "bytes": 300, "tokens_before": 90, "tokens_after": 92}
+    sample = TextSample(name="all", **counts, measured_bytes=300, bits_before=0.85, bits_after=0.87)
+    path = tmp_path / VOCABULARY
+    whole = saved(path, VocabularyReport(rows_before=640, rows=448, parameters=1000, samples=[sample]))
+
+    def shown():
+        return [*vocabulary_section(tmp_path, [Variant("w", "depth", "plan.json", [])])]
+
+    assert shown()[0].tables[0].rows == (("all", "3", "2", "2.22", "0", "0.850", "0.870"),)
+
+    @fuzz(60, content=json_files(whole))
     def check(content):
         path.write_bytes(content)
         reads(shown, path.name)

@@ -1,5 +1,6 @@
 """Damaged files of a workdir, ours or somebody else's: reading them back returns or raises one line."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -15,7 +16,7 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
-from vlmprune_jax.prune import PrunePlan, Scores, make_plan
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
@@ -32,7 +33,9 @@ MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
 
 def test_plans(tmp_path):
     path = tmp_path / "plan.json"
-    whole = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1).to_json()
+    plan = make_plan(scores_of(CFG), CFG, method="width", ratio=0.1)
+    kept = KeptVocabulary(CFG.text.vocab_size, (0, 1, 2, 5), "x")
+    whole = dataclasses.replace(plan, vocabulary=kept).to_json()
 
     @fuzz(150, content=json_files(json.loads(whole)))
     def check(content):

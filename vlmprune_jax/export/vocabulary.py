@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text
+from vlmprune_jax.core.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text, reading
 from vlmprune_jax.data.tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 from vlmprune_jax.export.sentencepiece import trim_pieces
 from vlmprune_jax.export.tokenizer import read_tokenizer, token_ids, vocabulary_digest
@@ -85,7 +85,8 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
                 copy_folder(source / name, folder / name, source)
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
             copy_file(source / name, folder / name, source)
-    _trim_tokenizer_files(source, folder, content, vocabulary)
+    with reading(f"{source}: its tokenizer"):
+        _trim_tokenizer_files(source, folder, content, vocabulary)
     for name in CONFIGS:
         if os.path.lexists(source / name):
             config = trim_config(read_json(source / name), vocabulary, str(source / name))

@@ -50,7 +50,7 @@ class _StackJson(TypedDict):
 class _VocabularyJson(TypedDict):
     """JSON of a vocabulary; `kept` are ranges [start, stop) of ids."""
 
-    rows_before: _Width
+    rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
     tokenizer: str
     kept: Annotated[list[tuple[_Index, _Width]], msgspec.Meta(min_length=1, max_length=2**22)]
 
@@ -372,7 +372,7 @@ def _vocabulary_json(vocabulary: KeptVocabulary) -> dict[str, Any]:
 def _vocabulary_from_dict(data: _VocabularyJson | None) -> KeptVocabulary | None:
     if data is None:
         return None
-    if sum(stop - start for start, stop in data["kept"]) > data["rows_before"]:
+    if sum(max(stop - start, 0) for start, stop in data["kept"]) > data["rows_before"]:
         raise UserError(f"prune plan: keeps more tokens than the {data['rows_before']:,} of the vocabulary: {_TODO}")
     kept = tuple(itertools.chain.from_iterable(range(*bounds) for bounds in data["kept"]))
     return KeptVocabulary(data["rows_before"], kept, data["tokenizer"])

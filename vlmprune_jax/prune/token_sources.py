@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import read_json
+from vlmprune_jax.core.files import read_json, reading
 from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.prompts import load_tokenizer, render
 from vlmprune_jax.data.records import IMAGE_TOKEN
@@ -58,7 +58,8 @@ class Source:
         content = read_tokenizer(folder)
         if content is None:
             raise UserError(f"{folder}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
-        subwords, rows = Subwords.of(content, str(folder)), cfg.text.vocab_size
+        with reading(f"{folder}: its tokenizer"):
+            subwords, rows = Subwords.of(content, str(folder)), cfg.text.vocab_size
         last = max({*subwords.tokens, *subwords.added})
         if last >= rows:
             raise UserError(
