@@ -91,6 +91,7 @@ def test_a_model_that_equals_its_source_is_refused(flags, tmp_path, capsys, trai
     assert main(["recover", *flags, *small]) == 2
     line = capsys.readouterr().err.strip()
     assert "recover: training changed no weight of pruned" in line
-    assert "(2 steps of 5 rows, 5 records, learning rate 1e-30, float32): raise recover.learning_rate, " in line
+    assert "(2 steps of 5 rows, 5 records, learning rate 1e-30, last gradient norm " in line
+    assert ", float32): raise recover.learning_rate, " in line
     assert "\n" not in line
     assert not (tmp_path / "w/recovered").exists()

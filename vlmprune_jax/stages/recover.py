@@ -103,8 +103,9 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
     if unchanged(student, merged, ready.trained):
         raise UserError(
             f"recover: training changed no weight of {work.start.name} ({ready.steps} steps of {config.batch_size} "
-            f"rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, {work.model.dtype}): raise "
-            "recover.learning_rate, recover.epochs or recover.steps"
+            f"rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, last gradient norm "
+            f"{summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise recover.learning_rate, recover.epochs or "
+            "recover.steps, or choose parameters that the records reach (recover.trainable)"
         )
     if spec.save_adapter:
         write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=ready.trained)
