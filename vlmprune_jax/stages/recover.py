@@ -104,8 +104,8 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
         raise UserError(
             f"recover: training changed no weight of {work.start.name} ({ready.steps} steps of {config.batch_size} "
             f"rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, last gradient norm "
-            f"{summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise recover.learning_rate, recover.epochs or "
-            "recover.steps, or choose parameters that the records reach (recover.trainable)"
+            f"{summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise recover.learning_rate, "
+            "recover.epochs or recover.steps, or choose parameters that the records reach (recover.trainable)"
         )
     if spec.save_adapter:
         write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=ready.trained)
