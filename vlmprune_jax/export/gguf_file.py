@@ -21,6 +21,9 @@ from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.params import count_params
 
 _ALIGNMENT = 32
+# Importance file, as in llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of
+# squares over all tokens, and `NAME.counts` float32[1, 1], whole numbers, by which it divides.
+PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
@@ -106,11 +109,6 @@ def _types(file: GgufFile) -> str:
     counts = Counter(tensor.dtype for tensor in file.tensors)
     size = sum(tensor.n_bytes for tensor in file.tensors)
     return f"{', '.join(f'{n} x {kind}' for kind, n in counts.most_common())}; {size / 1e6:,.1f} MB"
-
-
-# Importance file, as in llama.cpp of October 2026, common/imatrix-loader.cpp: `NAME.in_sum2` float32[1, in], the sum of
-# squares over all tokens, and `NAME.counts` float32[1, 1], whole numbers, by which it divides.
-PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:

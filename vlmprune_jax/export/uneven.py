@@ -15,6 +15,9 @@ from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
 
 UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true widths, zeros, or an error
+LOADER_FILE = "modeling_per_layer.py"
+_LOADER = Path(__file__).parent / "remote" / LOADER_FILE
+_PREFIX = "PerLayer"
 
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
@@ -70,11 +73,6 @@ def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return np.pad(array, widths)
-
-
-LOADER_FILE = "modeling_per_layer.py"
-_LOADER = Path(__file__).parent / "remote" / LOADER_FILE
-_PREFIX = "PerLayer"
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:

@@ -20,6 +20,7 @@ from vlmprune_jax.workdir.speed import read_speed
 
 STEPS = ".stages/steps.json"
 _PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
+_COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
@@ -78,9 +79,6 @@ def read_steps(workdir: Path) -> list[StepRecord]:
     """Read the steps of a run; none if it was never begun."""
     path = workdir / STEPS
     return read_artefact(path, Steps).steps if path.is_file() else []
-
-
-_COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 @dataclass(frozen=True)
