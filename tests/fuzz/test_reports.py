@@ -12,6 +12,7 @@ from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.planning.guide import FILE, Target, read_guide, recommend
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
+from vlmprune_jax.report.comparison import table_of
 from vlmprune_jax.report.comparison_plots import series_of, way_of
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables
@@ -25,7 +26,7 @@ from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import best_run, read_result
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
 from vlmprune_jax.workdir.speed import read_bench, read_speed
-from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep, table_of
+from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows, read_tpu_plan
 from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
@@ -72,7 +73,7 @@ def test_sweeps(tmp_path):
         groups = groups_of(found)
         return table_of(found), as_csv(found), series_of(groups), [way_of(group) for group in groups]
 
-    assert len(shown()[0][1]) == 4
+    assert len(shown()[0].rows) == 4
 
     @fuzz(150, content=json_files(whole))
     def check(content):

@@ -12,7 +12,7 @@ from sweep_cases import some_runs, with_models, write_sweep
 
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison_plots as plots
-from vlmprune_jax.report.comparison import build_comparison
+from vlmprune_jax.report.comparison import build_comparison, table_of
 from vlmprune_jax.report.plots import COLOURS
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.sweep import as_csv, groups_of
@@ -47,6 +47,17 @@ def test_page(tmp_path, sets, figures, radar):
     if not radar:
         assert "of the unpruned model" not in page or "on docs" in page
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_the_table_of_terminal_and_page(tmp_path):
+    """Groups of seeds have one row with their spread; what a person looks for comes first."""
+    table = table_of(write_sweep(tmp_path))
+    assert table.header[:6] == ("model", "retained, %", "size, %", "decoding, x", "±", "seeds")
+    assert len(table.rows) == 13
+    assert table.rows[0][:3] == ("unpruned", "100.00", "100.0")
+    assert (table.rows[1][0], table.rows[1][4:6]) == ("depth 10 %", ("", "1"))
+    assert (table.rows[2][0], table.rows[2][5]) == ("depth 10 %, SFT, 5 % of the data", "2")
+    assert float(table.rows[2][4]) > 0
 
 
 def test_names_of_anybody_are_text(tmp_path):

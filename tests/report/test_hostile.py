@@ -37,7 +37,7 @@ def printed(workdir):
     result, out = read_result(workdir), io.StringIO()
     reporter = Reporter(Console(file=out, width=120))
     for table in tables_of(result):
-        reporter.table(table.title, table.header, table.rows)
+        reporter.table(*table.printed)
     best_run(result.runs, result.sets)
     return out.getvalue()
 

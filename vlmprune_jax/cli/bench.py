@@ -55,6 +55,6 @@ def run(flags: Any) -> None:
     if flags.json is not None:
         write_artefact(Path(flags.json), found)
     for table in bench_tables(found):
-        reporter.table(table.title, table.header, table.rows)
+        reporter.table(*table.printed)
     for line in (*bench_notes(found), *left_out):
         reporter.say(line)

@@ -113,7 +113,7 @@ def finish(context: Any) -> None:
     if (context.workdir / RESULT).exists():
         result = read_result(context.workdir).distinct()
         for table in tables_of(result):
-            context.reporter.table(table.title, table.header, table.rows)
+            context.reporter.table(*table.printed)
         context.say(lead(result))
         if note := parameter_note(result.teacher):
             context.say(note)

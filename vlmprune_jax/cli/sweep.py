@@ -33,7 +33,7 @@ def define(values: Flags) -> None:
 def run(flags: Any) -> None:
     """Do the runs, and compare them."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
-    from vlmprune_jax.report.comparison import build_comparison
+    from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing
 
     runs, sweep, reporter = prepare_sweep(flags)
@@ -45,4 +45,5 @@ def run(flags: Any) -> None:
     start = functools.partial(start_worker, sweep)
     placed = place_all(runs, sweep)
     shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
-    run_sweep(placed, sweep, reporter, **shared, start=start, page=build_comparison)
+    pages: dict[str, Any] = {"page": build_comparison, "table": lambda found: table_of(found).printed}
+    run_sweep(placed, sweep, reporter, **shared, **pages, start=start)

@@ -26,7 +26,7 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
     for line in as_lines(advice):
         reporter.say(line)
     for table in tables:
-        reporter.table(table.title, table.header, table.rows)
+        reporter.table(*table.printed)
     for line in notes:
         reporter.say(line)
     if save is not None:

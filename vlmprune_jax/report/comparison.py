@@ -61,7 +61,7 @@ def build_comparison(workdir: Path) -> Path:
     """
     sweep = read_sweep(workdir)
     groups = groups_of(sweep)
-    best, titles = _best(groups), titles_of(groups)
+    best, titles, table = _best(groups), titles_of(groups), table_of(sweep)
     sections = [
         *_pareto_section(sweep, groups),
         *_ratio_section(groups),
@@ -69,7 +69,7 @@ def build_comparison(workdir: Path) -> Path:
         *_radar_section(sweep, groups),
         *_open_section(sweep),
     ]
-    table, notes = _table(sweep, groups, titles), (NOTES.format(averages=_averages(sweep)),)
+    notes = (NOTES.format(averages=_averages(sweep)),)
     sections.insert(0, Section("Models", tables=(table,), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
@@ -230,10 +230,10 @@ def _kept(group: Group, name: str) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _table(sweep: SweepResult, groups: Sequence[Group], titles: Mapping[str, str]) -> Table:
-    """All numbers: the unpruned models, then a row for every group; columns in which nothing is known are left out."""
-    sets = sweep.sets
-    names = list(sets)[:MOST_SETS]
+def table_of(sweep: SweepResult) -> Table:
+    """Return all numbers: the unpruned models, then a row for every group; columns without any number are left out."""
+    sets, groups = sweep.sets, groups_of(sweep)
+    names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)

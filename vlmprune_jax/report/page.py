@@ -29,6 +29,11 @@ class Table:
     first: int = 0
     ascending: tuple[str, ...] = ()
 
+    @property
+    def printed(self) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]:
+        """The arguments of `Reporter.table`."""
+        return self.title, self.header, self.rows
+
 
 @dataclass(frozen=True)
 class Figure:

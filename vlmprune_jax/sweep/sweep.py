@@ -35,9 +35,10 @@ from vlmprune_jax.sweep.workers import Work, in_processes
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.ledger import write_text
-from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv, table_of
+from vlmprune_jax.workdir.sweep import FAILED, SWEEP, SweepResult, as_csv
 
 Page = Callable[[Path], object]  # writes the page of a sweep's workdir
+Table = Callable[[SweepResult], tuple[str, Sequence[str], Sequence[Sequence[str]]]]  # title, header and rows
 PAGE_SECONDS = 300.0  # between updates of the page during a sweep
 MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU uses several per program
 
@@ -98,12 +99,14 @@ def run_sweep(
     jobs: int,
     start: Callable[[], Work],
     page: Page,
+    table: Table,
     only: str = "",
 ) -> None:
     """Do the unfinished runs of a shard, then write and print the comparison of all runs.
 
     With `jobs` > 1, as many worker processes do one run each at a time (`start` prepares a worker); else runs are done
-    in sequence in this process, or together by all processes of a pod. `page` writes the comparison page.
+    in sequence in this process, or together by all processes of a pod. `page` writes the comparison page, `table` makes
+    the table that is printed.
 
     Raises:
       UserError: some runs failed.
@@ -118,7 +121,10 @@ def run_sweep(
     else:
         _run_here(left, sweep, reporter, pages)
     if is_main_process():
-        _finish(write_sweep(runs, sweep, page), mine, sweep, reporter)
+        found = write_sweep(runs, sweep, page)
+        if found.done:
+            reporter.table(*table(found))
+        _finish(found, mine, sweep, reporter)
 
 
 class _Pages:
@@ -211,13 +217,11 @@ def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResu
 
 
 def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print the table of results and the paths of the comparison.
+    """Print which runs failed, and the paths of the comparison.
 
     Raises:
       UserError: a run of this call failed.
     """
-    if found.done:
-        reporter.table("Retained in % of the unpruned model's score", *table_of(found))
     names = {run.name for run in mine}
     failed = [entry for entry in found.models if entry.status == FAILED]
     for entry in failed:

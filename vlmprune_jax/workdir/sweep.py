@@ -11,17 +11,14 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.core.markup import cell
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
-from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set, Sets
 from vlmprune_jax.workdir.speed import SpeedUp
 
 SWEEP = "sweep.json"
-MOST_SETS = 4  # with columns of their own in a terminal
 DONE, FAILED, PENDING = "done", "failed", "pending"
 
 
@@ -172,39 +169,6 @@ def groups_of(sweep: SweepResult) -> list[Group]:
         kept = [value for one in models if (value := one.evaluation.mean_of_ratios) is not None]
         groups.append(Group(name, labels, models, interval_of_mean(kept) if len(kept) == len(models) else None))
     return groups
-
-
-def table_of(sweep: SweepResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return (header, rows) for a terminal: the unpruned models, then a row for every group."""
-    groups, sets = groups_of(sweep), sweep.sets
-    seeds = max((len(group.models) for group in groups), default=1)
-    counted = ("seeds",) if seeds > 1 else ()
-    labels = tuple(dict.fromkeys(label for group in groups for label in group.labels)) or ("model",)
-    named = tuple(sets) if len(sets) <= MOST_SETS else ()
-    header = (*labels, "retained, %", *counted, "parameters", "removed, %", *named)
-    rows = []
-    for name, model in sweep.unpruned.items():
-        label = UNPRUNED if len(sweep.unpruned) == 1 else Path(name).name
-        values = (sets[key].show(model.evaluation.main(key, sets), unit=False) for key in named)
-        blank = ("" for _ in labels[1:])
-        rows.append((label, *blank, "100.00", *("" for _ in counted), f"{model.parameters:,}", "", *values))
-    for group in groups:
-        own = [group.labels.get(label, "") for label in labels] if group.labels else [group.name]
-        if "/" in group.name:  # not the last model of its run
-            own[0] = f"{own[0]} ({group.name.partition('/')[2]})"
-        values = (group.show_mean(key, sets) for key in named)
-        facts = (f"{group.mean('parameters'):,.0f}", f"{100 * group.mean('ratio_reached'):.1f}")
-        rows.append(
-            (*map(printable, own), _retained(group), *(str(len(group.models)) for _ in counted), *facts, *values)
-        )
-    return header, rows
-
-
-def _retained(group: Group) -> str:
-    if group.retained is None:
-        return ""
-    mean, low, high = group.retained
-    return f"{mean:.2f}" + (f" ±{(high - low) / 2:.2f}" if len(group.models) > 1 else "")
 
 
 def as_csv(sweep: SweepResult) -> str:
