@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+import vlmprune_jax as vp
 from vlmprune_jax.cli.config_files import experiment_config, read_experiment, to_experiment
 from vlmprune_jax.cli.main import COMMANDS, main
 from vlmprune_jax.core.errors import UserError
@@ -306,3 +308,40 @@ def test_settings_reach_the_library():
     assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
     cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
     assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment
+
+
+USERS = """import vlmprune_jax as vp
+from vlmprune_jax.cli.config_files import experiment_config
+
+
+def wrong(work):
+    return [][0]
+
+
+vp.stages["mine"] = vp.Stage("Do it.", wrong, outputs=("mine.json",))
+
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{folder}/teacher"
+    return config
+"""
+
+
+def test_errors_in_a_file_of_the_users_name_its_line(tmp_path, capsys):
+    """Of whatever a config adds: here a stage; not called a defect of this package."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "c.py").write_text(USERS.format(folder=tmp_path))
+    try:
+        line = failing(capsys, "mine", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
+    finally:
+        vp.stages.pop("mine", None)
+    assert f"vlmprune mine failed at {tmp_path}/c.py:6 with IndexError: list index out of range: correct that" in line
+
+
+def test_devices_that_are_not_there(tmp_path):
+    """In a process of its own, before jax has started any."""
+    command = [sys.executable, "-m", "vlmprune_jax", "score", "--config=demo", f"--workdir={tmp_path}"]
+    made = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert (made.returncode, made.stderr.count("\n")) == (2, 1)
+    assert "JAX_PLATFORMS=cuda: jax cannot start" in made.stderr

@@ -5,6 +5,7 @@ import runpy
 
 import pytest
 
+import vlmprune_jax as vp
 from vlmprune_jax.core.checks import blaming, line_of_users, one_of
 from vlmprune_jax.core.errors import UserError
 
@@ -42,3 +43,14 @@ def test_lines_of_libraries_and_of_scripts_are_not_the_users(wrong, tmp_path):
     assert line_of_users(error.value, [tmp_path]).partition(":")[0] == __file__
     assert line_of_users(error.value) == f"{tmp_path}/mine.py:2"
     assert line_of_users(error.value.with_traceback(None)) == ""
+
+
+@pytest.mark.parametrize("name", ["criteria", "families", "formats", "metrics", "stages"])
+def test_registries_take_objects_of_their_class(name):
+    registry = getattr(vp, name)
+    known = dict(registry)
+    for wrong in (3, None, type(next(iter(known.values())))):
+        with pytest.raises(UserError, match=rf"vp\.{name}\['mine'\]: must be a vp\.\w+, got "):
+            registry["mine"] = wrong
+    registry["mine"] = next(iter(known.values()))
+    assert dict(registry) == {**known, "mine": registry.pop("mine")}

@@ -74,7 +74,6 @@ def test_the_license_of_the_source_comes_along(exported, tmp_path):
             "push to the hub, x: it has no organisation or user: give ORG/NAME",
         ),
         ({"name": "org/base", "license": "mit"}, "me/a b", "push to the hub, me/a b: Repo id must use alphanumeric"),
-        ({"name": "org/base", "license": ": ["}, "me/x", r"README\.md: its metadata is malformed"),
     ],
 )
 def test_what_cannot_be_uploaded(exported, options, repository, message):
@@ -86,3 +85,19 @@ def test_without_a_network_it_is_one_line(exported):
     """The tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(vp.UserError, match=r"push to the hub, me/x: .*offline.*: give ORG/NAME, log in by"):
         vp.push(exported(name="org/base", license="mit"), "me/x")
+
+
+def test_a_malformed_card_is_not_uploaded(exported):
+    out = exported(name="org/base", license=": [")  # in quotes in the card
+    assert vp.push(out, "me/x", dry_run=True).files
+    (out / "README.md").write_text("---\nbase_model: org/base\nlicense: : [\n---\n")
+    with pytest.raises(vp.UserError, match=r"README\.md: its metadata is malformed"):
+        vp.push(out, "me/x", dry_run=True)
+
+
+def test_nothing_outside_is_uploaded(exported, tmp_path):
+    out = exported(name="org/base", license="mit")
+    (tmp_path / "key").write_text("secret")
+    (out / "key").symlink_to(tmp_path / "key")
+    with pytest.raises(vp.UserError, match=r"key: is a link to .*, through which"):
+        vp.push(out, "me/pruned", dry_run=True)

@@ -172,13 +172,13 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
             f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter rows, a "
             "smaller batch or a larger machine"
         )
-    platforms = os.environ.get("JAX_PLATFORMS")
-    if platforms and isinstance(error, RuntimeError | AssertionError) and "jax" in sys.modules:
+    if isinstance(error, RuntimeError | AssertionError) and "JAX_PLATFORMS" in os.environ and "jax" in sys.modules:
+        from vlmprune_jax.distributed.mesh import start_devices
+
         try:
-            sys.modules["jax"].devices()
-        except Exception as problem:
-            todo = "unset it, or install jax for them"
-            return printable(f"JAX_PLATFORMS={platforms}: jax cannot start these devices ({reason(problem)}): {todo}")
+            start_devices()
+        except UserError as problem:
+            return str(problem)
     if isinstance(error, SystemExit):
         return printable(f"{command}: a file of yours ended it by SystemExit({error.code!r}): remove that")
     return None

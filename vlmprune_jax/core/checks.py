@@ -8,12 +8,26 @@ import sysconfig
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmprune_jax.core.errors import UserError, reason
 
+_T = TypeVar("_T")
 _PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+
+
+class Registry(dict[str, _T]):
+    """Objects of one class by name: `vp.NAME["mine"] = ...` in a file of a user's adds one."""
+
+    def __init__(self, name: str, kind: type[_T], known: Mapping[str, _T]):
+        super().__init__(known)
+        self._name, self._kind = name, kind
+
+    def __setitem__(self, key: str, value: _T) -> None:
+        if not isinstance(key, str) or not isinstance(value, self._kind):
+            raise UserError(f"vp.{self._name}[{key!r}]: must be a vp.{self._kind.__name__}, got {value!r}")
+        super().__setitem__(key, value)
 
 
 def one_of(kind: str, value: Any, known: Collection[str]) -> str:

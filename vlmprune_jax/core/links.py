@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import UserError
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder to write in that contains a link to another folder, or to any file outside.
+    """Refuse a folder that contains a link to another folder, or to any file outside: a workdir, or an upload.
 
     Raises:
       UserError: names the first such link.
@@ -23,8 +23,8 @@ def check_links(folder: Path) -> None:
                 inside = Path(os.path.realpath(entry)).is_relative_to(home) if entry.is_symlink() else True
                 if not inside or (entry.is_symlink() and os.path.isdir(entry)):
                     raise UserError(
-                        f"{entry.path}: is a link to {os.readlink(entry)}, through which this command would write or "
-                        "read elsewhere: replace it by a copy, or use another --workdir"
+                        f"{entry.path}: is a link to {os.readlink(entry)}, through which this command would read or "
+                        "write elsewhere: replace it by a copy, or use another folder"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.checks import one_of, suggest
+from vlmprune_jax.core.checks import Registry, one_of, suggest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import check_settings, settings_of
 from vlmprune_jax.export.format import Format
@@ -14,7 +14,9 @@ from vlmprune_jax.export.huggingface import HUGGINGFACE
 from vlmprune_jax.export.integers import COMPRESSED_TENSORS
 
 # A user's file adds its own by assignment: FORMATS["mine"] = Format(...).
-FORMATS: dict[str, Format] = {"huggingface": HUGGINGFACE, "compressed-tensors": COMPRESSED_TENSORS, "gguf": GGUF}
+FORMATS = Registry(
+    "formats", Format, {"huggingface": HUGGINGFACE, "compressed-tensors": COMPRESSED_TENSORS, "gguf": GGUF}
+)
 
 
 def quantizations() -> tuple[str, ...]:

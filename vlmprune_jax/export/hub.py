@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import MAX_JSON_BYTES, read_text
+from vlmprune_jax.core.links import check_links
 
 _NEEDED = {
     "base_model": "export.base_model=ORG/NAME (vp.save: name=)",
@@ -39,6 +41,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.utils import validate_repo_id
 
+    check_links(Path(folder))
     card = check_card(Path(folder))
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     names = tuple(path.relative_to(folder).as_posix() for path in paths)
@@ -66,7 +69,7 @@ def check_card(folder: Path) -> str:
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file: push a folder that vp.save or `vlmprune export` wrote")
     try:
-        card = ModelCard.load(path)
+        card = ModelCard(read_text(path, MAX_JSON_BYTES))
     except Exception as error:  # yaml's own, ValueError of malformed results
         raise UserError(f"{path}: its metadata is malformed ({reason(error)}): correct it") from error
     missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.templates import LLAVA_V1, Template
@@ -186,4 +187,4 @@ class Family:
 
 # All families by name, for example "llava", and "llava-original" for its hub layout. Users add families by assignment
 # (`vlmprune_jax.families["mine"] = Family(...)`); if several match a folder, the last one added is used.
-FAMILIES: dict[str, Family] = {}
+FAMILIES = Registry("families", Family, {})

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.checks import Registry, one_of
 from vlmprune_jax.evaluation.metrics.choices import AI2D, MATHVISTA, MMMU, SCIENCEQA
 from vlmprune_jax.evaluation.metrics.metric import Metric
 from vlmprune_jax.evaluation.metrics.texts import ANLS, EXACT_MATCH, GQA, PERPLEXITY, VQA_ACCURACY
 from vlmprune_jax.evaluation.metrics.yes_no import MME, MME_COGNITION, MME_PERCEPTION, POPE
 
-METRICS: dict[str, Metric] = {
-    "exact_match": EXACT_MATCH,
-    "perplexity": PERPLEXITY,
-    "vqa_accuracy": VQA_ACCURACY,
-    "scienceqa": SCIENCEQA,
-    "ai2d": AI2D,
-    "mmmu": MMMU,
-    "pope": POPE,
-    "mme": MME,
-    "mme_perception": MME_PERCEPTION,
-    "mme_cognition": MME_COGNITION,
-    "anls": ANLS,
-    "gqa": GQA,
-    "mathvista": MATHVISTA,
-}
+METRICS = Registry(
+    "metrics",
+    Metric,
+    {
+        "exact_match": EXACT_MATCH,
+        "perplexity": PERPLEXITY,
+        "vqa_accuracy": VQA_ACCURACY,
+        "scienceqa": SCIENCEQA,
+        "ai2d": AI2D,
+        "mmmu": MMMU,
+        "pope": POPE,
+        "mme": MME,
+        "mme_perception": MME_PERCEPTION,
+        "mme_cognition": MME_COGNITION,
+        "anls": ANLS,
+        "gqa": GQA,
+        "mathvista": MATHVISTA,
+    },
+)
 
 __all__ = ["METRICS", "Metric", "metric_named"]
 

@@ -1,5 +1,6 @@
 """Criteria that score layers, heads and neurons, by name."""
 
+from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
@@ -12,17 +13,21 @@ from vlmprune_jax.prune.criteria.taylor import TAYLOR
 from vlmprune_jax.prune.criteria.weights import L1, L2, RANDOM, input_weights
 
 # A user's file adds its own by assignment: CRITERIA["mine"] = Criterion(...).
-CRITERIA: dict[str, Criterion] = {
-    "block_influence": BLOCK_INFLUENCE,
-    "angular": ANGULAR,
-    "greedy_loss": GREEDY_LOSS,
-    "taylor": TAYLOR,
-    "activation": ACTIVATION,
-    "fluctuation": FLUCTUATION,
-    "l1": L1,
-    "l2": L2,
-    "random": RANDOM,
-}
+CRITERIA = Registry(
+    "criteria",
+    Criterion,
+    {
+        "block_influence": BLOCK_INFLUENCE,
+        "angular": ANGULAR,
+        "greedy_loss": GREEDY_LOSS,
+        "taylor": TAYLOR,
+        "activation": ACTIVATION,
+        "fluctuation": FLUCTUATION,
+        "l1": L1,
+        "l2": L2,
+        "random": RANDOM,
+    },
+)
 
 
 def scoring(what: str) -> str:
