@@ -54,14 +54,16 @@ def test_gguf_by_command(command, tmp_path, capsys):
 
 def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
     sent = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: sent.append(card.data.base_model))
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **options: None)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda api, **options: sent.append(options["repo_id"]))
     card = ["--config.export.license=llama2", "--config.export.base_model=llava-hf/llava-1.5-7b-hf"]
     upload = [*command, "--config.export.format=huggingface", "--config.export.push_to_hub=me/pruned"]
     assert main(upload) == 2
-    assert "export/README.md: the metadata lacks base_model: set export.base_model=ORG/NAME" in capsys.readouterr().err
-    assert main([*upload, *card, "--overwrite"]) == 0
+    assert "push_to_hub=me/pruned: the card lacks base_model: set export.base_model=ORG/NAME" in capsys.readouterr().err
+    assert main([*upload, *card]) == 0
     assert "  uploaded to https://huggingface.co/me/pruned: " in capsys.readouterr().out
     assert sent == ["llava-hf/llava-1.5-7b-hf", "me/pruned"]
 

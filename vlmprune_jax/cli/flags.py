@@ -42,6 +42,7 @@ def common(values: Flags) -> None:
     flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
     only_flag(values)
     flags.DEFINE_bool("overwrite", False, "replace outputs that were made from other inputs", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "check everything, say what would be done, and stop", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU slice tells", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes run this command together", flag_values=values)
     flags.DEFINE_integer("process_id", None, "the number of this process, from 0", flag_values=values)

@@ -68,6 +68,7 @@ def run_command(name: str, flags: Any) -> None:
     """Run a command on the experiment and the workdir that its flags name."""
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.pipeline import Pipeline
+    from vlmprune_jax.stages.preflight import preflight
 
     if name == "report":
         _report(flags)
@@ -76,6 +77,9 @@ def run_command(name: str, flags: Any) -> None:
         flags.config.evaluate.tasks = tuple(flags.tasks)
     experiment, context = prepare(flags)
     pipeline = Pipeline(experiment, context)
+    preflight(pipeline, name)
+    if flags.dry_run:
+        return
     if name == "run":
         pipeline.run()
         finish(context)

@@ -27,7 +27,6 @@ def define(values: Flags) -> None:
     common(values)
     absl_flags.DEFINE_integer("jobs", 1, "runs at once on this machine, each in a process", flag_values=values)
     absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run from the i-th", flag_values=values)
-    absl_flags.DEFINE_bool("dry_run", False, "list the runs and what they share, run nothing", flag_values=values)
 
 
 def run(flags: Any) -> None:

@@ -248,7 +248,7 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 def calibration_batches(
     model: ModelSpec, data: DataSpec, spec: Calibration, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
-    """Return `spec.samples` training records drawn with `seed`, in batches of equal shape.
+    """Return `spec.samples` training records (or all, if there are fewer) drawn with `seed`, in batches of equal shape.
 
     The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
     first batch. Raises UserError if there are not enough (short enough) records.
@@ -280,7 +280,7 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
                 continue
         if spec.longest_text is None or _text_length(records[index], encoder) <= spec.longest_text:
             chosen.append(records[index])
-    if len(chosen) < spec.samples:
+    if len(chosen) < min(spec.samples, len(records)):
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
         unusable = f", {len(skipped)} are unusable (the first: {skipped[0][1]})" if skipped else ""
         raise UserError(

@@ -61,6 +61,18 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     return upload
 
 
+def check_upload(repo_id: str, base_model: str | None, license: str | None) -> None:
+    """Refuse an upload that cannot work: without a token, base model or license, or where the hub is switched off."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE or get_token() is None:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no token"
+        raise UserError(f"export.push_to_hub={repo_id}: {why}: log in by `hf auth login`, or leave push_to_hub out")
+    for name, value in (("base_model", base_model), ("license", license)):
+        if value is None:
+            raise UserError(f"export.push_to_hub={repo_id}: the card lacks {name}: set {_NEEDED[name]}")
+
+
 def check_card(folder: Path) -> str:
     """Return the text of a folder's model card, whose metadata the hub can read."""
     from huggingface_hub import ModelCard

@@ -1,0 +1,108 @@
+"""What a command checks and says before the first model call."""
+
+import json
+import shutil
+
+import pytest
+from hf_cases import copy_llava
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.stages import evaluate, pipeline, preflight
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/teacher"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{root}/images"
+    config.score.samples = config.score.batch_size = 2
+    config.prune.ratio = 0.2
+    config.recover.trainable = "projector"
+    config.recover.batch_size = 2
+    return config
+"""
+
+
+@pytest.fixture
+def run(goldens, tmp_path, capsys, monkeypatch):
+    """Callable (flags, command) -> exit code and what was printed; a stage that begins is an error."""
+    copy_llava(goldens, tmp_path / "teacher")
+    shutil.copytree(goldens / "data/images", tmp_path / "images")
+    turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path))
+    monkeypatch.setattr(pipeline, "run_stage", None)
+    monkeypatch.setattr(evaluate, "run_stage", None)
+
+    def call(*flags, command="run"):
+        code = main([command, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    return call
+
+
+def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
+    code, out = run("--dry_run", "--config.score.samples=64", "--config.mesh.data=8", "--config.recover.batch_size=8")
+    assert code == 2  # six records do not fill a batch of eight rows
+    assert "6 training records in 1 epochs fill no batch of 8 rows" in out
+    code, out = run("--dry_run", "--config.score.samples=64", "--config.data.fraction=0.7")
+    assert code == 0, out
+    first, *lines = out.splitlines()
+    assert first.startswith("  cpu: ")
+    assert first.endswith(" MiB in float32")
+    assert lines == [
+        "  evaluate teacher and every model: questions (6 questions)",
+        "  score: 6 of 6 records (score.samples=64 is more than there are)",
+        "  prune",
+        "  recover: 4 of 6 records, 2 steps of 2 rows",
+        "  export as huggingface, reloaded and compared in torch",
+    ]
+    assert not (tmp_path / "w").exists()
+    code, out = run("--dry_run", command="prune")
+    assert (code, out.splitlines()[1:]) == (0, ["  prune"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.data.train=None"], "data.train is not set: use --config.data.train=FILE"),
+        (["--config.data.train={root}/no.json"], "no.json: no such file or folder"),
+        (["--config.data.eval={root}/no.json"], "evaluate: data.eval is {root}/no.json: no such file or folder"),
+        (["--config.data.train={root}/text.json"], "text.json, record 0: 'conversations' must be a non-empty list of"),
+        (["--config.data.images={root}/teacher"], "img0.png does not exist: check the image root"),
+        (["--config.evaluate.text={root}/no.txt"], "no.txt: no such file"),
+        (["--config.export.push_to_hub=me/x"], "export.push_to_hub=me/x: HF_HUB_OFFLINE is set: log in by"),
+    ],
+)
+def test_what_is_missing_is_told_before_the_first_model_call(run, tmp_path, flags, message):
+    (tmp_path / "text.json").write_text('[{"text": "a"}]')
+    code, out = run(*[flag.format(root=tmp_path) for flag in flags])
+    assert code == 2
+    assert message.format(root=tmp_path) in out
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_image_that_cannot_be_read(run, tmp_path):
+    (tmp_path / "images/img3.png").write_bytes(b"no image")
+    code, out = run("--config.data.eval=None", f"--config.evaluate.text={tmp_path / 'config.py'}")
+    assert code == 2
+    assert "data.train: " in out
+    assert "img3.png (record r3): not a readable image" in out
+
+
+def test_a_machine_that_is_too_small(run, monkeypatch):
+    monkeypatch.setattr(preflight, "free_memory", lambda: 2**10)
+    code, out = run()
+    assert code == 2
+    assert 'per device in float32, but 0.0 GiB are free: set model.dtype="bfloat16", or use more devices' in out
+    monkeypatch.undo()
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("vlmprune_jax.hf.disk.atomic.shutil.disk_usage", lambda path: usage)
+    code, out = run("--dry_run")
+    assert code == 2
+    assert "w/models: needs " in out
+    assert " MiB but only 1 MiB are free: make room or choose another disk" in out

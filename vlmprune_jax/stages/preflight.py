@@ -1,0 +1,165 @@
+"""Checks before the first model call, and the lines that say what a run does, with what and in which order."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.weight_files import DTYPES
+from vlmprune_jax.data import inputs
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.distributed.machine import free_memory, processor
+from vlmprune_jax.distributed.mesh import on_process_zero, process_count, row_ways, start_devices
+from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.evaluation.questions import evaluation_records
+from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
+from vlmprune_jax.export.card import license_of, model_name
+from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.hub import check_upload
+from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.stages.evaluate import set_files
+from vlmprune_jax.stages.pipeline import Pipeline, Step
+from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.score import stacks_of
+from vlmprune_jax.stages.work import Work, teacher_folder
+from vlmprune_jax.workdir.evaluation import TEACHER
+
+SAMPLE = 8  # records of a recovery whose images are decoded
+
+
+def preflight(pipeline: Pipeline, command: str) -> None:
+    """Check what a command ("run" or a stage) needs, and say what it will do.
+
+    Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
+    small.
+    """
+    work, stages = pipeline.work(), [*STAGES] if command == "run" else [command]
+    teacher_folder(work.model)
+    steps = [step for step in pipeline.steps() if step.stage in stages]
+    sets = evaluation_sets(pipeline.experiment.data, pipeline.experiment.evaluate)
+    for name, one in sets.items() if "evaluate" in stages else ():
+        _check_files("evaluate", set_files(pipeline.experiment.data, name, one), work)
+    for step in steps:
+        _check_files(step.job.name, step.job.inputs, work)
+        for stack in stacks_of(step.sections["prune"]):
+            work.config(work.teacher).stack(stack)  # refuses one that the model does not have
+    start_devices()
+    lines = [_devices(work), *_questions(pipeline, sets if "evaluate" in stages else {})]
+    for step in steps:
+        lines += _about(step)
+    if "export" in stages:
+        lines.append(_export(work, pipeline.experiment.export))
+    for line in dict.fromkeys(lines):
+        work.say(f"  {line}")
+    if {*stages} != {"prune"}:
+        _check_memory(work)
+    on_process_zero(lambda: _check_disk(work, steps))
+
+
+def _devices(work: Work) -> str:
+    mesh, count = work.devices, process_count()
+    sizes = "" if mesh is None else ", mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    processes = "" if count == 1 else f", {count} processes"
+    weights = f"weights of {_weights(work) / 2**20:,.1f} MiB in {work.model.dtype}"
+    return f"{jax.default_backend()}: {processor()}{sizes}{processes}, {weights}"
+
+
+def _weights(work: Work) -> int:
+    """Return the bytes of the unpruned model's weights."""
+    return count_params(work.config(work.teacher)) * DTYPES[work.model.dtype].itemsize
+
+
+def _check_files(what: str, files: Mapping[str, Path | str], work: Work) -> None:
+    """Refuse inputs from outside of the workdir that are not there."""
+    for name, path in files.items():
+        if isinstance(path, Path) and not path.is_relative_to(work.workdir) and not path.exists():
+            raise UserError(f"{what}: {name} is {path}: no such file or folder")
+
+
+def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
+    return inputs.load_inputs(work.model, data, work.config(work.teacher))
+
+
+def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
+    """Yield how the evaluation sets are asked, with their sizes, after reading their records."""
+    work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
+    for name, one in sets.items():
+        if one.text is None:
+            shared = _load_inputs(work, data)
+            yield from shared.notes
+            records = evaluation_records(one, image_lead=shared.template.image_lead)
+            sizes.append(f"{name} ({len(records):,} questions)")
+        else:
+            sizes.append(f"{name} (text)")
+    sizes += [f"{task} (lmms-eval)" for task in pipeline.experiment.evaluate.tasks] if sets else []
+    if sizes:
+        yield f"evaluate {TEACHER} and every model: {', '.join(sizes)}"
+
+
+def _about(step: Step) -> Iterator[str]:
+    """Yield what a step does, with its records and steps, after reading them."""
+    data, counted = step.sections["data"], ""
+    if any(name.startswith("data.train") for name in step.job.inputs):
+        shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
+        yield from shared.notes
+        total = len(inputs.training_records(data, shared.template))
+        if step.stage == "recover":
+            records = inputs.recovery_records(data, shared.template)
+            if data.on_error == "stop":
+                _check_sample(records, shared.training_encoder(step.work.config(step.work.teacher)))
+            config = recover_config(spec).fit_records(len(records), row_ways(step.work.devices))
+            counted = (
+                f": {len(records):,} of {total:,} records, {config.num_steps(len(records)):,} steps of "
+                f"{config.batch_size:,} rows"
+            )
+        elif hasattr(spec, "samples"):
+            counted = f": {min(spec.samples, total):,} of {total:,} records"
+            if spec.samples > total:
+                counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
+    yield f"{step.job.name}{counted}"
+
+
+def _check_sample(records: Any, encoder: Any) -> None:
+    for record in records[:: max(1, len(records) // SAMPLE)][:SAMPLE]:
+        problem = encoder.problem(record)
+        if problem is not None:
+            raise UserError(f"data.train: {problem}")
+
+
+def _export(work: Work, spec: ExportSpec) -> str:
+    """Return the line about the export, after checking that it can be uploaded if it is to be."""
+    checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
+    about = f"export as {spec.format}, reloaded and compared {checked}"
+    if spec.push_to_hub is None:
+        return about
+    base, license = spec.base_model or model_name(work.teacher), spec.license or license_of(work.teacher).get("license")
+    check_upload(spec.push_to_hub, base if "/" in base else None, license)
+    return f"{about}, uploaded to {spec.push_to_hub}"
+
+
+def _check_memory(work: Work) -> None:
+    """Refuse a model whose weights alone do not fit on its devices."""
+    devices = 1 if work.devices is None else work.devices.size
+    needed = _weights(work) // devices
+    free = free_memory()
+    if needed > free:
+        raise UserError(
+            f"model.hf_dir: its weights need {needed / 2**30:,.1f} GiB per device in {work.model.dtype}, but "
+            f'{free / 2**30:,.1f} GiB are free: set model.dtype="bfloat16", or use more devices (mesh.fsdp)'
+        )
+
+
+def _check_disk(work: Work, steps: list[Step]) -> None:
+    """Refuse a disk that cannot hold the models that are still to be made."""
+    size, needed = _weights(work), 0
+    for step in steps:
+        ratio = step.sections["prune"].ratio
+        if step.makes_model and not step.work.out.is_dir() and ratio is not None:
+            needed += int(size * (1 - ratio))
+    check_space(work.workdir / "models", needed)
