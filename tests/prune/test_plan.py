@@ -12,7 +12,17 @@ from prune_cases import EQUAL, UNEQUAL, config, depth_scores, model, width_score
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, compose, keep_everything, make_plan, score
+from vlmprune_jax.prune import (
+    KeptLayer,
+    KeptStack,
+    KeptVocabulary,
+    PrunePlan,
+    Scores,
+    compose,
+    keep_everything,
+    make_plan,
+    score,
+)
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.solver import layer_costs
 
@@ -356,3 +366,25 @@ def test_heads_are_kept_or_traded_for_neurons_by_their_scores():
         plan(1.0, "keep", ratio=0.6)
     with pytest.raises(UserError, match="heads 'kep' is not one of proportional, keep, auto; did you mean 'keep'"):
         plan(1.0, "kep")
+
+
+def test_vocabularies_compose_and_are_ranges_in_json():
+    first, second = KeptVocabulary(10, (0, 2, 3, 7), "first"), KeptVocabulary(4, (1, 3), "second")
+    plan = keep_everything(config(), "f", 100)
+    both = compose(dataclasses.replace(plan, vocabulary=first), dataclasses.replace(plan, vocabulary=second))
+    assert both.vocabulary == KeptVocabulary(10, (2, 7), "first")
+    assert compose(dataclasses.replace(plan, vocabulary=first), plan).vocabulary == first
+    with pytest.raises(UserError, match="the second is for another vocabulary than the first leaves"):
+        compose(dataclasses.replace(plan, vocabulary=first), dataclasses.replace(plan, vocabulary=first))
+    text = dataclasses.replace(plan, vocabulary=first).to_json()
+    assert json.loads(text)["vocabulary"] == {
+        "rows_before": 10, "tokenizer": "first", "kept": [[0, 1], [2, 4], [7, 8]]
+    }  # fmt: skip
+    assert PrunePlan.from_json(text).vocabulary == first
+    older = {**json.loads(text), "format": 2}
+    del older["vocabulary"]
+    assert PrunePlan.from_json(json.dumps(older)).vocabulary is None
+    for kept in ([[0, 2**31 - 1]], [[3, 4], [0, 1]], [[2, 2]]):
+        wrong = {**json.loads(text), "vocabulary": {"rows_before": 10, "tokenizer": "", "kept": kept}}
+        with pytest.raises(UserError, match=r"keeps more tokens than the 10|are not increasing ids below 10"):
+            PrunePlan.from_json(json.dumps(wrong))
