@@ -87,10 +87,7 @@ def file_of_users(function: Any) -> Path | None:
 def blaming(what: str, *functions: Any) -> Iterator[None]:
     """Turn errors of users' functions, or of what they return, into a UserError `what failed ...`.
 
-    An error of this package's own functions is raised as it is.
-
-    Raises:
-      UserError: names the line of the user's file.
+    An error of this package's own functions is raised as it is. Raises UserError that names the user's line.
     """
     try:
         yield

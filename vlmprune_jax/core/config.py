@@ -101,18 +101,12 @@ class Stack:
                 raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
     @property
-    def fixed_depth(self) -> bool:
-        """True if no layer can be removed."""
-        return False
-
-    @property
     def even(self) -> bool:
         """True if all layers have the same widths, as stock transformers requires."""
         return len({shape.widths for shape in self.layers}) <= 1
 
     def head_dim_of(self, shape: LayerShape) -> int:
         """Return the channels of a head of this layer."""
-        del shape
         return self.head_dim
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
@@ -129,11 +123,10 @@ class TextConfig(Stack):
     """A decoder.
 
     The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
-    says that its PyTorch class derives the size of a head as hidden_size / heads.
-
-    Embeddings of tokens are multiplied by `embed_scale`. Layers with a window rotate by `window_rope` (None: by `rope`,
-    as all others). The tokens of an image also see those that follow them in the same image, in the layers that
-    `sees_images` names: "" none, "windows" those with a window, "all".
+    says that its PyTorch class derives the size of a head as hidden_size / heads. Embeddings of tokens are multiplied
+    by `embed_scale`. Layers with a window rotate by `window_rope` (None: by `rope`, as all others). The tokens of an
+    image also see those that follow them in the same image, in the layers that `sees_images` names: "" none, "windows"
+    those with a window, "all".
 
     Layers without a window may have other heads: of `full_head_dim` channels (0: `head_dim`), and with `keys_as_values`
     their values are their keys before norm and rotation. `double_wide`: shared layers have twice the neurons. Logits
@@ -186,10 +179,7 @@ class TextConfig(Stack):
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
         if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
-            raise UserError(
-                f"rotary_dim {self.rotary_dim} must be even (rotary embedding rotates pairs of channels) and at most "
-                f"head_dim {self.head_dim}"
-            )
+            raise UserError(f"rotary_dim {self.rotary_dim} must be even (pairs) and at most head_dim {self.head_dim}")
         self.rope.check(self.rotary_dim)
         if self.head_bias and self.tie_embeddings:
             raise UserError("tie_word_embeddings: an output head with a bias cannot be tied: set it to false")
@@ -269,19 +259,9 @@ class VisionConfig(Stack):
         return (self.position_size or self.image_size) // self.patch_size
 
     @property
-    def n_patches(self) -> int:
-        """Patches per image, without the class token."""
-        return self.grid**2
-
-    @property
     def whole_heads(self) -> bool:
         """True if heads x head_dim is hidden_size in every layer, as PyTorch classes assume."""
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
-
-    @property
-    def fixed_depth(self) -> bool:
-        """True if features of the blocks enter decoder layers (deepstack), so that no block can be removed."""
-        return bool(self.deepstack)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
         """Return the same tower with other layers; it then ends with the feature layer."""
@@ -349,7 +329,7 @@ class ModelConfig:
         """Decoder positions of one image or tile (0 without a vision tower; a typical image if sizes vary)."""
         if self.vision is None:
             return 0
-        positions = self.vision.n_patches + self.vision.class_token - (self.feature_select == "patch")
+        positions = self.vision.grid**2 + self.vision.class_token - (self.feature_select == "patch")
         return positions if self.projector is None else positions // self.projector.downsample**2
 
     @property

@@ -12,8 +12,7 @@ from vlmprune_jax.core.errors import UserError
 def check_links(folder: Path) -> None:
     """Refuse a folder that contains a link to another folder, or to any file outside: a workdir, or an upload.
 
-    Raises:
-      UserError: names the first such link.
+    Raises UserError that names the first such link.
     """
     home, folders = os.path.realpath(folder), [str(folder)]
     while folders:
@@ -33,8 +32,7 @@ def check_links(folder: Path) -> None:
 def check_inside(source: Path, folder: Path) -> None:
     """Refuse a file of a model folder that is a link out of it, except to the hub cache's `blobs`.
 
-    Raises:
-      UserError: names the link and its target.
+    Raises UserError that names the link and its target.
     """
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

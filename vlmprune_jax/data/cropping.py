@@ -57,7 +57,6 @@ class Cropping:
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the crops of an image, and its number of slots with the whole image."""
-        del sharing
         count = self._count(width, height)
         return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
 
@@ -71,7 +70,6 @@ class Cropping:
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[slots, 3, size, size]: the whole image, then its crops from left to right or top to bottom."""
-        del sharing
         pieces = [image.resize((self.size, self.size), self.resample) for image in (image, *self._cut(image))]
         return np.ascontiguousarray(
             normalize(np.stack([*map(np.asarray, pieces)]), self.mean, self.std).transpose(0, 3, 1, 2)
@@ -98,10 +96,8 @@ class Cropping:
 def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
     """Return the cropping of a Gemma 3 folder.
 
-    `config` has the settings that `image_processor.checked_processor` returns.
-
-    Raises:
-      UserError: a step is switched off, or the size is not a square.
+    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
+    off, or the size is not a square.
     """
     check_steps(config, where, "Gemma 3")
     height, width = sides(config.get("size") or 224, where)

@@ -51,8 +51,7 @@ class _Dict(TypedDict):
 def datasets_folder(text: str) -> Path:
     """Return the split's folder for a setting `datasets:FOLDER`; the name of a single split may be omitted.
 
-    Raises:
-      UserError: the folder has several splits, or was not written by `save_to_disk`.
+    Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
     """
     folder = Path(text.removeprefix(PREFIX))
     if text == PREFIX or "://" in text:
@@ -190,8 +189,7 @@ def _is_list_of_images(kind: pa.DataType) -> bool:
 def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:
     """Return {column: bytes of its images} for every row, without empty columns.
 
-    Raises:
-      ValueError: an image is a path, which may point to any file; or a row has too many images.
+    Raises ValueError if an image is a path, which may point to any file; or a row has too many images.
     """
     rows: list[dict[str, list[bytes]]] = [{} for _ in range(batch.num_rows)]
     for name in columns:

@@ -20,10 +20,8 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return an entry with `messages`, {role, content}, as one with `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
-    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}.
-
-    Raises:
-      UserError: a message has another form or role, or only some images have a path.
+    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Raises
+    UserError if a message has another form or role, or only some images have a path.
     """
     turns, names = list[dict[str, Any]](), list[Any]()
     messages = entry["messages"]

@@ -23,10 +23,8 @@ def fetch_dataset(text: str, folder: Path, what: str) -> str:
     """Store a hub data set below `folder`, if it is not there yet, and return "datasets:FOLDER".
 
     `text` is "hub:ORG/NAME:SPLIT", with a configuration "hub:ORG/NAME/CONFIG:SPLIT". With "[:N]" at the end the first N
-    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages.
-
-    Raises:
-      UserError: another form, the package datasets is missing, or the hub has no such set or cannot be reached.
+    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages. Raises
+    UserError for another form, or if the package datasets is missing, or the hub has no such set or cannot be reached.
     """
     match = _NAME.fullmatch(text)
     if match is None:

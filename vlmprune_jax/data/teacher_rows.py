@@ -38,8 +38,7 @@ class TeacherRows:
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Store a teacher's outputs at all positions of a record's row; readable after `cache.publish`.
 
-        Raises:
-          UserError: a log-probability is NaN.
+        Raises UserError if a log-probability is NaN.
         """
         counted = self._counted(row)
         ids, logprobs = ids[counted], logprobs[counted].astype(self.dtype)
@@ -59,8 +58,7 @@ class TeacherRows:
     def fill(self, row: Row, record: Record | None) -> None:
         """Add the arrays of a record to its row; zeros for a padding row (None).
 
-        Raises:
-          UserError: the record is not in the cache, or has changed.
+        Raises UserError if the record is not in the cache, or has changed.
         """
         tokens = len(row["labels"])
         row["teacher_ids"] = np.zeros((tokens, self.top_k), np.int32)

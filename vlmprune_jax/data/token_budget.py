@@ -95,10 +95,8 @@ class TokenBudget:
 def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenBudget:
     """Return the preparation of a Gemma 4 folder.
 
-    `config` has the settings that `image_processor.checked_processor` returns.
-
-    Raises:
-      UserError: a step is switched off or on, or the budget is none of the model's.
+    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
+    off or on, or the budget is none of the model's.
     """
     check_steps(config, where, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):

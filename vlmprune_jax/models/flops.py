@@ -69,7 +69,7 @@ def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
     """Return the tower positions of one image (or tile), or of an image of any size with this many tokens."""
     assert cfg.vision is not None
     assert cfg.projector is not None
-    return (image_tokens * cfg.projector.downsample**2 or cfg.vision.n_patches) + cfg.vision.class_token
+    return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
 def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:

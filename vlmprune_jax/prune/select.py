@@ -310,7 +310,7 @@ def _choose_layers(
 ) -> tuple[int, ...]:
     """Return the original numbers of the layers to remove."""
     own = cfg.stack(stack)
-    if own.fixed_depth:
+    if stack == "vision" and cfg.deepstack:
         raise UserError(
             f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
             '(deepstack): prune its widths (method "width"), or the decoder'

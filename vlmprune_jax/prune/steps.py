@@ -120,7 +120,7 @@ def image_steps(
         row += len(arrays["kind"])
     chosen = [images[key] for key in sorted(images)]
     assert cfg.vision is not None
-    positions = cfg.vision.n_patches + cfg.vision.class_token
+    positions = cfg.vision.grid**2 + cfg.vision.class_token
     if cfg.any_size:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
     return [

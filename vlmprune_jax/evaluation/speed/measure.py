@@ -70,7 +70,7 @@ def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dic
     ids[:, : cfg.tokens_per_image] = cfg.image_token_id
     vision = cfg.vision
     size = (
-        (vision.n_patches, vision.patch_values)
+        (vision.grid**2, vision.patch_values)
         if cfg.any_size
         else (vision.channels, vision.image_size, vision.image_size)
     )

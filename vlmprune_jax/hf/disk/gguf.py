@@ -29,8 +29,7 @@ class GgufHeader(NamedTuple):
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file and compare the sizes that it claims with the bytes present.
 
-    Raises:
-      UserError: see `open_file`; or the file is not GGUF of version 2 or 3, or is damaged or cut off.
+    Raises UserError as `open_file` does, or if the file is not GGUF of version 2 or 3, or is damaged or cut off.
     """
     with open_file(path) as file, reading(path, "export it again, or download it again"):
         header = _Header(file, os.fstat(file.fileno()).st_size)

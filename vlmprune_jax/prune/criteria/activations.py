@@ -169,7 +169,7 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     images = pixels.reshape(-1, *pixels.shape[2:]).astype(jax.tree.leaves(params["vision"])[0].dtype)
     grid = batch["image_grid_thw"]
     if grid is None:
-        positions = tower.cfg.n_patches + tower.cfg.class_token
+        positions = tower.cfg.grid**2 + tower.cfg.class_token
         real = real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
         real = jnp.repeat(real, positions, 0)
     else:
