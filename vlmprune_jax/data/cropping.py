@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import check_steps, normalize, sides
+from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, normalize, sides
 from vlmprune_jax.families.tiles import ImageShape
 
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
@@ -21,7 +20,7 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, a
 
 
 @dataclass(frozen=True)
-class Cropping:
+class Cropping(DataclassPreparation):
     """Resizing of images to `size` x `size` pixels, alone or followed by up to `most_crops` crops of the same size.
 
     With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
@@ -46,11 +45,6 @@ class Cropping:
         return (3, self.size, self.size)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the arrays depend on, as JSON values."""
-        return {"cropping": dataclasses.asdict(self)}
-
-    @property
     def usual(self) -> tuple[int, ...]:
         """Common numbers of slots: an image alone, and one with 2 to `most_crops` crops."""
         return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
@@ -59,10 +53,6 @@ class Cropping:
         """Return the crops of an image, and its number of slots with the whole image."""
         count = self._count(width, height)
         return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
-
-    def most(self, images: int) -> int:
-        """Return the maximum number of slots of a record with up to `images` images."""
-        return images * self.usual[-1]
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of all slots."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,17 @@ _USED_FIELDS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std", "default_to_square",
 )  # fmt: skip
+
+
+class DataclassPreparation:
+    """Part that a `Preparation` takes from its fields and its largest usual number of slots."""
+
+    @property
+    def settings(self: Any) -> dict[str, Any]:
+        return {type(self).__name__.lower(): dataclasses.asdict(self)}
+
+    def most(self: Any, images: int) -> int:
+        return images * self.usual[-1]
 
 
 def checked_processor(config: Any, where: str) -> dict[str, Any]:

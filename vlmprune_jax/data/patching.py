@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import check_steps, normalize
+from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, normalize
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
@@ -20,7 +20,7 @@ _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 
 @dataclass(frozen=True)
-class Patching:
+class Patching(DataclassPreparation):
     """Division of images into patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
@@ -43,11 +43,6 @@ class Patching:
     def shape(self) -> tuple[int, ...]:
         """(values,) of a patch."""
         return (3 * self.temporal * self.patch**2,)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the patches depend on, as JSON values."""
-        return {"patching": dataclasses.asdict(self)}
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
@@ -83,10 +78,6 @@ class Patching:
         """Return the grid of an image's patches. Raises UserError if the image is too thin."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
-
-    def most(self, images: int) -> int:
-        """Return `images`."""
-        return images
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of all patches. Raises UserError if the image is too thin."""

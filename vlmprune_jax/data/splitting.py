@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize
+from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, crop_grid, normalize
 from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES, ImageShape
 
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS
@@ -21,7 +20,7 @@ _SIDE = 364  # default pixels per side of a sub-image; the default longest side 
 
 
 @dataclass(frozen=True)
-class Splitting:
+class Splitting(DataclassPreparation):
     """Splitting of images into sub-images of `size` x `size` pixels.
 
     The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
@@ -44,11 +43,6 @@ class Splitting:
         return (3, self.size, self.size)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the sub-images depend on, as JSON values."""
-        return {"splitting": dataclasses.asdict(self)}
-
-    @property
     def _along(self) -> int:
         """Maximum number of sub-images along the long side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
@@ -63,10 +57,6 @@ class Splitting:
         """Return the grid of an image, and its number of sub-images with the overview."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
-
-    def most(self, images: int) -> int:
-        """Return the maximum number of sub-images of a record with up to `images` images."""
-        return images * self.usual[-1]
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of the largest intermediate image."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import check_steps, crop_grid, normalize, sides
+from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, crop_grid, normalize, sides
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole_number
 
 
 @dataclass(frozen=True)
-class Tiling(TilingConfig):
+class Tiling(TilingConfig, DataclassPreparation):
     """A `TilingConfig` that can be applied to images."""
 
     merge, image_buckets, turns = 0, (), False
@@ -26,11 +25,6 @@ class Tiling(TilingConfig):
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width) of a tile."""
         return (3, self.size, self.size)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the tiles depend on, as JSON values."""
-        return {"tiling": dataclasses.asdict(self)}
 
     @property
     def usual(self) -> tuple[int, ...]:

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import check_steps
+from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was trained with
 
 
 @dataclass(frozen=True)
-class TokenBudget:
+class TokenBudget(DataclassPreparation):
     """Resizing of images to at most `tokens` tokens of `merge` x `merge` patches of `patch` x `patch` pixels.
 
     Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
@@ -39,11 +39,6 @@ class TokenBudget:
         return (3 * self.patch**2,)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the patches depend on, as JSON values."""
-        return {"token_budget": dataclasses.asdict(self)}
-
-    @property
     def image_buckets(self) -> tuple[int, ...]:
         """The budget: most images nearly fill it."""
         return (self.tokens,)
@@ -60,10 +55,6 @@ class TokenBudget:
         del sharing
         rows, columns = self._cells(width, height)
         return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
-
-    def most(self, images: int) -> int:
-        """Return `images`."""
-        return images
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the pixels of all patches."""
