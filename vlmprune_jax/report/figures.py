@@ -1,12 +1,13 @@
-"""The figures of a report, section by section, each with a text alternative."""
+"""The figures of a report, section by section, each with a text alternative, and importance by token type."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
@@ -14,7 +15,7 @@ from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.plan import KeptStack
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
-from vlmprune_jax.report import kinds, plots
+from vlmprune_jax.report import plots
 from vlmprune_jax.report.page import Figure, Section
 from vlmprune_jax.report.tables import over, upper
 from vlmprune_jax.workdir.result import Result
@@ -22,7 +23,7 @@ from vlmprune_jax.workdir.unfinished import Variant
 
 MOST_UNITS = 1_000_000  # cells of a figure
 MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
-MOST_LISTED = 40  # numbers in a sentence
+MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads named for images
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
@@ -164,10 +165,10 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
         if scores.by_kind and len(figures) < MOST_DRAWN:
             if scores.heads is not None:
                 _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
-            shares = {k: (kinds.head_shares(parts), kinds.layer_shares(parts)) for k, parts in scores.by_kind.items()}
+            shares = {k: (head_shares(parts), layer_shares(parts)) for k, parts in scores.by_kind.items()}
             drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
-            figure = figure_of(drawn, alt, f"{name}. {kinds.serves_vision(scores)}")
+            figure = figure_of(drawn, alt, f"{name}. {serves_vision(scores)}")
             figures.setdefault(figure.svg, figure)
     if figures:
         yield Section("Importance by token type", figures=tuple(figures.values()))
@@ -194,3 +195,58 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
         alt = f"Training losses over {steps:,} steps of {', '.join(curves)}"
         caption = "Mean over each logged batch; logarithmic."
         yield Section("Recovery training", figures=(figure_of(drawn, alt, caption),))
+
+
+def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
+    """Return float64[n_layers] shares of the layers in a token type's importance, adding up to 1.
+
+    Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
+    """
+    values = parts["importance"] if "importance" in parts else [np.sum(layer) for layer in parts["mlp"]]
+    return _shares([np.asarray(values, np.float64)])[0]
+
+
+def head_shares(parts: Mapping[str, Any]) -> list[np.ndarray] | None:
+    """Return the shares of attention heads in the sum over all layers; None without scores of heads."""
+    return None if parts.get("heads") is None else _shares(parts["heads"])
+
+
+def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
+    finite = [np.where(np.isfinite(layer), layer, 0.0) for layer in layers]
+    largest = max(float(np.max(np.abs(layer))) for layer in finite) or 1.0  # scaled first: a sum may overflow
+    total = sum(float(np.sum(layer / largest)) for layer in finite) or 1.0
+    return [layer / largest / total for layer in finite]
+
+
+def serves_vision(scores: Scores) -> str:
+    """Name at most 5 layers and heads that are more important for images than for text; "" without image scores."""
+    text = [parts for kind, parts in scores.by_kind.items() if kind != "image"]
+    if "image" not in scores.by_kind or not text:
+        return ""
+    image = scores.by_kind["image"]
+    leaning = _leaning([layer_shares(image)], [[layer_shares(parts)] for parts in text])[0]
+    named = [f"layers {_named([(f'{i}', share) for i, share in enumerate(leaning)])}"]
+    heads = head_shares(image)
+    if heads is not None:
+        by_layer = _leaning(heads, [head_shares(parts) or [] for parts in text])
+        named.append(
+            f"heads {_named([(f'{i}.{n}', s) for i, layer in enumerate(by_layer) for n, s in enumerate(layer)])}"
+        )
+    return (
+        f"Serve vision most: {'; '.join(named)}. In brackets the image's share of what image and text, each divided by "
+        "its sum over the model, have there: 0.50 is no preference. A head is named layer.head."
+    )
+
+
+def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Return image / (image + mean over types of text) per layer; 0.5 where both are 0."""
+    found = []
+    for i, layer in enumerate(image):
+        both = layer + np.mean([kind[i] for kind in text], axis=0)
+        found.append(np.where(both > 0, layer / np.where(both > 0, both, 1.0), 0.5))
+    return found
+
+
+def _named(shares: Sequence[tuple[str, float]]) -> str:
+    first = sorted(shares, key=lambda one: -one[1])[:MOST_SERVING]
+    return ", ".join(f"{name} ({share:.2f})" for name, share in first if share > 0.5) or "none"

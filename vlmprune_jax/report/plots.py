@@ -192,7 +192,7 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
         gone = np.isin(numbers, removed)
         axes.bar(numbers[~gone], values[~gone], color=COLOURS[0], label="kept")
         axes.bar(numbers[gone], values[gone], color=COLOURS[5], label="removed", hatch="//", edgecolor="white")
-        _layer_axis(axes, "x", len(importance))
+        _layer_axis(axes, len(importance))
         axes.set_ylabel("importance")
         axes.set_title(legible(title, LONGEST_TITLE))
         axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(0.62, 1.16))
@@ -225,7 +225,7 @@ def width_importance_figure(
         bottom.bar(range(n_layers), parts, color=COLOURS[0])
         bottom.set_ylim(0, 100)
         bottom.set_ylabel("neurons\nkept (%)")
-        _layer_axis(bottom, "x", n_layers)
+        _layer_axis(bottom, n_layers)
         return figure
 
 
@@ -261,7 +261,7 @@ def removed_figure(
         top.set_title(legible(title, LONGEST_TITLE))
         handles = [Patch(color=colours(share), label=label) for share, label in ((1.0, "kept"), (0.0, "removed"))]
         figure.legend(handles=handles, loc="outside right upper")
-        _layer_axis(bottom, "x", len(widths))
+        _layer_axis(bottom, len(widths))
         return figure
 
 
@@ -285,7 +285,7 @@ def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | No
             column[0].set_title(f"{name} tokens")
             column[-1].bar(range(len(layers)), 100 * layers, color=COLOURS[0])
             column[-1].set_ylim(0, 108 * top)
-            _layer_axis(column[-1], "x", len(layers), most=8)
+            _layer_axis(column[-1], len(layers), most=8)
         panels[-1, 0].set_ylabel("layer's share\nof the sum (%)")
         if image is not None:
             panels[0, 0].set_ylabel("attention head")
@@ -303,9 +303,9 @@ def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
     return shares
 
 
-def _layer_axis(axes: Axes, which: str, n_layers: int, most: int = 32) -> None:
-    axes.set(**{f"{which}label": "decoder layer (original number)"})
-    axes.get_xaxis().set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, most) + 1))
+def _layer_axis(axes: Axes, n_layers: int, most: int = 32) -> None:
+    axes.set_xlabel("decoder layer (original number)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(n_layers, most) + 1))
     axes.set_xlim(-0.6, n_layers - 0.4)
     axes.grid(visible=False, axis="x")
 
