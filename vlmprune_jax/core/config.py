@@ -100,6 +100,11 @@ class Stack:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
+    def check_apart(self, what: str, *, adds: bool = False) -> None:
+        """Refuse `what`, which runs layers one by one, if layers need more than the stream (`adds`: or do more than to
+        add to it). Raises UserError.
+        """
+
     @property
     def even(self) -> bool:
         """True if all layers have the same widths, as stock transformers requires."""
@@ -168,6 +173,14 @@ class TextConfig(Stack):
         wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
         heads, kv_full, kv_own = {s.q_heads for s in self.layers}, {s.kv_heads for s in full}, {s.kv_heads for s in own}
         return max(len(heads), len(kv_full), len(kv_own), len(wide)) <= 1
+
+    def check_apart(self, what: str, *, adds: bool = False) -> None:
+        """Refuse `what`, which runs layers one by one, if layers need more than the stream. Raises UserError."""
+        if self.layer_inputs or any(shape.shared for shape in self.layers) or (adds and self.layer_scalar):
+            raise UserError(
+                f"{what} is not supported for {self.decoder}, whose layers share keys and values, have inputs of their "
+                "own or scale the stream: use block_influence, activation, l1, l2 or random, without reconstruction"
+            )
 
     def producer(self, shape: LayerShape) -> int | None:
         """Return the number of the layer whose keys and values `shared` layers like this one use."""

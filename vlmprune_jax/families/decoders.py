@@ -25,6 +25,12 @@ def decoder_of(model_type: str) -> Decoder:
     return decoders[model_type]
 
 
+def layer_problem(text: TextConfig) -> str | None:
+    """Return why the decoder's transformers class cannot hold these layers, and what to do; None if it can."""
+    own = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
+    return own[-1].problem(text) if own else None
+
+
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a text config; absent fields take the defaults of its transformers class."""
     return decoder_of(config.get("model_type", "llama")).from_hf(config)

@@ -121,6 +121,20 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     }
 
 
+def _problem(text: TextConfig) -> str | None:
+    """Return why transformers cannot hold these layers, and what to do; None if it can."""
+    heads = {shape.q_heads for shape in text.layers}
+    wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
+    if not wrong:
+        return None
+    group = text.layers[0].q_heads // text.layers[0].kv_heads
+    fits = [n for n in range(1, text.layers[0].kv_heads + 1) if text.hidden_size % (n * group) == 0]
+    return (
+        f"transformers 5 refuses {wrong[0]} heads in Gemma 3: hidden_size {text.hidden_size} is not a multiple: keep "
+        f"{' or '.join(f'{n * group}/{n}' for n in fits[-3:])} (heads_multiple={max(fits)}), or all (heads='keep')"
+    )
+
+
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     table, layer, key = llama_like_weights(text, prefix, head), "text/layers/{i}", prefix + "layers.{i}"
     norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in NORMS.items()]
@@ -201,6 +215,8 @@ GEMMA3 = Family(
     image_processors=("Gemma3",),
     images="crops",
     recipe={**RECIPE, "data": {"max_length": 4096}},
-    decoder=Decoder(_DECODER, "Gemma3ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, heads_divide=True),
+    decoder=Decoder(
+        _DECODER, "Gemma3ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, heads_divide=True, problem=_problem
+    ),
     stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
 )

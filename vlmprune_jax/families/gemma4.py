@@ -172,7 +172,9 @@ def _problem(text: TextConfig) -> str | None:
         kind = "full" if None in lacking else "sliding"
         return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
     own = [shape.shared for shape in text.layers]
-    return None if own == sorted(own) else "layers that share keys and values must follow all others"
+    if own != sorted(own):
+        return "layers that share keys and values must follow all others"
+    return None if text.even else "its class has one width for all layers: prune them alike, with selection local"
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -354,6 +356,6 @@ GEMMA4 = Family(
     image_processors=("Gemma4",),
     images="budget",
     recipe={**RECIPE, "data": {"max_length": 4096}},
-    decoder=Decoder(_DECODER, "Gemma4ForCausalLM", _text_from_hf, _text_to_hf, _text_weights),
+    decoder=Decoder(_DECODER, "Gemma4ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
     stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
 )

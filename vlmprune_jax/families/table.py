@@ -42,8 +42,9 @@ class Decoder:
     model type with the same computation. In `weights(text, prefix, head)`, `prefix` precedes `embed_tokens` and
     `layers`, and `head` is the key of the output head. `heads_divide`: the config class requires hidden_size to be a
     multiple of the heads. `head_bias`: alone, its output head has a bias. `gguf`: llama.cpp architectures that compute
-    it, tried in order. `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size /
-    heads and ignore config.json's.
+    it, tried in order. `problem(text)`: why its class holds no such layers and what to do, or None.
+    `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads and ignore
+    config.json's.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class Decoder:
     head_bias: bool = False
     gguf: tuple[Architecture, ...] = ()
     derives_head_dim: tuple[str, ...] = ()
+    problem: Callable[[TextConfig], str | None] = lambda text: None
 
 
 @dataclass(frozen=True)

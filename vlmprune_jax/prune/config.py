@@ -22,9 +22,10 @@ from vlmprune_jax.core.settings import (
 METHODS = ("depth", "width", "hybrid")
 ROUNDINGS = ("nearest", "at_least")
 DEEPSTACK = ("keep", "move")
+PRODUCERS = ("keep", "redirect")
 HEADS = ("proportional", "keep", "auto")
 SELECTIONS = ("local", "global")
-_DEPTH = ("protect", "rounding", "deepstack")
+_DEPTH = ("protect", "rounding", "deepstack", "producers")
 _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "snap_for", "tensor_parallel", "heads",
     "selection",
@@ -163,6 +164,12 @@ class PlanConfig:
         "Decoder layers that add vision features to their output (the first layers of Qwen3-VL): keep these layers, or "
         "move the features to the first layers that remain.",
         choices=DEEPSTACK,
+    )
+    producers: str = prune_setting(
+        "keep",
+        "Layers whose keys and values later layers use (Gemma 4): keep them, or let the later ones use those of an "
+        "earlier layer.",
+        choices=PRODUCERS,
     )
     attn_layers: tuple[int, ...] = prune_setting(
         (),

@@ -61,6 +61,7 @@ class Layer:
     def of(cls, model: Model, stack: str, number: int) -> Layer:
         """Return layer `number` of a model's stack."""
         cfg = model.cfg.stack(stack)
+        cfg.check_apart("work layer by layer (reconstruction, greedy_loss)", adds=True)
         run, (start, _, shape) = next(
             (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
         )

@@ -16,9 +16,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig, describe_layers
+from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig, TextConfig, describe_layers
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
+from vlmprune_jax.families.decoders import layer_problem
 
 FORMAT, READS = 3, (2, 3)  # format 2 has no vocabulary
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
@@ -248,11 +249,16 @@ class PrunePlan:
         return self.stacks["text"].removed_layers
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """Return the config of the pruned model."""
+        """Return the config of the pruned model. Raises UserError if its transformers class cannot hold the layers."""
         for name, kept in self.stacks.items():
             before = cfg.stack(name).layers
+            if name == "text":
+                _check_shared(cfg.text, kept.layers)
             shapes = [before[one.index].with_widths(*one.shape.widths) for one in kept.layers]
             cfg = cfg.with_layers(shapes, name)
+        problem = layer_problem(cfg.text)
+        if problem is not None:
+            raise UserError(f"the pruned model would not load in transformers: {problem}")
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -294,6 +300,18 @@ class PrunePlan:
             return _from_dict(data, where)
         except UserError as error:
             raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
+    """Refuse other key/value heads in layers that share keys and values than in the layer that makes them."""
+    kept = [text.layers[layer.index] for layer in layers]
+    for layer, shape in zip(layers, kept, strict=True):
+        makers = [one for one, s in zip(layers, kept, strict=True) if not s.shared and s.window == shape.window]
+        if shape.shared and makers and makers[-1].kv_heads != layer.kv_heads:
+            raise UserError(
+                f"layer {layer.index} uses the keys and values of layer {makers[-1].index}, but the plan keeps other "
+                'heads of both: score query heads (gqa="q_heads"), or keep the heads (heads="keep")'
+            )
 
 
 def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.budget import Budget
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, Stack, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
+from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
@@ -79,7 +80,9 @@ def plan_layers(
     before = count_params(cfg)
     unpruned = count_params(config.base or cfg)
     total = config.parameters_total or unpruned
-    if config.heads == "auto" and keeps_heads(cfg, stack, config.loads_in):
+    shares = stack == "text" and any(shape.shared for shape in shapes)  # their heads are those of other layers
+    by_group = width is not None and width.options.get("gqa", "groups") == "groups"
+    if config.heads == "auto" and ((shares and by_group) or keeps_heads(cfg, stack, config.loads_in)):
         config = dataclasses.replace(config, heads="keep")
     request = _Request(costed, depth, width, config, total, stack)
     share, within = request.fit_budget() if config.budget.limits else (share, {})
@@ -278,7 +281,12 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan of this model records, as JSON holds them."""
-    unused = (*(() if cfg.deepstack else ("deepstack",)), *(() if config.loads_in else ("loads_in",)))
+    shares = any(shape.shared for shape in cfg.text.layers)
+    unused = (
+        *(() if shares else ("producers",)),
+        *(() if cfg.deepstack else ("deepstack",)),
+        *(() if config.loads_in else ("loads_in",)),
+    )
     kept = {name: getattr(config, name) for name in config.recorded() if name not in unused}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
@@ -322,9 +330,11 @@ def _choose_layers(
         raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
     if config.deepstack == "keep":
         protect |= set(range(features))
+    if config.producers == "keep" and isinstance(own, TextConfig):
+        protect |= {i for i in map(own.producer, own.layers) if i is not None and any(s.shared for s in own.layers)}
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed)
-    order = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
+    order = _legal(own, [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect])
     most = min(len(order), n_layers - max(1, features))
     if layers_removed is not None:
         if not 0 <= layers_removed <= most:
@@ -344,6 +354,18 @@ def _choose_layers(
             f"removing {most} of {n_layers} layers ({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
         )
     return tuple(order[:count])
+
+
+def _legal(own: Stack, order: Sequence[int]) -> list[int]:
+    """Return the layers that can be removed in this order, without those that the transformers class needs then."""
+    gone: list[int] = []
+    if isinstance(own, TextConfig) and layer_problem(own) is None:
+        for layer in order:
+            left = [shape for i, shape in enumerate(own.layers) if i not in (*gone, layer)]
+            if left and layer_problem(own.with_layers(left)) is None:
+                gone.append(layer)
+        return gone
+    return [*order]
 
 
 def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:

@@ -126,7 +126,8 @@ class Units:
     """Units that width pruning removes from one layer, with their cost in parameters.
 
     Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
-    layer is in range.
+    layer is in range. Neurons
+    of layers that are `wide` times as wide as others are kept in the same share, exactly.
     """
 
     heads: int
@@ -137,6 +138,7 @@ class Units:
     prune_neurons: bool
     head_step: int
     neuron_step: int
+    wide: int = 1
 
 
 def units_of(
@@ -148,6 +150,7 @@ def units_of(
     mlp_layers: Sequence[int],
     heads_multiple: int,
     neurons_multiple: int,
+    double_wide: bool = False,
 ) -> list[Units]:
     """Return the units of every layer. Raises UserError if a layer in range is narrower than the multiple asked for."""
     result = []
@@ -158,7 +161,10 @@ def units_of(
         else:
             heads, cost = group, shape.kv_heads * each.q_head
             step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
-        unit = Units(heads, shape.mlp, cost, each.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple)
+        unit = Units(
+            heads, shape.mlp, cost, each.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple,
+            wide=2 if double_wide and shape.shared else 1,
+        )  # fmt: skip
         if unit.prune_heads and step > heads:
             raise UserError(
                 f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep them "
@@ -299,9 +305,12 @@ def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters
     removed.
     """
-    widest = max(u.neurons for u in units)
-    fractions = np.arange(1, widest + 1)
-    kept = np.stack([snap(u.neurons * fractions // widest, u.neuron_step, u.neurons) for u in units], axis=1)
+    usual = [u.neurons // u.wide for u in units]
+    fractions = np.arange(1, max(usual) + 1)
+    kept = np.stack(
+        [u.wide * snap(n * fractions // max(usual), u.neuron_step, n) for u, n in zip(units, usual, strict=True)],
+        axis=1,
+    )
     full = np.asarray([u.neurons for u in units])
     cost = np.asarray([u.neuron_cost for u in units])
     return kept, ((full[None] - kept) * cost[None]).sum(axis=1)
@@ -325,8 +334,9 @@ def _on_grid(
             h = np.maximum(kept_heads(u.heads, head_dim, sparsity), smallest)
             h = h if u.head_step == 1 else snap(h, u.head_step, u.heads)
         if u.prune_neurons:
-            n = np.maximum(kept_neurons(u.neurons, sparsity), smallest)
-            n = n if u.neuron_step == 1 else snap(n, u.neuron_step, u.neurons)
+            usual = u.neurons // u.wide
+            n = np.maximum(kept_neurons(usual, sparsity), smallest)
+            n = u.wide * (n if u.neuron_step == 1 else snap(n, u.neuron_step, usual))
         heads.append(h)
         neurons.append(n)
         removed += (u.heads - h) * u.head_cost + (u.neurons - n) * u.neuron_cost

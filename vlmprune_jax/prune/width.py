@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.checks import layer_range
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
+from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.plan import KeptLayer
@@ -107,6 +107,7 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: 
             mlp_layers=mlp_layers,
             heads_multiple=config.heads_multiple,
             neurons_multiple=config.neurons_multiple,
+            double_wide=isinstance(base, TextConfig) and base.double_wide,
         )
 
 

@@ -73,6 +73,7 @@ def gradient_channels(
     Raises:
       UserError: no label at all.
     """
+    model.cfg.text.check_apart("a criterion of gradients")
     data = _stack(batches, 1 if squares else rows_per_step)
     labels = _label_counts(data["labels"])
     if labels.sum() == 0:
@@ -306,7 +307,8 @@ def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig
 
 def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
     attention, mlp = coupled(cfg)
-    shapes = {name: (ways, *flatten(layer)[name].shape) for name in attention | mlp}
+    flat = flatten(layer)
+    shapes = {name: (ways, *flat[name].shape) for name in attention | mlp if name in flat}
     zeros = [{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + squares)]
     return zeros[0], zeros[1] if squares else {}
 
@@ -336,7 +338,7 @@ def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelCon
     attention, mlp = coupled(cfg)
     flat, (first, squared) = flatten(layer), sums
     scores = {}
-    for name, axis in (attention | mlp).items():
+    for name, axis in {name: axis for name, axis in (attention | mlp).items() if name in flat}.items():
         found = [
             channels(
                 flat[name].astype(jnp.float32),

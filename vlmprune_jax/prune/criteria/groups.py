@@ -68,7 +68,7 @@ def reduce_groups(
     for layer, shape in zip(channels, cfg.stack(stack).layers, strict=True):
         scores = {name: np.asarray(values, np.float64) for name, values in layer.items()}
         neurons.append(reduce(np.stack([scores[name] for name in mlp])))
-        members = [_unit_channels(scores[name], shape, gqa) for name in attention]
+        members = [_unit_channels(scores[name], shape, gqa) for name in attention if name in scores]
         heads.append(reduce(np.stack([member for member in members if member is not None])).sum(axis=-1))
     return {"heads": tuple(heads), "mlp": tuple(neurons)}
 

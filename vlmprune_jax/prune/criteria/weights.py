@@ -48,11 +48,12 @@ def _channel_sums(
     with use_mesh(mesh):
         for run, (_, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
             params = model.params[stack]["layers"][str(run)]
-            flat, block = flatten(params), fill(stack_module(stack, model.cfg.stack(stack)).layers["0"], params)
+            flat, block = flatten(params), fill(stack_module(stack, model.cfg.stack(stack)).layers[str(run)], params)
             gains = {f"{writer.projection}/weight": block.gain(name) for name, writer in block.writers.items()}
             sums = {
                 name: np.asarray(_summed(flat[name], gains.get(name) if written else None, power, axis + 1))
                 for name, axis in weights.items()
+                if name in flat
             }
             layers += [{name: values[i] for name, values in sums.items()} for i in range(length)]
     return layers
