@@ -230,7 +230,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
     """Truncate a file to lines of steps up to `step` and return them; a line cut off by a crash is dropped."""
     if not path.exists():
-        path.unlink(missing_ok=True)  # a dangling link, through which writes would follow
+        if path.is_symlink():
+            path.unlink()  # a dangling link, through which writes would follow
         return []
     kept = [line for line in read_json_lines(path, kind, cut=True) if line["step"] <= step]
     # A process killed here keeps the old file.
