@@ -140,7 +140,7 @@ def advise(
     plans = {}
     for method, variant in found.variants.items():
         with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
-            plans[method] = predict_plan(override(Experiment(), merge(variant, {"prune": target})), cfg)
+            plans[method] = predict_plan(override(Experiment(), merge(found.recipe, variant, {"prune": target})), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
     told = found if measured is None else dataclasses.replace(found, speed=())
     return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured)
@@ -206,8 +206,9 @@ def summarize(found: Recommendation) -> str:
     recover = settings.get("recover", {})
     if recover.get("method") == "none":
         return f"{pruning}; no training"
-    trained = _TRAINED[recover.get("trainable", "lora")]
-    losses = " + ".join(_LOSSES[name] for name, weight in recover.get("losses", {"ce": 1}).items() if weight)
+    trained = _TRAINED.get(str(recover.get("trainable", "lora")), "the chosen weights")
+    weights = recover.get("losses", {"ce": 1})
+    losses = " + ".join(words for name, words in _LOSSES.items() if weights.get(name)) or "other losses"
     return f"{pruning}; then train {trained} by {losses} on {percent(found.data_fraction)} of the data"
 
 
