@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 
 import pytest
+from prune_cases import config
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
@@ -16,6 +17,7 @@ from vlmprune_jax.experiment.options import options, sections
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.stack import REMAT_POLICIES
+from vlmprune_jax.prune import keep_everything
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
 from vlmprune_jax.stages.job import make_job
@@ -69,7 +71,7 @@ def test_choices_elsewhere_are_looked_up_when_a_command_starts():
 
 
 def test_every_field_of_every_section_is_declared():
-    nested = {"prune": {"budget"}, "recover": {"lora", "losses"}, "evaluate": {"sets"}}
+    nested = {"prune": {"budget", "vocabulary"}, "recover": {"lora", "losses"}, "evaluate": {"sets"}}
     for place, section in sections().items():
         fields = {f.name for f in dataclasses.fields(section)}
         assert fields - set(settings_of(section)) == nested.get(place, set()), place
@@ -124,7 +126,8 @@ SCORE = named(
 PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple "
-    "neurons_multiple heads snap_for tensor_parallel selection loads_in sparsity depth_share steps budget",
+    "neurons_multiple heads snap_for tensor_parallel selection loads_in sparsity depth_share steps budget producers "
+    "vocabulary",
 )
 RECOVER = named(
     "recover",
@@ -225,6 +228,7 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     experiment = override(
         Experiment(), {"model": {"hf_dir": str(tmp_path)}, "recover": spec, "data": {"max_length": 9}}
     )
+    keep_everything(config(), "0" * 64, 1).to_json(tmp_path / "plan.json")
     work = Pipeline(experiment, Context(workdir=tmp_path, reporter=make_reporter(False))).work()
     assert _made_from(work, experiment.data, experiment.recover).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
