@@ -191,7 +191,8 @@ def _of_recoveries(
         for method in methods:
             for other in others:
                 for one, partner in _pairs(points, (method, ours), (method, other), 0.0, high):
-                    where = f"{method} {100 * one.level:.0f} %, against {other}{_of_data(one.data)}"
+                    against = f", against {other}" if len(others) > 1 else ""
+                    where = f"{method} {100 * one.level:.0f} %{against}{_of_data(one.data)}"
                     found.setdefault(where, []).append(one.retained - partner.retained)
         return found
 
@@ -239,46 +240,51 @@ def _replaced(points: Sequence[Point]) -> Values:
 _POINTS, _KEPT = "points of retained %", "retained, %"
 INSIGHTS = (
     Insight(
-        "1. Without recovery, width pruning keeps more than depth pruning",
+        "1. Without recovery, width pruning retains more accuracy than depth pruning",
         f"width - depth, {_POINTS}",
         0.0,
         _of_methods("none", "width", "depth", 0.0, 1.0),
     ),
     Insight(
-        f"2a. With recovery, depth pruning is as good up to 30 % (at most {AS_GOOD:g} point behind)",
+        f"2a. With recovery, depth pruning up to 30 % is at most {AS_GOOD:g} point behind width pruning",
         f"depth - width after SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_methods(BEST, "depth", "width", 0.0, 0.33),
     ),
     Insight(
-        "2b. With recovery, width pruning is better from 45 %",
+        "2b. With recovery, width pruning from 45 % on retains more accuracy than depth pruning",
         f"width - depth after SFT + L2, {_POINTS}",
         0.0,
         _of_methods(BEST, "width", "depth", 0.42, 1.0),
     ),
     Insight(
-        f"3. Training the projector alone suffices up to 15 % (at most {AS_GOOD:g} point behind SFT + L2)",
+        f"3. Up to 15 %, training the projector alone is at most {AS_GOOD:g} point behind SFT + L2",
         f"projector - SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_recoveries("projector", (BEST,), high=0.18),
     ),
     Insight(
-        "4. SFT + L2 is the best recovery",
-        f"SFT + L2 - the other, {_POINTS}",
+        "4. SFT + L2 retains more accuracy than every other recovery",
+        f"SFT + L2 - other recovery, {_POINTS}",
         0.0,
         _of_recoveries(BEST, ("projector", "sft", "sft_kl")),
     ),
-    Insight("5a. 5 % of the data keeps 95 % below half of the decoder", _KEPT, 95.0, _of_little_data),
-    Insight("5b. 5 % of the data keeps 90 % of the accuracy with all data, below half", "% of it", 90.0, _of_all_data),
+    Insight("5a. SFT + L2 on 5 % of the data retains 95 % below half of the decoder", _KEPT, 95.0, _of_little_data),
     Insight(
-        "6a. How much of the training does reconstruction replace?",
-        "% of what SFT + L2 wins back",
+        "5b. Below half of the decoder, 5 % of the data reaches 90 % of the accuracy of training on all data",
+        "% of the accuracy with all data",
+        90.0,
+        _of_all_data,
+    ),
+    Insight(
+        "6a. How much of the gain of SFT + L2 does reconstruction reach without training?",
+        "% of the gain of SFT + L2",
         None,
         _replaced,
     ),
     Insight(
-        "6b. What does reconstruction add to SFT + L2?",
-        f"with - without, {_POINTS}",
+        "6b. How much accuracy does reconstruction before SFT + L2 add?",
+        f"with - without reconstruction, {_POINTS}",
         None,
         _of_recoveries(f"{SOLVED}+{BEST}", (BEST,)),
     ),

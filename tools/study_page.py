@@ -51,21 +51,25 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
     points = points_of(sweep)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"{len(points)} models of {of}, by the paper's criteria: {markdown(measured(sweep))}."
-    lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
+    about = f"The {len(points)} models of {of} were pruned by the paper's criteria."
+    metric = f"Their score is the {markdown(measured(sweep))}."
+    lines = [f"{_HEADING}{name}", "", about, metric, "", *retention_lines(points)]
     found = conclude(points)
     for one in found:
         sure = [row for row in one.comparisons if row.interval]
         shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
+        pairs = {row.pairs for row in sure}
         rows = [
-            f"|{markdown(row.where.removesuffix(_SHARE) if shared else row.where)} ({row.pairs})"
+            f"|{markdown(row.where.removesuffix(_SHARE) if shared else row.where)}"
+            f"{f' ({row.pairs} pairs)' if len(pairs) > 1 else ''}"
             f"|{_interval(row.effect, *(row.interval or ()))}|{row.verdict}|"
             for row in sure
         ]
         if rows:
             lines += [f"**{one.claim}**: {one.verdict}.", ""]
+            each = f" ({pairs.pop()} pairs)" if len(pairs) == 1 else ""
             lines += [
-                f"|setting{_SHARE if shared else ''} (pairs)|{one.effect} (95 %)|verdict|",
+                f"|setting{_SHARE if shared else ''}{each}|{one.effect} (95 %)|verdict|",
                 "|---|---|---|",
                 *rows,
                 "",
@@ -74,8 +78,8 @@ def as_markdown(name: str, sweep: SweepResult) -> str:
         one.claim for one in found if one.comparisons and not any(row.interval for row in one.comparisons)
     )
     silent = _numbers(one.claim for one in found if not one.comparisons)
-    lines += [f"Claims with one seed, hence undecided: {single}.", ""] if single else []
-    lines += [f"Claims without rows in this sweep: {silent}.", ""] if silent else []
+    lines += [f"One seed is too few to decide claims {single}.", ""] if single else []
+    lines += [f"This sweep has no runs for claims {silent}.", ""] if silent else []
     return "\n".join(lines + perplexity_lines(sweep))
 
 
@@ -84,7 +88,7 @@ def _interval(mean: float, low: float, high: float) -> str:
 
 
 def _numbers(claims: Iterable[str]) -> str:
-    return "; ".join(claim.partition(".")[0] for claim in claims)
+    return ", ".join(claim.partition(".")[0] for claim in claims)
 
 
 def retention_lines(points: Sequence[Point]) -> list[str]:
@@ -100,7 +104,10 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
     if not cells:
         return []
     heads = [markdown(recovery) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
-    lines = ["Retained (%), mean over seeds ± half of the 95 % interval; without ± one seed.", ""]
+    lines = [
+        "Cells have the retained score (%), as mean ± half of its 95 % interval over seeds.",
+        "",
+    ]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
     several = len({model for *_, model in cells}) > 1
     for (_, method, model), row in sorted(cells.items()):
@@ -141,7 +148,7 @@ def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
         figure = study_figure(sweep)
         if figure is not None:
             write_png(figure, path.with_name(f"{name}.png"))
-            text = f"\n![{name}: what is retained over what was removed]({name}.png)\n{text}"
+            text = f"\n![Plot of retained score (%) against removed decoder parameters (%), {name}]({name}.png)\n{text}"
         sections[name] = f"{title}\n{text}".strip()
     with replacing(path) as file:
         parts = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
@@ -192,7 +199,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
             continue
         columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
-        lines += [f"**Perplexity of {markdown(name)}**, {told} unpruned.", ""]
+        lines += [f"The next table has the perplexity of {markdown(name)} ({told} unpruned).", ""]
         lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
