@@ -35,7 +35,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Measure, print the tables, and write the numbers if asked to."""
+    """Measure the speed of the models, print the tables, and write the numbers to a file if `--json` names one."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.distributed.machine import cores

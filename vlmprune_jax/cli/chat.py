@@ -25,7 +25,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print the answer of each model."""
+    """Print each model's answer to the question about the image."""
     import os
 
     from vlmprune_jax.core.console import make_reporter

@@ -24,7 +24,7 @@ from vlmprune_jax.sweep.hyper import Hyper
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
-    """Every setting of an experiment: what a config file starts from.
+    """Return a ConfigDict of all settings of an experiment, which a config file changes and returns.
 
     Settings have their defaults, or what the `recipe` says (a family's name, as "llava": see families/).
     Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
@@ -37,7 +37,7 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
 
 class _Section(ConfigDict):
-    """Settings with defaults: a dictionary assigned to a section in it changes that section and never replaces it."""
+    """ConfigDict of settings with defaults; assigning a dictionary to a subsection updates it and never replaces it."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         section = self.get(key)
@@ -49,7 +49,7 @@ class _Section(ConfigDict):
 
 
 def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
-    """Sections of one kind by names of the user's (evaluation sets): a new one has every setting of its kind."""
+    """Return a ConfigDict of sections named by the user (evaluation sets); a new section has all settings of `kind`."""
 
     class Sections(_Section):
         def __setitem__(self, key: str, value: Any) -> None:
@@ -104,7 +104,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
 def to_experiment(
     config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
 ) -> tuple[Experiment, Path]:
-    """Return the experiment that a config describes, with its model and data as local paths, and its workdir."""
+    """Return the experiment of a config, with hub ids replaced by local folders, and the path of its workdir."""
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
@@ -113,7 +113,7 @@ def to_experiment(
 
 
 def placed(experiment: Experiment, workdir: Path) -> Experiment:
-    """The experiment with the model and the data that it names on this machine."""
+    """Return the experiment with local paths in place of hub ids, after downloading or writing missing data."""
     model, data = experiment.model, experiment.data
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
@@ -133,7 +133,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def read_hyper(config: str) -> Any:
-    """Return the runs that `get_hyper(hyper)` of a config file FILE.py:VARIANT lists."""
+    """Return the list of runs that the function `get_hyper(hyper)` in a config file FILE.py:VARIANT returns."""
     module = load_file(config)
     if not hasattr(module, "get_hyper"):
         raise UserError(
@@ -150,7 +150,7 @@ def read_hyper(config: str) -> Any:
 
 
 def load_file(config: str) -> types.ModuleType:
-    """The module of a config file FILE.py:VARIANT that loads; what it adds to `vp.criteria` and the like is there."""
+    """Import a config file FILE.py:VARIANT and return its module; criteria, metrics etc. in it are then registered."""
     file, variant = file_of(config), config.partition(".py:")[2]
     with importing_beside(config):
         spec = importlib.util.spec_from_file_location(f"{file.stem}_config", file)
@@ -163,13 +163,13 @@ def load_file(config: str) -> types.ModuleType:
 
 
 def shipped_config(name: str) -> ConfigDict:
-    """Return a config that comes with vlmprune, NAME or NAME:VARIANT, for a config file that starts from it."""
+    """Return a config that comes with vlmprune, NAME or NAME:VARIANT; config files use it as a starting point."""
     module, (_, colon, variant) = load_file(locate(name)), name.partition(":")
     return module.get_config(*([variant] if colon else []))
 
 
 def to_workdir(text: str) -> Path:
-    """Return the path of a workdir, which need not exist yet; nothing in it may lead out of it."""
+    """Return the path of a workdir, which may not exist yet; refuse a folder with links to places outside it."""
     folder = Path(text)
     if "\0" in text:
         raise UserError(f"--workdir={text}: holds a NUL character, which no path can")
@@ -180,7 +180,7 @@ def to_workdir(text: str) -> Path:
 
 
 def _local(name: str) -> str:
-    """A hub id as its local snapshot; a folder, and nothing, as it is."""
+    """Return the local snapshot folder of a hub id; a path of a folder, or "", is returned unchanged."""
     if not name or Path(name).is_dir():
         return name
     from vlmprune_jax.hf.read import resolve

@@ -15,13 +15,13 @@ CONFIG = "demo"
 
 
 def define(values: Flags) -> None:
-    """Flags of this command: those of `run`, with the demo's own config and a default workdir."""
+    """Define the flags of `run`, with the demo's config and a default workdir."""
     common(values)
     values["workdir"].value = "runs/demo"
 
 
 def run(flags: Any) -> None:
-    """Run the demo's config."""
+    """Run all stages of the demo's config."""
     from vlmprune_jax.cli.stages import run_command
 
     run_command("run", flags)

@@ -14,11 +14,11 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Flags of this command: none of its own."""
+    """Define no flags: this command only takes positional arguments."""
 
 
 def run(flags: Any) -> None:
-    """Print a table per stack."""
+    """Print one table per stack that compares two plans layer by layer."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.prune.tables import compare, read_plan

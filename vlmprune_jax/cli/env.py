@@ -17,11 +17,11 @@ _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "HF_HUB_OFFLINE
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command: none of its own."""
+    """Define no flags: this command has none of its own."""
 
 
 def run(flags: Any) -> None:
-    """Print one line per topic."""
+    """Print versions, processor, devices and environment variables, one line per topic."""
     import os
     import platform
 

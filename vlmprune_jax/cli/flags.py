@@ -24,20 +24,20 @@ _UNSET = re.compile(r"--config\.\S+=None")
 
 
 def config_flag(values: Flags) -> None:
-    """--config, unless a file is being read into it already."""
+    """Define the flag --config, unless `values` already has it."""
     if "config" not in values:
         text = "config: FILE.py or FILE.py:VARIANT, or the name of a shipped one, such as demo or llava15_7b:depth,0.3"
         flags.DEFINE_string("config", None, text, flag_values=values)
 
 
 def only_flag(values: Flags) -> None:
-    """Define --only."""
+    """Define the flag --only, which selects variants or runs by name."""
     text = "only variants (sweep: only runs) whose names fit a pattern, as 'width*'; several variants with commas"
     flags.DEFINE_string("only", "", text, flag_values=values)
 
 
 def common(values: Flags) -> None:
-    """Flags that every stage command has."""
+    """Define the flags that all stage commands have."""
     config_flag(values)
     flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
     only_flag(values)
@@ -49,7 +49,7 @@ def common(values: Flags) -> None:
 
 
 def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
-    """The command's flags with `values.config` as a locked ConfigDict, and positional arguments as `values.args`.
+    """Parse a command's flags: `values.config` is a locked ConfigDict, `values.args` lists the positional arguments.
 
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
@@ -84,7 +84,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
 
 
 def _parse(values: Flags, argv: list[str]) -> list[str]:
-    """Positional arguments; ml_collections loads config files in a way that Python has deprecated."""
+    """Parse the flags and return the positional arguments, without ml_collections' deprecation warnings."""
     with warnings.catch_warnings(), importing_beside(value_of(argv, "config")):
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
         rest = list(values(argv))
@@ -95,7 +95,7 @@ def _parse(values: Flags, argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def importing_beside(config: str | None) -> Iterator[None]:
-    """A config file may import its neighbours, which add criteria, metrics, ... of the user's own."""
+    """Let a config file import Python files from its own folder, for example the user's criteria and metrics."""
     if config is None:
         yield
         return
@@ -120,7 +120,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def locate(config: str) -> str:
-    """Return FILE.py:VARIANT of a config given as FILE.py:VARIANT or as the name of a shipped one, NAME:VARIANT."""
+    """Return the path FILE.py:VARIANT of a config, given as such a path or as a shipped config's name, NAME:VARIANT."""
     if config.endswith(".py") or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
         return config
     name, colon, variant = config.partition(":")
@@ -131,7 +131,7 @@ def locate(config: str) -> str:
 
 
 def _located(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the files of shipped configs in place of their names."""
+    """Return the arguments with the names of shipped configs replaced by the paths of their files."""
     found = list(argv)
     for i, config in _values_of(argv, "config"):
         found[i] = f"{found[i].partition('=')[0]}={locate(config)}" if found[i] != config else locate(config)
@@ -139,13 +139,13 @@ def _located(argv: Sequence[str]) -> list[str]:
 
 
 def file_of(config: str) -> Path:
-    """The file in FILE.py:VARIANT."""
+    """Return the path of the file in FILE.py:VARIANT."""
     file, mark, _ = config.partition(".py:")
     return Path(f"{file}.py" if mark else config)
 
 
 def _define(command: Any, argv: list[str] | None = None) -> Flags:
-    """The command's flags; with the arguments of a config file, every field of that file is a flag as well."""
+    """Define the command's flags; if the arguments are passed, also a flag for every field of the config file."""
     values = Flags()
     if argv is not None:
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
@@ -157,7 +157,7 @@ def _define(command: Any, argv: list[str] | None = None) -> Flags:
 
 
 def _check_overrides(argv: Sequence[str], config: str) -> None:
-    """Refuse a config file that cannot be loaded, and `--config.x.y` that does not exist in it, in one line."""
+    """Refuse, in one line, a config file that cannot be loaded, or a flag `--config.x.y` for an unknown setting."""
     file = file_of(config)
     if os.path.lexists(file):  # a FIFO would be waited for
         open_file(file).close()
@@ -183,7 +183,7 @@ def _check_overrides(argv: Sequence[str], config: str) -> None:
 
 
 def _setting_of(arg: str) -> str | None:
-    """Return the setting that an argument `--config.x.y=value` gives, else None."""
+    """Return the setting `x.y` that an argument `--config.x.y=value` sets; None for other arguments."""
     name = arg.split("=", 1)[0]
     return name.removeprefix("--config.").partition("[")[0] if name.startswith("--config.") else None
 
@@ -200,12 +200,12 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
 
 
 def value_of(argv: Sequence[str], name: str) -> str | None:
-    """The last value of `--name=value` or `--name value`, without parsing the rest."""
+    """Return the last value of the flag `--name=value` or `--name value`, without parsing other flags."""
     return next((value for _, value in reversed(_values_of(argv, name))), None)
 
 
 def _values_of(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
-    """Return (number of the argument, value) of every `--name=value` and `--name value`."""
+    """Return pairs (index of the argument, value) for every `--name=value` and `--name value`."""
     found = []
     for i, arg in enumerate(argv):
         if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):
@@ -225,7 +225,7 @@ def _names(values: Flags) -> list[str]:
 
 
 def help_of(name: str, command: Any) -> str:
-    """The command's docstring and its flags."""
+    """Return the help text of a command: its docstring and its flags."""
     values = _define(command)
     lines = [inspect.cleandoc(command.__doc__ or ""), "", "flags:"]
     for flag in _names(values):

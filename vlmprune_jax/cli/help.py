@@ -14,11 +14,11 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command: none of its own."""
+    """Define no flags: this command only takes positional arguments."""
 
 
 def run(flags: Any) -> None:
-    """Print the declaration of every name."""
+    """Print the declaration of every setting that is named on the command line."""
     from vlmprune_jax.experiment.options import describe
 
     for name in flags.args:

@@ -16,14 +16,14 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Flags of this command."""
+    """Define the flags of this command."""
     config_flag(values)
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     absl_flags.DEFINE_bool("json", False, "machine-readable output", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Print what the folder holds."""
+    """Print family, shapes and prunable shares of the model in a folder."""
     import json
 
     from vlmprune_jax.core.errors import UserError

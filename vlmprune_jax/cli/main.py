@@ -78,7 +78,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM where nothing waits for it to save first."""
+    """Raised on SIGTERM when no code is waiting to save first."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
 
 
 def _guarded(argv: list[str], script: ModuleType | None) -> int:
-    """The command's exit code, with whatever stopped it told in one line."""
+    """Run a command and return its exit code; anything that stops it is printed in one line."""
     try:
         if switch(argv, "debug"):
             _dispatch(argv, script)
@@ -131,7 +131,7 @@ def _guarded(argv: list[str], script: ModuleType | None) -> int:
 
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
-    """Tell in one line what ended a command, here and to the other processes of the run; returns the exit code."""
+    """Print in one line why a command ended, notify the other processes of the run, and return the exit code."""
     if isinstance(error, Stopped):
         print(f"vlmprune: {error}", file=sys.stderr)
         return TERMINATED
@@ -157,7 +157,7 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
 
 
 def _of_the_system(argv: list[str], error: BaseException) -> str | None:
-    """Return the line for an error that is no defect of this program, with what to do; None for a defect.
+    """Return the message for an error of the operating system, with advice; None for any other error.
 
     One of several processes is left to start again what the loss of another may have caused.
     """
@@ -185,14 +185,14 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
 
 
 def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
-    """Return the line for an error in a file of the user's, as in a format that it adds; None for any other."""
+    """Return the message for an error in a user's file, such as a custom export format; None for any other error."""
     line = line_of_users(error, ours)
     told = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
     return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}") if line else None
 
 
 def _defect(argv: list[str], error: BaseException) -> str:
-    """Return the line that asks the user to report a defect, with its place in the code."""
+    """Return a message that asks the user to report a bug, with the line of code where it occurred."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
     where = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
     told = f"failed{where}{_after()} with {type(error).__name__}: {reason(error)}"
@@ -201,7 +201,7 @@ def _defect(argv: list[str], error: BaseException) -> str:
 
 
 def _after() -> str:
-    """The file that was read last, which an unforeseen error most likely is about."""
+    """Return " after reading FILE" for the file read last, the likely cause of an unforeseen error; "" without one."""
     path = last_read()
     return "" if path is None else f" after reading {path}"
 
@@ -221,13 +221,13 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
 
 
 def _shipped() -> str:
-    """Return the names of the configs that come with vlmprune, in lines."""
+    """Return the names of the configs that come with vlmprune as wrapped text."""
     text = f"configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
     return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _command(name: str, *rest: str) -> ModuleType | StageCommand:
-    """Return the command; a config may add a stage, so with one any other name may be that of a stage."""
+    """Return the command with this name; with --config, an unknown name may be a stage that the config file adds."""
     if name in OTHERS:
         return importlib.import_module(f"vlmprune_jax.cli.{name}")
     if name not in COMMANDS and value_of(rest, "config") is None:

@@ -28,7 +28,7 @@ _KNOWN = ("Token indices sequence length is longer than",)
 
 
 class Messages(logging.Handler):
-    """Receives log records, warnings, what is written to standard error and what nobody caught in a thread."""
+    """Log handler that also collects warnings, text written to standard error, and uncaught exceptions of threads."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -36,7 +36,7 @@ class Messages(logging.Handler):
         self.dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a log record: its first line, and what was raised."""
+        """Store a log record: the first line of its message, and its exception."""
         if _TOLD & set(Path(record.pathname).parts):
             return
         with contextlib.suppress(Exception):  # a record with arguments that do not fit its format
@@ -44,18 +44,18 @@ class Messages(logging.Handler):
             self.add(f"{record.getMessage()}{f' ({reason(error)})' if error is not None else ''}")
 
     def warned(self, message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
-        """Keep a warning (in the place of `warnings.showwarning`)."""
+        """Store a warning (replaces `warnings.showwarning`)."""
         library = {category.__module__.split(".")[0], *Path(filename).parts}
         if not issubclass(category, _NOISE) and not library.intersection(_SILENT):
             self.add(str(message))
 
     def uncaught(self, raised: Any) -> None:
-        """Keep what a thread, or a destructor, raised (in the place of their hooks)."""
+        """Store an exception that a thread or destructor did not catch (replaces their hooks)."""
         error = raised.exc_value
         self.add(raised.exc_type.__name__ if error is None else f"{raised.exc_type.__name__}: {error}")
 
     def add(self, text: str) -> None:
-        """Keep a text as one line, once."""
+        """Store a text as one line, unless the same line is already stored."""
         line = printable(text)
         if not line or line.startswith(_KNOWN) or line in self.lines:
             return
@@ -65,7 +65,7 @@ class Messages(logging.Handler):
             self.dropped += 1
 
     def tell(self) -> None:
-        """Print what was kept."""
+        """Print the stored messages."""
         for line in self.lines:
             print(f"vlmprune: warning: {line}", file=sys.stderr)
         if self.dropped:
@@ -73,7 +73,7 @@ class Messages(logging.Handler):
 
 
 class _Written(io.TextIOBase):
-    """A standard error that keeps its lines."""
+    """Replacement for standard error that stores complete lines in `Messages`."""
 
     def __init__(self, messages: Messages, outside: Any):
         self._messages, self._outside, self._begun = messages, outside, ""
@@ -100,7 +100,7 @@ class _Written(io.TextIOBase):
 
 @contextlib.contextmanager
 def kept() -> Iterator[Messages]:
-    """Keep what would appear on standard error."""
+    """Collect everything that would be printed to standard error in a `Messages`."""
     messages, root = Messages(), logging.getLogger()
     shown, hooks, handlers = warnings.showwarning, (sys.unraisablehook, threading.excepthook), root.handlers[:]
     try:
@@ -117,7 +117,7 @@ def kept() -> Iterator[Messages]:
 
 
 def leave_quietly() -> None:
-    """From here on, to the end of the process, threads and finalizers say nothing."""
+    """Silence threads and finalizers until the process ends."""
     sys.unraisablehook, threading.excepthook = _ignored, _ignored
     logging.disable()  # also the handlers of libraries, which may hold a stream that is closed by then
 

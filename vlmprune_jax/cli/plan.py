@@ -17,7 +17,7 @@ from vlmprune_jax.cli.flags import Flags, config_flag, only_flag
 
 
 def define(values: Flags) -> None:
-    """Flags of this command."""
+    """Define the flags of this command."""
     config_flag(values)
     only_flag(values)
     about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
@@ -29,7 +29,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Plan every variant, print what comes out, and save it."""
+    """Plan the recovery step of every variant for a TPU slice, print the results and save them."""
     from pathlib import Path
 
     import jax

@@ -21,7 +21,7 @@ speed, what was removed, training curves, provenance. For an unfinished run it n
 
 
 def commands() -> dict[str, str]:
-    """Return the line of help of every command, in the order of a run."""
+    """Return the one-line help of every command, in the order of a run."""
     return {
         "run": "run all stages and report -> result.json, report.html",
         **{name: stage.help for name, stage in STAGES.items()},
@@ -30,7 +30,7 @@ def commands() -> dict[str, str]:
 
 
 class StageCommand:
-    """One of the commands; its docstring is its help."""
+    """Command-line command of one stage, or `run` or `report`; its docstring is the help text."""
 
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
@@ -65,7 +65,7 @@ def _details(name: str) -> str:
 
 
 def run_command(name: str, flags: Any) -> None:
-    """Run a command on the experiment and the workdir that its flags name."""
+    """Run a command for the experiment and workdir that its flags name."""
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
@@ -104,7 +104,7 @@ def _report(flags: Any) -> None:
 
 
 def finish(context: Any) -> None:
-    """Print the table of `result.json` and write the report, on process 0; of an unfinished run, of what there is."""
+    """Print the tables of `result.json` and write the report (process 0 only), also for an unfinished run."""
     from vlmprune_jax.distributed.mesh import is_main_process
     from vlmprune_jax.report.build import build_report
     from vlmprune_jax.report.provenance import provenance_section

@@ -23,14 +23,14 @@ from vlmprune_jax.cli.flags import Flags, common
 
 
 def define(values: Flags) -> None:
-    """Flags of this command."""
+    """Define the flags of this command."""
     common(values)
     absl_flags.DEFINE_integer("jobs", 1, "runs at once on this machine, each in a process", flag_values=values)
     absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run from the i-th", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Do the runs, and compare them."""
+    """Do the runs of a sweep, and compare their results."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing

@@ -13,14 +13,14 @@ from vlmprune_jax.cli.flags import Flags
 
 
 def define(values: Flags) -> None:
-    """Flags of this command."""
+    """Define the flags of this command."""
     absl_flags.DEFINE_string("data", None, "LLaVA records, a JSON or JSON-lines file", flag_values=values)
     absl_flags.DEFINE_string("images", None, "the folder that their images are in", flag_values=values)
     absl_flags.DEFINE_string("out", None, "the new folder", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Write the data set."""
+    """Write a data file's records and images as a TFDS data set."""
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter

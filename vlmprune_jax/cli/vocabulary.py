@@ -29,7 +29,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print a row for each size, and how to apply one."""
+    """Print one row per vocabulary size (parameters and bytes saved, tokens added), and how to use one."""
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter

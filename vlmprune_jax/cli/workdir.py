@@ -25,7 +25,7 @@ from vlmprune_jax.sweep.workers import Work
 
 
 def prepare(flags: Any) -> tuple[Experiment, Context]:
-    """The experiment and the context of a stage command.
+    """Return the experiment and the context (workdir and reporter) of a stage command.
 
     Raises:
       UserError: see `initialize`, `to_experiment` and `check_experiment`.
@@ -37,7 +37,7 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
 
 
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
-    """The runs that a config file lists, and where they work.
+    """Return the runs that a config file lists, the sweep that they belong to, and a reporter.
 
     Raises:
       UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
@@ -55,7 +55,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
 
 
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """The runs with what their experiments name on this machine."""
+    """Return the runs with local paths in place of hub ids in their experiments."""
     experiments = (with_caches(placed(run.experiment, sweep.workdir)) for run in runs)
     return [dataclasses.replace(run, experiment=one) for run, one in zip(runs, experiments, strict=True)]
 

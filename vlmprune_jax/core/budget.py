@@ -14,7 +14,7 @@ LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decod
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the cost of the pruned model, instead of a ratio; the plan satisfies all limits that are set.
+    """Upper limits on the cost of the pruned model, in place of a ratio; a plan satisfies all limits that are set.
 
     `dtype`, `layout` and `uneven` are those of the export. `disk_bytes` counts the weights of the model; with
     `source_dir` also those that `save` copies from there (and not those that it leaves out): `other_bytes`.
@@ -28,8 +28,7 @@ class Budget:
     )
     memory_bytes: float | None = prune_setting(
         None,
-        "Maximum size of the weights and of the key/value cache for `batch` rows of `context` tokens, in the dtype of "
-        "the export.",
+        "Maximum size of weights plus key/value cache for `batch` rows of `context` tokens, in the export's dtype.",
         unit="bytes",
         above=0,
     )
@@ -51,8 +50,8 @@ class Budget:
     )
     bench: str | None = prune_setting(
         None,
-        "File with decode times of models of several sizes, the unpruned model first, for `decode_ms`: written by "
-        "`vlmprune bench --model=DIR --against=PRUNED --json=FILE.json`. Times between the sizes are interpolated.",
+        "File with measured decode times of the unpruned model and of smaller ones, for `decode_ms`; `vlmprune bench "
+        "--model=DIR --against=PRUNED --json=FILE.json` writes it. Times between these sizes are interpolated.",
         by_content=True,
     )
     context: int = prune_setting(
@@ -80,14 +79,14 @@ class Budget:
         None, "Folder of the unpruned model, for `disk_bytes` of everything that is exported.", offered=False
     )
     vision_dir: str | None = setting(
-        None, "Folder of its vision tower, if `source_dir` does not include it.", offered=False
+        None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False
     )
     other_bytes: int = setting(
-        0, "Size of exported weights that the computed model does not contain.", unit="bytes", offered=False
+        0, "Size of exported weights that are never used in a forward pass.", unit="bytes", offered=False
     )
     curve: tuple[tuple[float, float], ...] = setting(
         (),
-        "Measured pairs of parameters and milliseconds per token, instead of `bench`.",
+        "Measured pairs (number of parameters, milliseconds per token), in place of the file `bench`.",
         offered=False,
     )
 
@@ -103,12 +102,12 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set, by name."""
+        """Limits that are set, as {name of the setting: limit}."""
         return {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
 
     @property
     def given(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, as JSON values."""
+        """Settings that differ from their defaults, as JSON values by name."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["curve"] = [list(point) for point in self.curve] or ()
         return {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}

@@ -18,7 +18,7 @@ _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"
 
 
 class Registry(dict[str, _T]):
-    """Objects of one class by name: `vp.NAME["mine"] = ...` in a file of a user's adds one."""
+    """Mapping of names to objects of one class; `vp.NAME["mine"] = ...` in a user's file adds an object."""
 
     def __init__(self, name: str, kind: type[_T], known: Mapping[str, _T]):
         super().__init__(known)
@@ -43,7 +43,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def with_defaults(what: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `defaults` overridden by `options`; raise a UserError for an unknown name."""
+    """Return the dictionary `defaults` updated with `options`; raise a UserError for a name that `defaults` lacks."""
     for name in options:
         if name not in defaults:
             options_text = ", ".join(defaults) or "none"
@@ -52,7 +52,7 @@ def with_defaults(what: str, options: Mapping[str, Any], defaults: Mapping[str, 
 
 
 def layer_range(name: str, value: Sequence[int], n_layers: int) -> range:
-    """Return the layers of a half-open range (start, stop) in original numbering; () means all layers."""
+    """Return the layer numbers in the half-open range (start, stop), in original numbering; () means all layers."""
     if not value:
         return range(n_layers)
     if len(value) != 2:
@@ -71,13 +71,13 @@ def fraction(name: str, value: Any) -> float:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest known name, or else a list of the known names."""
+    """Return `; did you mean 'x'?` with the nearest known name, or a list of all known names if none is near."""
     names = list(known)
     return _near(name, names) or f" (known: {', '.join(names)})"
 
 
 def file_of_users(function: Any) -> Path | None:
-    """Return the source file of a user's function, or None for functions of this package."""
+    """Return the source file of a function that a user wrote, or None for functions of this package."""
     code = getattr(function, "__code__", None)
     path = Path("" if code is None else code.co_filename)
     return path if path.is_file() and _PACKAGE not in path.parents else None
@@ -85,7 +85,7 @@ def file_of_users(function: Any) -> Path | None:
 
 @contextlib.contextmanager
 def blaming(what: str, *functions: Any) -> Iterator[None]:
-    """Turn errors of users' functions, or of what they return, into a UserError `what failed ...`.
+    """Convert exceptions of a user's function, or wrong values that it returned, to a UserError `what failed ...`.
 
     An error of this package's own functions is raised as it is. Raises UserError that names the user's line.
     """
@@ -105,7 +105,7 @@ def blaming(what: str, *functions: Any) -> Iterator[None]:
 
 
 def line_of_users(error: BaseException, ours: Collection[Path] = ()) -> str:
-    """Return FILE:LINE of the innermost frame of an error in a file of the user's; "" if there is none.
+    """Return FILE:LINE of the innermost traceback frame in a user's file; "" if there is none.
 
     `ours`: folders, beside this package and installed libraries, whose files are not the user's.
     """

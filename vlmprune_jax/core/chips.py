@@ -32,7 +32,7 @@ class Chip:
     slices: tuple[str, ...]
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
-        """Return the time (s) that each resource alone would take: compute, memory, interconnect.
+        """Return the seconds that compute, memory traffic and interconnect traffic would each take alone.
 
         `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other chips) are per chip. The
         roofline is the maximum of the three, since they overlap.
@@ -67,7 +67,7 @@ GPU_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the peak bfloat16 FLOP/s of a device by its jax name; None for an unknown device."""
+    """Return the peak bfloat16 FLOP/s of a device, given its name in jax; None for an unknown device."""
     chip = next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
     return GPU_FLOPS.get(device_kind) if chip is None else chip.flops
 

@@ -18,7 +18,7 @@ IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one layer: query heads, key/value heads and MLP neurons.
+    """Widths of one layer: numbers of query heads, key/value heads and MLP neurons.
 
     `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
     sliding window, or in a tower the side, in merged cells, of square windows. A `shared` layer has no keys and values
@@ -40,7 +40,7 @@ class LayerShape:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """(q_heads, kv_heads, mlp), as recorded by plans and `per_layer_shapes`."""
+        """Tuple (q_heads, kv_heads, mlp), as plans and `per_layer_shapes` record it."""
         return self.q_heads, self.kv_heads, self.mlp
 
     def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
@@ -61,7 +61,7 @@ STACKS = ("text", "vision")
 
 @dataclass(frozen=True)
 class Stack:
-    """Transformer blocks that share one residual stream, one shape each, in order; models and plans name them (STACKS).
+    """Transformer blocks on one residual stream ("text": decoder, "vision": tower), with one layer shape per block.
 
     The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
     each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
@@ -101,9 +101,7 @@ class Stack:
                 raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
     def check_apart(self, what: str, *, adds: bool = False) -> None:
-        """Refuse `what`, which runs layers one by one, if layers need more than the stream (`adds`: or do more than to
-        add to it). Raises UserError.
-        """
+        """Raise UserError if layers cannot run one by one, as `what` needs (`adds`: nor if they rescale the stream)."""
 
     @property
     def even(self) -> bool:
@@ -111,11 +109,11 @@ class Stack:
         return len({shape.widths for shape in self.layers}) <= 1
 
     def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the channels of a head of this layer."""
+        """Return the head dimension (channels) of a layer of this shape."""
         return self.head_dim
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return the same stack with other layers."""
+        """Return a copy of the stack with these layers."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     def alone(self, shape: LayerShape) -> Self:
@@ -125,7 +123,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class TextConfig(Stack):
-    """A decoder.
+    """Configuration of a decoder.
 
     The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
     says that its PyTorch class derives the size of a head as hidden_size / heads. Embeddings of tokens are multiplied
@@ -162,12 +160,12 @@ class TextConfig(Stack):
     mlp_kind: str = field(default="gated", kw_only=True)
 
     def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the channels of a head of this layer."""
+        """Return the head dimension (channels) of a layer of this shape."""
         return self.head_dim if shape.window is not None else self.full_head_dim or self.head_dim
 
     @property
     def even(self) -> bool:
-        """True if all layers have the widths that stock transformers gives them by one number."""
+        """True if every layer has the widths that stock transformers computes from the config's single numbers."""
         full = [shape for shape in self.layers if shape.window is None]
         own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
         wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
@@ -175,7 +173,7 @@ class TextConfig(Stack):
         return max(len(heads), len(kv_full), len(kv_own), len(wide)) <= 1
 
     def check_apart(self, what: str, *, adds: bool = False) -> None:
-        """Refuse `what`, which runs layers one by one, if layers need more than the stream. Raises UserError."""
+        """Refuse `what`, which runs layers one by one, if layers need inputs beside the stream. Raises UserError."""
         if self.layer_inputs or any(shape.shared for shape in self.layers) or (adds and self.layer_scalar):
             raise UserError(
                 f"{what} is not supported for {self.decoder}, whose layers share keys and values, have inputs of their "
@@ -183,7 +181,7 @@ class TextConfig(Stack):
             )
 
     def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer whose keys and values `shared` layers like this one use."""
+        """Return the number of the layer that computes the keys and values that `shared` layers like this one reuse."""
         found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
         return found[-1] if found else None
 
@@ -200,7 +198,7 @@ class TextConfig(Stack):
 
 @dataclass(frozen=True)
 class VisionConfig(Stack):
-    """A vision transformer; its `layers` are the computed blocks, up to the feature layer.
+    """Configuration of a vision transformer; `layers` are the blocks up to the feature layer, later ones never run.
 
     `n_layers_total` is the number of blocks in the checkpoint; those above the feature layer are neither loaded nor
     run. `kind` names the weight table (families/towers.py); the fields after it describe the differences between
@@ -253,31 +251,31 @@ class VisionConfig(Stack):
 
     @property
     def any_size(self) -> bool:
-        """True if images have any size and arrive as patches."""
+        """True if the tower takes images of any size, as sequences of patches."""
         return self.temporal > 0
 
     @property
     def patch_values(self) -> int:
-        """Values per patch."""
+        """Number of values in one patch (channels x height x width)."""
         return self.channels * max(self.temporal, 1) * self.patch_size**2
 
     @property
     def grid(self) -> int:
-        """Patches per side; pixels beyond the last whole patch are ignored."""
+        """Number of patches per side of an image; pixels after the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def position_grid(self) -> int:
-        """Patches per side of the position table."""
+        """Number of patches per side of the position embedding table."""
         return (self.position_size or self.image_size) // self.patch_size
 
     @property
     def whole_heads(self) -> bool:
-        """True if heads x head_dim is hidden_size in every layer, as PyTorch classes assume."""
+        """True if heads x head_dim equals hidden_size in every layer, as PyTorch classes assume."""
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return the same tower with other layers; it then ends with the feature layer."""
+        """Return a copy of the tower with these layers, the last of which is the feature layer."""
         layers = tuple(layers)
         if self.deepstack and len(layers) != len(self.layers):
             raise UserError(
@@ -287,13 +285,13 @@ class VisionConfig(Stack):
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """Return a tower with only this block."""
+        """Return a copy of the tower with only this block."""
         return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: decoder, optional vision tower and projector, and the layout of its folder.
+    """Configuration of one model: decoder, optional vision tower and projector, and the layout of its folder.
 
     `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
@@ -329,17 +327,17 @@ class ModelConfig:
 
     @property
     def deepstack(self) -> int:
-        """Number of first decoder layers whose output receives tower features at image tokens."""
+        """Number of leading decoder layers whose outputs receive tower features at image tokens (deepstack)."""
         return 0 if self.vision is None else len(self.vision.deepstack)
 
     @property
     def any_size(self) -> bool:
-        """True if images have any size and arrive as patches."""
+        """True if the model takes images of any size, as sequences of patches."""
         return self.vision is not None and self.vision.any_size
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions of one image or tile (0 without a vision tower; a typical image if sizes vary)."""
+        """Decoder positions per image or tile (0 without a tower; those of a typical image if sizes vary)."""
         if self.vision is None:
             return 0
         positions = self.vision.grid**2 + self.vision.class_token - (self.feature_select == "patch")
@@ -355,11 +353,11 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> int:
-        """Maximum number of tokens per row, beyond which rotary positions are useless; arrays may have any length."""
+        """Maximum number of tokens per row (4 x the trained positions), beyond which rotary positions are useless."""
         return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:
-        """Refuse a setting that asks for rows longer than `longest_row`. Raises UserError that names it."""
+        """Raise UserError naming a setting that asks for rows longer than `longest_row`."""
         if tokens > self.longest_row:
             raise UserError(
                 f"{setting}={tokens} is more than {TIMES_POSITIONS} times the model's max_position_embeddings "
@@ -368,7 +366,7 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """The stacks whose weights the model has, by name."""
+        """Stacks that the model has, by name ("text", "vision")."""
         tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
         return {"text": self.text, **tower}
 
@@ -380,13 +378,13 @@ class ModelConfig:
         return stack
 
     def with_layers(self, layers: Sequence[LayerShape], stack: str = "text") -> ModelConfig:
-        """Return the same model with other layers of a stack."""
+        """Return a copy of the config with these layers in one stack."""
         changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
         return dataclasses.replace(self, **changes)
 
 
 def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
-    """Return maximal runs of equal consecutive layers as (first layer, length, shape); each run is one scan."""
+    """Group consecutive layers of equal shape as (first layer, number of layers, shape); a group runs as one scan."""
     result, start = [], 0
     for shape, group in itertools.groupby(layers):
         length = len(list(group))
@@ -396,7 +394,7 @@ def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...
 
 
 def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
-    """Return "3 x (6/2 heads, 64 neurons), ...": the widths of neighbouring layers, and how many lack a window.
+    """Return the widths of the layers as text, "3 x (6/2 heads, 64 neurons), ...", equal neighbours together.
 
     Only the first `most` groups of equal neighbours are listed, with the number of all layers.
     """

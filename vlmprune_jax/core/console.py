@@ -27,7 +27,7 @@ PIPE_WIDTH = 120  # characters per line in a file or pipe, unless COLUMNS says o
 
 
 class Terminal(Console):
-    """Console that raises BrokenPipeError, as plain `print` does, if its reader ends (`vlmprune ... | head`)."""
+    """Console that raises BrokenPipeError, as `print` does, if the reading program ends (`vlmprune ... | head`)."""
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError (rich would exit the process with status 1)."""
@@ -36,7 +36,7 @@ class Terminal(Console):
 
 @dataclass(frozen=True)
 class Reporter:
-    """Printer of lines, bars and tables to `console`, if `enabled`.
+    """Printer of lines, progress bars and tables to `console`; prints nothing unless `enabled`.
 
     Bars vanish once done; without a terminal a line is printed every minute instead. `prefix` begins every line, to
     tell several processes apart.
@@ -54,7 +54,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar; yield a function that takes the number of items done."""
+        """Show a progress bar; yield a function to call with the number of items finished."""
         if not self.enabled:
             yield lambda done: None
             return
@@ -111,7 +111,7 @@ class Reporter:
 
 
 def _fit_widths(columns: Sequence[tuple[Text, Sequence[Text]]], room: int) -> list[int]:
-    """Return the widths of the columns that fit; headers fold first, then names, and then the last columns go."""
+    """Return column widths that fit the terminal: first headers wrap, then names; then the last columns are dropped."""
     cells = [max([1, *(cell.cell_len for cell in column)]) for _, column in columns]
     widest = [min(WIDEST, max(head.cell_len, width)) for (head, _), width in zip(columns, cells, strict=True)]
     if sum(widest) + 2 * len(widest) < room:
@@ -124,7 +124,7 @@ def _fit_widths(columns: Sequence[tuple[Text, Sequence[Text]]], room: int) -> li
 
 
 def _cell(text: str, style: str = "") -> Text:
-    """Return text from any source as a table cell without markup, of two lines at most."""
+    """Return text from any source as a table cell without markup, at most two lines long."""
     line = Text(printable(text), style)
     line.truncate(2 * WIDEST, overflow="ellipsis")
     return line

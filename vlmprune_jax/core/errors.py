@@ -46,7 +46,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def error_context(what: object) -> Iterator[None]:
-    """Prefix the message of a UserError with the file or record that it is about.
+    """Prefix the message of any UserError with the file or record that is being processed.
 
     Raises:
       UserError: with the message `what: message`.
@@ -58,7 +58,7 @@ def error_context(what: object) -> Iterator[None]:
 
 
 class Stopped(UserError):
-    """Stop requested by SIGTERM at a point where work can resume; the same command continues it."""
+    """Raised after SIGTERM at a point from which work can resume; running the same command continues it."""
 
 
 class SharedError(UserError):

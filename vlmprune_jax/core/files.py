@@ -82,7 +82,7 @@ _LAST: list[Path] = []
 
 
 def last_read() -> Path | None:
-    """Return the file opened last, which an unforeseen error is most likely about."""
+    """Return the path of the file opened last, the likely cause of an unforeseen error; None if none was opened."""
     return _LAST[0] if _LAST else None
 
 
@@ -138,7 +138,7 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
 
 
 def written(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the parts of an open file that were written: a sparse file has holes, perhaps terabytes."""
+    """Yield byte ranges (start, end) of an open file that hold data; a sparse file may have terabytes of holes."""
     end = 0
     while end < size:
         try:
@@ -171,7 +171,7 @@ def read_json(
     most: int = MAX_JSON_BYTES,
     unicode: bool = True,
 ) -> Any:
-    """Return the JSON value in a file, unchanged, after checking it against a type.
+    """Return the JSON value in a file after checking it against a type; no value is converted.
 
     Args:
       path: the file.
@@ -190,7 +190,7 @@ def read_json(
 
 
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
-    """Return the fields that `kind` declares of the JSON value in a file, ten times as fast as `read_json`.
+    """Return a JSON file's fields that the struct `kind` declares; ten times as fast as `read_json`.
 
     Raises UserError as `read_json` does.
     """
@@ -206,7 +206,7 @@ def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") 
 
 
 def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True) -> Any:
-    """Parse JSON text into a value that can be traversed and written again (`unicode`: see `read_json`).
+    """Return the value of JSON text as dictionaries, lists, texts and numbers (`unicode`: see `read_json`).
 
     Raises UserError if the text is not JSON, is too deeply nested, or contains a lone surrogate.
     """
@@ -232,7 +232,7 @@ def _nesting_depth(value: Any) -> int:
 
 
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
-    """Return the value after checking it against a type (see `read_json`).
+    """Return `value` if it fits the type `kind` (see `read_json`).
 
     Raises UserError if the value has another type; the message names the place in it.
     """
@@ -292,7 +292,7 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
 
 
 def _array(content: bytes, where: str, todo: str) -> np.ndarray:
-    """Parse an array in numpy's format; its size is checked against the bytes present before it is allocated."""
+    """Parse an array in numpy's format; its claimed size is compared with the bytes present before allocation."""
     file = io.BytesIO(content)
     major, _ = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -320,7 +320,7 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
-    """Open a file for writing that replaces `path` atomically, and only if the block succeeds.
+    """Open a file for writing; it replaces `path` atomically, and only if the block succeeds.
 
     The file survives a power cut, whole, or does not appear. A link at `path` is replaced, never written through.
     `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file cannot be

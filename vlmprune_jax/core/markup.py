@@ -13,21 +13,21 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def markdown(text: str) -> str:
-    """Return one line of plain text, for a paragraph, heading or table cell of Markdown."""
+    """Escape text as one line for a paragraph, heading or table cell of Markdown."""
     return _MARKUP.sub(lambda found: "".join(f"\\{c}" for c in found[0]), printable(text))
 
 
 def code(text: str) -> str:
-    """Return one line in a code span of Markdown, also in a table cell."""
+    """Return text as a one-line Markdown code span, safe also in a table cell."""
     return f"`{printable(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def yaml(text: str) -> str:
-    """Return a YAML string: quoted, as in JSON, unless it is a plain name."""
+    """Return text as a YAML string: unquoted if it is a plain name, else quoted as in JSON."""
     plain = re.fullmatch(r"[A-Za-z][\w.-]*(/[\w.-]+)?", text, re.ASCII) and text.casefold() not in _CONSTANTS
     return text if plain else json.dumps(printable(text))
 
 
 def cell(value: object) -> object:
-    """Return the value of a CSV cell; a spreadsheet computes texts that begin like formulas, so these get a quote."""
+    """Return the text of a CSV cell; texts that a spreadsheet would run as formulas get a leading quote."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else "" if value is None else value

@@ -9,7 +9,7 @@ from vlmprune_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Projector from vision features to decoder embeddings.
+    """Configuration of the projector from vision features to decoder embeddings.
 
     Kinds:
       mlp: LLaVA's two layers.
@@ -45,10 +45,10 @@ class ProjectorConfig:
 
     @property
     def pools(self) -> bool:
-        """True if the mean of neighbouring patches is one feature."""
+        """True if neighbouring patches are averaged to one feature."""
         return self.kind == "pool"
 
     @property
     def shuffles(self) -> bool:
-        """True if neighbouring patches are joined into one feature."""
+        """True if neighbouring patches are concatenated to one feature."""
         return self.kind not in ("mlp", "pool")

@@ -9,20 +9,20 @@ from vlmprune_jax.core.settings import STAGES, check_settings, setting
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model to prune."""
+    """Settings that name the model to prune."""
 
     hf_dir: str = setting(
         "", "Hugging Face folder of the model to prune, or its hub id.", affects=STAGES, by_content=True
     )
     vision_dir: str | None = setting(
         None,
-        "Folder of the vision tower, for models that keep it apart (original LLaVA and Bunny).",
+        "Folder of the vision tower, for models that store it separately (original LLaVA and Bunny).",
         affects=STAGES,
         by_content=True,
     )
     dtype: str = setting(
         "float32",
-        "Data type of the weights in memory and in all model folders before the export.",
+        "Data type of the weights in memory and in every model folder that a stage before the export writes.",
         affects=STAGES,
         choices="core.weight_files:DTYPES",
     )
@@ -35,13 +35,13 @@ class ModelSpec:
 class MeshSpec:
     """Sizes of the device mesh; -1 means all remaining devices. With all sizes 1, a run uses one device and no mesh."""
 
-    data: int = setting(1, "Number of copies of the model, each of which processes a share of a batch.", unit="devices")
+    data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
         1,
-        "Number of devices that share the weights of a copy (along the residual width) and its batch.",
+        "Number of devices over which the weights of one copy (along the residual width) and its rows are split.",
         unit="devices",
     )
-    tensor: int = setting(1, "Number of devices that share heads, neurons and vocabulary.", unit="devices")
+    tensor: int = setting(1, "Number of devices over which heads, neurons and vocabulary are split.", unit="devices")
 
     def __post_init__(self) -> None:
         check_settings("mesh", self)
@@ -49,17 +49,21 @@ class MeshSpec:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
+    """Settings of low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
 
     Used if `recover.trainable` trains adapters.
     """
 
     rank: int = setting(128, "Rank of the LoRA factors.", affects=("recover",), least=1)
     alpha: float = setting(
-        256.0, "Scale of the LoRA update, which is multiplied by alpha / rank.", affects=("recover",), above=0
+        256.0, "Scale of the LoRA update, which is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
     )
     dropout: float = setting(
-        0.05, "Dropout rate of the LoRA input, in training.", affects=("recover",), least=0, below=1
+        0.05,
+        "Probability that an input of a LoRA adapter is dropped in training.",
+        affects=("recover",),
+        least=0,
+        below=1,
     )
     targets: tuple[str, ...] = setting(
         (), "Decoder projections that get LoRA adapters, such as `q_proj` (() = all).", affects=("recover",)

@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Declaration of one setting, beside its name and type; checks, ledger, help and the settings page derive from it.
+    """Declaration of one setting: default, help text, bounds and choices; checks, help and docs are derived from it.
 
     Attributes:
       sentence: what the setting does, shown in help and docs.
@@ -65,7 +65,7 @@ class Setting:
         return " and ".join(f"{what} {_limit_text(limit)}" for what, limit in limits if limit is not None)
 
     def names(self) -> tuple[str, ...]:
-        """Return the allowed texts: the declared choices, or the names in their mapping now, and the default."""
+        """Return the allowed texts: the default, and the declared choices or the current names of their mapping."""
         choices = self.choices
         if isinstance(choices, str):
             module, _, name = choices.partition(":")
@@ -90,12 +90,12 @@ score_setting, prune_setting, reconstruct_setting, recover_setting, evaluate_set
 
 
 def settings_of(section: Any) -> dict[str, Setting]:
-    """Return name -> declaration for the settings of a dataclass or an instance, without nested sections."""
+    """Return {name: declaration} for the settings of a dataclass or instance, without those of nested sections."""
     return {f.name: f.metadata["setting"] for f in dataclasses.fields(section) if "setting" in f.metadata}
 
 
 def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None:
-    """Refuse values out of bounds or not among the choices.
+    """Raise UserError for a value that is out of bounds or not one of the choices.
 
     Args:
       where: name of the section, for messages.
@@ -135,14 +135,14 @@ def _limit_text(limit: float) -> str:
 
 
 def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
-    """Return name -> type of the settings of a dataclass; with `offered`, only those available in configs."""
+    """Return {setting name: type} of a dataclass; `offered=True` leaves out settings that a config file cannot set."""
     hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
     library_only = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
     return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in library_only}
 
 
 def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:
-    """Return `spec` (a dataclass of settings) with a nested mapping of values in place of its own.
+    """Return a copy of `spec` (a dataclass of settings) with the values of a nested mapping.
 
     `offered`: only settings that a config has; False for the keyword arguments of a Python function. Raises UserError
     for an unknown name, with the nearest that exists, or a value of the wrong type.
@@ -161,7 +161,7 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, off
 
 
 def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> Any:
-    """Return a nested section, given as a whole or as a mapping of the settings that differ from `current`."""
+    """Return a nested section, given as an instance or as a mapping of settings that replace those of `current`."""
     if isinstance(value, type(current)):
         return value
     if not isinstance(value, Mapping):

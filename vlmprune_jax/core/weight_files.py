@@ -41,18 +41,18 @@ _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dty
 
 
 def file_name(dtype: str) -> str:
-    """Return the name in weight files of a numpy or torch dtype ("BF16" for "bfloat16"), or the name itself."""
+    """Return the safetensors name of a numpy or torch dtype ("BF16" for "bfloat16"); an unknown dtype's own name."""
     return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
 
 
 def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the size in bytes of a tensor with a dtype of `FILE_DTYPES`."""
+    """Return the size in bytes of a tensor of this dtype (one of `FILE_DTYPES`) and shape."""
     return math.prod(shape) * FILE_DTYPES[dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes `begin` to `end` of a file."""
+    """Byte range of a file, from `begin` up to `end` (exclusive)."""
 
     file: Path
     begin: int
@@ -61,7 +61,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: its key, dtype (as the file spells it), shape, and byte range.
+    """One tensor of a file: key, dtype (safetensors name), shape and byte range.
 
     Bytes are read on access and not kept; reading raises UserError if the file is gone, or became shorter.
     """
@@ -79,24 +79,24 @@ class Entry:
         return self.end - self.begin
 
     def raw(self) -> np.ndarray:
-        """Return uint8[bytes]; works for every dtype."""
+        """Return the tensor's bytes as uint8[bytes], for any dtype."""
         return self._read(self.begin, self.n_bytes)
 
     def array(self) -> np.ndarray:
-        """Return the values in their shape."""
+        """Return the tensor as an array of its shape."""
         return self.raw().view(FILE_DTYPES[self.dtype]).reshape(self.shape)
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """Return `count` values from flat position `first`."""
+        """Return `count` values, starting at flat index `first`."""
         dtype = FILE_DTYPES[self.dtype]
         return self._read(self.begin + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def extent(self, first: int, size: int) -> Extent:
-        """Return the byte range `first` to `first + size` of the tensor."""
+        """Return the range of the file with the tensor's bytes from `first` to `first + size`."""
         return Extent(self.file, self.begin + first, self.begin + first + size)
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """Return the values at flat positions, each read on its own."""
+        """Return the values at these flat indices, with one read per value."""
         values = np.empty(positions.shape, FILE_DTYPES[self.dtype])
         flat, size = values.reshape(-1).view(np.uint8).data, values.itemsize
         with open_file(self.file) as file:
@@ -106,7 +106,7 @@ class Entry:
         return values
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the values between consecutive `cuts` (ascending flat positions); each array is valid until the next.
+        """Yield the values between consecutive flat indices in `cuts` (ascending); an array is valid until the next.
 
         The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
         would kill the process.
@@ -120,7 +120,7 @@ class Entry:
                 yield np.frombuffer(part, dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop`, [stop - start, ...]."""
+        """Return the rows from `start` up to `stop` (exclusive), as an array [stop - start, ...]."""
         width = math.prod(self.shape[1:])
         return self.values(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
 
@@ -132,7 +132,7 @@ class Entry:
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
-    """Fill `room` with the bytes from `offset`. Raises UserError if the open file at `path` ends before."""
+    """Fill the buffer `room` with file bytes from `offset`. Raises UserError if the file at `path` is too short."""
     while room:
         count = os.preadv(descriptor, [room], offset)
         if not count:
@@ -141,13 +141,13 @@ def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
 
 
 def advise(descriptor: int, begin: int, size: int, name: str) -> None:
-    """Tell the page cache how bytes will be used (`posix_fadvise`), if the system has it (macOS does not)."""
+    """Announce how bytes of a file will be used (`posix_fadvise`); do nothing on systems without it, such as macOS."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, begin, size, getattr(os, name))
 
 
 def read_header(path: Path, todo: str = "download it again") -> dict[str, Entry]:
-    """Return the tensors of a safetensors file, with its header checked against the file.
+    """Return the tensors that a safetensors file's header lists, after checking them against the file's size.
 
     Raises:
       UserError: not a regular file, truncated or too long, overlapping or out-of-range tensors, gaps, a size that does
@@ -174,7 +174,7 @@ def read_header(path: Path, todo: str = "download it again") -> dict[str, Entry]
 
 
 def check_no_pointer(path: Path, file: BinaryIO) -> None:
-    """Refuse a Git LFS pointer; otherwise `file` is back at its start."""
+    """Raise UserError if an open file is a Git LFS pointer; otherwise rewind it."""
     if file.read(12) == b"version http":
         size = os.fstat(file.fileno()).st_size
         raise UserError(f"{path}: a Git LFS pointer, not the file itself ({size} bytes): download it again")
@@ -182,7 +182,7 @@ def check_no_pointer(path: Path, file: BinaryIO) -> None:
 
 
 def _check_layout(entries: Mapping[str, Entry], first: int, size: int) -> None:
-    """Raise ValueError if tensors have the wrong size, or do not fill the bytes from `first` to the end of the file."""
+    """Raise ValueError if a tensor has the wrong size, or the tensors do not exactly fill the file after the header."""
     end = first
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.dtype in FILE_DTYPES and bytes_in_file(entry.dtype, entry.shape) != entry.n_bytes:
@@ -197,7 +197,7 @@ def _check_layout(entries: Mapping[str, Entry], first: int, size: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; refuse repeated names, of which json would keep the last."""
+    """Return a JSON object as a dictionary; refuse repeated keys, of which json would silently use the last."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:

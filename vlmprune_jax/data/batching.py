@@ -26,7 +26,7 @@ Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> s
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal shape for training and scoring.
+    """Arrays of one batch for training or scoring; all rows have the same padded shape.
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
     pixel_values float32[batch, slots, 3, height, width], or from a feature cache vision_features [batch, slots, tokens,
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """This process's rows of every global batch of a training run, in order, and the shapes of their arrays.
+    """Iterator over this process's rows of every global training batch, which also knows all array shapes in advance.
 
     Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`.
     """
@@ -62,7 +62,7 @@ class TrainBatches:
         return iter(self.batches)
 
     def kinds(self, first: int, last: int) -> list[Kind]:
-        """Return shapes and dtypes of batches `first` ... `last` - 1, each combination once, longest rows first.
+        """Return the distinct array shapes and dtypes of batches `first` ... `last` - 1, longest rows first.
 
         Equal on all processes; empty if the shapes depend on images that were not measured. Raises UserError if a batch
         does not fit this machine's memory.
@@ -106,7 +106,7 @@ def train_batches(
     on_error: str = "stop",
     teacher: TeacherRows | None = None,
 ) -> TrainBatches:
-    """Return this process's rows of every global batch of `batch_size`.
+    """Return an iterator over this process's rows of every global batch of `batch_size` rows.
 
     The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
     epochs=None the batches never end; batches continue across epoch borders. Process p takes rows [p, p + 1) *
@@ -161,7 +161,7 @@ def _load_rows(
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
-    """Return the rows `mine` of a global batch of record indices, in the shape that all its rows need."""
+    """Return the rows `mine` of a global batch (given as record indices), padded to the shape that the batch needs."""
     real = batch[batch != _PADDING_ROW]
     shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
     check_memory(mine.stop - mine.start, shape, encoder, 0)
@@ -195,7 +195,7 @@ def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) ->
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
-    """Refuse batches that, with those read ahead, need more than this machine's memory.
+    """Refuse batches that need more memory than this machine has, counting those read ahead.
 
     Raises UserError with the settings that make them large.
     """
@@ -220,7 +220,7 @@ def _batch_rows(
     drop_remainder: bool,
     order: Callable[..., np.ndarray] | None,
 ) -> grain.MapDataset[np.ndarray]:
-    """Return int64[batch_size] per global batch: record indices or _PADDING_ROW.
+    """Return int64[batch_size] record indices for each global batch, with _PADDING_ROW for empty rows.
 
     `order(epoch=n)` returns an epoch's record indices in order. Global batches hold numbers only, so that a process
     decodes only its own images (for tile buckets it also reads the headers of the others, since all processes must

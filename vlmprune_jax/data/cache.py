@@ -28,7 +28,7 @@ _OTHER_FOLDER = "use another folder or remove this one"
 
 
 class ArrayCache:
-    """A folder of safetensors shards with `cache.json`, which records what the arrays were computed from.
+    """Folder of safetensors shards; its `cache.json` records the inputs that the arrays were computed from.
 
     There is no index; the shards' headers list the keys. Shards are written atomically under a name derived from their
     keys, so that a killed run continues after its last shard and runs may share a folder. Reading is thread-safe and
@@ -55,11 +55,11 @@ class ArrayCache:
         from_all(lambda: self._open([IDENTITY, *shards], 0))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return the keys that are not in the cache, each once and in order."""
+        """Return the distinct `keys` that are not in the cache, in the given order."""
         return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """Return a copy of an array.
+        """Return a copy of the array with this key.
 
         Raises UserError if the array is not in the cache, or the file has been removed.
         """
@@ -68,7 +68,7 @@ class ArrayCache:
         return self._entries[key].array()
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add arrays that belong together; all processes see them after `publish`.
+        """Add arrays, all to the same shard; other processes see them after `publish`.
 
         Raises UserError if a shard cannot be written.
         """
@@ -98,7 +98,7 @@ class ArrayCache:
         from_all(open_all)
 
     def _begin(self) -> list[str]:
-        """Check or create the folder, and return the names of its shards (process 0)."""
+        """Check the cache folder, or create it, and return the names of its shards (process 0)."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self.folder.iterdir())
@@ -122,7 +122,7 @@ class ArrayCache:
         return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
-        """Read the headers of shards that `process` saw or wrote, by name, since network disks may list them late."""
+        """Read the headers of the shards that `process` listed or wrote; by name, as network disks list files late."""
         for name in names:
             path = self.folder / name
             if not path.exists():

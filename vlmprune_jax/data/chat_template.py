@@ -57,7 +57,7 @@ def choose_template(
     has_vision: bool,
     chat: str | None = None,
 ) -> Template:
-    """Return the template `name`, or for "auto" the model's own.
+    """Return the prompt template named `name`; for "auto", the one that matches the model's own chat template.
 
     That is the known one that makes the prompt `chat` (see `chat_prompt`), else that of its family and
     `config` (`template_of`). Raises UserError if the tokenizer lacks a token of the template.
@@ -81,12 +81,12 @@ def choose_template(
 
 
 def adds_begin(tokenizer: Any) -> bool:
-    """Return True if the tokenizer puts its begin token before every text."""
+    """Return True if the tokenizer adds its begin-of-text token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
-    """Return the prompt that the folder's chat template makes of `QUESTION`, behind an image if the model takes images.
+    """Return the prompt that the folder's chat template makes of `QUESTION`, after an image if the model takes images.
 
     None without a chat template, or if it does not accept such a chat or needs too much time or memory.
     """
@@ -115,13 +115,13 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
 
 
 def prompt_of(template: Template, *, has_image: bool) -> str:
-    """Return the prompt that a template makes of the same chat."""
+    """Return the prompt that one of our templates makes of `QUESTION`, after an image if `has_image`."""
     text = f"{IMAGE_TOKEN}\n{QUESTION}" if has_image else QUESTION
     return render([("human", text)], template, has_image=has_image, generation=True)
 
 
 def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Template | None:
-    """Return the first template that makes this prompt, with its system text in place of the template's, or None."""
+    """Return the first known template that reproduces `prompt`, with the prompt's system text; None if none does."""
     for template in known:
         written = with_marks(prompt, template)
         for system in (template.system, ""):
@@ -135,7 +135,7 @@ def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Templa
 
 
 def with_marks(prompt: str, template: Template) -> str:
-    """Return a prompt with `<image>` in place of the template's image tokens."""
+    """Return a prompt with the template's image tokens replaced by `<image>`."""
     if template.image_tokens is None:
         return prompt
     whole, context = "".join(template.image_tokens), template.image_tokens[1]

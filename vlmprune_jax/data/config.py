@@ -17,7 +17,7 @@ training_setting = functools.partial(setting, affects=_TRAINING)
 
 
 class Calibration(Protocol):
-    """Settings of a section that draws calibration records; `SECTION` is its name, for messages."""
+    """Base class of sections that draw calibration records; `SECTION` is the section's name in messages."""
 
     SECTION: ClassVar[str]
 
@@ -33,12 +33,12 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Records for calibration, recovery and evaluation, and their encoding as rows."""
+    """Records for calibration, recovery and evaluation, and how they are encoded as rows of tokens."""
 
     source: str = setting(
         "files",
-        'Source of the records: the files below ("files"), or the demo\'s data, which vlmprune writes into the workdir '
-        '("easyvqa").',
+        'Source of the records: the files below ("files"), or the demo data set, which vlmprune writes into the '
+        'workdir ("easyvqa").',
         choices=("files", "easyvqa"),
     )
     train: str | None = training_setting(
@@ -65,8 +65,8 @@ class DataSpec:
     system: str | None = rows_setting(None, 'System prompt, instead of the template\'s ("" = no system prompt).')
     max_length: int | None = setting(
         None,
-        "Maximum length of a training row, image tokens included; at most 4 times the model's positions (None = the "
-        "longest record).",
+        "Maximum length of a training row, image tokens included (None = the longest record's); at most 4 times the "
+        "model's trained positions. `truncate` says if longer records are cut or refused.",
         affects=(*_TRAINING, "teacher_cache"),
         unit="tokens",
         least=1,
@@ -79,8 +79,8 @@ class DataSpec:
     max_images: int = records_setting(1, "Maximum number of images per record.", unit="images", least=1, most=10_000)
     aspect_ratio: str = rows_setting(
         "auto",
-        'Method to make images square, for models that do not cut images into tiles: "pad", or "square" (the image '
-        'processor resizes and crops); "auto" follows the model folder.',
+        'Method to make images square, for models without tiles: "pad" with the mean colour, or "square" (resize and '
+        'crop as the image processor does); "auto" follows the model folder.',
         choices="data.images:ASPECT_RATIOS",
     )
     min_tiles: int | None = rows_setting(
@@ -107,44 +107,44 @@ class DataSpec:
     )
     image_buckets: tuple[int, ...] = records_setting(
         (),
-        "Numbers of tokens that images of any size are padded to; each value is one compiled program (() = 64, 128, "
+        "Token counts to which images of any size are padded; each count needs one compiled program (() = 64, 128, "
         "256, ... up to the maximum per image).",
         unit="tokens",
     )
     tile_buckets: tuple[int, ...] = records_setting(
         (),
-        "Numbers of image slots that a batch may have; each value is one compiled program (() = the model's own, such "
-        "as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
+        "Numbers of image slots to which batches are padded; each number needs one compiled program (() = the model's "
+        "own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
         unit="images",
     )
     length_buckets: tuple[int, ...] = training_setting(
         (),
-        "Lengths that training batches are padded to, ending with `max_length`; each value is one compiled program "
-        "(() = always `max_length`).",
+        "Row lengths to which training batches are padded, ending with `max_length`; each length needs one compiled "
+        "program (() = always `max_length`).",
         unit="tokens",
     )
     group_by: str = recover_setting(
         "none",
-        'Grouping of training records into batches: none, by similar length ("length"), or by length and by with or '
-        "without images.",
+        'Grouping of training records into batches: none, by similar length ("length"), or also by whether they have '
+        'images ("modality_length").',
         choices="data.grouping:GROUPINGS",
     )
     on_error: str = training_setting(
         "stop",
-        "Action on a training record that cannot be read or does not fit: stop, or skip it (its row becomes padding, "
-        "and training/skipped-*.jsonl lists it).",
+        'Action on a training record that cannot be read or does not fit: stop ("stop"), or replace its row by '
+        'padding and list it in training/skipped-*.jsonl ("skip").',
         choices="data.batching:ON_ERROR",
     )
     max_image_pixels: int = setting(
-        100_000_000, "Maximum size of an image file; larger images are refused.", unit="pixels", least=1
+        100_000_000, "Maximum number of pixels of an image file; larger images are refused.", unit="pixels", least=1
     )
-    cache_megabytes: int = setting(512, "Memory for the cache of prepared images.", unit="MiB", least=0)
+    cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
     feature_cache: str | None = setting(
         None,
-        "Folder for a cache of the frozen vision tower's features of the training images, which runs may share; "
-        "recovery then trains without tower and pixels.",
+        "Folder for a cache of the frozen vision tower's features of all training images; recovery then needs neither "
+        "tower nor images. Several runs may share it.",
     )
-    threads: int = setting(2, "Number of threads that read and prepare records.", unit="threads", least=0, most=1024)
+    threads: int = setting(2, "Number of threads that read and encode records.", unit="threads", least=0, most=1024)
     fraction: float = recover_setting(
         1.0, "Share of the training records to use in recovery.", unit=FRACTION, above=0, most=1
     )

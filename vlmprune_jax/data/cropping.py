@@ -21,7 +21,7 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, a
 
 @dataclass(frozen=True)
 class Cropping(DataclassPreparation):
-    """Resizing of images to `size` x `size` pixels, alone or followed by up to `most_crops` crops of the same size.
+    """Resizing of an image to `size` x `size` pixels, optionally followed by up to `most_crops` crops of that size.
 
     With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
     crops, unless their short side were below `least_side`. `mean` and `std` normalise, `resample` is PIL's number of
@@ -41,21 +41,21 @@ class Cropping(DataclassPreparation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of an image."""
+        """Shape (channels, height, width) of one image or crop."""
         return (3, self.size, self.size)
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots: an image alone, and one with 2 to `most_crops` crops."""
+        """Common numbers of image slots: 1 for an uncropped image, then 1 plus each number of crops from 2."""
         return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the crops of an image, and its number of slots with the whole image."""
+        """Return the grid of an image's crops, and its number of slots (crops and the whole image)."""
         count = self._count(width, height)
         return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of all slots."""
+        """Return the number of pixels in all slots of an image."""
         return self.image_shape(width, height, sharing).slots * self.size**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class Cropping(DataclassPreparation):
         return [image.crop((0, at, width, min(at + step, height))) for at in range(0, count * step, step)]
 
     def _count(self, width: int, height: int) -> int:
-        """Return the number of crops of an image (1: it is not cut)."""
+        """Return the number of crops of an image (1 = not cropped)."""
         long, short = max(width, height), min(width, height)
         if not self.crops or long / short < self.least_ratio:
             return 1
@@ -84,7 +84,7 @@ class Cropping(DataclassPreparation):
 
 
 def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
-    """Return the cropping of a Gemma 3 folder.
+    """Return the cropping that a Gemma 3 folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, or the size is not a square.

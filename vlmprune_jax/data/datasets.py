@@ -65,13 +65,13 @@ def datasets_folder(text: str) -> Path:
 
 
 def datasets_state(folder: Path) -> str:
-    """Return a short text that changes if a split is saved again, or "" without a split."""
+    """Return a short text that changes whenever a split is saved again; "" if there is no split."""
     state = folder / _STATE
     return str(state.stat().st_mtime_ns) if state.is_file() else ""
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a split.
+    """Return the records of a split that Hugging Face datasets saved.
 
     Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
     become records with a `problem`, as in `read_records`.
@@ -86,7 +86,7 @@ def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "st
 
 
 class _Split:
-    """Rows of a split and the place of each record batch; images can be read from several threads."""
+    """Rows of a split and the file offset of each record batch; threads may read images concurrently."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,16 +106,16 @@ class _Split:
         self._lock = threading.Lock()
 
     def identity(self) -> str:
-        """Return a digest of all images."""
+        """Return a digest of all images in the split."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
-        """Return the image with a digest; rows with equal images share one."""
+        """Return the stored image with this digest; rows with equal images share one."""
         del where
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image. Raises UserError for a damaged folder."""
+        """Return the encoded bytes of an image (such as a JPEG file). Raises UserError for a damaged folder."""
         row, place = divmod(number, _MOST_IMAGES)
         batch = bisect.bisect_right(self._firsts, row) - 1
         with self._lock, reading(f"{self.folder}, row {row}", _TODO):
@@ -133,7 +133,7 @@ class _Split:
             return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield every row in the form of a JSON data file's entry."""
+        """Yield every row as an entry of a JSON data file."""
         row = 0
         for path in self._files:
             with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
@@ -168,13 +168,13 @@ class _Split:
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch after checking offsets and texts, which pyarrow trusts otherwise."""
+    """Return the record batch after checking its offsets and texts, which pyarrow does not check."""
     batch.validate(full=True)
     return batch
 
 
 def _image_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns of images or lists of images, as the feature `Image` stores them."""
+    """Return the names of columns that hold images or lists of images (feature type `Image`)."""
     return [field.name for field in schema if _is_image(field.type) or _is_list_of_images(field.type)]
 
 
@@ -187,7 +187,7 @@ def _is_list_of_images(kind: pa.DataType) -> bool:
 
 
 def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:
-    """Return {column: bytes of its images} for every row, without empty columns.
+    """Return {column: list of encoded images} for every row, without empty columns.
 
     Raises ValueError if an image is a path, which may point to any file; or a row has too many images.
     """

@@ -24,7 +24,7 @@ _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads th
 
 
 class Shape(NamedTuple):
-    """Padded shape of a row: tokens, image slots, and tokens per slot for images of any size (else 0)."""
+    """Padded shape of a row: tokens, image slots, and tokens per slot (0 if all images have one size)."""
 
     tokens: int
     slots: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoder of records as rows of tokens and image slots.
+    """Converter of records to rows of tokens and image slots.
 
     Every image or tile takes one slot and `tokens_per_image` positions, which hold `image_token_id`. A record has at
     most `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
@@ -62,7 +62,7 @@ class Encoder:
     words: int = 0
 
     def training_row(self, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
-        """Return the unbatched arrays of a Batch, padded at the right. Raises UserError naming the record."""
+        """Return the arrays of one row of a Batch, padded at the right. Raises UserError naming the record."""
         ids, labels = self.training_tokens(record)
         shape = self.shape_of([record]) if shape is None else shape
         row = self.padding_row(shape)
@@ -76,7 +76,7 @@ class Encoder:
         return row
 
     def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        """Return a row without real tokens."""
+        """Return the arrays of a row that consists of padding only."""
         # any id of the vocabulary will do, since padding is masked
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         row = {
@@ -89,7 +89,7 @@ class Encoder:
         return row | self._empty_slots(shape)
 
     def prompt_ids(self, record: Record) -> np.ndarray:
-        """Return int32[tokens] of the prompt, images expanded. Raises UserError naming the record."""
+        """Return the prompt's token ids, int32[tokens], with images expanded. Raises UserError naming the record."""
         ids = tokenize_prompt(
             record,
             self.tokenizer,
@@ -103,7 +103,7 @@ class Encoder:
         return ids
 
     def images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
-        """Return the row arrays that hold the record's images or tiles in order, then zeros; {} for text models."""
+        """Return the image arrays of a row: the record's images or tiles in order, then zeros; {} for text models."""
         loader, arrays, slot = self.image_loader, self._empty_slots(shape), 0
         if loader is None or not record.images:
             return arrays
@@ -125,7 +125,7 @@ class Encoder:
         return {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
 
     def shapes(self, record: Record) -> list[ImageShape]:
-        """Return the shape of each image of a record; empty without images. Raises UserError naming the record."""
+        """Return the grid and number of slots of each image of a record. Raises UserError naming the record."""
         if record.problem is not None:
             raise UserError(record.problem)
         if not record.images:
@@ -139,7 +139,7 @@ class Encoder:
         return self.image_loader.shapes(record.images, record.id)
 
     def shape_of(self, records: Sequence[Record]) -> Shape:
-        """Return the shape of a batch of these records, `max_length` tokens long.
+        """Return the padded shape of a batch of these records, whose rows are `max_length` tokens long.
 
         Raises UserError naming the record if no bucket is large enough.
         """
@@ -152,13 +152,13 @@ class Encoder:
         return self._padded(self.max_length, slots, tokens)
 
     def shape(self, sizes: np.ndarray) -> Shape:
-        """Return the shape of a training batch of records with these sizes, int[rows, 3] (see `measure`)."""
+        """Return the padded shape of a training batch of records with sizes int[rows, 3] (see `measure`)."""
         tokens, slots, image = sizes.max(0, initial=0).tolist()
         length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
         return self._padded(length, slots, image)
 
     def count_shapes(self, sizes: np.ndarray) -> int:
-        """Return the maximum number of shapes of training batches of records with these sizes."""
+        """Return the maximum number of distinct batch shapes for training records with these sizes."""
         least, most = self.shape(sizes.min(0)[None]), self.shape(sizes)
         buckets = (self.length_buckets, self.tile_buckets, self.image_buckets)
         return math.prod(
@@ -168,13 +168,13 @@ class Encoder:
 
     @property
     def images_decide(self) -> bool:
-        """True if batches of equal length may differ in shape, depending on their images."""
+        """True if batches of equal length may still differ in shape because of their images."""
         several = any(len(buckets or ()) > 1 for buckets in (self.tile_buckets, self.image_buckets))
         return several and self.image_loader is not None
 
     @property
     def least_shape(self) -> Shape:
-        """The smallest shape of a batch."""
+        """Smallest possible shape of a batch."""
         return self._padded((self.length_buckets or (self.max_length,))[0], 0, 0)
 
     def _padded(self, tokens: int, slots: int, image_tokens: int) -> Shape:
@@ -199,12 +199,12 @@ class Encoder:
             )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return the number of tokens that images of these shapes add to the text with its context tokens."""
+        """Return how many tokens are added to a text when its images are expanded to decoder positions."""
         written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
         return sum(image.positions(self.tokens_per_image) for image in images) - written
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Return (input_ids, labels) of at most `max_length` (0 = any). Raises UserError naming the record."""
+        """Return (input_ids, labels) of at most `max_length` tokens (0 = any). Raises UserError naming the record."""
         limit = self.max_length or None
         ids, labels = tokenize_training(
             record,
@@ -230,7 +230,7 @@ class Encoder:
         return ids[:limit], labels[:limit]
 
     def problem(self, record: Record) -> str | None:
-        """Return why a record cannot be a training row, or None."""
+        """Return the reason why a record cannot become a training row; None if it can."""
         try:
             self.training_tokens(record)
             images = self.shapes(record)
@@ -255,25 +255,25 @@ class Encoder:
             )
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
-        """Return True if `max_length` cuts an image, or separates an image from its end token."""
+        """Return True if truncation to `max_length` would cut an image, or separate it from its end token."""
         last_is_image = bool(ids[self.max_length - 1] == self.image_token_id)
         closed = self.template.image_tokens is not None
         return bool(np.any(ids[self.max_length :] == self.image_token_id)) or (closed and last_is_image)
 
     @property
     def _merge(self) -> int:
-        """Patches per side of a token, for models with M-RoPE; else 0."""
+        """Patch-merge factor n of models with M-RoPE (n x n patches become one token); 0 for other models."""
         preparation = None if self.image_loader is None else self.image_loader.preparation
         return preparation.merge if preparation is not None and preparation.turns else 0
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the number of slots of these images."""
+    """Return the total number of image slots of these images."""
     return sum(image.slots for image in images)
 
 
 def largest(images: Sequence[ImageShape]) -> int:
-    """Return the tokens of the largest image, for images of any size (0 without images)."""
+    """Return the number of tokens of the largest image, for images of any size (0 without images)."""
     return max((image.tokens for image in images), default=0)
 
 

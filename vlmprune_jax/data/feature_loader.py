@@ -16,19 +16,19 @@ from vlmprune_jax.families.tiles import ImageShape
 
 
 class Picture(NamedTuple):
-    """An image of a record; `place` is its index among the record's images."""
+    """One image of a record; `place` is its index among the record's images."""
 
     record: Record
     place: int
 
     @property
     def image(self) -> Path | StoredImage:
-        """The image file or stored image."""
+        """Path of the image file, or the stored image."""
         return self.record.images[self.place]
 
 
 class FeatureLoader:
-    """Loader of cached features [tiles, tokens, features], in place of an `ImageLoader` of pixels.
+    """Loader of cached vision features [tiles, tokens, features]; replaces an `ImageLoader`, which loads pixels.
 
     An image of any size has one tile, with as many tokens as it has merged patches. The key of an image is its
     `image_key`, with the number of images in its record if its tiles depend on that. Images that could not be read when
@@ -48,11 +48,11 @@ class FeatureLoader:
 
     @property
     def preparation(self) -> Preparation:
-        """The preparation of the images before the tower."""
+        """How images are prepared before they enter the tower."""
         return self.images.preparation
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return shapes and dtypes of the arrays in a row; see `ImageLoader.arrays`."""
+        """Return the shapes and dtypes of the image arrays in a row; see `ImageLoader.arrays`."""
         if not self.preparation.merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
         return {
@@ -65,7 +65,7 @@ class FeatureLoader:
         return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return an image's features. Raises UserError naming the file and the record."""
+        """Return the cached features of an image. Raises UserError naming the file and the record."""
         features = self.cache[self.key(path, sharing)]
         open_axes = ("tiles", "tokens") if self.preparation.merge else ("tiles",)
         sizes = features.shape[len(open_axes) :]
@@ -88,7 +88,7 @@ class FeatureLoader:
         return f"{name}:1/{sharing}" if self.preparation.shares else name
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
-        """Return the pictures of these records whose features are not cached, each once, in order."""
+        """Return the distinct pictures in these records whose features are not cached, in order."""
         pictures: dict[str, Picture] = {}
         for record in records:
             for place, image in enumerate(record.images):

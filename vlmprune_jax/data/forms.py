@@ -17,7 +17,7 @@ _MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 
 
 def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return an entry with `messages`, {role, content}, as one with `conversations`.
+    """Convert an entry with OpenAI's `messages` [{role, content}] to one with `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
     entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Raises
@@ -46,7 +46,7 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _part(part: Any, names: list[Any]) -> str | None:
-    """Return the text of a part, and append the path of an image (None: listed by the entry); None if malformed."""
+    """Return a message part's text; an image part appends its path (or None) to `names`. None if malformed."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return part["text"] if isinstance(part.get("text"), str) else None
@@ -58,13 +58,13 @@ def _part(part: Any, names: list[Any]) -> str | None:
 
 
 def from_question(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return an entry with `question`, perhaps `answer`, as one with `conversations` (see `to_entry`)."""
+    """Convert an entry with `question`, and perhaps `answer`, to one with `conversations` (see `to_entry`)."""
     row = {name: value for name, value in entry.items() if name not in ("image", "images")}
     return to_entry(row, {"image": list(names)} if names else {})
 
 
 def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return a row, with its images by column, as an entry: a row without a conversation becomes a question.
+    """Convert a table row, with images by column, to a data file's entry; a row without a conversation is a question.
 
     The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
     `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
@@ -86,7 +86,7 @@ def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, 
 
 
 def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Return the text with `<image>` at the place of each image, and the images in that order."""
+    """Return the text with an `<image>` mark for each image, and the images in the order of their marks."""
     marked = {f"image_{number}" for number in _MARK.findall(text)}
     before = [name for column, names in images.items() if column not in marked for name in names]
     marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
@@ -110,7 +110,7 @@ def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
 
 
 def parse_choices(value: Any) -> list[str] | None:
-    """Return the choices given as a list, or as the text of a list (MMMU); None for anything else."""
+    """Return the choices of a question, given as a list or as a list's text (MMMU); None for anything else."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)

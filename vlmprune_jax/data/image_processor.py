@@ -42,7 +42,7 @@ _AnySize = _Side | _Sides | _Size | None
 
 
 class _Steps(TypedDict, total=False):
-    """Fields of every image processor that are used."""
+    """Fields that are read from every image processor's settings."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
@@ -56,7 +56,7 @@ class _Steps(TypedDict, total=False):
 
 
 class ProcessorFile(_Steps, total=False):
-    """Fields of a preprocessor_config.json that are used."""
+    """Fields that are read from preprocessor_config.json."""
 
     size: _AnySize
     do_center_crop: bool | None
@@ -82,7 +82,7 @@ class _Areas(TypedDict, total=False):
 
 
 class PatchFile(_Steps, total=False):
-    """Fields for images of any size that are used; `size` is two areas, which older files name separately."""
+    """Fields that are read for images of any size; `size` is two area limits, which older files name separately."""
 
     size: _Areas | None
     min_pixels: _Area
@@ -100,7 +100,7 @@ _USED_FIELDS = (
 
 
 class DataclassPreparation:
-    """Part that a `Preparation` takes from its fields and its largest usual number of slots."""
+    """Mixin for preparations that derives settings and maximum slots from the dataclass fields."""
 
     @property
     def settings(self: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class DataclassPreparation:
 
 
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
-    """Return the settings of an image processor after checking them.
+    """Return an image processor's settings after refusing unsupported ones.
 
     Raises UserError naming a field with an invalid value.
     """
@@ -120,7 +120,7 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
 
 
 def processor_settings(folder: Path) -> tuple[Any, str] | None:
-    """Return a folder's image processor settings, unchecked, and their file; None without settings.
+    """Return a folder's image processor settings (unchecked) and their file name; None without settings.
 
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
     """
@@ -134,7 +134,7 @@ def processor_settings(folder: Path) -> tuple[Any, str] | None:
 
 
 def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalizes: bool = True) -> None:
-    """Refuse settings without resizing, rescaling by 1/255 or normalisation; `images` names the kind of images."""
+    """Refuse settings that skip resizing, rescaling by 1/255 or normalisation; `images` names the images in errors."""
     for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
         if config.get(step) is False:
             raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
@@ -158,12 +158,12 @@ def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
 
 
 def way_of(config: Mapping[str, Any]) -> str:
-    """Return how a processor with these settings prepares images (`Family.images`); "whole" for an unknown type."""
+    """Return the kind of image preparation that these processor settings need (`Family.images`); "whole" if unknown."""
     return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
 def make_processor(config: Mapping[str, Any], where: str) -> Any:
-    """Return the processor of these settings (see `checked_processor`).
+    """Return the transformers image processor with these settings (see `checked_processor`).
 
     Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
     in the last bits and need torch. Raises UserError if the type is unknown, or it does not accept the settings.
@@ -202,7 +202,7 @@ def sides(size: Any, where: str) -> tuple[int, int]:
 
 
 def _processors(way: str) -> dict[str, tuple[str, str]]:
-    """Return image_processor_type -> classes to try, for the families that prepare images this way."""
+    """Return {image_processor_type: classes to try} for families with this kind of image preparation."""
     kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
     suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
     return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}

@@ -42,51 +42,51 @@ with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; 
 
 
 class Preparation(Protocol):
-    """Conversion of a decoded image to arrays; `sharing` is the number of images in its record."""
+    """Conversion of a decoded image to arrays for the tower; `sharing` is the number of images in the same record."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of the vision tower's input, or (values,) of a patch for images of any size."""
+        """Shape of the tower's input: (channels, height, width), or (values,) of a patch if images have any size."""
 
     @property
     def merge(self) -> int:
-        """Patches per side of a token, for images of any size; else 0."""
+        """Patch-merge factor n (n x n patches become one token) if images have any size; 0 if the size is fixed."""
 
     @property
     def turns(self) -> bool:
-        """True if tokens have positions by row and column of their image (M-RoPE)."""
+        """True if tokens get rotary positions by row and column of their image (M-RoPE)."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens that a slot may be padded to, ascending, for images of any size; else ()."""
+        """Token counts to which images of any size are padded, ascending; () if the size is fixed."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that the arrays depend on, as JSON values."""
+        """Settings that change the arrays, as JSON values."""
 
     @property
     def shares(self) -> bool:
-        """True if the arrays depend on the number of images in the record."""
+        """True if an image's arrays depend on the number of images in its record."""
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots per image, ascending."""
+        """Common numbers of slots per image, in ascending order."""
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the shape of a prepared image."""
+        """Return the grid and number of slots of an image after preparation."""
 
     def most(self, images: int) -> int:
-        """Return the maximum number of slots of a record with up to `images` images."""
+        """Return the maximum number of slots needed by a record with up to `images` images."""
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of the largest intermediate image."""
+        """Return the number of pixels of the largest intermediate image."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return float32[slots, channels, height, width] of an RGB image, or float32[1, patches, values]."""
 
 
 class WholeImage:
-    """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's processor.
+    """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
     `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" passes it on
     unchanged.
@@ -108,15 +108,15 @@ class WholeImage:
         self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the shape of a whole image."""
+        """Return the shape of an image that is not divided: one slot."""
         return ImageShape()
 
     def most(self, images: int) -> int:
-        """Return `images`."""
+        """Return `images`, since every image takes one slot."""
         return images
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels after padding, or after resizing the short side (thin images get huge)."""
+        """Return the number of pixels after padding or resizing, which is huge for thin images."""
         height_after, width_after = self._resized
         if self._pad:
             return max(max(width, height) ** 2, height_after * width_after)
@@ -132,7 +132,7 @@ class WholeImage:
 
 
 class ImageLoader:
-    """Loader of prepared images, with a bounded LRU cache because many records share an image.
+    """Loader of prepared images; a bounded LRU cache keeps images that many records share.
 
     `max_pixels` limits the size of the file's image and the size after padding or resizing. Thread-safe. `array` and
     `dtype` are name and dtype of its array in a batch.
@@ -151,7 +151,7 @@ class ImageLoader:
         self._lock = threading.Lock()
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return the read-only pixels of an image in a record of `sharing` images.
+        """Return the read-only pixels of an image that is one of `sharing` images in its record.
 
         float32[slots, 3, height, width], or float32[1, patches, values] for images of any size. Raises UserError naming
         the file and the record.
@@ -178,7 +178,7 @@ class ImageLoader:
         return pixels
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return shapes and dtypes of the arrays in a row of `slots` slots of `image_tokens` tokens."""
+        """Return the shapes and dtypes of the image arrays in a row of `slots` slots of `image_tokens` tokens."""
         merge = self.preparation.merge
         if not merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
@@ -188,7 +188,7 @@ class ImageLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the shape of each image of a record; reads headers only if shapes depend on image sizes.
+        """Return the grid of each image of a record; reads file headers only if grids depend on image sizes.
 
         Raises UserError naming the file and the record.
         """
@@ -216,7 +216,7 @@ class ImageLoader:
 def thumbnail(
     image: Path | StoredImage, record: str, *, side: int, max_pixels: int
 ) -> tuple[bytes, str, tuple[int, int]]:
-    """Return a copy of an image of at most `side` pixels: the encoded file, "jpeg" or "png", and (width, height).
+    """Return an encoded copy (JPEG or PNG) of an image with sides up to `side` pixels, its format, and (width, height).
 
     Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
     """
@@ -269,7 +269,7 @@ def load_image_processor(
     patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
 ) -> ImageLoader:
-    """Return the ImageLoader that a Hugging Face folder describes.
+    """Return the ImageLoader for the image processor that a Hugging Face folder describes.
 
     Args:
       folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
@@ -298,7 +298,7 @@ def load_image_processor(
 
 
 def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
-    """Refuse a preparation whose output does not fit the vision tower (see `load_image_processor`)."""
+    """Refuse an image preparation whose output shape the vision tower does not accept (see `load_image_processor`)."""
 
     def described(first: int | None, second: int | None, in_patches: bool) -> str:
         return (
@@ -318,7 +318,7 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
 
 
 def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:
-    """Return the preparation with the user's settings. Raises UserError if they are for other models."""
+    """Return the image preparation changed by the user's settings. Raises UserError if the model does not have them."""
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
             f"{folder}: data.{', data.'.join(changes)} set, but this model has no best-fitting tile grids: unset it"
@@ -333,7 +333,7 @@ def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
-    """Return the preparation that a folder describes, and the file that describes it."""
+    """Return the image preparation that a folder describes, and the name of the file that describes it."""
     model_path = folder / "config.json"
     model = read_json(model_path) if os.path.lexists(model_path) else {}
     family = find(model)

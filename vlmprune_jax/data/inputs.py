@@ -43,7 +43,7 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tokenizer, template and image loader of a model, shared by all stages and variants of an experiment.
+    """Tokenizer, prompt template and image loader of a model, shared by all stages and variants of an experiment.
 
     `notes`: lines about settings that differ from what the model's folder says.
     """
@@ -55,7 +55,7 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
-        """Return the encoder of rows of `max_length` tokens for this model."""
+        """Return an encoder whose rows hold up to `max_length` tokens."""
         preparation = None if self.image_loader is None else self.image_loader.preparation
         return Encoder(
             tokenizer=self.tokenizer,
@@ -73,14 +73,14 @@ class Inputs:
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
-        """Return the encoder of training rows: up to `data.max_length` or the last of `data.length_buckets`."""
+        """Return the encoder of training rows, with lengths from `data.max_length` and `data.length_buckets`."""
         lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
 
 def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return the possible row lengths of a training batch, ascending; () if the longest record decides.
+    """Return the possible row lengths of a training batch, ascending; () if the longest record sets the length.
 
     Raises UserError if `data.length_buckets` and `data.max_length` contradict each other, or are too long for the
     model.
@@ -94,7 +94,7 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
 
 
 def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return `data.tile_buckets`, or defaults that hold every record of a model with tiles (else None)."""
+    """Return `data.tile_buckets`, or defaults that fit every record of a model with tiles; None for other models."""
     buckets = data.tile_buckets
     if buckets or preparation is None or preparation.usual == (1,):
         return buckets or None
@@ -103,7 +103,7 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
 
 
 def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return `data.image_buckets`, or defaults that hold every image of a model for any size (else None).
+    """Return `data.image_buckets`, or defaults that fit every image of any size; None for other models.
 
     Raises UserError if they are set for a model whose images have one size.
     """
@@ -114,12 +114,12 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return the ascending `image_buckets` that an image in a row of `length` tokens may need."""
+    """Return the ascending image buckets that an image in a row of `length` tokens can use."""
     return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
-    """Load tokenizer, template and image processor of a model folder (the processor perhaps from its tower's folder).
+    """Load tokenizer, template and image processor of a model folder (the last may be in the tower's folder).
 
     Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
@@ -162,7 +162,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: Vision
 
 
 def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
-    """Return "pad" or "square": the setting, or for "auto" what config.json or the image processor says."""
+    """Return "pad" or "square", from the setting, or for "auto" from config.json or the image processor."""
     if name != AUTO:
         return name
     said, settings = config.get("image_aspect_ratio"), processor_settings(folder)
@@ -172,7 +172,7 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
-    """Yield a line if a run writes prompts that differ from those of the folder's chat template."""
+    """Yield a warning if the run's prompts differ from those of the folder's chat template."""
     mine = prompt_of(template, has_image=has_image)
     if chat is not None and with_marks(chat, template) != mine:
         yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
@@ -189,7 +189,7 @@ def _records(path: str, root: Path | None, image_lead: bool, on_error: str, stat
 
 
 def training_records(data: DataSpec, template: Template) -> list[Record]:
-    """Return all training records (before `fraction`); records skipped by `data.on_error` keep their places.
+    """Return all training records, before `data.fraction` is applied; skipped records keep their index.
 
     Raises UserError if `data.train` is not set, or the file is malformed.
     """
@@ -198,7 +198,7 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
 
 
 def count_records(data: DataSpec) -> int | None:
-    """Return the number of training records after `fraction`, without a tokenizer; None without `data.train`."""
+    """Return how many training records `data.fraction` leaves, without a tokenizer; None if `data.train` is unset."""
     if data.train is None:
         return None
     # image_lead=True: whether texts may omit the image placeholder depends on the template, and changes no count
@@ -207,13 +207,13 @@ def count_records(data: DataSpec) -> int | None:
 
 
 def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
-    """Return the records of a set, from a file, tfds folder or datasets folder; `what` is the setting's name."""
+    """Return the records of a file, TFDS folder or datasets folder; `what` is the setting's name, for messages."""
     _, state = _sources(path, images, what)
     return _records(path or "", None if images is None else Path(images), image_lead, on_error, state)
 
 
 def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path | str], str]:
-    """Return the files or the folder of a set (a text that describes a bucket), and a text that changes with them."""
+    """Return the files or the folder of a data set (for a bucket its address), and a text that changes with them."""
     if path is None:
         raise UserError(
             f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
@@ -230,13 +230,13 @@ def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path
 
 
 def name_of_records(path: str) -> str:
-    """Return the name of a set of records for people: its hub id, or the name of its file or folder."""
+    """Return a readable name of a data set: its hub id, or the name of its file or folder."""
     name = Path(path.rpartition(":")[2]).name
     return "/".join(name.split("--")[1:3]) if name.startswith("hub--") else name
 
 
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
-    """Return the sources of the "train" or "eval" records by name; for a bucket, a text that describes it.
+    """Return the source files of the "train" or "eval" records by name; for a bucket, a text that describes it.
 
     Raises UserError if the setting is not set.
     """
@@ -248,7 +248,7 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 def calibration_batches(
     model: ModelSpec, data: DataSpec, spec: Calibration, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
-    """Return `spec.samples` training records (or all, if there are fewer) drawn with `seed`, in batches of equal shape.
+    """Return batches of equal shape with `spec.samples` training records drawn with `seed` (or all, if fewer).
 
     The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
     first batch. Raises UserError if there are not enough (short enough) records.
@@ -266,7 +266,7 @@ def calibration_batches(
 
 
 def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:
-    """Return the drawn records, and (id, reason) of skipped records."""
+    """Return the calibration records drawn, and (id, reason) of each record skipped."""
     records = training_records(data, encoder.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
@@ -291,7 +291,7 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
 
 
 def _text_length(record: Record, encoder: Encoder) -> int:
-    """Return the tokens of a record, with an image as one token."""
+    """Return the length of a record in tokens, counting each image as one."""
     ids, _ = tokenize_training(
         record,
         encoder.tokenizer,
@@ -304,13 +304,13 @@ def _text_length(record: Record, encoder: Encoder) -> int:
 
 
 def recovery_records(data: DataSpec, template: Template) -> tuple[Record, ...]:
-    """Return the training records of a recovery, a `data.fraction` of all."""
+    """Return the training records for a recovery: a random `data.fraction` of all."""
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Records of a recovery and the encoder of their rows; `sizes`: see `train_batches`."""
+    """Records of a recovery with the encoder of their rows; `sizes` are described at `train_batches`."""
 
     records: tuple[Record, ...]
     encoder: Encoder
@@ -320,7 +320,7 @@ class TrainingRows:
 def training_rows(
     data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar, features: FeatureLoader | None
 ) -> TrainingRows:
-    """Return the rows of the records.
+    """Return the records, their sizes and the encoder for recovery.
 
     `bar` shows the progress of measuring; `features` is a loader of cached features in place of pixels.
     """
@@ -338,7 +338,7 @@ def training_rows(
 def recovery_batches(
     rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None
 ) -> TrainBatches:
-    """Return this process's endless training batches; `teacher` adds the arrays of a cached teacher to the rows."""
+    """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to the rows."""
     return train_batches(
         rows.records,
         rows.encoder,
@@ -358,7 +358,7 @@ def recovery_batches(
 
 @functools.lru_cache(maxsize=2)
 def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int, bar: Bar) -> np.ndarray:
-    """Return `measure` of all records, a share by each process; a record that one cannot read is skipped by all."""
+    """Return the sizes of all records (see `measure`); each process measures a share, and all skip the same records."""
     mine = records[jax.process_index() :: jax.process_count()]
     with bar("measure records", len(mine)) as progress:
         shares = from_all(
@@ -376,5 +376,5 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
 
 
 def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
-    """Return the encoder, with the longest record as `max_length` if none is set."""
+    """Return the encoder, with the longest record's length as `max_length` if none is set."""
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))

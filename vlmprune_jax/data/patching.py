@@ -21,7 +21,7 @@ _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 @dataclass(frozen=True)
 class Patching(DataclassPreparation):
-    """Division of images into patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
+    """Division of an image into patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
     channels, each repeated `temporal` times (the frames of a video). `mean` and `std` normalise, `resample` is PIL's
@@ -41,12 +41,12 @@ class Patching(DataclassPreparation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(values,) of a patch."""
+        """Shape (values,) of one patch."""
         return (3 * self.temporal * self.patch**2,)
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens per image, doubling up to the maximum."""
+        """Token counts to which images are padded, doubling up to the maximum."""
         buckets = [_SMALLEST_BUCKET]
         while buckets[-1] < self._most_tokens:
             buckets.append(2 * buckets[-1])
@@ -54,7 +54,7 @@ class Patching(DataclassPreparation):
 
     @property
     def _most_tokens(self) -> int:
-        """Upper bound of an image's tokens; thin images are at least a token wide, small ones are rounded up."""
+        """Upper bound of tokens per image: thin images are at least one token wide, and small ones are rounded up."""
         side = self.patch * self.merge
         most, least = self.max_pixels / side**2, self.min_pixels / side**2
         rounded_up = least + math.sqrt(least) * (math.sqrt(_THINNEST) + 1 / math.sqrt(_THINNEST)) + 1
@@ -75,17 +75,17 @@ class Patching(DataclassPreparation):
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image's patches. Raises UserError if the image is too thin."""
+        """Return the patch grid of an image. Raises UserError if the image is too thin."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of all patches. Raises UserError if the image is too thin."""
+        """Return the number of pixels in all patches of an image. Raises UserError if the image is too thin."""
         rows, columns = self._grid(width, height)
         return rows * columns * self.temporal * self.patch**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[1, patches, values] of an RGB image, with the patches of a token next to each other."""
+        """Return float32[1, patches, values] of an RGB image; patches that form one token are adjacent."""
         rows, columns = self._grid(*image.size)
         resized = image.resize((columns * self.patch, rows * self.patch), self.resample)
         pixels = normalize(np.asarray(resized), self.mean, self.std)
@@ -95,7 +95,7 @@ class Patching(DataclassPreparation):
         return frames.reshape(1, rows * columns, -1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns) of patches, both multiples of `merge`."""
+        """Return (rows, columns) of an image in patches, both multiples of `merge`."""
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
                 f"image of {width}x{height} pixels: long side over {_THINNEST} times the short side (limit): crop it"
@@ -113,7 +113,7 @@ class Patching(DataclassPreparation):
 
 
 def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
-    """Return the patching of a Qwen-VL folder; `min_pixels` and `max_pixels` override the newer field `size`.
+    """Return a Qwen-VL folder's patching; `min_pixels` and `max_pixels` take precedence over the newer `size`.
 
     `config` has the settings that `image_processor.checked_processor` returns. Missing settings are refused, since
     several models share the class and its defaults are those of one of them. Raises UserError if a step is switched

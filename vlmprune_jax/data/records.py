@@ -31,15 +31,15 @@ MAX_REPEATS = 1000  # of a data set, since its records are copied
 
 class _Store(Protocol):
     def read(self, number: int) -> bytes:
-        """Return an image's encoded bytes."""
+        """Return the encoded bytes of an image (such as a JPEG file)."""
 
     def identity(self) -> str:
-        """Return a text that differs between data sets."""
+        """Return a text that identifies the data set."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Image inside a data set (see data/tfds.py); `name` is for messages."""
+    """Image stored inside a data set (see data/tfds.py); `name` is for messages."""
 
     name: str
     number: int
@@ -49,12 +49,12 @@ class StoredImage:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """Return the encoded bytes. Raises OSError if they cannot be read."""
+        """Return the encoded bytes of the image. Raises OSError if they cannot be read."""
         return self.store.read(self.number)
 
 
 def image_key(image: Path | StoredImage) -> str:
-    """Return the key of an image in caches: path and size, or in a data set its number."""
+    """Return an image's key in caches: path and file size, or for images inside a data set their number."""
     if isinstance(image, StoredImage):
         return f"{image.store.identity()}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
@@ -62,7 +62,7 @@ def image_key(image: Path | StoredImage) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: turns are ("human" | "gpt", text) in strict alternation from "human"; images in order.
+    """One conversation: (role, text) turns that alternate between "human" and "gpt", and the images in order.
 
     `problem`: why the entry could not be read, in which case there are no turns. `answers`: right answers of an
     evaluation record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The right answers to the last question: `answers`, or the final gpt turn."""
+        """Correct answers to the last question: the field `answers`, or the last gpt turn."""
         if self.answers:
             return self.answers
         return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
@@ -115,7 +115,7 @@ def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of entries, as `read_records` does for a file.
+    """Return the records of entries of a data file, as `read_records` does.
 
     Raises UserError with the record for malformed entries.
     """
@@ -124,7 +124,7 @@ def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead:
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
-    """Return the files that `read_records` reads: `path`, and those that InternVL's object lists."""
+    """Return the files that `read_records` would read: `path`, or the files listed in InternVL's object."""
     return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
 
 
@@ -137,7 +137,7 @@ def _lists_sets(path: Path) -> bool:
 
 
 def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    """Return the records of every set in InternVL's `{name: {root, annotation, repeat_time}}`, with ids "name/id".
+    """Return the records of all data sets in InternVL's `{name: {root, annotation, repeat_time}}`; ids are "name/id".
 
     `repeat_time` below 1 keeps the first int(n * repeat_time) records, a whole number repeats all (reference: InternVL
     `LazySupervisedDataset`). Sets cannot be nested.
@@ -153,7 +153,7 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 
 
 def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
-    """Return name -> (annotation file, image folder, repeat_time); paths are below the image root or current folder."""
+    """Return {name: (annotation file, image folder, repeat_time)}; paths start at the image root or current folder."""
     base, sets = Path(image_root or ""), {}
     for name, entry in next(read_entries(path, "stop", kind=dict)).items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
@@ -180,7 +180,7 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
 
 
 def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
-    """Return int(fraction * n) random records, at least one, without replacement and in file order.
+    """Return int(fraction * n) random records, at least one, in file order and without repeats.
 
     The subset depends only on `n`, `fraction` and `seed` (its own numpy PCG64 generator), so that all processes
     of a run agree; the reference draws an unseeded subset per rank.
@@ -193,7 +193,7 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
-    """Yield the JSON entries of a file; with "skip", yield the error in place of a malformed line."""
+    """Yield the JSON entries of a file; with "skip", a malformed line yields its error."""
     text = read_text(path, missing="no such file: check the data path")
     text = text.removeprefix("\ufeff")  # byte order mark of some editors
     if path.suffix == ".jsonl":
@@ -222,16 +222,16 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
 
 
 class Images(Protocol):
-    """Collection in which a record's images are looked up by name."""
+    """Interface that finds a record's images by name."""
 
     def find(self, name: str, where: str) -> Path | StoredImage:
-        """Return the image. Raises UserError, prefixed with `where`, if there is none."""
+        """Return the image with this name. Raises UserError, prefixed with `where`, if there is none."""
 
 
 def make_record(
     entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
 ) -> Record:
-    """Return the validated record of one entry of a data file.
+    """Return the record of one entry of a data file after checking the entry.
 
     Raises UserError with `path` and the record; with `on_error` "skip" the message becomes the record's `problem`.
     """
@@ -275,7 +275,7 @@ def _is_id(name: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a JSON value as text for a message."""
+    """Return a JSON value as text for an error message."""
     try:
         return repr(value)[:_SHOWN]
     except RecursionError:
@@ -319,7 +319,7 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def _broken(text: str) -> bool:
-    """Return True for text with a lone surrogate (half of an emoji), which JSON allows but Unicode does not."""
+    """Return True for text with a lone surrogate (half of an emoji), which is valid JSON but invalid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -339,7 +339,7 @@ def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
 
 
 class _ImageRoot:
-    """Lookup of images below one folder; known paths cost a dictionary access, since many records share an image."""
+    """Image lookup below one folder; results are remembered, since many records share an image."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)

@@ -21,7 +21,7 @@ _SIDE = 364  # default pixels per side of a sub-image; the default longest side 
 
 @dataclass(frozen=True)
 class Splitting(DataclassPreparation):
-    """Splitting of images into sub-images of `size` x `size` pixels.
+    """Splitting of an image into sub-images of `size` x `size` pixels (SmolVLM).
 
     The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
     sub-images, and the whole image follows as the last one; without it, an image is one sub-image. `mean` and `std`
@@ -39,38 +39,38 @@ class Splitting(DataclassPreparation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of a sub-image."""
+        """Shape (channels, height, width) of one sub-image."""
         return (3, self.size, self.size)
 
     @property
     def _along(self) -> int:
-        """Maximum number of sub-images along the long side."""
+        """Maximum number of sub-images along the longer side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots: an image with one row of sub-images, two, ... up to a square."""
+        """Common numbers of slots: for an image split into one row of sub-images, two rows, ... up to a square."""
         along = self._along
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image, and its number of sub-images with the overview."""
+        """Return the grid of an image, and its number of sub-images including the whole-image overview."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of the largest intermediate image."""
+        """Return the number of pixels of the largest intermediate image."""
         rows, columns = self._grid(width, height)
         first_width, first_height = self._resized(width, height)
         return max(rows * columns * self.size**2, first_width * first_height)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[sub-images, 3, size, size]: the grid row by row, then the whole image."""
+        """Return float32[sub-images, 3, size, size]: the sub-images row by row, then the whole image."""
         pieces = np.stack([np.asarray(piece) for piece in self.cut(image)])
         return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
 
     def cut(self, image: Image.Image) -> list[Image.Image]:
-        """Return the sub-images of an RGB image, which is resized up to three times as in the reference."""
+        """Return the sub-images of an RGB image, which is first resized up to three times as in the reference code."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)
@@ -79,7 +79,7 @@ class Splitting(DataclassPreparation):
         return [*crop_grid(image, self.size), image.resize((self.size, self.size), self.resample)]
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return (width, height) with the long side at `longest`, the short one even, and both at most `MAX_SIDE`."""
+        """Return (width, height) with long side `longest`, an even short side, and both at most `MAX_SIDE`."""
         ratio = width / height
         if width >= height:
             short = int(self.longest / ratio)
@@ -95,7 +95,7 @@ class Splitting(DataclassPreparation):
         return max(width, 1), max(height, 1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns); 1 x 1 for an image that is not split."""
+        """Return (rows, columns) of sub-images; 1 x 1 if the image is not split."""
         if not self.splits:
             return 1, 1
         width, height = self._resized(width, height)
@@ -110,7 +110,7 @@ class Splitting(DataclassPreparation):
 
 
 def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting:
-    """Return the splitting of a SmolVLM folder.
+    """Return the splitting that a SmolVLM folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, a size is not of the longest edge, or images have too many sub-images.

@@ -18,7 +18,7 @@ Row = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cache of a teacher's top-k log-probabilities, per record and only at positions that contribute to the loss.
+    """Cache of a teacher's top-k log-probabilities per record, only at positions that contribute to the loss.
 
     A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
     `recovery.terms.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
@@ -32,11 +32,11 @@ class TeacherRows:
     vocab_size: int
 
     def has(self, record: Record) -> bool:
-        """Return True if the cache has a record."""
+        """Return True if the cache holds this record."""
         return not self.cache.missing(_keys(record))
 
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Store a teacher's outputs at all positions of a record's row; readable after `cache.publish`.
+        """Store the teacher's outputs for one record's row; they can be read after `cache.publish`.
 
         Raises UserError if a log-probability is NaN.
         """
@@ -50,13 +50,13 @@ class TeacherRows:
         self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
 
     def bytes_of(self, labels: np.ndarray) -> int:
-        """Return the bytes that `keep` stores for a record with int[tokens] labels, without padding."""
+        """Return the number of bytes that `keep` stores for a record with int[tokens] labels, padding excluded."""
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
         per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position
 
     def fill(self, row: Row, record: Record | None) -> None:
-        """Add the arrays of a record to its row; zeros for a padding row (None).
+        """Add the cached arrays of a record to its row; a padding row (record None) gets zeros.
 
         Raises UserError if the record is not in the cache, or has changed.
         """
@@ -84,7 +84,7 @@ class TeacherRows:
         row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
 
     def _counted(self, row: Row) -> np.ndarray:
-        """Return bool[tokens] of the positions that contribute to the loss; position t predicts label t + 1."""
+        """Return bool[tokens]: True where a position contributes to the loss (position t predicts label t + 1)."""
         if self.positions == "all":
             return row["attention_mask"] == 1
         return np.append(row["labels"][1:] != IGNORED, False)
@@ -95,7 +95,7 @@ def _narrow(largest: int) -> np.dtype:
 
 
 def record_key(record: Record) -> str:
-    """Return 32 hex digits of a record's content, since ids repeat in LLaVA's data mix."""
+    """Return a hash of a record's content (32 hex digits); ids are not unique in LLaVA's data mix."""
     content = json.dumps([record.id, record.turns, [image_key(image) for image in record.images]])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 

@@ -18,14 +18,14 @@ _PART = 2000  # characters of a text file per text, cut at the end of a line
 
 
 class Texts(NamedTuple):
-    """Texts, and token ids that were listed instead."""
+    """Texts that choose a vocabulary, and token ids that a file lists directly."""
 
     texts: list[str]
     ids: list[int]
 
 
 def read_texts(source: str, template: Template) -> Texts:
-    """Return the texts in a file.
+    """Return the texts and token ids in a file.
 
     Args:
       source: records as `data.train` takes them (rendered with the template; images are not opened), a JSON list of
@@ -56,7 +56,7 @@ def read_texts(source: str, template: Template) -> Texts:
 
 
 class _Unopened:
-    """Images by their names alone."""
+    """Image lookup that returns names as paths without opening files."""
 
     def find(self, name: str, where: str) -> Path:
         """Return the name as a path."""
@@ -76,7 +76,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _texts_of(record: Record, template: Template) -> Iterator[str]:
-    """Yield the rendered conversation of a record, its answers, and the texts in its other lists (choices, labels)."""
+    """Yield a record's texts: the rendered conversation, its answers, and other lists of texts (choices, labels)."""
     prompt = render(record.turns, template, has_image=bool(record.images))
     yield from (piece for piece in prompt.split(IMAGE_TOKEN) if piece)
     yield from record.answers

@@ -57,14 +57,14 @@ class _Split(TypedDict):
 
 
 class _Info(TypedDict):
-    """Fields of a tfds data set's dataset_info.json that are read back."""
+    """Fields that are read from a TFDS data set's dataset_info.json."""
 
     fileFormat: str
     splits: list[_Split]
 
 
 def tfds_folder(text: str) -> Path | epath.Path:
-    """Return the folder of a setting `tfds:FOLDER`, as an epath if it is in a bucket.
+    """Return the folder in a setting `tfds:FOLDER`, as an epath if it is in a bucket.
 
     Raises UserError for other kinds of addresses.
     """
@@ -77,7 +77,7 @@ def tfds_folder(text: str) -> Path | epath.Path:
 
 
 def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a short text that changes if the records of a folder are written again, or "" without records."""
+    """Return a short text that changes whenever a folder's records are rewritten; "" if it has no records."""
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
         if not info.is_file():
@@ -120,7 +120,7 @@ def write_tfds(
 
 
 def _features(name: str) -> Any:
-    """Return the features of a data set's examples."""
+    """Return the TFDS feature declaration of the records or of the images."""
     features = _load_tfds().features
     text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
@@ -168,7 +168,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
     base: Any = tfds.core.GeneratorBasedBuilder
 
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
-        """One of the two data sets of a folder; examples keep their order."""
+        """TFDS builder of one of the folder's two data sets (records, images); examples keep their order."""
 
         code_path = None  # no checksums to look up, which would need another package
         VERSION = tfds.core.Version(VERSION)
@@ -192,7 +192,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
 
 
 class ImageStore:
-    """The `images` data set of a folder, opened at the first read; thread-safe."""
+    """Image data set of a folder; opened at the first read and safe to use from several threads."""
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
@@ -202,18 +202,18 @@ class ImageStore:
         self._lock = threading.Lock()
 
     def identity(self) -> str:
-        """Return a digest of the data set's metadata, which includes the number and total size of its images."""
+        """Return a digest of the data set's metadata, including the number of images and their total size."""
         if self._identity is None:
             text = _text(self.folder / IMAGES / VERSION / _INFO)
             self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
     def find(self, name: str, where: str) -> StoredImage:
-        """Return the image of this name."""
+        """Return the stored image with this name."""
         return StoredImage(name, self.numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image. Raises OSError for a missing image, UserError for a damaged folder."""
+        """Return an image's encoded bytes. Raises OSError for a missing image, UserError for a damaged folder."""
         with self._lock:
             if self._source is None:
                 self._source = _Source(self.folder, IMAGES)
@@ -224,7 +224,7 @@ class ImageStore:
 
 
 class _Source:
-    """Examples of one of the two data sets of a folder, by number; images stay encoded.
+    """Random access to the examples of one of a folder's two data sets; images are not decoded.
 
     Raises UserError if the data set was not written by `write_tfds`.
     """
@@ -300,7 +300,7 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
 
 
 def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return an example in the form of a JSON data file's entry, and the numbers of its images by name."""
+    """Convert an example to a JSON data file's entry, and return the numbers of its images by name."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
     entry = {
@@ -314,7 +314,7 @@ def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
 
 @contextlib.contextmanager
 def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
-    """Yield the folder, or a local copy of a bucket's records, which would need one request each."""
+    """Yield the folder, or a local copy of a bucket's records (reading them remotely costs one request each)."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -340,7 +340,7 @@ def _readable(place: Path | epath.Path) -> Iterator[None]:
 
 
 def _load_tfds() -> Any:
-    """Import the library on first use (half a second) and switch off its progress bars."""
+    """Import tensorflow_datasets on first use (half a second) and switch off its progress bars."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()

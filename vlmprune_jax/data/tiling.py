@@ -17,22 +17,22 @@ from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole
 
 @dataclass(frozen=True)
 class Tiling(TilingConfig, DataclassPreparation):
-    """A `TilingConfig` that can be applied to images."""
+    """A `TilingConfig` with the methods that apply it to images."""
 
     merge, image_buckets, turns = 0, (), False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of a tile."""
+        """Shape (channels, height, width) of one tile."""
         return (3, self.size, self.size)
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots: a single tile, and a thumbnail with 1, 3, 6 and 12 tiles."""
+        """Common numbers of slots: for 1 tile, and for 1, 3, 6 and 12 tiles plus a thumbnail."""
         return (1, 2, 4, 7, 13)
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
-        """Return (columns, rows) for an image of a record with `sharing` images."""
+        """Return (columns, rows) of tiles for an image that is one of `sharing` images in its record."""
         if self.pad:
             width = height = max(width, height)
         return closest_grid(width, height, self.size, self.min_tiles, self._most_tiles(sharing))
@@ -41,12 +41,12 @@ class Tiling(TilingConfig, DataclassPreparation):
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image, and its number of tiles with the thumbnail."""
+        """Return the tile grid of an image, and its number of tiles including the thumbnail."""
         columns, rows = self.grid(width, height, sharing)
         return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
 
     def most(self, images: int) -> int:
-        """Return the maximum number of tiles of a record with up to `images` images."""
+        """Return the maximum number of tiles for a record with up to `images` images."""
 
         def tiles(sharing: int) -> int:
             most = self._most_tiles(sharing)
@@ -56,12 +56,12 @@ class Tiling(TilingConfig, DataclassPreparation):
         return max(map(tiles, (*range(1, min(images, self.max_tiles) + 1), images)))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of the largest intermediate image."""
+        """Return the number of pixels of the largest intermediate image."""
         columns, rows = self.grid(width, height, sharing)
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[tiles, 3, size, size]: the grid row by row, then the thumbnail."""
+        """Return float32[tiles, 3, size, size]: the tiles row by row, then the thumbnail."""
         tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)])
         return np.ascontiguousarray(normalize(tiles, self.mean, self.std).transpose(0, 3, 1, 2))
 
@@ -88,7 +88,7 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
-    """Return the (columns, rows) whose aspect ratio is closest to the image's.
+    """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's.
 
     Of two equally close grids the larger is used if the image has more than half its pixels (reference: InternVL
     dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
@@ -103,7 +103,7 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
 
 
 def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """Centre an RGB image on a square of the colour int(255 * mean), offset rounded down (LLaVA's `expand2square`)."""
+    """Centre an RGB image on a square of colour int(255 * mean); offset rounded down (LLaVA's `expand2square`)."""
     width, height = image.size
     if width == height:
         return image
@@ -114,7 +114,7 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
-    """Return the tiling of a transformers InternVL folder (`GotOcr2ImageProcessor`).
+    """Return the tiling that a transformers InternVL folder describes (`GotOcr2ImageProcessor`).
 
     `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
     Raises UserError if a step is switched off, or the size is not a square.

@@ -20,7 +20,7 @@ BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was train
 
 @dataclass(frozen=True)
 class TokenBudget(DataclassPreparation):
-    """Resizing of images to at most `tokens` tokens of `merge` x `merge` patches of `patch` x `patch` pixels.
+    """Resizing of an image to at most `tokens` tokens, each of `merge` x `merge` patches of `patch` x `patch` pixels.
 
     Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
     `Gemma4ImageProcessor`). `resample` is PIL's number of the filter.
@@ -35,34 +35,34 @@ class TokenBudget(DataclassPreparation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(values,) of a patch."""
+        """Shape (values,) of one patch."""
         return (3 * self.patch**2,)
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """The budget: most images nearly fill it."""
+        """Token counts to which images are padded: only the budget, which most images nearly fill."""
         return (self.tokens,)
 
     def with_most_tokens(self, tokens: int) -> TokenBudget:
-        """Return the largest budget of at most `tokens` and this one's tokens. Raises UserError if there is none."""
+        """Return the largest supported budget up to `tokens`. Raises UserError if there is none."""
         fits = [budget for budget in BUDGETS if budget <= min(tokens, self.tokens)]
         if not fits:
             raise UserError(f"data.max_image_tokens={tokens} must be at least {BUDGETS[0]}: raise it")
         return dataclasses.replace(self, tokens=fits[-1])
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image's patches. Raises UserError if the image is too thin."""
+        """Return the patch grid of an image. Raises UserError if the image is too thin."""
         del sharing
         rows, columns = self._cells(width, height)
         return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the pixels of all patches."""
+        """Return the number of pixels in all patches."""
         del width, height, sharing
         return self.tokens * (self.merge * self.patch) ** 2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[1, patches, values] of an RGB image, with the patches of a token next to each other."""
+        """Return float32[1, patches, values] of an RGB image; patches that form one token are adjacent."""
         del sharing
         (rows, columns), m, p = self._cells(*image.size), self.merge, self.patch
         size = (columns * m * p, rows * m * p)
@@ -72,7 +72,7 @@ class TokenBudget(DataclassPreparation):
         return np.ascontiguousarray(cells.reshape(1, rows * columns * m * m, -1))
 
     def _cells(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns) of tokens."""
+        """Return (rows, columns) of an image in tokens."""
         side = self.merge * self.patch
         factor = math.sqrt(self.tokens * side**2 / (height * width))
         rows, columns = (math.floor(factor * length / side) for length in (height, width))
@@ -84,7 +84,7 @@ class TokenBudget(DataclassPreparation):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenBudget:
-    """Return the preparation of a Gemma 4 folder.
+    """Return the token budget that a Gemma 4 folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off or on, or the budget is none of the model's.

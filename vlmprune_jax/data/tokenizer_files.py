@@ -34,13 +34,13 @@ class _NamedToken(TypedDict):
 
 
 class _Vocabulary(TypedDict):
-    """Token ids by piece, or (Unigram) a list of [piece, score] in the order of ids."""
+    """Vocabulary of a tokenizer.json: {text: id}, or for Unigram a list of [text, score] in the order of ids."""
 
     vocab: Annotated[dict[str, TokenId], Meta(min_length=1)] | Annotated[list[tuple[str, float]], Meta(min_length=1)]
 
 
 class TokenizerFile(TypedDict):
-    """Fields of a tokenizer.json that are used."""
+    """Fields that are read from tokenizer.json."""
 
     model: _Vocabulary
     added_tokens: NotRequired[list[_AddedToken] | None]
@@ -50,13 +50,13 @@ class TokenizerFile(TypedDict):
 
 
 class TokenizerConfig(TypedDict):
-    """Fields of a tokenizer_config.json that are used; keys of `added_tokens_decoder` are ids."""
+    """Fields that are read from tokenizer_config.json; keys of `added_tokens_decoder` are token ids."""
 
     added_tokens_decoder: NotRequired[dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], _NamedToken] | None]
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder whose tokenizer files are malformed or have rules that run away.
+    """Refuse a folder whose tokenizer files are malformed, or have rules that take forever on plain text.
 
     Raises UserError if a file is unreadable or malformed, or its rules run away on plain text.
     """
@@ -72,7 +72,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of the added tokens of a folder's tokenizer, from all files that list them.
+    """Return the ids of a tokenizer's added tokens, from all files of the folder that list them.
 
     Raises UserError as `read_parts` does.
     """
@@ -156,7 +156,7 @@ def _walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lengthens(part: dict[str, Any]) -> bool:
-    """Return True if a rule replaces text by longer text, or prepends text."""
+    """Return True if a normalizer rule replaces text by longer text, or prepends text."""
     content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)

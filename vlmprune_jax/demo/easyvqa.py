@@ -28,7 +28,7 @@ _SEED = 0  # part of the data set's identity; another seed gives other files
 
 
 class _Manifest(TypedDict):
-    """Fields of a folder's `manifest.json` that are read back to check that it is complete."""
+    """Fields of a folder's `manifest.json`, used to check that the data set is complete."""
 
     bytes: dict[str, int]
 
@@ -38,7 +38,7 @@ JsonRecord = dict[str, Any]
 
 
 def write_dataset(out_dir: Path) -> dict[str, Path]:
-    """Write easy-VQA as LLaVA JSON files and images below `out_dir` and return the files by name.
+    """Write easy-VQA as LLaVA JSON files and images into `out_dir`; return {name: path of the file}.
 
     Names: `train`, `test` (one question per record), `train_multi_turn` (one record per image), `train_balanced` (one
     question per record, none answered by its wording) and `train_captions`, both for pretraining, and `images`, the
@@ -66,7 +66,7 @@ def write_dataset(out_dir: Path) -> dict[str, Path]:
 
 
 def single_turn_records(questions: Questions, split: str) -> list[JsonRecord]:
-    """Return one LLaVA record per question, `{split}-000123`, in the order of the package."""
+    """Return one LLaVA record per question, with ids `{split}-000123`, in the package's order."""
     return [
         _record(f"{split}-{number:06d}", split, image, [(f"<image>\n{question}", answer)])
         for number, (question, answer, image) in enumerate(zip(*questions, strict=True))
@@ -74,7 +74,7 @@ def single_turn_records(questions: Questions, split: str) -> list[JsonRecord]:
 
 
 def multi_turn_records(questions: Questions, split: str, seed: int) -> list[JsonRecord]:
-    """Return one record per image with all its questions as turns, in an order drawn from `seed` and the image."""
+    """Return one record per image with all its questions as turns, shuffled by `seed` and image."""
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in zip(*questions, strict=True):
         by_image[image].append((question, answer))
@@ -88,7 +88,7 @@ def multi_turn_records(questions: Questions, split: str, seed: int) -> list[Json
 
 
 def balanced(questions: Questions, seed: int) -> Questions:
-    """Return questions without negation and with equally many answers yes and no.
+    """Return questions without negation, with as many "yes" as "no" answers.
 
     In easy-VQA, five in six questions "is there a red shape?" are answered with no, and with negation with yes, so that
     a model may learn the wording and ignore the image (as in VQA: Goyal et al. 2017, arXiv 1612.00837). With negations
@@ -111,7 +111,7 @@ def _is_negated(question: str) -> bool:
 
 
 def caption_records(questions: Questions, split: str) -> list[JsonRecord]:
-    """Return one record per image whose colour and shape follow from its questions: CAPTION_PROMPT -> "red circle"."""
+    """Return a caption record ("red circle") per image whose colour and shape its questions determine."""
     return [
         _record(f"{split}-caption-{image:05d}", split, image, [(CAPTION_PROMPT, f"{color} {shape}")])
         for image, (color, shape) in sorted(image_facts(questions).items())
@@ -120,7 +120,7 @@ def caption_records(questions: Questions, split: str) -> list[JsonRecord]:
 
 
 def image_facts(questions: Questions) -> dict[int, tuple[str | None, str | None]]:
-    """Return (colour, shape) of each image as far as its questions and answers determine them.
+    """Return (colour, shape) of each image, as far as its questions and answers determine them (else None).
 
     The answer to a yes/no question selects or excludes a word; an open question and its answer name facts directly
     ("what color is the circle?" -> red: a red circle). The last remaining candidate is the fact.

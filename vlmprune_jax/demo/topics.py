@@ -13,20 +13,20 @@ ASKED = "Go on with the language reference."
 
 
 def topics(half: int) -> str:
-    """Return the text of every second topic, from the first (0) or the second (1)."""
+    """Return every second topic's text, starting with the first (half 0) or the second (half 1)."""
     texts = pydoc_data.topics.topics
     return "".join(texts[name].replace("\n   ", "\n") + "\n" for name in sorted(texts)[half::2])
 
 
 def write_topics(path: Path, half: int, letters: int) -> str:
-    """Write the first `letters` characters of a half to a file, for perplexity; return its path."""
+    """Write the first `letters` characters of one half of the topics to a file for perplexity; return its path."""
     with replacing(path) as file:
         file.write(topics(half)[:letters].encode())
     return str(path)
 
 
 def topic_records(half: int, letters: int) -> list[Record]:
-    """Return a half in pieces of `letters` characters, each the answer to the same question."""
+    """Return one half of the topics as records of `letters` characters, each the answer to the same question."""
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]

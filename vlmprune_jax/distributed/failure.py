@@ -23,7 +23,7 @@ _place: tuple[int, int] | None = None  # own number, number of processes
 
 
 def watch(number: int, count: int) -> None:
-    """Let a failure (`end`) of any of `count` processes end this process too; every process calls this once."""
+    """End this process too if any of `count` processes fails (calls `end`); every process calls this function once."""
     global _place
     _place = number, count
     thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
@@ -45,7 +45,7 @@ def watch(number: int, count: int) -> None:
 
 
 def joined() -> bool:
-    """Return True if this process is one of several."""
+    """Return True if this run consists of several processes."""
     return _place is not None
 
 
@@ -70,7 +70,7 @@ def end(text: str, reason: str, code: int) -> int:
 
 
 def _store() -> Any:
-    """Return the key-value store, which has no public name in jax; orbax (slow to import) has one."""
+    """Return jax's distributed key-value store, which has no public name (importing orbax's wrapper is slow)."""
     from orbax.checkpoint import multihost
 
     return multihost.get_jax_distributed_client()
@@ -96,7 +96,7 @@ def _watch(store: Any, number: int, count: int) -> None:
 
 
 def _leave_together(store: Any, number: int, count: int) -> None:
-    """Wait until all processes know of the failure, and let process 0 leave last.
+    """Wait until all processes know of the failure; process 0 exits last, since it hosts the store.
 
     Otherwise the others would report a broken connection, and jax aborts processes that lose the store.
     """

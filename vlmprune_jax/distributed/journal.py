@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Journal:
-    """File with a JSON line per finished batch, in order; the first line identifies the pass.
+    """File with one JSON line per finished batch, in order; its first line identifies the pass over the data.
 
     Process 0 reads and writes it. The journal of another pass (`made_from`) is discarded, and so is a line truncated by
     a crash. Floats are exact, since JSON's text of a float64 is read back to the same value.
@@ -27,7 +27,7 @@ class Journal:
         self.entries: list[Any] = on_process_zero(self._open)
 
     def _open(self) -> list[Any]:
-        """Return the entries of an interrupted pass, and rewrite the file with only them (or remove it)."""
+        """Return the entries of an interrupted pass, and rewrite the file with them; remove another pass's file."""
         try:
             lines = read_json_lines(self.path, Any, cut=True)
         except UserError:  # missing, or not a journal
@@ -43,13 +43,13 @@ class Journal:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def cut(self, number: int) -> None:
-        """Keep the first `number` entries, since the following ones are damaged."""
+        """Keep the first `number` entries and drop the rest, which are damaged."""
         del self.entries[number:]
         if is_main_process():
             self._write([self._made_from, *self.entries])
 
     def add(self, entry: Any) -> None:
-        """Append the result of the next batch (a JSON value)."""
+        """Append one batch's result (a JSON value)."""
         if is_main_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def continued(
     journal: Journal | None,
     fits: Callable[[T, Any], bool] = lambda batch, entry: True,
 ) -> Iterator[Any]:
-    """Yield `compute(batch)` of every batch (JSON values), from the journal as far as an interrupted pass got.
+    """Yield `compute(batch)` for every batch (JSON values); batches that the journal holds are not computed again.
 
     Results are computed again from the first entry that does not fit its batch, which may be damaged.
     """
@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Return True if a journal entry has this type (see core.files)."""
+    """Return True if a journal entry has this type (see `core.files`)."""
     try:
         checked(entry, kind, "", "")
     except UserError:

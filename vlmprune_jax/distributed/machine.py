@@ -16,7 +16,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def processor() -> str:
-    """Return the devices of the run, such as "8 x TPU v5 lite", or the CPU: "AMD EPYC 9B45, 2 cores"."""
+    """Return the run's devices as text, "8 x TPU v5 lite", or for a CPU "AMD EPYC 9B45, 2 cores"."""
     kinds = Counter(device.device_kind for device in jax.devices())
     if set(kinds) == {"cpu"}:
         return f"{cpu()}, {cores()} cores"
@@ -29,14 +29,14 @@ def cores() -> int:
 
 
 def cpu() -> str:
-    """Return the name of the CPU, such as "AMD EPYC 9B45"."""
+    """Return the CPU's name, such as "AMD EPYC 9B45"."""
     lines = _lines(Path("/proc/cpuinfo"))
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return printable(names[0] if names else platform.processor() or platform.machine())
 
 
 def free_memory() -> int:
-    """Return the bytes that one of this process's devices can allocate; CPU devices share the machine's memory."""
+    """Return the bytes that each of this process's devices can still allocate (CPU devices share the machine's)."""
     devices = jax.local_devices()
     limited = [stats for stats in (device.memory_stats() for device in devices) if stats and "bytes_limit" in stats]
     if len(limited) == len(devices):
@@ -45,7 +45,7 @@ def free_memory() -> int:
 
 
 def _of_machine() -> int:
-    """Return the bytes available to programs without swapping (Linux); elsewhere half of the built-in memory."""
+    """Return the memory available without swapping, in bytes (Linux); elsewhere half of the installed memory."""
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -53,7 +53,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the bytes that a container may still allocate."""
+    """Return the bytes that this container may still allocate; None without a limit."""
     most, used = (_lines(_GROUP / name) for name in ("memory.max", "memory.current"))
     return max(0, int(most[0]) - int(used[0])) if most and used and most[0] != "max" else 2**62
 

@@ -33,7 +33,7 @@ METADATA_SECONDS = 3.0  # outside Google Cloud there is no such server
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run, before any device is used; do nothing for a single process.
+    """Join the other processes of a run before any device is used; do nothing if there is only one process.
 
     The processes are given by the arguments (None: by the environment, VLMPRUNE_COORDINATOR etc.), or are the workers
     of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail together
@@ -75,7 +75,7 @@ def start_devices() -> None:
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """Return (host:port, number of processes, own number) from arguments and environment, or None if not set."""
+    """Return (host:port, number of processes, own number) from arguments or environment; None if none is set."""
     arguments = (coordinator, num_processes, process_id)
     values = [os.environ.get(name) if value is None else str(value)
               for name, value in zip(VARIABLES, arguments, strict=True)]  # fmt: skip
@@ -128,7 +128,7 @@ def _slice_has_workers() -> bool:
 
 
 def mesh_of(sizes: MeshSpec) -> Mesh | None:
-    """Return the device mesh of these sizes, or None for one device."""
+    """Return a device mesh of these sizes, or None if one device suffices."""
     if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
@@ -166,7 +166,7 @@ def is_main_process() -> bool:
 
 
 def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
-    """Return on every process the value (JSON) of `compute()` on process 0; all must call it, in step.
+    """Return process 0's `compute()` (a JSON value) on every process; all processes must call it in step.
 
     Workdir files are read and written by process 0 alone, since other processes could see them before a change.
 
@@ -190,7 +190,7 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
 
 
 def from_all(compute: Callable[[], Any]) -> list[Any]:
-    """Return on every process the values (JSON) of `compute()` on each process, in order; all must call it.
+    """Return every process's `compute()` (JSON values), ordered by process, on all; all must call it in step.
 
     Raises SharedError on every process, if `compute` raised a UserError on any.
     """
@@ -208,7 +208,7 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
 
 
 def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
-    """Return the value or the error of `compute()` as JSON, and an error to raise here after all know of it."""
+    """Call `compute()`: return its value or error as JSON, and the exception to raise once all processes know of it."""
     try:
         return {"value": compute()}, None
     except UserError as error:
@@ -229,17 +229,17 @@ def _value(encoded: np.ndarray) -> Any:
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:
-    """Return an array's values in host memory, on every process; all must call it for an array split over them."""
+    """Return an array's values in host memory on every process; if devices share the array, all must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which computations are sharded over `mesh` (`rules.constrain`); no effect for None."""
+    """Return a context in which `rules.constrain` shards activations over `mesh`; without effect if `mesh` is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
-    """Return the number of ways in which the rows of a batch are split: data x fsdp."""
+    """Return the number of device groups that a batch's rows are split over: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]

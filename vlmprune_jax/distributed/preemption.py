@@ -16,7 +16,7 @@ _calls = itertools.count(1)  # calls of `noticed` over all phases, by which proc
 
 
 def noticed() -> bool:
-    """Return True if any process of a run of several got SIGTERM; all must call it in step, with the same result.
+    """Return True if any process of the run received SIGTERM; all processes must call it in step.
 
     Once processes have joined, `jax.distributed` catches the signal, so that it does not kill them.
     """

@@ -28,7 +28,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Return the PartitionSpec of an array with these named axes; the first axis that names a mesh axis uses it."""
+    """Return the PartitionSpec for these named axes; a mesh axis is used only by the first axis that maps to it."""
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
@@ -43,19 +43,19 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Return the NamedSharding of an array with these named axes on `mesh`."""
+    """Return the NamedSharding on `mesh` for an array with these named axes."""
     return NamedSharding(mesh, spec(axes))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Pin an activation's sharding inside jit; the identity without a mesh (`jax.set_mesh`)."""
+    """Constrain an activation's sharding inside jit; without a mesh (`jax.set_mesh`) return it unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Refuse a mesh that does not divide the model, before anything is placed on it.
+    """Refuse a mesh whose sizes do not divide the model's axes, before any array is placed on it.
 
     Raises UserError with every axis that fails and sizes that work.
     """

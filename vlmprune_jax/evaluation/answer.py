@@ -27,7 +27,7 @@ def questions(
     prompt_suffix: str = "",
     **settings: Any,
 ) -> ArrangedQuestions:
-    """Return records as batches of questions for `vp.evaluate`, which encodes an image of several questions once.
+    """Return batches of questions for `vp.evaluate`; an image with several questions is encoded once.
 
     Args:
       hf_dir, images, vision_dir, settings: as for `vp.batches`.
@@ -83,7 +83,7 @@ def answer(
 
 @dataclass(frozen=True)
 class _Picture:
-    """A PIL image as the only one of a store."""
+    """Image store with one image, given as a PIL image."""
 
     encoded: bytes
 

@@ -9,7 +9,7 @@ from vlmprune_jax.core.errors import UserError
 
 
 def retained(score: float, original: float) -> float:
-    """Return `score` as a percentage of the unpruned model's `original` score; NaN if that is 0."""
+    """Return `score` as a percentage of the unpruned model's score `original`; NaN if `original` is 0."""
     return 100.0 * score / original if original else math.nan
 
 

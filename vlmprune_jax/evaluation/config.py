@@ -11,26 +11,32 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """One evaluation set: questions from `data` and `images`, or a `text` file. None means: as in `evaluate`."""
+    """One evaluation set: questions from `data` and `images`, or a `text` file; None means the value in `evaluate`."""
 
-    data: str | None = evaluate_setting(None, "Records of this set (None = `data.eval`).", by_content=True)
-    images: str | None = evaluate_setting(
-        None, "Folder of the images of this set (None = `data.eval_images`).", by_content=True
+    data: str | None = evaluate_setting(
+        None, "File of evaluation records for this set (None = `data.eval`).", by_content=True
     )
-    text: str | None = evaluate_setting(None, "Text file for perplexity, instead of records.", by_content=True)
+    images: str | None = evaluate_setting(
+        None, "Folder of this set's images (None = `data.eval_images`).", by_content=True
+    )
+    text: str | None = evaluate_setting(
+        None, "Text file for measuring perplexity, instead of a file of questions.", by_content=True
+    )
     metric: str | None = setting(
         None,
-        "Metric of the answers (None = `evaluate.metric`, or perplexity for a text).",
+        "Metric that scores the answers (None = `evaluate.metric`, or perplexity if `text` is set).",
         choices="evaluation.metrics:METRICS",
     )
-    prompt_suffix: str | None = evaluate_setting(None, "Text appended to the last question of a record.")
-    max_new_tokens: int | None = evaluate_setting(None, "Maximum length of an answer.", unit="tokens", least=1)
+    prompt_suffix: str | None = evaluate_setting(
+        None, "Text appended to each question (the last one of a conversation)."
+    )
+    max_new_tokens: int | None = evaluate_setting(
+        None, "Maximum number of tokens to generate per answer.", unit="tokens", least=1
+    )
     questions: int | None = evaluate_setting(
-        None, "Number of questions to ask, from the start of the set.", unit="questions", least=1
+        None, "Number of questions to ask, taken from the start of the set.", unit="questions", least=1
     )
-    text_window: int | None = evaluate_setting(
-        None, "Length of the context window for perplexity.", unit="tokens", least=2
-    )
+    text_window: int | None = evaluate_setting(None, "Context window for perplexity.", unit="tokens", least=2)
 
     def __post_init__(self) -> None:
         check_settings("evaluate.sets", self)
@@ -43,7 +49,7 @@ class EvaluationSetSpec:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Evaluation of every model: greedy answers to questions, and perplexity of text.
+    """Evaluation of each model: greedy answers to questions, and perplexity of a text.
 
     `sets` holds evaluation sets by name; a setting of a set replaces the setting of the same name here. Without `sets`,
     the set "questions" is `data.eval`, and the set "text" is the `text` file.
@@ -56,16 +62,16 @@ class EvaluateSpec:
         unit="tokens",
         least=1,
     )
-    max_new_tokens: int = evaluate_setting(16, "Maximum length of an answer.", unit="tokens", least=1)
+    max_new_tokens: int = evaluate_setting(
+        16, "Maximum number of tokens to generate per answer.", unit="tokens", least=1
+    )
     questions: int | None = evaluate_setting(
-        None, "Number of questions to ask, from the start of the set (None = all).", unit="questions", least=1
+        None, "Number of questions to ask, taken from the start of the set (None = all).", unit="questions", least=1
     )
-    unrecovered: bool = setting(
-        True, "Evaluate the pruned model before recovery as well, and before reconstruction if there is one."
-    )
+    unrecovered: bool = setting(True, "Also evaluate the pruned model before reconstruction and before recovery.")
     metric: str = setting(
         "exact_match",
-        "Metric of the answers; it is recomputed from stored answers each time.",
+        "Metric that scores the answers; changing it does not generate them again.",
         choices="evaluation.metrics:METRICS",
     )
     prompt_suffix: str = evaluate_setting(
@@ -73,20 +79,20 @@ class EvaluateSpec:
         "Text appended to the last question of a record, such as "
         '"\\nAnswer the question using a single word or phrase."',
     )
-    text: str | None = evaluate_setting(None, "Text file for perplexity.", by_content=True)
-    text_window: int = evaluate_setting(512, "Length of the context window for perplexity.", unit="tokens", least=2)
+    text: str | None = evaluate_setting(None, "Text file for measuring perplexity.", by_content=True)
+    text_window: int = evaluate_setting(512, "Context window for perplexity.", unit="tokens", least=2)
     tasks: tuple[str, ...] = setting(
         (),
-        "lmms-eval tasks to run, each an evaluation set of its own; or on the command line, `vlmprune evaluate "
+        "lmms-eval tasks to run; each becomes an evaluation set. On the command line: `vlmprune evaluate "
         "--tasks=pope,mme`.",
     )
     tasks_path: str | None = evaluate_setting(
         None,
-        "Folder of lmms-eval task files (NAME.yaml, see configs/lmms), in which ${data} and ${lmms_eval} are replaced. "
-        "Other tasks, and all with None, are those of lmms-eval, whose data comes from the hub.",
+        "Folder of lmms-eval task files (NAME.yaml, see configs/lmms), in which ${data} and ${lmms_eval} are "
+        "replaced. Tasks without a file there are lmms-eval's own, with data from the hub.",
         by_content=True,
     )
-    tasks_data: str | None = evaluate_setting(None, "Folder that ${data} stands for in task files.", by_content=True)
+    tasks_data: str | None = evaluate_setting(None, "Folder that replaces ${data} in task files.", by_content=True)
     sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

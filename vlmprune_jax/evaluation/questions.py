@@ -31,7 +31,7 @@ _SHORT = 31  # tokens: shorter lengths share a compiled shape
 
 @dataclass(frozen=True)
 class QuestionBatch(Batch):
-    """Left-padded ends of questions in `arrays`; the beginnings that they continue, with all images, in `prefix`.
+    """Batch of prompts split into shared beginnings with the images (`prefix`) and left-padded endings (`arrays`).
 
     `places`: int[batch], index of each row among the records. Rows with `valid` False only fill the batch.
     """
@@ -58,7 +58,7 @@ class _Beginning:
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions of one batch, and its shape: that of a beginning, number of beginnings, length of the rests."""
+    """Questions of one batch and its padded shape: size and number of the beginnings, length of the endings."""
 
     questions: tuple[_Question, ...]
     shape: Shape
@@ -68,7 +68,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class ArrangedQuestions:
-    """Questions grouped into batches with shared beginnings; arranged once and read for every evaluated model."""
+    """Questions arranged into batches with shared beginnings, which every evaluated model reads again."""
 
     records: Sequence[Record]
     encoder: Encoder
@@ -77,11 +77,11 @@ class ArrangedQuestions:
     beginnings: tuple[_Beginning, ...]
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return len(self.groups)
 
     def __iter__(self) -> Iterator[QuestionBatch]:
-        """Iterate over all batches, read ahead in as many threads as `data.threads` says by default."""
+        """Iterate over all batches, which threads read ahead (as many as `data.threads` is by default)."""
         return iter(self.batches(threads=DataSpec().threads, prefetch=PREFETCH))
 
     @property
@@ -91,7 +91,7 @@ class ArrangedQuestions:
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """Return an iterator over all batches, read ahead in threads, with one shape per number of image slots."""
+        """Return an iterator over all batches, read ahead by threads; one shape per number of image slots."""
         for group in self.groups:
             check_memory(group.beginnings, group.shape, self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
@@ -130,7 +130,7 @@ def arrange_questions(
     prompt_suffix: str = "",
     by_length: bool = False,
 ) -> ArrangedQuestions:
-    """Tokenise all prompts and place questions about the same image next to each other.
+    """Tokenise all prompts and sort them so that questions about the same image share a batch.
 
     Args:
       records: conversations; the prompt ends before the last turn of gpt.
@@ -176,7 +176,7 @@ def _groups(
     multiple: int,
     by_length: bool,
 ) -> tuple[_Group, ...]:
-    """Fill batches with neighbouring questions, up to the rows and the beginnings of a batch; one shape per bucket.
+    """Group neighbouring questions into batches of limited rows and beginnings; each length bucket has one shape.
 
     A batch holds only beginnings with the same number of image slots, so a small image is not padded to twelve tiles.
     Batches of equal shape follow each other, so each program is compiled once.
@@ -218,7 +218,7 @@ def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
 
 
 def _with_suffix(record: Record, suffix: str) -> Record:
-    """Return the record with `suffix` appended to its last question."""
+    """Return the record with `suffix` appended to the text of its last question."""
     if not suffix or not record.turns:
         return record
     last = max(place for place, (speaker, _) in enumerate(record.turns) if speaker == "human")
@@ -228,7 +228,7 @@ def _with_suffix(record: Record, suffix: str) -> Record:
 
 
 def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
-    """The questions of an evaluation set, perhaps only the first `of.questions`."""
+    """Return the questions of an evaluation set, or only its first `of.questions`."""
     return tuple(read_set(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
 
 
@@ -241,7 +241,7 @@ def arranged_questions(
     *,
     multiple: int,
 ) -> ArrangedQuestions:
-    """The questions of an evaluation set as batches; every model of an experiment is asked from the same ones.
+    """Return the questions of an evaluation set in batches, the same for every model of an experiment.
 
     `multiple`: devices that share a batch.
     """

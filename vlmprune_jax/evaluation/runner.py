@@ -35,7 +35,7 @@ CHUNK = 128  # positions whose float32 logits are in memory together when a text
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer to the question of a record: decoded text and number of tokens (end token included)."""
+    """A model's answer to one question: its text and its number of tokens, including the end token."""
 
     record: Record
     prediction: str
@@ -44,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """A scored answer to one question; `tokens` is the number of generated tokens (end token included)."""
+    """A scored answer to one question; `tokens` counts the generated tokens, including the end token."""
 
     id: str
     prediction: str
@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metric values of one model over all questions; `seconds` includes compilation.
+    """Metric values of one model over all questions; `seconds` includes compile time.
 
     `values`: values of the metric. `groups`: {group: {questions, **values}} if the metric defines groups.
     """
@@ -70,11 +70,11 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The value named "accuracy" (KeyError if the metric has none)."""
+        """The value named "accuracy". Raises KeyError if the metric does not define it."""
         return self.values["accuracy"]
 
     def summary(self) -> dict[str, Any]:
-        """Return all fields except the single answers, as JSON values."""
+        """Return all fields as JSON values, except the answers to single questions."""
         return {name: value for name, value in vars(self).items() if name != "answers"}
 
 
@@ -98,7 +98,7 @@ def evaluate(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Evaluation:
-    """Score a model's greedy answers with a metric; by default the share that exactly matches a reference.
+    """Score a model's greedy answers with a metric (by default: the share that equal a reference answer).
 
     Args:
       model, batches, max_new_tokens, progress, journal: see `ask`.
@@ -144,7 +144,7 @@ def ask(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[Reply]:
-    """Return greedy answers to all questions, in the order of the records.
+    """Return the greedy answers to all questions, in the records' order.
 
     Args:
       model: the model; sharded parameters split every batch over the mesh.
@@ -194,7 +194,7 @@ def ask(
 
 
 def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
-    """Return (text, tokens) of every valid row."""
+    """Return (text, number of tokens) for every row that holds a question."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
     lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
@@ -203,14 +203,14 @@ def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mode
 
 
 def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
-    """Yield the batches after checking that all their questions have reference answers."""
+    """Yield the batches; raise UserError if a question has no reference answer."""
     for batch in batches:
         check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
         yield batch
 
 
 def check_answered(records: Iterable[Record]) -> None:
-    """Refuse questions without a reference answer."""
+    """Refuse questions that have no reference answer."""
     for record in records:
         if not any(text.strip() for text in record.references):
             raise UserError(
@@ -226,7 +226,7 @@ def perplexity(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Compute the perplexity of a text.
+    """Compute a model's perplexity on a text.
 
     Args:
       token_ids, window, batch_size, progress: see `log_likelihoods`, also for what is raised.
@@ -252,7 +252,7 @@ def log_likelihoods(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[dict[str, float]]:
-    """Return {"nll": nats, "tokens": predicted tokens} of every batch of non-overlapping windows of a text.
+    """Return {"nll": nats, "tokens": predicted tokens} for each batch of non-overlapping windows of a text.
 
     The first token of each window is not predicted.
 
@@ -297,7 +297,7 @@ def log_likelihoods(
 
 
 def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[_Windows]:
-    """Return pairs (ids, mask), int32[batch, window] each, padded on the right and with empty rows at the end.
+    """Return batches (ids, mask) of text windows, int32[batch, window], right-padded; the last batch gets empty rows.
 
     Uses as few batches as `batch_size` allows, of rows that split evenly into `ways`.
     """

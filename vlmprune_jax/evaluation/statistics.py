@@ -28,7 +28,7 @@ def retained_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Return a percentile interval of the retained percentage, by the paired bootstrap.
+    """Return a confidence interval of the retained percentage, by the paired percentile bootstrap.
 
     Questions are drawn with replacement, in units of `metric.drawn_by`, and both models are scored on the same sample,
     so questions that are hard for both do not widen the interval. The interval covers other questions of the same type,
@@ -65,7 +65,7 @@ def retained_interval(
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
-    """Return True if an interval is cheap for thousands of questions; else the metric aggregates every sample again."""
+    """Return True if an interval is fast to compute; otherwise the metric must aggregate every bootstrap sample."""
     return metric.drawn is not None or _is_mean(metric, scores)
 
 
@@ -74,7 +74,7 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
 
 
 def _drawn_means(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return float[models, draws] sums, by drawing the count of each distinct pair of scores."""
+    """Return score sums of bootstrap samples, float[models, draws]; draws counts of distinct score pairs."""
     pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
@@ -84,7 +84,7 @@ def _drawn_means(metric: Metric, models: _Models, draws: int, random: np.random.
 def _drawn_values(
     metric: Metric, models: _Models, records: Sequence[Record], draws: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Return float[models, draws] values, by aggregating every sample."""
+    """Return metric values of bootstrap samples, float[models, draws], by aggregating every sample."""
     keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(models[0])))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     units = np.array([numbers[key] for key in keys])
@@ -97,7 +97,7 @@ def _drawn_values(
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
-    """Return float[draws] of the main value; `times`, int[answers, draws], is how often each answer was drawn."""
+    """Return float[draws] main values; `times` int[answers, draws] says how often each sample contains each answer."""
     if metric.drawn is not None:
         return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []
@@ -109,7 +109,7 @@ def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record],
 
 
 def interval_of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """Return (mean, low, high) over seeds, by Student's t; for a single value low and high equal the mean.
+    """Return (mean, low, high) over seeds by Student's t; for a single value all three are equal.
 
     The interval covers other seeds on the same questions, which `retained_interval` does not.
     """
@@ -122,7 +122,7 @@ def interval_of_mean(values: Sequence[float], level: float = LEVEL) -> tuple[flo
 
 @dataclass(frozen=True)
 class McNemar:
-    """Number of questions that only the first, or only the second of two models got right, and the p-value."""
+    """McNemar's test: numbers of questions that only one of two models answered correctly, and the p-value."""
 
     only_first: int
     only_second: int
@@ -130,7 +130,7 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """Test if two models are right equally often on the same questions: McNemar's exact test (1947).
+    """Test whether two models answer equally many of the same questions correctly (McNemar's exact test, 1947).
 
     Only questions that exactly one model got right have weight. If the models are equally good, each such question
     favours either with probability 1/2; the p-value is the two-sided binomial probability of a split at least as

@@ -23,7 +23,7 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 
 
 def plan_config(spec: PruneSpec, model: ModelSpec, export: ExportSpec) -> PruneSpec:
-    """Return the settings of `make_plan`, with a budget in the dtype and shape of the export."""
+    """Return the settings of `make_plan`, with the budget's dtype and layout taken from the export."""
     budget = spec.budget
     if not budget.limits:
         return spec
@@ -35,7 +35,7 @@ def plan_config(spec: PruneSpec, model: ModelSpec, export: ExportSpec) -> PruneS
 
 
 def export_options(spec: ExportSpec) -> dict[str, Any]:
-    """Return the `save` keywords of an export: the settings, with `export.options`."""
+    """Return the keyword arguments of `save` for an export: its settings, and `export.options`."""
     others = ("format", "options", *CardOptions.__dataclass_fields__)
     return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
 
@@ -46,7 +46,7 @@ def export_dtype(model: ModelSpec, export: ExportSpec) -> str:
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """The training loop's settings, with those of the library alone that the others decide.
+    """Return the training loop's settings, with the library-only ones derived from the experiment.
 
     Raises:
       UserError: `save_adapter` without adapters, losses that do not exist or cannot be had from a cached teacher.
@@ -65,7 +65,7 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
 
 
 def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:
-    """The evaluation sets by name, with every setting that applies to each in place.
+    """Return the evaluation sets by name, with unset settings filled from `evaluate` and `data`.
 
     Raises:
       UserError: a name that no file can have, or a metric that does not exist or does not fit.
@@ -81,7 +81,7 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
 
 
 def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
-    """Refuse tasks of lmms-eval that cannot be told apart from sets, or without lmms-eval."""
+    """Refuse lmms-eval tasks if lmms-eval is missing, or if a task has the same name as an evaluation set."""
     tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):

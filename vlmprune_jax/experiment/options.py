@@ -25,19 +25,19 @@ class Option:
 
     @property
     def section(self) -> str:
-        """The name of its section, such as `recover.losses`."""
+        """Name of the section that contains the setting, such as `recover.losses`."""
         return self.name.rpartition(".")[0]
 
     @property
     def allowed(self) -> str:
-        """Type, unit and allowed values, in words."""
+        """Type, unit and allowed values as text."""
         unit = f" ({self.about.unit})" if self.about.unit else ""
         choices = f"one of {', '.join(self.about.names())}" if self.about.choices else ""
         return ", ".join(part for part in (f"{self.kind}{unit}", choices or self.about.bounds) if part)
 
 
 def sections() -> dict[str, Any]:
-    """Return every section of a config by its name; `evaluate.sets.NAME` stands for any evaluation set."""
+    """Return all sections of a config by name; `evaluate.sets.NAME` stands for an evaluation set of any name."""
     return dict(_sections(Experiment(), ""))
 
 
@@ -52,7 +52,7 @@ def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def options() -> list[Option]:
-    """Return every setting of a config, in order; the variants, which are in no section, come last."""
+    """Return all settings of a config, in order; the variants, which belong to no section, come last."""
     return [
         Option(f"{place}.{name}".lstrip("."), _kind(hint), settings_of(section)[name])
         for place, section in (*sections().items(), ("", Experiment()))
@@ -62,7 +62,7 @@ def options() -> list[Option]:
 
 
 def _kind(hint: Any) -> str:
-    """Return a type in words: `whole number or None`, `tuple of texts`."""
+    """Return a type as words, such as `whole number or None` or `tuple of texts`."""
     if isinstance(hint, types.UnionType):
         return " or ".join(filter(None, map(_kind, typing.get_args(hint))))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -75,7 +75,7 @@ def _kind(hint: Any) -> str:
 
 
 def describe(name: str) -> list[str]:
-    """Return the lines of `vlmprune help NAME`: the sentence of each section, and its settings.
+    """Return the lines of `vlmprune help NAME`: the description of each section, and its settings.
 
     A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
     """

@@ -15,12 +15,12 @@ PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:
-    """The recipes of all families that have one, each a partial experiment."""
+    """Return {family name: recipe (a partial experiment)} for the families that have one."""
     return {family.name: family.recipe for family in FAMILIES.values() if family.recipe is not None}
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """The settings of a recipe, to start a config or a variant from."""
+    """Return the settings of a recipe as a nested mapping, from which a config or variant starts."""
     known = recipes()
     if name not in known:
         raise UserError(f"no recipe {name!r}{suggest(name, known)}")
@@ -34,7 +34,7 @@ def paper_cut(
     mlp_layers: tuple[int, int] = (4, 30),
     longest_text: int = 128,
 ) -> dict[str, dict[str, Any]]:
-    """`score` and `prune` of one of the paper's cuts, as partial sections: "depth,0.3", "width,0.3,uniform".
+    """Return sections `score` and `prune` for a pruning setup of the paper: "depth,0.3", "width,0.3,uniform".
 
     Depth goes by Block Influence of 50 records; the ratios of the tables are numbers of layers (`PAPER_LAYERS`), others
     shares of the whole model. Width goes by first-order Taylor importance of 10 records, by shares of the whole model;

@@ -32,23 +32,26 @@ RECOVERIES = ("train", "none")
 
 @dataclass(frozen=True)
 class ScoreSpec(ScoreConfig):
-    """Importance scores of layers, heads and neurons, measured on training records."""
+    """Importance scoring of layers, heads and neurons on training records."""
 
     SECTION: ClassVar[str] = "score"
 
     depth: str = score_setting(
-        "block_influence", "Criterion that scores layers (methods depth and hybrid).", choices="prune.criteria:CRITERIA"
+        "block_influence",
+        'Criterion that scores layers, for methods "depth" and "hybrid".',
+        choices="prune.criteria:CRITERIA",
     )
     width: str = score_setting(
         "taylor",
-        "Criterion that scores heads and neurons (methods width and hybrid).",
+        'Criterion that scores heads and neurons, for methods "width" and "hybrid".',
         choices="prune.criteria:CRITERIA",
     )
     samples: int = score_setting(50, "Number of calibration records.", unit="records", least=1)
     batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
     longest_text: int | None = score_setting(
         None,
-        "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
+        "Maximum length of a calibration record, counting each image as 1 token; longer records are not drawn (None = "
+        "no limit).",
         unit="tokens",
         least=1,
     )
@@ -56,26 +59,28 @@ class ScoreSpec(ScoreConfig):
 
 @dataclass(frozen=True)
 class PruneSpec(PlanConfig):
-    """Amount to remove, and the parts to remove it from."""
+    """Pruning: how much to remove, and from which parts of the model."""
 
     stack: str = prune_setting(
         "text",
-        'Stack to prune: the decoder ("text"), the vision tower ("vision"), or both, which then lose the same share.',
+        'Part of the model to prune: decoder ("text"), vision tower ("vision"), or both with the same share removed.',
         choices=("text", "vision", "both"),
     )
     steps: int = prune_setting(
-        1, "Number of rounds of width pruning, with new scores for each.", unit="rounds", least=1
+        1, "Number of rounds of width pruning; scores are computed again before each round.", unit="rounds", least=1
     )
 
 
 @dataclass(frozen=True)
 class ReconstructSpec(ReconstructConfig):
-    """Repair of the pruned weights by least squares, before recovery and without training."""
+    """Least-squares repair of the pruned weights before recovery; no training."""
 
     SECTION: ClassVar[str] = "reconstruct"
 
     method: str = reconstruct_setting(
-        "none", "Repair the pruned weights by least squares, or leave them unchanged.", choices=RECONSTRUCTIONS
+        "none",
+        'Repair the pruned weights by least squares ("least_squares"), or leave them as they are ("none").',
+        choices=RECONSTRUCTIONS,
     )
     samples: int = reconstruct_setting(512, "Number of calibration records.", unit="records", least=2)
     batch_size: int = reconstruct_setting(
@@ -83,7 +88,8 @@ class ReconstructSpec(ReconstructConfig):
     )
     longest_text: int | None = reconstruct_setting(
         None,
-        "Maximum length of a calibration record, counting an image as 1 token (None = no limit).",
+        "Maximum length of a calibration record, counting each image as 1 token; longer records are not drawn (None = "
+        "no limit).",
         unit="tokens",
         least=1,
     )
@@ -92,14 +98,14 @@ class ReconstructSpec(ReconstructConfig):
 
 @dataclass(frozen=True)
 class RecoverSpec(RecoverConfig):
-    """Training of the pruned or reconstructed model. `experiment_config(recipe="llava")` starts from the paper's."""
+    """Training of the pruned or reconstructed model. `experiment_config(recipe="llava")` has the paper's settings."""
 
     method: str = setting(
         "train",
         'Train the pruned (or reconstructed) model, or use it without training ("none").',
         choices=RECOVERIES,
     )
-    name: str = setting("recovered", "Name of this recovery in tables and reports.")
+    name: str = setting("recovered", "Name of this recovery setup in tables and reports.")
     save_adapter: bool = recover_setting(
         False,
         "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "
@@ -107,13 +113,13 @@ class RecoverSpec(RecoverConfig):
     )
     teacher_cache: str | None = setting(
         None,
-        "Folder for a cache of the teacher's top-k logits at every position in the loss, which runs may share; missing "
-        'logits are computed first, and training then runs without the teacher. Needs `losses.teacher_inputs="own"`, '
-        "and losses other than `l2` and `cosine`.",
+        "Folder for a cache of the teacher's top-k logits at all positions in the loss; missing logits are computed "
+        "first, then training runs without the teacher. Several runs may share it. Needs "
+        '`losses.teacher_inputs="own"`, and no loss `l2` or `cosine`.',
     )
     teacher_top_k: int = setting(
         64,
-        "Number of logits per position that `teacher_cache` keeps.",
+        "Number of logits per position that `teacher_cache` stores.",
         affects=("recover", "teacher_cache"),
         unit="tokens",
         least=1,
@@ -122,7 +128,7 @@ class RecoverSpec(RecoverConfig):
 
 @dataclass(frozen=True)
 class SpeedSpec(SpeedConfig):
-    """Speed measurement of the unpruned and the pruned models in turns, on this machine and in `model.dtype`.
+    """Speed measurement of the unpruned and pruned models in turns, on this machine and in `model.dtype`.
 
     The report's FLOPs are for the same prompt.
     """
@@ -134,7 +140,7 @@ class SpeedSpec(SpeedConfig):
 
 @dataclass(frozen=True)
 class Experiment:
-    """One model pruned, recovered, evaluated and exported; with variants, several in one workdir.
+    """All settings of one pruned, recovered, evaluated and exported model; with variants, of several in one workdir.
 
     Each variant works in a folder of its name. Without variants there is one model, in the workdir itself.
     """
@@ -162,12 +168,12 @@ class Experiment:
 
     @property
     def sections(self) -> dict[str, Any]:
-        """The sections by name."""
+        """Sections of the config by name."""
         return {name: value for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
 
 
 def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `section.name` -> value of every setting in these sections that changes a stage's results.
+    """Return {`section.name`: value} of all settings in these sections that change a stage's results.
 
     Sections in a section are mappings. Files and folders are left out: their content counts, as the stage's inputs; so
     are empty mappings. A stage of the user's own depends on every setting that changes any result.

@@ -31,7 +31,7 @@ _TAKEN = ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "re
 
 @dataclass(frozen=True)
 class PruneRun:
-    """One way to prune: its name, its experiment and its folder (scores.npz, plan.json, pruned/)."""
+    """One prune variant: its name, its experiment and its folder with scores.npz, plan.json and pruned/."""
 
     name: str
     experiment: Experiment
@@ -40,7 +40,7 @@ class PruneRun:
 
 @dataclass(frozen=True)
 class RecoverRun:
-    """One way to recover a pruned model: its folder holds training/ and recovered/."""
+    """One recovery of a pruned model; its folder holds training/ and recovered/."""
 
     name: str
     experiment: Experiment
@@ -49,7 +49,7 @@ class RecoverRun:
 
 
 def choose_variants(experiment: Experiment, only: str) -> Experiment:
-    """Return the experiment with the prune and recover variants whose names fit `only`, shell patterns with commas.
+    """Return the experiment with only the variants whose names match `only` (shell patterns, comma-separated).
 
     Patterns that fit no prune variant leave all prune variants, and likewise for recover variants.
     """
@@ -69,7 +69,7 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
 
 
 def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
-    """Return the experiment in which settings given explicitly replace those of its variants.
+    """Return the experiment with explicitly given settings replacing those of its variants.
 
     Args:
       settings: full names, such as `prune.ratio`; their values are in the experiment already.
@@ -97,7 +97,7 @@ def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by:
 
 
 def _sets(values: Any, path: Sequence[str]) -> bool:
-    """Return True if a partial config sets the setting at `path`, or one in the section there."""
+    """Return True if a partial config sets the setting at `path`, or any setting of the section at `path`."""
     return not path or (isinstance(values, Mapping) and path[0] in values and _sets(values[path[0]], path[1:]))
 
 
@@ -108,7 +108,7 @@ def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
-    """The prune variants, each in its own folder; without variants one, in the workdir itself."""
+    """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
     if not experiment.prune_variants:
         return [PruneRun(experiment.prune.method, experiment, workdir)]
     return [
@@ -118,7 +118,7 @@ def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
 
 
 def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
-    """The recoveries of one pruned model that train it."""
+    """Return the recovery variants of one pruned model that train it."""
     experiment = pruned.experiment
     runs = [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
     if experiment.recover_variants:
@@ -131,14 +131,14 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 
 def _checked(name: str) -> str:
-    """A variant's name, which becomes a folder's."""
+    """Return a variant's name after checking that it can be a folder name."""
     if name in _TAKEN or set(name) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
     return name
 
 
 def _check_criteria(spec: ScoreSpec) -> None:
-    """Refuse a criterion that does not score what its setting is for, and options that neither criterion has."""
+    """Refuse a criterion that does not score layers (or widths) as its setting needs, and options that it lacks."""
     options: dict[str, Any] = {}
     for name, criterion, what in (("depth", spec.depth, "layers"), ("width", spec.width, "widths")):
         chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
@@ -151,7 +151,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 
 def _check_target(config: PruneSpec) -> None:
-    """Refuse several targets of pruning, settings that the method does not have, and a slice that does not exist."""
+    """Refuse several pruning targets at once, settings that the method lacks, and an unknown TPU slice."""
     if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
         config.check()
     if config.budget.limits:
@@ -160,7 +160,7 @@ def _check_target(config: PruneSpec) -> None:
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
-    """Refuse at the start what a stage of any variant would refuse hours later.
+    """Refuse, at the start, settings that a stage of any variant would refuse hours later.
 
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.

@@ -32,14 +32,14 @@ _Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
 
 
 class _Stack(TypedDict):
-    """Fields of one stack of layers in plan.json that the card shows."""
+    """Fields that the model card needs of one stack in plan.json."""
 
     layers_before: _Shapes
     kept_layers: list[int]
 
 
 class _Plan(TypedDict):
-    """Fields of plan.json that the card shows."""
+    """Fields that the model card needs of plan.json."""
 
     method: str
     criterion: str
@@ -51,7 +51,7 @@ class _Plan(TypedDict):
 
 
 def model_name(folder: Path) -> str:
-    """Return the name of a folder's model: the hub id of a snapshot in the hub cache, else the folder's name."""
+    """Return the name of the model in a folder: its hub id if it is in the hub cache, else the folder's name."""
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
@@ -59,7 +59,7 @@ def model_name(folder: Path) -> str:
 
 
 def license_of(source: Path) -> dict[str, str]:
-    """Return the license fields of the metadata in a folder's model card."""
+    """Return the license fields of the metadata in a folder's model card, or {} without any."""
     path = source / "README.md"
     text = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
     front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
@@ -81,7 +81,7 @@ def write_card(
     datasets: Sequence[str] = (),
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Write the model card of a folder that has all other files.
+    """Write the model card into a folder that already has all other files.
 
     `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For other
     arguments see `save`.
@@ -156,7 +156,7 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
-    """Return the section "Evaluation", or "" without rows."""
+    """Return the card's section "Evaluation"; "" if there are no benchmark results."""
     if not rows:
         return ""
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
@@ -177,7 +177,7 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    """Return the text of "Loading" for a Hugging Face folder that has all other files; `written` is `cfg` as padded."""
+    """Return the card's section "Loading" for a complete Hugging Face folder; `written` is the config after padding."""
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
     if written.layout == cfg.layout != "transformers":

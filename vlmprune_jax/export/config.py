@@ -23,13 +23,13 @@ class _FormatName:
 
 @dataclass(frozen=True)
 class CardOptions:
-    """Settings of the model card and of its upload, which no export format has."""
+    """Settings of the model card and of its upload; no export format declares them."""
 
     base_model: str | None = export_setting(
         None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one)."
     )
     license: str | None = export_setting(
-        None, "License in the model card, as the hub names it (None = that of the unpruned model's card)."
+        None, "License identifier for the model card, as the hub spells it (None = that of the unpruned model's card)."
     )
     push_to_hub: str | None = export_setting(
         None,
@@ -39,7 +39,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
-    """The exported model: its format and the options of all built-in formats."""
+    """Settings of the export: the format, and the options of all built-in formats."""
 
     quantize: str = export_setting(
         "none",
@@ -48,7 +48,7 @@ class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
         choices="export.formats:quantizations",
     )
     options: Mapping[str, Any] = export_setting(
-        {}, "Further options of the format, by name, for example those of a format of your own."
+        {}, "Further options of the format, by name; needed for a format of your own."
     )
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Return the number of vocabulary rows that tokens with the new ids need."""
+    """Return the number of vocabulary rows needed to hold the new token ids."""
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
@@ -37,7 +37,7 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
 
 
 def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
-    """Return config.json of the transformers layout for a model from a hub folder with config `source`.
+    """Return the transformers config.json for a model whose hub folder has the config `source`.
 
     The vision tower ends at the last computed block, whose output is the image feature.
     """
@@ -91,7 +91,7 @@ def _check(cfg: ModelConfig, missing: str | None) -> None:
 
 
 def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """Extend an embedding or output head to `size` rows; each new row is the mean of the others.
+    """Extend an embedding or output head to `size` rows; each new row is the mean of the existing ones.
 
     The logit of a new word is then the mean of all logits, so it is never the largest.
     """

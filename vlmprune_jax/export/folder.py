@@ -44,7 +44,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the content of a folder for `target`, with weights in `storage` if it holds them, else plain."""
+    """Return the content of the folder `target`; `storage` encodes the weights that it can hold, others stay plain."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if storage is not None:
         settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
@@ -64,7 +64,7 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
 def make_tensors(
     model: Model, target: Target, source: Checkpoint, dtype: str, storage: Storage | None = None
 ) -> list[Tensor]:
-    """Return every tensor of the new folder, with blocks padded to those of the target.
+    """Return all tensors of the new folder, with layers zero-padded to the target's widths.
 
     In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow, in
     the same dtype.
@@ -120,7 +120,7 @@ def _weight(
     new: ModelConfig,
     flat: Mapping[str, Any],
 ) -> Tensor:
-    """Return one tensor of the new folder from its parameters, as pairs (slot in the model, slot in the folder)."""
+    """Return one tensor of the new folder, made from its parameters (pairs of slots in the model and in the folder)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -148,7 +148,7 @@ def _converted(key: str, entry: StoredWeight, dtype: str) -> Tensor:
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
-    """Return the weights that the stock tower class declares but never uses."""
+    """Return weights that the stock tower class declares but never uses; loading needs them."""
     tensors = []
     for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
         fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
@@ -157,7 +157,7 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
 
 
 def _carried(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
-    """Return the tensors of the source that are not computed with, except those of removed layers.
+    """Return source tensors that no forward pass uses, to be copied unchanged, except those of removed layers.
 
     Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
     """
@@ -184,7 +184,7 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
 def make_storage(
     cfg: ModelConfig, family: Family, quantize: str, group_size: int | None, symmetric: bool
 ) -> CompressedTensors:
-    """Return the storage format for a folder with the widths of `cfg`.
+    """Return the integer storage format for a folder whose layers have the widths of `cfg`.
 
     Without `group_size`, 8 bits have one scale per row, and 4 bits the largest size that divides every row. If no size
     does, 4 bits use the smallest one, and rows that it does not divide stay plain.
@@ -215,7 +215,7 @@ def make_storage(
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
-    """Return the text on integers for a folder's card; `cfg` and `family` are those of the folder."""
+    """Return the card's text on quantised weights; `cfg` and `family` are those of the folder."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     parts = [
         f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}. Transformers needs "
@@ -237,6 +237,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the slots of the matrices in the decoder's layers."""
+    """Return the slots of all weight matrices in the decoder's layers."""
     slots = make_slots(cfg, family)
     return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # configs import the options of formats, and load without jax
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of an exported model.
+    """Where an exported model comes from: folder, name, vision tower.
 
     Attributes:
       folder: folder of its configs and tokenizer.
@@ -37,7 +37,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Contents:
-    """Content of an export, before anything is written.
+    """Content of an export that is ready to be written.
 
     Attributes:
       tensors: every tensor, in the order in which `write` fetches them: their bytes must fit on the disk, and processes
@@ -52,7 +52,7 @@ class Contents:
 
 
 class Comparison(TypedDict):
-    """Result of comparing a written model with the model in memory."""
+    """Logit comparison of a written model with the model in memory."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -61,7 +61,7 @@ class Comparison(TypedDict):
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squares float64[in] of the inputs of each matrix in a decoder's layers, by the name of its slot.
+    """Mean squared inputs, float64[in], of each matrix in the decoder's layers, by slot name.
 
     `rows` and `tokens` are the numbers of calibration records and tokens.
     """
@@ -73,7 +73,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A value that the export stage computes from calibration records and passes to the format.
+    """Declaration of a value that the export stage computes from calibration records for a format.
 
     Attributes:
       option: the option that receives the value.
@@ -88,7 +88,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Format:
-    """An export format. Add one by assignment: `vp.formats["mine"] = vp.Format(...)`.
+    """Export format; `vp.formats["mine"] = vp.Format(...)` adds one.
 
     Attributes:
       options: frozen dataclass of `core.checks.setting` fields: keywords of `save`, and settings `export.NAME` of a
@@ -112,11 +112,11 @@ class Format:
 
     @property
     def quantizations(self) -> tuple[str, ...]:
-        """Values of the option `quantize`."""
+        """Allowed values of the format's option `quantize`."""
         declared = settings_of(self.options).get("quantize")
         return ("none",) if declared is None else declared.names()
 
     @property
     def file(self) -> Path | None:
-        """The user's file that defines the format, or None for a built-in one."""
+        """The user's source file that defines the format; None for a built-in format."""
         return file_of_users(self.prepare)

@@ -16,32 +16,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """Options of GGUF files."""
+    """Options of the export to GGUF files."""
 
     uneven: str = export_setting(
         "per_layer",
-        'Layers of unequal width: "per_layer" writes true sizes if an architecture of llama.cpp has them.',
+        'Storage of layers of unequal width: "per_layer" writes their true sizes, if a llama.cpp architecture allows '
+        "it.",
         choices="export.uneven:UNEVEN",
     )
     dtype: str = export_setting(
         "bfloat16",
-        'Data type of the exported weights; "source" takes that of the embedding.',
+        'Data type of the exported weights; "source" uses that of the source\'s embedding.',
         choices="core.weight_files:WRITTEN",
     )
     quantize: str = export_setting(
         "none",
-        "Type of the decoder's matrices, in blocks of 32 values of a row.",
+        "Quantisation type of the decoder's matrices, in blocks of 32 values along a row.",
         choices=("none", "q8_0", "q5_1", "q4_0"),
     )
     rolled_positions: bool = export_setting(
         False,
-        "GGUF: write the tower's position table for builds of llama.cpp that put its class token last "
-        "(ggml-org/llama.cpp#25814); wrong for all others.",
+        "GGUF: write the tower's position table for llama.cpp builds that put the class token last "
+        "(ggml-org/llama.cpp#25814); wrong for all other builds.",
     )
     imatrix: bool | Importance = export_setting(
         False,
-        "GGUF without quantisation: also write the file for `llama-quantize --imatrix`: mean squares of the inputs of "
-        "each matrix on the calibration records of `reconstruct`. In Python the result of `vp.importance`.",
+        "GGUF without quantisation: also write an importance file for `llama-quantize --imatrix`, with the mean "
+        "squared inputs of each matrix on the calibration records of `reconstruct`. In Python, pass the result of "
+        "`vp.importance`.",
     )
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class GgufOptions:
 
 
 def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
-    """Return the content of the files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
+    """Return the content of the GGUF files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
     from vlmprune_jax.export.gguf_file import (  # imports jax, like all that reads a model
         gguf_loading,
         imatrix_file,
@@ -79,7 +81,7 @@ def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
 
 
 def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
-    """Read the files back, load them in llama.cpp if it is installed, and compare logits with the model's."""
+    """Read the written files back, load them in llama.cpp if installed, and compare logits with the model's."""
     from vlmprune_jax.export.gguf_check import check_gguf
 
     return check_gguf(
@@ -88,7 +90,7 @@ def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> C
 
 
 def calibration(options: GgufOptions) -> Calibration | None:
-    """Return the calibration for imatrix=True, or None."""
+    """Return the calibration that `imatrix=True` needs, or None."""
     return Calibration("imatrix", "importance", {}) if options.imatrix is True else None
 
 

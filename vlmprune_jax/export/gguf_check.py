@@ -136,7 +136,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
 
 
 def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
-    """Return {text: tokens} for texts cut to the model's context."""
+    """Return {text: token ids} of sample texts, shortened to the model's context."""
     longest, tokens = min(_CONTEXT, context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:
         while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
@@ -150,12 +150,12 @@ def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
 
 
 def _gap(logprobs: dict[int, float], reference: dict[int, float]) -> float:
-    """Return the largest difference from `reference` over its likeliest tokens, or 0.0 if it is empty."""
+    """Return the largest log-probability difference from `reference` over its likeliest tokens; 0.0 if it is empty."""
     return max((abs(logprobs.get(k, -np.inf) - value) for k, value in [*reference.items()][:_LIKELIEST]), default=0.0)
 
 
 def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
-    """Return llama.cpp's likeliest next tokens for prompts, each a text or a list of token ids."""
+    """Return the likeliest next tokens by llama.cpp for each prompt, a text or a list of token ids."""
     command, request = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
     process = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS)
     lines = process.stdout.decode(errors="replace").strip().splitlines()
@@ -172,7 +172,7 @@ def _decoder(folder: Path) -> Path:
 
 
 def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
-    """Return the model in GGUF files that `save` wrote for `cfg`, in float32, and the types of their tensors."""
+    """Return the float32 model in GGUF files that `save` wrote for `cfg`, and the types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

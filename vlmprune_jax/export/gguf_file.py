@@ -27,7 +27,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a file with one tensor in memory at a time; every block is read back and compared."""
+    """Write a GGUF file with one tensor in memory at a time; every block is read back and compared."""
     with CheckedFile(folder / content.name) as file:
         header = _header(content, folder)
         file.write(header + bytes(-len(header) % _ALIGNMENT))
@@ -39,7 +39,7 @@ def write_gguf(content: GgufFile, folder: Path) -> None:
 
 
 def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return all bytes before the tensors (gguf can only write them to a file, which would not be verified)."""
+    """Return all bytes before the tensors (the gguf library can only write them to a file, without verification)."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -63,7 +63,7 @@ def _header(content: GgufFile, folder: Path) -> bytes:
 
 
 def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
-    """Return the section "Loading"; `cfg` is the model before padding, `imatrix` the importance file, if any."""
+    """Return the card's section "Loading"; `cfg` is the unpadded model, `imatrix` the importance file or None."""
     text, tower = files[0], files[1] if len(files) > 1 else None
     names = f"-m {text.name}" + (f" --mmproj {tower.name}" if tower else "")
     rows = [f"| `{file.name}` | {file.architecture} | {_types(file)} |" for file in files]
@@ -91,7 +91,7 @@ def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile 
 
 
 def _k_quants(name: str, imatrix: GgufFile | None) -> str:
-    """Return the instructions for k-quants, which llama.cpp's own tool makes."""
+    """Return the card's instructions for making k-quants with llama.cpp's own tool."""
     base = name.rpartition("-")[0]
     if imatrix is None:
         return (
@@ -112,7 +112,7 @@ def _types(file: GgufFile) -> str:
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
-    """Return the importance file for a GGUF file `model` of a model with `cfg`, padded if `uneven` is "pad"."""
+    """Return the importance file for the GGUF file `model`; padded layers if `uneven` is "pad"."""
     architecture, wide = fit(cfg, uneven)
     family = family_of(cfg)
     here = under_names(family, "text", architecture.tensors)
@@ -142,7 +142,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:
-    """Return the channel means of a padded matrix, with zeros for padded channels."""
+    """Return the mean squared inputs of a padded matrix, with zeros for its padded channels."""
     if before.shape == after.shape:
         return mean
     assert before.layer is not None

@@ -25,7 +25,7 @@ _BLOCK = 32  # values of a row per block in kernels of llama.cpp
 
 
 def file_type(label: str) -> JsonDict:
-    """Return the metadata that names the type of most tensors."""
+    """Return the GGUF metadata that names the type of most tensors."""
     from gguf import LlamaFileType
 
     name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
@@ -33,7 +33,7 @@ def file_type(label: str) -> JsonDict:
 
 
 def text_fields(cfg: ModelConfig) -> JsonDict:
-    """Return the shapes and hyper-parameters of the decoder."""
+    """Return the decoder's GGUF metadata: shapes and hyper-parameters."""
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
@@ -75,12 +75,12 @@ def text_fields(cfg: ModelConfig) -> JsonDict:
 
 
 def context_length(text: TextConfig) -> int:
-    """Return the longest context that llama.cpp computes exactly: it has no sliding window."""
+    """Return the longest context that llama.cpp computes exactly (it ignores sliding windows)."""
     return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
 
 
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
-    """Return mean and standard deviation of pixels, from the folder's image processor if the family uses it."""
+    """Return mean and standard deviation for pixels, from the folder's image processor if it has one."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
@@ -92,7 +92,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """Return the limits on image size or number of tiles, for families that cut images (see `tower_fields`)."""
+    """Return GGUF metadata that limits image size or number of tiles, for families that cut images."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
@@ -110,7 +110,7 @@ def cut(family: Family, source: Path) -> JsonDict:
 
 
 def _patching(source: Path) -> Patching:
-    """Return the patch settings of images of any size."""
+    """Return the patch settings of a folder whose images have any size."""
     processor = _processor(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
@@ -118,20 +118,20 @@ def _patching(source: Path) -> Patching:
 
 
 def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
-    """Return the settings of a folder's image processor and their file, or None without one."""
+    """Return the settings of a folder's image processor and their file; None without an image processor."""
     settings = processor_settings(source)
     return None if settings is None else (checked_processor(*settings), settings[1])
 
 
 def title(name: str, tokenizer: Any) -> str:
-    """Return the model's name, containing "Phi-3" exactly if its tokenizer strips spaces as Phi-3's does."""
+    """Return the model's name; it contains "Phi-3" exactly if the tokenizer strips spaces as Phi-3's does."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
-    """Return the differences of llama.cpp's decoder."""
+    """Return remarks for the card: how llama.cpp's decoder differs from the model."""
     remarks = []
     if context_length(text) < text.max_positions:
         remarks.append(
@@ -158,7 +158,7 @@ _FAULT = "builds of llama.cpp that put the class token after the patches (#25814
 
 
 def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
-    """Return the differences of llama.cpp's tower; `rolled` means positions for builds with the fault below."""
+    """Return remarks for the card: how llama.cpp's tower differs; `rolled` is the setting `rolled_positions`."""
     remarks = []
     if vision_of(cfg).class_token and rolled:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")

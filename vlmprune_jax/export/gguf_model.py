@@ -59,7 +59,7 @@ ROTATED = ("attn_q", "attn_k")
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One GGUF file to write.
+    """Tensors and metadata of one GGUF file to write.
 
     Attributes:
       fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
@@ -76,7 +76,7 @@ class GgufFile:
 
     @property
     def unquantised(self) -> tuple[str, ...]:
-        """Decoder matrices that stay in F16 because their rows are not whole blocks."""
+        """Names of decoder matrices that stay F16, because their rows are not multiples of a block."""
         quantised = any(tensor.dtype.startswith("Q") for tensor in self.tensors)
         return tuple(tensor.key for tensor in self.tensors if quantised and tensor.dtype == "F16")
 
@@ -84,7 +84,7 @@ class GgufFile:
 def make_gguf(
     model: Model, source: Path, *, name: str, uneven: str, dtype: str, quantize: str, rolled_positions: bool = False
 ) -> list[GgufFile]:
-    """Return the files of a model: `NAME-TYPE.gguf`, and `mmproj-NAME-f16.gguf` of a vision-language model.
+    """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
 
     `source` is its folder, for tokenizer, template, image statistics and licence; other arguments are as in `save`.
 
@@ -119,7 +119,7 @@ def make_gguf(
 def _tower(
     model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
 ) -> GgufFile:
-    """Return the file of tower and projector, in F16 or F32, the only types that its convolution supports."""
+    """Return the GGUF file of tower and projector, in F16 or F32, the only types that the convolution supports."""
     vision = vision_of(wide)
     plain = plain if plain == "F32" else "F16"
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
@@ -138,7 +138,7 @@ def _tower(
 
 
 def _copies(filters: Tensor) -> list[Tensor]:
-    """Return one tensor per image copy of patch filters [vision, channel, copy, row, column]."""
+    """Split patch filters [vision, channel, copy, row, column] into one tensor per copy (frame)."""
     vision, channels, copies, *sides = filters.shape
 
     def filters_of(number: int) -> Tensor:
@@ -149,12 +149,12 @@ def _copies(filters: Tensor) -> list[Tensor]:
 
 
 def copy_of(number: int) -> str:
-    """Return the key of the patch filters of one image copy."""
+    """Return the GGUF key of the patch filters of one copy (frame)."""
     return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
-    """Return the llama.cpp architecture that holds a model, and the model padded to it if `uneven` is "pad"."""
+    """Return the llama.cpp architecture that can hold a model, and the model (zero-padded if `uneven` is "pad")."""
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
         raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")
@@ -190,7 +190,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
 
 
 def support(cfg: ModelConfig) -> str:
-    """Describe the support of llama.cpp for pruned copies of a model."""
+    """Describe which pruned copies of a model llama.cpp can load."""
     try:
         architecture, _ = fit(cfg, "pad")
     except UserError as error:
@@ -233,7 +233,7 @@ def _tensors(
     quantize: str = "none",
     interleaved: bool = False,
 ) -> list[Tensor]:
-    """Return the tensors of one part of the model, under llama.cpp's names and at the widths of `wide`."""
+    """Return the tensors of one part of the model under llama.cpp's names, padded to the widths of `wide`."""
     flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
@@ -245,7 +245,7 @@ def _tensors(
 
 
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
-    """Return the family with one part's weights under llama.cpp's names, without batch axes."""
+    """Return the family with one part's weights renamed as in llama.cpp, and without axes of size 1."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         lines = []
@@ -261,7 +261,7 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
-    """Return the type of a tensor: F32 for vectors and positions, at least 8 bits for embeddings and head."""
+    """Return the GGML type of a tensor: F32 for vectors and positions, at least 8 bits for embeddings and head."""
     if len(shape) == 1 or key.startswith("v.position_embd"):
         return "F32"
     if quantize == "none":
@@ -280,7 +280,7 @@ def _tensor(
     flat: Mapping[str, Any],
     interleaved: bool,
 ) -> Tensor:
-    """Return one tensor from its parameters, as pairs (slot in the model, slot in the file)."""
+    """Return one GGUF tensor, made from its parameters (pairs of slots in the model and in the file)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -296,14 +296,14 @@ def _tensor(
 
 
 def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
-    """Interleave the two halves of each head in an array [heads, head, ...]; `back` inverts this."""
+    """Interleave the two halves of each head in an array [heads, head, ...]; `back=True` undoes this."""
     heads, head, *rest = array.shape
     halves = (head // 2, 2) if back else (2, head // 2)
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
 def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
-    """Return a tensor that is encoded in groups of rows, so that float copies of it stay small."""
+    """Return a tensor whose rows are encoded in groups, so that little of it is in memory as floats."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     rows, width = int(np.prod(shape[:-1])), shape[-1]
@@ -323,7 +323,7 @@ def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """Return the bytes of float[rows, width] in a GGML type."""
+    """Encode float[rows, width] in a GGML type and return the bytes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -336,7 +336,7 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return llama.cpp's tensors that are not parameters of the model: rotary factors, and an untied head."""
+    """Return tensors that llama.cpp needs and the model lacks as parameters: rotary factors, an untied head."""
     arrays: dict[str, np.ndarray] = {}
     if text.rope.kind == "llama3":
         plain = dataclasses.replace(text.rope, kind="default")

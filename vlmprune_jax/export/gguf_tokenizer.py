@@ -41,7 +41,7 @@ _SPACED: tuple[tuple[Any, Any, bool], ...] = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokenizer for llama.cpp.
+    """Tokenizer in GGUF's form: tokens, scores, types, merges and special tokens.
 
     Attributes:
       fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
@@ -55,7 +55,7 @@ class Vocabulary:
 
 
 def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabulary:
-    """Return the tokenizer of a folder, padded to the model's vocabulary.
+    """Return a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
 
     Raises:
       UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
@@ -92,7 +92,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
 
 
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
-    """Return text and type of every id; ids without a token are unused rows of the embedding."""
+    """Return the text and type of every id; ids without a token are unused embedding rows."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
     added = {token["id"]: token for token in content.get("added_tokens") or ()}
     texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
@@ -115,7 +115,7 @@ def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[i
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Return the scores of tokens: SentencePiece merges the best score first, so minus the rank of the first merge."""
+    """Return the tokens' scores for SentencePiece, which merges the best score first: minus the rank of the merge."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -123,7 +123,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _check_spaced(content: JsonDict, where: str) -> bool:
-    """Return True if a SentencePiece-like tokenizer puts a space mark before a text."""
+    """Return True if a SentencePiece-like tokenizer puts a space mark before each text; refuse other variants."""
     rules = [content.get("normalizer"), content.get("pre_tokenizer")]
     for *known, prefix in _SPACED:
         if rules == known:
@@ -135,7 +135,7 @@ def _check_spaced(content: JsonDict, where: str) -> bool:
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
-    """Return the steps of a pre_tokenizer as texts to compare with llama.cpp's; an unknown step is its JSON."""
+    """Return the pre-tokenizer's steps as texts, to compare with llama.cpp's; unknown steps as their JSON."""
     kind = None if step is None else step.get("type")
     if step is None:
         yield "none"
@@ -156,7 +156,7 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
 
 
 def _pre(content: JsonDict, fast: Any, where: str) -> str:
-    """Return llama.cpp's name for the rules of a byte-level tokenizer."""
+    """Return llama.cpp's name for the pre-tokenizer rules of a byte-level tokenizer."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
@@ -176,7 +176,7 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
-    """Return True if a tokenizer without merges gives the same ids under the rules of `OF_WORDS`."""
+    """Return True if a tokenizer without merges gives the same ids under llama.cpp's rules `OF_WORDS`."""
     from tokenizers import Tokenizer
 
     split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
@@ -191,7 +191,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
 
 
 def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
-    """Return the ids of special tokens, and flags for those that are added to every text."""
+    """Return metadata with the ids of special tokens, and flags for those that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
     unknown = content["model"].get("unk_token")
@@ -229,7 +229,7 @@ def drops_white_space(tokenizer: Any) -> bool:
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
-    """Return the chat template of a transformers folder, else the family's, without image markers.
+    """Return the chat template of a transformers folder, or else the family's, without image tokens.
 
     llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
     """

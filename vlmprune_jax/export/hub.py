@@ -18,7 +18,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload to the hub: address, names of the files and their bytes. `done` is False for a dry run."""
+    """An upload to the hub: its address, and names and bytes of the files; `done` is False for a dry run."""
 
     url: str
     files: tuple[str, ...]
@@ -62,7 +62,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
 
 
 def check_upload(repo_id: str, base_model: str | None, license: str | None) -> None:
-    """Refuse an upload that cannot work: without a token, base model or license, or where the hub is switched off."""
+    """Refuse an upload that must fail: no token, no base model or license, or the hub is switched off."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE or get_token() is None:
@@ -74,7 +74,7 @@ def check_upload(repo_id: str, base_model: str | None, license: str | None) -> N
 
 
 def check_card(folder: Path) -> str:
-    """Return the text of a folder's model card, whose metadata the hub can read."""
+    """Return a folder's model card after checking that the hub can read its metadata."""
     from huggingface_hub import ModelCard
 
     path = folder / "README.md"

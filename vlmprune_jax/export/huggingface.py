@@ -17,31 +17,33 @@ LAYOUTS = ("source", "transformers")
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Options of a Hugging Face folder."""
+    """Options of the export to a Hugging Face folder."""
 
     layout: str = export_setting(
         "source",
-        'Layout of keys and config: "source" keeps that of the input, "transformers" converts to the stock class.',
+        'Layout of weight names and config: "source" keeps the source folder\'s, "transformers" converts to that '
+        "of the stock class.",
         choices=LAYOUTS,
     )
     uneven: str = export_setting(
         "per_layer",
-        'Layers of unequal width: "per_layer" writes true sizes (Hugging Face folders include the PyTorch file that '
-        'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
+        'Storage of layers of unequal width: "per_layer" writes their true sizes (a Hugging Face folder then includes '
+        'the PyTorch file that loads it), "pad" adds zero heads and neurons (same function, no savings), "refuse" '
+        "stops with an error.",
         choices="export.uneven:UNEVEN",
     )
     dtype: str = export_setting(
         "bfloat16",
-        'Data type of the exported weights; "source" keeps that of the input.',
+        'Data type of the exported weights; "source" keeps that of the source folder.',
         choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(
-        None, "Storage format for the weights that it can hold, such as the result of `vp.gptq`.", offered=False
+        None, "Encoder of the weights that it can hold, such as the result of `vp.gptq`.", offered=False
     )
 
 
 def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    """Return the content of the folder."""
+    """Return the content of the Hugging Face folder."""
     from vlmprune_jax.export.folder import folder_contents  # imports jax, like all that reads a model
     from vlmprune_jax.export.target import make_target
 
@@ -50,7 +52,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
 
 
 def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    """Reload the folder in PyTorch, or in JAX, and compare its logits with the model's."""
+    """Reload the folder in PyTorch, or in JAX without it, and compare its logits with the model's."""
     from vlmprune_jax.export.reload import check_export
 
     return check_export(model, folder, vision_dir=origin.vision_dir)

@@ -19,7 +19,7 @@ ROUNDINGS = ("nearest", "gptq")
 
 @dataclass(frozen=True)
 class IntegerOptions(FolderOptions):
-    """Options of a folder of integers."""
+    """Options of the export to a quantised Hugging Face folder."""
 
     quantize: str = export_setting(
         "none",
@@ -28,16 +28,16 @@ class IntegerOptions(FolderOptions):
     )
     group_size: int | None = export_setting(
         None,
-        "Number of values in a row that share a scale, 128, 64 or 32, for w8a16 and w4a16 (None = the whole row with 8 "
-        "bits, the largest that divides every row with 4 bits).",
+        "Number of values along a row that share a scale, 128, 64 or 32, for w8a16 and w4a16 (None = the whole row "
+        "with 8 bits; with 4 bits the largest that divides every row).",
         unit="values",
         least=1,
     )
     symmetric: bool = export_setting(True, "Quantise without zero points (False adds zero points to w8a16 and w4a16).")
     rounding: str = export_setting(
         "nearest",
-        'Rounding to integers: to the nearest, or by GPTQ ("gptq", smallest error on the calibration records of '
-        "`reconstruct`).",
+        'Rounding of weights to integers: to the nearest ("nearest"), or by GPTQ, which minimises the error on the '
+        'calibration records of `reconstruct` ("gptq").',
         choices=ROUNDINGS,
     )
 
@@ -54,7 +54,7 @@ class IntegerOptions(FolderOptions):
 
 
 def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
-    """Return the content of the folder; its integers are those of `storage`, else rounded to the nearest."""
+    """Return the content of the folder; its integers come from `storage`, or from rounding to the nearest."""
     from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
     from vlmprune_jax.export.target import make_target
 
@@ -70,7 +70,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
 
 
 def calibration(options: IntegerOptions) -> Calibration | None:
-    """Return the calibration for rounding="gptq", or None."""
+    """Return the calibration that `rounding="gptq"` needs, or None."""
     names = ("quantize", "group_size", "symmetric", "dtype")
     settings = {name: getattr(options, name) for name in names}
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None

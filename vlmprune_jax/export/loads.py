@@ -21,7 +21,7 @@ _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection loca
 
 
 def why_not(cfg: ModelConfig, target: str) -> str | None:
-    """Return the reason why a model does not load at its true size in one of `TARGETS`, or None if it does."""
+    """Return the reason why one of `TARGETS` cannot load a model at its true size; None if it can."""
     one_of("loads_in", target, TARGETS)
     if target == "gguf":
         try:
@@ -45,13 +45,13 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if one of the targets loads the model, but not with fewer heads in the layers of a stack."""
+    """Return True if one of the targets can load the model, but not with fewer heads in this stack."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     return any(why_not(cfg, target) is None and why_not(fewer, target) is not None for target in targets)
 
 
 def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
-    """Refuse a pruned model that one of the targets does not load."""
+    """Refuse a pruned model that one of the targets cannot load at its true size."""
     for target in targets:
         reason = why_not(cfg, target)
         if reason is not None:
@@ -59,7 +59,7 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
-    """Return {target: {stack: {type of pruning: reason why the result does not load, or None}}}."""
+    """Return {target: {stack: {type of pruning: reason why the target cannot load the result, or None}}}."""
     copies: dict[str, Callable[[Stack], list[LayerShape]]] = {
         "fewer layers": lambda stack: list(stack.layers[: max(1, len(stack.layers) - 1)]),
         "neurons": lambda stack: [_cut(shape, neurons=1) for shape in stack.layers],
@@ -76,7 +76,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
-    """Return `why_not` of a model with other layers, or the reason why the model cannot exist."""
+    """Return `why_not` for the model with other layers, or the reason why such a model cannot exist."""
     try:
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
@@ -92,7 +92,7 @@ def _fewer_heads(stack: Stack) -> list[LayerShape]:
 
 
 def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
-    """Return a layer with fewer groups of heads and fewer neurons."""
+    """Return the layer shape with this many key/value head groups and neurons fewer."""
     groups = max(1, shape.kv_heads - heads)
     widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
     return shape.with_widths(*widths)

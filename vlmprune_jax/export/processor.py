@@ -16,7 +16,7 @@ from vlmprune_jax.hf.read import read_fields
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
-    """Write tokenizer, processor, chat template and generation config for a transformers processor class.
+    """Write tokenizer, processor, chat template and generation config in the form of a transformers processor.
 
     `source`, `cfg` and `config` are those of the hub layout; `tokenizer` is tokenizer.json with the new token.
     """
@@ -54,7 +54,7 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
 
 
 def chat_template(template: Template, image: str) -> str:
-    """Return the family's prompt (data/prompts.py `render`) as a Jinja template; `image` stands for one image.
+    """Return the family's prompt format (`render`) as a Jinja template; `image` is the text of one image.
 
     A message's content is a string or a list of image and text parts. The family's system text is used unless the first
     message is a system message.

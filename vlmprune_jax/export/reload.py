@@ -39,7 +39,7 @@ _ROWS, _TEXT_TOKENS = 2, 24
 
 
 def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
-    """Compare the logits of a written folder with the model's, on random text (and images), in float32.
+    """Reload a written folder and compare its float32 logits with the model's, on random text (and images).
 
     The folder is reloaded in PyTorch if torch is installed and stock transformers has its class, else in JAX. Weights
     written in a narrower dtype are compared with the model's rounded to it, and quantised folders with their decoded
@@ -85,7 +85,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
-    """Return float[rows, tokens], the largest difference of the logits at each position."""
+    """Return float[rows, tokens], the largest logit difference at each position."""
     words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
         raise UserError(f"{folder}: a padding row of the vocabulary has the largest logit: do not use this folder")
@@ -98,7 +98,7 @@ def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.nd
 
 
 def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
-    """Return float[rows, tokens], the largest change of logits if the last bit of every weight changes at random.
+    """Return float[rows, tokens], the largest logit change when the last bit of all weights changes at random.
 
     Needs memory for a second copy of the float32 weights.
     """
@@ -119,7 +119,7 @@ def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
-    """Return the model in float32 with every weight rounded to its dtype in the folder."""
+    """Return the model in float32, with weights rounded to their dtypes in the folder."""
     family, cfg = read_config(folder, tower)
     keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
     dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
@@ -132,7 +132,7 @@ def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
-    """Return the folder's model in float32 on the mesh of `written`; a tower that it does not hold is copied.
+    """Return the folder's model in float32 on the mesh of `written`; a missing tower is taken from `written`.
 
     The tower's own folder, `tower`, is read for its config only: its weights are not exported and may differ in dtype.
     """
@@ -147,7 +147,7 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
-    """Return inputs for comparisons: rows of random tokens, with one image each if the model has a tower.
+    """Return inputs for comparing logits: rows of random tokens, each with one image if the model has a tower.
 
     `image_start` is the token that the stock class requires before an image of any size.
     """
@@ -168,7 +168,7 @@ def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str,
 def _random_patches(
     cfg: ModelConfig, ids: np.ndarray, rng: np.random.Generator, image_start: int | None
 ) -> dict[str, Any]:
-    """Return rows with images of different sizes, wider and higher than a window of the tower."""
+    """Return rows with images of different sizes, some larger than a window of the tower."""
     vision = cfg.vision
     assert vision is not None
     assert cfg.image_token_id is not None
@@ -187,7 +187,7 @@ def _random_patches(
 
 
 def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
-    """Return the inputs with the folder's image token id, which differs in a converted layout."""
+    """Return the inputs with the folder's image token id, which a converted layout may have changed."""
     _, written = read_config(folder, tower)
     if written.image_token_id == cfg.image_token_id:
         return inputs
@@ -196,7 +196,7 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 
 
 def torch_loads(folder: Path, tower: Path | None) -> bool:
-    """Return True if torch is installed and transformers has a class that computes the folder exactly."""
+    """Return True if torch is installed, and transformers has a class that computes the folder's model exactly."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
@@ -216,7 +216,7 @@ def _decodes() -> bool:
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
-    """Return the class for a folder with this config: of transformers, or of our copy of the loader file."""
+    """Return the class that loads a folder with this config: stock transformers', or our copied loader file's."""
     import transformers
 
     name = loader_class(config)

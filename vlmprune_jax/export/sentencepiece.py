@@ -12,7 +12,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], where: str) -> bytes:
-    """Return the file with the kept pieces only, in their old order; scores and types are unchanged.
+    """Return a SentencePiece model file with only the kept pieces, in their old order, scores and types unchanged.
 
     Args:
       content: the file.
@@ -38,7 +38,7 @@ def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int
 
 
 def _trainer(content: bytes, size: int, new_ids: Mapping[int, int], where: str) -> bytes:
-    """Return the trainer_spec with the new size and ids; a special token that is dropped gets -1, "none"."""
+    """Return the trainer_spec with the new size and ids; a dropped special token gets id -1 ("none")."""
     kept = [raw for field, raw, _ in _fields(content, where) if field not in (_VOCAB_SIZE, *_IDS)]
     stated = {field: int.from_bytes(value, "little") for field, _, value in _fields(content, where) if field in _IDS}
     changed = [_number(_VOCAB_SIZE, size)]
@@ -49,7 +49,7 @@ def _trainer(content: bytes, size: int, new_ids: Mapping[int, int], where: str) 
 
 
 def _fields(content: bytes, where: str) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield (number, whole field, value) of a protobuf message; values of numbers are little-endian bytes."""
+    """Yield (number, field bytes, value) for each field of a protobuf message; integers are little-endian bytes."""
     at = 0
     try:
         while at < len(content):

@@ -31,18 +31,18 @@ _SAME_LAYOUT = (
 
 
 class Plan(Protocol):
-    """Prune plan that can be written as plan.json (`prune.PrunePlan`, which this room cannot import)."""
+    """Interface of a prune plan (`prune.PrunePlan`, which this package must not import)."""
 
     @property
     def vocabulary(self) -> Vocabulary | None: ...
 
     def to_json(self, path: Path) -> str:
-        """Write the plan to a file."""
+        """Write the plan to a JSON file."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Family, model and config.json of a folder to write.
+    """Family, model config and config.json of the folder to write.
 
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.
@@ -60,7 +60,7 @@ class Target:
 
 
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
-    """Return the target folder for a model that came from `source`.
+    """Return the target folder's family and configs for a model that was loaded from `source`.
 
     Raises:
       UserError: the source has another family, layers are unequal with uneven="refuse", or the layout cannot hold the
@@ -100,7 +100,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
-    """Refuse layers and towers that stock transformers cannot load at their true size."""
+    """Refuse layers of unequal width, or a tower, that stock transformers cannot load at their true size."""
     if not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
@@ -117,7 +117,7 @@ def _check_uneven(cfg: ModelConfig) -> None:
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
-    """Return the config with the dtype of the weights, under the name (`torch_dtype` or `dtype`) it uses."""
+    """Return config.json with the weights' dtype, in the field that it already uses (`torch_dtype` or `dtype`)."""
     if dtype == "source":
         return config
     result = dict(config)
@@ -129,7 +129,7 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
 
 
 def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) -> None:
-    """Write config.json, tokenizer, processor, chat template, generation config and PyTorch file of a model `cfg`."""
+    """Write all files but weights for a model `cfg`: config, tokenizer, processor, template, loader file."""
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
     if not target.converts:
@@ -141,7 +141,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
 
 
 def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
-    """Copy licence files, and write plan.json: `plan`, or else that of the source."""
+    """Copy licence files, and write plan.json: the plan passed, or else a copy of the source's."""
     _copy_files(source, folder, _ALWAYS)
     if plan is not None:
         plan.to_json(folder / "plan.json")

@@ -31,18 +31,18 @@ def read_tokenizer(folder: Path) -> JsonDict | None:
 
 
 def token_id(tokenizer: JsonDict, token: str) -> int | None:
-    """Return the id of a token, or None."""
+    """Return the id of a token, or None if the tokenizer lacks it."""
     return token_ids(tokenizer).get(token)
 
 
 def vocabulary_digest(tokenizer: JsonDict) -> str:
-    """Return 16 hex digits over the id and text of every token."""
+    """Return a digest (16 hex digits) of the ids and texts of all tokens."""
     listed = sorted((i, text) for text, i in token_ids(tokenizer).items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
-    """Return the tokenizer with a special token added, unless present, and the token's id."""
+    """Return the tokenizer with this special token (added if missing), and the token's id."""
     ids = token_ids(tokenizer)
     if token in ids:
         return tokenizer, ids[token]
@@ -52,7 +52,7 @@ def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
 
 
 def token_ids(tokenizer: JsonDict) -> dict[str, int]:
-    """Return the id of every token, added ones included."""
+    """Return {token: id} of a tokenizer, including added tokens."""
     vocab = tokenizer["model"]["vocab"]
     # Unigram lists [piece, score] pairs, in the order of their ids
     ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
@@ -60,14 +60,14 @@ def token_ids(tokenizer: JsonDict) -> dict[str, int]:
 
 
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
-    """Return True if only the start of a text gets a space mark, not text after a special token."""
+    """Return True if only the start of a text gets a space mark, not the text after a special token."""
     step = tokenizer.get("pre_tokenizer") or {}
     steps = [inner for inner in step.get("pretokenizers", [step]) if isinstance(inner, dict)]
     return any(inner.get("type") == "Metaspace" and inner.get("prepend_scheme") == "first" for inner in steps)
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
-    """Write tokenizer.json and its config; `named` are special tokens that the processor looks up by name.
+    """Write tokenizer.json and its config; `named` maps names used by the processor to special tokens.
 
     The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged: LlamaTokenizer of transformers 5 replaces
     its rules with its own, which differ from Phi-3's.

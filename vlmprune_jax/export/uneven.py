@@ -21,7 +21,7 @@ _PREFIX = "PerLayer"
 
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
-    """Return the smallest shape that holds every layer, with query heads in their groups.
+    """Return the smallest layer shape that can hold every layer, with equally many query heads per group.
 
     With `heads`, it has that many query heads if some group size of at least the largest allows it.
     """
@@ -34,13 +34,13 @@ def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape
 
 
 def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
-    """Return all layers at the widths of `widest`, each with its own sliding window."""
+    """Return all layers padded to the widths of `widest`; each keeps its own sliding window."""
     widths = widest(layers, heads).widths
     return tuple(shape.with_widths(*widths) for shape in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """Return the model with all stacks padded; a tower is padded to the full number of heads."""
+    """Return the config with all stacks padded; a tower's heads are padded to the full number."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
@@ -51,7 +51,7 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
 
 
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
-    """Widen a tensor with named `axes` from its width in the first to that in the second config, with zeros.
+    """Zero-pad a tensor along its named `axes`, from the widths in the first config to those in the second.
 
     A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
     attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
@@ -76,7 +76,7 @@ def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
-    """Return the config of a stock family with unequal layers, which names the class in the loader file.
+    """Return config.json of a model with unequal layers; it names the class in the loader file that loads it.
 
     Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
     factor per frequency of hidden_size / heads. The nominal counts, from which each layer is cut, are the next valid
@@ -98,7 +98,7 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
 
 
 def without_loader(config: JsonDict) -> JsonDict:
-    """Return the config for the stock class: the inverse of `with_loader`, or the config itself."""
+    """Return config.json for the stock class: undoes `with_loader`, other configs stay unchanged."""
     module = LOADER_FILE.removesuffix(".py") + "."
     result = dict(config)
     remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
@@ -112,12 +112,12 @@ def without_loader(config: JsonDict) -> JsonDict:
 
 
 def write_loader(folder: Path) -> None:
-    """Copy the loader file into the folder."""
+    """Copy the PyTorch file that loads unequal layers into the folder."""
     shutil.copyfile(_LOADER, folder / LOADER_FILE)
 
 
 def loader_class(config: JsonDict) -> str | None:
-    """Return the class in the loader file that loads a folder with this config, or None for a stock class."""
+    """Return the name of the loader file's class for a folder with this config; None if a stock class loads it."""
     module = LOADER_FILE.removesuffix(".py") + "."
     classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
     return classes[0].removeprefix(module) if classes else None

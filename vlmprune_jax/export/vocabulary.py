@@ -31,7 +31,7 @@ _ROWS = ("vocab_size", "vocab_size_per_layer_input")
 
 
 class Vocabulary(Protocol):
-    """Kept vocabulary of a plan (`prune.KeptVocabulary`, which this room cannot import)."""
+    """Interface of a plan's kept vocabulary (`prune.KeptVocabulary`, which this package must not import)."""
 
     @property
     def rows_before(self) -> int: ...
@@ -48,7 +48,7 @@ class Vocabulary(Protocol):
 
 @contextlib.contextmanager
 def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Yield the folder with tokenizer and configs of a model from `source`: a trimmed copy if the plan trims it.
+    """Yield a folder with tokenizer and configs for a model: `source`, or a trimmed copy if the plan trims tokens.
 
     Args:
       source: the folder that the model came from.
@@ -68,7 +68,7 @@ def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig)
 
 
 def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelConfig) -> None:
-    """Write all files of `source` but weights into `folder`, with the kept tokens and their new ids.
+    """Copy all files of `source` but weights into `folder`, with only the kept tokens and their new ids.
 
     Raises:
       UserError: the tokenizer is another than the plan's or cannot be trimmed, or a file has the id of a token that is
@@ -94,7 +94,7 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:
-    """Write every tokenizer file of the source with the kept tokens, without those that tokenizer.json replaces."""
+    """Write the source's tokenizer files with only the kept tokens, except those that tokenizer.json replaces."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
     fast = os.path.lexists(source / TOKENIZER)
@@ -121,7 +121,7 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
 
 
 def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
-    """Return vocab.json or merges.txt with the kept tokens."""
+    """Return the content of vocab.json or merges.txt with only the kept tokens."""
     if path.name == "vocab.json":
         ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
         return json.dumps(ids, ensure_ascii=False)
@@ -131,7 +131,7 @@ def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
 
 
 def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
-    """Return a tokenizer config with new ids in `added_tokens_decoder`, and special tokens without the dropped ones."""
+    """Return a tokenizer config with new ids in `added_tokens_decoder` and without dropped special tokens."""
     found = dict(config)
     for name, value in config.items():
         if name.endswith("special_tokens") and isinstance(value, list):
@@ -150,7 +150,7 @@ def _text_of(token: Any) -> Any:
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
-    """Return a JSON value with `change(field, id)` in place of the token ids in it.
+    """Return a JSON value with every token id replaced by `change(field, id)`.
 
     Ids that become None are left out of lists that may name dropped tokens; a sequence of bad words is left out whole.
     """
@@ -167,7 +167,7 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
 
 
 def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDict:
-    """Return a config file with new token ids and vocabulary sizes.
+    """Return a config file's content with new token ids and vocabulary sizes.
 
     Raises:
       UserError: it has the id of a token that is not kept.
@@ -194,7 +194,7 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
 
 
 def ids_in(config: JsonDict) -> dict[int, str]:
-    """Return the token ids in a config file, with the field of each, except those that may be dropped."""
+    """Return {token id: name of its field} for a config file, except ids that may be dropped."""
     found: dict[int, str] = {}
 
     def note(name: str, i: int) -> int:
@@ -207,7 +207,7 @@ def ids_in(config: JsonDict) -> dict[int, str]:
 
 
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
-    """Return config.json with the sizes and ids that it leaves to the defaults of its class, which are now wrong."""
+    """Return config.json with sizes and ids written out that equal its class's defaults, which no longer hold."""
     changed, section = dict(config), family_of(cfg).text_section
     for name, fields in (
         ("image_token_id", ("image_token_id", "image_token_index")),
@@ -229,7 +229,7 @@ def _write(path: Path, value: Any, indent: int | None = 2) -> None:
 
 
 def trim_tokenizer(content: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Return the content of tokenizer.json with the kept tokens only, renumbered in their old order."""
+    """Return the content of tokenizer.json with only the kept tokens, renumbered in their old order."""
     new = {old: i for i, old in enumerate(kept)}
     model = dict(content["model"])
     vocab = model["vocab"]
@@ -260,7 +260,7 @@ def _parts(merge: str | list[str]) -> tuple[str, str, str]:
 
 
 def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
-    """Return a post_processor with new ids: `special_tokens[...].ids`, and `cls`, `sep` as [text, id]."""
+    """Return a post_processor with new ids in `special_tokens[...].ids`, and in `cls` and `sep` as [text, id]."""
     if isinstance(step, list):
         return [_renumbered(part, new) for part in step]
     if not isinstance(step, dict):

@@ -49,7 +49,7 @@ def save(
     benchmarks: Sequence[Sequence[str]] = (),
     **options: Any,
 ) -> None:
-    """Write a model in an export format. The output appears whole or not at all.
+    """Write a model in an export format; the output folder appears only when it is complete.
 
     Process 0 writes. If arrays are split over processes, every process must call this function.
 
@@ -97,7 +97,7 @@ def _write(
     name: str | None,
     card: Mapping[str, Any],
 ) -> None:
-    """Write a model in the chosen format with its settings; `card` has arguments of `write_card`."""
+    """Write a model in the chosen format; `card` holds the arguments of `write_card`."""
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
@@ -137,7 +137,7 @@ def check_saved(
     plan: Plan | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare a folder that `save` wrote with the model, given the same arguments; every process must call it.
+    """Compare a folder that `save` wrote with the model, given equal arguments; all processes must call it.
 
     `vision_dir` is the vision tower's folder, for an original-layout LLaVA without its own.
 

@@ -14,7 +14,7 @@ from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Sto
 
 
 def decoder_of(model_type: str) -> Decoder:
-    """Return the decoder with this `model_type`.
+    """Return the decoder declaration with this `model_type`.
 
     Raises:
       UserError: the decoder is unknown; the message lists the known ones.
@@ -26,18 +26,18 @@ def decoder_of(model_type: str) -> Decoder:
 
 
 def layer_problem(text: TextConfig) -> str | None:
-    """Return why the decoder's transformers class cannot hold these layers, and what to do; None if it can."""
+    """Return why the decoder's transformers class cannot hold these layers, with advice; None if it can."""
     own = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
     return own[-1].problem(text) if own else None
 
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the TextConfig of a text config; absent fields take the defaults of its transformers class."""
+    """Return the TextConfig of a decoder's config dictionary; absent fields take the defaults of transformers."""
     return decoder_of(config.get("model_type", "llama")).from_hf(config)
 
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return `source` with every field that depends on the layers rewritten; the model type may change."""
+    """Return config `source` with all layer-dependent fields rewritten; the model type may change."""
     return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 

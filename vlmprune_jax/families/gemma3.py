@@ -69,7 +69,7 @@ _TEMPLATE = Template(
 
 
 def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
-    """Return transformers 5's `rope_parameters` of a config of either version: by type of layer."""
+    """Return `rope_parameters` by layer type, as transformers 5 writes them, from a config of either version."""
     nested = config.get("rope_parameters") or {}
     older = {
         _FULL: {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})},
@@ -107,7 +107,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a config that transformers 4 and 5 read; the types of the layers replace the pattern of 4.50."""
+    """Return a config that transformers 4 and 5 can read; lists layer types instead of the pattern of 4.50."""
     config, ropes = layers_to_hf(text, source), _ropes(source)
     config.pop("sliding_window_pattern", None)
     scaling = {name: value for name, value in ropes[_FULL].items() if name != "rope_theta"}
@@ -122,7 +122,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers cannot hold these layers, and what to do; None if it can."""
+    """Return why transformers cannot hold these layers, with advice; None if it can."""
     heads = {shape.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
     if not wrong:

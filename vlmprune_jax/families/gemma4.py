@@ -88,7 +88,7 @@ _TEMPLATE = Template(
 
 
 def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
-    """Return (head_dim, key/value heads) of layers without a window, in the spelling of the hub or of 5.24.
+    """Return (head_dim, key/value heads) of layers with full attention, as the hub's or 5.24's config spells them.
 
     Raises:
       UserError: `per_layer_config` gives layers of one type different heads, as stale entries do.
@@ -164,7 +164,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers cannot hold these layers, and what to do; None if it can."""
+    """Return why transformers cannot hold these layers, with advice; None if it can."""
     if text.layers[-1].window is not None:
         return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
     lacking = {shape.window for shape in text.layers} - {shape.window for shape in text.layers if not shape.shared}
@@ -178,7 +178,7 @@ def _problem(text: TextConfig) -> str | None:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a config that every version reads alike: without `per_layer_config`."""
+    """Return a config that all transformers versions read alike, without `per_layer_config`."""
     config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
     full = [shape for shape in text.layers if shape.window is None]
     local = [shape for shape in text.layers if shape.window is not None] or full

@@ -21,7 +21,7 @@ ENGINE = "llama_cpp"  # its name in `--backends`
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder architecture of llama.cpp, by its name in files (`general.architecture`).
+    """Decoder architecture of llama.cpp and its limits; named as in GGUF files (`general.architecture`).
 
     `tensors` maps a module in `params["text"]` to the tensor that holds it, both with the layer as `{i}`; modules that
     share a tensor are its rows, in order. Features of the architecture: `activations`, `ropes` (beside "default") and
@@ -45,7 +45,7 @@ class Architecture:
     own_head: bool = False
 
     def lacks(self, text: TextConfig) -> str | None:
-        """Return the feature of a decoder that this architecture cannot compute at any width, or None."""
+        """Return a decoder feature that this architecture does not implement; None if it implements all."""
         absent = [name for name in _BIASES if getattr(text, name) and name not in self.biases]
         if text.activation not in self.activations:
             return f"activation {text.activation} (it has {' or '.join(self.activations)})"
@@ -60,7 +60,7 @@ class Architecture:
         return None
 
     def misfit(self, text: TextConfig) -> str | None:
-        """Return the decoder widths that this architecture cannot hold but zero-padding would fix; None if it fits."""
+        """Return the layer widths that this architecture cannot hold without zero-padding; None if all fit."""
         if not (text.even or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.head_dim
@@ -195,12 +195,12 @@ def _vision_and_projector(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConf
 
 
 def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Return module in `params["vision"]` -> GGUF tensor that holds it, with the layer as `{i}`."""
+    """Return {module in `params["vision"]`: name of its GGUF tensor, with `{i}` for the layer}."""
     return _TOWER_TENSORS | _JOINED_QKV if _graph(cfg) == _DEEPSTACK else _TOWER_TENSORS
 
 
 def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Return module in `params["projector"]` -> GGUF tensor that holds it."""
+    """Return {module in `params["projector"]`: name of its GGUF tensor}."""
     vision, projector = _vision_and_projector(cfg)
     return _PROJECTORS[projector.kind] | {
         f"deepstack/{number}/{ours}": f"v.deepstack.{block}.{theirs}"
@@ -210,7 +210,7 @@ def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
-    """Return the feature of a tower or projector that llama.cpp cannot compute at any width; None if none."""
+    """Return a feature of tower or projector that llama.cpp does not implement; None if it implements all."""
     vision, projector = _vision_and_projector(cfg)
     wrong = {
         f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
@@ -226,7 +226,7 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
 
 
 def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
-    """Return unsupported features of a tower for images of one size -> True if the model has it."""
+    """Return {unsupported feature: True if the model has it} for towers with one image size."""
     vision, projector = _vision_and_projector(cfg)
     select = "patch" if vision.class_token else "full"
     wrong = {
@@ -248,7 +248,7 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def _patches_lack(vision: VisionConfig) -> dict[str, bool]:
-    """Return unsupported features of a tower for images of any size -> True if the model has it."""
+    """Return {unsupported feature: True if the model has it} for towers with images of any size."""
     whole = [i for i, shape in enumerate(vision.layers) if shape.window is None]
     sides = sorted({shape.window for shape in vision.layers if shape.window is not None})
     window = _WINDOW // vision.patch_size // vision.merge
@@ -263,18 +263,18 @@ def _patches_lack(vision: VisionConfig) -> dict[str, bool]:
 
 
 def _full_attention_period(vision: VisionConfig) -> int | None:
-    """Return n if exactly every n-th block has full attention and the others are windowed; else None."""
+    """Return n if exactly every n-th block has full attention and all others have windows; None otherwise."""
     whole, count = [shape.window is None for shape in vision.layers], len(vision.layers)
     return next((n for n in range(1, count + 2) if whole == [(i + 1) % n == 0 for i in range(count)]), None)
 
 
 def tower_misfit(vision: VisionConfig) -> str | None:
-    """Return the tower widths that llama.cpp cannot hold but zero heads would fix; None if the tower fits."""
+    """Return the tower widths that llama.cpp cannot hold without adding zero heads; None if all fit."""
     return None if vision.whole_heads else "a vision tower whose heads x head_dim differ from its width"
 
 
 def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Return GGUF metadata of a tower and its projector, by methods `add_NAME` of `gguf.GGUFWriter` or by key.
+    """Return GGUF metadata of tower and projector, by `add_NAME` methods of `gguf.GGUFWriter` or by key.
 
     `cut`: further metadata about the tiles or pieces that images are cut into.
     """

@@ -162,7 +162,7 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
-    """Return the tiling of a chat folder's config.json (the hub's code ignores preprocessor_config.json).
+    """Return the tiling in a chat folder's config.json (the hub's code ignores preprocessor_config.json).
 
     Raises:
       UserError: a field is missing or not a number.
@@ -186,7 +186,7 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """Return files of InternVLProcessor: images become tiles of the best-fitting grid, and a thumbnail.
+    """Return the files of InternVLProcessor, which cuts images into the best-fitting tile grid and adds a thumbnail.
 
     Raises:
       UserError: the config needs image processing that transformers does not have.

@@ -18,7 +18,7 @@ EPS = 1e-6  # of all norms in both towers, fixed in their code
 
 
 def square_side(positions: int) -> int:
-    """Return the side of a square position table.
+    """Return the side length of a square table of position embeddings.
 
     Raises:
       UserError: the number of positions is not a square.
@@ -30,7 +30,7 @@ def square_side(positions: int) -> int:
 
 
 def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
-    """Return the VisionConfig of a complete vision config; `traits` are further fields of VisionConfig.
+    """Return the VisionConfig of a complete vision config; `traits` are further VisionConfig fields.
 
     Raises:
       UserError: the heads do not divide the width, or the type of rotary embedding is not supported.
@@ -59,7 +59,7 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
 
 
 def window_side(config: Mapping[str, Any]) -> int:
-    """Return the side of an attention window in merged cells.
+    """Return the side of an attention window, counted in merged cells (one cell is one token).
 
     Raises:
       UserError: a window is smaller than one cell.
@@ -74,7 +74,7 @@ def window_side(config: Mapping[str, Any]) -> int:
 
 
 def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
-    """Return one shape per block: full attention in `fullatt_block_indexes`, windows in all others.
+    """Return one shape per block: full attention for `fullatt_block_indexes`, windowed attention for the others.
 
     Raises:
       UserError: an index is not a block number.
@@ -89,12 +89,12 @@ def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, .
 
 
 def typical_size(config: Mapping[str, Any], cells: int) -> int:
-    """Return the side in pixels of an image of `cells` merged cells per side."""
+    """Return the side in pixels of an image with `cells` merged cells per side."""
     return int(config["patch_size"]) * int(config["spatial_merge_size"]) * max(cells, 1)
 
 
 def check_out_size(config: Mapping[str, Any], text: TextConfig) -> None:
-    """Refuse a tower whose output width differs from the decoder's hidden size."""
+    """Refuse a tower whose output width is not the decoder's hidden size."""
     if int(config["out_hidden_size"]) != text.hidden_size:
         raise UserError(
             f"vision_config: out_hidden_size {config['out_hidden_size']} must be the decoder's hidden_size "
@@ -103,7 +103,7 @@ def check_out_size(config: Mapping[str, Any], text: TextConfig) -> None:
 
 
 def merger_of(vision: VisionConfig) -> ProjectorConfig:
-    """Return the merger of a tower; its activation is always the exact GELU."""
+    """Return the ProjectorConfig of a tower's patch merger, whose activation is always the exact GELU."""
     return ProjectorConfig(
         activation="gelu",
         bias=True,
@@ -116,7 +116,7 @@ def merger_of(vision: VisionConfig) -> ProjectorConfig:
 
 
 def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[str, Any]], VisionConfig]) -> JsonDict:
-    """Return `source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+    """Return config.json `source` with all fields rewritten that depend on the tower's layers.
 
     `read` returns the VisionConfig of a vision_config.
 
@@ -154,7 +154,7 @@ _MLP = {
 
 
 def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -> list[Weight]:
-    """Return weight lines of tower and mergers; `merger` names norm and layers of the last merger."""
+    """Return the weight lines of tower and mergers; `merger` names norm and layers of the last merger."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
     without_bias = without_bias if vision.norm == "rms" else set()
@@ -180,7 +180,7 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
-    """Return a decoder with M-RoPE; `default` is the class's own `mrope_section`."""
+    """Return the decoder config with M-RoPE; `default` is the `mrope_section` that the class uses by default."""
     sections = text.rope.sections or default
     return dataclasses.replace(text, rope=dataclasses.replace(text.rope, sections=sections, interleaved=interleaved))
 

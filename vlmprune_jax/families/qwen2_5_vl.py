@@ -106,7 +106,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def _nested(config: Mapping[str, Any]) -> JsonDict:
-    """Return a config.json with a text_config, as transformers 5 writes it; hub files have one flat section."""
+    """Return config.json with a text_config, as transformers 5 writes it; hub files have one flat section instead."""
     if config.get("text_config") is not None:
         return dict(config)
     outer = {name: value for name, value in config.items() if name in _OUTER}

@@ -57,7 +57,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
 
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
-    """Return the RopeConfig of LongRoPE (Ding et al. 2024); fields outside the rope dictionary have priority."""
+    """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); fields outside the rope dictionary win."""
     missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
     if missing:
         raise UserError(f"longrope: {', '.join(missing)} missing: add to rope_scaling in config.json")
@@ -83,14 +83,14 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: floa
 
 
 def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
-    """Return the rotated channels per head: `partial_rotary_factor` of them, rounded down as in transformers."""
+    """Return the number of rotated channels per head: `partial_rotary_factor` of all, rounded down."""
     nested = config.get("rope_parameters") or {}
     factor = nested.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     return int(head_dim * float(default if factor is None else factor))
 
 
 def for_both_versions(config: JsonDict) -> JsonDict:
-    """Return a decoder's config with `rope_parameters` also in transformers 4's spelling."""
+    """Return a decoder config whose `rope_parameters` are repeated in the spelling of transformers 4."""
     nested = config.get("rope_parameters")
     if not nested or "rope_theta" in config or "full_attention" in nested:  # by type of layer: only in version 5
         return config
@@ -104,7 +104,7 @@ def for_both_versions(config: JsonDict) -> JsonDict:
 
 
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return the fields that describe LongRoPE to a class that has no defaults for them."""
+    """Return LongRoPE's config fields for a class that has no defaults for them."""
     fields = {
         "rope_type": "longrope",
         "factor": rope.factor,

@@ -17,7 +17,7 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 def layers_from_hf(
     config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
 ) -> tuple[LayerShape, ...]:
-    """Return one shape per layer: the given equal widths, or the widths recorded per layer in the folder.
+    """Return one shape per layer: equal widths as passed, or the widths that config.json records per layer.
 
     Raises:
       UserError: the recorded widths and the config have different numbers of layers.
@@ -29,7 +29,7 @@ def layers_from_hf(
 
 
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
-    """Return each layer's sliding window in a Qwen config: by `layer_types`, or from `max_window_layers` on.
+    """Return each layer's sliding window in a Qwen config, from `layer_types` or `max_window_layers`.
 
     Raises:
       UserError: `layer_types` has a wrong number of layers or an unknown type of attention.
@@ -48,7 +48,7 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
 
 
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return `source` with every field that depends on the layers rewritten; unknown fields are kept."""
+    """Return config `source` with all layer-dependent fields rewritten; unknown fields are kept."""
     config = dict(source)
     q_heads, kv_heads, mlp = (max(column) for column in zip(*(shape.widths for shape in text.layers), strict=True))
     config.update(
@@ -70,7 +70,7 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
 
 
 def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, default: bool) -> bool:
-    """Return True if a vision-language model's output head is tied to the embeddings of decoder `text`.
+    """Return True if a vision-language model's output head shares its weights with the embeddings.
 
     Transformers 4 reads the decoder's flag, transformers 5 the outer one (`default` if absent).
     """
@@ -80,7 +80,7 @@ def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, defau
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bos, eos and pad ids as ModelConfig keywords; eos may be one id or a list."""
+    """Return the bos, eos and pad ids as keyword arguments of ModelConfig; eos may be one id or a list."""
     eos = config.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     return {

@@ -18,7 +18,7 @@ JsonDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor: its path in `params`, its Hugging Face key and its Hugging Face layout in einops notation.
+    """One weight line: path in `params`, Hugging Face key, and Hugging Face layout in einops notation.
 
     `{i}` in path and key is the layer number. Layouts use the named axes that modules declare, for example `"(q_heads
     head) embed"`.
@@ -29,13 +29,13 @@ class Weight:
     layout: str
 
     def at(self, i: int) -> Weight:
-        """Return the line of layer `i`."""
+        """Return the weight line with layer number `i` filled in."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder by its `model_type`, alone or inside a vision-language model.
+    """Declaration of a decoder by `model_type`, used alone or inside a vision-language model.
 
     `stock_class` is the transformers class that loads it alone. `from_hf(config)` returns a TextConfig whose `decoder`
     is the model type. `to_hf(text, source)` rewrites the fields that depend on the layers, and may change to another
@@ -61,7 +61,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class ProcessorFiles:
-    """Files of a transformers processor.
+    """Content of the files that a transformers processor is loaded from.
 
     `tokens`: special tokens that the processor reads from the tokenizer, by name. `image`: the token that stands for an
     image in a chat. `files`: JSON files by name; processor_config.json names the class.
@@ -168,21 +168,21 @@ class Family:
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:
-        """Return the table's spelling of a checkpoint key."""
+        """Return a checkpoint key in the spelling of the family's table."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
 
     def is_ignored(self, key: str) -> bool:
-        """Return True if a (canonical) key is known but not part of the computed model."""
+        """Return True if a (canonical) key is known, but no forward pass uses its tensor."""
         return self.is_dropped(key) or any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def is_dropped(self, key: str) -> bool:
-        """Return True if a (canonical) key is known but never written again."""
+        """Return True if a (canonical) key is known, but exports never include its tensor."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def text_config(self, config: Mapping[str, Any]) -> JsonDict:
-        """Return the part of a config.json that describes the decoder, or {} without one."""
+        """Return the section of config.json that describes the decoder; {} if there is none."""
         part = config if self.text_section is None else config.get(self.text_section)
         return dict(part) if isinstance(part, Mapping) else {}
 

@@ -9,7 +9,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 @dataclass(frozen=True)
 class Template:
-    """Text format of a conversation: `start`, the system text, then `role + gap + text + end` for each turn.
+    """Prompt format of a conversation: `start`, the system text, then `role + gap + text + end` for each turn.
 
     Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
     `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.
@@ -53,7 +53,7 @@ class Template:
     videos: str | None = None
 
     def image_text(self, image: ImageShape) -> str:
-        """Return the text of an image: one context token for all tiles, or one per tile with `tile_start`."""
+        """Return the text that stands for an image: one context token, or with `tile_start` one per tile."""
         assert self.image_tokens is not None
         whole, context = "".join(self.image_tokens), self.image_tokens[1]
         if image.slots == 1 or not (self.tile_start or self.crops):

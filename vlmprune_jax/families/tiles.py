@@ -15,7 +15,7 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 @dataclass(frozen=True)
 class ImageShape:
-    """Layout of one processed image: `rows` x `columns` pieces (1 x 1: the whole image), in `slots` of the batch.
+    """Grid of a prepared image, `rows` x `columns` pieces (1 x 1: undivided), and its number of `slots` in the batch.
 
     A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
@@ -28,12 +28,12 @@ class ImageShape:
     tokens: int = 0
 
     def positions(self, per_slot: int) -> int:
-        """Return the number of decoder positions; `per_slot` applies to images that all have one size."""
+        """Return the number of decoder positions of an image; `per_slot` is used if images have one size."""
         return self.tokens or per_slot * self.slots
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(frames, rows, columns) of patches, for images of any size."""
+        """Patch grid (frames, rows, columns), for images of any size."""
         return (1, self.rows, self.columns)
 
 

@@ -69,7 +69,7 @@ _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 def vision_from_hf(
     config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
 ) -> VisionConfig:
-    """Return the VisionConfig of a vision config, or of a whole CLIP or SigLIP config.
+    """Return the VisionConfig of a vision config, or of a complete CLIP or SigLIP config.
 
     Args:
       config: the config.
@@ -116,7 +116,7 @@ def vision_from_hf(
 def vision_to_hf(
     vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int] | None
 ) -> JsonDict:
-    """Return `source`, a whole config.json, with every field that depends on the tower's layers rewritten.
+    """Return config.json `source` with all fields rewritten that depend on the tower's layers.
 
     A pruned tower ends with its feature layer, which then is the last hidden state. `feature_layer` is the name and the
     default of the field with the feature layer; None for classes that always use the last.
@@ -143,7 +143,7 @@ def vision_to_hf(
 
 
 def equal_shape(vision: VisionConfig) -> LayerShape:
-    """Return the shape of all layers of a tower.
+    """Return the shape that all layers of a tower have, from its vision config.
 
     Raises:
       UserError: the layers have unequal widths, which no class loads.
@@ -157,13 +157,13 @@ def equal_shape(vision: VisionConfig) -> LayerShape:
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
-    """Return True if a model with this config.json lacks the tensor of a (canonical) key of its source."""
+    """Return True if this config.json says that the model lacks the tensor of a (canonical) key."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
 
 def check_unpruned(vision: VisionConfig, feature_layer: int) -> None:
-    """Refuse a pruned tower in a layout that leaves the tower in its own folder."""
+    """Refuse a pruned tower if the layout stores the tower in a separate folder."""
     total = vision.n_layers_total
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if len(vision.layers) != used or not vision.whole_heads:
@@ -189,7 +189,7 @@ def _check_internvit(config: Mapping[str, Any]) -> None:
 
 
 def _side(size: Any, name: str) -> int:
-    """Return the side of a square that a config gives as a number or as a pair."""
+    """Return the side of a square size, which a config gives as a number or as a pair."""
     sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
     if len(sides) != 1:
         raise UserError(f"vision tower: {name} {size} is not square")
@@ -253,12 +253,12 @@ _INTERNVL_KEYS = {
 
 
 def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
-    """Return weight lines of the computed part of a CLIP, SigLIP or SmolVLM tower under key `prefix`."""
+    """Return the weight lines of a CLIP, SigLIP or SmolVLM tower's used part, under key `prefix`."""
     return _tower_weights(vision, prefix, _CLIP_KEYS)
 
 
 def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
-    """Return weight lines of an InternViT's computed part, with hub names or (`native`) transformers' names."""
+    """Return the weight lines of an InternViT's used part, with hub names or (`native`) transformers' names."""
     return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
 
 
@@ -290,12 +290,12 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
 
 
 def first_axes(layout: str) -> str:
-    """Return the layout of a bias: the first axis group of its weight's layout."""
+    """Return the layout of a bias, which is the first axis group of its weight's layout."""
     return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
 
 
 def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
-    """Return weight lines of the projector; `names` are its layers in the files, first to last."""
+    """Return the projector's weight lines; `names` are its layers' names in files, first to last."""
     into = "shuffled" if projector.shuffles else "vision"
     layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
     if projector.kind == "pixel_shuffle":
@@ -311,19 +311,19 @@ def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str,
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:
-    """Return the projector of a config that has one."""
+    """Return the ProjectorConfig of a model that must have one."""
     assert cfg.projector is not None
     return cfg.projector
 
 
 def vision_of(cfg: ModelConfig) -> VisionConfig:
-    """Return the vision tower of a config that has one."""
+    """Return the VisionConfig of a model that must have one."""
     assert cfg.vision is not None
     return cfg.vision
 
 
 def stock_tower(vision: VisionConfig) -> JsonDict:
-    """Return transformers' vision_config for the computed part of a tower; its last block makes the feature."""
+    """Return transformers' vision_config for a tower cut after its feature layer."""
     shape = vision.layers[0]
     config = {
         "model_type": KINDS[vision.kind],
@@ -346,7 +346,7 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
 
 
 def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Return weights that the class of `stock_tower` has but never uses, as key -> (shape, value)."""
+    """Return {key: (shape, value)} of weights that the class of `stock_tower` has but never uses."""
     if vision.kind == "internvit":
         return {}
     # a norm after the last block; features are taken before it
@@ -355,5 +355,5 @@ def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ..
 
 
 def stock_tower_key(key: str, vision: VisionConfig) -> str:
-    """Return the spelling of a key that both transformers 4 and 5 load."""
+    """Return a tower key in a spelling that transformers 4 and 5 both load."""
     return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

@@ -23,7 +23,7 @@ PARTS = ("text", "projector", "vision")
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of one parameter in files and in `params`.
+    """Where one parameter is: its tensor and rows in files, and its path in `params`.
 
     Attributes:
       key: canonical key of the tensor in files.
@@ -49,13 +49,13 @@ class Slot:
 
     @property
     def part(self) -> str:
-        """Part of the model (see `PARTS`); for a layer, its stack."""
+        """Part of the model that the parameter belongs to (see `PARTS`); for a layer, the name of its stack."""
         return self.path.split("/")[0]
 
 
 @dataclass
 class Match:
-    """Match of a checkpoint with a model: canonical key -> key in the files, and problems.
+    """Result of matching a checkpoint with a model: {canonical key: key in the files}, and problems.
 
     `carried` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints with
     tied embeddings store as output head.
@@ -68,7 +68,7 @@ class Match:
 
 
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return a slot for every parameter, layer by layer, in the table's order.
+    """Return one slot per parameter, layer by layer, in the order of the family's table.
 
     Raises UserError if the family's table does not match the model's parameters.
     """
@@ -104,7 +104,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return the slots, with those of one key as consecutive rows of its tensor."""
+    """Return the slots, with row ranges that place slots of equal key one after the other in one tensor."""
     rows: Counter[str] = Counter()
     placed = []
     for slot in slots:
@@ -118,7 +118,7 @@ def _fused(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
-    """Group slots by tensor in the files, in the order of their rows."""
+    """Group slots by the tensor that holds them in files, in the order of their rows."""
     tensors: dict[str, list[Slot]] = {}
     for slot in slots:
         tensors.setdefault(slot.key, []).append(slot)
@@ -126,12 +126,12 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the elements of a tensor, in order, from its parameters."""
+    """Return the flat elements of a tensor in a file, made from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
-    """Return the shape of an einops side: `( q_heads head ) embed` -> (q_heads * head, embed)."""
+    """Return the shape that an einops side describes: `( q_heads head ) embed` -> (q_heads * head, embed)."""
     shape: list[int] = []
     inside: list[int] | None = None
     for token in tokens:
@@ -148,7 +148,7 @@ def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
 def match_keys(
     slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
 ) -> Match:
-    """Match the keys in the files with the slots of some parts; problems are collected, not raised.
+    """Match the keys in files with the slots of some parts of the model; collect problems instead of raising.
 
     Keys of other parts are ignored: they may come from another checkpoint.
     """
@@ -182,7 +182,7 @@ def match_keys(
 
 
 def refuse(problems: Sequence[str], family: Family, where: object) -> None:
-    """Raise one UserError that lists all problems, if there are any."""
+    """Raise one UserError that lists all problems; do nothing if there are none."""
     if not problems:
         return
     order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
@@ -194,7 +194,7 @@ def refuse(problems: Sequence[str], family: Family, where: object) -> None:
 
 
 def tied_head(cfg: ModelConfig, family: Family) -> str | None:
-    """Return the canonical key of the output head that a model with tied embeddings lacks, or None."""
+    """Return the canonical key of the output head that tied embeddings make unnecessary; None if they are not tied."""
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
@@ -202,20 +202,20 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a vision block is computed or beyond the tower, where all keys must be known."""
+    """Return True if a key's vision block is used, or does not exist, so that the key must be known."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
-    """Return the common prefix, up to the block number, of the canonical keys of a part's blocks."""
+    """Return the common prefix of the canonical keys of a part's blocks, up to the block number."""
     keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
     return next((key.split("{i}")[0] for key in keys), None)
 
 
 def block_number(name: str, prefix: str | None) -> int | None:
-    """Return the block number in a canonical key, -1 if it is not a number, or None outside blocks."""
+    """Return the block number in a canonical key: -1 if it is not a number, None if the key is outside blocks."""
     if prefix is None or not name.startswith(prefix):
         return None
     number = name[len(prefix) :].partition(".")[0]
@@ -223,5 +223,5 @@ def block_number(name: str, prefix: str | None) -> int | None:
 
 
 def template(key: str) -> str:
-    """Replace the block number of a key by `{}`; keys outside blocks are unchanged."""
+    """Return a key with its block number replaced by `{}`; keys outside blocks are unchanged."""
     return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

@@ -24,7 +24,7 @@ from vlmprune_jax.models.vlm import Model
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One weight of one layer in a file.
+    """One weight of one layer, still in its file; read on access.
 
     Attributes:
       stored: shape of the weight in the file.
@@ -41,7 +41,7 @@ class FileArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape with the picked indices only."""
+        """Shape after index selection."""
         sizes = list(self.stored)
         for axis, indices in self.picks:
             sizes[axis] = len(indices)
@@ -49,22 +49,22 @@ class FileArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype in the file."""
+        """Dtype of the weight in the file."""
         return WEIGHT_DTYPES[self.source.dtype]
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
-        """Return the weight with `indices` of an axis that was not picked from before."""
+        """Return the weight restricted to `indices` of an axis; each axis can be restricted once."""
         return replace(self, picks=(*self.picks, (axis, np.asarray(indices))))
 
     @property
     def extent(self) -> Extent | None:
-        """Byte range in the file, or None if it is not contiguous (picked or encoded)."""
+        """Byte range in the file; None if it is not contiguous (after selection, or encoded)."""
         if self.picks:
             return None
         return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
 
     def read(self) -> np.ndarray:
-        """Return the values, read from the file."""
+        """Read the values from the file."""
         # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
         array = bits.reshape(self.stored)
@@ -73,7 +73,7 @@ class FileArray:
         return array.view(self.dtype)
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Return the values at index arrays; nothing else is read."""
+        """Read only the values at these index arrays."""
         flat = np.ravel_multi_index(positions, self.stored)
         assert not self.picks, "elements index the weight as stored"
         return self.source.elements(self.first + flat)
@@ -84,24 +84,24 @@ class FileArray:
 
     @staticmethod
     def stack(members: Sequence[FileArray]) -> FileStack:
-        """Return a stack of weights, like `numpy.stack`."""
+        """Stack several weights along a new first axis, like `numpy.stack`."""
         return FileStack(tuple(members))
 
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """One weight of a run of equal layers, stacked as in `params`."""
+    """One weight of a run of equal layers, still in its files; shaped as in `params`, with a leading layer axis."""
 
     members: tuple[FileArray, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`[layer, ...]`."""
+        """Shape `[layer, ...]` of the stacked weight."""
         return (len(self.members), *self.members[0].shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype in the files (of the first layer)."""
+        """Dtype in the files, taken from the first layer."""
         return self.members[0].dtype
 
     def __getitem__(self, index: int) -> FileArray:
@@ -109,7 +109,7 @@ class FileStack:
 
 
 def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
-    """Return the model in a folder with `FileArray` and `FileStack` as arrays; only headers are read and checked.
+    """Return the model in a folder without reading weights: its arrays are `FileArray` and `FileStack`.
 
     `apply_plan` and `save` accept the model; it cannot compute. Raises UserError as `load` does, except for weights
     that are not finite (found when they are written).
@@ -120,7 +120,7 @@ def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
 
 
 def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> dict[str, Any]:
-    """Return `params` of file arrays."""
+    """Return `params` whose arrays stay in their files."""
     flat: dict[str, Any] = {}
     for slot in slots:
         array = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
@@ -135,7 +135,7 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
 
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
-    """Return an array, or entry `index` of a stack, in host memory; every process must call it for split arrays."""
+    """Return an array, or entry `index` of a stack, in host memory; all processes must call it for split arrays."""
     stored = _in_file(array, index)
     if stored is not None:
         return stored.read()
@@ -157,12 +157,12 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
 
 
 def is_split(array: Any) -> bool:
-    """Return True if no single process can read the whole array."""
+    """Return True if the array is sharded such that no single process can read all of it."""
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
-    """Return the byte range of arrays (or entries of stacks) that are consecutive in a file as written, or None."""
+    """Return the byte range of arrays (or stack entries) that are stored consecutively in a file; None if not."""
     arrays = [_in_file(*part) for part in parts]
     extents = [array.extent for array in arrays if array is not None and array.dtype == WEIGHT_DTYPES[dtype]]
     known = [extent for extent in extents if extent is not None]
@@ -171,7 +171,7 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def origin(array: Any, index: int | None) -> str | None:
-    """Return file and key of an array (or entry of a stack) that is read from a file, or None."""
+    """Return (file, key) of an array or stack entry that is still in a file; None for arrays in memory."""
     stored = _in_file(array, index)
     return None if stored is None else f"{stored.source.file}: tensor {stored.source.key}"
 

@@ -55,7 +55,7 @@ def load(
     mesh: Mesh | None = None,
     parts: Collection[str] = PARTS,
 ) -> Model:
-    """Load the model in a Hugging Face folder (or hub id).
+    """Load the model in a Hugging Face folder or with a hub id.
 
     Args:
       hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`), or a hub id.
@@ -84,7 +84,7 @@ def load(
 
 
 def resolve(name: str | Path) -> Path:
-    """Return a local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
+    """Return the path of a local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
 
     Raises UserError if the folder does not exist, and the hub has no such model or cannot be reached.
     """
@@ -159,7 +159,7 @@ def find_weights(
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
 ) -> Sources:
-    """Return the weights of some parts in the files; `vision_dir` supplies the tower of an original LLaVA or Bunny.
+    """Return the file weights of some parts of a model; `vision_dir` holds an original LLaVA's or Bunny's tower.
 
     Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
     """
@@ -181,7 +181,7 @@ def find_weights(
 
 
 def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
-    """Return True if two weights of equal shape have the same dtype and bits; they are read in pieces."""
+    """Return True if two weights of equal shape have equal dtype and bits; compares them in pieces."""
     size = math.prod(weight.shape)
     cuts = [*range(0, size, _PIECE), size]
     pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
@@ -189,7 +189,7 @@ def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Read the parameters of slots; each thread holds one additional piece of a file in memory."""
+    """Read the parameters of these slots; each thread needs memory for one more piece of a file."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -224,7 +224,7 @@ def _read_param(
 
 
 def _fill(slot: Slot, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
-    """Copy one tensor into its parameter's blocks, in pieces that fit the processor's cache.
+    """Copy a tensor of a file into its parameter's blocks, in pieces that fit the processor's cache.
 
     Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
     """
@@ -267,7 +267,7 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, what: str) -> None:
-    """Refuse infinity and NaN, which would spread to every score and loss.
+    """Refuse weights that contain infinity or NaN, which would spread to all scores and losses.
 
     Two maxima over the bit patterns, signed and unsigned, need no temporary array and are much faster than isfinite.
     Raises UserError that begins with `what`.

@@ -24,7 +24,7 @@ _HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
 
 
 def for_tpu() -> bool:
-    """Return True if the function being traced is compiled for TPUs.
+    """Return True if the function that is being traced is compiled for a TPU.
 
     The mesh in use (`jax.set_mesh`) decides, since it may be a topology that is only compiled for; else the default
     backend does.
@@ -61,7 +61,7 @@ def splash_attention(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return softmax attention of a sequence with itself, with scores in float32 tiles; compiles for TPUs only.
+    """Return softmax self-attention computed by the TPU splash kernel, with scores in float32 tiles.
 
     `valid`: bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead
     of it int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
@@ -104,7 +104,7 @@ def splash_attention(
 
 
 def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpret: bool) -> Any:
-    """Return the splash kernel of one row: `[heads, seq, head]` and segment ids in, `[heads, seq, head]` out."""
+    """Return the splash kernel for one row: (q, k, v `[heads, seq, head]`, segment ids) -> `[heads, seq, head]`."""
     mask: Any = splash.FullMask((seq, seq))
     if causal:
         mask = splash.LocalMask((seq, seq), (window - 1, 0), 0) if 0 < window < seq else splash.CausalMask((seq, seq))
@@ -120,7 +120,7 @@ def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpr
 
 
 def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
-    """Return bool[batch, queries, slots]: causal by slot, and real keys only.
+    """Return bool[batch, queries, slots]: True where a query sees a key (causal order, real keys only).
 
     `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
     """
@@ -130,7 +130,7 @@ def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Arr
 
 
 def windowed(mask: jax.Array, size: int) -> jax.Array:
-    """Return a bool[batch, queries, slots] mask that keeps the last `size` keys that each query sees (0: all).
+    """Restrict a bool[batch, queries, slots] mask to the last `size` keys that each query sees (0: no restriction).
 
     Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
     """

@@ -49,7 +49,7 @@ Cache = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Context(NamedTuple):
-    """Inputs that all blocks of one forward pass share.
+    """Inputs that all blocks of one forward pass share: masks, rotary tables, cache position.
 
     `masks`: per attention window (0 = none) bool[batch, 1, seq, slots], true where a query sees a key (absent or None:
     everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
@@ -71,7 +71,7 @@ class Context(NamedTuple):
 
 
 class BlockValues(NamedTuple):
-    """Values of one block that a tap sees.
+    """Intermediate values of one block, passed to a tap function.
 
     `before`, `after`: float[batch, seq, embed], the stream; `inputs`: the `VALUES` asked for; `params`: the block's
     own, nested. `scales`: for writers among the inputs whose output is normalised, float32[batch, seq, 1], the factor
@@ -89,7 +89,7 @@ Tap = Callable[[BlockValues], Any]
 
 
 class Writer(NamedTuple):
-    """Paths of a projection that writes to the residual stream, and of the norm and scale that its output passes."""
+    """Paths of a projection whose output is added to the residual stream, and of the norm and scale applied before."""
 
     projection: str
     norm: str | None
@@ -97,7 +97,7 @@ class Writer(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Names in a stack's blocks: the stream's axis, the norms before attention and MLP, attention's output."""
+    """Parameter names in a stack's blocks: stream axis, norms before attention and MLP, attention's output."""
 
     axis: str
     norms: tuple[str, str]
@@ -105,7 +105,7 @@ class Names(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; rotary embedding, norms of queries and keys, and key/value cache are optional."""
+    """Grouped-query attention, with optional rotary embedding, query and key norms, and key/value cache."""
 
     def __init__(self, cfg: Stack, shape: LayerShape, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
@@ -141,7 +141,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]]:
-        """Return (output, input of the output projection, cache, keys and values)."""
+        """Return (output, input of the output projection, cache, (keys, values))."""
         out_proj = getattr(self, self.out_name)
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         dropout_masks = _dropout_masks(ctx.dropout_key, x, [one for one in projections if one is not None])
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """down(act(gate(x)) * up(x)), or fc2(act(fc1(x)))."""
+    """MLP: down(act(gate(x)) * up(x)), or fc2(act(fc1(x)))."""
 
     def __init__(self, cfg: Stack, sizes: Mapping[str, int], axis: str, lora: LoraConfig | None):
         self.names, self.activation = _MLPS[cfg.mlp_kind], cfg.activation
@@ -187,7 +187,7 @@ class Mlp(nnx.Module):
 
 
 class LayerInput(nnx.Module):
-    """norm(project(act(gate(x)) * layer input)), which a layer adds to the stream (per-layer embeddings)."""
+    """Per-layer embeddings: norm(project(act(gate(x)) * layer input)) is added to the residual stream."""
 
     def __init__(self, cfg: TextConfig, sizes: Mapping[str, int]):
         sizes = {**sizes, "extra": cfg.layer_inputs}
@@ -202,7 +202,7 @@ class LayerInput(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One block; its parameters are stacked for a scan over a run of `length` equal blocks.
+    """Transformer block; its parameters have a leading axis for a scan over `length` equal blocks.
 
     With `norm_place` "both" (sandwich norms):
     h = x + norm(attention(norm(x))), then h + norm(mlp(norm(h))).
@@ -237,21 +237,21 @@ class Block(nnx.Module):
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """Projections that write to the stream, by the names of `WRITERS`."""
+        """Projections that add to the residual stream, by the names of `WRITERS`."""
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return which of `READERS` a weight of the block belongs to."""
+        """Return the name in `READERS` of the input that a weight of this block multiplies."""
         module = path.removesuffix("/weight")
         return {writer.projection: name for name, writer in self.writers.items()}.get(module, module.split("/")[0])
 
     def norm_after(self, name: str) -> Norm | None:
-        """Return the norm that a writer's output passes."""
+        """Return the norm that is applied to a writer's output, or None."""
         path = self.writers[name].norm
         return None if path is None else getattr(self, path)
 
     def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return what a writer's output float[batch, seq, embed] adds to the stream: normalised, scaled, or as it is.
+        """Return what a writer's output float[batch, seq, embed] adds to the stream, after its norm and scale.
 
         `statistics`: see `Norm.__call__`.
         """
@@ -260,7 +260,7 @@ class Block(nnx.Module):
         return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
 
     def gain(self, name: str) -> jax.Array | None:
-        """Return the factors of a writer's output channels on their way to the stream, but a norm's own statistics.
+        """Return the constant factors of a writer's output channels: weights of its norm, and its scale.
 
         float[embed], with a leading axis if the block's parameters are stacked; None: all are 1.
         """
@@ -276,7 +276,7 @@ class Block(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         want: tuple[str, ...] = (),
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, Any]]:
-        """Return (output, cache, the `VALUES` named by `want`, or `KEYS`: (keys, values) that it attends to)."""
+        """Return (output, cache, the values named by `want`: any of `VALUES`, or `KEYS` for (keys, values))."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]
         attention_input = x if norms[0] is None else compute_once(norms[0](x))
@@ -304,7 +304,7 @@ def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
 
 
 def _dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
-    """Return adapter dropout of every projection: bool[batch, seq, *inputs], false where an input is dropped.
+    """Return each projection's adapter dropout mask, bool[batch, seq, *inputs]; False where an input is dropped.
 
     One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
     copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.

@@ -19,7 +19,7 @@ from vlmprune_jax.models.vocabulary import Head
 
 
 class Table(nnx.Module):
-    """`[vocab, embed]` matrix: the input embedding, or the output head (which may have a bias)."""
+    """`[vocab, embed]` matrix used as input embedding or output head; a head may have a bias."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
         self.scale, self.cap = cfg.embed_scale, cfg.logit_cap
@@ -28,18 +28,18 @@ class Table(nnx.Module):
         self.bias = declare(sizes, ("vocab",)) if bias else None
 
     def lookup(self, ids: jax.Array) -> jax.Array:
-        """Return the scaled rows of int[...] ids; ids outside the vocabulary give arbitrary ones, to be overwritten."""
+        """Return the scaled embeddings of int[...] ids; ids outside the vocabulary get arbitrary values."""
         rows = jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
         return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return [..., vocab] of [..., embed]."""
+        """Return logits [..., vocab] of states [..., embed]."""
         bias = None if self.bias is None else self.bias.get_value()
         return Head(self.weight.get_value(), bias, self.cap).logits(hidden)
 
 
 class LayerInputs(nnx.Module):
-    """Inputs of single layers (per-layer embeddings): of each token's row in a table, and of the first layer's input.
+    """Per-layer embeddings: each layer's extra input, from a token table and from the first layer's input.
 
     The tables of all layers are one; surgery cuts their axis `depth` with the layers.
     """
@@ -59,7 +59,7 @@ class LayerInputs(nnx.Module):
 
 
 class Decoder(BlockStack):
-    """Embedding, blocks, final norm and head."""
+    """Decoder: embedding, blocks, final norm and output head."""
 
     cfg: TextConfig
 
@@ -75,11 +75,11 @@ class Decoder(BlockStack):
 
     @property
     def per_layer(self) -> bool:
-        """True if every layer has an input of its own beside the stream."""
+        """True if every layer has an extra input (per-layer embeddings)."""
         return self.extra_inputs is not None
 
     def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
-        """Return float[layers, batch, seq, n], the layers' own inputs (None: they have none).
+        """Return the layers' extra inputs, float[layers, batch, seq, n]; None for decoders without them.
 
         `x`: the stream before the first layer; `ids`: int[batch, seq], with padding at image tokens.
         """
@@ -97,7 +97,7 @@ class Decoder(BlockStack):
         slot: Any = 0,
         dropout_key: jax.Array | None = None,
     ) -> Context:
-        """Return the blocks' context for queries at int[batch, seq] positions, in the slots `slot ...` of the cache.
+        """Return the shared block inputs for queries at int[batch, seq] positions, in cache slots from `slot` on.
 
         `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
         the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
@@ -123,7 +123,7 @@ class Decoder(BlockStack):
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the context of "attention_mask" and perhaps "position_ids"."""
+        """Return the shared block inputs for a batch with "attention_mask" and perhaps "position_ids"."""
         return self.context(arrays["attention_mask"], arrays.get("position_ids"))
 
     def __call__(
@@ -138,7 +138,7 @@ class Decoder(BlockStack):
         remat: str = "none",
         added: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Run all blocks on float[batch, seq, embed]; return the final-norm state and aux.
+        """Run all blocks on float[batch, seq, embed]; return the states after the final norm, and aux values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
         aux["states"]. `tap` -> aux["tap"], a list with its result for each block; the last block's `after` is the
@@ -161,11 +161,11 @@ class Decoder(BlockStack):
         return passed.last, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return [..., vocab] of final-norm states."""
+        """Return logits [..., vocab] of states after the final norm."""
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
-        """Return a zeroed key/value cache."""
+        """Return a key/value cache filled with zeros."""
         cache: Cache = {}
         for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
             size = (length, batch, slots, shape.kv_heads, self.cfg.head_dim_of(shape))

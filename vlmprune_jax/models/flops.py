@@ -10,9 +10,7 @@ from vlmprune_jax.models.params import param_axes, param_shapes
 
 
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """Return the FLOPs per position of the matrix products below a path; `passes`: gradients pass through their
-    activations.
-    """
+    """Return FLOPs per position of all matrix products under a path; `passes`: gradients flow through them."""
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
         leaf = path.rpartition("/")[2]
@@ -23,32 +21,30 @@ def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes
 
 
 def head_of(cfg: ModelConfig) -> str:
-    """Return the path of the output head's weights."""
+    """Return the path of the output head's weights in `params`."""
     return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
 
 
 def forward_flops(cfg: ModelConfig, *, length: int, images: int) -> int:
-    """Return the forward FLOPs of one row of `length` tokens, with `images` images (or tiles) among them."""
+    """Return the forward FLOPs of one row of `length` tokens that include `images` images (or tiles)."""
     products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
     return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), images)
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """Return the forward FLOPs of one row's attention: 4 per channel and visible pair of a query and a key."""
+    """Return the forward FLOPs of attention for one row: 4 per channel and pair of a query and a visible key."""
     text = cfg.text
     return sum(4 * seen(length, shape.window) * shape.q_heads * text.head_dim_of(shape) for shape in text.layers)
 
 
 def seen(length: int, window: int | None) -> int:
-    """Return the number of visible pairs of a query and a key in a row: causal, within the layer's window."""
+    """Return the number of pairs (query, visible key) in a row of a causal layer, limited by its window."""
     full = min(window or length, length)  # from this position on a query sees a whole window
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
-    """Return the FLOPs of projector and tower (if it runs) for `images` images or tiles; `image_tokens`: see
-    `positions_of`.
-    """
+    """Return FLOPs of projector and tower (if it runs) for `images` images or tiles of `image_tokens` tokens."""
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0
@@ -66,14 +62,14 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
 
 
 def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
-    """Return the tower positions of one image (or tile), or of an image of any size with this many tokens."""
+    """Return the number of tower positions of an image or tile; images of any size have `image_tokens` tokens."""
     assert cfg.vision is not None
     assert cfg.projector is not None
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
 def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
-    """Return the visible pairs of a query and a key in one layer of the tower."""
+    """Return the number of pairs (query, visible key) in one layer of the tower."""
     assert cfg.projector is not None
     side = (shape.window or positions) * cfg.projector.downsample
     return positions * min(positions, side**2)

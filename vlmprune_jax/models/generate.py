@@ -23,8 +23,7 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Beginnings of prompts (usually an image and the text before it) that several rows continue; each is computed
-    once.
+    """Prompt beginnings (usually an image and the text before it) that several rows share; each is computed once.
 
     `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
     """
@@ -94,7 +93,7 @@ def generate(
 
 @dataclass(frozen=True)
 class CompiledGeneration:
-    """`generate` compiled ahead for prompts of one shape, of which no row ends early (see `compile_generation`).
+    """`generate` compiled ahead for prompts of one shape; no row ends early (see `compile_generation`).
 
     `peak_bytes`: device memory that the program takes, weights included.
     """
@@ -106,11 +105,11 @@ class CompiledGeneration:
     peak_bytes: int | None
 
     def prefill(self) -> None:
-        """Compute the prompts and their first tokens; the same program, whose loop finds every row ended."""
+        """Process the prompts and compute their first new tokens (the same program stops after these)."""
         self._wait(jnp.ones_like(self.arrays["ended"]))
 
     def generate(self) -> None:
-        """Compute the prompts and all new tokens."""
+        """Process the prompts and generate all new tokens."""
         self._wait(self.arrays["ended"])
 
     def _wait(self, ended: jax.Array) -> None:
@@ -121,7 +120,7 @@ class CompiledGeneration:
 def compile_generation(
     model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
 ) -> CompiledGeneration:
-    """Compile `generate` for prompts like these, all of one length, so that it can be run repeatedly.
+    """Compile `generate` for prompts of this shape, all equally long, to run it repeatedly.
 
     Args:
       model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
@@ -145,7 +144,7 @@ def compile_generation(
 def _prompts(
     cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, pixel_attention_mask: Any
 ) -> dict[str, Any]:
-    """Return the program's inputs for these prompts, on the host."""
+    """Return the compiled program's inputs for these prompts, in host memory."""
     ids, valid = _align_right(input_ids, attention_mask)
     mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
@@ -163,7 +162,7 @@ def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_gr
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
-    """Return the number of tokens that the longest row generates before LongRoPE changes its factors.
+    """Return how many tokens the longest row can generate before LongRoPE switches to its long factors.
 
     Zero or negative if no tokens remain or the factors never change. Keys cached under the short factors are invalid
     afterwards, in all layers: as in transformers, the whole text is computed again.
@@ -180,9 +179,7 @@ def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
 def _run(
     model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the int32[batch, max_new_tokens] tokens of one prefill and one loop, and bool[batch], rows that have
-    ended.
-    """
+    """Run prefill and decoding loop; return tokens int32[batch, max_new_tokens] and bool[batch], True if ended."""
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -195,7 +192,7 @@ def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Move real tokens to the right, in order, so that every row continues from the last slot."""
+    """Move each row's real tokens to its end, in order, so that all rows continue at the same slot."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
@@ -256,7 +253,7 @@ def _generate(
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
-    """Return every row's cache after its prefix, and int[batch, prefix seq], which of those slots are real."""
+    """Return each row's cache after its prefix, and int[batch, prefix seq], 1 for real slots of the prefix."""
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
@@ -268,14 +265,14 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
 
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
-    """Return positions with the numbers of images, if there are some and they see themselves."""
+    """Return positions with image numbers appended, if image tokens may see later tokens of their own image."""
     if arrays["pixels"] is None or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.image_token_id)
 
 
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
-    """Return the decoder's inputs for tokens with images among them."""
+    """Return the decoder's input embeddings for tokens that include images."""
     return module.embed(
         ids, arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"], image_grid_thw=arrays.get("grid")
     )

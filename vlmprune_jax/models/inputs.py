@@ -12,7 +12,7 @@ from vlmprune_jax.models.patch_rows import check_patches
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """Return the image mask if it hides a part of an image; whole images and empty slots need none.
+    """Return the image mask if it hides part of an image; None if all images are complete or empty.
 
     Raises:
       UserError: its shape is not that of the pixels, or the tower reads whole images only.
@@ -41,7 +41,7 @@ def check_inputs(
     image_grid_thw: Any = None,
     attention_mask: Any = None,
 ) -> None:
-    """Refuse ids outside the vocabulary, and image positions that do not match the images."""
+    """Refuse token ids outside the vocabulary, and numbers of image tokens that do not fit the images."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
@@ -79,7 +79,7 @@ def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None
 
 
 def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse pixels [images, ...] that do not fill the image positions, or [rows, images, ...] with less room."""
+    """Refuse pixels whose images do not fill the image positions exactly ([rows, images, ...]: at least)."""
     assert cfg.vision is not None
     wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
     if len(shape) not in (4, 5) or shape[-3:] != wanted:

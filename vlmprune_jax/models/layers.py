@@ -23,11 +23,11 @@ BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped pr
 
 
 class Parameter(nnx.Param):
-    """Parameter that declares its named axes; the value is abstract until `params` fill it."""
+    """NNX parameter that declares its named axes; its value is abstract until `params` fill it."""
 
 
 def declare(sizes: Mapping[str, int], axes: Axes) -> Parameter:
-    """Return a parameter with these named axes, and a leading `layer` axis if `sizes` names one (scanned layers)."""
+    """Return a parameter with these named axes; scanned layers get a leading `layer` axis if `sizes` has one."""
     if "layer" in sizes:
         axes = ("layer", *axes)
     return Parameter(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
@@ -45,14 +45,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the activation that a Hugging Face config calls `name`."""
+    """Return the activation function for a name in Hugging Face configs."""
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[name]
 
 
 class Norm(nnx.Module):
-    """Root-mean-square norm (`kind` "rms") or layer norm ("layer"), statistics in float32.
+    """Normalisation by root mean square (`kind` "rms") or layer norm ("layer"), with float32 statistics.
 
     The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset in float32,
     as Gemma does. A layer norm also has a bias.
@@ -64,7 +64,7 @@ class Norm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return the norm of x, or with `statistics` of another array the affine map that the norm is at that array."""
+        """Return the norm of x; with `statistics` of another array, x is normalised as that array would be."""
         full = x.astype(jnp.float32)
         if statistics is not None:
             full = (full - statistics[..., :1]) * statistics[..., 1:]
@@ -77,12 +77,12 @@ class Norm(nnx.Module):
 
     @property
     def gain(self) -> jax.Array:
-        """Factors of the channels, in float32 if there is an offset."""
+        """Weights that multiply the channels, in float32 if the norm has an offset."""
         weight = self.weight.get_value()
         return weight.astype(jnp.float32) + self.offset if self.offset else weight
 
     def statistics(self, x: jax.Array) -> jax.Array:
-        """Return float32[..., 2]: the centre that the norm subtracts from x and the factor that it multiplies by."""
+        """Return float32[..., 2]: the mean that the norm subtracts from x, and the factor that multiplies the rest."""
         full = x.astype(jnp.float32)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
         return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
@@ -98,7 +98,7 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
 
 
 class Leaf(nnx.Module):
-    """Parameter that is not part of a projection or norm."""
+    """Single parameter that belongs to no projection or norm."""
 
     def __init__(self, sizes: Mapping[str, int], axes: Axes):
         self.weight = declare(sizes, axes)
@@ -109,7 +109,7 @@ def _broadcast(x: jax.Array, ndim: int) -> jax.Array:
 
 
 class Projection(nnx.Module):
-    """Linear map between named axes, in Hugging Face's (out, in) order, optionally with a LoRA adapter.
+    """Linear map between named axes, weights in Hugging Face's (out, in) order, optionally with a LoRA adapter.
 
     The adapter is added to the output and never merged into the weight: a merged weight would make the backward pass
     build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a function like it with its
@@ -141,11 +141,11 @@ class Projection(nnx.Module):
 
     @property
     def dropout(self) -> float:
-        """Share of the inputs that the adapter drops in training."""
+        """Probability that the adapter drops an input in training."""
         return 0.0 if self.lora is None else self.lora.dropout
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
-        """Return the projected inputs; `dropout_mask`: bool mask of the inputs that adapter dropout keeps, or None."""
+        """Return the projected inputs; `dropout_mask` is True for inputs that adapter dropout keeps (None: all)."""
         y = self.product(self._bounded(x, "input"), self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + _broadcast(self.bias.get_value(), y.ndim)
@@ -166,7 +166,7 @@ class Projection(nnx.Module):
 
 
 def compute_once(x: jax.Array) -> jax.Array:
-    """Return `x` behind a barrier, as is its gradient, so that several products read one computation of it.
+    """Put `x` and its gradient behind an optimisation barrier, so that XLA does not compute them several times.
 
     XLA otherwise copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B
     model with adapters for a v5e took 63 CPU seconds with copies, and 51 without (decision 50).
@@ -176,7 +176,7 @@ def compute_once(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _compute_gradient_once(x: jax.Array) -> jax.Array:
-    """Return `x`, with its gradient behind the same barrier; what follows `x` may still be fused with what makes it."""
+    """Put only the gradient of `x` behind a barrier; XLA may still fuse the forward computation."""
     return x
 
 
@@ -184,14 +184,12 @@ _compute_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (compute_once
 
 
 def saveable(x: jax.Array) -> jax.Array:
-    """Return `x` marked for the remat policy "dots", which saves it: it is costly to compute, or drawn at random
-    (dropout).
-    """
+    """Mark `x` to be saved by remat policy "dots": it is costly to compute, or drawn at random (dropout)."""
     return checkpoint_name(x, SAVEABLE)
 
 
 def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
-    """Sum over the last `n` axes of both: `[..., in] x [out, in] -> [..., out]`."""
+    """Sum over the last `n` axes of both arrays: `[..., in] x [out, in] -> [..., out]`."""
     left = tuple(range(x.ndim - n, x.ndim))
     right = tuple(range(weight.ndim - n, weight.ndim))
     return jax.lax.dot_general(x, weight, ((left, right), ((), ())))
@@ -199,7 +197,7 @@ def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
 
 @jax.custom_vjp
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """Apply an adapter's second half: `[..., rank] x [out, rank] -> [..., out]`.
+    """Apply the second matrix of an adapter: `[..., rank] x [out, rank] -> [..., out]`.
 
     Its gradient is jax's own but for the order of operands: XLA:CPU transposes the first, which in jax's is the wide
     gradient of the output and here the narrow `low` (8 % of a step of SmolLM2-135M). TPUs are indifferent.
@@ -224,7 +222,7 @@ _expand.defvjp(_expand_forward, _expand_backward)
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> np.ndarray:
-    """Return float32[rotary_dim/2] rotations per position, as transformers' `modeling_rope_utils` defines each kind.
+    """Return rotation angles per position, float32[rotary_dim/2], as transformers' `modeling_rope_utils` does.
 
     `long` asks for LongRoPE's long factors.
     """
@@ -278,9 +276,7 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tupl
 
 
 def section_axes(rope: RopeConfig) -> np.ndarray:
-    """Return int[rotary_dim/2]: the position, of frame (0), row (1) and column (2), that rotates each frequency
-    (M-RoPE).
-    """
+    """Return int[rotary_dim/2]: which position rotates each frequency in M-RoPE: frame (0), row (1), column (2)."""
     blocks = np.repeat(np.arange(3), rope.sections)
     if not rope.interleaved:
         return blocks

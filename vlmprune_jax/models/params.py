@@ -19,32 +19,32 @@ Flat = dict[str, Any]
 
 
 def flatten(params: Params) -> Flat:
-    """Return `{"text/norm/weight": array, ...}` of a nested dict."""
+    """Return a nested dict as flat paths: `{"text/norm/weight": array, ...}`."""
     return flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Return the nested dict of flat paths."""
+    """Return flat paths as a nested dict (undoes `flatten`)."""
     return unflatten_dict(dict(flat), sep="/")
 
 
 def param_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return the named axes of every parameter, as its module declares them (stacked layers lead with `layer`)."""
+    """Return {path: named axes} of all parameters, as declared by their modules (stacked layers begin with `layer`)."""
     return {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(abstract(cfg)[1])}
 
 
 def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter."""
+    """Return {path: shape} of all parameters."""
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
 
 
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
-    """Return the named axes of a layer's parameters: `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    """Return {path in a layer: named axes}, as `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
     return _of_first_run(param_axes(cfg), stack)
 
 
 def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters of the first layer of a stack that has them."""
+    """Return {path in a layer: shape}, from the first layer of a stack that has the parameter."""
     return _of_first_run(param_shapes(cfg), stack)
 
 
@@ -64,7 +64,7 @@ def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
 
 
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
-    """Return where the parameters of a weight line are, in one pass over its layers.
+    """Return the places in `params` of a weight line's parameters, for all its layers.
 
     `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
     `{i}` is the only one, with None for both numbers.
@@ -81,7 +81,7 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
 
 
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
-    """Return the layers of a stack as one flat dict each (`self_attn/q_proj/weight`, …), and params without them."""
+    """Return a stack's layers as flat dicts (`self_attn/q_proj/weight`, …), and params without these layers."""
     layers: list[Flat] = []
     for run, (_, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         flat = flatten(params[stack]["layers"][str(run)])
@@ -91,7 +91,7 @@ def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tup
 
 
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
-    """Stack layers again for a config with these shapes: the inverse of `unstack_layers`."""
+    """Stack separate layers again, for a config with these shapes (undoes `unstack_layers`)."""
     stacked = {}
     for run, (start, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         members = layers[start : start + length]
@@ -103,8 +103,7 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Return random parameters: norms 1, biases 0, matrices normal with 1/sqrt(inputs), words of unit length, LoRA as
-    PEFT.
+    """Return random parameters: norms 1, biases 0, matrices normal / sqrt(inputs), unit embeddings, LoRA as in PEFT.
 
     `paths` limits the result to these flat paths, with the same values. Branch outputs (o_proj, dense, down_proj,
     out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual stream of a deep model starts near

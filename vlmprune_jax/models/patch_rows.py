@@ -22,7 +22,7 @@ def patch_rows(
     image_grid_thw: Any,
     mm_token_type_ids: Any = None,
 ) -> dict[str, Any]:
-    """Return the images and positions of a batch, for a model whose images are of any size.
+    """Return the images of a batch and their positions as padded rows, for models with images of any size.
 
     Args:
       cfg: the model.
@@ -60,7 +60,7 @@ def patch_rows(
 
 
 def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
-    """Return patches in the order of merged cells, [patches of all images, values], and their grids int[images, 3].
+    """Return patches ordered by merged cell, [patches of all images, values], and their grids int[images, 3].
 
     Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
     as they are.
@@ -93,7 +93,7 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
 
 
 def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pixel_values and image_position_ids of patches and grids: the inverse of `in_cells`."""
+    """Return pixel_values and image_position_ids for patches and grids (undoes `in_cells`)."""
     sizes, merge = grids.prod(axis=1), _merge(cfg)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
     places = np.full((*padded.shape[:2], 2), -1, np.int64)
@@ -106,12 +106,12 @@ def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tupl
 
 
 def check_patches(cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, grids: Any) -> None:
-    """Refuse inputs that `patch_rows` refuses."""
+    """Raise UserError for inputs that `patch_rows` does not accept."""
     patch_rows(cfg, input_ids, attention_mask, pixel_values, grids)
 
 
 def real_features(cfg: ModelConfig, features: Any, image_grid_thw: Any) -> np.ndarray:
-    """Return float[tokens, embed] in order of appearance, from padded [images, tokens, embed]."""
+    """Remove padding from features [images, tokens, embed]: float[tokens, embed] in order of appearance."""
     counts = np.asarray(image_grid_thw).reshape(-1, AXES).prod(axis=1) // _merge(cfg) ** 2
     array = np.asarray(features)
     return array[np.arange(array.shape[1])[None] < counts[:, None]]
@@ -122,7 +122,7 @@ def _merge(cfg: ModelConfig) -> int:
 
 
 def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
-    """Refuse videos, and mm_token_type_ids (None: not passed) that disagree with input_ids."""
+    """Refuse videos, and mm_token_type_ids that contradict input_ids (None: not passed)."""
     ids = np.asarray(input_ids)
     is_image = ids == cfg.image_token_id
     if cfg.video_token_id is not None and (ids == cfg.video_token_id).any():
@@ -156,7 +156,7 @@ def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: i
 
 
 def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the slots of each row, filled from the patches [patches, values] of all images in order."""
+    """Return each row's image slots, filled from patches [patches, values] of all images in order."""
     sizes = [[int(one.prod()) for one in row] for row in by_row]
     total, values = sum(map(sum, sizes)), _values(cfg)
     if pixels.shape != (total, values):

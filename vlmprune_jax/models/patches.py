@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Positions of patches in their images; all int32[images, patches].
+    """Row and column of each patch in its image; all arrays are int32[images, patches].
 
     Patches come in merged cells, row by row of cells and row by row inside a cell. `cell_row`, `cell_column`: of the
     cell; `row`, `column`: of the patch; `image`: 0, or -1 for padding after an image's own patches.
@@ -23,9 +23,7 @@ class Places(NamedTuple):
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return the positions of the first `patches` patches of images of int[images, 3] `grid` (0, 0, 0: no image, all
-    padding).
-    """
+    """Return the places of the first `patches` patches of images with int[images, 3] `grid` (0, 0, 0: no image)."""
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
     cell, inside = index // merge**2, index % merge**2
@@ -37,7 +35,7 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
 
 
 def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
-    """Return int32[images, patches], the window of every patch (-1: padding): squares of `side` x `side` merged cells.
+    """Return each patch's attention window, int32[images, patches] (-1: padding); `side` merged cells per side.
 
     Windows are numbered row by row from the upper left, and cut short at the right and at the bottom.
     """
@@ -47,7 +45,7 @@ def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Ar
 
 
 def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
-    """Return float[images, patches, vision]: a square position table [side * side, vision] stretched over every image.
+    """Return float[images, patches, vision], a position table [side * side, vision] interpolated to each image's grid.
 
     Bilinear, with aligned corners.
     """
@@ -65,7 +63,7 @@ def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
 
 
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Return the two neighbours, in a table of `side` entries, of position `at` of `count`, and the second's share."""
+    """Return the two neighbouring entries of position `at` of `count` in a table, and the second one's weight."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
     where = jnp.clip(at * (side - 1), 0, last * (side - 1))
     # integers until the end, so that rounding cannot move a position past an entry
@@ -77,9 +75,7 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
 def axial_angles(
     places: Places, head_dim: int, theta: float, columns_first: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return float32[images, patches, head_dim / 2] cosines and sines; rows rotate half of the frequencies, columns the
-    other, or the other way round.
-    """
+    """Return cosines and sines of row and column positions, float32[images, patches, head_dim / 2] each."""
     quarter = head_dim // 4
     inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
     axes = (places.column, places.row) if columns_first else (places.row, places.column)
@@ -89,7 +85,7 @@ def axial_angles(
 
 
 def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
-    """Return int32[batch, seq]: the index of each image token's feature among a row's [slots * room] features.
+    """Return int32[batch, seq]: index of each image token's feature in its row's [slots * room] features.
 
     marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
     `room`. Other positions have an arbitrary index.

@@ -33,12 +33,12 @@ def merged(x: jax.Array, factor: int) -> jax.Array:
 
 
 def pooled(x: jax.Array, width: int) -> jax.Array:
-    """Return float[..., width], the mean of the features that were joined to float[..., n * width]."""
+    """Return float[..., width], the mean of n features that are joined in float[..., n * width]."""
     return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
 
 
 class Projector(nnx.Module):
-    """linear_2(act(linear_1(features))), after a layer norm in InternVL; a single `linear` in SmolVLM.
+    """Projector: linear_2(act(linear_1(features))), in InternVL after a layer norm; one linear layer in SmolVLM.
 
     In Gemma a norm and a single `linear`, of pooled features.
 
@@ -71,7 +71,7 @@ class Projector(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return float[..., embed] of float[..., features]."""
+        """Return decoder embeddings float[..., embed] of features float[..., features]."""
         if self.linear is not None:
             x = self._normalized(x)
             return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
@@ -93,7 +93,7 @@ class Projector(nnx.Module):
         return x if self.pool_norm is None else self.pool_norm(x)
 
     def added(self, x: jax.Array) -> jax.Array | None:
-        """Return float[n, ..., embed], added by the first n decoder layers, of float[..., features] (None: n is 0)."""
+        """Return float[n, ..., embed] to add after the first n decoder layers (deepstack); None if n is 0."""
         if not self.n_deepstack:
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
@@ -111,7 +111,7 @@ def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projec
 
 
 class DeepMerger(nnx.Module):
-    """linear_2(act(linear_1(norm(features)))) for one of the tower's middle blocks."""
+    """Deepstack merger, linear_2(act(linear_1(norm(features)))), for one of the tower's middle blocks."""
 
     def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
         self.layer_norm = Norm(sizes, "shuffled", kind="layer", eps=cfg.norm_eps)

@@ -25,7 +25,7 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 
 
 class Passed(NamedTuple):
-    """Results of a pass through all blocks.
+    """Results of running all blocks.
 
     `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the blocks asked for, [n + 1, ...] with
     an arbitrary last entry (None: none asked for); `taps`: per block, what the tap returned; `cache`: updated.
@@ -38,7 +38,7 @@ class Passed(NamedTuple):
 
 
 class BlockStack(nnx.Module):
-    """Blocks of one residual stream; decoder and tower add the parts before and after them."""
+    """Transformer blocks on one residual stream; decoder and tower add embedding, norms and head."""
 
     def __init__(self, cfg: Stack, names: Names, lora: LoraConfig | None = None):
         self.cfg: Any = cfg
@@ -51,15 +51,15 @@ class BlockStack(nnx.Module):
 
     @property
     def per_layer(self) -> bool:
-        """True if every layer has an input of its own beside the stream."""
+        """True if every layer has an extra input (per-layer embeddings)."""
         return False
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the context for a stream float[rows, seq, embed] of a batch with these arrays, by `encode`'s names."""
+        """Return the shared block inputs for a batch with these arrays (named as in `encode`)."""
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return one run as `(apply, state)`: `apply(slice of state, x, ctx, cache=None, want=())` is one block.
+        """Return a run of equal blocks as `(apply, state)`; `apply(state of one layer, x, ctx, ...)` runs one block.
 
         `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
         """
@@ -85,7 +85,7 @@ class BlockStack(nnx.Module):
         remat: str = "none",
         added: jax.Array | None = None,
     ) -> Passed:
-        """Run all blocks on float[batch, seq, embed].
+        """Run all blocks on a stream float[batch, seq, embed].
 
         Args:
           x, ctx: the stream before the first block, and what all blocks share.
@@ -149,7 +149,7 @@ class BlockStack(nnx.Module):
 def _with_remat(
     apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str, extra: jax.Array | None
 ) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)` of one block under a remat policy; `extra`: inputs of single layers."""
+    """Return `apply(state, x, index, cache)` for one block under a remat policy; `extra`: the layers' extra inputs."""
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
@@ -162,12 +162,12 @@ def _with_remat(
 
 
 def at_layer(added: jax.Array, index: Any) -> jax.Array:
-    """Return float[batch, seq, embed], what is added behind a block, of float[n, batch, seq, embed]."""
+    """Return entry `index` of float[n, batch, seq, embed], which is added to the stream after a block."""
     return jax.lax.dynamic_index_in_dim(added, index, keepdims=False)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
-    """Return a module like an abstract one, holding these parameters."""
+    """Return a concrete module from an abstract one and its parameters."""
     graph, state = nnx.split(module)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes to it
     nnx.replace_by_pure_dict(state, dict(params))

@@ -37,13 +37,13 @@ IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_i
 
 @dataclass(frozen=True)
 class Model:
-    """Model: a nested dict of arrays and the config that gives them meaning."""
+    """Model: parameters as a nested dict of arrays, and the config that describes them."""
 
     params: Params
     cfg: ModelConfig
 
     def __repr__(self) -> str:
-        """Return family, size, dtype and the layers of every stack; the arrays would be millions of digits."""
+        """Return family, size, dtype and layers of every stack as text, without the arrays."""
         leaves, cfg = jax.tree.leaves(self.params), self.cfg
         size, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
         stacks = [("text", cfg.text), *([("vision", cfg.vision)] if cfg.vision is not None and cfg.tower else [])]
@@ -54,12 +54,12 @@ class Model:
         return "\n".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
-        """Return a copy with other params or cfg."""
+        """Return a copy with other `params` or `cfg`."""
         return dataclasses.replace(self, **changes)
 
 
 def config_of(model: Model | ModelConfig) -> ModelConfig:
-    """Return the config of a model, or a config unchanged."""
+    """Return the config of a model; a config is returned unchanged."""
     return model.cfg if isinstance(model, Model) else model
 
 
@@ -77,7 +77,7 @@ class VisionLanguageModel(nnx.Module):
     def vision_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """Return float[images, tokens, features]: selected (and shuffled, or merged) tower states.
+        """Return the tower's features float[images, tokens, features], selected, shuffled or merged.
 
         `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
         `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
@@ -88,7 +88,7 @@ class VisionLanguageModel(nnx.Module):
     def image_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """Return float[images, tokens, embed], which replace an image's positions in the decoder input."""
+        """Return projected features float[images, tokens, embed] for the image positions of the decoder input."""
         return self.projector(self.vision_features(pixels, mask, grid))
 
     def embed(
@@ -99,7 +99,7 @@ class VisionLanguageModel(nnx.Module):
         pixel_attention_mask: jax.Array | None = None,
         image_grid_thw: jax.Array | None = None,
     ) -> Embedded:
-        """Return the decoder input with image features spliced in, those features, and what the first layers add.
+        """Return the decoder input with image features inserted, these features, and the deepstack additions.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
         (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
@@ -137,7 +137,7 @@ class VisionLanguageModel(nnx.Module):
         return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
-        """Return `Decoder.layer_inputs`; images and videos have the padding's row in the table."""
+        """Return `Decoder.layer_inputs`; images and videos use the padding token's row of the table."""
         for token in (self.cfg.image_token_id, self.cfg.video_token_id):
             if token is not None:
                 input_ids = jnp.where(input_ids == token, self.cfg.pad_token_id or 0, input_ids)
@@ -145,7 +145,7 @@ class VisionLanguageModel(nnx.Module):
 
 
 class Embedded(NamedTuple):
-    """Inputs of the decoder.
+    """Inputs of the decoder's first layer, with the features inserted.
 
     `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
     batch, seq, embed], added to the outputs of the first n layers, or the layers' own inputs (None: nothing).
@@ -159,7 +159,7 @@ class Embedded(NamedTuple):
 def _features(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the projector's input for images."""
+    """Return the images' features that enter the projector."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -177,14 +177,14 @@ def _features(
 
 
 def patches_of(mask: jax.Array, patch: int) -> jax.Array:
-    """Return bool[images, rows, columns]: patches with a pixel where int[images, height, width] `mask` is not 0."""
+    """Return bool[images, rows, columns]: True for patches with a nonzero pixel in `mask` [images, height, width]."""
     n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
     whole = mask[:, : rows * patch, : columns * patch]
     return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
 
 
 def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None) -> jax.Array:
-    """Return `VisionLanguageModel.vision_features` from the params of the tower alone, in their dtype."""
+    """Return `VisionLanguageModel.vision_features`, computed from the tower's params alone, in their dtype."""
     assert cfg.vision is not None
     dtype = jax.tree.leaves(tower)[0].dtype
     module = fill(stack_module("vision", cfg.vision), tower)
@@ -192,13 +192,13 @@ def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
-    """Return the abstract module of one stack, a `BlockStack`; nothing is allocated."""
+    """Return the abstract module (`BlockStack`) of one stack, without allocating parameters."""
     kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
     return nnx.eval_shape(lambda: kinds[stack](cfg))
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
-    """Return `x` [batch, seq, embed] with the rows at bool[batch, seq] `is_image` replaced by features, in order."""
+    """Return `x` [batch, seq, embed] with positions `is_image` (bool[batch, seq]) replaced by features, in order."""
     batch = x.shape[0] if per_row else 1
     flat = features.reshape(batch, -1, x.shape[-1])
     marks = is_image.reshape(batch, -1)
@@ -208,19 +208,19 @@ def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool
 
 
 def _placed(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `x` with image tokens replaced by features of their row, at int[batch, seq] `index`."""
+    """Return `x` with image tokens replaced by their row's features, at `index` int[batch, seq]."""
     flat = features.reshape(len(x), -1, x.shape[-1])
     return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)
 
 
 @functools.lru_cache(maxsize=64)
 def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return graph and abstract state of a config's module; nothing is allocated."""
+    """Return graph and abstract state of the module for a config, without allocating parameters."""
     return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(cfg)))
 
 
 def to_nnx(model: Model) -> VisionLanguageModel:
-    """Return a new NNX module holding the model's arrays (for people who bring their own training loop)."""
+    """Return a new NNX module that holds the model's arrays, for use in your own training loop."""
     graph, state = abstract(model.cfg)
     if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
         raise UserError("params do not have the structure that cfg describes: change both together")
@@ -248,7 +248,7 @@ def encode(
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Run everything before the head; return final-norm states float[batch, seq, embed] and aux.
+    """Run everything before the output head; return states float[batch, seq, embed] after the final norm, and aux.
 
     `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
     splicing (a teacher fed with the student's embeddings), together with `added`. `position_ids` int[batch, seq]
@@ -282,7 +282,7 @@ def encode(
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
-    """Return the output head, which makes logits of final-norm states."""
+    """Return the output head, which maps states after the final norm to logits."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
     return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
 
@@ -341,7 +341,7 @@ def forward(
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return the logits of token ids whose image positions are already expanded, and intermediates on request.
+    """Return the logits for token ids with expanded image positions, and intermediate values on request.
 
     Args:
       model: the model; sharded parameters give a sharded computation.
@@ -387,14 +387,14 @@ def forward(
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """Return the mesh that the parameters are on, or None for single-device arrays."""
+    """Return the device mesh that holds the parameters; None for arrays on one device."""
     leaf = jax.tree.leaves(params)[0]
     placed = getattr(leaf, "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
-    """Return host arrays as device arrays, split along the batch if the mesh divides it (else replicated)."""
+    """Move host arrays to the devices, split along the batch if the mesh divides it (else replicated)."""
     placed: dict[str, jax.Array | None] = {}
     for name, array in arrays.items():
         if array is None or mesh is None:

@@ -19,14 +19,14 @@ _LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["cap"])
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Output head: a [vocab, embed] weight, its [vocab] bias or None, and a bound of the logits (0: none)."""
+    """Output head: weight [vocab, embed], bias [vocab] or None, and the limit of soft-capped logits (0: no cap)."""
 
     weight: jax.Array
     bias: jax.Array | None
     cap: float = 0.0
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return [..., vocab] of final-norm states [..., embed]."""
+        """Return logits [..., vocab] of states [..., embed] after the final norm."""
         logits = jnp.einsum("...d,vd->...v", hidden, self.weight)
         if self.bias is not None:
             logits = logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
@@ -49,7 +49,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """Split [batch, seq, ...] into [n >= 2, batch, chunk <= size, ...]; `fill` pads the last chunk."""
+    """Split [batch, seq, ...] into [n >= 2, batch, chunk <= size, ...]; the last chunk is padded with `fill`."""
     batch, seq = x.shape[:2]
     size = min(size, -(-seq // 2))
     x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -57,7 +57,7 @@ def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
 
 
 def cross_entropy_sum(hidden: jax.Array, head: Head, labels: jax.Array, *, chunk: int) -> jax.Array:
-    """Return the float32[] sum over int[batch, seq] labels (not shifted, -100 ignored) of final-norm states."""
+    """Return the summed cross-entropy float32[] of labels int[batch, seq] (not shifted, -100 ignored)."""
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     return chunk_sums(_summed, chunk, head, hidden, targets != IGNORED, targets, None)
 
@@ -80,7 +80,7 @@ def chunk_sums(
     pieces: Tree,
     fixed: Tree,
 ) -> Tree:
-    """Sum `body` over the positions with weight, with gradients, in chunks whose logits exist one at a time.
+    """Sum `body` over positions with weight, with gradients; logits exist for one chunk at a time.
 
     In every row the positions with weight come first, and chunks without any are skipped: most tokens of a question are
     no answer, and their unused logits would be a quarter of the arithmetic of SmolLM2-135M.
@@ -104,7 +104,7 @@ def chunk_sums(
 
 
 class _Cut(NamedTuple):
-    """Arrays in chunks of positions, in every row those with weight first."""
+    """Arrays cut into chunks of positions, with each row's weighted positions first."""
 
     order: jax.Array  # int[batch, seq]: the positions in their new order
     used: jax.Array  # int[]: number of chunks with a weighted position
@@ -115,7 +115,7 @@ class _Cut(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Return the result of `step(number, carry)` over all chunks in use, from `start`."""
+        """Return the result of `step(number, carry)` repeated over all chunks in use, from the carry `start`."""
         n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
@@ -133,7 +133,7 @@ def _cut(chunk: int, *arrays: Tree) -> _Cut:
 
 
 def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Return the positions of [batch, seq, ...] in another order."""
+    """Return the positions of [batch, seq, ...] in a new order."""
     rows = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 

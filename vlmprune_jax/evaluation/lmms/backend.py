@@ -58,7 +58,7 @@ Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Answering:
-    """Model and settings that answer requests, in batches of `batch_size` rows (a multiple of `multiple` devices).
+    """Model and settings that answer lmms-eval's requests, in batches of `batch_size` rows.
 
     `max_length`: maximum prompt length, 0 = any. `phase`: number of batches -> context manager of a progress callback.
     `journal`: identity of a pass -> journal that stores the answers of its batches, or None.
@@ -73,7 +73,7 @@ class Answering:
     journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
-        """Return the answers in the order of the records, limited to `max_new_tokens` and the model's positions."""
+        """Return answers in the records' order, at most `max_new_tokens` long and within the model's positions."""
         cfg = self.model.cfg
         encoder = _encoder(self.inputs, cfg, self.max_length, records)
         arranged = arrange_questions(
@@ -95,7 +95,7 @@ class Answering:
 
 
 def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
-    """Return an encoder for the numbers of images in the records; rows with few images are not padded to the most."""
+    """Return an encoder with one shape per number of images, so that rows with few images get little padding."""
     counts = {max(1, len(record.images)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
     encoder = inputs.encoder(cfg, max_length)
@@ -103,7 +103,7 @@ def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequenc
 
 
 class Backend(lmms):
-    """Backend of lmms-eval; `said` holds the replies so far by (task, document number)."""
+    """Model class for lmms-eval; `said` stores the replies by (task, document number)."""
 
     is_simple = False
 
@@ -113,7 +113,7 @@ class Backend(lmms):
         self.said: dict[tuple[str, int], Reply] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return greedy answers; `until` is ignored, as in the transformers models of lmms-eval.
+        """Return greedy answers; stop texts (`until`) are ignored, as lmms-eval's transformers models do.
 
         Raises:
           UserError: a request needs sampling or beam search, or has an input that the model does not take.
@@ -135,16 +135,16 @@ class Backend(lmms):
         return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse tasks of this type; lmms-eval has none for chat models."""
+        """Refuse log-likelihood tasks; lmms-eval has none for chat models."""
         raise UserError("vlmprune_jax: tasks with log-likelihoods are not supported, only output_type generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse tasks of this type."""
+        """Refuse tasks with several rounds."""
         raise UserError("vlmprune_jax: tasks of several rounds are not supported, only output_type generate_until")
 
 
 class VlmpruneJax(Backend):
-    """A model folder as a model of lmms-eval, with its `--model_args`.
+    """lmms-eval model that loads a model folder, with `--model_args` as its keyword arguments.
 
     Args:
       pretrained: model folder or hub id.
@@ -197,7 +197,7 @@ class VlmpruneJax(Backend):
 
 @contextlib.contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar like the models of lmms-eval."""
+    """Show a progress bar in the style of lmms-eval's models."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc="Model Responding") as bar:
@@ -205,7 +205,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _new_tokens(request: Any) -> int:
-    """Return the maximum number of new tokens of a request."""
+    """Return the maximum number of new tokens that a request allows."""
     options, task = request.args[2], request.args[4]
     temperature = options.get("temperature")
     wrong = {
@@ -224,7 +224,7 @@ def _new_tokens(request: Any) -> int:
 
 
 class _Pictures:
-    """Pictures of requests, by the digest of their pixels; read again from the document when needed."""
+    """Image store for lmms-eval requests, keyed by pixel digest; images are reloaded from their documents."""
 
     def __init__(self, task_dict: Mapping[str, Any]) -> None:
         self._task_dict = task_dict
@@ -232,7 +232,7 @@ class _Pictures:
         self._numbers: dict[str, int] = {}
 
     def identity(self) -> str:
-        """Return a digest of all pictures."""
+        """Return a digest of all stored pictures."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
@@ -241,7 +241,7 @@ class _Pictures:
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """Return a picture as lossless image bytes."""
+        """Return a picture in a lossless image format, as bytes."""
         request, place = self._where[number]
         picture = self._messages(request).extract_media()[0][place]
         if isinstance(picture, str):
@@ -279,7 +279,7 @@ class _Pictures:
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
-        """Return the digest of a picture and record its place."""
+        """Return the digest of a picture, and remember which document it came from."""
         if isinstance(picture, str):
             digest = hashlib.sha256(picture.encode())
         elif isinstance(picture, Image):

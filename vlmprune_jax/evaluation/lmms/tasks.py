@@ -35,7 +35,7 @@ _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
-    """Return the folder of task files, None if lmms-eval has the task itself; and what the task reads, by name.
+    """Return the folder with the task's file (None: lmms-eval's own task), and {name: file or data set that it reads}.
 
     Raises:
       UserError: its data set does not exist.
@@ -65,7 +65,7 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
 
 
 def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
-    """Task files with the places in them filled in, and the Python files that they name.
+    """Write task files with their placeholders replaced, and the Python files that they import.
 
     Args:
       folder: of NAME.yaml in which `${data}` and `${lmms_eval}` stand for folders.
@@ -96,7 +96,7 @@ def ask_task(
     phase: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     journal: Callable[[Mapping[str, Any]], Journal | None],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Answer a task of lmms-eval: one line for each question, and {"values": ..., "higher_is_better": ...} by task.
+    """Run a task of lmms-eval; return one line per question, and {"values": ..., "higher_is_better": ...} by task.
 
     `multiple`, `phase`, `journal`: see `backend.Answering`.
     """
@@ -119,7 +119,7 @@ def ask_task(
 
 
 def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
-    """Return lmms-eval's evaluation of a task.
+    """Run lmms-eval on one task and return its results.
 
     Raises:
       UserError: it does not know the task, or fails.
@@ -164,7 +164,7 @@ def _nearest(task: str, known: list[str]) -> str:
 
 
 def _quiet() -> None:
-    """Warnings of lmms-eval come with those of other libraries, instead of on standard output."""
+    """Send lmms-eval's log messages to Python warnings instead of standard error."""
     import lmms_eval.models  # noqa: F401 (which sets its own up)
     from loguru import logger
 
@@ -173,7 +173,7 @@ def _quiet() -> None:
 
 
 def _values(found: Mapping[str, Any]) -> dict[str, float]:
-    """{metric: value}; a value that is None is 0, which MathVista means by it."""
+    """Return {metric: value}; None becomes 0, which is what MathVista means by it."""
     values: dict[str, float] = {}
     for name, value in found.items():
         metric, _, filtered = name.partition(",")
@@ -183,7 +183,7 @@ def _values(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> dict[str, Any]:
-    """A question's answer as it is kept."""
+    """Return one question's answer as a JSON line for the answers file."""
     entries = {metric: sample[metric] for metric in values if metric in sample}
     if "mmmu_acc" in entries:
         from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
@@ -196,5 +196,5 @@ def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], sai
 
 
 def as_plain(value: Any) -> Any:
-    """A number of NumPy as one of Python; anything else that JSON has not as text."""
+    """Convert a NumPy number to a Python number, and any other value that JSON lacks to text."""
     return value.item() if hasattr(value, "item") else str(value)

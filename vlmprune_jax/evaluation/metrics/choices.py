@@ -29,7 +29,7 @@ _NUMBERS = (
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """Return a field with up to 26 choices, given as a list or as the text of a list (MMMU)."""
+    """Return a record field as a list of up to 26 choices; the field is a list, or a list's text (MMMU)."""
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
@@ -39,12 +39,12 @@ def choices_field(record: Record, name: str) -> list[str]:
 
 
 def letters(choices: Sequence[str]) -> str:
-    """Return one capital letter per choice, "ABC..."."""
+    """Return the letters of the choices, "ABC..."."""
     return _LETTERS[: len(choices)]
 
 
 def right_letters(record: Record, name: str) -> set[str]:
-    """Return the references as letters of the choices in the field `name`."""
+    """Return the letters of the correct choices, which are listed in the field `name`."""
     known = letters(choices_field(record, name))
     right = {reference.strip().upper() for reference in record.references}
     odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)
@@ -59,7 +59,7 @@ def right_letters(record: Record, name: str) -> set[str]:
 
 
 def _scienceqa(prediction: str, record: Record) -> bool:
-    """Accept `B`, `b` and `B. any text` as B; `(B)`, `b.` and `The answer is B` are wrong."""
+    """Return 1 for the letter `B`, `b` or `B. any text`; 0 for `(B)`, `b.` and `The answer is B`."""
     said = prediction.strip()
     letter = said[0] if said[1:2] == "." and said[0].isupper() else said
     return letter.lower() in {right.lower() for right in right_letters(record, "choices")}
@@ -72,7 +72,7 @@ SCIENCEQA = accuracy(_scienceqa)
 
 
 def _ai2d(prediction: str, record: Record) -> bool:
-    """Accept `B`, `b`, `(B)` and `B. any text` as B; `B) text` and `The answer is B.` are wrong."""
+    """Return 1 for the letter `B`, `b`, `(B)` or `B. any text`; 0 for `B) text` and `The answer is B.`."""
     first = _LETTER_FIRST.match(prediction)
     said = first[1] if first else prediction
     return any(is_same_text(said, letter) for letter in right_letters(record, "options"))
@@ -85,7 +85,7 @@ AI2D = accuracy(_ai2d)
 
 
 def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str:
-    """Return the letter that an answer names.
+    """Return the choice letter that an answer contains; None if it contains none.
 
     Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option; of
     several matches the last. An answer without a match gets a random letter, as in MMMU; here it depends on `SEED` and
@@ -106,7 +106,7 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
 
 
 def parse_open(prediction: str) -> set[str | float]:
-    """Return the possible meanings of an answer: line ends after words that announce a result, and their numbers."""
+    """Return possible values of a free answer: the texts after words like "answer:", and the numbers in them."""
     text = prediction.strip().strip(".").lower()
     lines = text.split("\n")
     ends = [_end(line, (*_KEYS, "=") if number == len(lines) else _KEYS) for number, line in enumerate(lines, 1)]
@@ -116,7 +116,7 @@ def parse_open(prediction: str) -> set[str | float]:
 
 
 def _end(line: str, keys: Sequence[str]) -> str | None:
-    """Return the shortest text after the last occurrence of a key, None if no key occurs; empty texts are replaced."""
+    """Return the shortest text that follows the last occurrence of one of the `keys`; None if none occurs."""
     shortest = None
     for key in keys:
         if key in line:
@@ -126,7 +126,7 @@ def _end(line: str, keys: Sequence[str]) -> str | None:
 
 
 def _normalised(text: str) -> list[str | float]:
-    """Return a number with two decimals, or text in lower case (a single character with a space on either side)."""
+    """Return a number rounded to two decimals, or lower-case text (single characters padded with spaces)."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -157,7 +157,7 @@ def _is_right_in_mmmu(prediction: str, record: Record) -> bool:
 
 
 def _subject(record: Record) -> str:
-    """Return the subject in the id of an MMMU question: `Art_Theory` in `validation_Art_Theory_12`."""
+    """Return the subject from an MMMU question's id: `Art_Theory` in `validation_Art_Theory_12`."""
     named = re.fullmatch(r"[^_]+_(.+)_\d+", record.id)
     return named[1] if named else "other"
 
@@ -171,7 +171,7 @@ MMMU = accuracy(_is_right_in_mmmu, groups=("subject", _subject))
 
 
 def _chosen(said: str, choices: list[str]) -> str:
-    """Return the choice with this text, with the letter in the first `(x)` or alone, else the nearest one."""
+    """Return the choice with the answer's text, else that of its letter (first `(x)` or alone), else the nearest."""
     if said in choices:
         return said
     bracketed = _IN_BRACKETS.search(said)
@@ -183,7 +183,7 @@ def _chosen(said: str, choices: list[str]) -> str:
 
 
 def _decimals(record: Record) -> int:
-    """Return the decimals of the right answer; 1.0 means 1 (lmms-eval 0.7.3 then scores every answer as wrong)."""
+    """Return the number of decimals of the correct answer; 1.0 counts as 1 (lmms-eval 0.7.3 marks it always wrong)."""
     places = field(record, "precision")
     if isinstance(places, bool) or not isinstance(places, int | float) or places not in range(20):
         raise UserError(f"record {record.id}: field 'precision' must be a whole number of decimals, got {places!r}")
@@ -191,7 +191,7 @@ def _decimals(record: Record) -> int:
 
 
 def _number(said: str, decimals: int | None) -> str | None:
-    """Return the number in the format of the right answers (integer if `decimals` is None); None for other text."""
+    """Return the number in a text, in the correct answers' format (integer if `decimals` is None); None if none."""
     try:
         return str(int(float(said)) if decimals is None else round(float(said), decimals))
     except (ValueError, OverflowError):

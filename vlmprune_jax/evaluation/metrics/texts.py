@@ -58,7 +58,7 @@ GQA = accuracy(lambda prediction, record: any(is_same_text(prediction, reference
 
 
 def _similarity(prediction: str, reference: str) -> float:
-    """Return the similarity, from 0 to 1.
+    """Return the similarity of two texts, from 0 to 1.
 
     As in lmms-eval 0.7.3, the distance compares lower-case texts with single spaces, but is divided by the length of
     the longer unprocessed text in upper case (in which ß has two letters).
@@ -117,7 +117,7 @@ def processed(answer: str) -> str:
 
 
 def _soft_accuracy(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """Return the mean of min(1, others who say the same / 3), leaving out each person in turn."""
+    """Return the mean, over each annotator left out, of min(1, matching answers of the others / 3)."""
     if len(references) < 4:
         raise UserError(
             f"record {record.id}: {len(references)} answer(s), the soft accuracy needs at least 4: list them in "

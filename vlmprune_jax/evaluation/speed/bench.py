@@ -46,7 +46,7 @@ _ENGINES = "vlmprune_jax.evaluation.speed.engines"
 
 @dataclass(frozen=True)
 class Side:
-    """A model in an engine: the job of the engine's process, and the facts that are known without it."""
+    """One model in one engine: the job for the engine's process, and facts known without running it."""
 
     model: str
     weights: str
@@ -57,7 +57,7 @@ class Side:
 
 
 def check_bench(threads: int, json_file: str | None) -> None:
-    """Refuse more threads than there are cores, and a file that cannot be written."""
+    """Refuse more threads than CPU cores, or an output file that cannot be written."""
     if threads > cores():
         raise UserError(f"--threads={threads}: this process may use {cores()} cores: lower it")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
@@ -73,7 +73,7 @@ def find_sides(
     dtype: str,
     threads: int,
 ) -> tuple[list[Side], list[str]]:
-    """Pair every model with every engine that can read it, and tell which pairs are left out and why.
+    """Pair each model with each engine that can read it; print which pairs are left out and why.
 
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
@@ -114,7 +114,7 @@ def find_sides(
 
 
 def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
-    """Measure all sides in turns (see `take_turns`); all are in memory together.
+    """Measure all pairs of model and engine in turns (see `take_turns`); all stay in memory meanwhile.
 
     Returns: the machine's load average before, and the measurements.
 
@@ -151,7 +151,7 @@ def _result(side: Side, answers: Sequence[Answer], new_tokens: int) -> BenchSide
 
 @dataclass
 class _Engine:
-    """A running engine."""
+    """A running process of one engine with one model loaded."""
 
     name: str
     process: subprocess.Popen[str]
@@ -160,7 +160,7 @@ class _Engine:
     @classmethod
     @contextlib.contextmanager
     def start(cls, side: Side) -> Iterator[_Engine]:
-        """Start the engine with its model and wait until it is ready; its process ends with the context."""
+        """Start the engine's process, load the model and wait until it is ready; the context's end stops it."""
         command = [sys.executable, "-P", "-m", _ENGINES]  # -P: a module of that name in this folder is not imported
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
@@ -182,7 +182,7 @@ class _Engine:
                     process.stdin.close()
 
     def read(self, line: str = "") -> Answer:
-        """Ask for a reading."""
+        """Ask the engine to measure once, and return the times."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process ended: its last words are in the error below
@@ -266,7 +266,7 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
 
 
 def _gguf_file(model: str) -> Path | None:
-    """Return the GGUF file with this name, or the only decoder in the folder; None for a Hugging Face folder."""
+    """Return the GGUF file with this name, or the only decoder file in a folder; None for a Hugging Face folder."""
     path = Path(model)
     if model.endswith(".gguf") and not path.is_dir():
         return path
@@ -288,7 +288,7 @@ def _wrong_kind(model: str, kind: str, backends: Sequence[str]) -> str:
 
 
 def _why_not(backend: str, side: Side) -> str | None:
-    """Return the reason why an engine cannot read a model; None if it can."""
+    """Return the reason why an engine cannot read a model; None if it can read it."""
     _, packages, install = BACKENDS[backend]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

@@ -29,27 +29,29 @@ _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Workload of a speed measurement."""
+    """Workload of a speed measurement: prompt length, new tokens, batch size and rounds."""
 
-    rounds: int = speed_setting(5, "Number of measurements of each model.", least=0, most=1000)
+    rounds: int = speed_setting(5, "Number of measurements per model.", least=0, most=1000)
     prompt_tokens: int = speed_setting(
-        640, "Length of a prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
+        640, "Length of the prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
     )
     new_tokens: int = speed_setting(
-        32, "Number of tokens to generate after the first.", unit="tokens", least=1, most=_MAX_TOKENS
+        32, "Number of tokens to generate after the first one.", unit="tokens", least=1, most=_MAX_TOKENS
     )
-    batch_size: int = speed_setting(1, "Number of prompts that are answered together.", unit="rows", least=1, most=8192)
-    image: bool = speed_setting(True, "Begin every prompt with an image, if the model takes images.")
+    batch_size: int = speed_setting(
+        1, "Number of prompts that are processed together.", unit="rows", least=1, most=8192
+    )
+    image: bool = speed_setting(True, "Put an image at the start of every prompt, if the model takes images.")
 
     def __post_init__(self) -> None:
         check_settings("speed", self)
 
     def with_image(self, cfg: ModelConfig) -> bool:
-        """Return True if the prompts of this model begin with an image."""
+        """Return True if this model's prompts begin with an image."""
         return self.image and cfg.vision is not None and cfg.image_token_id is not None
 
     def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
-        """Refuse a prompt that does not fit the model; `named` precedes the names of settings in messages.
+        """Refuse a prompt that does not fit the model; `named` is a prefix for setting names in messages.
 
         Raises:
           UserError: a row is too long for the model, or too short for an image.
@@ -63,7 +65,7 @@ class SpeedConfig:
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """Speed of one model, one value per round.
+    """Speed of one model, with one value per round.
 
     `prefill`: prompt tokens per second, image tokens included. `decode`: new tokens per second of all rows together,
     without the prefill. `first_token`: seconds from the prompts to the first token of every row. `peak_bytes`: memory
@@ -77,7 +79,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchSide(Measurement, frozen=True, kw_only=True):
-    """One model in one engine: `weights` is their type, `bytes` their size on disk."""
+    """Measured speed of one model in one engine; `weights` is their type, `bytes` their size on disk."""
 
     model: str
     backend: str
@@ -90,7 +92,7 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
 
 
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """Convert the seconds of every round to the speeds of a `Measurement`; tokens are those of all rows together."""
+    """Convert the seconds of every round to the speeds of a `Measurement`, in tokens of all rows per second."""
     return {
         "prefill": tuple(prompt_tokens / first for first, _ in rounds),
         "decode": tuple(new_tokens / rest for _, rest in rounds),
@@ -99,17 +101,17 @@ def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> 
 
 
 class Program(Protocol):
-    """Text generation for one model and one batch of prompts."""
+    """Interface for timing the text generation of one model on one batch of prompts."""
 
     def prefill(self) -> None:
-        """Compute the prompts and their first tokens."""
+        """Process the prompts and compute their first new tokens."""
 
     def generate(self) -> None:
-        """Compute the prompts and all new tokens."""
+        """Process the prompts and generate all new tokens."""
 
 
 class Stopwatch:
-    """Times a program that has run once; `agree` makes seconds equal in all processes that run the program."""
+    """Timer of a program that has run once; `agree` makes all processes of a run use the same seconds."""
 
     def __init__(
         self, program: Program, name: str, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float
@@ -118,7 +120,7 @@ class Stopwatch:
         self._runs = max(min_runs, int(MIN_SECONDS / agree(_seconds(program.prefill))))
 
     def read(self) -> Seconds:
-        """Time the prefill, and the new tokens after the first."""
+        """Return the seconds of the prefill, and of generating the tokens after the first one."""
         for _ in range(TRIES):
             first, total = (
                 self._agree(min(_seconds(run) for _ in range(self._runs)))
@@ -135,7 +137,7 @@ class Stopwatch:
 def take_turns(
     reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[list[_T]]:
-    """Call every function once per round, every other round in reverse order, and return the results of each.
+    """Call every function once per round, in reverse order every other round, and return each one's results.
 
     Other work on the machine then slows all of them alike, so compare the results of the same round.
     """

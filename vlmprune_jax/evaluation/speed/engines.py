@@ -27,7 +27,7 @@ from vlmprune_jax.families.gguf import ENGINE
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """A model, the engine that runs it (`backend`), and one prompt with the number of tokens to generate."""
+    """A model, the engine to run it (`backend`), a prompt, and the number of tokens to generate."""
 
     model: str
     backend: str = ""
@@ -50,7 +50,7 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A reading (`seconds`), and peak memory so far; `prompt_tokens` as the engine counts them."""
+    """Measured times (`seconds`) and peak memory so far; `prompt_tokens` is the engine's own count."""
 
     seconds: Seconds | None = None
     prompt_tokens: int = 0
@@ -59,7 +59,7 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def in_jax(job: Job) -> Program:
-    """Compile our forward pass."""
+    """Compile our generation program for a job."""
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import compile_generation
 
@@ -69,7 +69,7 @@ def in_jax(job: Job) -> Program:
 
 
 class InTransformers:
-    """`generate` of transformers on torch."""
+    """Program that runs `generate` of transformers in PyTorch."""
 
     def __init__(self, job: Job):
         import torch
@@ -93,11 +93,11 @@ class InTransformers:
         self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
 
     def prefill(self) -> None:
-        """Compute the prompt and its first token."""
+        """Process the prompt and compute its first new token."""
         self._generate(1)
 
     def generate(self) -> None:
-        """Compute the prompt and all new tokens."""
+        """Process the prompt and generate all new tokens."""
         self._generate(self.new_tokens + 1)
 
     def _generate(self, tokens: int) -> None:
@@ -110,7 +110,7 @@ class InTransformers:
 
 
 class InLlamaCpp:
-    """The server of llama.cpp without the network; `prompt_tokens` as llama.cpp counts them.
+    """Program that runs llama.cpp's server code without the network; `prompt_tokens` is llama.cpp's own count.
 
     Raises:
       UserError: it does not load the file, does not answer, or an image fills the whole prompt.
@@ -137,15 +137,15 @@ class InLlamaCpp:
             self._show_image(job.image_size)
 
     def prefill(self) -> None:
-        """Compute the prompt and its first token."""
+        """Process the prompt and compute its first new token."""
         self._ask(1)
 
     def generate(self) -> None:
-        """Compute the prompt and all new tokens."""
+        """Process the prompt and generate all new tokens."""
         self._ask(self.new_tokens + 1)
 
     def _show_image(self, side: int) -> None:
-        """Make the prompt from an image and as many words as fit."""
+        """Make a prompt of an image and as many words as the prompt length allows."""
         from PIL import Image
 
         noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
@@ -169,7 +169,7 @@ class InLlamaCpp:
         self.prompt_tokens = count((wanted - least) // max(1, more - least))
 
     def _ask(self, tokens: int) -> int:
-        """Generate `tokens` tokens and return the length of the prompt."""
+        """Generate `tokens` tokens, and return the length of the prompt in tokens."""
         chat = "messages" in self.request
         call = self.server.handle_chat_completions if chat else self.server.handle_completions
         settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
@@ -191,12 +191,12 @@ ENGINES: dict[str, Callable[[Job], Program]] = {
 
 
 def _pixels(job: Job) -> np.ndarray | None:
-    """Return noise of the shape `job.pixels`, or None if there is no image."""
+    """Return random pixels of shape `job.pixels`, or None if the prompt has no image."""
     return None if job.pixels is None else np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
 
 
 def serve() -> None:
-    """Answer until standard input ends."""
+    """Measure each time a line arrives on standard input, until it ends."""
     lines, out = sys.stdin, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print to standard output as well
 
@@ -221,7 +221,7 @@ def serve() -> None:
 
 
 def _peak_bytes() -> int:
-    """Return the peak memory of this process: weights, caches, libraries and loading."""
+    """Return this process's peak memory in bytes: weights, caches, libraries and what loading needed."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage counts the memory of the parent at the fork as well
         return int(read_text(status).partition("VmHWM:")[2].split()[0]) * 1024

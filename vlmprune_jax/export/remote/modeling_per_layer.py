@@ -15,7 +15,7 @@ PREFIX = "PerLayer"
 
 
 class LayerConfig:
-    """Config of one layer: its own head counts, and all other fields of the model's config."""
+    """Config of one layer: own head counts; all other attributes come from the model's config."""
 
     def __init__(self, config, **own):
         self.__dict__.update(own, _model_config=config)
@@ -39,7 +39,7 @@ def cut(linear, rows=None, columns=None):
 
 
 def resize_layer(layer, q_heads, kv_heads, mlp):
-    """Give one decoder layer its own numbers of heads and neurons."""
+    """Resize the projections of one decoder layer to its own numbers of heads and neurons."""
     attention, head = layer.self_attn, layer.self_attn.head_dim
     sizes = {
         attention: {
@@ -76,7 +76,7 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
 
 
 class PerLayerWidths(nn.Module):
-    """Mixin before a stock class: its decoder layers get the widths in `per_layer_shapes`."""
+    """Mixin for a stock transformers class; its decoder layers get the widths in `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
     _auto_class: Any
@@ -95,7 +95,7 @@ class PerLayerWidths(nn.Module):
 
     @classmethod
     def is_custom_code(cls):
-        """Return False, so that transformers 5 renames keys of old checkpoints as for the stock class."""
+        """Return False, so that transformers 5 renames old checkpoint keys as it does for the stock class."""
         return False
 
 
@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _rename_as(stock: str, name: str) -> None:
-    """Register the checkpoint key renamings of `stock` for class `name` (transformers 5 looks them up by class)."""
+    """Register the checkpoint key renamings of class `stock` for class `name` (transformers 5 looks up class names)."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,

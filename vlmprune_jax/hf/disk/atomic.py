@@ -24,7 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
-    """Refuse an output folder that would destroy something.
+    """Refuse an output folder if writing to it would destroy files.
 
     Raises UserError if it exists and `overwrite` is off, it is not a model folder, or it contains the source.
     """
@@ -55,7 +55,7 @@ def _has_card(folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to write more than the disk can hold.
+    """Refuse to write more bytes than are free on the disk.
 
     Raises UserError if the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
     """
@@ -102,7 +102,7 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def clean_stale(out_dir: Path) -> None:
-    """Remove leftovers of killed writers of `out_dir`, and restore a folder that a writer was replacing.
+    """Remove what killed writers of `out_dir` left, and restore a folder whose replacement was interrupted.
 
     A writer on this machine is dead if its process is gone; a writer on another machine (of a pod, perhaps lost) if it
     wrote nothing for `ABANDONED_SECONDS`.
@@ -122,7 +122,7 @@ def clean_stale(out_dir: Path) -> None:
 
 
 def _writing(folder: Path, host: str, pid: int) -> bool:
-    """Return True if the process that created a folder may still be writing."""
+    """Return True if the process that created a temporary folder may still be writing to it."""
     if host == socket.gethostname():
         with contextlib.suppress(PermissionError):  # of another user's process
             try:

@@ -22,13 +22,13 @@ BIN_SINGLE = "pytorch_model.bin"
 
 
 class _Index(TypedDict):
-    """Index of a sharded checkpoint."""
+    """Index file of a sharded checkpoint."""
 
     weight_map: dict[str, str]
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Weights of a folder by key, read (and decoded) on access.
+    """Weights of a folder by key; each is read, and decoded if it is quantised, on access.
 
     `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
     with several tensors per weight. Raises UserError for no weights, a missing or damaged shard, the same key in two
@@ -73,7 +73,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def has_weights(folder: Path) -> bool:
-    """Return True if a folder has a weight file or index in a known form, even a damaged one."""
+    """Return True if a folder has a weight file or index under a known name, even a damaged one."""
     return any(os.path.lexists(folder / name) for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
 
 

@@ -19,7 +19,7 @@ Value = int | float | bool | str
 
 
 class GgufHeader(NamedTuple):
-    """Header of a GGUF file: numbers and short texts by name, bytes of its tensors by type, and number of weights."""
+    """Header of a GGUF file: numbers and short texts by name, tensor bytes by type, and the number of weights."""
 
     fields: dict[str, Value]
     types: dict[str, int]
@@ -57,7 +57,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Header:
-    """A file that is read from its beginning, `at` bytes so far."""
+    """Reader of a file from its start; `at` counts the bytes read so far."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.size, self.at, self._file = size, 0, file
@@ -88,7 +88,7 @@ class _Header:
         return self.take(self.count(_MAX_NAME, "characters in a name")).decode(errors="replace")
 
     def value(self, kind: int) -> Value | None:
-        """Return a number or a short text; skip anything else and return None."""
+        """Read a value and return it if it is a number or a short text; None for anything else."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
@@ -111,7 +111,7 @@ class _Header:
         return None
 
     def tensor(self) -> tuple[str, int, int, int]:
-        """Return (type, bytes, weights, offset of the data) of a tensor."""
+        """Read a tensor's entry and return (type, bytes, weights, offset of the data)."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, dimensions = self.text(), self.number("<I")

@@ -25,36 +25,36 @@ _WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buff
 
 
 class Storage(Protocol):
-    """Encoding of a weight `KEY` in tensors `KEY` + suffix; "" may be a suffix.
+    """Interface of an encoding that stores a weight `KEY` as tensors `KEY` + suffix; a suffix may be "".
 
     Dtypes are spelled as in weight files ("F32", "I8"); tensors of a weight are passed by suffix.
     """
 
     @property
     def name(self) -> str:
-        """Description for people and `inspect`."""
+        """Description for people and for `inspect`."""
 
     @property
     def suffixes(self) -> Sequence[str]:
-        """Suffixes of the tensors, the same for every weight."""
+        """Suffixes of the tensors that store one weight, the same for every weight."""
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Return dtype (F32, F16 or BF16) and shape of a weight; raise ValueError if the tensors form none."""
+        """Return dtype (F32, F16 or BF16) and shape of the stored weight; raise ValueError if the tensors form none."""
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return dtype and shape of the tensors of a weight: the inverse of `weight`, to check files."""
+        """Return dtypes and shapes of the tensors that store a weight (the inverse of `weight`), to check files."""
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
-        """Return rows `start` to `stop` of the weight, in its dtype; `Entry.rows` reads rows of a tensor."""
+        """Return the weight's rows from `start` up to `stop`, in its dtype; `Entry.rows` reads rows of a tensor."""
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors of a weight with these values, as in `tensors`; `name` as in `holds`."""
+        """Return the tensors that store a weight with these values; `name` as in `holds`."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return True to encode a weight, given its path in `params` and its shape in files; others are plain."""
+        """Return True if a weight, given its path in `params` and shape in files, is to be encoded."""
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """Return `quantization_config`, with `quant_method`, of a folder with tensors {key: shape}."""
+        """Return `quantization_config` (with `quant_method`) for a folder that has tensors {key: shape}."""
 
 
 # quant_method -> function of quantization_config that returns the storage (UserError if it is not supported).
@@ -63,7 +63,7 @@ storages: dict[str, Callable[[JsonDict], Storage]] = {"compressed-tensors": Comp
 
 @dataclass(frozen=True)
 class EncodedWeight:
-    """Weight encoded in several tensors, with the interface of `Entry`; only requested rows are decoded."""
+    """Weight stored in several encoded tensors, with the interface of `Entry`; decodes only the rows requested."""
 
     key: str
     dtype: str
@@ -73,7 +73,7 @@ class EncodedWeight:
 
     @property
     def file(self) -> Path:
-        """File of the first tensor."""
+        """Path of the file that holds the first tensor."""
         return next(iter(self.parts.values())).file
 
     @property
@@ -82,15 +82,15 @@ class EncodedWeight:
         return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
 
     def raw(self) -> np.ndarray:
-        """Return the bytes of all values, uint8[bytes]."""
+        """Return the bytes of all decoded values, uint8[bytes]."""
         return self.values(0, math.prod(self.shape)).view(np.uint8)
 
     def array(self) -> np.ndarray:
-        """Return all values."""
+        """Return all decoded values."""
         return self.values(0, math.prod(self.shape)).reshape(self.shape)
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """Return `count` values from flat position `first`."""
+        """Return `count` decoded values, starting at flat index `first`."""
         width = max(1, math.prod(self.shape[1:]))
         start, stop = first // width, -(-(first + count) // width)
         with np.errstate(all="ignore"):  # non-finite values are reported with the weight's name
@@ -99,15 +99,15 @@ class EncodedWeight:
         return rows.reshape(-1)[first - start * width :][:count]
 
     def extent(self, first: int, size: int) -> Extent | None:
-        """Return None: no file holds the decoded bytes."""
+        """Return None, since no file holds the decoded bytes."""
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """Return the values at flat positions."""
+        """Return the decoded values at these flat indices."""
         values = [self.values(int(position), 1) for position in positions.reshape(-1)]
         return np.concatenate(values).reshape(positions.shape)
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the values between consecutive `cuts` (ascending flat positions)."""
+        """Yield the decoded values between consecutive flat indices in `cuts` (ascending)."""
         return (self.values(begin, end - begin) for begin, end in itertools.pairwise(cuts))
 
 
@@ -115,7 +115,7 @@ StoredWeight = Entry | EncodedWeight
 
 
 def find_storage(config: JsonDict, where: str) -> Storage | None:
-    """Return the storage named in config.json, or None for plain weights.
+    """Return the storage format that config.json names; None if the weights are not encoded.
 
     Raises UserError if the quantisation is not supported.
     """
@@ -138,14 +138,14 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
 
 
 def without_storage(config: JsonDict) -> JsonDict:
-    """Return config.json without quantisation."""
+    """Return config.json without its `quantization_config`."""
     inner = {name: config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)}
     plain = {name: {k: v for k, v in part.items() if k != "quantization_config"} for name, part in inner.items()}
     return {name: value for name, value in (config | plain).items() if name != "quantization_config"}
 
 
 def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
-    """Return the weights in the tensors of a folder, in file order; tensors of no weight are returned unchanged.
+    """Join encoded tensors to weights, in file order; tensors that belong to no weight are returned unchanged.
 
     Raises UserError if tensors of a weight are missing or inconsistent.
     """
@@ -174,7 +174,7 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
 
 
 def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:
-    """Return one weight. Raise ValueError (or an error of the storage) if parts are missing or inconsistent."""
+    """Return one encoded weight. Raises ValueError (or the storage's error) if tensors are missing or inconsistent."""
     missing = [key + suffix for suffix in storage.suffixes if suffix not in parts]
     if missing:
         raise ValueError(f"{next(iter(parts.values())).key} has no {', '.join(missing)} beside it")

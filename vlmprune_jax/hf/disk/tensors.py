@@ -41,7 +41,7 @@ def weight(
     extent: Extent | None = None,
     check: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Tensor:
-    """Return a tensor whose `fetch` returns an array of the right dtype and number of elements, in any shape.
+    """Return a tensor to write; `fetch` returns an array with the right dtype and number of elements, in any shape.
 
     `extent` locates the same bytes in a file, if any; `check` receives all values written.
     """
@@ -58,7 +58,7 @@ def weight(
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
-    """Return tensors for weights, given as pairs (path in `params`, plain tensor), encoded if the storage holds them.
+    """Return the tensors to write for weights, given as (path in `params`, plain tensor); `storage` encodes some.
 
     A weight is fetched and encoded when its first tensor is written, and again for tensors that are written after those
     of other weights (`split_shards` puts wide dtypes first).
@@ -91,7 +91,7 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Return consecutive tensors in shards of at most `max_bytes`; a larger tensor gets its own shard.
+    """Split tensors into shards of at most `max_bytes`, in order; a larger tensor gets a shard of its own.
 
     Within a shard, wide dtypes come first, as the safetensors library writes them, which aligns every tensor.
     """
@@ -122,14 +122,14 @@ def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> No
 
 
 def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
-    """Return the size of the safetensors files that `write_weights` writes."""
+    """Return the total size in bytes of the safetensors files that `write_weights` would write."""
     return sum(
         len(_header(shard)) + sum(tensor.n_bytes for tensor in shard) for shard in split_shards(tensors, max_bytes)
     )
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """Return the header of a safetensors file."""
+    """Return the header bytes of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -145,7 +145,7 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
 
 
 def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
-    """Write one safetensors file with one tensor in memory at a time (the library's writer needs all at once)."""
+    """Write a safetensors file with one tensor in memory at a time (the library's writer needs all of them)."""
     file.write(_header(tensors))
     for tensor in tensors:
         if tensor.extent is not None:

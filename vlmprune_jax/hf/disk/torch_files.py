@@ -29,20 +29,20 @@ _LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and it
 
 
 class _Name(NamedTuple):
-    """Name of a class or function in a pickle."""
+    """Name of a class or function that a pickle refers to."""
 
     text: str
 
 
 class _Storage(NamedTuple):
-    """Record of a storage class (or of untyped bytes, if each tensor has its dtype)."""
+    """A pickle's record of a tensor storage class (or of untyped bytes, if each tensor has its own dtype)."""
 
     kind: str
     record: str
 
 
 class _Tensor(NamedTuple):
-    """View of a storage that starts at element `first`."""
+    """Tensor in a pickle: a view of a storage that starts at element `first`."""
 
     storage: _Storage
     first: int
@@ -52,13 +52,13 @@ class _Tensor(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """Any other object, by the name of its constructor."""
+    """Any other object in a pickle, represented by its constructor's name."""
 
     maker: str
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a `pytorch_model*.bin` by key.
+    """Return {key: tensor} of a `pytorch_model*.bin` file, without executing its pickle.
 
     Raises UserError if the file is damaged, or is not a state dict of plain contiguous tensors.
     """
@@ -80,7 +80,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[..., tuple[int, int]]:
-    """Return a function that returns the byte range of a record in the file."""
+    """Return a function that maps a record's name to its byte range in the file."""
     size, known = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
 
     def place(name: str, most: int = 2**63) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def _in_one_piece(tensor: _Tensor) -> bool:
 
 
 def _interpret(pickle: bytes) -> Any:
-    """Return the object of a pickle made of texts, numbers, tuples, lists, dicts with text keys and the classes above.
+    """Return a pickle's object, made only of texts, numbers, tuples, lists, dicts and the classes above.
 
     Raises Exception of various types if the pickle is damaged or has other content.
     """

@@ -29,7 +29,7 @@ Look = Callable[[np.ndarray], None]
 
 
 class CheckedFile:
-    """New file, written from front to back.
+    """New file that is written sequentially; every block is read back and compared.
 
     Threads write and read back one block each while the caller fills the next. Through the page cache, 13.5 GB cost
     tens of seconds of copies and evictions, and reading back proves little. File systems without direct access (tmpfs,
@@ -65,7 +65,7 @@ class CheckedFile:
             os.close(self._descriptor)
 
     def write(self, data: bytes | np.ndarray) -> None:
-        """Append bytes."""
+        """Append bytes to the file."""
         rest = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
         while rest:
             room = memoryview(self._block)[self._filled :]
@@ -75,7 +75,7 @@ class CheckedFile:
             rest = rest[len(part) :]
 
     def copy(self, extent: Extent, look: Look) -> None:
-        """Append bytes of another file, with at most one block in memory.
+        """Append bytes from another file, with at most one block in memory.
 
         Args:
           extent: file and byte range to copy.
@@ -106,7 +106,7 @@ class CheckedFile:
         self._size += self._filled
 
     def _put(self, block: mmap.mmap, length: int, offset: int) -> None:
-        """Write one block, read it back and compare, in a worker's thread."""
+        """Write one block, read it back and compare it, in a worker thread."""
         try:
             padded = min(-(-length // _ALIGNMENT) * _ALIGNMENT, BLOCK) if self._direct else length
             rest = memoryview(block)[:padded]
@@ -150,7 +150,7 @@ class CheckedFile:
             )
 
     def _finish(self) -> None:
-        """Write the last block, cut its padding and flush the file to the disk."""
+        """Write the last block, remove its padding, and flush the file to disk."""
         if self._filled:
             memoryview(self._block)[self._filled :][: -self._filled % _ALIGNMENT] = bytes(-self._filled % _ALIGNMENT)
             self._flush()
@@ -161,7 +161,7 @@ class CheckedFile:
 
 
 def _create(path: Path) -> tuple[int, bool]:
-    """Return the descriptor of a new file, and True if it bypasses the page cache."""
+    """Create a file; return its descriptor, and True if writes bypass the page cache."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
     if _DIRECT:
         try:
