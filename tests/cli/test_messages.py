@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import jax
 import pytest
@@ -74,6 +75,7 @@ def test_what_a_person_can_change(capsys, monkeypatch, error, line):
     ],
 )
 def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run, line):
+    monkeypatch.setattr("vlmprune_jax.core.checks._LIBRARIES", {Path(__file__).parent})  # this file is not a user's
     (tmp_path / "f.json").write_text("{}")
     read_bytes(tmp_path / "f.json")
     code, said = ended(capsys, monkeypatch, run)
