@@ -246,19 +246,19 @@ INSIGHTS = (
         _of_methods("none", "width", "depth", 0.0, 1.0),
     ),
     Insight(
-        f"2a. With recovery, depth pruning up to 30 % is at most {AS_GOOD:g} point behind width pruning",
+        f"2a. With recovery and up to 30 % removed, depth pruning is at most {AS_GOOD:g} point behind width pruning",
         f"depth - width after SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_methods(BEST, "depth", "width", 0.0, 0.33),
     ),
     Insight(
-        "2b. With recovery, width pruning from 45 % on retains more accuracy than depth pruning",
+        "2b. With recovery and 45 % or more removed, width pruning retains more accuracy than depth pruning",
         f"width - depth after SFT + L2, {_POINTS}",
         0.0,
         _of_methods(BEST, "width", "depth", 0.42, 1.0),
     ),
     Insight(
-        f"3. Up to 15 %, training the projector alone is at most {AS_GOOD:g} point behind SFT + L2",
+        f"3. With up to 15 % removed, training the projector alone is at most {AS_GOOD:g} point behind SFT + L2",
         f"projector - SFT + L2, {_POINTS}",
         -AS_GOOD,
         _of_recoveries("projector", (BEST,), high=0.18),
@@ -269,7 +269,12 @@ INSIGHTS = (
         0.0,
         _of_recoveries(BEST, ("projector", "sft", "sft_kl")),
     ),
-    Insight("5a. SFT + L2 on 5 % of the data retains 95 % below half of the decoder", _KEPT, 95.0, _of_little_data),
+    Insight(
+        "5a. SFT + L2 on 5 % of the data retains 95 % if less than half of the decoder is removed",
+        _KEPT,
+        95.0,
+        _of_little_data,
+    ),
     Insight(
         "5b. Below half of the decoder, 5 % of the data reaches 90 % of the accuracy of training on all data",
         "% of the accuracy with all data",

@@ -135,7 +135,10 @@ def test_the_command_prints_conclusions(capsys, study):
     assert main([f"mine={study}"], study_script) == 0
     out = capsys.readouterr().out
     assert "### mine\n\n" in out
-    assert "**2a. With recovery, depth pruning up to 30 % is at most 1 point behind width pruning**: holds.\n" in out
+    assert (
+        "**2a. With recovery and up to 30 % removed, depth pruning is at most 1 point behind width pruning**: holds.\n"
+        in out
+    )
     assert "|15 % (width 16.0, depth 16.0)|-10.00 (-10.00 to -10.00)|does not hold|\n" in out
 
 
