@@ -200,7 +200,7 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
 
 
 def value_of(argv: Sequence[str], name: str) -> str | None:
-    """Return the last value of the flag `--name=value` or `--name value`, without parsing other flags."""
+    """Return the last value of the flag `--name=value` or `--name value`, or None, without parsing other flags."""
     return next((value for _, value in reversed(_values_of(argv, name))), None)
 
 

@@ -53,7 +53,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the bytes that this container may still allocate; None without a limit."""
+    """Return the bytes that this container may still allocate; 2**62 without a limit."""
     most, used = (_lines(_GROUP / name) for name in ("memory.max", "memory.current"))
     return max(0, int(most[0]) - int(used[0])) if most and used and most[0] != "max" else 2**62
 

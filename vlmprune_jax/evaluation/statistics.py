@@ -28,7 +28,7 @@ def retained_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Return a confidence interval of the retained percentage, by the paired percentile bootstrap.
+    """Return a confidence interval of retention in %, by the paired percentile bootstrap; None if undefined.
 
     Questions are drawn with replacement, in units of `metric.drawn_by`, and both models are scored on the same sample,
     so questions that are hard for both do not widen the interval. The interval covers other questions of the same type,

@@ -135,7 +135,7 @@ def _check_spaced(content: JsonDict, where: str) -> bool:
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
-    """Return the pre-tokenizer's steps as texts, to compare with llama.cpp's; unknown steps as their JSON."""
+    """Yield the pre-tokenizer's steps as texts, to compare with llama.cpp's; unknown steps as their JSON."""
     kind = None if step is None else step.get("type")
     if step is None:
         yield "none"

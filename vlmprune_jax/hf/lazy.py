@@ -171,7 +171,7 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def origin(array: Any, index: int | None) -> str | None:
-    """Return (file, key) of an array or stack entry that is still in a file; None for arrays in memory."""
+    """Return "FILE: tensor KEY" for an array or stack entry that is still in a file; None for arrays in memory."""
     stored = _in_file(array, index)
     return None if stored is None else f"{stored.source.file}: tensor {stored.source.key}"
 

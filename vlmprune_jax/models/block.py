@@ -260,7 +260,7 @@ class Block(nnx.Module):
         return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
 
     def gain(self, name: str) -> jax.Array | None:
-        """Return the constant factors of a writer's output channels: weights of its norm, and its scale.
+        """Return the constant factors of a writer's output channels (norm weights, scale); None if there are none.
 
         float[embed], with a leading axis if the block's parameters are stacked; None: all are 1.
         """

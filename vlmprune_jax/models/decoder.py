@@ -86,7 +86,7 @@ class Decoder(BlockStack):
         return None if self.extra_inputs is None else self.extra_inputs(x, ids)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Return the norm after the last block."""
+        """Apply the norm after the last block to `x`."""
         return getattr(self, self.norm_name)(x)
 
     def context(

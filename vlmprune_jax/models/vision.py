@@ -75,7 +75,7 @@ class VisionTower(BlockStack):
         self.post_layernorm = norm() if cfg.post_norm else None
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Return the norm after the last block; None if the tower has none."""
+        """Apply the norm after the last block; return `x` unchanged in towers without one."""
         return x if self.post_layernorm is None else self.post_layernorm(x)
 
     def _table(self) -> jax.Array:

@@ -32,7 +32,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """A TPU slice to compile for: name ("v5e:8x8"), generation and devices."""
+    """TPU slice to compile for: name ("v5e:8x8"), chip generation and devices."""
 
     name: str
     chip: Chip
@@ -40,7 +40,7 @@ class Slice:
 
 
 def make_slice(name: str) -> Slice:
-    """Return the slice with this name; needs no TPU.
+    """Return the TPU slice with this name; works on machines without a TPU.
 
     Raises:
       UserError: the generation or topology does not exist (names those that do), or libtpu is missing.
@@ -67,7 +67,7 @@ def make_slice(name: str) -> Slice:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Cost of a compiled program per chip: bytes of HBM, and bytes received from other chips by kind of collective.
+    """Cost per chip of a compiled program: bytes of HBM, and bytes received from other chips per collective operation.
 
     `flops`: executed FLOPs of all chips together. `seconds`: time of the compilation.
     """
@@ -80,7 +80,7 @@ class Compiled:
 
 
 class DoesNotFit(UserError):
-    """The program does not fit in HBM; `needed` and `capacity` are in bytes per chip."""
+    """Error: a program does not fit in HBM; `needed` and `capacity` are bytes per chip."""
 
     def __init__(self, needed: int, capacity: int):
         super().__init__(
@@ -125,7 +125,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def executed_flops(jaxpr: Any) -> int:
-    """Return the FLOPs of all matrix products in a jaxpr, including every loop iteration and recomputation.
+    """Return the FLOPs of all matrix products in a jaxpr; counts every loop iteration and recomputation.
 
     All blocks of kernels are counted, even those that a causal mask skips. (XLA's `cost_analysis` counts a loop body
     once.)
@@ -144,14 +144,14 @@ def executed_flops(jaxpr: Any) -> int:
 
 
 def _jaxprs(value: Any) -> list[Any]:
-    """Return the jaxprs in a parameter of an equation."""
+    """Return the jaxprs inside a parameter of an equation (loop bodies, branches, called functions)."""
     values = value if isinstance(value, tuple | list) else (value,)
     jaxprs = [getattr(item, "jaxpr", item) for item in values]
     return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def _times(equation: Any) -> int:
-    """Return the number of times that the inner jaxprs of an equation run."""
+    """Return how many times the inner jaxprs of an equation run."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
         return params["length"]
@@ -175,7 +175,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
-    """Return the bytes that every chip receives in one run of a compiled program, by kind of collective.
+    """Return {collective operation: bytes that each chip receives in one run} for a compiled program.
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
@@ -214,7 +214,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """Return the number of runs of each computation; a while loop runs up to the constant in its condition."""
+    """Return how often each computation runs; a while loop runs up to the constant in its condition."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -237,7 +237,7 @@ def _trip_count(condition: Sequence[str]) -> int:
 
 
 def _second(result: str) -> str:
-    """Return the second part of "(first, second, ...)"; parts may be nested tuples."""
+    """Return the second element in the text of an HLO tuple "(first, second, ...)", which may be nested."""
     depth, parts = 0, [""]
     for character in result[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -259,13 +259,13 @@ def _received(kind: str, result: str, line: str) -> int:
 
 
 def _width(dtype: str) -> float:
-    """Return the bytes of a number type: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
+    """Return the size in bytes of an HLO number type: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
     bits = re.match(r"[a-z]+?(\d+)", dtype)
     return int(bits[1]) / 8 if bits else 1
 
 
 def _group_size(line: str) -> int:
-    """Return the number of chips in a group, in any of the three notations of replica groups in XLA."""
+    """Return the number of chips in a replica group, written in any of XLA's three notations."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))

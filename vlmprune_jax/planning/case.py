@@ -41,7 +41,7 @@ from vlmprune_jax.stages.work import teacher_folder
 
 @dataclass(frozen=True)
 class Case:
-    """One recovery on one slice: student, teacher, training settings and row shapes.
+    """Inputs for planning one recovery on one TPU slice: student, teacher, training settings and row shapes.
 
     `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
     (empty unless images are of any size), ascending. The planned step uses the largest of each.
@@ -60,27 +60,27 @@ class Case:
 
     @property
     def length(self) -> int:
-        """Tokens per row in the largest bucket."""
+        """Tokens per row in the largest length bucket."""
         return self.lengths[-1]
 
     @property
     def images(self) -> int:
-        """Image (or tile) slots per row in the largest bucket."""
+        """Image (or tile) slots per row in the largest image bucket."""
         return self.slots[-1]
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens per image slot in the largest bucket for images of any size, else 0."""
+        """Tokens per image slot in the largest bucket if images have any size; 0 otherwise."""
         return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
-        """Return the mesh over the devices of the slice."""
+        """Return a mesh over the slice's devices."""
         return make_mesh(*self.mesh, devices=self.slice.devices)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Compiled cost and model FLOPs of the step of a case; times are lower bounds."""
+    """Compiled cost and model FLOPs of one training step; times are lower bounds."""
 
     case: Case
     compiled: Compiled
@@ -88,12 +88,12 @@ class Estimate:
 
     @property
     def free(self) -> float:
-        """Free bytes of HBM per chip during the step."""
+        """HBM that stays free during the step, in bytes per chip."""
         return self.case.slice.chip.hbm - self.compiled.arguments - self.compiled.temporaries
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Lower bounds of the step time (s) from arithmetic, memory traffic and links between chips.
+        """Lower bounds of the step time in seconds, from arithmetic, memory traffic and links between chips.
 
         Memory traffic: arguments are read once; temporaries and received data are written and read once.
         """
@@ -103,17 +103,17 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float:
-        """Roofline estimate of the step time: the largest of the three bounds."""
+        """Roofline estimate of the step time in seconds: the largest of the three lower bounds."""
         return max(self.seconds.values())
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: model FLOPs / peak FLOPs of all chips in the step time."""
+        """Model FLOPs utilisation: model FLOPs / (peak FLOP/s of all chips x step time)."""
         return self.model.total / (self.step_seconds * len(self.case.slice.devices) * self.case.slice.chip.flops)
 
 
 def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Case:
-    """Build the case of a config; reads only JSON files of the model folder.
+    """Return the planning inputs of a config; reads only JSON files of the model folder.
 
     `folder`: workdir of the prune stage with plan.json; if there is none, the shapes are predicted from the config.
 
@@ -152,7 +152,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
-    """Predict the plan of a config's prune section from random scores, for its shapes.
+    """Return a prune plan from random scores, which has the shapes that the config's real plan will have.
 
     Equal widths and the number of layers do not depend on scores. The choice of layers, widths under
     `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
@@ -168,7 +168,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
 
 
 def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
-    """Return a vocabulary of the size asked for, which decides shapes; its tokens are those of low ids."""
+    """Return a kept vocabulary of the planned size, with the lowest ids; None if the setting is None."""
     rows = cfg.text.vocab_size
     if config.size is None:
         return None
@@ -181,7 +181,7 @@ def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocab
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the buckets of image (or tile) slots per row, and of tokens per image if images are of any size."""
+    """Return the possible image (or tile) slots per row, and tokens per image if images have any size."""
     preparation = None
     if cfg.vision is None:
         return (0,), ()
@@ -199,7 +199,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
 
 
 def estimate(case: Case) -> Estimate:
-    """Compile the step of a case.
+    """Compile the training step for these planning inputs and return its cost.
 
     Raises:
       DoesNotFit: the step needs more HBM than a chip has.
@@ -228,7 +228,7 @@ def estimate(case: Case) -> Estimate:
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """Return the arguments of the step as shapes with shardings."""
+    """Return the step's arguments as abstract arrays with shardings."""
 
     def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         axes = param_axes(cfg)

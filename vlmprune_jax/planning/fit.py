@@ -35,7 +35,7 @@ Attempts = dict[Case, Estimate | UserError]
 
 
 def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, Estimate]:
-    """Search by compilation for settings that fit.
+    """Search by compilation for training settings whose step fits in the slice's memory.
 
     Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
     settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
@@ -70,7 +70,7 @@ def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tr
 
 
 def _attempt(case: Case) -> Estimate | UserError:
-    """Return the estimate, or the error: the step is too large, or sizes do not divide over the chips."""
+    """Return the estimate for these settings, or the error if the step is too large or sizes do not divide."""
     try:
         return estimate(case)
     except UserError as error:
@@ -82,13 +82,13 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """Return the case with twice the rows per micro-batch in one micro-batch; None beyond 1,024 rows per chip."""
+    """Return planning inputs with a doubled micro-batch, in one micro-batch; None beyond 1,024 rows per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
-    """Return the error with advice on what to change."""
+    """Return the error that the step does not fit, with advice on settings to change."""
     config, chip = case.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
@@ -100,7 +100,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
 
 
 def planned_step(found: Estimate, n_records: int | None) -> PlannedStep:
-    """Convert an estimate to the facts of a plan; bytes are per chip, FLOPs and throughput are of all chips."""
+    """Convert an estimate to a `PlannedStep`: bytes per chip, FLOPs and throughput of all chips."""
     case, config = found.case, found.case.config
     return PlannedStep(
         topology=case.slice.name,
@@ -134,7 +134,7 @@ def _size(cfg: ModelConfig) -> PlannedModel:
 
 
 def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Planned:
-    """Plan the step of a case and print it; with `searching` also search for settings that fit.
+    """Plan one recovery step and print the result; with `searching`, also search for settings that fit.
 
     Raises:
       UserError: the case does not fit and `searching` is False (with advice), or the settings do not fit.
@@ -165,7 +165,7 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
 def fit_all(
     experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
 ) -> TpuPlan:
-    """Plan every recovery on a TPU slice; `search`: also search for settings that fit.
+    """Plan every recovery of an experiment on a TPU slice; `search`: also search for settings that fit.
 
     Raises:
       UserError: the slice is unknown, a step does not fit it (with advice), or nothing is trained.

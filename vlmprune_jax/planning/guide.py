@@ -32,7 +32,7 @@ _TODO = "write it again with tools/study.py, or leave --guide out"
 
 @dataclass(frozen=True)
 class Source:
-    """Source of evidence rows.
+    """Source of evidence rows, such as the paper or our own study.
 
     `measure` names the metric retained, in %; `vision`: its models have a vision tower. `recipe` is the partial
     experiment that made all its rows, apart from the settings of methods and recoveries (the paper's: on top of the
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measured retention (%) of a model after one way to prune and recover.
+    """Measured retention (%) of one model after one way of pruning and recovery.
 
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
     weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
@@ -71,13 +71,13 @@ class Evidence:
 
     @property
     def made_by(self) -> list[str]:
-        """The names of the guide's settings that make it."""
+        """Names of the guide's settings (methods and recoveries) that reproduce this evidence."""
         return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Advice for a training budget (`compute`) and decoder ratios up to `up_to` that no earlier rule covers.
+    """Advice for a training budget `compute`, for decoder ratios up to `up_to` that no earlier rule covers.
 
     `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
     recoveries whose rows predict the outcome; the first that a source has is used. `source`: origin of the advice.
@@ -112,7 +112,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Data:
-    """`least`: smallest measured share of the training data, which suffices below the ratio `suffices_below`."""
+    """Advice on training data: `least` is the smallest measured share, enough for ratios below `suffices_below`."""
 
     least: Finite
     suffices_below: Finite
@@ -120,7 +120,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Guide:
-    """Content of `guide.json`.
+    """Content of the file `guide.json`: rules, evidence and speeds.
 
     Ratios within `at` of each other count as equal. `settings`: partial experiment for each recommendation.
     """
@@ -138,7 +138,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Target:
-    """The model to prune: `parameters` of it, if it sees images, and the shares of it and its decoder to remove."""
+    """Model to prune: its parameters, whether it takes images, and the shares of model and decoder to remove."""
 
     parameters: int
     vision: bool
@@ -148,7 +148,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Expected:
-    """Expected retention: a single interval (None if nothing measured its width) around `value`, in %.
+    """Expected retention in %: `value`, and the interval around it (None if no measurement gives its width).
 
     `same`: the rows are of a model of the same shape, so that the interval is for another seed; else it is for another
     model, task and seed.
@@ -162,7 +162,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Advice for a target, its predicted outcome and its evidence.
+    """Advice for a target model, with its expected retention and the evidence.
 
     `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `expected`:
     None without evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without
@@ -186,7 +186,7 @@ class Recommendation:
 
 
 def read_guide(path: Path = FILE) -> Guide:
-    """Return the guide of the package, or one written by `tools/study_guide.py`.
+    """Return the guide that comes with the package, or the one in a file that `tools/study_guide.py` wrote.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -199,7 +199,7 @@ def read_guide(path: Path = FILE) -> Guide:
 
 
 def _problems(guide: Guide) -> Iterator[str]:
-    """Yield problems that the schema cannot express: unknown names, and ratios that no rule covers."""
+    """Yield errors in a guide that its schema cannot express: unknown names, ratios that no rule covers."""
     if guide.version != VERSION:
         yield f"written in format {guide.version}, this version reads {VERSION}"
     if PAPER not in guide.sources:
@@ -225,7 +225,7 @@ def _problems(guide: Guide) -> Iterator[str]:
 
 
 def as_json(guide: Guide) -> str:
-    """Return the text of `guide.json`, with a line for each rule and row."""
+    """Return the guide as the text of `guide.json`, with one line per rule and evidence row."""
     parts = []
     for name, value in msgspec.to_builtins(guide).items():
         if isinstance(value, dict):
@@ -244,7 +244,7 @@ def _json_line(value: Any) -> str:
 
 
 def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
-    """Return the guide's recommendation (decision guide of arXiv 2604.24380, and our measurements).
+    """Return the guide's recommendation for a target (rules of arXiv 2604.24380 and our own measurements).
 
     The best row of a model of the same shape comes first; else the rule that fits applies, with the evidence of models
     of like size. Either way the settings are those that the evidence was measured with.
@@ -300,7 +300,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
 
 
 def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge partial experiments section by section; later ones win."""
+    """Merge partial experiments section by section; in conflicts the later one wins."""
     merged: dict[str, Any] = {}
     for values in settings:
         for name, value in values.items():
@@ -310,7 +310,7 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(rule: Rule, method: str) -> list[str]:
-    """Return the settings of a rule by name; if both methods are tried, only width is reconstructed."""
+    """Return a rule's settings by name; if both methods are tried, only width pruning is reconstructed."""
     solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
     return [method, rule.recovery, *([SOLVED] if solved else [])]
 
@@ -320,13 +320,13 @@ def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
 
 
 def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
-    """Return True if a model is of the same kind and within `LIKE` times the size."""
+    """Return True if an evidence row is of a model of the same kind, within `LIKE` times the target's size."""
     ratio = row.parameters / target.parameters
     return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
 
 
 def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
-    """Return the row of a model of this shape that retains most at this ratio within the budget."""
+    """Return the evidence row that retains most for a model of this shape at this ratio within the budget; or None."""
 
     def fits(row: Evidence) -> bool:
         recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
@@ -340,7 +340,7 @@ def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, g
 
 
 def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
-    """Predict another seed of a row: by the spread over seeds of this way to prune and recover, on this shape."""
+    """Predict the retention of another seed of an evidence row, from the spread over seeds for this setup and shape."""
     rows = [
         row
         for row in guide.evidence
@@ -355,7 +355,7 @@ def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
 
 
 def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expected | None:
-    """Predict another model from the models of like size, by the recovery of the rule that the nearest have."""
+    """Predict retention from models of similar size, with the first of the rule's recoveries that has evidence."""
     like = [row for row in guide.evidence if _alike(target, row, guide) and row.method in rule.methods]
     for recovery in rule.evidence:
         rows = _nearest_data([row for row in like if row.recovery == recovery], used)
@@ -370,7 +370,7 @@ def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expec
 
 
 def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, float]:
-    """Return what each model retained at a ratio, between its neighbouring ratios by a line, at 0 all."""
+    """Return {model: retention at a ratio}, interpolated linearly between measured ratios; 100 % at ratio 0."""
     found = {}
     for key in dict.fromkeys(row.model for row in rows):
         points = [(row.decoder_ratio, row.retained) for row in rows if row.model == key]
@@ -384,20 +384,20 @@ def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, fl
 
 
 def _seed_half(row: Evidence) -> float:
-    """Return half of the 95 % interval of one more seed, by Student's t; 0 if there was one."""
+    """Return half the width of the 95 % interval for one more seed (Student's t); 0 for a single seed."""
     if row.interval is None or (row.seeds or 1) < 2:
         return 0.0
     return (row.interval[1] - row.interval[0]) / 2 * math.sqrt((row.seeds or 1) + 1)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of one more model, by Student's t; 0 for a single model."""
+    """Return half the width of the 95 % interval for one more model (Student's t); 0 for a single model."""
     mean, _, high = interval_of_mean(values) if values else (0.0, 0.0, 0.0)
     return (high - mean) * math.sqrt(len(values) + 1)
 
 
 def _interval(value: float, half: float) -> tuple[float, float] | None:
-    """Return the interval around a value, which ends at 100 % unless the value is above; None without a width."""
+    """Return the interval around a retention, cut at 100 % unless the value is above; None if the width is unknown."""
     return (max(0.0, value - half), value + half if value > 100 else min(value + half, 100.0)) if half else None
 
 
@@ -406,14 +406,14 @@ def _distance(target: Target, row: Evidence) -> float:
 
 
 def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Return the rows with the share of the data nearest to `used`, and those without a share."""
+    """Return the rows whose share of training data is nearest to `used`, and those without training data."""
     shares = [row.data_fraction for row in rows if row.data_fraction is not None]
     nearest = min(shares, key=lambda share: abs(share - used), default=None)
     return [row for row in rows if row.data_fraction in (None, nearest)]
 
 
 def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
-    """Return the other rows at a similar ratio: models of the same kind first, those of like size before others."""
+    """Return further evidence rows at a similar ratio: first models of the same kind, then by similarity in size."""
     rows = [row for row in guide.evidence if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
     kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
     return sorted(

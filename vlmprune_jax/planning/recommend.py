@@ -38,7 +38,7 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A recommendation for a folder: predicted plans by method, and the text of a config file.
+    """Recommendation for a model folder: predicted plans by method, and the text of a config file.
 
     `bench`: speeds measured on this machine, shown instead of the guide's speeds.
     """
@@ -52,7 +52,7 @@ class Advice:
 
 
 def parse_bytes(text: str) -> float:
-    """Convert 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
+    """Convert a text such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
 
     Raises:
       UserError: another form, or not above 0.
@@ -68,7 +68,7 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_share(name: str, text: str) -> float:
-    """Convert 5%, 0.05 or "none" (0) to a share.
+    """Convert a text such as 5%, 0.05 or "none" (0) to a fraction.
 
     Raises:
       UserError: another form.
@@ -81,7 +81,7 @@ def parse_share(name: str, text: str) -> float:
 
 
 def saved_as(text: str | None) -> Path:
-    """Return the path of the config file (default: recommended.py).
+    """Return the path for the config file (default: recommended.py).
 
     Raises:
       UserError: not the name of a Python file, or the file exists.
@@ -106,7 +106,7 @@ def advise(
     guide: Guide,
     bench: Path | None = None,
 ) -> Advice:
-    """Return the guide's advice for a model folder or hub id; reads only JSON files of the folder.
+    """Return the guide's advice for a model folder or hub id; reads only its JSON files.
 
     Args:
       hf_dir, vision_dir: see `load`.
@@ -147,7 +147,7 @@ def advise(
 
 
 def as_lines(advice: Advice) -> list[str]:
-    """Return the recommendation for this model in words, without its tables."""
+    """Return the recommendation as lines of text, without its tables."""
     found, cfg, asked = advice.recommendation, advice.cfg, advice.recommendation.target
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
@@ -169,7 +169,7 @@ def as_lines(advice: Advice) -> list[str]:
 
 
 def advice_lines(found: Recommendation) -> list[str]:
-    """Return the recommendation in words: what to do, what to expect, why, notes and conflicts of sources."""
+    """Return lines that say what to do, what retention to expect, why, and where sources disagree."""
     rule, head = found.rule, found.head
     sure = "recommended" if head is not None or rule.supported else "nothing supports this; the nearest"
     lines = [f"{sure}: {summarize(found)}", f"  expect: {expectation(found)}"]
@@ -182,7 +182,7 @@ def advice_lines(found: Recommendation) -> list[str]:
 
 
 def expectation(found: Recommendation) -> str:
-    """Return the expected retention: one interval, and what it is for."""
+    """Return the expected retention as text: one interval, and which models or seeds it covers."""
     expected = found.expected
     if expected is None:
         return "unknown, as no model of like size was measured"
@@ -213,12 +213,12 @@ def summarize(found: Recommendation) -> str:
 
 
 def percent(value: float) -> str:
-    """Format a share as a percentage."""
+    """Format a fraction as a percentage."""
     return f"{100 * value:.4g} %"
 
 
 def vocabulary_share(cfg: ModelConfig) -> float:
-    """Return the share of all parameters in rows of the vocabulary: embedding, output head and its bias."""
+    """Return the share of all parameters that belong to vocabulary rows: embedding, output head and its bias."""
     rows = cfg.text.vocab_size
     without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
     per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
@@ -226,7 +226,7 @@ def vocabulary_share(cfg: ModelConfig) -> float:
 
 
 def _vocabulary_lines(advice: Advice) -> list[str]:
-    """Return the advice to trim a large vocabulary first; nothing for a small one."""
+    """Return advice to trim a large vocabulary first; no lines for a small one."""
     share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
     if share <= LARGE_VOCABULARY:
         return []
@@ -239,7 +239,7 @@ def _vocabulary_lines(advice: Advice) -> list[str]:
 
 
 def commands(advice: Advice, config: str) -> list[str]:
-    """Return the commands to run for a config file."""
+    """Return the commands to run with a config file."""
     workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
     run = f"vlmprune run --config={config} --workdir={workdir}"
     if not advice.recommendation.data_fraction:
@@ -248,7 +248,7 @@ def commands(advice: Advice, config: str) -> list[str]:
 
 
 def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
-    """Return the text of a config file: recipe of the family, model, data and the advised settings."""
+    """Return the text of a config file with the family's recipe, the model, the data and the advised settings."""
     named = family_of(cfg).name
     changes: dict[str, Any] = {"model": {name: value for name, value in model.items() if value is not None}}
     if count_params(cfg) >= _LARGE:
@@ -287,7 +287,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
 
 
 def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield pairs such as ("recover.losses.ce", 0.5) from nested settings; a mapping with other keys is a value."""
+    """Yield ("recover.losses.ce", 0.5) for each value in nested settings; mappings with free keys are values."""
     for name, value in values.items():
         if isinstance(value, Mapping) and all(key.isidentifier() and not keyword.iskeyword(key) for key in value):
             yield from _leaves(value, f"{where}{name}.")
@@ -296,7 +296,7 @@ def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, A
 
 
 def _literal(value: Any) -> str:
-    """Return a JSON value as Python code that evaluates to it and does nothing else."""
+    """Return a JSON value as Python source code, a literal without side effects."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, Mapping):

@@ -40,7 +40,7 @@ _LACKS = {
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Options of the criteria that score layers, heads and neurons; each criterion uses those that it has."""
+    """Options of the criteria that score layers, heads and neurons; a criterion uses only those it declares."""
 
     variant: str = score_setting(
         "param_first",
@@ -50,7 +50,8 @@ class ScoreConfig:
     )
     reduction: str | None = score_setting(
         None,
-        "Reduction over the weight matrices of a head or neuron (None = the criterion's default).",
+        "How the scores of a unit's weight matrices (a head's or neuron's) are combined (None = the criterion's "
+        "default).",
         choices="prune.criteria.groups:REDUCTIONS",
     )
     gqa: str = score_setting(
@@ -60,30 +61,30 @@ class ScoreConfig:
         choices="prune.criteria.groups:GQA",
     )
     reference_compat: bool = score_setting(
-        False, "Sum Block Influence and angular distance exactly as the paper's code does, padding included."
+        False, "Sum Block Influence and angular distance exactly as the paper's code does, padding tokens included."
     )
     layers_removed: int | None = score_setting(
-        None, "Number of consecutive layers in the block that the angular criterion scores.", unit="layers", least=1
+        None, "Number of consecutive layers that the angular criterion scores as one block.", unit="layers", least=1
     )
     seed: int = score_setting(
         42, "Random seed for choosing calibration records, and for the random criterion.", least=0, below=2**32
     )
-    prompt_weight: float = score_setting(1.0, "Weight of prompt tokens in the score (0 = ignored).", least=0)
-    image_weight: float = score_setting(1.0, "Weight of image tokens in the score (0 = ignored).", least=0)
-    answer_weight: float = score_setting(1.0, "Weight of answer tokens in the score (0 = ignored).", least=0)
+    prompt_weight: float = score_setting(1.0, "Weight of prompt tokens in importance scores (0 = ignored).", least=0)
+    image_weight: float = score_setting(1.0, "Weight of image tokens in importance scores (0 = ignored).", least=0)
+    answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
     by_kind: bool = score_setting(
         False,
-        "Report Taylor scores also for prompt, image and answer tokens separately (the other criteria always do).",
+        "Also compute Taylor scores for prompt, image and answer tokens separately (other criteria always do).",
     )
     memory_budget: int | None = setting(
         None,
-        "Device memory for matrix products that the Taylor criterion would otherwise compute twice (None = half of "
-        "the free memory).",
+        "Device memory for storing matrix products that the Taylor criterion would otherwise compute twice (None = "
+        "half of the free memory).",
         unit="bytes",
         least=0,
     )
     options: Mapping[str, Any] = score_setting(
-        {}, "Further options of the criterion, by name, for example those of a criterion of your own."
+        {}, "Further options of the criterion, by name; needed for a criterion of your own."
     )
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Trimming of the vocabulary: rows of the embedding and of the output head, with the tokenizer."""
+    """Vocabulary trimming: removes tokens from tokenizer, embedding and output head."""
 
     size: int | None = prune_setting(
         None,
@@ -109,8 +110,8 @@ class VocabularyConfig:
     )
     held_out: tuple[str, ...] = prune_setting(
         (),
-        "Files, like `sources`, whose texts are only measured (() = a tenth of the texts of `sources`, which then "
-        "choose no token).",
+        "Files, as for `sources`, whose texts only measure the trimmed vocabulary (() = a tenth of the texts in "
+        "`sources`, which then do not choose tokens).",
         by_content=True,
     )
     multiple: int = prune_setting(
@@ -122,9 +123,10 @@ class VocabularyConfig:
     )
     bits: bool = prune_setting(
         True,
-        "Measure bits per byte of the unpruned model on the held-out texts, with the whole and the trimmed vocabulary.",
+        "Also measure bits per byte on the held-out texts, for the unpruned model with the whole and the trimmed "
+        "vocabulary.",
     )
-    source_dir: str | None = setting(None, "Folder of the model, for its tokenizer and configs.", offered=False)
+    source_dir: str | None = setting(None, "Folder of the model whose tokenizer and configs are read.", offered=False)
 
     def __post_init__(self) -> None:
         check_settings("prune.vocabulary", self)
@@ -132,7 +134,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Settings of `make_plan`: how much of a model to remove, and from where."""
+    """Settings of `make_plan`: how much of a model to remove, and which parts."""
 
     method: str = prune_setting(
         "depth",
@@ -148,27 +150,27 @@ class PlanConfig:
         below=1,
     )
     layers_removed: int | None = prune_setting(
-        None, "Number of layers to remove, instead of `ratio` (depth, hybrid).", unit="layers", least=0
+        None, 'Number of layers to remove, in place of `ratio` (methods "depth" and "hybrid").', unit="layers", least=0
     )
     protect: tuple[int, ...] = prune_setting(
         (), "Layers that depth pruning never removes, by original layer number.", unit="layers", least=0
     )
     rounding: str = prune_setting(
         "nearest",
-        'Number of layers to remove: the one nearest to `ratio` ("nearest"), or the smallest that reaches it '
+        'Rounding of the number of removed layers: nearest to `ratio` ("nearest"), or smallest that reaches it '
         '("at_least").',
         choices=ROUNDINGS,
     )
     deepstack: str = prune_setting(
         "keep",
-        "Decoder layers that add vision features to their output (the first layers of Qwen3-VL): keep these layers, or "
-        "move the features to the first layers that remain.",
+        "Decoder layers whose outputs receive vision features (the first layers of Qwen3-VL): keep these layers "
+        '("keep"), or move the features to the first remaining layers ("move").',
         choices=DEEPSTACK,
     )
     producers: str = prune_setting(
         "keep",
-        "Layers whose keys and values later layers use (Gemma 4): keep them, or let the later ones use those of an "
-        "earlier layer.",
+        'Layers whose keys and values later layers reuse (Gemma 4): keep them ("keep"), or let the later layers use '
+        'those of an earlier layer ("redirect").',
         choices=PRODUCERS,
     )
     attn_layers: tuple[int, ...] = prune_setting(
@@ -184,10 +186,10 @@ class PlanConfig:
         least=0,
     )
     heads_multiple: int = prune_setting(
-        1, "Keep a multiple of this number of heads in every layer.", unit="heads", least=1
+        1, "Number of which the remaining heads per layer must be a multiple.", unit="heads", least=1
     )
     neurons_multiple: int = prune_setting(
-        1, "Keep a multiple of this number of neurons in every layer.", unit="neurons", least=1
+        1, "Number of which the remaining neurons per layer must be a multiple.", unit="neurons", least=1
     )
     snap_for: str | None = prune_setting(
         None,
@@ -197,7 +199,8 @@ class PlanConfig:
     )
     tensor_parallel: int = prune_setting(
         1,
-        "Number of devices that must share the kept heads and neurons equally, each with whole blocks of `snap_for`.",
+        "Number of devices over which the remaining heads and neurons must divide equally, in whole blocks of "
+        "`snap_for`.",
         unit="devices",
         least=1,
     )
@@ -210,7 +213,8 @@ class PlanConfig:
     )
     selection: str = prune_setting(
         "local",
-        "Rank heads and neurons within their layer, which gives equal widths, or over all layers.",
+        'Scope in which heads and neurons are ranked: within their layer ("local", equal widths), or over all layers '
+        '("global").',
         choices=SELECTIONS,
     )
     loads_in: tuple[str, ...] = prune_setting(
@@ -221,23 +225,29 @@ class PlanConfig:
     )
     sparsity: float | None = prune_setting(
         None,
-        "Share of the heads and neurons to remove from every layer in range, instead of `ratio` (the paper's code).",
+        "Share of heads and neurons to remove from each layer in range, in place of `ratio` (as in the paper's code).",
         unit=FRACTION,
         least=0,
         below=1,
     )
     depth_share: float = prune_setting(
-        0.5, "Share of the reduction that hybrid pruning takes by removing layers.", unit=FRACTION, least=0, below=1
+        0.5,
+        "Share of hybrid pruning's parameter reduction that comes from removing layers.",
+        unit=FRACTION,
+        least=0,
+        below=1,
     )
     parameters_total: int | None = setting(
         None,
-        "Number of parameters that ratios refer to (None = all of the computed model).",
+        "Number of parameters that count as 100 % for ratios (None = all parameters of the unpruned model).",
         unit="parameters",
         least=1,
         offered=False,
     )
     base: ModelConfig | None = setting(
-        None, "Config before earlier rounds of width pruning, which ratio and sparsity refer to.", offered=False
+        None,
+        "Config of the model before the first round of iterative pruning, to which ratio and sparsity refer.",
+        offered=False,
     )
     budget: Budget = field(default_factory=Budget)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
@@ -246,14 +256,13 @@ class PlanConfig:
         check_settings("prune", self)
 
     def recorded(self) -> list[str]:
-        """Return the names of the settings that shape a plan of this method, apart from its targets."""
+        """Return the names of settings that a plan of this method depends on, apart from the pruning target."""
         targets = ("method", "ratio", "layers_removed")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
     def check(self, named: Collection[str] = ()) -> None:
-        """Refuse settings that the method does not have, and anything but exactly one target (with a vocabulary, one at
-        most).
+        """Refuse settings that the method lacks, and no or several targets (none is fine if a vocabulary is trimmed).
 
         `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do. Raises
         UserError with the name of the setting, or the targets.
@@ -279,13 +288,15 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """Weights of the calibration tokens in reconstruction, GPTQ and importance matrices."""
+    """Weights of calibration tokens by type, in reconstruction, GPTQ and importance matrices."""
 
     prompt_weight: float = reconstruct_setting(
         1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
     )
     image_weight: float = reconstruct_setting(
-        0.1, "Weight of image tokens in the reconstruction error (low, because there are many).", least=0
+        0.1,
+        "Weight of image tokens in the reconstruction error (low by default, because there are many; 0 = ignored).",
+        least=0,
     )
     answer_weight: float = reconstruct_setting(
         1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0
@@ -296,7 +307,7 @@ class TokenWeights:
 
     @property
     def by_name(self) -> dict[str, float]:
-        """Token weights by setting name."""
+        """Token weights as {setting name: weight}."""
         return {name: getattr(self, name) for name in settings_of(TokenWeights)}
 
 
@@ -306,7 +317,8 @@ class ReconstructConfig(TokenWeights):
 
     held_out: float = reconstruct_setting(
         0.125,
-        "Share of the calibration records held out to choose the regularisation of each weight, or to leave it alone.",
+        "Share of the calibration records that is held out to choose each weight's ridge penalty, or to leave the "
+        "weight unchanged.",
         unit=FRACTION,
         above=0,
         below=1,

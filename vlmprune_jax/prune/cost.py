@@ -80,7 +80,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
 
 def with_other_bytes(budget: Budget) -> Budget:
-    """Return a budget with the bytes that its `source_dir` adds to (or takes from) an export, in place of the folder.
+    """Return a budget with `other_bytes` (bytes that an export copies from, or omits of, `source_dir`) filled in.
 
     Raises UserError if the folder cannot be read or exported.
     """
@@ -96,7 +96,7 @@ def with_other_bytes(budget: Budget) -> Budget:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse decode measurements that do not cover a model of `whole` parameters and smaller ones."""
+    """Refuse decode measurements that do not cover sizes from below up to the model of `whole` parameters."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
         told = ", ".join(f"{size:,.0f}" for size in sizes)
@@ -107,7 +107,7 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
 
 
 def _between(curve: Sequence[Sequence[float]], size: int) -> float:
-    """Return the interpolated milliseconds per token at a size (that of the largest model slightly above it)."""
+    """Return decode time in ms for a number of parameters, interpolated (constant above the largest model)."""
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
         raise OutOfReach(f"no measured model has fewer than {sizes[0]:,.0f} parameters")
@@ -115,7 +115,7 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
 
 
 def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int) -> dict[str, int]:
-    """Return a model's costs by its shapes.
+    """Return a model's costs (parameters, bytes, FLOPs), computed from its shapes.
 
     `forward_flops`: of a row of `length` tokens with `images` images among them; `kv_bytes_per_token`: of a row (less
     beyond a layer's window); `file_bytes`: of the exported weights.
@@ -129,13 +129,13 @@ def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: 
 
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
-    """Return the sum of the costs of all layers."""
+    """Return the summed costs of all layers."""
     found = cfg.stacks if stacks is None else stacks
     return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return the number of values in the key/value cache of a row."""
+    """Return the number of values per row in the key/value cache."""
     return sum(
         2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
         for one in text.layers
@@ -143,12 +143,12 @@ def _cache(text: Stack, context: int) -> int:
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
-    """Return the attention FLOPs of the row's last token."""
+    """Return the attention FLOPs of a row's last token."""
     return sum(4 * one.q_heads * text.head_dim_of(one) * min(one.window or context, context) for one in text.layers)
 
 
 def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
-    """Return the FLOPs of all layers in `forward_flops`."""
+    """Return the part of `forward_flops` that belongs to the layers."""
     total, text = 0, cfg.text
     for one in text.layers:
         attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)
@@ -165,7 +165,7 @@ def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: 
 def least_ratio(
     budget: Budget, measure: Measure, config_at: Callable[[float], ModelConfig], total: int
 ) -> tuple[float, dict[str, float]]:
-    """Return the smallest ratio whose plan satisfies the budget, and the cost of that plan.
+    """Return the smallest ratio whose plan satisfies the budget, and that plan's cost.
 
     Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
     where a layer is kept rather than emptied; there the result is the smallest ratio of its neighbourhood. Ratios are
@@ -211,5 +211,5 @@ def _unreachable(limits: Mapping[str, float], least: Mapping[str, float]) -> str
 
 
 def amount(value: float) -> str:
-    """Format a cost for people."""
+    """Format a cost with its unit for people."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -22,7 +22,7 @@ PARTS = ("text", "vision", "projector")
 
 
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
-    """Everything `vlmprune inspect` tells, as JSON values; no weight is read.
+    """Return everything that `vlmprune inspect` prints, as JSON values; reads no weights.
 
     Raises UserError for an unknown family, missing or truncated shards, keys or shapes that do not fit config.json.
     """
@@ -109,7 +109,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
 
 
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
-    """Return {pruning method or export option: size of the pruned copy, and the programs that load it}."""
+    """Return {pruning method or export option: size of the pruned copy, and programs that load it} as text."""
     stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
@@ -148,7 +148,7 @@ def _images(found: dict[str, Any]) -> str:
 
 
 def as_lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """Return the result of `describe` as lines of text."""
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
     total = parts["total"]
     lines = [
@@ -188,7 +188,7 @@ def _carried(found: dict[str, Any]) -> list[str]:
 
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
-    """At true size, of each stack."""
+    """Return, for each stack, the types of pruning that load at their true size, as text."""
     said = []
     for stack, kinds in stacks.items():
         loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"

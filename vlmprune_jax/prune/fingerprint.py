@@ -24,13 +24,13 @@ _GOLDEN = 0.6180339887498949  # multiples of the golden ratio spread over a tens
 
 
 def shape_digest(cfg: ModelConfig) -> str:
-    """Return 12 hex digits over the name and shape of every parameter."""
+    """Return a digest (12 hex digits) of the names and shapes of all parameters."""
     shapes = json.dumps(sorted((_digested(path), shape) for path, shape in param_shapes(cfg).items()))
     return hashlib.sha256(shapes.encode()).hexdigest()[:12]
 
 
 def fingerprint(model: Model) -> str:
-    """Return `shapes-content`: the shape digest and 16 hex digits over sampled weights of every tensor of every layer.
+    """Return `shapes-content`: the shape digest, and a digest (16 hex digits) of weights sampled from every layer.
 
     Weights are compared after rounding to bfloat16, so a checkpoint has one fingerprint in any dtype and sharding
     (float32 sums would depend on both).
@@ -39,7 +39,7 @@ def fingerprint(model: Model) -> str:
 
 
 def content_digest(model: Model, part: str = "") -> str:
-    """Return the 16 hex digits of `fingerprint`, for the tensors below a path."""
+    """Return the content digest (16 hex digits) of `fingerprint` for all tensors below a path."""
     flat = {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part)}
     axes = param_axes(model.cfg)
     stacked = {path: axes[path][0] == "layer" for path in flat}
@@ -52,14 +52,12 @@ def content_digest(model: Model, part: str = "") -> str:
 
 
 def _digested(path: str) -> str:
-    """Return a parameter's name in digests, without the tower's run number (existing fingerprints lack it)."""
+    """Return a parameter's name as digests use it, without the tower's run number (older fingerprints lack it)."""
     return re.sub("^vision/layers/0/", "vision/layers/", path)
 
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
-    """Return bfloat16 samples per path; files and host arrays are read in place, device arrays in one compiled
-    gather.
-    """
+    """Return bfloat16 samples of each parameter; reads files and host arrays in place, device arrays in one gather."""
     sampled = {path: _from_files(leaf) for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
     host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
     device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
@@ -74,14 +72,14 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
 
 
 def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
-    """Return the same samples, read from the files."""
+    """Return the same samples as `_sample`, read from files."""
     if isinstance(leaf, FileStack):
         return np.stack([_from_files(one) for one in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
 
 
 def _on_host(leaf: Any) -> bool:
-    """Return True if numpy reads the array without a copy: a numpy array, or a jax array on one CPU device."""
+    """Return True if numpy can read the array without a copy: a numpy array, or a jax array on one CPU device."""
     if isinstance(leaf, np.ndarray):
         return True
     devices = list(leaf.devices())
@@ -93,7 +91,7 @@ def _gather(leaves: Flat, stacked: dict[str, bool]) -> Flat:
 
 
 def _indices(shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
-    """Return index arrays of `SAMPLES` spread positions, in each layer of a stacked tensor."""
+    """Return index arrays of `SAMPLES` evenly spread positions in each layer of a (stacked) tensor."""
     inner = shape[1:] if stacked else shape
     size = int(np.prod(inner))
     flat = (np.modf(np.arange(1, SAMPLES + 1) * _GOLDEN)[0] * size).astype(np.int64)

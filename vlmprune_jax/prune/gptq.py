@@ -50,12 +50,12 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Rounded(CompressedTensors):
-    """Storage format with codes for the weights of one model, by their paths and in its shapes."""
+    """Storage format with integer codes that GPTQ found, for the weights of one model."""
 
     codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that gptq found for this weight, whatever its values are.
+        """Return the tensors that GPTQ computed for this weight; the values passed are ignored.
 
         Raises UserError if the weight is not the model's.
         """
@@ -82,7 +82,7 @@ def gptq(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Rounded:
-    """Return error-compensated codes of the matrices of a model's decoder, for `save(..., storage=...)`.
+    """Quantise a decoder's matrices by GPTQ (error compensation); pass the result to `save(..., storage=...)`.
 
     Args:
       model: the model to be saved, on one device or a mesh.
@@ -120,7 +120,7 @@ def importance(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Importance:
-    """Return the mean squares of the inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
+    """Return the mean squared inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
 
     Arguments and errors are those of `gptq`.
     """
@@ -146,7 +146,7 @@ def _pass_layers(
     visit: Callable[[Layer, Sequence[Slot], Sequence[Step]], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[Step]:
-    """Pass the calibration rows through the decoder and return them.
+    """Run the calibration rows through the decoder layer by layer, and return them.
 
     `visit(layer, slots of its matrices, rows at its input)` returns the layer that they pass.
     """
@@ -167,7 +167,7 @@ def _pass_layers(
 
 
 def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) -> list[Step]:
-    """Return all rows of the calibration batches, with the inputs of the decoder as `ours`."""
+    """Return the rows of all calibration batches, with the decoder's input embeddings as `ours`."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
     steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
@@ -180,9 +180,7 @@ def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) 
 def _round_layer(
     layer: Layer, held: Sequence[Sequence[Slot]], steps: Sequence[Step], storage: CompressedTensors, dtype: np.dtype
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
-    """Return (tensors by path, the layer's new parameters) of matrices, each given as the slots of a tensor in
-    files.
-    """
+    """Quantise a layer's matrices; return (tensors by path, the layer's new parameters)."""
     sums = finite_sums(_sums, layer, steps, "gptq")
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
     for tap in READERS:
@@ -212,9 +210,7 @@ def _round_layer(
 def compensated(
     values: np.ndarray, gram: np.ndarray, storage: CompressedTensors, scale: np.ndarray, zeros: np.ndarray
 ) -> np.ndarray:
-    """Return int8[rows, in] codes of float32[rows, in] for sums float64[in, in], on scales and zero points [rows,
-    groups].
-    """
+    """Return int8 codes of weights float32[rows, in] by GPTQ, given X^T X float64[in, in] and the integer grid."""
     diagonal = np.diagonal(gram)
     diagonal = np.maximum(diagonal, max(_FLOOR * diagonal.mean(), float(np.finfo(np.float32).tiny)))
     order = np.argsort(diagonal, kind="stable")  # rounded from the last on
@@ -235,7 +231,7 @@ def compensated(
 
 
 def inside(slot: Slot) -> str:
-    """Return the path of a parameter in its layer."""
+    """Return a parameter's path within its layer."""
     return slot.name.split("/", 3)[3]
 
 
@@ -264,8 +260,7 @@ def _sums(
 def finite_sums(
     sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
 ) -> dict[str, np.ndarray]:
-    """Return `sums(params, x, weight, given, stack=, cfg=)` of a layer over all rows, in float64; `what` names the
-    caller.
+    """Sum `sums(params, x, weight, given, ...)` of a layer over all rows in float64; `what` names the caller in errors.
 
     Raises UserError if the sums of a row are not finite.
     """

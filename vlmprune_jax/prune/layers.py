@@ -21,7 +21,7 @@ from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
 
 
 class Given(NamedTuple):
-    """Inputs of a layer beside the stream.
+    """Inputs of a layer besides the residual stream.
 
     `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output.
     """
@@ -30,12 +30,12 @@ class Given(NamedTuple):
     added: Any = None
 
     def placed(self, mesh: Mesh | None) -> Given:
-        """Return the same on the device, or split over a mesh."""
+        """Return a copy on the device, or split over a mesh."""
         return Given(place_batch(self.arrays, mesh), place_batch({"added": self.added}, mesh)["added"])
 
 
 class Streams(NamedTuple):
-    """Stream after a layer and in its middle, between attention and MLP: float32[rows, seq, embed].
+    """Residual stream after a layer, and between its attention and MLP: float32[rows, seq, embed].
 
     `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`.
     """
@@ -47,7 +47,7 @@ class Streams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Layer of a stack: its number in the unpruned model, `params` by flat path in float32, the model's dtype."""
+    """One layer of a stack: its original number, float32 `params` by flat path, and the model's dtype."""
 
     number: int
     stack: str
@@ -73,15 +73,15 @@ class Layer:
 
     @functools.cached_property
     def block(self) -> Block:
-        """Module of the layer."""
+        """NNX module that computes the layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
     def run(self, x: np.ndarray, given: Given) -> np.ndarray:
-        """Return the stream after the layer."""
+        """Return the residual stream after the layer."""
         return np.array(gather_to_host(self._pass(x, given).after))
 
     def streams(self, x: np.ndarray, given: Given) -> Streams:
-        """Return the stream after the layer and in its middle."""
+        """Return the residual stream after the layer, and between its attention and MLP."""
         return jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), self._pass(x, given))
 
     def _pass(self, x: np.ndarray, given: Given) -> Streams:
@@ -89,7 +89,7 @@ class Layer:
         return _streams(self.params, placed, given.placed(self.mesh), stack=self.stack, cfg=self.cfg)
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
-        """Return the layer with float32[in (+ 1 with a bias), embed] added to what a writer adds to the stream.
+        """Return a copy with a correction float32[in (+ 1 with a bias), embed] added to a projection into the stream.
 
         Of a writer whose output is normalised: added at the norm's present statistics.
         """
@@ -109,7 +109,7 @@ class Layer:
 
     @property
     def written(self) -> dict[str, np.ndarray]:
-        """Changed parameters by path, in the model's dtype."""
+        """Changed parameters by path, cast to the model's dtype."""
         return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in self.changed_paths}
 
 
@@ -121,7 +121,7 @@ def run_block(
     given: Given,
     want: tuple[str, ...],
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Return (module, stream after it, the values that it is asked for, see `models.block.VALUES`) of one layer."""
+    """Run one layer; return (module, stream after it, the requested values of `models.block.VALUES`)."""
     module = stack_module(stack, cfg)
     block = fill(module.layers["0"], unflatten(params))
     after, _, values = block(x, module.context_of(x, given.arrays), None, want)
@@ -138,7 +138,7 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack)
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
-    """Return the model with these parameters in the layers of a stack, by number and path."""
+    """Return the model with these parameters, given by layer number and path, replaced in one stack."""
     layers = dict(model.params[stack]["layers"])
     for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])

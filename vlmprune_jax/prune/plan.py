@@ -41,7 +41,7 @@ class _LayerJson(TypedDict):
 
 
 class _StackJson(TypedDict):
-    """JSON of a stack; `kept_layers` repeats the indices of `layers`, for people."""
+    """JSON form of a pruned stack; `kept_layers` repeats the indices of `layers` for readers."""
 
     kept_layers: NotRequired[list[_Index]]
     layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
@@ -49,7 +49,7 @@ class _StackJson(TypedDict):
 
 
 class _VocabularyJson(TypedDict):
-    """JSON of a vocabulary; `kept` are ranges [start, stop) of ids."""
+    """JSON form of a kept vocabulary; `kept` lists ranges [start, stop) of ids."""
 
     rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
     tokenizer: str
@@ -72,7 +72,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """Kept parts of layer `index` of a stack: sorted indices of query heads, key/value heads and MLP neurons."""
+    """What is kept of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -81,18 +81,18 @@ class KeptLayer:
 
     @classmethod
     def whole(cls, index: int, shape: LayerShape) -> KeptLayer:
-        """Return a layer kept whole."""
+        """Return an entry that keeps everything in a layer."""
         return cls(index, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(shape.mlp)))
 
     @property
     def shape(self) -> LayerShape:
-        """Widths of the layer after pruning."""
+        """Shape of the layer after pruning."""
         return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
 
 
 @dataclass(frozen=True)
 class KeptStack:
-    """Kept parts of a stack: the widths of all its `layers_before`, and the kept `layers` in order."""
+    """What is kept of a stack: shapes of all its layers before pruning, and the kept `layers` in order."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
@@ -106,12 +106,12 @@ class KeptStack:
 
     @classmethod
     def whole(cls, layers: Sequence[LayerShape]) -> KeptStack:
-        """Return a stack kept whole."""
+        """Return an entry that keeps everything in a stack."""
         return cls(tuple(layers), tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(layers)))
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """Widths after pruning."""
+        """Shapes of the layers after pruning."""
         return tuple(layer.shape for layer in self.layers)
 
     @property
@@ -131,7 +131,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", 
 
 @dataclass(frozen=True)
 class KeptVocabulary:
-    """Kept token ids of a vocabulary with `rows_before` rows, ascending; the new id of a token is its place in `kept`.
+    """Kept token ids, ascending, of a vocabulary with `rows_before` rows; a token's new id is its index in `kept`.
 
     `tokenizer`: digest of the tokenizer that the ids belong to (`data.tokenizer_files.vocabulary_digest`).
     """
@@ -149,16 +149,16 @@ class KeptVocabulary:
 
     @functools.cached_property
     def new_ids(self) -> dict[int, int]:
-        """Old id -> new id of every kept token."""
+        """Mapping {old id: new id} of the kept tokens."""
         return {old: new for new, old in enumerate(self.kept)}
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hex digits over the tokenizer and the kept ids, by which caches know it."""
+        """Hash (16 hex digits) of the tokenizer and the kept ids, part of cache keys."""
         return hashlib.sha256(f"{self.tokenizer} {self.kept}".encode()).hexdigest()[:16]
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """Return the config with the new ids; ids outside the vocabulary, such as LLaVA's -200, stay.
+        """Return the config with the new token ids; ids outside the vocabulary, such as LLaVA's -200, stay.
 
         Raises:
           UserError: the vocabulary has another size, or a token that the model itself uses is not kept.
@@ -184,7 +184,7 @@ class KeptVocabulary:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Plan of what to keep of the model with this fingerprint, and how that was decided.
+    """Prune plan: what to keep of the model with this fingerprint, and the settings that led to it.
 
     `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
     `vocabulary`: kept tokens, None if all are.
@@ -209,7 +209,7 @@ class PrunePlan:
             raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text and perhaps vision")
 
     def __repr__(self) -> str:
-        """Return method, sizes and the layers of every pruned stack, without the indices."""
+        """Return method, sizes and layers of every pruned stack as text, without the indices."""
         sizes = (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {100 * self.reached:.2f} % removed"
         )
@@ -225,12 +225,12 @@ class PrunePlan:
 
     @property
     def layers_before(self) -> tuple[LayerShape, ...]:
-        """Widths of the unpruned decoder's layers."""
+        """Shapes of the unpruned decoder's layers."""
         return self.stacks["text"].layers_before
 
     @property
     def layers(self) -> tuple[KeptLayer, ...]:
-        """Kept layers of the decoder."""
+        """Entries of the kept decoder layers."""
         return self.stacks["text"].layers
 
     @property
@@ -240,7 +240,7 @@ class PrunePlan:
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the kept decoder layers, in order: the teacher layer of each student layer."""
+        """Original numbers of the kept decoder layers, in order: the teacher layer for each student layer."""
         return self.stacks["text"].kept_layers
 
     @property
@@ -249,7 +249,7 @@ class PrunePlan:
         return self.stacks["text"].removed_layers
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """Return the config of the pruned model. Raises UserError if its transformers class cannot hold the layers."""
+        """Return the pruned model's config. Raises UserError if its transformers class cannot hold the layers."""
         for name, kept in self.stacks.items():
             before = cfg.stack(name).layers
             if name == "text":
@@ -262,7 +262,7 @@ class PrunePlan:
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return JSON text (one line per layer), and write it to `path` if passed."""
+        """Return the plan as JSON text with one line per layer; also write it to `path` if one is passed."""
         head = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -303,7 +303,7 @@ class PrunePlan:
 
 
 def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
-    """Refuse other key/value heads in layers that share keys and values than in the layer that makes them."""
+    """Refuse plans in which layers that share keys and values keep other heads than the layer that computes them."""
     kept = [text.layers[layer.index] for layer in layers]
     for layer, shape in zip(layers, kept, strict=True):
         makers = [one for one, s in zip(layers, kept, strict=True) if not s.shared and s.window == shape.window]
@@ -315,7 +315,7 @@ def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
 
 
 def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:
-    """Return the plan that removes nothing from a model with this many `parameters`."""
+    """Return a plan that removes nothing from a model with `parameters` parameters."""
     return PrunePlan(
         fingerprint=fingerprint,
         method="none",
@@ -328,7 +328,7 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """Return one plan equal to `first` followed by `second` (made for the model that `first` leaves).
+    """Return one plan that equals `first` followed by `second`, which is for the model that `first` leaves.
 
     Raises UserError if `second` is for other widths than `first` leaves.
     """
@@ -380,7 +380,7 @@ def _pick(indices: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
 
 
 def _vocabulary_json(vocabulary: KeptVocabulary) -> dict[str, Any]:
-    """Return the kept ids as ranges [start, stop)."""
+    """Return the JSON form of a kept vocabulary, with ranges [start, stop) of ids."""
     edges = [i for i, (low, high) in enumerate(itertools.pairwise(vocabulary.kept), 1) if high != low + 1]
     bounds = itertools.pairwise([0, *edges, len(vocabulary.kept)])
     ranges = [(vocabulary.kept[start], vocabulary.kept[stop - 1] + 1) for start, stop in bounds]
@@ -397,7 +397,7 @@ def _vocabulary_from_dict(data: _VocabularyJson | None) -> KeptVocabulary | None
 
 
 def _as_json(kept: KeptStack) -> str:
-    """Return a stack as JSON text, one line per layer."""
+    """Return a pruned stack as JSON text with one line per layer."""
     lines = [
         f'"kept_layers": {json.dumps(kept.kept_layers)}',
         f'"layers_before": {json.dumps([shape.widths for shape in kept.layers_before])}',
@@ -441,7 +441,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
 
 
 def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Return why these layers cannot be kept of a stack with these widths, or None."""
+    """Return why these layers cannot be kept of a stack with these widths; None if they can."""
     if not layers:
         return "no layer is kept"
     indices = [layer.index for layer in layers]
@@ -468,7 +468,7 @@ def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str |
 
 
 def _listed(indices: Sequence[int]) -> str:
-    """Return the first few of them as text."""
+    """Return the first few numbers as text."""
     return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 

@@ -63,7 +63,7 @@ def reconstruct(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> tuple[Model, list[SolveReport]]:
-    """Fit the weights that write to the residual stream where something was removed, by least squares.
+    """Repair the projections into the residual stream of damaged layers, by least squares on the unpruned stream.
 
     The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
     of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. A change is
@@ -111,7 +111,7 @@ def reconstruct(
 
 
 def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
-    """Compute both streams before the first layer of a stack, and what its first layers add."""
+    """Compute the streams of both models before a stack's first layer, and what deepstack adds later."""
     for step in steps:
         step.dense, step.added_dense = embedded(step, teacher)
         step.ours, ours = embedded(step, pruned)
@@ -128,7 +128,7 @@ def _solve(
     store: _Store,
     tick: Callable[[], None],
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
-    """Return the new parameters of a stack's layers, by number and path, and the report of each weight."""
+    """Return the new parameters of a stack's layers, by number and path, and a report per weight."""
     solved, report = dict[int, dict[str, np.ndarray]](), list[SolveReport]()
     _advance(steps, teacher, stack, range(kept.kept_layers[0]))
     for number, (first, end) in enumerate(_spans(kept)):
@@ -154,23 +154,23 @@ def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
-    """Return the final value of `progress`: the layers left in the stacks that lost something."""
+    """Return the final count that `progress` reports: all remaining layers of damaged stacks."""
     return sum(len(plan.stacks[stack].layers) for stack in _stacks(plan))
 
 
 def _stacks(plan: PrunePlan) -> list[str]:
-    """Return the stacks that lost something that a weight can make up for, in the order of the forward pass."""
+    """Return the stacks with losses that reconstruction can repair, in the order of the forward pass."""
     order = [name for name in ("vision", "text") if name in plan.stacks]
     return [name for name in order if any(_modules(plan.stacks[name], i) for i in range(len(plan.stacks[name].layers)))]
 
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
-    """Return, for each layer left, the original numbers of itself and of the next: it replaces all in between."""
+    """Return (original number of a kept layer, that of the next kept one); the layer also replaces those between."""
     return list(itertools.pairwise((*kept.kept_layers, len(kept.layers_before))))
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
-    """Return the weights of a layer to solve for, in the order in which they write to the stream."""
+    """Return a layer's projections to reconstruct, in the order in which they write to the stream."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
@@ -178,7 +178,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
-    """Advance the dense streams through these layers, and keep the middle of the first."""
+    """Run the unpruned model's streams through these layers, and store the mid-layer stream of the first."""
     for number in layers:
         layer = Layer.of(teacher, stack, number)
         for step in steps:
@@ -190,7 +190,7 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -
 
 
 class _Store:
-    """Solved changes by module: read from the cache if an interrupted pass left them there."""
+    """Cache of reconstructed weights by module, from which an interrupted pass continues."""
 
     def __init__(self, cache: ArrayCache | None):
         self._cache = cache
@@ -198,7 +198,7 @@ class _Store:
     def change(
         self, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
     ) -> tuple[np.ndarray | None, SolveReport]:
-        """Return (change of the weight or None, its report); every process must call it, in step."""
+        """Return (weight correction or None, its report), cached or just solved; every process must call it."""
         if self._cache is None:
             return solve()
         if self._cache.missing([key]):
@@ -239,7 +239,7 @@ def _sums(
 
 
 def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, SolveReport]:
-    """Return float32[in (+ 1), embed] for `Layer.changed`, or None where nothing reduces the held-out error.
+    """Return the correction for `Layer.changed`, float32[in (+ 1), embed]; None if none lowers the held-out error.
 
     `place`: the layer's among those that are left.
     """
@@ -262,7 +262,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the sums over these rows, `energy` over all of them."""
+    """Return the least-squares sums over these rows (see `ridge.Sums`)."""
     totals = None
     for step in steps:
         target = step.middle if module == "o_proj" else step.dense

@@ -22,9 +22,7 @@ _PRODUCT: Any = {"precision": "highest"}
 
 
 class Sums(NamedTuple):
-    """Sums over weighted tokens, float32: sum w x x^T [in, in], sum w x r^T [in, embed], and sum w |r|^2 of
-    each row.
-    """
+    """Least-squares sums over weighted tokens, float32: w x x^T [in, in], w x r^T [in, embed], and w |r|^2 per row."""
 
     gram: jax.Array
     cross: jax.Array
@@ -33,7 +31,7 @@ class Sums(NamedTuple):
 
 @jax.jit
 def change(sums: Sums, ridge: Any) -> jax.Array:
-    """Return (G + ridge diag G)^-1 C, float32[in, embed]."""
+    """Return the ridge solution (G + ridge diag G)^-1 C, float32[in, embed]."""
     diagonal = jnp.diagonal(sums.gram)
     diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
     matrix = sums.gram + jnp.diag(ridge * diagonal)
@@ -42,7 +40,7 @@ def change(sums: Sums, ridge: Any) -> jax.Array:
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
-    """Return the change of the held-out error by the fit with each ridge, float32[ridges]; NaN if the solve fails."""
+    """Return how each ridge penalty's fit changes the held-out error, float32[ridges]; NaN if the solve fails."""
 
     def error(ridge: jax.Array) -> jax.Array:
         changed = change(fit, ridge)
@@ -57,8 +55,7 @@ def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """Solve matrix x = right for a positive definite float32[n, n] and a float32[n, m], by blocks of the Cholesky
-    factor.
+    """Solve A x = b for positive definite float32[n, n] and float32[n, m], by blocked Cholesky factorisation.
 
     XLA unrolls its own Cholesky for TPUs: 2,048 rows compile for minutes, the 11,008 of a 7B model never. Here loops go
     over blocks of one size, and all but the diagonal blocks are matrix products.

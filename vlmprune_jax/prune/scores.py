@@ -27,7 +27,7 @@ class _Version(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Options of a criterion that plans and reports read."""
+    """Options of a criterion that plans and reports need."""
 
     variant: str | None
     gqa: Literal["groups", "q_heads"]
@@ -35,7 +35,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Meta(_Version):
-    """Description in a scores file.
+    """Metadata of a scores file.
 
     `layers`: number of layers with width scores; `stack`: absent in files of older versions, which scored the decoder;
     `kinds`: token types with scores of their own.
@@ -51,7 +51,7 @@ class _Meta(_Version):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importances of one stack of a model under one criterion; the smallest are removed first.
+    """Importance scores of one stack under one criterion; the lowest-scoring units are pruned first.
 
     `stack`: the decoder, "text", or the tower, "vision". `importance`: float64[n_layers], or None if the criterion does
     not score whole layers; with an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
@@ -76,7 +76,7 @@ class Scores:
                 raise UserError(f"{self.criterion} scores {name} hold NaN: check weights and calibration data for NaN")
 
     def __repr__(self) -> str:
-        """Return criterion, stack and what is scored, without the numbers."""
+        """Return criterion, stack and type of scores as text, without the numbers."""
         heads, neurons = (None if part is None else sum(map(len, part)) for part in (self.heads, self.mlp))
         layers = len(self.heads or ()) if self.importance is None else len(self.importance)
         unit = "heads" if self.options.get("gqa") == "q_heads" else "head groups"
@@ -96,25 +96,25 @@ class Scores:
 
     @property
     def span(self) -> int | None:
-        """Number of consecutive layers that an entry of `importance` stands for; None if each is of one layer."""
+        """Number of consecutive layers scored together by each `importance` entry; None for single layers."""
         return self.options.get("layers_removed")
 
     @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Return (heads, mlp), for a criterion that scores widths. Raises UserError if it does not."""
+        """Scores (heads, mlp), for a criterion that scores widths. Raises UserError if it does not."""
         if self.heads is None or self.mlp is None:
             raise UserError(f"{self.criterion} scores have no widths: width needs {scoring('widths')}")
         return self.heads, self.mlp
 
     @property
     def layers(self) -> np.ndarray:
-        """Return `importance`, for a criterion that scores whole layers. Raises UserError if it does not."""
+        """Scores of whole layers (`importance`). Raises UserError if the criterion does not score layers."""
         if self.importance is None:
             raise UserError(f"{self.criterion} scores have no layer importances: depth needs {scoring('layers')}")
         return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one `.npz` (no pickle); the file appears complete or not at all."""
+        """Write the scores as one `.npz` file (no pickle), atomically."""
         path = Path(path)
         meta = {
             "format": FORMAT,
@@ -130,7 +130,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read the file that `save` wrote. Raises UserError if there is no such file, or it is not a scores file."""
+        """Read a file written by `save`. Raises UserError if it is missing or not a scores file."""
         where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
         for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
@@ -161,7 +161,7 @@ class Scores:
             raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by their names in the file: `importance`, `heads_0`, `image/heads_0`."""
+        """Return the arrays under their names in the file: `importance`, `heads_0`, `image/heads_0`."""
         whole = {name: getattr(self, name) for name in _PARTS}
         arrays = {}
         for prefix, parts in (("", whole), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
@@ -173,14 +173,14 @@ class Scores:
 
 
 def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays of one token type, by their names without it; those of all tokens have no prefix."""
+    """Return the arrays of one token type, with its prefix removed from names; "/" selects those of all tokens."""
     if prefix == "/":
         return {name: array for name, array in arrays.items() if "/" not in name}
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """Return the fields of `Scores` that these arrays hold."""
+    """Return fields of `Scores` from the arrays of a file."""
     found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
     for name in ("heads", "mlp") if layers else ():
         found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
@@ -188,7 +188,7 @@ def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
-    """Check one row of floats, of at most this length."""
+    """Check that an array is one row of floats, at most this long."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
         raise UserError(f"{where} is {array.dtype}{list(array.shape)}, not a row of numbers: {_TODO}")
     return np.asarray(array, np.float64)

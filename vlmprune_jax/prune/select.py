@@ -32,7 +32,7 @@ OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # set
 def make_plan(
     scores: Scores | tuple[Scores, Scores], cfg: ModelConfig | Model, config: PlanConfig | None = None, **options: Any
 ) -> PrunePlan:
-    """Plan the removal of a share of the model's parameters, or down to a budget; no forward pass, seconds at 7B.
+    """Make a plan that removes a share of the parameters, or meets a budget; takes seconds at 7B, no forward pass.
 
     `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
 
@@ -54,7 +54,7 @@ def make_plan(
 
 
 def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Return the plan of a trimmed vocabulary, and of layers, heads and neurons for the rest of the ratio."""
+    """Return a plan that trims a vocabulary, and takes the rest of the ratio from layers, heads and neurons."""
     share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
     plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
     check_loads(plan.apply_to(cfg), config.loads_in)
@@ -68,7 +68,7 @@ def plan_layers(
     share: float | None,
     costed: ModelConfig,
 ) -> PrunePlan:
-    """Return the plan that removes `share` of all parameters from layers, heads and neurons, and no token.
+    """Return a plan that removes `share` of all parameters from layers, heads and neurons, and no tokens.
 
     `costed`: the config with the kept tokens only, which budgets are of.
     """
@@ -107,7 +107,7 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class Trim:
-    """A trimmed vocabulary, the config with it and nothing else removed, and the parameters that it removes."""
+    """A vocabulary to keep, the config after trimming only this, and the number of parameters that trimming removes."""
 
     vocabulary: KeptVocabulary | None
     cfg: ModelConfig
@@ -115,24 +115,24 @@ class Trim:
 
     @classmethod
     def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return what the vocabulary leaves of a model and removes."""
+        """Return the `Trim` of a kept vocabulary (None: nothing is trimmed)."""
         trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
         return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 
     def share_left(self, config: PlanConfig, total: int) -> float | None:
-        """Return the share of all parameters that layers, heads and neurons must lose; None if it is not a ratio."""
+        """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
         return 0.0 if (config.layers_removed, config.sparsity) == (None, None) else None
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
-        """Return the plan with the vocabulary."""
+        """Return the plan with the kept vocabulary added."""
         after = plan.parameters_after - self.parameters
         return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
 
 
 def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
-    """Choose the tokens that the settings keep.
+    """Choose the tokens to keep by the settings.
 
     Raises:
       UserError: see `choose_vocabulary`; or no folder of a tokenizer is given.
@@ -160,7 +160,7 @@ def plan_stacks(
     config: PlanConfig | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """Plan several stacks together, each of which loses the same share of its layers; of one stack as `make_plan`.
+    """Plan several stacks, each with the same share of its layers' parameters removed; one stack as `make_plan`.
 
     Args:
       scores: for each stack, as `make_plan` takes them.
@@ -179,7 +179,7 @@ def plan_stacks(
     total, trim = config.parameters_total or count_params(cfg), make_trim(config.vocabulary, cfg)
 
     def plan_at(share: float | None) -> PrunePlan:
-        """Return the plan whose stacks lose this share of all parameters together."""
+        """Return the plan that removes this share of all parameters from the stacks together."""
         alone = dataclasses.replace(config, ratio=share, budget=Budget(), vocabulary=VocabularyConfig())
         return dataclasses.replace(trim.attach(_plan_each(scores, cfg, alone, total)), asked=config.ratio)
 
@@ -195,7 +195,7 @@ def plan_stacks(
 def _plan_each(
     scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
 ) -> PrunePlan:
-    """Return one plan of several stacks, each of which loses the same share of its layers."""
+    """Return one plan for several stacks, each with the same share of its layers' parameters removed."""
     stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -214,7 +214,7 @@ def _plan_each(
 
 @dataclass(frozen=True)
 class _Request:
-    """Everything that decides what to remove, except the ratio."""
+    """Everything that decides what to remove, apart from the ratio."""
 
     cfg: ModelConfig
     depth: Scores | None
@@ -225,11 +225,11 @@ class _Request:
 
     @property
     def gqa(self) -> str:
-        """Attention unit: "groups" or "q_heads"."""
+        """Unit of attention pruning: "groups" or "q_heads"."""
         return "groups" if self.width is None else self.width.options.get("gqa", "groups")
 
     def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
-        """Return what each kept layer keeps, and the solver's result for the plan's record."""
+        """Return what each kept layer keeps, and the solver's result to record in the plan."""
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
@@ -241,13 +241,13 @@ class _Request:
         return choose_widths(self.width, cfg, alive, ratio, config, total, stack)
 
     def fit_budget(self) -> tuple[float, dict[str, Any]]:
-        """Return the smallest ratio that satisfies the budget, and the plan's record of both."""
+        """Return the smallest ratio that satisfies the budget, and the plan's record of ratio and cost."""
         budget = self.config.budget
         ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
         return ratio, {"budget": budget.given, "budget_reached": reached}
 
     def config_at(self, ratio: float) -> ModelConfig:
-        """Return the pruned model's config at a ratio."""
+        """Return the config of the model pruned at this ratio."""
         shapes = self.cfg.stack(self.stack).layers
         kept, _ = self.decide(ratio)
         return self.cfg.with_layers([shape_of(one, shapes[i], self.gqa) for i, one in kept.items()], self.stack)
@@ -268,7 +268,7 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """Return a notice if a plan removes decoder layers that receive features of the tower (deepstack)."""
+    """Return a notice if a plan removes decoder layers that receive vision features (deepstack); None otherwise."""
     gone = [layer for layer in plan.removed_layers if layer < cfg.deepstack]
     if not gone:
         return None
@@ -280,7 +280,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the settings that a plan of this model records, as JSON holds them."""
+    """Return the settings that a plan of this model records, as JSON values."""
     shares = any(shape.shared for shape in cfg.text.layers)
     unused = (
         *(() if shares else ("producers",)),
@@ -357,7 +357,7 @@ def _choose_layers(
 
 
 def _legal(own: Stack, order: Sequence[int]) -> list[int]:
-    """Return the layers that can be removed in this order, without those that the transformers class needs then."""
+    """Return the layers that can be removed in this order; skips a layer that the transformers class would miss."""
     gone: list[int] = []
     if isinstance(own, TextConfig) and layer_problem(own) is None:
         for layer in order:
@@ -369,7 +369,7 @@ def _legal(own: Stack, order: Sequence[int]) -> list[int]:
 
 
 def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
-    """Return how many of the first layers to remove, or None if all are not enough; ties remove fewer."""
+    """Return how many leading layers to remove; None if all are too few. Ties remove fewer."""
     removed = np.concatenate([[0], np.cumsum(sizes)])
     if removal > removed[-1]:
         return None
@@ -381,7 +381,7 @@ def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int |
 def _block(
     scores: Scores, size: int, protect: set[int], ratio: float | None, layers_removed: int | None
 ) -> tuple[int, ...]:
-    """Return the `size` consecutive layers with the lowest score; their number was fixed when scoring."""
+    """Return the `size` consecutive layers with the lowest score; `size` was fixed when scoring."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
             f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "

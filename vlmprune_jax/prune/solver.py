@@ -24,12 +24,12 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
-    """Error: the method cannot remove as much as asked."""
+    """Error: a method cannot remove as many parameters as asked."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters per layer of a stack (the constant part), per query head, per key/value head and per MLP neuron.
+    """Parameters of a layer: constant part, per query head, per key/value head and per MLP neuron.
 
     `kinds`: the costs of layers that differ from the first, by whether they have full attention and shared keys.
     """
@@ -41,17 +41,17 @@ class Costs:
     kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
 
     def at(self, shape: LayerShape) -> Costs:
-        """Return the costs of layers like this one."""
+        """Return the costs of layers with the window and sharing of this one."""
         return self.kinds.get((shape.window is None, shape.shared), self)
 
     def of(self, shape: LayerShape) -> int:
-        """Return the parameters of a layer with these widths."""
+        """Return the number of parameters of a layer with these widths."""
         cost = self.at(shape)
         return cost.layer + shape.q_heads * cost.q_head + shape.kv_heads * cost.kv_head + shape.mlp * cost.neuron
 
 
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Return the costs of the layers of a stack, from the named axes of its weights; `products`: of matrices alone.
+    """Return the costs of a stack's layers, from its weights' named axes; `products`: count only matrices.
 
     A layer's part of a parameter of all layers (axis `depth`) is among them.
     """
@@ -80,8 +80,7 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
-    """Return `heads_multiple` and `neurons_multiple` that give every device whole blocks (`snap_for`,
-    `tensor_parallel`); multiples set by the user must themselves be multiples of these.
+    """Return the multiples of heads and neurons that give each device whole blocks (`snap_for`, `tensor_parallel`).
 
     A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
     Raises UserError for a multiple that does not suit.
@@ -102,13 +101,13 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
 
 
 def reason_of(config: PlanConfig) -> str:
-    """Return the settings that require the multiples, for messages."""
+    """Return the names of the settings that require multiples, for messages."""
     values = {name: getattr(config, name) for name in ("snap_for", "tensor_parallel")}
     return " with ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1))
 
 
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
-    """Refuse layers, (number, shape), that this many devices cannot share, including layers that are kept whole.
+    """Refuse layers (number, shape) whose heads or neurons cannot be split over this many devices.
 
     Raises UserError with the layer and the width that does not divide.
     """
@@ -123,7 +122,7 @@ def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> Non
 
 @dataclass(frozen=True)
 class Units:
-    """Units that width pruning removes from one layer, with their cost in parameters.
+    """Prunable units of one layer (attention units and neurons), with their cost in parameters.
 
     Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
     layer is in range. Neurons
@@ -152,7 +151,7 @@ def units_of(
     neurons_multiple: int,
     double_wide: bool = False,
 ) -> list[Units]:
-    """Return the units of every layer. Raises UserError if a layer in range is narrower than the multiple asked for."""
+    """Return the prunable units of every layer. Raises UserError if a layer in range is narrower than its multiple."""
     result = []
     for i, shape in enumerate(shapes):
         group, each = shape.q_heads // shape.kv_heads, costs.at(shape)
@@ -177,8 +176,7 @@ def units_of(
 
 
 def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return the attention units left at each sparsity, as the reference counts: floor((C - int(C (1 - s))) / head_dim)
-    go.
+    """Return how many attention units remain at each sparsity, floor((C - int(C (1 - s))) / head_dim) being removed.
 
     C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
     """
@@ -188,18 +186,18 @@ def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
 
 
 def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return the MLP neurons left at each sparsity: int(C (1 - s))."""
+    """Return how many MLP neurons remain at each sparsity: int(C (1 - s))."""
     return (neurons * (1 - sparsity)).astype(np.int64)
 
 
 def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
-    """Return the nearest multiples of `step` from `step` to `full` (halves round up)."""
+    """Round to the nearest multiples of `step` between `step` and `full`; halves round up."""
     return np.clip((kept + step // 2) // step * step, step, full // step * step)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Attention units and neurons kept in each layer, their sparsity, and the parameters that they remove."""
+    """Numbers of attention units and neurons kept per layer, their sparsity, and the parameters removed."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -208,7 +206,7 @@ class Widths:
 
 
 def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
-    """Return the widths at one explicit sparsity, exactly as the reference counts.
+    """Return the widths at a sparsity that is set directly, rounded exactly as in the reference code.
 
     Raises UserError if a layer would lose all its heads or neurons.
     """
@@ -224,16 +222,14 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
 
 
 def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Return the widths at the smallest multiple of 1e-4 whose common sparsity removes at least `removal`
-    parameters.
-    """
+    """Return the widths at the lowest sparsity (a multiple of 1e-4) that removes at least `removal` parameters."""
     heads, neurons, removed = _whole_grid(tuple(units), head_dim)
     best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
     return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Return the parameters removed if every layer in range keeps only one unit (or multiple) of each kind."""
+    """Return the parameters removed if each layer in range keeps one unit (or multiple) of each type."""
     return sum(
         u.prune_heads * (u.heads - u.head_step) * u.head_cost
         + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
@@ -242,7 +238,7 @@ def most_removable(units: Sequence[Units]) -> int:
 
 
 def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Return the widths that remove `removal` parameters as nearly as equal widths allow.
+    """Return equal widths whose removed parameters are nearest to `removal`.
 
     Heads follow the smallest common sparsity that reaches the target; then the number of neurons, one fraction for all
     layers in range, is moved until the total is nearest. With neurons in range the error is at most half of one neuron
@@ -255,7 +251,7 @@ def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Width
 
 
 def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
-    """Return widths that remove about `removal` parameters with 0, 1, 2, ... attention units of every layer in range.
+    """Return candidate widths that remove about `removal` parameters with 0, 1, 2, ... attention units less per layer.
 
     Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
     removes too much or leaves too few neurons to remove.
@@ -277,7 +273,7 @@ def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Return the widths one step of the grid below `start`."""
+    """Return the widths at the next lower sparsity on the grid; None at 0."""
     if start.sparsity == 0:
         return None
     sparsity = round(start.sparsity * GRID - 1) / GRID
@@ -302,9 +298,7 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
 def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return int[fractions, layers] neurons left at each fraction of the widest layer, int[fractions] parameters
-    removed.
-    """
+    """Return neurons left at each fraction, int[fractions, layers], and parameters removed, int[fractions]."""
     usual = [u.neurons // u.wide for u in units]
     fractions = np.arange(1, max(usual) + 1)
     kept = np.stack(
@@ -318,14 +312,14 @@ def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return `_on_grid` at every sparsity that is tried; no layer empties."""
+    """Return `_on_grid` at all sparsities that the solver tries, with no layer emptied."""
     return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
 
 
 def _on_grid(
     units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return int[grid, layers] heads and neurons, and int[grid] removed parameters; `smallest` = 1 empties no layer."""
+    """Return heads and neurons, int[grid, layers], and removed parameters, int[grid]; `smallest=1` empties no layer."""
     heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
     for u in units:
         h = np.full(len(sparsity), u.heads)

@@ -25,7 +25,7 @@ from vlmprune_jax.prune.layers import Given
 
 @dataclasses.dataclass
 class Step:
-    """Rows that go through the device together, and where both streams are: float32[rows, seq, embed] on the host.
+    """Rows processed together on the device, and the streams of both models: float32[rows, seq, embed] on the host.
 
     `inputs`: ids and images that the models embed. `context`: arrays for `BlockStack.context_of`. `weight`:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
@@ -48,13 +48,13 @@ class Step:
     added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """Return the inputs beside the stream of the layer at a place of the pruned (or the `dense`) model."""
+        """Return the inputs besides the stream for layer `place` of the pruned (or with `dense` the unpruned) model."""
         added = self.added_dense if dense else self.added_ours
         return Given(self.context, None if added is None or place >= len(added) else added[place])
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
-    """Return the rows' names for messages: those of their records, if the batches have them."""
+    """Return the names of the rows for messages: ids of their records, if the batches carry them."""
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
         ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
@@ -68,7 +68,7 @@ def row_steps(
     names: Sequence[str] | None = None,
     cfg: ModelConfig | None = None,
 ) -> list[Step]:
-    """Return all rows, those to fit to and those to hold out apart, as many at a time as the first batch has.
+    """Return all rows as steps of the first batch's size; rows to fit and rows to hold out are kept apart.
 
     Without a `held_out` in the settings none is held out.
 
@@ -98,7 +98,7 @@ def row_steps(
 
 
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
-    """Return a step of rows padded to the longest of them and to `size` rows."""
+    """Return a step of rows, padded to its longest row and to `size` rows."""
     arrays = stack_rows(rows, size)
     inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
@@ -109,7 +109,7 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
 def image_steps(
     batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
 ) -> list[Step]:
-    """Return the images of all rows, each once, since one that is fitted to must not be held out as well."""
+    """Return the images of all rows, each once, so that no image is both fitted and held out."""
     images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
     row = 0
     for arrays in batches:
@@ -132,7 +132,7 @@ def image_steps(
 
 
 def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield the pixels of a row's images, and their grids for images of any size."""
+    """Yield the pixels of a row's images, and their grids if images have any size."""
     pixels = arrays.get("pixel_values")
     if pixels is None:
         return
@@ -149,7 +149,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
 def _image_step(
     images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
 ) -> Step:
-    """Return a step of images padded to `size` of them, each with this many positions in the tower."""
+    """Return a step of images, padded to `size` images with equally many tower positions."""
     inputs: dict[str, Any] = {}
     first, grid, _ = images[0]
     shape = first.shape if grid is None else (positions, first.shape[-1])
@@ -167,7 +167,7 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Return (items to fit to, False) and (items to hold out, True). Raises UserError if there are fewer than two."""
+    """Split items into (items to fit, False) and (items to hold out, True). Raises UserError for fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
@@ -181,7 +181,7 @@ STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": imag
 
 
 def embedded(step: Step, model: Model) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (stream before the first layer, what the first layers add) of a step's rows, or of its images."""
+    """Return (stream before the first layer, deepstack additions or None) for a step's rows or images."""
     placed = place_batch(step.inputs, mesh_of(model.params))
     x, added = _embed(model.params, placed, cfg=model.cfg)
     return np.array(gather_to_host(x)), None if added is None else np.array(gather_to_host(added))

@@ -18,7 +18,7 @@ from vlmprune_jax.prune.plan import KeptLayer, KeptVocabulary, PrunePlan
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
-    """Return the pruned model; `model` itself is not changed.
+    """Return the pruned model; the input model is unchanged.
 
     Works on host and device arrays, and on arrays that stay in their files (hf/lazy.py); on a mesh every parameter
     keeps its named-axis sharding. Raises UserError if the plan is for another model, or leaves widths that the mesh
@@ -47,7 +47,7 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 
 def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
-    """Return the model with the kept tokens only, and nothing else removed; a model that has only these is unchanged.
+    """Return the model with only the kept tokens, and nothing else removed; already trimmed models are unchanged.
 
     Its probabilities are those of the whole model, renormalised over the kept tokens: the teacher of a trimmed student.
     """
@@ -62,7 +62,7 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
 
 
 def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:
-    """Index every parameter with a vocabulary axis: embedding, output head and its bias."""
+    """Select the kept tokens in every parameter with a vocabulary axis: embedding, output head, its bias."""
     axes, rows = param_axes(cfg), np.asarray(vocabulary.kept)
     flat = flatten(params)
     named = {path: axes[path].index("vocab") for path in flat if "vocab" in axes[path]}
@@ -70,7 +70,7 @@ def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
-    """Raise UserError unless the plan was made for exactly this model (widths, then weights)."""
+    """Raise UserError if the plan was made for another model (checks widths, then weights)."""
     stacks = model.cfg.stacks
     pairs = [
         (name, kept.layers_before, stacks[name].layers if name in stacks else ()) for name, kept in plan.stacks.items()
@@ -91,7 +91,7 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
-    """Index one parameter of one layer along each axis that the plan prunes.
+    """Select the entries that a plan keeps from one parameter of one layer, along every pruned axis.
 
     A tensor that is kept whole is returned as it is, without a copy.
     """
@@ -105,7 +105,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
 
 
 def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:
-    """Return params with the kept layers' part of the parameters that belong to all layers (axis `depth`)."""
+    """Select the kept layers' entries from parameters with a layer-index axis (`depth`)."""
     flat = flatten(params)
     for path, leaf in flat.items():
         names = axes[path] if path.startswith(f"{stack}/") else ()

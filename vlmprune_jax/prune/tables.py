@@ -19,7 +19,7 @@ NONE = "-"
 
 
 def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores]) -> list[Table]:
-    """Return one table per pruned stack: the parts that each layer lost, and why.
+    """Return one table per pruned stack: what each layer lost, and why.
 
     Args:
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
@@ -71,13 +71,13 @@ def _loss(before: int, after: int) -> list[str]:
 
 
 def _rank(scores: Scores, index: int) -> list[str]:
-    """A layer's score and its place from the lowest up."""
+    """Return cells with a layer's score and its rank, lowest first."""
     order = np.argsort(scores.layers, kind="stable").tolist()
     return [f"{scores.layers[index]:.4g}", f"{order.index(index) + 1} of {len(order)}"]
 
 
 def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[str]:
-    """Shares of the sums of a layer's scores that go with its heads and with its neurons."""
+    """Return cells with the shares of a layer's summed head and neuron scores that are removed."""
     if layer is None:
         return [NONE, NONE]
     heads, neurons = (values[index] for values in scores.widths)
@@ -90,7 +90,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
-    """Return the reason for a layer's widths, apart from its scores."""
+    """Return the reason for a layer's widths that is not its scores."""
     if layer is None:
         return "goes"
     if index in spec.protect:
@@ -107,13 +107,13 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
 
 
 def read_plan(place: str) -> PrunePlan:
-    """The plan in a file, or in a workdir or model folder."""
+    """Read a plan from its file, or from a workdir or model folder."""
     path = Path(place)
     return PrunePlan.from_json(path / "plan.json" if path.is_dir() else path)
 
 
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
-    """Compare two plans layer by layer: |both| / |either| of the heads, neurons and layers that they keep.
+    """Compare two plans per layer by overlap (Jaccard index) of the heads, neurons and layers that they keep.
 
     Raises UserError if the plans are of different models.
     """
@@ -146,6 +146,6 @@ def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
-    """Return the numbers that each plan keeps, and the share that both keep."""
+    """Return cells with how many items each plan keeps, and the share of items kept by both (of those kept by any)."""
     a, b = set(first), set(second)
     return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]

@@ -34,7 +34,7 @@ HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A model's tokenizer: `content` and `subwords` of its tokenizer.json, `digest` of its tokens, prompt template.
+    """Tokenizer of a model: content and subwords of tokenizer.json, a digest of its tokens, the prompt template.
 
     `needed`: token id -> why the model's own files need it.
     """
@@ -82,13 +82,13 @@ class Source:
         return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
 
     def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
-        """Return the vocabulary of this size; see `choose_tokens`."""
+        """Return a kept vocabulary of this size; see `choose_tokens`."""
         always = {*self.needed, *listed}
         kept = choose_tokens(self.subwords, used, size=size, multiple=multiple, always=always)
         return KeptVocabulary(self.rows, kept, self.digest)
 
     def check(self, vocabulary: KeptVocabulary) -> None:
-        """Refuse a vocabulary without the tokens that the tokenizer or the model's files need.
+        """Refuse a vocabulary that lacks tokens needed by the tokenizer or the model's files.
 
         Raises:
           UserError: names the first missing token, and why it is needed.
@@ -114,7 +114,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts for a vocabulary: token counts and listed ids to choose by, and texts that are only measured."""
+    """Texts for trimming a vocabulary: token counts to choose by, and held-out texts that only measure."""
 
     used: Counter[int]
     listed: tuple[int, ...]
@@ -147,7 +147,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 
 
 def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
-    """Choose the tokens that the settings `prune.vocabulary` keep of a model's vocabulary.
+    """Choose the tokens of a model to keep, by the settings in `prune.vocabulary`.
 
     Raises:
       UserError: see `Source.of`, `read_sample` and `choose_tokens`.
@@ -167,7 +167,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) -> Iterator[tuple[int, str]]:
-    """Yield ids that the files of a model need, with the reason of each."""
+    """Yield the token ids that a model's files need, each with the reason."""
     for why, texts in (
         ("the chat template uses it", _template_texts(tokenizer.chat_template)),
         (f"the prompt template {template.name} uses it", _prompt_texts(template)),
@@ -183,7 +183,7 @@ def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) 
 
 
 def _prompt_texts(template: Template) -> Iterator[str]:
-    """Yield every text of a prompt template, alone and in a conversation."""
+    """Yield all texts of a prompt template, alone and within a conversation."""
     for one in fields(template):
         value = getattr(template, one.name)
         yield from (
@@ -196,7 +196,7 @@ def _prompt_texts(template: Template) -> Iterator[str]:
 
 
 def _template_texts(template: Any) -> Iterator[str]:
-    """Yield the literal texts of chat templates: outside of Jinja's tags, and quoted inside them."""
+    """Yield the literal texts in chat templates: outside Jinja tags, and in quotes inside them."""
     named = template.values() if isinstance(template, Mapping) else [template]
     for text in (text for text in named if isinstance(text, str)):
         yield from (part for part in re.split(r"\{[{%#].*?[}%#]\}", text, flags=re.DOTALL) if part)

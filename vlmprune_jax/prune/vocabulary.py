@@ -24,14 +24,14 @@ SPACE = "\u2581"  # how SentencePiece spells a space
 
 
 def byte_symbols() -> frozenset[str]:
-    """Return the 256 letters by which byte-level tokenizers spell bytes (GPT-2's `bytes_to_unicode`)."""
+    """Return the 256 characters that stand for bytes in byte-level tokenizers (GPT-2's `bytes_to_unicode`)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return frozenset([*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))])
 
 
 @dataclass(frozen=True, eq=False)
 class Subwords:
-    """The subword model of a tokenizer.json.
+    """Subword model in a tokenizer.json: its tokens and merges.
 
     `tokens`: id -> text of every token that is not an added one. `ranks`: rank of each merge (BPE). `added`: id -> text
     of added tokens, which are matched before the subword model sees the text. `byte_level`: bytes are spelt by
@@ -49,7 +49,7 @@ class Subwords:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], where: str) -> Subwords:
-        """Read the content of a tokenizer.json.
+        """Return the subword model in the content of a tokenizer.json.
 
         Raises UserError for a kind of tokenizer for which trimming is not exact.
         """
@@ -87,17 +87,17 @@ class Subwords:
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """Text -> id of every token of the subword model."""
+        """Mapping {text: id} of all tokens in the subword model."""
         return {text: i for i, text in self.tokens.items()}
 
     @property
     def size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return len({*self.tokens, *self.added})
 
     @functools.cached_property
     def required(self) -> frozenset[int]:
-        """Tokens without which text is lost: bytes, the unknown token, and single spaces of SentencePiece."""
+        """Tokens that no text can do without: bytes, the unknown token, and SentencePiece's single spaces."""
         texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
@@ -106,11 +106,11 @@ class Subwords:
 
     @functools.cached_property
     def _unused(self) -> frozenset[int]:
-        """Added tokens that a vocabulary reserves and no text uses."""
+        """Added tokens that are reserved and occur in no text."""
         return frozenset(i for i, text in self.added.items() if text.startswith(("<unused", "<|reserved_")))
 
     def derivation(self, text: str) -> Iterator[tuple[str, str]]:
-        """Yield the merges of the full BPE run on the string of a token, in order."""
+        """Yield, in order, the merges by which BPE builds a token from its characters."""
         symbols = [symbol for letter in text for symbol in self._spell(letter)]
         while len(symbols) > 1:
             ranked = ((self.ranks.get(pair), place) for place, pair in enumerate(itertools.pairwise(symbols)))
@@ -122,18 +122,18 @@ class Subwords:
             symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
 
     def _spell(self, letter: str) -> list[str]:
-        """Return the symbols that a BPE run starts from: the letter, or its bytes where it has no token."""
+        """Return the symbols that BPE starts from for a character: the character, or its bytes if it has no token."""
         if letter in self.ids or not self.byte_fallback:
             return [letter]
         return [f"<0x{byte:02X}>" for byte in letter.encode()]
 
     def closure(self, kept: Iterable[int]) -> set[int]:
-        """Return the tokens with everything that their derivations need, and the `required` ones."""
+        """Return the tokens with all tokens that their derivations need, and the `required` ones."""
         closed = {*self.required, *kept}
         return closed.union(*(self.needs(i) for i in closed))
 
     def needs(self, i: int) -> frozenset[int]:
-        """Return the tokens that the derivation of a token needs (none without merges)."""
+        """Return the tokens that a token's derivation needs (none for tokenizers without merges)."""
         return self._needs(self.tokens.get(i, "")) if self.kind in CLOSED else frozenset()
 
     @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
@@ -143,7 +143,7 @@ class Subwords:
         return frozenset(self.ids[part] for part in letters | parts if part in self.ids)
 
     def by_rank(self) -> Iterator[int]:
-        """Yield the tokens in the order in which the vocabulary was learnt: by merge rank (BPE) or id."""
+        """Yield the tokens in the order in which they were learnt: by merge rank (BPE) or by id."""
         if self.kind not in CLOSED:
             yield from sorted(self.tokens)
             return
@@ -164,7 +164,7 @@ def choose_tokens(
     multiple: int = 64,
     always: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """Return the sorted ids of a closed vocabulary: the tokens used, the most frequent first, filled up by merge rank.
+    """Return sorted token ids to keep: those in the texts by frequency, all that they need, then by merge rank.
 
     Args:
       subwords: the tokenizer's subword model.
@@ -202,7 +202,7 @@ def choose_tokens(
 
 
 def _types(step: Any) -> set[str]:
-    """Return the types of a tokenizer.json's step and of the steps in it."""
+    """Return the types of a step in tokenizer.json and of the steps inside it."""
     if isinstance(step, list):
         return set().union(*map(_types, step))
     if not isinstance(step, dict):

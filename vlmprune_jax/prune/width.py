@@ -38,7 +38,7 @@ Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") o
 
 @dataclass(frozen=True)
 class Target:
-    """Target of a width plan: `removal` parameters from the kept layers, or the reference's sparsity.
+    """Goal of a width plan: remove `removal` parameters from the kept layers, or the reference's sparsity.
 
     `asked` is the ratio that the user set and `total` the count it refers to, for messages.
     """
@@ -59,7 +59,7 @@ def choose_widths(
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return what each layer of `alive` (original numbers) keeps, and the solver's result for the plan's record.
+    """Return what each layer in `alive` (original numbers) keeps, and the solver's result to record in the plan.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
     UserError for ranges or multiples that do not fit, or a target out of reach.
@@ -114,7 +114,7 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: 
 def _local(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target, *, trade: bool
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the highest-scoring units of each layer; widths are equal in all layers in range.
+    """Return the highest-scoring units of each layer, with equal widths in all layers in range.
 
     Heads and neurons lose the same share, or (`trade`) the shares whose scores add up to the least: the smallest loss
     per parameter, as far as scores of both are comparable.
@@ -134,7 +134,7 @@ def _local(
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Return the sum of the scores of removed units."""
+    """Return the summed scores of the removed units."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     lost = 0.0
     for i in alive:
@@ -145,25 +145,25 @@ def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Competing units: their indices by ascending score, and the sum of the scores of the n lowest."""
+    """Units that compete with each other: indices by ascending score, and cumulative sums of the scores."""
 
     order: np.ndarray
     lost: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray, first: int) -> _Pool:
-        """Rank units by score; of equal scores the later ones rank higher. `first`: index of the first unit."""
+        """Rank units by score; among equal scores later units rank higher. `first` is the first unit's index."""
         order = np.argsort(values, kind="stable")
         return cls(first + order, np.concatenate([[0.0], np.cumsum(values[order])]))
 
     def highest(self, count: int) -> np.ndarray:
-        """Return sorted indices of the `count` highest (all, if there are fewer)."""
+        """Return the sorted indices of the `count` highest-scoring units (all, if there are fewer)."""
         return np.sort(self.order[max(len(self.order) - count, 0) :])
 
 
 @functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
 def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
-    """Return the pools of each layer: one, or one per key/value head for query heads."""
+    """Return each layer's pools: one, or for single query heads one per key/value head."""
     values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
     within = kind == "heads" and scores.options.get("gqa") == "q_heads"
     parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
@@ -171,7 +171,7 @@ def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[
 
 
 def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
-    """Return the highest-scoring units of each layer, as many as the widths say."""
+    """Return the highest-scoring units of each layer, as many as its widths allow."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     return {
         i: (
@@ -183,14 +183,14 @@ def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 
 def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
-    """Return the shape that is left of a layer."""
+    """Return the shape of a layer after pruning."""
     heads, neurons = map(len, kept)
     q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
     return shape.with_widths(q, kv, neurons)
 
 
 def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:
-    """Return the plan's entry of a layer."""
+    """Return the plan's entry for a layer."""
     heads, neurons = kept
     group = shape.q_heads // shape.kv_heads
     if gqa == "groups":
@@ -203,7 +203,7 @@ def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer
 def _global(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Remove the lowest-scoring units of one pool of head and neuron scores over all layers.
+    """Remove the lowest-scoring heads and neurons, ranked together over all layers.
 
     As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
     that would lose everything stays whole. Everything up to the n-th smallest is removed: n = pool - int(initial units
@@ -255,7 +255,7 @@ def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:
 
 
 def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:
-    """Return the count whose `removed` is nearest to `removal`; it grows until a layer would empty."""
+    """Return the count for which `removed(count)` is nearest to `removal`, up to `most`."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

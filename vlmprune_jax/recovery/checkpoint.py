@@ -30,7 +30,7 @@ _REMEDY = "remove that folder, and run the same command"
 
 
 class _Meta(TypedDict):
-    """Facts of a checkpoint: `data` is the data state of every process (see `_gather`), `digest` that of the state."""
+    """Metadata of a checkpoint: `data` is each process's data position (see `_gather`), `digest` a checksum."""
 
     identity: dict[str, Any]
     data: Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -38,7 +38,7 @@ class _Meta(TypedDict):
 
 
 class Checkpointer:
-    """Checkpoints of one run in one folder, written in the background; the newest `keep` remain.
+    """Checkpoints of one training run in one folder, written in the background; only the newest `keep` remain.
 
     A complete checkpoint is renamed into place, so a process that is killed while saving leaves the previous
     checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes are not part
@@ -72,11 +72,11 @@ class Checkpointer:
             self._manager.check_for_errors()
 
     def prepare(self, state: TrainState) -> None:
-        """Compile the computations of `save`, so that no step waits for the compiler."""
+        """Compile the computations of `save` in advance, so that no training step waits for them."""
         weights_digest(_tree(state))
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Start saving; returns when the arrays are on the host. One file holds the data states of all processes.
+        """Start saving; returns once the arrays are on the host. One file holds all processes' data positions.
 
         Raises UserError if this save or the previous one cannot be written.
         """
@@ -89,7 +89,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Convert exceptions of orbax and its storage to one line with the folder."""
+        """Convert exceptions of orbax and its storage to one line that names the folder."""
         try:
             yield
         except Exception as error:
@@ -101,7 +101,7 @@ class Checkpointer:
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
-        """Return the newest complete checkpoint and the data state of this process, or None in a new folder.
+        """Return the newest complete checkpoint and this process's data position; None in a new folder.
 
         `like` is a state of step 0 with the shapes, dtypes and shardings. Raises UserError if the checkpoint belongs to
         another run (with the fields that differ) or is damaged.
@@ -128,7 +128,7 @@ class Checkpointer:
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
-        """Select the data state of this process from the saved ones.
+        """Return this process's data position from those saved by all processes.
 
         Streams over global batches (`data.batching`) have the same position on every process, so any number of
         processes can continue them.
@@ -146,7 +146,7 @@ class Checkpointer:
 
 
 def _prepare(folder: Path) -> None:
-    """Create the folder, remove incomplete checkpoints, and refuse files on which orbax would hang: FIFOs, devices."""
+    """Create the folder, remove incomplete checkpoints, and refuse FIFOs and devices, which would make orbax hang."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*" + _HALF_WRITTEN):
         _discard(path)
@@ -156,7 +156,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _discard(path: Path, patience_s: float = 10.0) -> None:
-    """Remove an incomplete checkpoint; retry while a failed save still writes files into it."""
+    """Remove an incomplete checkpoint; retry while a failed save still writes files to it."""
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -168,18 +168,18 @@ def _discard(path: Path, patience_s: float = 10.0) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Return the reason why a save failed; tensorstore mentions a full disk only at the end of its message."""
+    """Return the reason why a save failed; tensorstore's long message mentions a full disk only at its end."""
     full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     return next((text for text in full if text in str(error)), reason(error))
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:
-    """Return the leaves of the state by position, an order that does not depend on how optax nests its tuples."""
+    """Return the leaves of the training state by index, so that their order does not depend on optax's nesting."""
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def _gather(data_state: Any) -> list[str]:
-    """Return the data state of every process (bytes or a JSON value), each encoded as a string."""
+    """Return every process's data position (bytes or a JSON value) as a string."""
     if isinstance(data_state, bytes):
         text = "b" + base64.b64encode(data_state).decode()
     else:
@@ -193,7 +193,7 @@ def _decode(text: str) -> Any:
 
 @jax.jit
 def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Return uint32[] per leaf: the wrapping sum of its bits, weighted by position; equal for any sharding."""
+    """Return a checksum uint32[] per leaf: the wrapping sum of its bits, weighted by position; any sharding is fine."""
     sums = []
     for leaf in leaves:
         width = jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")
@@ -206,7 +206,7 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def weights_digest(params: Any) -> str:
-    """Return a short text that changes with any weight; takes one pass on the devices."""
+    """Return a short text that changes whenever any weight does; takes one pass on the devices."""
     sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
     mixed = np.uint64(1469598103934665603)
     for value in sums:

@@ -38,7 +38,7 @@ teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"
 
 
 class _Weights(dict[str, float]):
-    """Hashable mapping, so that it can be part of a static argument."""
+    """Hashable mapping, so that a config that contains it can be a static argument of jit."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -46,7 +46,7 @@ class _Weights(dict[str, float]):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, and options of their computation.
+    """Weights of the loss terms, and options for computing them.
 
     `reference_compat` computes the losses as the paper's trainers do: distillation terms average over all positions,
     padding at the right included; KL terms are divided by the batch size only; and `l2_layers` index the hidden states
@@ -55,11 +55,11 @@ class LossConfig:
     """
 
     ce: float = recover_setting(
-        1.0, "Weight of the next-token cross-entropy, over labelled positions.", unit=WEIGHT, least=0
+        1.0, "Weight of the next-token cross-entropy on labelled positions.", unit=WEIGHT, least=0
     )
     l2: float = recover_setting(
         0.0,
-        "Weight of the mean squared difference between the hidden states of student and teacher.",
+        "Weight of the mean squared difference between the student's and teacher's hidden states.",
         unit=WEIGHT,
         least=0,
     )
@@ -71,27 +71,24 @@ class LossConfig:
     )
     l2_layers: tuple[int, ...] = recover_setting(
         (-1,),
-        "Hidden states that `l2` and `cosine` compare, by index in the student (0 = embeddings, -1 = after the last "
+        "Hidden states that `l2` and `cosine` compare, by index in the student (0 = embeddings, -1 = after the final "
         "norm).",
         unit="layers",
     )
-    temperature: float = teacher_setting(
-        2.0, "Temperature of teacher and student distributions in the KL terms.", above=0
-    )
+    temperature: float = teacher_setting(2.0, "Softmax temperature of teacher and student in the KL terms.", above=0)
     teacher_inputs: str = recover_setting(
         "student",
-        'Inputs of the teacher: the input embeddings of the student ("student", as in the paper), or the embeddings '
-        'that the teacher itself computes ("own").',
+        'Input embeddings of the teacher: the student\'s ("student", as in the paper), or the teacher\'s own ("own").',
         choices=("student", "own"),
     )
     reference_compat: bool = recover_setting(
         False, "Compute the losses exactly as the paper's trainers do, padding included."
     )
     chunk: int = recover_setting(
-        128, "Number of positions per row whose logits are in memory at once.", unit="tokens", least=1
+        128, "Number of positions per row whose logits are in memory at a time.", unit="tokens", least=1
     )
     cosine: float = recover_setting(
-        0.0, "Weight of 1 - cosine similarity between the hidden states of student and teacher.", unit=WEIGHT, least=0
+        0.0, "Weight of 1 - cosine similarity between the student's and teacher's hidden states.", unit=WEIGHT, least=0
     )
     kl_positions: str = teacher_setting(
         "all",
@@ -100,7 +97,7 @@ class LossConfig:
     )
     teacher_top_k: int = recover_setting(
         0,
-        "Number of cached teacher logits per position, in place of running the teacher (0 = run the teacher).",
+        "Number of cached teacher logits per position to use, in place of running the teacher (0 = run the teacher).",
         unit="tokens",
         least=0,
         offered=False,
@@ -129,13 +126,13 @@ class LossConfig:
             )
 
     def weights(self) -> dict[str, float]:
-        """Return the weight of every loss term."""
+        """Return {name of the loss term: weight}."""
         found = settings_of(self).items()
         return {n: getattr(self, n) for n, about in found if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
 
 
 def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
-    """Return the losses of the paper's trainers (`dist_strategy`, `dist_alpha`, `dist_norm`).
+    """Return the loss settings for the options of the paper's trainers (`dist_strategy`, `dist_alpha`, `dist_norm`).
 
     The loss is alpha * distillation + (1 - alpha) * cross-entropy.
     """
@@ -149,19 +146,19 @@ def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: 
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Settings of `recover`; the defaults are the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
+    """Settings of `recover`; by default the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
 
     trainable: str | Rules = recover_setting(
         "lora",
-        "Parameters to train: LoRA adapters, the decoder, the projections of the vision tower, or all, each together "
-        "with the projector; or the projector alone. In Python also a tuple of rules (regex of parameter paths, True | "
-        "False | optimizer group), of which the first match decides.",
+        "Parameters to train: LoRA adapters, decoder, projections of the vision tower, or all, each with the "
+        "projector; or only the projector. In Python also rules (regex of parameter paths, True | False | optimizer "
+        "group), of which the first match decides.",
         choices=tuple(PRESETS),
     )
     learning_rate: float = recover_setting(2e-4, "Peak learning rate.", above=0)
     batch_size: int = recover_setting(
         128,
-        "Number of rows per optimizer step, over all devices; fewer if there are fewer training records.",
+        "Number of rows per optimizer step, over all devices; lowered if there are fewer training records.",
         unit="rows",
         least=1,
         most=MAX_ROWS,
@@ -175,18 +172,18 @@ class RecoverConfig:
     schedule: str = recover_setting("cosine", "Learning-rate schedule after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = recover_setting(
         0.03,
-        "Share of the optimizer steps in which the learning rate rises linearly from 0 (never all steps).",
+        "Share of the optimizer steps in which the learning rate rises linearly from 0 (always less than all steps).",
         least=0,
         below=1,
     )
-    b1: float = recover_setting(0.9, "AdamW's decay rate of the first moment (beta 1).", least=0, below=1)
-    b2: float = recover_setting(0.999, "AdamW's decay rate of the second moment (beta 2).", least=0, below=1)
+    b1: float = recover_setting(0.9, "Decay rate of AdamW's first moment (beta 1).", least=0, below=1)
+    b2: float = recover_setting(0.999, "Decay rate of AdamW's second moment (beta 2).", least=0, below=1)
     eps: float = recover_setting(1e-8, "Epsilon of AdamW.", above=0)
     clip_norm: float | None = recover_setting(
         1.0, "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).", above=0
     )
     steps: int | None = recover_setting(
-        None, "Number of optimizer steps, instead of `epochs`.", unit="steps", least=1, most=10**9
+        None, "Number of optimizer steps, in place of `epochs`.", unit="steps", least=1, most=10**9
     )
     epochs: float = recover_setting(
         1.0, "Number of passes over the training records.", unit="epochs", above=0, most=10_000
@@ -201,22 +198,23 @@ class RecoverConfig:
     )
     remat: str = recover_setting(
         "dots",
-        'Rematerialisation in the backward pass: nothing ("none"), everything but matrix products ("dots"), or whole '
-        'blocks ("full").',
+        'What the backward pass recomputes to save memory: nothing ("none"), everything but matrix products ("dots"), '
+        'or whole blocks ("full").',
         choices=REMAT,
     )
     seed: int = recover_setting(
-        42, "Random seed for adapter initialisation, dropout and the order of records.", least=0, below=2**32
+        42, "Random seed for adapter initialisation, dropout and order of records.", least=0, below=2**32
     )
     merge_lora: bool = setting(True, "Merge the LoRA adapters into the weights of the returned model.", offered=False)
     save_every: int = setting(
         100, "Number of optimizer steps between checkpoints (0 = only at the end).", unit="steps", least=0
     )
-    keep_checkpoints: int = setting(2, "Number of most recent checkpoints to keep.", unit="checkpoints", least=1)
+    keep_checkpoints: int = setting(2, "Number of checkpoints to keep, newest first.", unit="checkpoints", least=1)
     log_every: int = setting(10, "Number of optimizer steps between lines of metrics.jsonl.", unit="steps", least=1)
     loggers: tuple[str, ...] = setting(
         ("tensorboard",),
-        "Loggers of the training metrics, beside metrics.jsonl; wandb and trackio need the extra of that name.",
+        "Further loggers of training metrics, besides metrics.jsonl; wandb and trackio need the package extra of that "
+        "name.",
         choices="recovery.loggers:LOGGERS",
     )
 
@@ -230,12 +228,12 @@ class RecoverConfig:
 
     @property
     def adapters(self) -> LoraConfig | None:
-        """`lora` if a rule of `trainable` names adapters (lora_a, lora_b), else None."""
+        """LoRA settings if a rule of `trainable` names adapters (lora_a, lora_b); None otherwise."""
         rules, _ = resolve_rules(self.trainable)
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
-        """Return the settings with a batch that this many records fill, unless `steps` is set.
+        """Return settings with a batch size that this many records can fill, unless `steps` is set.
 
         `devices`: number of devices that share the rows of a micro-batch. Raises UserError if the records do not fill a
         batch of one row per micro-batch and device.
@@ -254,13 +252,13 @@ class RecoverConfig:
         return dataclasses.replace(self, batch_size=rows // unit * unit)
 
     def num_steps(self, n_records: int) -> int:
-        """Return the number of optimizer steps over `n_records` training rows."""
+        """Return the number of optimizer steps for `n_records` training rows."""
         if self.steps is not None:
             return self.steps
         return max(math.floor(self.epochs * n_records / self.batch_size), 1)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must share with its checkpoint; unused settings are None."""
+        """Return the settings that must equal those in a checkpoint to resume from it; unused ones are None."""
         free = [name for name, about in settings_of(self).items() if not about.affects]
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
@@ -272,7 +270,7 @@ class RecoverConfig:
 
 
 def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
-    """Return the rules of a preset or a list of rules, and whether each rule must match a parameter (a user's must)."""
+    """Return the rules of a preset or a list, and True if each must match a parameter (for a user's rules)."""
     if isinstance(trainable, str):
         return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
     for rule in trainable:

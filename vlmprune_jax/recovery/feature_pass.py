@@ -31,7 +31,7 @@ TOWER = "vision"
 
 
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse cached features of a model without a tower, and of a tower that trains.
+    """Refuse cached features for a model without a tower, or one whose tower is trained.
 
     Raises UserError with the name of the setting.
     """
@@ -48,7 +48,7 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
 def feature_identity(
     cfg: ModelConfig, weights: Mapping[str, str], preparation: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Return everything that features depend on beside the image.
+    """Return everything besides the image that cached features depend on.
 
     That is the tower and its weights (a digest and their dtype), the selected states, the image preprocessing, and the
     dtype of the computation.
@@ -78,7 +78,7 @@ def compute_features(
     mesh: Mesh | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Add the features of pictures, by key, to the cache of the loader.
+    """Compute the features of these pictures and add them to the loader's cache.
 
     Every process calls it with the same pictures and computes its share. All processes run one program together, or
     for images of any size one program per padded size, largest first; each is compiled once. Finished features are
@@ -121,14 +121,14 @@ def compute_features(
 
 
 class _Tile(NamedTuple):
-    """Pixels of a tile, or patches of an image of any size, with the shape of its picture."""
+    """Pixels of one tile, or patches of one image of any size, and the grid of its picture."""
 
     pixels: np.ndarray
     shape: ImageShape
 
 
 class _Queue:
-    """Pictures of a process on their way to the cache; `finished`: states of tiles, `left`: pictures to store."""
+    """Pictures that a process is working on; `finished` holds features of tiles, `left` counts pictures to store."""
 
     def __init__(self, loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int):
         self.finished, self.left = deque[np.ndarray](), len(pictures)
@@ -136,7 +136,7 @@ class _Queue:
         self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
 
     def advance(self, rows: int) -> tuple[int, int]:
-        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
+        """Store finished pictures and read more; return (pictures in progress, tokens of the next tiles' largest)."""
         loader, waiting = self._loader, self._waiting
         while waiting and waiting[0][1] <= len(self.finished):
             key, count = waiting.popleft()
@@ -150,12 +150,12 @@ class _Queue:
         return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
 
     def take(self, rows: int) -> list[_Tile]:
-        """Return the next tiles, at most this many."""
+        """Return up to this many tiles and remove them from the queue."""
         return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
 
 
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Return `tiles` as the first of `rows` rows; images of any size are padded to a bucket of at least `tokens`."""
+    """Return a batch of `rows` rows, beginning with `tiles`; images of any size are padded to a bucket >= `tokens`."""
     room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
     arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in loader.images.arrays(rows, room).items()}
     for row, tile in enumerate(tiles):
@@ -166,7 +166,7 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
 
 
 def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
-    """Return a function that computes `tower_features` of this process's rows, one compiled program per shape."""
+    """Return a function from this process's tiles to their features; it compiles one program per shape."""
     where = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
         lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where
@@ -183,7 +183,7 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
 def _decoded(
     loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
 ) -> Iterator[tuple[str, list[_Tile]]]:
-    """Iterate over (key, tiles) of the pictures in order, read ahead in threads."""
+    """Yield (key, tiles) of the pictures in order; threads decode ahead."""
     if not pictures:
         return iter(())
 
@@ -208,7 +208,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """Return the pictures that this process computes, those of any size sorted, so that batches have equal sizes."""
+    """Return the pictures that this process computes; those of any size are sorted, to get batches of similar size."""
     keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
 
     def count() -> list[int]:

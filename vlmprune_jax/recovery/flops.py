@@ -17,7 +17,7 @@ from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one optimizer step over all devices (a multiply-add counts as two).
+    """FLOPs of one optimizer step, summed over all devices (a multiply-add counts as two).
 
     `student`, `teacher`: matrix products of decoder and head. `attention`: scores and weighted sums in both decoders.
     `vision`: towers and projectors.
@@ -30,7 +30,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """Sum of the FLOPs of all parts."""
         return self.student + self.teacher + self.attention + self.vision
 
 
@@ -85,7 +85,7 @@ def step_flops(
 def batch_flops(
     cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
 ) -> Callable[[Mapping[str, Any]], int]:
-    """Return a function from one process's arrays of a batch to the total of `step_flops`; the global batch has `rows`.
+    """Return a function from one process's batch arrays to the FLOPs of a step; the global batch has `rows` rows.
 
     If losses use only labelled positions, the rows of other processes are assumed to have as many labels.
     """
@@ -109,7 +109,7 @@ def batch_flops(
 
 
 def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Return the tokens per image slot of a batch with images of any size, given as pixels or features."""
+    """Return the tokens per image slot of a batch with images of any size, from its pixels or features."""
     assert cfg.projector is not None
     if "vision_features" in arrays:
         return int(arrays["vision_features"].shape[2])

@@ -15,17 +15,17 @@ PROJECT = "vlmprune"
 
 
 class Logger(Protocol):
-    """A place that metrics are sent to."""
+    """Interface of a destination for training metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the metrics of a step."""
+        """Record the metrics of one optimizer step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all buffered metrics and end the log."""
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` below the training folder; a resumed run replaces the steps that it repeats."""
+    """TensorBoard event files in `tensorboard/` of the training folder; a resumed run replaces repeated steps."""
 
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
@@ -33,17 +33,17 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a scalar per metric."""
+        """Write one scalar per metric."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all buffered metrics and close the file."""
         self._writer.close()
 
 
 class Tracker:
-    """A run of wandb, or of trackio, which has the same functions.
+    """Run of wandb, or of trackio, which has the same functions.
 
     Project, mode and folder are the package's own environment variables (WANDB_PROJECT, WANDB_MODE=offline,
     TRACKIO_DIR). A resumed training goes on in the run of its folder.
@@ -68,11 +68,11 @@ class Tracker:
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the metrics of a step."""
+        """Send the metrics of one optimizer step."""
         self._module.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Wait until everything is sent."""
+        """Wait until all metrics are sent."""
         self._module.finish()
 
 

@@ -42,7 +42,7 @@ def recover(
     progress: bool = True,
     num_steps: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Train `model` on `batches` and return the trained model and a summary.
+    """Train `model` on `batches`; return the trained model and a summary.
 
     Args:
       model: the pruned model, or a new one (`init_params`) to pretrain; its arrays are not modified.
@@ -86,7 +86,7 @@ def recover(
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
-    """Return the state to start from and its step; moves the stream to the position of that state."""
+    """Return the training state and step to start from, and move the batch stream to the same position."""
     if saver is None:
         return run.state, 0
     if not (hasattr(stream, "get_state") and hasattr(stream, "set_state")):
@@ -109,10 +109,10 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
 
 @runtime_checkable
 class Foreseen(Protocol):
-    """Batches that know the shapes of their arrays in advance."""
+    """Interface of batches whose array shapes are known in advance."""
 
     def kinds(self, first: int, last: int) -> Sequence[Kind]:
-        """Return the distinct array shapes of the batches `first` ... `last` - 1, equal on all processes."""
+        """Return the distinct array shapes of batches `first` ... `last` - 1, the same on all processes."""
 
 
 class _Pending(NamedTuple):
@@ -134,7 +134,7 @@ def _train(
     saver: Checkpointer | None,
     recorder: Recorder,
 ) -> TrainState:
-    """Run the steps of `span`; metrics are read one step late, so that the device never waits for the host."""
+    """Run the training steps in `span`; metrics are read one step late, so that devices never wait for the host."""
     pending: deque[_Pending] = deque()
     trained = run.state.params.keys()
     programs = Programs(run.step)
@@ -177,7 +177,7 @@ def _train(
 def _compile_ahead(
     programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
 ) -> None:
-    """Compile the step for every kind of batch. Raises Stopped on SIGTERM; nothing is lost."""
+    """Compile the step for every batch shape in advance. Raises Stopped on SIGTERM; nothing is lost."""
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
         recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
@@ -196,7 +196,7 @@ def _run_step(
     unforeseen: str,
     recorder: Recorder,
 ) -> tuple[TrainState, Metrics]:
-    """Run one step; if its program is missing, print `unforeseen` and compile it."""
+    """Run one step; if this batch shape is not compiled yet, say so (`unforeseen`) and compile it."""
     arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
     if not programs.has(arguments[-1]):
         recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
@@ -206,7 +206,7 @@ def _run_step(
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
-    """Return the next batch after checking it."""
+    """Return the next batch after checking its size. Raises UserError if there is none."""
     batch = next(stream, None)
     if batch is None:
         raise UserError(
@@ -243,7 +243,7 @@ def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, 
 
 
 def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
-    """Return the trained model in its original dtypes; frozen leaves are the original arrays."""
+    """Return the trained model in its original dtypes; frozen parameters are the original arrays."""
     original = flatten(model.params)
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}

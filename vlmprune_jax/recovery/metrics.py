@@ -32,14 +32,14 @@ class _Step(TypedDict):
 
 
 class _Skipped(_Step):
-    """A line of skipped-N.jsonl."""
+    """One line of skipped-N.jsonl, the list of skipped records."""
 
     record: str
     reason: str
 
 
 class Recorder:
-    """Writer of the metrics of every finished step; process 0 writes files and draws the bar.
+    """Writer of training metrics; process 0 writes the files and draws the progress bar.
 
     `devices`: devices of the run; `mfu` is recorded if their peak is known. `loggers`: names in `LOGGERS`. `saved`: the
     last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Each process lists its
@@ -94,13 +94,13 @@ class Recorder:
                     getattr(resource, close)()
 
     def say(self, text: str) -> None:
-        """Print a line of progress."""
+        """Print one line above the progress bar."""
         if self._bar is not None:
             print(f"  train: {text}", flush=True)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Count the time inside as `compile_seconds`, not as part of a step or a speed."""
+        """Count the time in this context as `compile_seconds`, not as step time."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -118,7 +118,7 @@ class Recorder:
         skipped: Sequence[tuple[str, str]],
         flops: int,
     ) -> None:
-        """Record a finished step, counted from 1: its metrics, skipped records (id, reason) and FLOPs over all devices.
+        """Record a finished step (counted from 1): metrics, skipped records (id, reason) and FLOPs over all devices.
 
         Raises UserError if the loss or gradient norm is not finite, with the step and records.
         """
@@ -154,7 +154,7 @@ class Recorder:
                     file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
-        """Return tokens (without padding) and model FLOPs per second, and MFU: the share of the bfloat16 peak."""
+        """Return tokens/s (without padding), model FLOP/s, and MFU as a share of the peak bfloat16 rate."""
         speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
         return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
 
@@ -182,7 +182,7 @@ class Recorder:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return totals of the run on this process, metrics of the last step, and rows skipped by all processes."""
+        """Return totals of this process, the last step's metrics, and the rows skipped by all processes."""
         now = time.perf_counter()
         steady = now - self._steady if self._steady is not None else 0.0
         return {
@@ -196,7 +196,7 @@ class Recorder:
 
 
 def _shown(last: Mapping[str, float]) -> dict[str, Any]:
-    """Return the texts of the progress bar for a step."""
+    """Return a step's metrics as texts for the progress bar."""
     rate = f"{last['tokens_per_second']:,.0f} tok/s"
     if "mfu" in last:
         rate += f"  MFU {100 * last['mfu']:.0f} %"
@@ -217,7 +217,7 @@ def _bar() -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics file, `step` and numbers by name; a line cut off by a crash is dropped.
+    """Return the rows of a metrics file as {name: number}; a last line cut off by a crash is dropped.
 
     Raises UserError if the file is damaged.
     """
@@ -228,7 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
-    """Truncate a file to lines of steps up to `step` and return them; a line cut off by a crash is dropped."""
+    """Truncate a metrics file to the lines up to step `step` and return them; drops an incomplete last line."""
     if not path.exists():
         if path.is_symlink():
             path.unlink()  # a dangling link, through which writes would follow

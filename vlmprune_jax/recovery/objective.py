@@ -14,44 +14,44 @@ TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # users add theirs, see `losses`
 
 
 def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the terms to compute: those with a weight, and those that are always reported."""
+    """Return the loss terms to compute: those with a weight, and those that are always reported."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
 
 def weighted_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the terms with a positive weight."""
+    """Return the loss terms with a positive weight."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name)}
 
 
 def needs_teacher(loss: LossConfig) -> bool:
-    """Return True if a teacher runs beside the student: a weighted term needs it, and its logits are not cached."""
+    """Return True if a teacher must run: a weighted term needs one, and its logits are not cached."""
     return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
 
 
 def compares_logits(loss: LossConfig) -> bool:
-    """Return True if a weighted term needs the teacher's logits."""
+    """Return True if a weighted loss term needs the teacher's logits."""
     return any(term.needs_teacher and not term.on_hidden for term in weighted_terms(loss).values())
 
 
 def needs_logits(loss: LossConfig) -> bool:
-    """Return True if a weighted term needs the student's logits."""
+    """Return True if a weighted loss term needs the student's logits."""
     return not all(term.on_hidden for term in weighted_terms(loss).values())
 
 
 def only_at_labels(loss: LossConfig) -> bool:
-    """Return True if all terms use logits only at positions before a label."""
+    """Return True if all loss terms use logits only at positions that predict a label."""
     return loss.kl_positions == "labels" or all(term.counts != "positions" for term in reported_terms(loss).values())
 
 
 def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the terms on hidden states to compute."""
+    """Return the loss terms to compute on hidden states."""
     return {name: term for name, term in reported_terms(loss).items() if term.on_hidden}
 
 
 def check_losses(loss: LossConfig) -> None:
-    """Refuse terms that do not exist, or that cannot be computed with these settings.
+    """Refuse loss terms that do not exist, or cannot be computed with these settings.
 
     Raises UserError with the names of the terms.
     """
@@ -84,7 +84,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return `loss.l2_layers` as indices counted from 0. Raises UserError if an index is outside the model."""
+    """Return `loss.l2_layers` as non-negative indices. Raises UserError for an index outside the model."""
     n_layers = len(cfg.text.layers)
     for index in loss.l2_layers:
         if not -n_layers - 1 <= index <= n_layers:
@@ -98,7 +98,7 @@ def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
 def layer_pairs(
     loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return hidden-state indices of student and teacher for `loss.l2_layers`, all counted from 0.
+    """Return the hidden-state indices of student and teacher that `loss.l2_layers` compares, non-negative.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
     layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state. Raises
@@ -124,7 +124,7 @@ def layer_pairs(
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Refuse a teacher that is missing or does not fit the student. Raises UserError with the sizes of both models."""
+    """Refuse a missing teacher, or one that does not fit the student. Raises UserError with the sizes of both."""
     if loss.teacher_top_k > student.text.vocab_size:
         raise UserError(
             f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"

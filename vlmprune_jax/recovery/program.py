@@ -40,7 +40,7 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 
 
 class Program(NamedTuple):
-    """The compiled part of a run, independent of weights.
+    """Compiled training step of a run, which does not depend on weights.
 
     `cfg` includes the adapters, `groups` maps trained paths to optimizer groups, `shardings` are those of the state.
     """
@@ -62,7 +62,7 @@ def make_program(
     mesh: Mesh | None,
     num_steps: int,
 ) -> Program:
-    """Build the step of a run after all checks that do not depend on weights; `kept_layers` is from the prune plan.
+    """Build the training step, after all checks that need no weights; `kept_layers` comes from the prune plan.
 
     Raises UserError if settings do not fit the model, the teacher or the mesh.
     """
@@ -88,7 +88,7 @@ def make_program(
 
 
 class Run(NamedTuple):
-    """A prepared run: config (with adapters) and dtypes of the model, its arrays on devices, and the step."""
+    """A run that is ready to train: config (with adapters), dtypes, arrays on devices, and the training step."""
 
     cfg: ModelConfig
     dtypes: dict[str, Any]
@@ -104,7 +104,7 @@ class Run(NamedTuple):
 def prepare(
     model: Model, config: RecoverConfig, teacher: Model | None, plan: PrunePlan | None, mesh: Mesh | None, total: int
 ) -> Run:
-    """Check everything before the first batch, place the arrays and build the step."""
+    """Check everything before the first batch, place the arrays on devices and build the training step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
     if teacher is not None:
         teacher = trim_vocabulary(teacher, getattr(plan, "vocabulary", None))
@@ -139,7 +139,7 @@ def prepare(
 
 
 def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse a mesh that does not divide the model or a micro-batch. Raises UserError with the sizes."""
+    """Refuse a mesh whose sizes do not divide the model or a micro-batch. Raises UserError with the sizes."""
     check_divides(cfg, mesh)
     ways = row_ways(mesh)
     rows = config.batch_size // config.accumulation
@@ -151,7 +151,7 @@ def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
 
 
 def place(model: Model, mesh: Mesh | None) -> Flat:
-    """Return flat params on the mesh (or the default device); arrays already there are not copied."""
+    """Move flat params to the mesh (or the default device); arrays already there are not copied."""
     flat = flatten(model.params)
     if mesh is None:
         return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}
@@ -160,7 +160,7 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
 
 
 class Programs:
-    """Compiled programs of a jitted function, by the shapes and dtypes of its last argument, the arrays of a batch.
+    """Compiled programs of one jitted function, by the shapes and dtypes of a batch (its last argument).
 
     Compiling ahead avoids pauses of minutes on a pod in the middle of a run, and shows at the start if a program does
     not fit in memory.
@@ -171,18 +171,18 @@ class Programs:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def has(self, batch: Mapping[str, Any]) -> bool:
-        """Return True if the program for a batch of this shape is compiled."""
+        """Return True if the program for this batch shape is compiled."""
         return _key(batch) in self._compiled
 
     def compile(self, *arguments: Any) -> None:
-        """Compile for arguments of these shapes, in the context of the later call; nothing is computed.
+        """Compile for arguments of these shapes, in the context of the later call; runs nothing.
 
         All processes of a pod must compile the same programs in the same order.
         """
         self._compiled[_key(arguments[-1])] = self._function.lower(*arguments).compile()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the compiled program for a batch of this shape."""
+        """Run the compiled program for a batch of this shape."""
         return self._compiled[_key(arguments[-1])](*arguments)
 
 
@@ -191,12 +191,12 @@ def _key(batch: Mapping[str, Any]) -> Any:
 
 
 def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | None) -> dict[str, Any]:
-    """Return zeros with the shapes of a kind of batch (see `TrainBatches.kinds`), placed on devices like the batch."""
+    """Return a batch of zeros with these shapes (see `TrainBatches.kinds`), placed on devices like a real one."""
     return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Describe batch shapes in words: "1,024, 512 tokens", with the number of images if it differs."""
+    """Return batch shapes in words: "1,024, 512 tokens", with the number of images if it differs."""
     sizes = [_sizes(cfg, batch) for batch in batches]
     if len({images for _, images in sizes}) == 1:
         return f"{', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
@@ -204,7 +204,7 @@ def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the tokens of a row, and its image slots in words."""
+    """Return the tokens per row, and the image slots as text."""
     images = batch.get("pixel_values", batch.get("vision_features"))
     slots = 0 if images is None else images.shape[1]
     room = f" of {room_of(cfg, batch):,}" if "image_grid_thw" in batch else ""

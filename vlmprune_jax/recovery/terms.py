@@ -28,7 +28,7 @@ COUNTS = {"vocabulary": ("labels", "positions"), "hidden": ("tokens", "features"
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of the loss: the mean of `value` over positions.
+    """One loss term: the mean of `value` over positions.
 
     `needs` lists the arguments of `value`, in order:
       "logits", "teacher_logits": float32[batch, chunk, vocab] for the next token.
@@ -65,7 +65,7 @@ class LossTerm:
 
     @property
     def on_hidden(self) -> bool:
-        """True for a term on hidden states, False for a term on logits."""
+        """True if the term uses hidden states, False if it uses logits."""
         return self.needs[0] in HIDDEN
 
     @property
@@ -75,27 +75,27 @@ class LossTerm:
 
     @property
     def file(self) -> Path | None:
-        """The file that defines a user's term, on which results depend; None for built-in terms."""
+        """Source file of a user's term, on which results depend; None for built-in terms."""
         return file_of_users(self.value)
 
     @property
     def tempered(self) -> bool:
-        """True if the term uses distributions at the temperature."""
+        """True if the term uses softmax distributions at the setting `temperature`."""
         return any(name.endswith("log_probs") for name in self.needs)
 
 
 def divergence(of: jax.Array, to: jax.Array) -> jax.Array:
-    """Return float32[...], KL(of || to) of float32[..., vocab] log-probabilities."""
+    """Return the KL divergence KL(of || to), float32[...], of log-probabilities float32[..., vocab]."""
     return jnp.sum(jnp.exp(of) * (of - to), axis=-1)
 
 
 def squared_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    """Return float32[...], the squared distance between float32[..., embed] states."""
+    """Return the squared distance, float32[...], between states float32[..., embed]."""
     return jnp.sum(jnp.square(ours - theirs), axis=-1)
 
 
 def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    """Return float32[...], 1 - cosine similarity; value and gradient are finite for states of zeros."""
+    """Return 1 - cosine similarity, float32[...]; value and gradient are finite even for states of zeros."""
     return 1.0 - optax.cosine_similarity(ours, theirs, epsilon=1e-16)
 
 
@@ -135,7 +135,7 @@ def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, te
 
 
 def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
-    """Return float32[..., vocab] with [..., k] values at their ids and _ABSENT elsewhere.
+    """Return float32[..., vocab] with values [..., k] at their token ids, and _ABSENT elsewhere.
 
     The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
     gradient, whereas gathering the student's k values would need a scatter in the backward pass.
@@ -145,7 +145,7 @@ def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Return float32[...], the log-probability of all tokens that are _ABSENT in `chosen`; both are [..., vocab]."""
+    """Return the log-probability, float32[...], of all tokens that are _ABSENT in `chosen`; inputs are [..., vocab]."""
     return jax.nn.logsumexp(jnp.where(chosen > _ABSENT, -jnp.inf, logprobs), axis=-1)
 
 

@@ -14,7 +14,7 @@ from vlmprune_jax.workdir.result import Result
 
 
 def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
-    """Print a recommendation, and its config, or write that to `save`.
+    """Print a recommendation; also print its config, or write it to the file `save`.
 
     Raises:
       UserError: see `saved_as`.
@@ -41,7 +41,7 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
 
 
 def tables_of(found: Recommendation) -> list[Table]:
-    """Return the evidence of the expectation, other evidence at a like ratio, and speed-ups if speed matters."""
+    """Return tables of a recommendation: its evidence, other evidence at similar ratios, and speed-ups if asked for."""
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
         "Expected from": () if found.expected is None else found.expected.rows,
@@ -66,14 +66,14 @@ def _row(row: Evidence) -> tuple[str, ...]:
 
 
 def footnotes(found: Recommendation) -> list[str]:
-    """Return the notes on rows of the tables; rows with a star do not count."""
+    """Return the notes on evidence rows; rows marked with a star are not used for predictions."""
     rows = (*(() if found.expected is None else found.expected.rows), *found.beside)
     notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(notes))
 
 
 def advice_section(result: Result) -> Iterator[Section]:
-    """Recommend for the ratio, data and training of the best run."""
+    """Yield a report section that recommends a setup for the ratio, data and training of the best run."""
     run = result.best_run
     if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.ratio_reached:
         return

@@ -17,7 +17,7 @@ Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for ev
 
 
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """McNemar's test of every run against the unpruned model, and of the best against all others, set by set."""
+    """Yield a section with McNemar tests per set: each run against the unpruned model, the best run against others."""
     tables, left_out, labels = list[Table](), list[str](), result.labels
     for key, of in result.sets.items():
         if of.counted != "questions" or of.full is None:
@@ -45,7 +45,7 @@ def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
-    """Only models that answered as many questions as the unpruned one."""
+    """Return {model: right (1) or wrong (0) answers} of models that answered as many questions as the unpruned one."""
     found: dict[str, list[float]] = {}
     for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs[:MOST_COMPARED])]:
         path = find_evaluated(workdir, folder, key)
@@ -59,7 +59,7 @@ def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
 
 
 def _against(title: str, reference: str, right: Right, labels: Mapping[str, str], runs: Sequence[Run] = ()) -> Table:
-    """A row for every other model; with `runs` also the share of the broken questions that recovery repaired."""
+    """Return a table that tests all other models against `reference`; with `runs`, also the repaired share."""
     names = [name for name in right if name != reference]
     tests = [mcnemar(right[reference], right[name]) for name in names]
     pruned_of = {run.plan: run.name for run in runs if run.recovery == "none" and run.name in right}

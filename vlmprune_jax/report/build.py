@@ -124,7 +124,7 @@ def _notes(result: Result) -> tuple[str, ...]:
 
 
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
-    """Questions of every evaluation set; the first heading of the first set is open."""
+    """Yield one section of sample questions per evaluation set; the first group of the first set is expanded."""
     sets = read_samples(workdir)
     title = "Questions and what every model answers"
     if not sets and finished:
@@ -138,7 +138,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
 
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
-    """Costs by shape, and measured speed."""
+    """Yield the report section with costs by shape and measured speed."""
     measured, tables, notes = read_speed(workdir), list[Table](), list[str]()
     labels = None if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:

@@ -54,7 +54,7 @@ NOTES = (
 
 
 def build_comparison(workdir: Path) -> Path:
-    """Write `sweep.html` (one file without external resources) of a sweep with at least one model; return its path.
+    """Write `sweep.html` (one self-contained file) for a sweep with at least one model; return its path.
 
     Raises:
       UserError: `sweep.json` is missing or damaged.
@@ -82,7 +82,7 @@ def build_comparison(workdir: Path) -> Path:
 
 
 def _best(groups: Sequence[Group]) -> Group | None:
-    """Return the group that retains most, the smallest among equals."""
+    """Return the group with the highest retention (the smallest models among equals); None if none is known."""
     known = [group for group in groups if group.retained is not None]
     return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
@@ -147,7 +147,7 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _asked(group: Group) -> Any:
-    """Return the ratio that models are compared at: as asked, whatever each reaches."""
+    """Return the ratio to group models by: the one asked for, or the reached one if none was asked for."""
     asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
@@ -190,7 +190,7 @@ def _panel_title(shares: Mapping[Any, str], group: Group) -> str:
 
 
 def _removed(groups: Sequence[Group]) -> str:
-    """Say what share of the model (and of its decoder) is removed on average."""
+    """Return as text which share of the model (and of its decoder) is removed on average."""
     whole, decoder = (
         100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("ratio_reached", "decoder_ratio")
     )
@@ -198,7 +198,7 @@ def _removed(groups: Sequence[Group]) -> str:
 
 
 def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
-    """Radar of the best model of each method at each ratio."""
+    """Yield a section with a radar chart of each method's best model at each ratio."""
     names = [name for name in sweep.sets if all(_kept(group, name) is not None for group in drawable(groups))]
     names = names[:MOST_SETS]
     if len(names) < LEAST_RADAR:
@@ -231,7 +231,7 @@ def _kept(group: Group, name: str) -> float | None:
 
 
 def table_of(sweep: SweepResult) -> Table:
-    """Return all numbers: the unpruned models, then a row for every group; columns without any number are left out."""
+    """Return a table of all numbers, a row per unpruned model and per group; empty columns are left out."""
     sets, groups = sweep.sets, groups_of(sweep)
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]
@@ -280,7 +280,7 @@ def _costs(models: Sequence[SweptModel | UnprunedModel]) -> dict[str, str]:
 
 
 def _open_section(sweep: SweepResult) -> Iterator[Section]:
-    """Runs without a result, and why."""
+    """Yield a section that lists runs without a result, and the reasons."""
     rows = [
         (printable(entry.run), entry.status, printable(entry.error or ""))
         for entry in sweep.models

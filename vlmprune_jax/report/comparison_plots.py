@@ -39,7 +39,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of a model (or, with `rising`, a gain), and its names in a figure.
+    """One cost of a model (with `rising`, one where more is better), and its labels in a figure.
 
     `range_of`: the lowest and highest value that was measured; None if it is exact.
     """
@@ -51,7 +51,7 @@ class Cost:
     range_of: Callable[[Any], tuple[float, float]] | None = None
 
     def of_group(self, group: Group) -> tuple[float, float, float]:
-        """Return the mean over seeds, and the ends of the range."""
+        """Return (mean, low, high) of the cost over a group's seeds."""
         values = [self.of(model) for model in group.models]
         mean = float(np.mean(values))
         if self.range_of is None:
@@ -66,12 +66,12 @@ DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 
 def way_of(group: Group) -> str:
-    """Name the recovery of a group in a reader's words, as "reconstructed + SFT"."""
+    """Return the recovery of a group in words, such as "reconstructed + SFT"."""
     return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
 
 
 def titles_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Name groups in a reader's words, as "width 30 %, reconstructed + SFT, 5 % of the data"; equal ones by labels."""
+    """Return readable names of groups, as "width 30 %, reconstructed + SFT, 5 % of the data"; equal ones get labels."""
     words = {}
     for group in groups:
         ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
@@ -83,7 +83,7 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def series_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Return the line of each group by its name: the method, and labels that tell it from others at the same point."""
+    """Return {group: name of its line in a plot}: the method, and labels if groups would share a point."""
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
     models = {group.first.model for group in groups}
@@ -109,12 +109,12 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def drawable(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups whose retention is known and fits an axis."""
+    """Return the groups whose retention is known and fits on the axis."""
     return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return a line style for every name, grey for "without recovery"."""
+    """Return {name: line style}, grey for "without recovery"."""
     others = [name for name in dict.fromkeys(names) if name != WITHOUT]
     dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(others))]
     found = {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i]} for i, name in enumerate(others)}
@@ -122,7 +122,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
-    """Draw retention against every cost, a panel each; the line joins models that no other beats in both.
+    """Plot retention against each cost, one panel per cost, with a line through the Pareto-optimal models.
 
     `unpruned`: None if costs are multiples of the unpruned model's.
     """
@@ -151,7 +151,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, at most three in a row, with the y label on the left ones."""
+    """Return a figure and its panels, at most three per row; only the leftmost have a y label."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(9.2, height * rows + 0.5), layout="constrained")
@@ -177,7 +177,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
 def _front(
     places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
 ) -> list[tuple[float, float]]:
-    """Return the points of the Pareto front, from the cheapest (`rising`: the fastest) on.
+    """Return the Pareto-optimal points, from the cheapest (`rising`: the fastest) on.
 
     `places`: the mean and the range of each group's cost. A model is not cheaper than one that retains more if their
     ranges overlap: that difference is noise.
@@ -197,7 +197,7 @@ def _front(
 
 
 def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Add a legend below the panels, in as few rows of equal length as fit."""
+    """Add a legend below the panels, in as few equally long rows as fit."""
     rows = -(-sum(len(str(handle.get_label())) + 8 for handle in handles) // LINE_LETTERS)
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // max(rows, 1)))
 
@@ -205,7 +205,7 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 def curves_figure(
     groups: Sequence[Group], panel_of: Callable[[Group], str], line_of: Callable[[Group], str], x: Cost, scale: str
 ) -> Figure:
-    """Draw retention over `x`, a panel for every `panel_of` and a line for every `line_of`.
+    """Plot retention against `x`, one panel per value of `panel_of` and one line per value of `line_of`.
 
     Bands are 95 % intervals over seeds, at points with several seeds.
     """
@@ -248,7 +248,7 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
 
 
 def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
-    """Draw retention by evaluation set, a spoke each (as Figure 1 of arXiv 2604.24380).
+    """Draw a radar chart of retention with one spoke per evaluation set (as Figure 1 of arXiv 2604.24380).
 
     `panels`: title -> model -> set -> retained in %.
     """

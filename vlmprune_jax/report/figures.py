@@ -27,12 +27,12 @@ MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads nam
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
-    """Return a matplotlib figure for a page."""
+    """Convert a matplotlib figure to a figure of a report page."""
     return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
 
 
 def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
-    """Retention against speed or size, also as `report.png`; with several evaluation sets the values of each, too."""
+    """Yield retention against speed or size, also as `report.png`; for several sets also each one's values."""
     sets, runs = result.sets, [run.evaluation for run in result.runs]
     title = f"Retained {over(sets)}"
     intervals: list[tuple[float, float] | None] = []
@@ -67,7 +67,7 @@ def _score_alt(result: Result, measured: plots.Measured) -> str:
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Maps of the removed layers, heads and neurons, one for each plan and stack."""
+    """Yield maps of the removed layers, heads and neurons, one per plan and stack."""
     plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
     for name in dict.fromkeys(run.plan for run in variants if run.plan):
         plan = PrunePlan.from_json(workdir / name)
@@ -101,7 +101,7 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
 
 
 def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """One figure for each pair of scores file and plan."""
+    """Yield one importance figure per pair of scores file and plan."""
     figures = dict[str, Figure]()
     for plan_file, method, name in dict.fromkeys(
         (run.plan, run.method, name) for run in variants for name in run.scores
@@ -117,7 +117,7 @@ def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
 
 
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
-    """Draw importances, and which layers and heads a plan removes.
+    """Plot importance scores, and which layers and heads a plan removes.
 
     Raises:
       UserError: the scores are too many for a figure, or of a stack that the plan does not have.
@@ -158,7 +158,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """One figure for each scores file that has importances by token type."""
+    """Yield one figure per scores file that has importance by token type."""
     figures = dict[str, Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
@@ -182,7 +182,7 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
 
 
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Training losses over steps, for every recovery that logged any."""
+    """Yield the training losses over steps of each recovery that logged any."""
     curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
     for run in result.runs:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
@@ -198,7 +198,7 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
-    """Return float64[n_layers] shares of the layers in a token type's importance, adding up to 1.
+    """Return each layer's share of a token type's total importance, float64[n_layers]; the shares add up to 1.
 
     Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
     """
@@ -207,7 +207,7 @@ def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
 
 
 def head_shares(parts: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """Return the shares of attention heads in the sum over all layers; None without scores of heads."""
+    """Return each attention head's share of the total over all layers; None without head scores."""
     return None if parts.get("heads") is None else _shares(parts["heads"])
 
 
@@ -219,7 +219,7 @@ def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def serves_vision(scores: Scores) -> str:
-    """Name at most 5 layers and heads that are more important for images than for text; "" without image scores."""
+    """Return text that names up to 5 layers and heads more important for images than text; "" without image scores."""
     text = [parts for kind, parts in scores.by_kind.items() if kind != "image"]
     if "image" not in scores.by_kind or not text:
         return ""
@@ -239,7 +239,7 @@ def serves_vision(scores: Scores) -> str:
 
 
 def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return image / (image + mean over types of text) per layer; 0.5 where both are 0."""
+    """Return image / (image + mean of text types) per layer, where 1 means only images matter; 0.5 if both are 0."""
     found = []
     for i, layer in enumerate(image):
         both = layer + np.mean([kind[i] for kind in text], axis=0)

@@ -17,7 +17,7 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text whose first column names the rows. Pages sort columns, so a column has one unit.
+    """Text table whose first column names the rows; a column has one unit, since pages can sort by column.
 
     `first`: number of columns that narrow screens show, others on request; 0: all. `ascending`: names of columns in
     which small values are best, so that the first click sorts them upwards.
@@ -31,13 +31,13 @@ class Table:
 
     @property
     def printed(self) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]:
-        """The arguments of `Reporter.table`."""
+        """Arguments for `Reporter.table`."""
         return self.title, self.header, self.rows
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An `<svg>` with its text alternative and its caption."""
+    """An `<svg>` element with its alternative text and caption."""
 
     svg: Markup
     alt: str
@@ -46,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading: sentences, figures, tables, (title, (name, value) pairs), samples of a set.
+    """Part of a report page under one heading: text, figures, tables, (name, value) lists and samples.
 
     `missing` says what is not there yet, and `command` makes it. `folded`: the page shows it on request.
     """
@@ -63,7 +63,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], **values: Any) -> Path:
-    """Write a page of sections and return its path.
+    """Write a report page of these sections and return its path.
 
     `values` are escaped unless they are `Markup`: `lead` (sentences), `numbers` (pairs of name and value), `missing`
     (pairs of what is missing and a command), `best` (the row that tables mark), `origin`, `result_json`. The page's

@@ -62,7 +62,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One number per model (None if unknown), the unpruned model first, and its names in a figure.
+    """One number per model (None if unknown), unpruned model first, and its labels in a figure.
 
     `intervals`: their 95 % intervals, None where unknown. `retention`: percentages of the unpruned model's score.
     """
@@ -76,7 +76,7 @@ class Measured:
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """Draw a number of every model against decoding speed (or size) and in a row of its own, the best models first.
+    """Plot a number of every model against decoding speed (or size), and as rows sorted from the best model.
 
     The shape is the method, the colour the recovery.
     """
@@ -110,7 +110,7 @@ def score_figure(result: Result, measured: Measured) -> Figure:
 def _score_rows(
     axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
 ) -> None:
-    """Draw a row for every model: its value as a point with its interval, and as a number."""
+    """Draw one row per model: its value as text, and as a point with its interval."""
     runs, labels = result.runs, result.labels
     order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
     axes.axvline(values[0], color=MUTED, linestyle="--", linewidth=1)
@@ -130,7 +130,7 @@ def _score_rows(
 
 
 def retention_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """Spread an axis of retained percentages: logarithmic in the distance from 100, so that 99.0 and 99.9 differ."""
+    """Scale an axis of retention logarithmically in the distance from 100 %, so that 99.0 and 99.9 differ visibly."""
     getattr(axes, f"set_{which}scale")("function", functions=(_spread, _narrowed))
     known = _spread(np.array([100.0, *(value for value in values if np.isfinite(value))]))
     low, high = float(known.min()), float(known.max())
@@ -156,7 +156,7 @@ def _narrowed(places: np.ndarray) -> np.ndarray:
 
 
 def marker(method: str, colour: str) -> dict[str, Any]:
-    """Return the marker of a method; depth is filled and others hollow, so that both are visible at one place."""
+    """Return the plot marker of a method; filled for depth and hollow for others, so that overlaps stay visible."""
     return {
         "marker": MARKERS.get(method, "^"), "markersize": 7, "markerfacecolor": colour if method == "depth" else "none",
         "markeredgecolor": colour, "markeredgewidth": 1.8, "color": colour, "linewidth": 1,
@@ -164,7 +164,7 @@ def marker(method: str, colour: str) -> dict[str, Any]:
 
 
 def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[Line2D]:
-    """Return one entry for the unpruned model, for each method (shape) and for each recovery (colour)."""
+    """Return legend entries for the unpruned model, each method (shape) and each recovery (colour)."""
     plain: Any = {"linestyle": "none"}
     bar: Any = {"marker": "_", "markersize": 12, "markeredgewidth": 4}
     entries = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1, label=UNPRUNED)]
@@ -176,14 +176,14 @@ def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[L
 
 
 def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """Return one colour per recovery, grey without recovery."""
+    """Return {recovery: colour}, grey for models without recovery."""
     names = list(dict.fromkeys(run.after_pruning for run in runs))
     trained = [name for name in names if name != WITHOUT]
     return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
-    """Draw the importance of every layer (original numbers), removed layers in another colour."""
+    """Plot the importance of every layer (original numbers); removed layers have another colour."""
     with styled(title):
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -202,7 +202,7 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
 def width_importance_figure(
     title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]
 ) -> Figure:
-    """Draw the importance of attention heads as a share of the layer's largest, and the share of neurons that is kept.
+    """Plot head importance relative to the layer's maximum, and the share of neurons kept.
 
     Removed heads are crossed. `kept`: original layer number -> (kept heads, kept neurons, neurons before); layers that
     are not in it are removed.
@@ -232,7 +232,7 @@ def width_importance_figure(
 def removed_figure(
     title: str, widths: Sequence[tuple[int, int]], kept: Mapping[int, tuple[Sequence[int], Sequence[int]]]
 ) -> Figure:
-    """Draw which layers, attention heads and MLP neurons are removed; a cell shows the kept share of neighbours.
+    """Plot which layers, attention heads and MLP neurons are removed; each cell shows a share kept.
 
     `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of kept heads and
     neurons; layers that are not in it are removed.
@@ -266,7 +266,7 @@ def removed_figure(
 
 
 def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
-    """Draw importance by token type, a column each: heads as a share of the layer's largest, and layers.
+    """Plot importance by token type, one column per type: heads relative to the layer's maximum, and layers.
 
     `kinds`: token type -> (importance of heads per layer, or None; float[n_layers] shares of layers in the sum).
     """
@@ -295,7 +295,7 @@ def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | No
 
 
 def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
-    """Return float[widest, n_layers] shares of the layer's largest importance, NaN where a layer has no such head."""
+    """Return importance relative to the layer's maximum, float[widest, n_layers]; NaN for heads that do not exist."""
     shares = np.full((max(len(h) for h in heads), len(heads)), np.nan)
     for layer, values in enumerate(heads):
         finite = np.where(np.abs(values) < LARGEST, values, np.nan)
@@ -311,7 +311,7 @@ def _layer_axis(axes: Axes, n_layers: int, most: int = 32) -> None:
 
 
 def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> Figure | None:
-    """Draw loss terms over steps, one panel per term, one line per run; None if no run reported any.
+    """Plot loss terms over steps, one panel per term and one line per run; None if no run reported any.
 
     `curves`: run -> rows of its metrics file. `titles`: term -> title of its panel.
     """
@@ -339,13 +339,13 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
-    """Return (step, value) of at most `MOST_POINTS` rows whose value fits a logarithmic axis."""
+    """Return (step, value) of up to `MOST_POINTS` rows, without values that a logarithmic axis cannot show."""
     points = [(row["step"], float(row[term])) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
     return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
 def legible(text: str, longest: int = LONGEST) -> str:
-    """Return a foreign name so that a figure can show it: not as a formula, and no wider than the figure.
+    """Return a name from users as safe plot text: not parsed as a formula, and no wider than the figure.
 
     Characters that no font has are spelled out.
     """
@@ -357,7 +357,7 @@ def legible(text: str, longest: int = LONGEST) -> str:
 
 @contextlib.contextmanager
 def styled(*names: str) -> Iterator[None]:
-    """Set the style of a figure with these names, in fonts that have their characters.
+    """Set the figure style, with fonts that contain all characters of these names.
 
     It starts from matplotlib's defaults, not from a `matplotlibrc`, which may start programs (`text.usetex`).
     """
@@ -371,7 +371,7 @@ def styled(*names: str) -> Iterator[None]:
 
 @functools.cache
 def _font_of(character: str) -> str | None:
-    """Return the family of a font that has a character: the figures' font, or else an installed one."""
+    """Return a font family that has this character: the figures' default, else an installed one, or None."""
     own = font_manager.findfont(_FONT)
     for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
         if ord(character) in _characters(path) and "last resort" not in family.lower():
@@ -389,14 +389,14 @@ def _characters(path: str) -> frozenset[int]:
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """Silence the warning that long names leave no room for the axes."""
+    """Suppress matplotlib's warning that long names leave no room for the axes."""
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
 
 
 def to_svg(figure: Figure) -> str:
-    """Return an `<svg>` element whose ink is the page's text colour."""
+    """Return a figure as an `<svg>` element that uses the page's text colour."""
     text = io.StringIO()
     with _drawing():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -407,6 +407,6 @@ def to_svg(figure: Figure) -> str:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write the figure on white, twice the size of the page's."""
+    """Write a figure as PNG on white, twice as large as on the page."""
     with replacing(path) as file, _drawing():
         figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})

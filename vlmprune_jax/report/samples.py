@@ -18,7 +18,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer and the models that gave it; `verdict`: "right", "wrong" or ""."""
+    """One answer and the models that gave it; `verdict` is "right", "wrong" or ""."""
 
     said: str
     verdict: str
@@ -27,7 +27,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample whose texts are all printable."""
+    """A sample whose texts are all safe to print."""
 
     id: str
     question: str
@@ -37,7 +37,7 @@ class ShownSample:
 
 
 def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tuple[str, list[ShownSample]]]:
-    """Yield (heading, samples) of every kind that a set has; `labels`: the models to show, with names for readers."""
+    """Yield (heading, samples) for each kind of sample in a set; `labels` maps the models to show to readable names."""
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:

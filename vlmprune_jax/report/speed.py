@@ -15,7 +15,7 @@ _Row = tuple[str, ...]
 
 
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
-    """Return the speed-ups of every shape, and its measured speed with the unpruned model's beside it.
+    """Return two tables by shape: speed-ups over the unpruned model, and the measured speeds of both.
 
     `labels`: the models to name, with names for readers.
     """
@@ -34,7 +34,7 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
 
 
 def together(names: Sequence[str]) -> str:
-    """Name models that have the same shape: by the one with the shortest name."""
+    """Return one name for models of equal shape: the shortest of their names."""
     first = min(names, key=len)
     return first if len(names) == 1 else f"{first} (and {len(names) - 1} of its shape)"
 
@@ -59,7 +59,7 @@ def _number(value: float) -> str:
 
 
 def _speedups(before: Measurement, after: Measurement) -> tuple[str, str]:
-    """The speed-up of prefill and of decoding."""
+    """Return cells with the speed-ups of prefill and decoding."""
     return _speedup(before.prefill, after.prefill), _speedup(before.decode, after.decode)
 
 
@@ -70,7 +70,7 @@ def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> list[str]:
-    """Say what was measured where, and which models are no faster."""
+    """Return notes on what was measured where, and which models are not faster."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
     lines = [
@@ -91,7 +91,7 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
 
 
 def bench_tables(bench: Bench) -> list[Table]:
-    """Return speed, size, and the speed-up over the first model in the same engine."""
+    """Return tables of speed and size, and of speed-ups over the first model in the same engine."""
     speeds, sizes, times, first = list[_Row](), list[_Row](), list[_Row](), dict[str, BenchSide]()
     for side in bench.sides:
         name = _path_end(side.model)
@@ -116,7 +116,7 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 
 def bench_notes(bench: Bench) -> list[str]:
-    """Say what was measured where."""
+    """Return notes on what was measured where."""
     workload, versions = bench.workload, dict[str, str]()
     for side in bench.sides:
         versions |= side.versions
@@ -130,6 +130,6 @@ def bench_notes(bench: Bench) -> list[str]:
 
 
 def _path_end(name: str, longest: int = 26) -> str:
-    """Return the end of a path, which tells models apart."""
+    """Return the last characters of a path, which distinguish models."""
     name = printable(name)
     return name if len(name) <= longest else f"...{name[3 - longest :]}"

@@ -14,7 +14,7 @@ SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 
 
 def tables_of(result: Result, *, names: bool = False) -> list[Table]:
-    """Return the summary of all models; with several evaluation sets also scores and retained percentages by set.
+    """Return a summary table of all models; with several evaluation sets also tables of scores and retention by set.
 
     `result` has no model twice (see `Result.distinct`). Important columns come first: a narrow terminal leaves out the
     last ones, and a phone folds all but the first. `names`: add a column with the names of runs, which are those of
@@ -51,7 +51,7 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
 
 
 def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield the columns of retention: of the one set with its interval and score, of several their averages."""
+    """Yield columns of retention: for one set with interval and score, for several sets their averages."""
     runs = [run.evaluation for run in result.runs]
     yield "retained, %", [percent(value) for value in (100.0, *(run.mean_of_ratios for run in runs))]
     if len(result.sets) > 1:
@@ -64,7 +64,7 @@ def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
 
 
 def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield the columns of size, speed, and how each model was made."""
+    """Yield columns of size, speed, and how each model was pruned and recovered."""
     runs, teacher = result.runs, result.teacher
     yield SIZE, ["100.0", *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
     for column, name in ((DECODE, "decode_speedup"), (PROMPT, "prefill_speedup")):
@@ -83,18 +83,18 @@ def _removed(run: Run) -> str:
 
 
 def _kept(run: Run, name: str) -> str:
-    """Format the retention on a set, with its interval in brackets."""
+    """Return the retention on a set as text, with its interval in parentheses."""
     ends = interval(run.evaluation, name)
     return percent(run.evaluation.retained.get(name)) + (ends and f" ({ends})")
 
 
 def upper(text: str) -> str:
-    """Capitalise the first letter."""
+    """Return the text with its first letter capitalised."""
     return text[:1].upper() + text[1:]
 
 
 def lead(result: Result) -> str:
-    """Describe the best model: what it retains, its size and its speed."""
+    """Return one sentence on the best model: retention, size and speed."""
     run, teacher = result.best_run, result.teacher
     among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
     trained = f" (trained on {100 * run.data_fraction:g} % of the data)" if run.data_fraction else ""
@@ -114,7 +114,7 @@ def lead(result: Result) -> str:
 
 
 def key_numbers(result: Result) -> list[tuple[str, str]]:
-    """Return (name, value) of what the best model is judged by."""
+    """Return the best model's main numbers as (name, value): retention, size, speed."""
     run = result.best_run
     found = [("retained", f"{percent(run.evaluation.mean_of_ratios)} %")] if run.evaluation.mean_of_ratios else []
     found.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
@@ -125,7 +125,7 @@ def key_numbers(result: Result) -> list[tuple[str, str]]:
 
 
 def parameter_note(teacher: Unpruned) -> str:
-    """Say which parameters are counted, if transformers counts more."""
+    """Return a note on which parameters are counted, if transformers counts more than this package."""
     if not teacher.carried:
         return ""
     return (
@@ -148,13 +148,13 @@ def _scores(run: Run, result: Result) -> str:
 
 
 def over(sets: Mapping[str, Set]) -> str:
-    """Say which sets an average is over."""
+    """Return as text which evaluation sets an average covers."""
     averaged = averaged_sets(sets)
     return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 
 
 def groups_of(result: Result) -> Iterator[Table]:
-    """Return one table for each set that has groups of questions: their values for every model, a row each."""
+    """Yield one table per set whose questions have groups: values by group, one row per model."""
     sets = result.sets
     for name, groups in result.teacher.evaluation.groups.items():
         of = sets[name]

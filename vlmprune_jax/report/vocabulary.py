@@ -20,7 +20,7 @@ _NOTE = (
 
 
 def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield the section if a plan trimmed the vocabulary: a table for each variant.
+    """Yield a section on trimmed vocabularies, one table per variant, if any plan trims one.
 
     Raises:
       UserError: a file is damaged.

@@ -59,7 +59,7 @@ Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the
 
 
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Facts about the answers of a model, or a text's `tokens`.
+    """Counts and times of a model's answers to a set; for a text only its `tokens`.
 
     Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
     """
@@ -75,7 +75,7 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class _Answer(TypedDict):
-    """A line of answers to questions."""
+    """One line of an answers file for questions."""
 
     id: str
     prediction: str
@@ -84,14 +84,14 @@ class _Answer(TypedDict):
 
 
 class _TaskAnswer(_Answer):
-    """A line of answers to a task of lmms-eval; `entries`: what lmms-eval makes each metric's value of."""
+    """One line of an answers file for an lmms-eval task; `entries` is lmms-eval's input for each metric."""
 
     task: str
     entries: dict[str, Any]
 
 
 class _Window(TypedDict):
-    """A line of a text."""
+    """One line of an answers file for a text: the log-likelihoods of a batch of windows."""
 
     nll: float
     tokens: Count
@@ -99,7 +99,7 @@ class _Window(TypedDict):
 
 
 def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
-    """Evaluate the model `work.start` on all sets and tasks, `work.part` being its name -> `eval/<name>*.json`.
+    """Evaluate the model in folder `work.start` on all sets and tasks -> `eval/<name>*.json`; its name is `work.part`.
 
     Raises UserError if two tasks have a set of one name, and as `run_stage` does.
     """
@@ -115,7 +115,7 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
 
 
 def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
-    """Return the place of each set and task of a model."""
+    """Return {set or task: work item of the stage} for evaluating one model."""
     spec = sections["evaluate"]
     names = {
         key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)
@@ -125,18 +125,18 @@ def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
 
 
 def _part(work: Work) -> tuple[str, str]:
-    """The model's name, and the set or task."""
+    """Return the model's name, and the name of the set or task."""
     name, _, key = work.part.partition(" ")
     return name, key or QUESTIONS
 
 
 def answers_file(path: Path) -> Path:
-    """Return the file of answers beside an evaluation."""
+    """Return the path of the answers file next to an evaluation file."""
     return path.with_name(f"{path.stem}.answers.jsonl")
 
 
 def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
-    """The model, and the records, text or task data of one set; its settings without the metric (see `_measure`)."""
+    """Return the model's folder and one set's data as inputs, and the set's settings apart from the metric."""
     name, key = _part(work)
     path = evaluation_file(work.folder, name, key)
     answers = answers_file(path)
@@ -158,14 +158,14 @@ def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
 
 
 def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
-    """Return the files that a set is read from, by name."""
+    """Return {name: path} of the files that an evaluation set is read from."""
     if of.text is not None:
         return {f"text of {key}": Path(of.text)}
     return inputs.record_files(dataclasses.replace(data, eval=of.data, eval_images=of.images), "eval")
 
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
-    """Ask the model all questions of a set or task, or read it a text, and write a line for each."""
+    """Ask the model all questions of a set or task, or score a text; write one line per answer or batch."""
     name, key = _part(work)
     path, model = evaluation_file(work.folder, name, key), work.load(work.start)
     of = None if key in spec.tasks else evaluation_sets(data, spec)[key]
@@ -179,7 +179,7 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
 
 
 def read_predictions(path: Path) -> list[str]:
-    """Return a model's answer to every question, from the answers beside an evaluation.
+    """Return a model's answers to all questions, from the answers file next to an evaluation file.
 
     Raises UserError if they are missing or damaged.
     """
@@ -187,7 +187,7 @@ def read_predictions(path: Path) -> list[str]:
 
 
 def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path, model: Model) -> Lines:
-    """Answer questions: one line each, and facts about all."""
+    """Ask the model all questions; return one line per answer, and counts and times."""
     assert of.max_new_tokens is not None
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     questions = arranged_questions(work.tokens, data, spec, of, model.cfg, multiple=row_ways(work.devices))
@@ -215,14 +215,14 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
 
 
 def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
-    """Return the facts of answers to questions that were asked from `start` on."""
+    """Return counts and times of answers to questions, where asking began at time `start`."""
     tokens = sum(line["tokens"] for line in lines)
     seconds = round(time.perf_counter() - start, 3)
     return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
 
 
 def _ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers: Path, model: Model) -> Lines:
-    """Answer a task of lmms-eval: one line for each question, and facts about all."""
+    """Run an lmms-eval task; return one line per answer, and counts, times and the task's values."""
     start = time.perf_counter()
     lines, found = ask_task(
         model,
@@ -238,7 +238,7 @@ def _ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers
 
 
 def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
-    """Refuse records without a right answer, and those that the metric cannot use, by scoring the right answers."""
+    """Refuse records without a correct answer, or unusable for the metric, by scoring the correct answers."""
     assert of.metric is not None
     check_answered(records)
     metric = METRICS[of.metric]
@@ -248,7 +248,7 @@ def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
 def _read_text(
     work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, path: Path, model: Model
 ) -> Lines:
-    """Measure the log-likelihood of a text: one line for each batch of windows, and facts about all."""
+    """Compute the log-likelihood of a text; return one line per batch of windows, and counts and times."""
     assert of.text is not None
     assert of.text_window is not None
     file, size, window = Path(of.text), spec.batch_size, of.text_window
@@ -268,7 +268,7 @@ def _read_text(
 
 
 def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
-    """Score the answers to a task, by set, and print a line for each."""
+    """Score the answers to a task, per set, and print one line each."""
     name = _part(work)[0]
     places = ((work.folder, name), (work.workdir, TEACHER))
     answers, original = (answers_file(evaluation_file(*place, task)) for place in places)
@@ -282,7 +282,7 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
 
 
 def _measured(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
-    """Score the answers to a set, and print a line."""
+    """Score the answers to a set, and print one line."""
     name, key = _part(work)
     path = evaluation_file(work.folder, name, key)
     original = answers_file(evaluation_file(work.workdir, TEACHER, key))
@@ -293,7 +293,7 @@ def _measured(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Ev
 
 
 def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Finished) -> Evaluated:
-    """Score the answers beside `path`, and compare them with the unpruned model's in `original`."""
+    """Score the answers next to the file `path`, and compare them with the unpruned model's in `original`."""
     assert of.metric is not None
     metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
@@ -321,7 +321,7 @@ def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Fin
 
 
 def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
-    """The metric's scores of the answers in a file, or of the windows of a text there."""
+    """Return the metric's scores of all answers (or windows of a text) in an answers file."""
     assert of.metric is not None
     if of.text is not None:
         return read_json_lines(answers, _Window)
@@ -332,7 +332,7 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
 
 
 def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> dict[str, Evaluated]:
-    """Score the answers in a file by set, and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
+    """Score a task's answers per set and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
     facts: AnswerFacts = done.facts
     compared = original != answers and original.exists()
     mine, theirs = _task_sets(answers, facts), _task_sets(original, facts) if compared else {}
@@ -361,7 +361,7 @@ def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> d
 
 
 def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
-    """{set: (task, what counts, questions)} of a file of answers."""
+    """Return {set: (task, value with its scores, number of questions)} for an answers file."""
     lines = read_json_lines(answers, _TaskAnswer)
     found: dict[str, tuple[str, TaskSet, int]] = {}
     with reading(answers, "remove it, and run the same command"):
@@ -374,14 +374,14 @@ def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSe
 
 
 def _set_name(task: str, key: str, sets: int) -> str:
-    """`mme_perception` of `mme`; the task's own name where one value counts."""
+    """Return the set's name, `mme_perception` for a value of `mme`; a task with one value gives its own name."""
     if sets == 1:
         return task
     return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
 
 
 def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
-    """Choose samples from the answers on disk, for every set of questions."""
+    """Choose sample questions from the answers on disk, for every set."""
     sets = {}
     for key, of in evaluation_sets(data, evaluate).items():
         if of.text is not None:

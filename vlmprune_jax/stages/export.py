@@ -31,7 +31,7 @@ CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": impor
 
 
 class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The comparison of the reloaded export with the model (`check_saved`)."""
+    """Result of comparing the reloaded export with the model (`check_saved`)."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -39,7 +39,7 @@ class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
-    """The calibration records if the format needs any, the file of a user's own format, and the card's benchmarks."""
+    """Return the export's extra inputs: calibration records if needed, a user's format file, the card's benchmarks."""
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
@@ -88,7 +88,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 
 
 def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
-    """Return a calibration's value on the records of `reconstruct`, with its weights of prompts, images and answers."""
+    """Compute a calibration on the records of section `reconstruct`, with its token weights."""
     batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
     with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
         function = CALIBRATIONS[calibration.function]

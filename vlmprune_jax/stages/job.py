@@ -24,7 +24,7 @@ Sections = Mapping[str, Any]
 
 
 def make_job(name: str, work: Work, sections: Sections) -> Job:
-    """Return the job of a stage in its place: the settings, inputs and outputs that its declaration names."""
+    """Return the job that runs a stage in a workdir: the settings, inputs and outputs from the stage's declaration."""
     stage = STAGES[name]
     more = stage.more(work, *(sections[section] for section in stage.sections))
     settings = affecting(name, {section: sections[section] for section in ("model", *stage.sections)})
@@ -60,7 +60,7 @@ def _inputs(name: str, work: Work, sections: Sections) -> dict[str, Path | str]:
 
 
 def run_stage(name: str, work: Work, sections: Sections) -> Finished:
-    """Run a stage unless its result is there, with a line when the work starts.
+    """Run a stage unless its result exists; print one line when it starts.
 
     Raises Stopped if another process of the run got SIGTERM; UserError if an input is missing, memory does not suffice,
     and as `run_job` does.
@@ -84,7 +84,7 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
 
 
 def _check_inputs(job: Job) -> None:
-    """Refuse to start before the stage that makes an input, which the message names."""
+    """Refuse to run before the stage that makes a missing input; the message names that stage."""
     for path in job.inputs.values():
         if isinstance(path, Path) and path.is_relative_to(job.workdir) and not path.exists():
             for name, stage in STAGES.items():

@@ -43,7 +43,7 @@ from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, read_unfin
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A stage of one variant, in its place.
+    """One stage applied to one variant in a workdir.
 
     `name`, `recovery`: of the model that it makes, in results. `evaluated`: if that model is. `before`: the steps that
     led to it, the first one first.
@@ -59,22 +59,22 @@ class Step:
 
     @property
     def makes_model(self) -> bool:
-        """True if the stage makes a model."""
+        """True if the stage writes a model folder."""
         return bool(STAGES[self.stage].model)
 
     @property
     def path(self) -> str:
-        """The model's folder in the workdir."""
+        """Path of the model's folder, relative to the workdir."""
         return self.work.out.relative_to(self.work.workdir).as_posix()
 
     @property
     def job(self) -> Job:
-        """The stage with its settings and files."""
+        """The stage's job, with its settings and files."""
         return make_job(self.stage, self.work, self.sections)
 
     @property
     def planned(self) -> StepRecord:
-        """The step as it is noted in the workdir."""
+        """Record of the step for the workdir's list of steps."""
         stage, places = STAGES[self.stage], (self.work.variant, self.work.folder)
         variant, folder = (place.relative_to(self.work.workdir).as_posix() for place in places)
         return StepRecord(
@@ -90,11 +90,11 @@ class Step:
         )
 
     def run(self) -> Finished:
-        """Run the stage unless its result is there."""
+        """Run the stage unless its result exists."""
         return run_stage(self.stage, self.work, self.sections)
 
     def evaluate(self) -> dict[str, Evaluated]:
-        """Evaluate the model that the stage made."""
+        """Evaluate the model that the step made."""
         return evaluate_model(
             dataclasses.replace(self.work, start=self.work.out, part=self.work.out.name), self.sections
         )
@@ -102,25 +102,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of an experiment, in a workdir."""
+    """All stages of an experiment in a workdir."""
 
     experiment: Experiment
     context: Context
 
     @property
     def sections(self) -> dict[str, Any]:
-        """The settings by section."""
+        """Settings of the experiment by section."""
         return self.experiment.sections
 
     def work(self, **place: Any) -> Work:
-        """Return the place of a stage, by default in the workdir itself and on the unpruned model."""
+        """Return a stage's folders and models; by default it works in the workdir and on the unpruned model."""
         shared = {field.name: getattr(self.context, field.name) for field in dataclasses.fields(Context)}
         default: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), self.context.workdir)
         default["start"] = Path(self.experiment.model.hf_dir)
         return Work(**{**shared, "model": self.experiment.model, "mesh": self.experiment.mesh, **default, **place})
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps of every prune variant, and after them those of each of its recovery variants, in order."""
+        """Yield the steps of every prune variant, each followed by those of its recovery variants."""
         for pruned in prune_runs(self.experiment, self.context.workdir):
             variant, recoveries = dataclasses.replace(self, experiment=pruned.experiment), recover_runs(pruned)
             shared = variant._chain("variant", (pruned.name, NO_RECOVERY), pruned.folder, pruned.folder, (), recoveries)
@@ -139,7 +139,7 @@ class Pipeline:
         before: Sequence[Step],
         recoveries: Sequence[object] = (),
     ) -> list[Step]:
-        """Return the steps of one variant; its first model has the names given, others add their own."""
+        """Return the steps of one variant; its first model gets the names passed, later ones add their own."""
         found, settings = list[Step](), self.sections
         stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.is_on(settings)}
         final = [name for name, stage in stages.items() if stage.model and not recoveries][-1:]
@@ -163,15 +163,15 @@ class Pipeline:
         return found
 
     def models(self) -> list[Step]:
-        """Return the steps whose models are evaluated and in the workdir."""
+        """Return the steps whose model is to be evaluated and exists in the workdir."""
         return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
 
     def note_steps(self) -> None:
-        """Write the steps into the workdir, by which a report knows what is missing."""
+        """Write the list of steps to the workdir, from which a report sees what is missing."""
         write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
 
     def run_stage(self, name: str, *, explain: bool = False) -> None:
-        """Run one stage for every variant; `explain` also prints what each layer lost and why.
+        """Run one stage for every variant; `explain` also prints what each layer lost, and why.
 
         Raises UserError if no variant asks for it.
         """
@@ -194,7 +194,7 @@ class Pipeline:
         return result
 
     def make_models(self) -> Result:
-        """Run every stage of every variant but export; the result has no `export`."""
+        """Run every stage of every variant except the export; return the result without an `export`."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
         check_speed(work, spec.speed)
         teacher = self.evaluate_teacher()
@@ -219,7 +219,7 @@ class Pipeline:
         )
 
     def evaluate(self) -> None:
-        """Evaluate the unpruned model and all models in the workdir, and bring an existing `result.json` up to date."""
+        """Evaluate the unpruned model and all models in the workdir, and update `result.json` if it exists."""
         context, spec = self.context, self.experiment
         teacher = self.evaluate_teacher()
         self.note_steps()
@@ -238,7 +238,7 @@ class Pipeline:
         return evaluate_model(self.work(part=TEACHER), self.sections)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs of all stages but export; every model is evaluated on the sets of the unpruned one."""
+        """Return the jobs of all stages except the export; all models are evaluated on the unpruned model's sets."""
         parts = parts_of(self.work(part=TEACHER), self.sections).values()
         return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
 
@@ -255,12 +255,12 @@ class Pipeline:
         self._speeds(models)
 
     def _speeds(self, models: Mapping[str, Path]) -> dict[str, MedianSpeed]:
-        """Return the median speeds of models by name, that of the unpruned one as ""."""
+        """Return {model: median speeds}; the unpruned model's name is ""."""
         speed: Speed = run_stage("speed", self.work(models=models, overwrite=True), self.sections).facts
         return speed.medians()
 
     def export(self) -> None:
-        """Export the best model: that of `result.json`, else the last one made in a workdir without variants.
+        """Export the best model in `result.json`; without one, the last model made in a workdir without variants.
 
         Raises UserError if there is none.
         """
@@ -281,7 +281,7 @@ class Pipeline:
         self._export(work.out, work.reconstructed, work.recovered, rows)
 
     def _export_run(self, run: Run, result: Result) -> Finished:
-        """Export the model of a run of `result.json`."""
+        """Export the model of one run in `result.json`."""
         reconstructed = run.recovery != NO_RECOVERY and run.reconstruct != "none"
         path, unrecovered = Path(run.path), [stage.model for stage in STAGES.values() if stage.per == "variant"]
         rows = benchmark_rows(run, result.teacher, result.sets)
@@ -296,7 +296,7 @@ class Pipeline:
 
 
 def _renew(teacher: dict[str, Evaluated], found: Mapping[str, dict[str, Evaluated]], context: Context) -> None:
-    """Write the new evaluations into `result.json`; the best run and its export stay."""
+    """Write new evaluations to `result.json`; the choice of the best run and its export stay."""
     result = read_result(context.workdir)
     lacking = [run.path for run in result.runs if run.path not in found]
     if lacking:
@@ -313,7 +313,7 @@ def _renew(teacher: dict[str, Evaluated], found: Mapping[str, dict[str, Evaluate
 def _as_run(
     step: Step, finished: Sequence[Finished], evaluations: dict[str, Evaluated], teacher: dict[str, Evaluated]
 ) -> Run:
-    """Make the entry of a model from the facts of the stages that led to it and its evaluations."""
+    """Return a model's entry in `result.json`, from the results of its stages and its evaluations."""
     facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
     plan, trained, settings = facts["prune"], facts.get("recover"), step.sections
     scores = criteria_of(settings["score"], settings["prune"])

@@ -34,7 +34,7 @@ SAMPLE = 8  # records of a recovery whose images are decoded
 
 
 def preflight(pipeline: Pipeline, command: str) -> None:
-    """Check what a command ("run" or a stage) needs, and say what it will do.
+    """Check that a command ("run" or a stage) has everything it needs, and print what it will do.
 
     Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
     small.
@@ -71,12 +71,12 @@ def _devices(work: Work) -> str:
 
 
 def _weights(work: Work) -> int:
-    """Return the bytes of the unpruned model's weights."""
+    """Return the size of the unpruned model's weights in bytes."""
     return count_params(work.config(work.teacher)) * DTYPES[work.model.dtype].itemsize
 
 
 def _check_files(what: str, files: Mapping[str, Path | str], work: Work) -> None:
-    """Refuse inputs from outside of the workdir that are not there."""
+    """Refuse a run if input files outside the workdir are missing."""
     for name, path in files.items():
         if isinstance(path, Path) and not path.is_relative_to(work.workdir) and not path.exists():
             raise UserError(f"{what}: {name} is {path}: no such file or folder")
@@ -87,7 +87,7 @@ def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
 
 
 def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
-    """Yield how the evaluation sets are asked, with their sizes, after reading their records."""
+    """Yield one line per evaluation set (its size and how it is asked), after reading its records."""
     work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
     for name, one in sets.items():
         if one.text is None:
@@ -103,7 +103,7 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
 
 
 def _about(step: Step) -> Iterator[str]:
-    """Yield what a step does, with its records and steps, after reading them."""
+    """Yield lines on what a step does, with its numbers of records and steps, after reading the records."""
     data, counted = step.sections["data"], ""
     if any(name.startswith("data.train") for name in step.job.inputs):
         shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
@@ -133,7 +133,7 @@ def _check_sample(records: Any, encoder: Any) -> None:
 
 
 def _export(work: Work, spec: ExportSpec) -> str:
-    """Return the line about the export, after checking that it can be uploaded if it is to be."""
+    """Return a line on the export, after checking that it can be uploaded if asked for."""
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:
@@ -144,7 +144,7 @@ def _export(work: Work, spec: ExportSpec) -> str:
 
 
 def _check_memory(work: Work) -> None:
-    """Refuse a model whose weights alone do not fit on its devices."""
+    """Refuse a model whose weights alone do not fit in device memory."""
     devices = 1 if work.devices is None else work.devices.size
     needed = _weights(work) // devices
     free = free_memory()
@@ -156,7 +156,7 @@ def _check_memory(work: Work) -> None:
 
 
 def _check_disk(work: Work, steps: list[Step]) -> None:
-    """Refuse a disk that cannot hold the models that are still to be made."""
+    """Refuse a run if the disk cannot hold the models still to be written."""
     size, needed = _weights(work), 0
     for step in steps:
         ratio = step.sections["prune"].ratio

@@ -33,7 +33,7 @@ from vlmprune_jax.workdir.vocabulary import VOCABULARY
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The plan in numbers: ratios of parameters asked for and reached, of the whole model, decoder and tower."""
+    """Numbers of a plan: ratios asked for and reached, for the whole model, decoder and tower, and parameters."""
 
     method: str
     criterion: str
@@ -47,7 +47,7 @@ class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
-    """The scores; the measured speeds of a budget, and if it prunes in steps everything that scoring reads.
+    """Return the stage's inputs: scores, speeds for a budget, and for pruning in steps all inputs of scoring.
 
     Raises UserError for steps over two stacks.
     """
@@ -73,7 +73,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
 
 
 def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> PruneFacts:
-    """Plan from the scores, and write the plan and the pruned model."""
+    """Make a plan from the scores; write the plan and the pruned model."""
     scores = [
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
     ]
@@ -117,7 +117,7 @@ def _prune_files(
     export: ExportSpec,
     loaded: Sequence[Sequence[Scores]],
 ) -> tuple[PrunePlan, ModelConfig]:
-    """Plan from the scores, and apply the plan from file to file: the model is not loaded."""
+    """Make a plan from the scores and apply it file to file, without loading the model."""
     scores = [first if not second else (first, second[0]) for first, *second in loaded]
     cfg = work.config(work.teacher)
     with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
@@ -131,7 +131,7 @@ def _prune_files(
 def _prune_in_steps(
     work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec, scores: Scores
 ) -> tuple[PrunePlan, ModelConfig]:
-    """Score and prune in rounds, the first from `scores`, and write the model that the last one leaves."""
+    """Score and prune in rounds, starting from `scores`; write the model left after the last round."""
     model = work.load(work.teacher)
 
     def batches(step: int) -> list[Batch]:
@@ -154,7 +154,7 @@ def _prune_in_steps(
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
-    """Return `plan_config`; a limit on exported bytes counts all that is exported."""
+    """Return `plan_config`; a limit on exported bytes includes everything that is exported."""
     config = plan_config(spec, work.model, export)
     if config.budget.disk_bytes is not None:
         if export.format != "huggingface" or export.quantize != "none":
@@ -170,19 +170,19 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
 
 
 def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
-    """Return tables of what each layer lost and why."""
+    """Return tables of what each layer lost, and why."""
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
     return explain(work.plan, work.config(work.teacher), spec, scores)
 
 
 def _budget_lines(plan: PrunePlan) -> list[str]:
-    """Return a line for each limit of a budget and the cost that was reached."""
+    """Return one line per limit of a budget, with the cost that was reached."""
     limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
     return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
 
 
 def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
-    """Return the numbers of a plan for tables and reports."""
+    """Return a plan's numbers for tables and reports."""
     lost = {}
     for name in plan.stacks:
         before, after = (count_params(one, name) for one in (cfg, plan.apply_to(cfg)))
@@ -205,7 +205,7 @@ def _percent(value: float | None) -> str:
 
 
 def _of_parts(facts: PruneFacts) -> str:
-    """Return the ratio of the decoder, and of the tower if it is pruned."""
+    """Return as text the shares removed from the decoder, and from the tower if it is pruned."""
     decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
     return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
 

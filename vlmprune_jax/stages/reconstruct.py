@@ -16,7 +16,7 @@ from vlmprune_jax.stages.work import Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
-    """The repair of one weight (see `prune.reconstruct`); `ridge` is None if it was left as it is."""
+    """Repair of one weight (see `prune.reconstruct`); `ridge` is None if the weight was left unchanged."""
 
     stack: str
     layer: Count
@@ -29,14 +29,14 @@ class Repaired(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Number of calibration records, and every weight that was considered."""
+    """Number of calibration records, and a report for every weight considered."""
 
     samples: Count
     modules: list[Repaired]
 
 
 def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
-    """Repair the pruned weights layer by layer; an interrupted run continues with the next layer."""
+    """Repair the pruned weights layer by layer; an interrupted run continues at the next layer."""
     plan, teacher, model = work.plan, work.load(work.teacher), work.load(work.start)
     batches = inputs.calibration_batches(work.tokens, data, spec, model.cfg, seed=spec.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})

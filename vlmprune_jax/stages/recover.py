@@ -47,7 +47,7 @@ from vlmprune_jax.workdir.ledger import remove
 
 
 class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Summary of a training. `terms`: {loss term: its label}; `last`: metrics of the last step."""
+    """Summary of a training run. `terms`: {loss term: its label}; `last`: metrics of the last step."""
 
     steps: Count
     resumed_from: Count
@@ -63,7 +63,7 @@ class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
-    """The files of the user's own losses, the adapter if it is saved, and what is cached of the teacher."""
+    """Return the stage's extra files: users' loss files, the saved adapter, and cached teacher outputs."""
     losses = recover_config(spec).losses
     own = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
     return Files(
@@ -74,7 +74,7 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
 
 
 def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
-    """Train the model that pruning or reconstruction left; metrics stay in `training/metrics.jsonl`."""
+    """Train the pruned or reconstructed model; metrics go to `training/metrics.jsonl`."""
     plan, mesh, training = work.plan, work.devices, work.folder / "training"
     on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
     ready = prepare(work, data, spec)
@@ -114,7 +114,7 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
 
 
 class Ready(NamedTuple):
-    """A recovery that was checked: its models, whose weights are in their files, and paths of `trained` parameters."""
+    """A checked recovery: student and teacher with weights still in files, and the paths of `trained` parameters."""
 
     config: RecoverConfig
     steps: int
@@ -127,7 +127,7 @@ class Ready(NamedTuple):
 
 
 def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
-    """Refuse, before a long pass, what training would refuse, and fit the batch to the number of records."""
+    """Refuse, before long computations, what training would refuse; adapt the batch size to the number of records."""
     config, plan, mesh = recover_config(spec), work.plan, work.devices
     runs_teacher = needs_teacher(config.losses)
     student, teacher = work.open_model(work.start), work.open_model(work.teacher)
@@ -160,7 +160,7 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
-    """Refuse a teacher that equals the student: the decoder is unpruned and sees the student's own image embeddings."""
+    """Refuse a teacher that computes the same as the student: unpruned decoder and the student's image embeddings."""
     cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
         raise UserError(
@@ -170,7 +170,7 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
 
 
 def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
-    """Open `data.feature_cache`, after computing the features of the records' images that it lacks.
+    """Open the cache `data.feature_cache`, and compute missing features of the records' images.
 
     Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
     of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
@@ -201,7 +201,7 @@ def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
 
 
 def _tower_digest(work: Work, ready: Ready) -> str:
-    """Hash the student's tower, which must be the teacher's if the teacher looks at images itself."""
+    """Return the digest of the student's tower; refuse a teacher with another tower if it encodes images itself."""
     losses, student = ready.config.losses, content_digest(ready.student, f"{TOWER}/")
     looks = losses.teacher_inputs == "own" and (ready.runs_teacher or losses.teacher_top_k)
     if looks and content_digest(ready.teacher, f"{TOWER}/") != student:
@@ -215,7 +215,7 @@ def _tower_digest(work: Work, ready: Ready) -> str:
 def cached_teacher(
     work: Work, data: DataSpec, spec: RecoverSpec, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
 ) -> TeacherRows:
-    """Open `recover.teacher_cache`, after computing the training records that it lacks with these parts of the teacher.
+    """Open the cache `recover.teacher_cache`, and compute missing records by running these parts of the teacher.
 
     Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
     Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
@@ -260,7 +260,7 @@ def cached_teacher(
 
 
 def _made_from(work: Work, data: DataSpec, spec: RecoverSpec) -> dict[str, Any]:
-    """Return everything that the cached logits of a record depend on."""
+    """Return everything that cached logits depend on besides the record."""
     settings = affecting("teacher_cache", {"model": work.model, "data": data, "recover": spec})
     losses, kept = settings.pop("recover.losses"), work.plan.vocabulary
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)

@@ -25,7 +25,7 @@ _FILES = {"text": "scores", "vision": "scores_vision"}
 
 
 class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """{scores file: criterion}, number of calibration records, and ids of records that could not be read."""
+    """{scores file: criterion}, number of calibration records, and ids of unreadable records."""
 
     criteria: dict[str, str]
     samples: Count
@@ -33,12 +33,12 @@ class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
-    """Return the stacks that are pruned."""
+    """Return the names of the stacks to prune."""
     return STACKS if prune.stack == "both" else (prune.stack,)
 
 
 def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
-    """Return {scores file: criterion} of the method, for all stacks that are pruned or for one."""
+    """Return {scores file: criterion} that the method needs, for all stacks to prune or for one."""
     files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}
     if prune.method == "width":
         files = {"": spec.width}
@@ -47,7 +47,7 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
-    """Return the files of users' own criteria, whose scores change with them."""
+    """Return the source files of users' criteria, since changing them changes scores."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
     return {name: path for name, path in files.items() if path is not None}
 
@@ -57,12 +57,12 @@ def _needs_records(criteria: Mapping[str, str]) -> bool:
 
 
 def _parts(output: Path) -> Path:
-    """Return the folder in which a layer-by-layer pass keeps finished layers."""
+    """Return the folder in which a layer-by-layer pass stores finished layers."""
     return output.with_name(f".{output.name}.parts")
 
 
 def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Files:
-    """A file of scores for each criterion that the method needs, and the records if one of them needs any."""
+    """Return the stage's files: a scores file per criterion, and the training records if a criterion needs any."""
     criteria = criteria_of(spec, prune)
     records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
     outputs = [work.folder / name for name in criteria]
@@ -76,7 +76,7 @@ def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -
 
 
 def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> ScoreFacts:
-    """Score the layers, heads and neurons of every stack that is pruned."""
+    """Score the layers, heads and neurons of every stack to prune."""
     model, criteria = work.load(work.teacher), criteria_of(spec, prune)
     for stack in stacks_of(prune):
         model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
@@ -106,7 +106,7 @@ def _score(
     output: Path,
     made_from: Mapping[str, Any],
 ) -> Scores:
-    """Score one stack by one criterion; what an interrupted pass left is used again."""
+    """Score one stack by one criterion, continuing an interrupted pass."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
     if chosen.needs == "labels" and chosen.journals and stack == "text":

@@ -26,18 +26,18 @@ from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
 def workload_of(work: Work, spec: SpeedSpec, export: ExportSpec) -> Workload:
-    """Return the row that costs are for: the prompt that speed is measured on, and the export's dtype."""
+    """Return the row for which costs are computed: the prompt of the speed measurement, and the export's dtype."""
     images = int(spec.with_image(work.config(work.teacher)))
     return Workload(length=spec.prompt_tokens, images=images, dtype=export_dtype(work.model, export))
 
 
 def costs_of_folder(work: Work, folder: Path, workload: Workload, export: ExportSpec) -> Costs:
-    """Return the costs of the model in a folder, by its shapes."""
+    """Return the costs of the model in a folder, computed from its shapes."""
     return Costs(**costs_of(work.config(folder), uneven=export.uneven, **asdict(workload)))
 
 
 def check_speed(work: Work, spec: SpeedSpec) -> None:
-    """Refuse at the start prompts that the model cannot have, which would be seen when everything else is done.
+    """Refuse, at the start, prompts that do not fit the model, which otherwise fail after all other stages.
 
     Raises UserError as `SpeedConfig.check` does.
     """
@@ -46,7 +46,7 @@ def check_speed(work: Work, spec: SpeedSpec) -> None:
 
 
 def _shapes(work: Work) -> list[list[str]]:
-    """Return the names of models of each shape: the values of weights make no difference."""
+    """Group the names of models by shape, since speed does not depend on the values of weights."""
     shapes: dict[ModelConfig, list[str]] = {}
     for name, folder in work.models.items():
         shapes.setdefault(work.config(folder), []).append(name)
@@ -54,7 +54,7 @@ def _shapes(work: Work) -> list[list[str]]:
 
 
 def speed_files(work: Work, spec: SpeedSpec) -> Files:
-    """The config of one model of each shape."""
+    """Return the stage's inputs: the config of one model per shape."""
     shapes = _shapes(work)
     return Files(
         inputs={names[0]: work.models[names[0]] / "config.json" for names in shapes}, settings={"models": shapes}
@@ -62,14 +62,14 @@ def speed_files(work: Work, spec: SpeedSpec) -> Files:
 
 
 class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """The speed of one shape, and of the unpruned model in the same rounds."""
+    """Speed of one shape, and of the unpruned model in the same rounds."""
 
     unpruned: Measurement
     pruned: Measurement
 
 
 def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
-    """Measure one of all models that have the same shape, beside the unpruned one, in turns."""
+    """Measure one model of each shape in turns with the unpruned model."""
     load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
     with work.phase("speed", len(shapes)) as progress:
         for done, names in enumerate(shapes, start=1):
@@ -84,7 +84,7 @@ def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
 
 
 def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
-    """Measure the model in a folder; runs of a sweep measure a shape once, and share it."""
+    """Measure the model in a folder; runs of a sweep share the result for a shape."""
 
     def measure() -> ShapeSpeed:
         models = {"unpruned": work.load(work.teacher), "pruned": work.load(folder)}

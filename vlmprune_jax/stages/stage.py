@@ -19,7 +19,7 @@ SCOPES = ("variant", "recovery", "model", "run")
 
 @dataclass(frozen=True)
 class Files:
-    """The part of a stage's declaration that depends on settings.
+    """Inputs, outputs and settings of a stage that depend on the experiment's settings.
 
     `settings` change the result beside those of the stage's sections; those in `without` do not.
     """
@@ -32,12 +32,12 @@ class Files:
 
 
 class NoFacts(msgspec.Struct, frozen=True):
-    """The facts of a stage that reports none."""
+    """Result of a stage that reports nothing."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step from files to files. `vlmprune run`, the command of its name, sweeps and the ledger follow from it.
+    """Declaration of one stage; `vlmprune run`, its own command, sweeps and the ledger are derived from it.
 
     Args:
       help: one line, in the imperative.
@@ -71,25 +71,25 @@ class Stage:
 
     @property
     def function(self) -> Callable[..., msgspec.Struct | None]:
-        """The function that does it."""
+        """Function that does the stage's work."""
         return _load(self.run)
 
     @property
     def facts(self) -> type[msgspec.Struct]:
-        """The struct that the function returns."""
+        """Struct that the stage's function returns."""
         return typing.get_type_hints(self.function).get("return", NoFacts)
 
     def is_on(self, sections: Mapping[str, Any]) -> bool:
-        """Return True if these settings ask for this stage."""
+        """Return True if the settings switch this stage on."""
         section, _, name = self.switch.partition(".")
         return not self.switch or getattr(sections[section], name) != "none"
 
     def more(self, work: Any, *sections: Any) -> Files:
-        """The files and settings of the stage that depend on settings."""
+        """Return the stage's files and settings that depend on the experiment's settings."""
         return Files() if self.files is None else _load(self.files)(work, *sections)
 
     def off(self, sections: Mapping[str, Any]) -> str:
-        """Return the line that tells how to turn it on."""
+        """Return a message that says which setting switches the stage on."""
         section, _, name = self.switch.partition(".")
         (value, *_) = [value for value in settings_of(sections[section])[name].names() if value != "none"]
         return f'{self.switch} is "none": set it to "{value}" (--config.{self.switch}={value})'

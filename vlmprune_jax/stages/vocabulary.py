@@ -35,13 +35,13 @@ _SCRIPTS = 8  # listed at most, the most frequent first
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:
-    """Return the settings with the training records as sources if none are named."""
+    """Return the vocabulary settings, with the training records as sources if none are set."""
     named = config.sources or ((data.train,) if data.train is not None else ())
     return dataclasses.replace(config, sources=named)
 
 
 def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path | str]:
-    """Return the files that the tokens are chosen by, by name; none if the vocabulary is kept whole."""
+    """Return {name: file} of the texts that choose tokens; {} if the whole vocabulary is kept."""
     if config.size is None:
         return {}
     if not config.sources:
@@ -52,7 +52,7 @@ def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path
 
 
 def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVocabulary) -> VocabularyReport:
-    """Compare both tokenizers, and the unpruned model with both vocabularies, on the held-out texts."""
+    """Compare the tokenizers (and the unpruned model) before and after trimming, on the held-out texts."""
     cfg = work.config(work.teacher)
     source = Source.of(work.teacher, cfg)
     texts, trimmed = read_sample(source, config).held_out, load_tokenizer(work.out)
@@ -71,7 +71,7 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
 
 
 def parse_size(text: str) -> int:
-    """Convert "16384" or "16k" (x 1,024) to a number of tokens.
+    """Convert "16384" or "16k" (k = 1,024) to a number of tokens.
 
     Raises:
       UserError: another form.
@@ -83,7 +83,7 @@ def parse_size(text: str) -> int:
 
 
 def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
-    """Return what vocabularies of these sizes save in parameters and bytes, and what they cost in tokens.
+    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens.
 
     Raises:
       UserError: see `read_sample` and `choose_tokens`.
@@ -115,7 +115,7 @@ def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Seque
 
 
 def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
-    """Yield the report in words."""
+    """Yield the vocabulary report as lines of text."""
     yield f"vocabulary: {report.rows:,} of {report.rows_before:,} tokens, {report.parameters:,} parameters fewer"
     for one in report.samples[:1]:
         bits = ""
@@ -128,7 +128,7 @@ def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
 
 
 def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocabulary: KeptVocabulary) -> TextSample:
-    """Split texts with both tokenizers."""
+    """Return how many tokens the texts have before and after trimming."""
     kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
     after = tokens_of(trimmed, texts)
     for old, new in zip(source.tokens(texts), after, strict=True):
@@ -151,7 +151,7 @@ def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocab
 def _with_bits(
     sample: TextSample, work: Work, texts: Sequence[str], source: Source, vocabulary: KeptVocabulary
 ) -> TextSample:
-    """Return the sample with the bits per byte of the unpruned model, with the whole and the trimmed vocabulary."""
+    """Return the sample with the unpruned model's bits per byte, before and after trimming its vocabulary."""
     some, size = list[str](), 0
     for text in texts:
         if some and size + len(text.encode()) > _MEASURED:
@@ -171,7 +171,7 @@ def _with_bits(
 
 
 def _bits(model: Model, ids: list[int], size: int) -> float | None:
-    """Return the bits per byte of a text of `size` bytes; the first token of a window counts as its others do."""
+    """Return the bits per byte of a text of `size` bytes, or None if it is too short; first tokens count as average."""
     if len(ids) < 2:
         return None
     window = max(min(_WINDOW, model.cfg.text.max_positions), 2)
@@ -181,7 +181,7 @@ def _bits(model: Model, ids: list[int], size: int) -> float | None:
 
 
 def _by_script(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group texts by the script of most of their letters, the largest group first."""
+    """Group texts by the script of most of their letters, largest group first."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         letters = Counter(unicodedata.name(letter, "other").split()[0] for letter in text[:2000] if letter.isalpha())

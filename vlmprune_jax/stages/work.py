@@ -31,7 +31,7 @@ from vlmprune_jax.workdir.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The workdir and the reporter of a command; `overwrite` outputs that were made from other inputs.
+    """Workdir and reporter of a command; `overwrite` allows replacing outputs made from other inputs.
 
     `store`: in a run of a sweep, where runs share what they made.
     """
@@ -42,12 +42,12 @@ class Context:
     store: Store | None = None
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print one line."""
         self.reporter.say(text)
 
     @contextlib.contextmanager
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar whose work ends between two items on SIGTERM.
+        """Show a progress bar; on SIGTERM the work stops between two items.
 
         Raises Stopped from the function that takes the number of items done; every process must call it in step.
         """
@@ -63,7 +63,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Context):
-    """The place of one stage: what it may read, where its outputs go, and the model and mesh of the experiment.
+    """Where one stage reads and writes: folders, models and mesh.
 
     `variant`: folder of the prune variant, with scores, `plan.json` and the models made before recovery. `folder`:
     where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
@@ -88,38 +88,38 @@ class Work(Context):
 
     @property
     def teacher(self) -> Path:
-        """The unpruned model's folder."""
+        """Folder of the unpruned model."""
         return teacher_folder(self.model)
 
     @property
     def tower(self) -> Path | None:
-        """The vision tower's own folder, if it has one."""
+        """Folder of the vision tower, if it has its own; None otherwise."""
         return None if self.model.vision_dir is None else Path(self.model.vision_dir)
 
     @property
     def model_files(self) -> dict[str, Path | str]:
-        """The unpruned model's folders, by the names that the ledger gives them."""
+        """Folders of the unpruned model, under their names in the ledger."""
         tower = {} if self.tower is None else {"model.vision_dir": self.tower}
         return {"model.hf_dir": Path(self.model.hf_dir), **tower}
 
     @property
     def devices(self) -> Mesh | None:
-        """The device mesh, or None for one device."""
+        """Device mesh, or None for one device."""
         return mesh_of(self.mesh)
 
     @property
     def tokens(self) -> ModelSpec:
-        """`model`, with the folder whose tokenizer the model `start` has: its own if its vocabulary is trimmed."""
+        """`model` with the folder whose tokenizer fits `start`: `start` itself if its vocabulary is trimmed."""
         rows = [self.config(folder).text.vocab_size for folder in (self.start, self.teacher)]
         return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(self.start))
 
     @property
     def plan(self) -> PrunePlan:
-        """The plan of the prune variant."""
+        """Prune plan of the prune variant."""
         return PrunePlan.from_json(self.variant / "plan.json")
 
     def load(self, folder: Path, parts: Collection[str] = PARTS) -> Model:
-        """Load a model folder, or parts of it, in the experiment's dtype and on its mesh."""
+        """Load a model folder, or parts of the model, in the experiment's dtype and on its mesh."""
         shared = {} if self.loaded is None else self.loaded
         if folder not in shared:
             dtype, tower = self.model.dtype, self.model.vision_dir
@@ -127,11 +127,11 @@ class Work(Context):
         return shared[folder]
 
     def open_model(self, folder: Path) -> Model:
-        """Open a model folder whose weights stay in their files."""
+        """Open a model folder without reading its weights."""
         return lazy.open_model(folder, self.tower)
 
     def config(self, folder: Path) -> ModelConfig:
-        """Read the shapes of the model in a folder."""
+        """Return the config of the model in a folder."""
         return read_config(folder, self.tower)[1]
 
     def save(self, model: Model, plan: PrunePlan | None = None) -> None:
@@ -148,17 +148,17 @@ class Work(Context):
         )
 
     def journal(self, output: Path, made_from: Mapping[str, Any]) -> Journal:
-        """Open what an interrupted pass that makes a file left; another mesh may cut and round batches differently."""
+        """Open the journal of an interrupted pass; one from another mesh is not used, since its batches may differ."""
         return Journal(journal_path(output), {**made_from, "mesh": vars(self.mesh)})
 
 
 def journal_path(output: Path) -> Path:
-    """Return the path of the journal of the pass that makes a file."""
+    """Return the path of the journal for a file that a pass makes."""
     return output.with_name(f"{output.name}.journal")
 
 
 def teacher_folder(spec: ModelSpec) -> Path:
-    """Return the unpruned model's folder. Raises UserError if it is not set, or does not exist."""
+    """Return the unpruned model's folder. Raises UserError if the setting is empty or the folder is missing."""
     if not spec.hf_dir:
         raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
     folder = Path(spec.hf_dir)
@@ -169,7 +169,7 @@ def teacher_folder(spec: ModelSpec) -> Path:
 
 @contextlib.contextmanager
 def in_memory(stage: str) -> Iterator[None]:
-    """Say in one line that a stage did not fit in memory, for which XLA takes fifty.
+    """Convert an out-of-memory error of a stage, which XLA spreads over fifty lines, to one line.
 
     Raises UserError with the settings that make it smaller.
     """

@@ -25,39 +25,39 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """A named group of overrides."""
+    """Named group of settings to override."""
 
     name: str
     overrides: Mapping[str, Any]
 
 
 class Hyper:
-    """Functions that `get_hyper(hyper)` combines runs with, named as in big_vision and XManager.
+    """Functions by which `get_hyper(hyper)` combines runs, named as in big_vision and XManager.
 
     Settings have their names of the command line, with or without the prefix `config.`.
     """
 
     def sweep(self, setting: str, values: Iterable[Any]) -> list[Point]:
-        """Return one run per value of a setting."""
+        """Return one run for each value of a setting."""
         return [{setting.removeprefix("config."): value} for value in values]
 
     def fixed(self, setting: str, value: Any) -> list[Point]:
-        """Return a single run with this value."""
+        """Return a single run that sets one value."""
         return self.sweep(setting, [value])
 
     def named(self, label: str, choices: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-        """Return one run per named group of overrides; run names contain `label=NAME`."""
+        """Return one run for each named group of overrides; their names contain `label=NAME`."""
         return [{label: Choice(str(name), _bare(overrides))} for name, overrides in choices.items()]
 
     def product(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Combine every run of each sweep with every run of the others; the last sweep varies fastest."""
+        """Combine every run of each list with every run of the others; the last list varies fastest."""
         points: list[Point] = [{}]
         for runs in sweeps:
             points = [_joined(point, run) for point in points for run in runs]
         return points
 
     def zipit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Combine the first runs of all sweeps, then the second, and so on.
+        """Combine the first runs of all lists, then the second runs, and so on.
 
         Raises:
           UserError: the sweeps have different lengths.
@@ -68,7 +68,7 @@ class Hyper:
         return [self.product([[run] for run in runs])[0] for runs in zip(*sweeps, strict=True)]
 
     def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Return all runs of the first sweep, then those of the next, and so on."""
+        """Return all runs of the first list, then those of the next, and so on."""
         return [_bare(run) for runs in sweeps for run in runs]
 
 
@@ -84,7 +84,7 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Point:
 
 
 def _flat(point: Mapping[str, Any]) -> Point:
-    """Return the value of every setting, with groups of overrides expanded."""
+    """Return {setting: value} of a run, with groups of overrides expanded."""
     settings: Point = {}
     for name, value in _bare(point).items():
         settings |= value.overrides if isinstance(value, Choice) else {name: value}
@@ -93,7 +93,7 @@ def _flat(point: Mapping[str, Any]) -> Point:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep: `group` is the name without seeds, `labels` are the parts of the name."""
+    """One run of a sweep: `group` is its name without seeds, `labels` are the parts of the name."""
 
     name: str
     group: str
@@ -103,13 +103,13 @@ class SweepRun:
 
     @property
     def seed(self) -> int | None:
-        """The seed, if all seed settings that the run overrides are equal; else None."""
+        """The run's seed; None if it overrides no seed, or several with different values."""
         seeds = {value for setting, value in self.overrides.items() if _is_seed(setting)}
         return seeds.pop() if len(seeds) == 1 else None
 
 
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
-    """Convert a list of overrides to runs, in order.
+    """Convert a list of overrides to runs, in the same order.
 
     Raises:
       UserError: not a list of overrides, or empty; a setting or value does not exist; or two runs have the same name.
@@ -136,7 +136,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
 
 
 def _nested(base: Experiment, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert {"a.b.c": value} to nested mappings; other entries of a mapping in the experiment are preserved."""
+    """Convert {"a.b.c": value} to nested mappings; keeps other entries of the experiment's mappings."""
     nested: dict[str, Any] = {}
     for setting, value in overrides.items():
         at, spec, (*parts, last) = nested, base, setting.split(".")
@@ -156,7 +156,7 @@ def _nested(base: Experiment, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:
-    """Return a short name for each setting that differs between runs: as few trailing words as make it unique.
+    """Return short unique names of the settings that differ between runs: as few trailing words as needed.
 
     Settings that always have equal values, such as seeds, share a name.
     """
@@ -179,7 +179,7 @@ def _short_names(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _labels_of(point: Point, short: Mapping[str, str]) -> dict[str, str]:
-    """Return the value of each label as text, seeds last."""
+    """Return {label: value as text} for a run, seeds last."""
     labels = {short[name]: _text(value) for name, value in point.items() if name in short}
     return dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))
 
@@ -189,7 +189,7 @@ def _is_seed(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return a value as part of a name, with letters, digits and `_ . + -` only."""
+    """Return a value as text for a run's name, with letters, digits and `_ . + -` only."""
     if isinstance(value, Choice):
         value = value.name
     if isinstance(value, Mapping):
@@ -218,7 +218,7 @@ def _name(labels: Mapping[str, str]) -> str:
 
 
 def _check_names(runs: Sequence[SweepRun]) -> None:
-    """Refuse two runs that would share a folder, also on case-insensitive disks."""
+    """Refuse runs whose names would share a folder, also on case-insensitive disks."""
     known: dict[str, SweepRun] = {}
     for run in runs:
         other = known.setdefault(run.name.casefold(), run)

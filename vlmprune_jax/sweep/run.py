@@ -33,18 +33,18 @@ RUN, ERROR = "run.json", "error.json"  # results of a run, or the error that sto
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its workdir, the config file (FILE.py:VARIANT) that lists its runs, and permission to overwrite."""
+    """A sweep: its workdir, the config file (FILE.py:VARIANT) that lists its runs, and whether to overwrite results."""
 
     workdir: Path
     config: str
     overwrite: bool
 
     def folder(self, run: SweepRun) -> Path:
-        """Return the workdir of a run."""
+        """Return the workdir of one run."""
         return self.workdir / RUNS / run.name
 
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
-        """Return the context of a run, with the store that all runs share."""
+        """Return the context of one run, with the result store that all runs share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
         images = [data.images, *(of.images for of in sets.values())]  # not inputs of any stage, as they are many files
         store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
@@ -52,7 +52,7 @@ class Sweep:
 
 
 def with_caches(experiment: Experiment) -> Experiment:
-    """Return the experiment with its caches in subfolders of those it names, one for each group of runs that can share.
+    """Return the experiment with caches in subfolders, one for each group of runs that can share a cache.
 
     A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """
@@ -76,7 +76,7 @@ def _below(folder: str, made_from: Any) -> str:
 
 
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
-    """Do all stages of a run and write `run.json`; continues after an interruption.
+    """Run all stages of a run and write `run.json`; an interrupted run continues.
 
     Raises:
       UserError: a stage refuses its settings or inputs.
@@ -123,7 +123,7 @@ def _costs(model: Run | Unpruned) -> Costs:
 
 
 def _speeds(model: Run) -> dict[str, Any]:
-    """Return tokens per second, and the speed-up over the unpruned model, which was measured in turns."""
+    """Return tokens per second, and speed-ups over the unpruned model, which was measured in turns."""
     if model.speed is None:
         return {}
     parts = ("prefill", "decode")
@@ -143,7 +143,7 @@ def is_done(run: SweepRun, sweep: Sweep) -> bool:
 
 
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
-    """Return the results of a run; None if the file is missing or damaged."""
+    """Return the results of a run; None if its file is missing or damaged."""
     try:
         found = read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
@@ -154,7 +154,7 @@ def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
-    """Return the error that stopped a run; None if there is none."""
+    """Return the error message that stopped a run; None if there is none."""
     try:
         return read_artefact(sweep.folder(run) / ERROR, RunError).error
     except UserError:
@@ -162,7 +162,7 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
 
 
 def made_from_of(run: SweepRun, sweep: Sweep) -> str:
-    """Return the content key of a run: of every stage its settings, version and the files that it reads elsewhere."""
+    """Return a hash of everything a run depends on: settings, versions and outside files of all its stages."""
     experiment, jobs = run.experiment, dict[str, Any]()
     for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
         files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
@@ -174,19 +174,19 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
 
 
 def files_elsewhere(job: Job) -> dict[str, Path | str]:
-    """Return the inputs of a job that lie outside the workdir: no other job makes them."""
+    """Return a job's inputs outside the workdir, which no other job makes."""
     below = {name for name, path in job.inputs.items() if isinstance(path, Path) and path.is_relative_to(job.workdir)}
     return {name: path for name, path in job.inputs.items() if name not in below}
 
 
 @functools.cache
 def digest_once(path: Path | str) -> str:
-    """Return `digest(path)`, computed once per command."""
+    """Return `digest(path)`, computed only once per command."""
     return digest(path)
 
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
-    """Return the contents of `sweep.json` from the runs that are complete."""
+    """Return the content of `sweep.json`, from the runs that are complete."""
     sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
     seen = set[str]()
     for run in runs:
@@ -202,7 +202,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
 
 
 def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
-    """Yield the models of a run: the last under the run's name, others unless an earlier run had the same model."""
+    """Yield a run's models: the last one under the run's name, others unless an earlier run has the same model."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
         last, known = number == len(models), model.digest in seen

@@ -44,7 +44,7 @@ MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU
 
 
 def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
-    """Check all runs before the first starts.
+    """Check the settings of all runs before the first one starts.
 
     Raises:
       UserError: see `check_experiment`; runs have different evaluation sets; or `jobs` is not possible.
@@ -66,7 +66,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
 
 
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
-    """Return shard `i/n`: every n-th run, starting with the i-th.
+    """Return shard i of n (`i/n`): every n-th run, starting at the i-th.
 
     Raises:
       UserError: not of the form i/n with 1 <= i <= n.
@@ -79,7 +79,7 @@ def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
 
 
 def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
-    """Return the runs whose names match a pattern with * and ?; all runs for "".
+    """Return the runs whose names match a pattern with * and ?; "" matches all.
 
     Raises:
       UserError: no run matches.
@@ -102,7 +102,7 @@ def run_sweep(
     table: Table,
     only: str = "",
 ) -> None:
-    """Do the unfinished runs of a shard, then write and print the comparison of all runs.
+    """Do all unfinished runs of a shard, then write and print the comparison of all runs.
 
     With `jobs` > 1, as many worker processes do one run each at a time (`start` prepares a worker); else runs are done
     in sequence in this process, or together by all processes of a pod. `page` writes the comparison page, `table` makes
@@ -128,13 +128,13 @@ def run_sweep(
 
 
 class _Pages:
-    """Periodic update of the comparison while a sweep is running."""
+    """Writer that updates the comparison from time to time while a sweep runs."""
 
     def __init__(self, runs: Sequence[SweepRun], sweep: Sweep, page: Page):
         self._runs, self._sweep, self._page, self._written = runs, sweep, page, time.monotonic()
 
     def maybe(self) -> None:
-        """Write the comparison if enough time has passed."""
+        """Write the comparison if the last one is old enough."""
         if time.monotonic() - self._written > PAGE_SECONDS and is_main_process():
             write_sweep(self._runs, self._sweep, self._page)
             self._written = time.monotonic()
@@ -168,7 +168,7 @@ def _run_in_processes(
 
 
 def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return the unfinished runs; those that failed before come last."""
+    """Return the unfinished runs, with those that failed before at the end."""
 
     def ranked() -> list[int]:
         left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
@@ -178,7 +178,7 @@ def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
 
 
 def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
-    """Do or continue a run; return the error that stopped it as one line, or None.
+    """Run or continue one run; return the error that stopped it as one line, or None.
 
     Raises:
       Stopped: on SIGTERM.
@@ -207,7 +207,7 @@ def _forget_programs() -> None:
 
 
 def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
-    """Write `sweep.json`, `sweep.csv` and the page with the results so far."""
+    """Write `sweep.json`, `sweep.csv` and the page, with the results so far."""
     found = collect(runs, sweep)
     write_artefact(sweep.workdir / SWEEP, found)
     write_text(sweep.workdir / "sweep.csv", as_csv(found))
@@ -237,7 +237,7 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print the runs, their state, and for each stage the run that computes its result, predicted from settings."""
+    """Print the runs with their state, and by stage which run computes a shared result (predicted from settings)."""
     stages = [name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
@@ -256,7 +256,7 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
 
 
 def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
-    """Return a key for each stage of a run, from its settings, its files and the previous stages."""
+    """Return {stage: key} of a run, from settings, files and earlier stages; equal keys share results."""
     data = run.experiment.data
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}

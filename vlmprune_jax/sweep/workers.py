@@ -25,7 +25,7 @@ Work = Callable[[Any], str | None]  # does an item; returns the error that stopp
 def in_processes(
     items: Sequence[Any], jobs: int, start: Callable[[], Work], done: Callable[[Any, str | None], None]
 ) -> None:
-    """Do every item in one of `jobs` new processes; if a process is killed, only its current item fails.
+    """Process all items in `jobs` new processes; if a process is killed, only its current item fails.
 
     An interruption ends the processes with SIGTERM, on which training saves its state.
 
@@ -62,7 +62,7 @@ def in_processes(
 
 
 class _Worker:
-    """A process that is started for the first item, and again after it was killed."""
+    """Child process that is started for the first item, and restarted after it was killed."""
 
     def __init__(self, start: Callable[[], Work]):
         self._start = start
@@ -72,7 +72,7 @@ class _Worker:
         self._starting, self._ended = threading.Lock(), False
 
     def do(self, item: Any) -> str | None:
-        """Do an item in the process; return its error as one line, or None."""
+        """Process one item in the child process; return its error as one line, or None."""
         process, connection = self._running()
         if process is None or connection is None:
             return None
@@ -96,7 +96,7 @@ class _Worker:
             return self._process, self._connection
 
     def end(self) -> None:
-        """Terminate the process and wait for its end."""
+        """Terminate the child process and wait until it has ended."""
         with self._starting:
             self._ended, process = True, self._process
         if process is not None:
@@ -106,7 +106,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
-    """Let processes that start meanwhile import no module from the current folder in place of one of Python's."""
+    """Keep child processes from importing the current folder's modules in place of Python's own."""
     with _ENVIRONMENT:
         before = os.environ.get("PYTHONSAFEPATH")
         os.environ["PYTHONSAFEPATH"] = "1"
@@ -119,7 +119,7 @@ def _safe_path() -> Iterator[None]:
 
 
 def _serve(connection: Connection, start: Callable[[], Work]) -> None:
-    """Do items and send their errors until the connection is closed."""
+    """Process items and send back errors, until the connection is closed (runs in the child process)."""
     with contextlib.suppress(EOFError, OSError, Stopped):
         try:
             work = start()

@@ -14,11 +14,11 @@ from vlmprune_jax.distributed.mesh import is_main_process
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An object inside an artefact; fields that have their default are left out of the file."""
+    """Object inside a JSON file of the workdir; fields with default values are left out."""
 
 
 class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="format", tag=0):
-    """A whole file. Its format is the number in the class statement: `class Result(Artefact, tag=1)`.
+    """Whole JSON file of the workdir; the class statement has its format number: `class Result(Artefact, tag=1)`.
 
     Raise the number when a file of the old class would be misread. `HINT` says how to make the file again.
     """
@@ -28,7 +28,7 @@ class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="f
     COMPACT: ClassVar[bool] = False  # one line for each field: files with thousands of numbers
 
     def problems(self, folder: Path) -> str | None:
-        """Return what is wrong beyond the types of the fields, for a file in `folder`; None if nothing is."""
+        """Return an error in a file's content beyond wrong types, for a file in `folder`; None if there is none."""
         del folder
         return None
 
@@ -37,7 +37,7 @@ _A = TypeVar("_A", bound=Artefact)
 
 
 def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> _A:
-    """Read a file that `write_artefact` wrote; fields that `kind` does not name are ignored.
+    """Read a file written by `write_artefact`; fields that `kind` does not declare are ignored.
 
     Args:
       path: the file.
@@ -66,7 +66,7 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
 
 
 def to_json(value: Any) -> Any:
-    """Convert a Struct to JSON values; NumPy's scalars become Python's."""
+    """Convert a Struct to JSON values, and NumPy numbers to Python numbers."""
     return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())
 
 

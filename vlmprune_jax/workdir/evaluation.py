@@ -19,7 +19,7 @@ TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name,
 
 
 class MetricInfo(Part, frozen=True, kw_only=True):
-    """Display and comparison of a metric's values (`Metric.describe`).
+    """How a metric's values are displayed and compared (`Metric.describe`).
 
     `main` is the name of the value that is compared. A value times `scale`, then `unit`, is shown. `full` is the value
     of a perfect model, None if there is none. `grouped_by` says what the groups are, None without groups.
@@ -35,23 +35,23 @@ class MetricInfo(Part, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The main value and its unit, as "accuracy in %"."""
+        """Name of the main value with its unit, such as "accuracy in %"."""
         return self.main + (f" in {self.unit}" if self.unit else "")
 
     def show(self, value: float | None, *, unit: bool = True) -> str:
-        """Format a value, with or without its unit; "" for None."""
+        """Return a value as text, with or without its unit; "" for None."""
         return "" if value is None else f"{self.scale * value:.2f} {self.unit if unit else ''}".strip()
 
 
 class Group(Part, frozen=True, kw_only=True):
-    """The values of one group of questions."""
+    """Metric values of one group of questions."""
 
     questions: Count
     values: Values
 
 
 class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
-    """One `eval/*.json`.
+    """Evaluation of one model on one set: a file `eval/*.json`.
 
     `scores` holds one number per question for each score of the metric, None where a question has none. `answers` is
     the name of the file beside it that holds the answers. `retained_interval` is the 95 % interval of the retained
@@ -74,22 +74,22 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     scores: dict[str, list[float | None]] = {}
 
     def problems(self, folder: Path) -> str | None:
-        """Return what is wrong if the metric's main value is missing."""
+        """Return an error if the metric's main value is missing; None otherwise."""
         main = self.metric.main
         return None if main in self.values else f"the metric's main value {main!r} is not among its values"
 
     @property
     def question_scores(self) -> list[float | None]:
-        """The score of every question: the metric's main score, or else its first."""
+        """Score of each question: the metric's main score, or else its first."""
         return self.scores.get(self.metric.main) or next(iter(self.scores.values()), [])
 
     def main_line(self) -> str:
-        """Summarise in words, as "accuracy 81.25 % on 160 questions"."""
+        """Return the main value as text, such as "accuracy 81.25 % on 160 questions"."""
         return f"{self.metric.main} {self.metric.show(self.values[self.metric.main])} on {self.count:,} {self.counted}"
 
 
 def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, Group]:
-    """Convert what `Metric.values_of_groups` returns."""
+    """Convert the result of `Metric.values_of_groups` to {group: `Group`}."""
     return {
         name: Group(questions=int(of["questions"]), values={key: v for key, v in of.items() if key != "questions"})
         for name, of in values_by_group.items()
@@ -97,13 +97,13 @@ def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, G
 
 
 def as_columns(scores: Iterable[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Convert one mapping per question to one list per score, None where a question has no such score."""
+    """Convert one mapping per question to one list per score, with None for missing scores."""
     rows = list(scores)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def evaluation_file(folder: Path, name: str, key: str) -> Path:
-    """Return the file of a model's evaluation: `folder/eval/NAME.json`, or NAME.SET.json for a set of another name."""
+    """Return the path of a model's evaluation, `folder/eval/NAME.json`; NAME.SET.json for a named set."""
     return folder / "eval" / (f"{name}.json" if key == DEFAULT_SET else f"{name}.{key}.json")
 
 
@@ -113,7 +113,7 @@ def read_evaluated(path: Path) -> Evaluated:
 
 
 def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
-    """Find the evaluation of the model at `path` of a result, or of the unpruned model (None); None if not there."""
+    """Return the evaluation file of the model at `path` (None = the unpruned model); None if it does not exist."""
     if not re.fullmatch(r"[\w-]{1,100}", key, re.ASCII):  # a foreign result may name sets as it likes
         return None
     folder = workdir / (TEACHER if path is None else path)
@@ -123,7 +123,7 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
-    """Read all evaluations of the model `name`, by set."""
+    """Return {set: evaluation} of the model `name`."""
     found = {}
     for path in sorted((folder / "eval").glob(f"{name}*.json")):
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")

@@ -22,7 +22,7 @@ from vlmprune_jax.workdir.store import RECORD, Store, exclusive
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The last run of a stage, which has begun or is done."""
+    """Ledger entry of a stage's last run, whether unfinished or done."""
 
     format: Literal[1] = 1
     made_from: MadeFrom
@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(Record, frozen=True, kw_only=True):
-    """The last run of a stage that is done. `outputs`: digests by name; `facts`: what its function returned."""
+    """Ledger entry of a finished stage. `outputs`: digests by name; `facts`: what the stage's function returned."""
 
     seconds: Finite
     facts: dict[str, Any]
@@ -45,7 +45,7 @@ LOCK_SECONDS = 100.0
 
 @dataclass(frozen=True)
 class Job:
-    """A stage applied in a workdir.
+    """A stage applied in a workdir: its settings, inputs and outputs.
 
     `name`: of its record, as `depth/prune`. `stage`: jobs of one stage can take each other's results from a `store`.
     `settings`: every setting that the result depends on (JSON values). `inputs`: files and folders by name.
@@ -68,20 +68,20 @@ class Job:
 
     @property
     def record(self) -> Path:
-        """Path of the record of this job's last run."""
+        """Path of the job's ledger entry."""
         return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The facts of a job that is done, and the seconds of the attempt that finished."""
+    """Result (facts) of a finished job, and the seconds that its last attempt took."""
 
     facts: Any
     seconds: float
 
 
 def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, say: Callable[[str], None]) -> Finished:
-    """Run `body` unless its result is already there.
+    """Call `body` unless its result already exists.
 
     Every process of a run calls it, and `body` runs on all of them; process 0 decides what is there, and notes it.
 
@@ -122,7 +122,7 @@ def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, sa
 
 @contextlib.contextmanager
 def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
-    """Refuse a second run of a job in the same workdir."""
+    """Lock a job's record in this context; refuse if another process is running the job in the same workdir."""
 
     def waiting() -> None:
         say(f"{job.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
@@ -136,7 +136,7 @@ def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None:
-    """Return the record of a job that is done; None if it has to run, after clearing its place."""
+    """Return the ledger entry if the job is done; otherwise remove old outputs and return None, so that it runs."""
     for name, path in job.inputs.items():
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{job.name}: {name} is {path}: no such file or folder")
@@ -160,7 +160,7 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
 
 
 def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
-    """Put the outputs of another run of the sweep in place and return its record; None if there is none."""
+    """Take over another sweep run's outputs and return its ledger entry; None if there is none."""
     assert job.store is not None
     entry = job.store.folder / key
     last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
@@ -177,7 +177,7 @@ def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
 
 
 def _end(job: Job, facts: msgspec.Struct, seconds: float, key: str | None) -> Done:
-    """Note in the ledger that the job is done, and share its result with other runs of the sweep."""
+    """Write the ledger entry of a finished job, and share its result with other runs of the sweep."""
     last = _read(job.record, job.facts)
     assert last is not None
     done = Done(
@@ -201,7 +201,7 @@ def _clear(job: Job) -> None:
 
 
 def _holds(path: Path) -> bool:
-    """Return True if something is there; an empty folder (a run failed before its first checkpoint) is nothing."""
+    """Return True if a path exists; an empty folder (a run that failed before its first checkpoint) does not count."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
@@ -225,7 +225,7 @@ def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFro
 
 
 def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
-    """`input changed` and `setting was a, now b`, for all in which what a stage was made from differs."""
+    """Return lines "input changed" and "setting was a, now b" for all differences between two `MadeFrom`."""
     names = sorted({*before.inputs, *now.inputs})
     inputs = [f"{name} changed" for name in names if before.inputs.get(name) != now.inputs.get(name)]
     old, new = ({**made.settings, "version": made.version} for made in (before, now))
@@ -233,7 +233,7 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
 
 
 def differs_only_in(job: Job, setting: str) -> bool:
-    """Return True if the outputs are as the last run left them, made from the same inputs except for one setting."""
+    """Return True if outputs are unmodified since the last run, and inputs differ at most in one setting."""
     last = _read(job.record, job.facts)
     if not isinstance(last, Done) or not all(path.exists() for path in job.outputs):
         return False
@@ -245,13 +245,13 @@ def differs_only_in(job: Job, setting: str) -> bool:
 
 
 def finished_stages(workdir: Path) -> dict[str, Done]:
-    """Return the record of every job of a workdir that is done, by name; damaged records are left out."""
+    """Return the ledger entries of all finished jobs in a workdir, by name; damaged ones are left out."""
     records = {path.stem: _read(path, None) for path in sorted((workdir / FOLDER).glob("*.json"))}
     return {name: record for name, record in records.items() if isinstance(record, Done)}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut; process 0 does."""
+    """Write a file atomically, also in case of a power cut; only process 0 writes."""
     if not is_main_process():
         return
     with replacing(path) as file:
@@ -260,12 +260,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON, of a struct the object of its fields."""
+    """Write a value (a struct as an object of its fields) as indented JSON with `write_text`."""
     write_text(path, json.dumps(value, indent=2, default=msgspec.to_builtins) + "\n")
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder of this workdir, if it is there."""
+    """Delete a file or folder of this workdir if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -273,7 +273,7 @@ def remove(path: Path) -> None:
 
 
 def _read(path: Path, facts: type[msgspec.Struct] | None) -> Record | None:
-    """Return the last run of a job; None for a damaged record, whose outputs are then refused, not trusted."""
+    """Return a job's ledger entry; None if it is damaged, so that its outputs are not trusted."""
     try:
         record = read_json(path, Record, missing="", unicode=False)
         kind = Done if record["done"] else Record

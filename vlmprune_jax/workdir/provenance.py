@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).parents[2]
 
 
 class MadeBy(msgspec.Struct, frozen=True, kw_only=True):
-    """The command, machine and code of a run. `commit` ends in "-dirty" if the source was changed; None if unknown."""
+    """Command, machine and code of a stage's run. `commit` ends in "-dirty" if source was changed (None: unknown)."""
 
     finished: str
     command: str
@@ -31,7 +31,7 @@ class MadeBy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def made_by() -> MadeBy:
-    """Describe this process, now."""
+    """Return command, machine and code version of this process."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     command = printable(shlex.join(["vlmprune", *sys.argv[1:]]))
     return MadeBy(finished=now, command=command, processor=processor(), versions=versions(), commit=commit())
@@ -39,7 +39,7 @@ def made_by() -> MadeBy:
 
 @functools.cache
 def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
-    """Return the versions of Python and of the installed ones of these packages."""
+    """Return {package: version} of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -51,7 +51,7 @@ def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """Return the commit of the repository that this package lies in, if it lies in one."""
+    """Return the commit of the Git repository that contains this package; None if there is none."""
     if not (_SOURCE / ".git").exists():
         return None
     command = ["git", "-C", str(_SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -29,14 +29,14 @@ Evaluations = Mapping[str, Evaluated]  # of one model, by set
 
 
 class Set(MetricInfo, frozen=True, kw_only=True):
-    """An evaluation set: its metric and its size."""
+    """Metric and size of one evaluation set."""
 
     counted: Literal["questions", "tokens"]
     count: Count
 
     @property
     def size(self) -> str:
-        """The size in words, as "9,673 questions"."""
+        """Size of the set as text, such as "9,673 questions"."""
         return f"{self.count:,} {self.counted}"
 
 
@@ -44,18 +44,18 @@ Sets = Mapping[str, Set]
 
 
 class ModelEvaluation(Part, frozen=True, kw_only=True):
-    """The values of a model, unscaled, by set and name; and by set, group and name."""
+    """A model's metric values (unscaled), by set and name; and by set, group and name."""
 
     scores: dict[str, Values]
     groups: dict[str, dict[str, Group]] = {}
 
     def main(self, name: str, sets: Sets) -> float | None:
-        """Return the main value of a set; None if the model has none."""
+        """Return the main value on a set; None if the model was not evaluated on it."""
         return self.scores.get(name, {}).get(sets[name].main)
 
 
 class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
-    """The same of a pruned model, beside the unpruned one.
+    """Metric values of a pruned model, and retention relative to the unpruned model.
 
     `retained` is 100 * value / the unpruned model's value by set, inverted where lower is better; None where that is 0.
     `retained_interval`: see `Evaluated`; only sets that have one. `mean_of_ratios` is the mean of `retained`, and
@@ -72,7 +72,7 @@ class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
 
 
 class Costs(Part, frozen=True, kw_only=True):
-    """Costs of a model by its shapes (`prune.cost.costs_of`)."""
+    """Costs of a model computed from its shapes (`prune.cost.costs_of`)."""
 
     forward_flops: Finite
     kv_bytes_per_token: Count
@@ -80,7 +80,7 @@ class Costs(Part, frozen=True, kw_only=True):
 
 
 class Workload(Part, frozen=True, kw_only=True):
-    """The row that `Costs` are for: its tokens and images, and the dtype of cache and file."""
+    """Row for which `Costs` are computed: its tokens and images, and the dtype of cache and file."""
 
     length: Count
     images: Count
@@ -88,7 +88,7 @@ class Workload(Part, frozen=True, kw_only=True):
 
 
 class Unpruned(Part, frozen=True, kw_only=True):
-    """The unpruned model.
+    """Entry of the unpruned model: evaluation, costs and speed.
 
     `parameters` are those that a forward pass uses. `carried` are the others of the checkpoint, such as tower layers
     after the feature layer: `num_parameters()` of transformers counts them too.
@@ -102,7 +102,7 @@ class Unpruned(Part, frozen=True, kw_only=True):
 
 
 class Run(Part, frozen=True, kw_only=True):
-    """One model: how it was made and what it scores. Paths are relative to the workdir.
+    """Entry of one model: how it was made, and its scores. Paths are relative to the workdir.
 
     `ratio_asked`, `ratio_reached` and `decoder_ratio` are shares of parameters to remove, removed of the whole model,
     and removed of the decoder. `plan`, `scores`, `metrics` and `path` are the plan, the importance files, the training
@@ -135,20 +135,20 @@ class Run(Part, frozen=True, kw_only=True):
 
     @property
     def after_pruning(self) -> str:
-        """The recovery in a reader's words, as "reconstructed + SFT"; "without recovery" if there was none."""
+        """Recovery in words, such as "reconstructed + SFT", or "without recovery"."""
         repaired = self.recovery == "reconstructed" or (self.recovery != "none" and self.reconstruct != "none")
         return recovery_label(self.recovery, reconstructed=repaired)
 
     @property
     def label(self) -> str:
-        """The model in a reader's words, as "width 30 %, reconstructed + SFT"."""
+        """Readable name of the model, such as "width 30 %, reconstructed + SFT"."""
         ratio = self.ratio_reached if self.ratio_asked is None else self.ratio_asked
         after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
         return f"{self.method} {100 * ratio:.3g} %{after}"
 
 
 class Export(Part, frozen=True, kw_only=True):
-    """The exported folder, reloaded by `backend`: the largest difference of any logit, and its limit."""
+    """Check of the exported folder, reloaded by `backend`: the largest logit difference, and its limit."""
 
     path: str
     backend: str
@@ -158,7 +158,7 @@ class Export(Part, frozen=True, kw_only=True):
 
 
 class Result(Artefact, frozen=True, kw_only=True, tag=1):
-    """The file. `best` names the run that is exported; runs of a sweep export nothing."""
+    """File `result.json`. `best` names the run that is exported; a sweep's runs export nothing."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
@@ -170,7 +170,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     workload: Workload | None = None
 
     def problems(self, folder: Path) -> str | None:
-        """Return what the types cannot say: an unknown name, or a path that leads out of the workdir."""
+        """Return an error that types cannot express: an unknown name, or a path outside the workdir; None if valid."""
         if all(run.name != self.best for run in self.runs):
             return f"its best run {self.best!r} is none of its runs"
         for name, model in self.models:
@@ -187,18 +187,18 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def models(self) -> list[tuple[str, Unpruned | Run]]:
-        """All models by name, the unpruned one first."""
+        """All models by name, unpruned model first."""
         return [(UNPRUNED, self.teacher), *((run.name, run) for run in self.runs)]
 
     @property
     def labels(self) -> dict[str, str]:
-        """The names of all models in a reader's words; runs with the same label keep their names behind it."""
+        """Readable names of all models, by name; runs with equal labels get their names appended."""
         counts = Counter(run.label for run in self.runs)
         labels = {run.name: run.label + ("" if counts[run.label] == 1 else f" ({run.name})") for run in self.runs}
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:
-        """Return the result without models that another run made too, as before different recoveries of one plan."""
+        """Return the result without duplicates of models, such as one plan's model before several recoveries."""
         shown: dict[object, Run] = {}
         for run in sorted(self.runs, key=lambda run: run.name != self.best):
             evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))
@@ -208,12 +208,12 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def best_run(self) -> Run:
-        """The run that `best` names."""
+        """Entry of the run that `best` names."""
         return next(run for run in self.runs if run.name == self.best)
 
 
 def recovery_label(recovery: str, *, reconstructed: bool) -> str:
-    """Name a recovery in a reader's words, as "reconstructed + SFT"."""
+    """Return a recovery in words, such as "reconstructed + SFT"."""
     trained = RECOVERIES.get(recovery, recovery) if recovery not in NOT_TRAINED else ""
     return " + ".join(filter(None, ("reconstructed" if reconstructed else "", trained))) or WITHOUT
 
@@ -228,7 +228,7 @@ def read_result(workdir: Path) -> Result:
 
 
 def describe_sets(evaluations: Evaluations) -> dict[str, Set]:
-    """Return the evaluation sets, from the evaluations of any model."""
+    """Return the evaluation sets (metric and size), from any model's evaluations."""
     return {
         name: Set(**msgspec.structs.asdict(of.metric), counted=of.counted, count=of.count)
         for name, of in evaluations.items()
@@ -238,14 +238,14 @@ def describe_sets(evaluations: Evaluations) -> dict[str, Set]:
 def unpruned_of(
     evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, carried: int = 0
 ) -> Unpruned:
-    """Make the entry of the unpruned model."""
+    """Return the unpruned model's entry in `result.json`."""
     evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
     parameters = next(iter(evaluations.values())).parameters
     return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
 
 
 def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
-    """Compare a model with the unpruned one; perplexities per token of different vocabularies by bits per byte."""
+    """Compare a model with the unpruned one; with different vocabularies, perplexities by bits per byte."""
     sets, scores, original = describe_sets(teacher), _values(evaluations), _values(teacher)
     for name, text in sets.items():
         if text.counted == "tokens" and evaluations[name].count != text.count and BITS in scores[name]:
@@ -267,7 +267,7 @@ def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean_of_ratios (without one: the highest scores); the smallest among equals."""
+    """Return the run with the highest mean_of_ratios (or else scores); the smallest among equals."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 
@@ -279,7 +279,7 @@ def best_run(runs: Sequence[Run], sets: Sets) -> Run:
 
 
 def averaged_sets(sets: Sets) -> list[str]:
-    """Return the sets that averages are over: those with a full score, or all if none has one."""
+    """Return the sets that averages include: those with a full score, or all if none has one."""
     return [name for name, of in sets.items() if of.full is not None] or list(sets)
 
 
@@ -299,14 +299,14 @@ def _retained(values: Values, original: Values, metric: MetricInfo) -> float | N
 
 
 def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
-    """Return the values that averages are over, all better when higher."""
+    """Return {set: main value} for averages, inverted if lower is better."""
     mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
     inverses = {name: 1 / value if value else math.inf for name, value in mains.items()}
     return {name: value if sets[name].higher_is_better else inverses[name] for name, value in mains.items()}
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return the rows of a model card: set, unpruned score, the run's score, retained in %, interval; then speeds."""
+    """Return rows of the model card: set, both models' scores, retained %, interval; then rows of speeds."""
     rows = [
         (
             f"{name} ({of.name}): {of.label}, {of.size}",
@@ -328,11 +328,11 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
 
 
 def percent(value: float | None) -> str:
-    """Format a percentage without its sign; "" for None."""
+    """Return a percentage as text without its sign; "" for None."""
     return "" if value is None else f"{value:.2f}"
 
 
 def interval(evaluation: RunEvaluation, name: str) -> str:
-    """Format the interval of what is retained of a set, as "95.1 to 97.3"; "" if unknown."""
+    """Return the retention interval on a set as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
     return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"

@@ -34,7 +34,7 @@ _Pixels = Annotated[int, Meta(ge=1, le=SIDE)]
 
 
 class Picture(Part, frozen=True, kw_only=True):
-    """An image (uri, width, height), or why there is none."""
+    """Sample image (uri, width, height), or the reason why there is none."""
 
     uri: Annotated[str, Meta(pattern=_URI)] | None = None
     width: _Pixels = 1
@@ -43,7 +43,7 @@ class Picture(Part, frozen=True, kw_only=True):
 
 
 class SampleAnswer(Part, frozen=True, kw_only=True):
-    """One model's answer, and its score."""
+    """One model's answer to a sample question, and its score."""
 
     model: str
     said: str
@@ -51,7 +51,7 @@ class SampleAnswer(Part, frozen=True, kw_only=True):
 
 
 class Sample(Part, frozen=True, kw_only=True):
-    """One question with the answers of all models, the unpruned one first."""
+    """One question with all models' answers, unpruned model first."""
 
     kind: Literal["repaired", "broken", "other"]
     id: str
@@ -62,7 +62,7 @@ class Sample(Part, frozen=True, kw_only=True):
 
 
 class SampleSet(Part, frozen=True, kw_only=True):
-    """The samples of a set, how many questions it has, and how many of each kind."""
+    """Samples of one set, the number of its questions, and how many of them are of each kind."""
 
     questions: Count
     counts: dict[str, Count]
@@ -70,7 +70,7 @@ class SampleSet(Part, frozen=True, kw_only=True):
 
 
 class Samples(Artefact, frozen=True, kw_only=True, tag=1):
-    """The file."""
+    """File of sample questions and answers for the report."""
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
     MAX_BYTES: ClassVar[int] = 2**26
@@ -78,7 +78,7 @@ class Samples(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_samples(workdir: Path) -> dict[str, SampleSet]:
-    """Read the samples by set; empty if there is no such file."""
+    """Return {set: samples}; {} if the file does not exist."""
     path = workdir / SAMPLES
     return read_artefact(path, Samples).sets if path.is_file() else {}
 
@@ -91,7 +91,7 @@ def make_samples(
     *,
     max_pixels: int,
 ) -> SampleSet:
-    """Choose the samples of one set.
+    """Choose the sample questions of one set.
 
     Args:
       records: its questions.
@@ -125,7 +125,7 @@ def make_samples(
 
 
 def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the kind of every question, and for how many plans it is of that kind."""
+    """Return each question's kind (such as broken or repaired), and for how many plans it is of that kind."""
     unpruned = right[UNPRUNED]
     repaired, broken = (np.zeros(len(unpruned), int) for _ in range(2))
     for plan in dict.fromkeys(run.plan for run in runs):
@@ -144,7 +144,7 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
 
 
 def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, most: int) -> list[int]:
-    """Pick at most `most` of the chosen questions, highest ranks first, spread over answers and images."""
+    """Choose up to `most` questions, highest ranks first, with varied answers and images."""
     places = sorted(np.flatnonzero(chosen).tolist(), key=lambda place: (-int(ranks[place]), place))
     found: list[int] = []
     seen: set[tuple[str, ...]] = set()
@@ -168,7 +168,7 @@ def _images(record: Record) -> tuple[str, ...]:
 
 
 def _question(record: Record) -> str:
-    """Return the last question, and how many went before."""
+    """Return the text of a record's last question, and how many questions precede it."""
     asked = [text for speaker, text in record.turns if speaker == "human"]
     text = asked[-1].replace(IMAGE_TOKEN, "").strip() if asked else ""
     before = f" (after {len(asked) - 1} earlier questions)" if len(asked) > 1 else ""

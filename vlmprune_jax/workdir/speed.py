@@ -21,7 +21,7 @@ SpeedUp = tuple[Finite, Finite, Finite]  # median, least and most over the round
 
 
 class MedianSpeed(Part, frozen=True, kw_only=True):
-    """Medians over rounds: prefill and decode in tokens/s, first token in seconds; speed-ups of a pruned model."""
+    """Median speeds over rounds: prefill and decode in tokens/s, first token in seconds; speed-ups if pruned."""
 
     prefill: Finite
     decode: Finite
@@ -32,7 +32,7 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
 
 
 def medians(measured: Measurement, unpruned: Measurement | None = None) -> MedianSpeed:
-    """Return the medians over the rounds, and of a pruned model the speed-ups."""
+    """Return the medians over rounds, and speed-ups if the unpruned model's measurement is passed."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
     speedups: dict[str, Any] = {
         f"{name}_speedup": speedup(getattr(unpruned, name), getattr(measured, name))
@@ -43,13 +43,13 @@ def medians(measured: Measurement, unpruned: Measurement | None = None) -> Media
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
-    """Return the speed-up, compared round by round: machines slow down for all models of a round."""
+    """Return the speed-up, compared round by round, since machines slow down for all models of a round."""
     rounds = [new / old for old, new in zip(before, after, strict=False)]
     return statistics.median(rounds), min(rounds), max(rounds)
 
 
 class Pair(Part, frozen=True, kw_only=True):
-    """One pruned shape, measured in turns with the unpruned model; `models` are the runs of that shape."""
+    """One pruned shape measured in turns with the unpruned model; `models` names the runs of that shape."""
 
     models: Annotated[list[str], Meta(min_length=1)]
     unpruned: Measurement
@@ -57,7 +57,7 @@ class Pair(Part, frozen=True, kw_only=True):
 
 
 class BenchWorkload(Part, frozen=True, kw_only=True):
-    """The prompt that every model was given, and how often."""
+    """The prompt of all models, and the number of rounds."""
 
     rounds: Count
     prompt_tokens: Count
@@ -67,13 +67,13 @@ class BenchWorkload(Part, frozen=True, kw_only=True):
 
 
 class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
-    """The same for rows that are answered together."""
+    """Workload of the stage `speed`: `BenchWorkload` with several rows at once."""
 
     batch_size: Count
 
 
 class Speed(Artefact, frozen=True, kw_only=True, tag=1):
-    """`speed.json`. `load` is the machine's load average in the minute before."""
+    """File `speed.json`; `load` is the machine's load average in the minute before."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or remove the file"
     processor: str
@@ -82,7 +82,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
     pairs: list[Pair]
 
     def medians(self) -> dict[str, MedianSpeed]:
-        """Return the medians by the names of runs; the unpruned model's, over all rounds, is named ""."""
+        """Return {run: medians}; the name "" stands for the unpruned model, over all rounds."""
         if not self.pairs:
             return {}
         unpruned = [pair.unpruned for pair in self.pairs]
@@ -99,7 +99,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
-    """`bench.json`: models in the engines that read them, all measured in turns."""
+    """File `bench.json`: models measured in turns, each in all engines that read it."""
 
     HINT: ClassVar[str] = "measure again with `vlmprune bench --json`, or remove the file"
     processor: str
@@ -109,7 +109,7 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
     sides: Annotated[list[BenchSide], Meta(min_length=1, max_length=1000)]
 
     def decode_rates(self) -> dict[int, float]:
-        """Return decoded tokens/s by parameters, of the models in the first engine and type of weights."""
+        """Return decoding rates (tokens/s) by number of parameters, in the first engine and type of weights."""
         first, rates = self.sides[0], dict[int, list[float]]()
         for side in self.sides:
             if (side.backend, side.weights) == (first.backend, first.weights):
@@ -118,18 +118,18 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
-    """Make the file of what `evaluation.speed.bench` measured on this machine."""
+    """Return the content of `bench.json` for measurements of `evaluation.speed.bench` on this machine."""
     given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
     workload = BenchWorkload(**given, dtype=dtype)
     return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))
 
 
 def read_bench(path: Path) -> Bench:
-    """Read the file of `vlmprune bench --json`."""
+    """Read a file written by `vlmprune bench --json`."""
     return read_artefact(path, Bench)
 
 
 def read_speed(workdir: Path) -> Speed | None:
-    """Read `speed.json`; None if it is not there."""
+    """Read `speed.json`; None if it does not exist."""
     path = workdir / SPEED
     return read_artefact(path, Speed) if path.is_file() else None

@@ -24,7 +24,7 @@ _AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Store:
-    """A folder with an entry for every result: a stage's outputs, and `stage.json`, the ledger's record.
+    """Folder of results shared by a sweep's runs; each entry has a stage's outputs and its ledger entry, `stage.json`.
 
     An entry appears whole or not at all, and holds hard links to files that the runs have as well (copies, where the
     disk knows no links): it takes no room, and may be removed at any time. A stage replaces its files and never changes
@@ -44,18 +44,18 @@ class Store:
         version: int,
         outputs: Sequence[Path],
     ) -> str:
-        """Return the name of a result's entry: everything that it is made from, and what its files are called."""
+        """Return the key of a result: a hash of everything it depends on, and of its files' names."""
         made = made_from(settings, inputs, version, every_byte=True)
         return f"{stage}-{content_key(made, [path.name for path in outputs], self.also)}"
 
     @contextlib.contextmanager
     def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Be the only process that makes this result, after waiting for one that does."""
+        """Wait until no other process makes this result, then hold its lock."""
         with exclusive(self.folder / f"{key}.lock", math.inf, waiting):
             yield
 
     def put(self, key: str, outputs: Sequence[Path], record: Mapping[str, Any]) -> None:
-        """Keep what a stage made."""
+        """Add a stage's outputs to the store."""
         with atomic_folder(self.folder / key) as entry:
             for path in outputs:
                 _link(path, entry / path.name)
@@ -63,7 +63,7 @@ class Store:
                 file.write(json.dumps(record, indent=2).encode())
 
     def take(self, key: str, outputs: Sequence[Path]) -> None:
-        """Put what another run made where this one would have put it."""
+        """Link outputs from the store to where the stage would have written them."""
         for path in outputs:
             made = self.folder / key / path.name
             if made.is_dir():
@@ -78,7 +78,7 @@ class Store:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make hard links to a file, or to the files of a folder that `digest` reads.
+    """Hard-link a file, or the files of a folder that `digest` reads.
 
     Raises:
       UserError: a link is among them.
@@ -100,7 +100,7 @@ def _link(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock; False where another process still holds it after so many seconds.
+    """Hold a lock in this context; yield False if another process keeps it for longer than the timeout (s).
 
     The system lets go of the lock of a process that is killed. `waiting` is called where it has to be waited for.
     """
@@ -119,7 +119,7 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Return True if this process holds the lock now, or the disk (a mounted bucket) knows no locks."""
+    """Return True if this process got the lock, or the disk (a mounted bucket) does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

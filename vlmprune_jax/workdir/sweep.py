@@ -23,7 +23,7 @@ DONE, FAILED, PENDING = "done", "failed", "pending"
 
 
 class UnprunedModel(Part, frozen=True, kw_only=True):
-    """A model that was pruned."""
+    """Entry of an unpruned model of the sweep."""
 
     parameters: Count
     bytes: Count
@@ -32,7 +32,7 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
 
 
 class SweptModel(Part, frozen=True, kw_only=True):
-    """An evaluated model of a run; fields that a `result.json` has too mean the same as there.
+    """Entry of an evaluated model of a run; fields that `result.json` also has mean the same.
 
     `model` is the folder of the unpruned model, a key of `SweepResult.unpruned`. `bytes` are of the exported weights,
     `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in whichever run of the
@@ -65,7 +65,7 @@ class SweptModel(Part, frozen=True, kw_only=True):
 
 
 class Entry(Part, frozen=True, kw_only=True):
-    """One model of a sweep, or one run that has none yet: it failed with `error`, or did not run here.
+    """One model of a sweep, or a run without one: it failed with `error`, or has not run.
 
     `name` is unique: the run's, or "RUN/pruned" for a model that is not the run's last. `group` is the name without
     seeds. `labels` are the parts of the name, `overrides` the settings of the run. `seed` is the run's seed if it sets
@@ -83,12 +83,12 @@ class Entry(Part, frozen=True, kw_only=True):
 
     @property
     def status(self) -> str:
-        """`done`, `failed` or `pending`."""
+        """State of the run: `done`, `failed` or `pending`."""
         return DONE if self.found is not None else PENDING if self.error is None else FAILED
 
 
 class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
-    """`sweep.json`. `config` is the config file with its variant; `unpruned` has one model as a rule."""
+    """File `sweep.json`. `config` is the config file with its variant; `unpruned` usually has one model."""
 
     HINT: ClassVar[str] = "run `vlmprune sweep` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
@@ -98,7 +98,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
     models: Annotated[list[Entry], Meta(min_length=1, max_length=100_000)]
 
     def problems(self, folder: Path) -> str | None:
-        """Return what the types cannot say: a model without its unpruned model, or without the value of a set."""
+        """Return an error that types cannot express: a missing unpruned model or value of a set; None if valid."""
         for entry in self.models:
             if (found := entry.found) is not None:
                 missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
@@ -108,12 +108,12 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def done(self) -> list[SweptModel]:
-        """The models that were evaluated."""
+        """Entries of all evaluated models."""
         return [entry.found for entry in self.models if entry.found is not None]
 
 
 class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
-    """`run.json`: what one run found; `made_from` is the hash of all that decides it."""
+    """File `run.json`: results of one run; `made_from` is the hash of everything that they depend on."""
 
     made_from: str
     sets: dict[str, Set]
@@ -122,7 +122,7 @@ class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class RunError(Artefact, frozen=True, kw_only=True, tag=1):
-    """`error.json`: why a run stopped, in one line."""
+    """File `error.json`: the error that stopped a run, in one line."""
 
     error: str
 
@@ -134,7 +134,7 @@ def read_sweep(workdir: Path) -> SweepResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Models that differ in seeds only; `retained`: the mean of what they retain in %, and its 95 % interval."""
+    """Models that differ only in seeds; `retained` is their mean retention (%), and its 95 % interval."""
 
     name: str
     labels: Mapping[str, str]
@@ -143,21 +143,21 @@ class Group:
 
     @property
     def first(self) -> SweptModel:
-        """One of the models, for what all have in common."""
+        """First model of the group, for properties that all share."""
         return self.models[0]
 
     def mean(self, field: str) -> float:
-        """Return the mean of a number that every model has."""
+        """Return the mean of a numeric property over the group's models."""
         return sum(getattr(model, field) for model in self.models) / len(self.models)
 
     def show_mean(self, name: str, sets: Sets) -> str:
-        """Format the mean of a set's main value; "" if no model has one."""
+        """Return the mean of a set's main value as text; "" if no model has one."""
         values = [value for one in self.models if (value := one.evaluation.main(name, sets)) is not None]
         return sets[name].show(sum(values) / len(values), unit=False) if values else ""
 
 
 def groups_of(sweep: SweepResult) -> list[Group]:
-    """Group the evaluated models that differ in seeds only."""
+    """Group the evaluated models that differ only in seeds."""
     found: dict[str, list[Entry]] = {}
     for entry in sweep.models:
         if entry.found is not None:
@@ -172,7 +172,7 @@ def groups_of(sweep: SweepResult) -> list[Group]:
 
 
 def as_csv(sweep: SweepResult) -> str:
-    """Return `sweep.csv`: a line for every entry of the sweep."""
+    """Return the text of `sweep.csv`, with one line per entry of the sweep."""
     labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
     speedups = ("prefill_speedup", "decode_speedup")
     facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]

@@ -18,14 +18,14 @@ GIB = 2**30
 
 
 class PlannedModel(Part, frozen=True, kw_only=True):
-    """Size of a student or teacher."""
+    """Parameters and layers of a student or teacher."""
 
     layers: Count
     parameters: Count
 
 
 class Hbm(Part, frozen=True, kw_only=True):
-    """Bytes of memory per chip."""
+    """Memory per chip, in bytes."""
 
     arguments: Finite
     temporaries: Finite
@@ -33,7 +33,7 @@ class Hbm(Part, frozen=True, kw_only=True):
 
 
 class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a step on all chips: those executed, those of the model, and these by part."""
+    """FLOPs of a step on all chips: executed ones, model FLOPs, and the latter by part."""
 
     executed: Finite
     model: Finite
@@ -44,7 +44,7 @@ class StepFlops(Part, frozen=True, kw_only=True):
 
 
 class StepSeconds(Part, frozen=True, kw_only=True):
-    """Least seconds of a step, and by what limits it."""
+    """Lower bounds of the step time in seconds, overall and by limiting resource."""
 
     step: Finite
     compute: Finite
@@ -53,7 +53,7 @@ class StepSeconds(Part, frozen=True, kw_only=True):
 
 
 class PlannedStep(Part, frozen=True, kw_only=True):
-    """A recovery step that fits. `received` is bytes per chip by kind of communication; throughput is of all chips."""
+    """A recovery step that fits. `received`: bytes per chip by collective operation; throughput is of all chips."""
 
     topology: str
     chips: Count
@@ -81,12 +81,12 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 
     @property
     def hours(self) -> float | None:
-        """Least hours of all steps; None if their number is not known."""
+        """Lower bound of the training time in hours; None if the number of steps is unknown."""
         return None if self.steps is None else self.steps * self.seconds.step / 3600
 
     @property
     def buckets(self) -> str:
-        """The shapes that a batch can have, as "768, 1024, 2048 tokens and 1, 13 images"; "" for a single shape."""
+        """Possible batch shapes as text, "768, 1024, 2048 tokens and 1, 13 images"; "" for a single shape."""
         named = {
             "tokens": self.tokens_buckets,
             "images": self.images_buckets,
@@ -96,7 +96,7 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 
 
 class Planned(Part, frozen=True, kw_only=True):
-    """One recovery: its step, or why it does not fit, and the best steps that a search found, by what was searched."""
+    """One recovery: its step, or why it does not fit, and the best steps that each search found."""
 
     step: PlannedStep | None = None
     problem: str | None = None
@@ -104,20 +104,20 @@ class Planned(Part, frozen=True, kw_only=True):
 
 
 class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
-    """The file: every recovery by its name."""
+    """File `tpu_plan.json`: all planned recoveries by name."""
 
     HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
     recoveries: dict[str, Planned]
 
 
 def read_tpu_plan(workdir: Path) -> dict[str, Planned]:
-    """Read the recoveries that `vlmprune plan` left in a workdir; empty if there are none."""
+    """Return {name: recovery planned by `vlmprune plan`} in a workdir; {} if there are none."""
     path = workdir / TPU_PLAN
     return read_artefact(path, TpuPlan).recoveries if path.is_file() else {}
 
 
 def as_rows(planned: Planned) -> list[tuple[str, str]]:
-    """Return (what, value) rows for one recovery."""
+    """Return (name, value) rows that describe one planned recovery."""
     rows = [] if planned.step is None else [*_step_rows(planned.step)]
     if planned.problem is not None:
         rows.append(("does not fit", planned.problem))

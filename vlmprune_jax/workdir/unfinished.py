@@ -24,7 +24,7 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
-    """A stage of one variant. `name`, `recovery`: of the model that it makes, which is `evaluated` or not.
+    """Record of one step of a run. `name` and `recovery` describe its model; `evaluated`: that model is evaluated.
 
     `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
     are patterns in `folder`, and `model` is the folder of the model there, "" if the stage makes none.
@@ -42,23 +42,23 @@ class StepRecord(Part, frozen=True, kw_only=True):
 
     @property
     def path(self) -> Path:
-        """The model's folder, relative to the workdir."""
+        """Path of the step's model folder, relative to the workdir."""
         return Path(self.folder) / self.model
 
     def is_done(self, workdir: Path) -> bool:
-        """Return True if all that the step makes is there."""
+        """Return True if all outputs of the step exist."""
         made = (*self.outputs, *([self.model] if self.model else []))
         return all(any((workdir / self.folder).glob(pattern)) for pattern in made)
 
 
 class Steps(Artefact, frozen=True, kw_only=True, tag=1):
-    """The file."""
+    """File that lists the steps of a run."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again"
     steps: list[StepRecord]
 
     def problems(self, folder: Path) -> str | None:
-        """Return the first path that leads out of the workdir or that no file can have."""
+        """Return the first path that is invalid or leads out of the workdir; None if all are valid."""
         for step in self.steps:
             for pattern in (*step.outputs, *([step.model] if step.model else [])):  # both are looked for by glob
                 if not _PATTERN.fullmatch(pattern):
@@ -76,14 +76,14 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_steps(workdir: Path) -> list[StepRecord]:
-    """Read the steps of a run; none if it was never begun."""
+    """Return the steps of a run; an empty list if it has not begun."""
     path = workdir / STEPS
     return read_artefact(path, Steps).steps if path.is_file() else []
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of pruning: its plan and importance files (relative to the workdir), as far as they are there."""
+    """One prune variant, with its existing plan and scores files (paths relative to the workdir)."""
 
     name: str
     method: str | None
@@ -93,7 +93,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The finished part of a run: `result` with an empty `best`, None before the unpruned model is evaluated.
+    """Finished part of a run: `result` with an empty `best` (None before the unpruned model is evaluated).
 
     `missing`: (what is missing, the command that makes it).
     """
@@ -104,12 +104,12 @@ class Unfinished:
 
     @property
     def runs(self) -> list[Run]:
-        """The models that are evaluated."""
+        """Entries of the models that are evaluated so far."""
         return [] if self.result is None else self.result.runs
 
 
 def read_unfinished(workdir: Path) -> Unfinished:
-    """Read what is there of a run.
+    """Return the finished part of a run.
 
     Raises:
       UserError: nothing of a run is there, or a file is damaged.
@@ -175,7 +175,7 @@ def _run(step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[s
 def _missing(
     steps: Sequence[StepRecord], teacher: bool, left: Sequence[str], workdir: Path
 ) -> Iterator[tuple[str, str]]:
-    """(what is missing, name of the command that makes it): of each variant the first step that is not done."""
+    """Yield (missing item, command that makes it) for the first unfinished step of each variant."""
     if not teacher:
         yield "the scores of the unpruned model", "evaluate"
     blocked: set[str] = set()

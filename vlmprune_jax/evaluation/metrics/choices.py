@@ -59,7 +59,7 @@ def right_letters(record: Record, name: str) -> set[str]:
 
 
 def _scienceqa(prediction: str, record: Record) -> bool:
-    """Return 1 for the letter `B`, `b` or `B. any text`; 0 for `(B)`, `b.` and `The answer is B`."""
+    """Return True for the correct letter as `B`, `b` or `B. any text`; not for `(B)`, `b.` or `The answer is B`."""
     said = prediction.strip()
     letter = said[0] if said[1:2] == "." and said[0].isupper() else said
     return letter.lower() in {right.lower() for right in right_letters(record, "choices")}
@@ -72,7 +72,7 @@ SCIENCEQA = accuracy(_scienceqa)
 
 
 def _ai2d(prediction: str, record: Record) -> bool:
-    """Return 1 for the letter `B`, `b`, `(B)` or `B. any text`; 0 for `B) text` and `The answer is B.`."""
+    """Return True for the correct letter as `B`, `b`, `(B)` or `B. any text`; not for `B) text`, `The answer is B.`."""
     first = _LETTER_FIRST.match(prediction)
     said = first[1] if first else prediction
     return any(is_same_text(said, letter) for letter in right_letters(record, "options"))
@@ -85,7 +85,7 @@ AI2D = accuracy(_ai2d)
 
 
 def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str:
-    """Return the choice letter that an answer contains; None if it contains none.
+    """Return the choice letter that an answer names, or a random letter if it names none.
 
     Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option; of
     several matches the last. An answer without a match gets a random letter, as in MMMU; here it depends on `SEED` and
@@ -191,7 +191,7 @@ def _decimals(record: Record) -> int:
 
 
 def _number(said: str, decimals: int | None) -> str | None:
-    """Return the number in a text, in the correct answers' format (integer if `decimals` is None); None if none."""
+    """Return the number in a text, in the correct answers' format (integer if `decimals` is None); None without one."""
     try:
         return str(int(float(said)) if decimals is None else round(float(said), decimals))
     except (ValueError, OverflowError):

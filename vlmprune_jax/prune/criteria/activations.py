@@ -23,7 +23,7 @@ from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Array
 
 
 class Tokens(NamedTuple):
-    """Tokens of a batch, [batch, seq]; of a tower, every position of every image is a row of one token.
+    """Weight and type of each token in a batch; a tower has one row per image position.
 
     `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
     `kind`: int32, one of PADDING, PROMPT, IMAGE and ANSWER (a token with a label; a batch without labels has none).
@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 class Blocks(Protocol):
-    """Blocks of a stack over one batch: `blocks(tap, inputs=())` -> a list with the result of `tap` for each block.
+    """Function that runs a stack's blocks over one batch and returns a list with `tap`'s result for each block.
 
     `tap(block)` sees `models.block.BlockValues`: `before` and `after` (of the decoder's last block after the final
     norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `models.block.VALUES`; the same in every
@@ -56,8 +56,7 @@ def accumulate(
     progress: Callable[[int], None] | None,
     journal: Journal | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the tree that `function(blocks, tokens, **options)` returns, summed over all batches in float64 on the
-    host.
+    """Run `function(blocks, tokens, **options)` on all batches and sum its results in float64 on the host.
 
     With `splits` also the trees over the tokens of each type alone, by name, if there are several types.
 
@@ -105,7 +104,7 @@ def accumulate(
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Return True if an entry of a journal holds numbers of these shapes."""
+    """Return True if a journal entry holds arrays of numbers with these shapes."""
     try:
         found = [np.asarray(leaf) for leaf in entry]
     except (TypeError, ValueError):
@@ -119,7 +118,7 @@ def _inputs(arrays: Arrays) -> dict[str, Any]:
 
 
 def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Return the batches that have images. Raises UserError if none has."""
+    """Yield the batches that have images. Raises UserError if there are none."""
     some = False
     for arrays in batches:
         if "pixel_values" in arrays:
@@ -190,13 +189,13 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return bool[batch, slots]: images that a row has positions for; the other slots are zeros."""
+    """Return bool[batch, slots]: True for slots whose image has positions in the row; other slots are padding."""
     count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
 
 
 class _Stack(NamedTuple):
-    """Pass over a stack's blocks, and the batches that have inputs for it."""
+    """How to run one stack's blocks, and which batches have inputs for it."""
 
     run: Callable[..., Run]
     batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]

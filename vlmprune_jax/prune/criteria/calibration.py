@@ -23,8 +23,7 @@ KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for n
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
-    """Yield the arrays of each batch: input_ids, attention_mask, kind (type of every token), perhaps pixel_values,
-    labels.
+    """Yield checked arrays of each batch: input_ids, attention_mask, kind (token types), perhaps pixel_values, labels.
 
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
@@ -44,7 +43,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
-    """Return rows of checked batches as arrays of `size` rows, each padded at its end to the largest of them.
+    """Regroup rows of checked batches into arrays of `size` rows, right-padded to the longest row.
 
     Ids, mask, kind and labels are there even if no row has them; images and positions only if a row has them.
     """
@@ -61,7 +60,7 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
 
 
 def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
-    """Return float32[4]: the weight of a token of each type by these options (`KIND_WEIGHTS`); 0 for padding."""
+    """Return float32[4], the weight of each token type from the options in `KIND_WEIGHTS`; 0 for padding."""
     weights = np.zeros(4, np.float32)
     for name, kind in KINDS.items():
         weights[kind] = options[f"{name}_weight"]
@@ -69,13 +68,13 @@ def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
 
 
 def kinds_in(counts: np.ndarray) -> list[str]:
-    """Return the names of the token types present (int[4], count of each), if there are several."""
+    """Return the names of token types with a positive count (int[4]); an empty result if there is only one."""
     names = [name for name, kind in KINDS.items() if counts[kind]]
     return names if len(names) > 1 else []
 
 
 def positive(count: Any) -> Any:
-    """Return `count`, the number of real tokens or of rows with one. Raises UserError if it is zero."""
+    """Return `count` (real tokens, or rows with any). Raises UserError if it is zero."""
     if count == 0:
         raise UserError("the calibration batches have no real token: every attention_mask is 0")
     return count
@@ -122,7 +121,7 @@ def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
 
 
 def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """Return [batch, images, 3, H, W] of [images, 3, H, W] in order of appearance; rows with fewer end with zeros."""
+    """Return images [images, 3, H, W] as [batch, images, 3, H, W], padded with zeros for rows with fewer images."""
     positions = (ids == cfg.image_token_id).sum(axis=1)
     counts, rest = np.divmod(positions, cfg.tokens_per_image)
     if rest.any():
@@ -139,7 +138,7 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
 
 
 def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
-    """Return int32[batch, seq], the type of every token."""
+    """Return the type of every token (padding, prompt, image, answer), int32[batch, seq]."""
     kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
         kind[arrays["labels"] != IGNORED] = ANSWER

@@ -28,7 +28,7 @@ Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of
 
 
 def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
-    """Return the sums of w x and w x^2 of every input channel of o_proj and down_proj, per layer, and of w."""
+    """Return sums over tokens of w x, w x^2 per input channel of o_proj and down_proj, by layer, and of w itself."""
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -47,9 +47,7 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
 
 
 def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:
-    """Return the scores of heads and neurons: each channel's `moment` times its weights' norm to the `power`, summed by
-    unit.
-    """
+    """Return head and neuron scores: the sum over channels of `moment` x (norm of the channel's weights)^`power`."""
     layers, total = sums
     count = positive(total)
     norms = [

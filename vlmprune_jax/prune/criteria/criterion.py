@@ -22,7 +22,7 @@ Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Criterion:
-    """Criterion for the importance of layers or of heads and neurons.
+    """Importance criterion for layers, or for heads and neurons.
 
     `scores`: which of "layers" and "widths" (heads and neurons) it scores. `options`: defaults by name; each function
     is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
@@ -77,11 +77,11 @@ class Criterion:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Defaults of `options`, and token weights unless the criterion has its own."""
+        """Default options of the criterion, with the token weights unless it handles these itself."""
         return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
-        """Return the settings of a config that are options of this criterion, the config's `options` included."""
+        """Return the settings in a config that this criterion has as options, and those in `config.options`."""
         own = self.settings
         if not self.splits:  # an option with the name of a token weight is the criterion's own
             own = {name: value for name, value in own.items() if name not in KIND_WEIGHTS}
@@ -90,25 +90,25 @@ class Criterion:
 
     @property
     def needs_batches(self) -> bool:
-        """True if it reads calibration data."""
+        """True if the criterion reads calibration data."""
         return self.needs != "weights"
 
     @property
     def file(self) -> Path | None:
-        """File of a criterion that is not this package's own; its scores depend on that file."""
+        """Source file of a user's criterion, on which its scores depend; None for built-in criteria."""
         return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
-        """Return the final value of `progress`."""
+        """Return the final number of steps that `progress` reports (layers or batches)."""
         return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
 
 
 def declared(*names: str) -> dict[str, Any]:
-    """Return the defaults of these settings in `ScoreConfig`, as options of a criterion."""
+    """Return {name: default} for settings of `ScoreConfig` that a criterion uses as options."""
     return {name: getattr(ScoreConfig(), name) for name in names}
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a function has parameters for."""
+    """Return only the options that a function has parameters for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

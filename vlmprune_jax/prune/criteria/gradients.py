@@ -50,7 +50,7 @@ def gradient_channels(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> tuple[list[Found], dict[str, list[Found]]]:
-    """Return per layer {path: channels(weight, gradient, squared, axis)} of its coupled weights (see `groups.coupled`).
+    """Return for each layer {path: channels(weight, gradient, squared, axis)} of its coupled weights.
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
@@ -95,7 +95,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Number of labels in each step (int[steps]) and in all, and the number of samples."""
+    """Numbers of labels per step (int[steps]) and in total, and the number of samples."""
 
     steps: np.ndarray
     total: float
@@ -112,7 +112,7 @@ def _backward(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> list[Found]:
-    """Return the result of `channels` for every layer, with a first axis over the token weightings."""
+    """Run the layers backward and return the result of `channels` for each, with a leading token-weighting axis."""
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
@@ -147,14 +147,14 @@ def _backward(
 
 
 def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
-    """Return the tree structure of `_reduce` for a layer."""
+    """Return the pytree structure of one layer's result."""
     layer, _ = _layer_of(model, number)
     reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
     return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
 
 
 def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Array]) -> None:
-    """Save the layers that are missing from the cache, and the gradients at the input of the last."""
+    """Save finished layers that the cache lacks, and the gradients at the last one's input."""
     if cache is None:
         return
     last, arrays = len(layers), dict[str, np.ndarray]()
@@ -168,7 +168,7 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Ar
 def _resume(
     cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
 ) -> tuple[list[Found], list[jax.Array]]:
-    """Return what `_save` saved last."""
+    """Return the state that `_save` saved last: layer results, and gradients to continue from."""
 
     def there(done: int) -> bool:
         keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]
@@ -187,7 +187,7 @@ def _resume(
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
-    """Return all rows as [steps, rows, ...]: padded to one length and one number of images, then to whole steps."""
+    """Return all rows as [steps, rows, ...], padded to the same length and number of images, and to full steps."""
     seen = list(batches)
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
@@ -199,12 +199,12 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 
 
 def _label_counts(labels: np.ndarray) -> np.ndarray:
-    """Return int[steps, rows], the number of predicted labels: nothing predicts the first position."""
+    """Return the number of predicted labels per row, int[steps, rows]; the first position is not predicted."""
     return (labels[..., 1:] != IGNORED).sum(axis=-1)
 
 
 def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of one step: arrays with the positions and targets of the loss in place of labels.
+    """Yield the inputs of one step, with positions and targets of the loss in place of labels.
 
     counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
@@ -222,13 +222,13 @@ def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
 
 
 class _Budget:
-    """Device memory for products, in bytes: as asked, or half of what is free."""
+    """Device memory for stored products, in bytes: the setting, or half of the free memory."""
 
     def __init__(self, asked: int | None):
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """Return the products if they fit, else None."""
+        """Return the products if they fit in the budget; None otherwise."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
@@ -237,9 +237,7 @@ class _Budget:
 
 
 def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
-    """Return, for these first layers and every step, input and products (None if they do not fit), and the
-    last output.
-    """
+    """Return inputs and products (None if too large) of the first layers for every step, and the last output."""
     embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
     xs, added = [x for x, _ in embedded], [one for _, one in embedded]
     stream = []
@@ -256,7 +254,7 @@ def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers:
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
-    """Return the parameters of a decoder layer, and a config with this layer only."""
+    """Return the parameters of one decoder layer, and a config with only this layer."""
     for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
         if number < start + length:
             stacked = model.params["text"]["layers"][str(run)]
@@ -289,7 +287,7 @@ def _block(layer: Params, x: jax.Array, micro: Any, *, text: TextConfig) -> tupl
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig) -> jax.Array:
-    """Return d(sum of cross-entropies) / dx at the last block's output; logits exist for CHUNK positions at a time."""
+    """Return the gradient of the summed cross-entropy at the last block's output, CHUNK positions at a time."""
     module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
 
     def loss(h: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -317,8 +315,7 @@ def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple
 def _differentiate(
     layer: Params, x: jax.Array, micro: Any, products: Any, cotangent: Any, weight: Any, sums: Any, *, text: TextConfig
 ) -> tuple[tuple[Any, Any], jax.Array]:
-    """Add one step's gradients of the coupled weights, and their squares, to the sums; return the gradient at the
-    input.
+    """Add one step's weight gradients, and their squares, to the sums; return the gradient at the layer's input.
 
     weight: labels of the step, whose one row's mean loss is squared.
     """

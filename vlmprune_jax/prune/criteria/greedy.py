@@ -42,7 +42,7 @@ def greedy_loss(
     candidates: int,
     search: int | None,
 ) -> Parts:
-    """Return float64[n_layers], the order in which layers are removed, by the summed cross-entropy of all labels.
+    """Return float64[n_layers], the order in which greedily removing layers raises the cross-entropy least.
 
     Args:
       batches: with labels (-100 ignored, not shifted).
@@ -86,7 +86,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """Model without the removed layers, and the inputs of each layer that is `kept`; `loss`: with all layers."""
+    """Model without the layers removed so far, with cached inputs of the kept layers; `loss` is the full model's."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -104,7 +104,7 @@ class _Cut:
             )
 
     def loss_without(self, layer: int) -> float:
-        """Return the summed cross-entropy without a layer; infinite if it is not finite."""
+        """Return the summed cross-entropy if one more layer is removed; infinity if it is not finite."""
         place = self.kept.index(layer)
         _, x = self._closed(place)
         for now, number in enumerate(self.kept[place + 1 :], start=place):
@@ -113,7 +113,7 @@ class _Cut:
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
-        """Remove a layer for good."""
+        """Remove a layer permanently."""
         place = self.kept.index(layer)
         changed, x = self._closed(place)
         if changed is not None:
@@ -123,14 +123,14 @@ class _Cut:
         self._fill(place, x)
 
     def _fill(self, place: int, x: States) -> None:
-        """Compute the inputs of the layers from this place on, and the output of the last one."""
+        """Compute the inputs of all layers from index `place` on, and the last layer's output."""
         for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = x
             x = self._run(self._layer(number), now, x)
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """Return (the layer before this place, reconstructed if the cut can be closed; the stream behind the cut)."""
+        """Return the layer before a cut, reconstructed if possible (else None), and the stream after the cut."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
             return None, x
@@ -148,7 +148,7 @@ class _Cut:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
     def _run(self, layer: Layer, place: int, x: States) -> States:
-        """Return the streams after a layer at a place among the layers that are left."""
+        """Return the streams after a layer that is at index `place` among the kept layers."""
         return [layer.run(one, step.given(place)) for one, step in zip(x, self._steps, strict=True)]
 
     def _loss(self, x: States) -> float:

@@ -32,7 +32,7 @@ Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] o
 
 
 def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict[str, int]]:
-    """Return the weights of a layer's attention group and of its MLP group, in reference order.
+    """Return the weights that are pruned together with heads, and those with neurons, in the reference's order.
 
     Each with its axis (of the layer's own array) that channel scores sum over: the axis that is not pruned.
     """
@@ -52,7 +52,7 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict
 def reduce_groups(
     channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...}: per layer, the scores of its units.
+    """Return {"heads": ..., "mlp": ...}, unit scores per layer, reduced over coupled weights.
 
     Args:
       channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
@@ -76,7 +76,7 @@ def reduce_groups(
 def reduce_inputs(
     channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...}, per layer, from scores of the input channels of o_proj and down_proj.
+    """Return {"heads": ..., "mlp": ...}, unit scores per layer from scores of o_proj's and down_proj's inputs.
 
     "o_proj": float[q_heads, head], summed over a unit's channels (`gqa`, see `reduce_groups`); "down_proj":
     float[neurons].
@@ -91,7 +91,7 @@ def reduce_inputs(
 
 
 def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """Return float[units, head] of a tensor's float[heads, head]; None if the unit does not own the tensor."""
+    """Return a tensor's channel scores as float[units, head]; None if the tensor is shared by several units."""
     n, head = channels.shape
     if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
         return channels if n == shape.q_heads else None

@@ -28,7 +28,7 @@ def linearized(
     text: TextConfig,
     positions: jax.Array | None = None,
 ) -> tuple[jax.Array, Products, Callable[[Products], Callable[..., Any]]]:
-    """Return (output of a block, its products, pull): `pull(products)` is the transpose of its derivative.
+    """Return (block output, its products, pull); `pull(products)` is the transposed derivative of the block.
 
     The products (outputs of projections and attention, which the remat policy "dots" saves) and the arguments are all
     that the derivative needs. If `pull` gets other products, the block's own are not computed: XLA drops their
@@ -74,7 +74,7 @@ def linearized(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
-    """Contract x with weight[0], all of which are equal; each one's gradient weights the tokens in its own way.
+    """Contract x with weight[0]; the equal copies of the weight get gradients under different token weightings.
 
     The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
     jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for

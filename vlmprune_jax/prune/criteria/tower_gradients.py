@@ -41,7 +41,7 @@ def tower_channels(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """Return the result of `gradients.gradient_channels`, for the tower's layers.
+    """Return the same as `gradients.gradient_channels`, for the tower's layers.
 
     Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
     with 0 after every step before.
@@ -86,7 +86,7 @@ def _zeros(flat: Flat) -> Flat:
 
 
 def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
-    """Yield the rows that are differentiated together, by default the batches as they are."""
+    """Yield groups of rows to differentiate together, by default the batches unchanged."""
     if rows is not None and rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
     for arrays in batches:
@@ -124,7 +124,7 @@ def _add(
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
 def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
-    """Return {path: `channels` of every layer of a run, stacked}."""
+    """Return {path: `channels` of every layer in a run, stacked}."""
     first, squared = sums
     found = {}
     for path, axis in of_axis:

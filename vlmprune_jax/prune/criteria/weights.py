@@ -19,14 +19,14 @@ from vlmprune_jax.prune.criteria.groups import GQA, Channels, coupled, reduce_gr
 
 
 def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
-    """Return channel scores sum |W|^power without a root, as the reference's L1 and L2, reduced over coupled groups."""
+    """Return channel scores sum |W|^power (no root, as the reference's L1 and L2), reduced over coupled weights."""
     attention, mlp = coupled(model.cfg, stack)
     channels = _channel_sums(model, attention | mlp, power=power, stack=stack)
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
 def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Channels]:
-    """Return per layer the sum over outputs of |W|^power: "o_proj" float32[q_heads, head], "down_proj" float32[mlp].
+    """Return sum |W|^power over outputs, per layer: "o_proj" float32[q_heads, head], "down_proj" float32[mlp].
 
     The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
     sums to weigh what a tap sees of the inputs of these projections.
@@ -40,7 +40,7 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
 def _channel_sums(
     model: Model, weights: dict[str, int], *, power: int, stack: str, written: bool = False
 ) -> list[Channels]:
-    """Return per layer the sum of |W|^power of these weights (path -> axis of the layer's own array) over that axis.
+    """Return per layer the sum of |W|^power over the axis that is named for each weight (path -> axis).
 
     `written`: times the gain of what they write to the residual stream.
     """
@@ -80,12 +80,12 @@ L1, L2 = (
 
 
 def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
-    """Return `random_scores` of a model, as a control."""
+    """Return `random_scores` of a model, as a control experiment."""
     return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
 
 
 def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
-    """Return importance, heads and mlp, drawn from U(0, 1) per layer and channel; a head is the sum of its channels."""
+    """Return random importance, heads and mlp scores; channels draw from U(0, 1), a head sums its channels."""
     one_of("gqa", gqa, GQA)
     draw = np.random.default_rng(seed)
     layers = cfg.stack(stack).layers
