@@ -16,7 +16,7 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the flags of `vlmprune chat`."""
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)

@@ -81,7 +81,7 @@ def _section(spec: Any) -> ConfigDict:
 
 
 def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Collection[str] = ()) -> Experiment:
-    """Return the experiment that a config describes.
+    """Convert a ConfigDict to an `Experiment`, after checking it.
 
     Args:
       config: the config.

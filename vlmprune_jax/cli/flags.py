@@ -108,7 +108,7 @@ def importing_beside(config: str | None) -> Iterator[None]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return name -> file of the configs that come with vlmprune: `demo`, `sweeps/demo_cut`.
+    """Return {name: file} of the configs that come with vlmprune, such as `demo` and `sweeps/demo_cut`.
 
     They lie in the installed package, and in a checkout beside it.
     """

@@ -86,8 +86,10 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130
-    (Ctrl-C), 141 (nobody reads on) or 143 (stopped by SIGTERM).
+    """Run one command and return its exit code, which is 0 if it succeeded.
+
+    Other codes: 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130 (Ctrl-C), 141 (nobody reads on),
+    143 (stopped by SIGTERM).
 
     A `script` with the functions `define` and `run` of a command module runs instead of a command of the table; then
     `argv` holds its flags only.

@@ -17,7 +17,7 @@ from vlmprune_jax.prune.config import VocabularyConfig
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the flags of `vlmprune vocabulary`."""
     text, several, settings = absl_flags.DEFINE_string, absl_flags.DEFINE_list, settings_of(VocabularyConfig())
     text("model", None, "Hugging Face folder or hub id of the model", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)

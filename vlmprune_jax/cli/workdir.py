@@ -61,7 +61,7 @@ def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
 
 
 def start_worker(sweep: Sweep) -> Work:
-    """Return the function that does one run in a process of `vlmprune sweep --jobs`."""
+    """Return a function that does one run of a sweep, for the processes of `vlmprune sweep --jobs`."""
     _quiet()
     load_file(sweep.config)  # for what it adds to `vp.criteria` and the like
     return functools.partial(_work, sweep)

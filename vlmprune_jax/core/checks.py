@@ -64,7 +64,7 @@ def layer_range(name: str, value: Sequence[int], n_layers: int) -> range:
 
 
 def fraction(name: str, value: Any) -> float:
-    """Return `value` as a float in [0, 1)."""
+    """Return `value` as a float after checking that it is at least 0 and below 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise UserError(f"{name}={value!r} must be at least 0 and below 1 (0.3 is 30 %)")
     return float(value)

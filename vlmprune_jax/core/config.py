@@ -44,7 +44,7 @@ class LayerShape:
         return self.q_heads, self.kv_heads, self.mlp
 
     def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
-        """Return the same layer with other widths."""
+        """Return a copy of the layer shape with other widths."""
         return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads, mlp=mlp)
 
 
@@ -181,7 +181,7 @@ class TextConfig(Stack):
             )
 
     def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer that computes the keys and values that `shared` layers like this one reuse."""
+        """Return the number of the layer whose keys and values `shared` layers like this one reuse, or None."""
         found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
         return found[-1] if found else None
 
@@ -371,7 +371,7 @@ class ModelConfig:
         return {"text": self.text, **tower}
 
     def stack(self, name: str) -> Stack:
-        """Return the stack of this name. Raises UserError if the model has no such stack."""
+        """Return the stack with this name. Raises UserError if the model has no such stack."""
         stack: Stack | None = getattr(self, name) if name in STACKS else None
         if stack is None:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")

@@ -66,7 +66,7 @@ class SharedError(UserError):
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return `field was a, now b` for every leaf in which two JSON values differ."""
+    """Return texts `field was a, now b` for all values in which two JSON objects differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in sorted({*before, *now}):

@@ -48,7 +48,7 @@ _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
 
 @contextlib.contextmanager
 def reading(what: object, todo: str = "restore it from its source", done: str = "read") -> Iterator[None]:
-    """Turn any error of code that reads a file into a UserError that names the file.
+    """Convert any exception of code that reads a file to a UserError that names the file.
 
     This includes `RecursionError`, `MemoryError` and panics of Rust libraries, which are not subclasses of `Exception`.
 
@@ -87,7 +87,7 @@ def last_read() -> Path | None:
 
 
 def open_file(path: Path, missing: str = "no such file") -> io.BufferedReader:
-    """Open a regular file for reading in binary.
+    """Open a regular file for reading bytes; refuse folders, pipes and devices.
 
     Args:
       path: a file or a link to one.
@@ -118,7 +118,7 @@ def _open_problem(path: Path, error: OSError | ValueError, missing: str) -> str:
 
 
 def read_bytes(path: Path, most: int | None = None, missing: str = "no such file") -> bytes:
-    """Return the content of a regular file of at most `most` bytes.
+    """Return the content of a regular file of at most `most` bytes; refuse larger ones.
 
     Raises UserError as `open_file` does, if the file is too large, or if the disk fails.
     """
@@ -271,7 +271,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
 
 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
-    """Return the arrays in an `.npz` file of at most 64 MiB, without pickles.
+    """Return {name: array} of an `.npz` file of at most 64 MiB, without unpickling.
 
     Raises UserError as `open_file` does, or if the file is not an `.npz`, is damaged, or an array has another size than
     claimed.
@@ -344,7 +344,7 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
 
 
 def copy_file(source: Path, target: Path, folder: Path) -> None:
-    """Copy a file of `folder`: a regular file, or a link to one in the folder or in the hub cache's `blobs`.
+    """Copy a regular file of `folder`, or a link to one in the folder or in the hub cache's `blobs`.
 
     Raises:
       UserError: see `open_file`; or the file is a link out of the folder, or too large for a file beside weights.

@@ -33,7 +33,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Sizes of the device mesh; -1 means all remaining devices. With all sizes 1, a run uses one device and no mesh."""
+    """Sizes of the device mesh (-1 = all remaining devices). With all sizes 1, a run uses one device and no mesh."""
 
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
@@ -54,7 +54,9 @@ class LoraConfig:
     Used if `recover.trainable` trains adapters.
     """
 
-    rank: int = setting(128, "Rank of the LoRA factors.", affects=("recover",), least=1)
+    rank: int = setting(
+        128, "Rank of the LoRA update (inner dimension of its two matrices).", affects=("recover",), least=1
+    )
     alpha: float = setting(
         256.0, "Scale of the LoRA update, which is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
     )

@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def bounds(self) -> str:
-        """The allowed range in words, such as `at least 0 and below 1`; empty without bounds."""
+        """Allowed range as text, such as `at least 0 and below 1`; "" without bounds."""
         limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
         return " and ".join(f"{what} {_limit_text(limit)}" for what, limit in limits if limit is not None)
 

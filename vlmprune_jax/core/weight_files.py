@@ -75,7 +75,7 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """Size in the file in bytes."""
+        """Size of the tensor in the file, in bytes."""
         return self.end - self.begin
 
     def raw(self) -> np.ndarray:

@@ -79,7 +79,7 @@ class ArrayCache:
             self._flush()
 
     def publish(self) -> None:
-        """Write the remaining arrays and open those of all processes; every process must call it, in step.
+        """Write all added arrays and make those of all processes readable; every process must call it in step.
 
         Raises UserError if a shard cannot be written, or a process does not see what another one wrote.
         """

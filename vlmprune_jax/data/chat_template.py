@@ -43,7 +43,7 @@ sys.stdout.buffer.write(jinja.from_string(text).render(**values).encode()[:10000
 
 
 class _ChatTemplate(TypedDict):
-    """Fields of chat_template.json, which transformers 4 wrote beside a processor."""
+    """Fields of chat_template.json, a file that transformers 4 wrote next to a processor's config."""
 
     chat_template: NotRequired[str]
 

@@ -52,7 +52,7 @@ class DataSpec:
     )
     eval: str | None = evaluate_setting(None, "Evaluation records, in the same formats as `train`.", by_content=True)
     images: str | None = records_setting(
-        None, "Folder that image paths in the records are relative to.", by_content=True
+        None, "Folder to which image paths in the records are relative.", by_content=True
     )
     eval_images: str | None = evaluate_setting(
         None, "Folder of the evaluation images (None = `images`).", by_content=True
@@ -62,7 +62,7 @@ class DataSpec:
         'Prompt template; "auto" follows the chat template in the model folder, else that of the model family.',
         choices="families:templates",
     )
-    system: str | None = rows_setting(None, 'System prompt, instead of the template\'s ("" = no system prompt).')
+    system: str | None = rows_setting(None, 'System prompt that replaces the template\'s ("" = none).')
     max_length: int | None = setting(
         None,
         "Maximum length of a training row, image tokens included (None = the longest record's); at most 4 times the "
@@ -73,7 +73,7 @@ class DataSpec:
     )
     truncate: bool = setting(
         True,
-        "Truncate records that are longer than `max_length`, instead of refusing them.",
+        "Truncate training rows that are longer than `max_length`; otherwise they are refused.",
         affects=(*_TRAINING, "teacher_cache"),
     )
     max_images: int = records_setting(1, "Maximum number of images per record.", unit="images", least=1, most=10_000)
@@ -85,23 +85,23 @@ class DataSpec:
     )
     min_tiles: int | None = rows_setting(
         None,
-        "Minimum number of tiles per image, for models that cut images into tiles (None = as the model folder says).",
+        "Minimum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
     max_tiles: int | None = rows_setting(
         None,
-        "Maximum number of tiles per image, for models that cut images into tiles (None = as the model folder says).",
+        "Maximum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
     thumbnail: bool | None = rows_setting(
-        None, "Add a small copy of the whole image to its tiles (None = as the model folder says)."
+        None, "Add a small copy of the whole image to its tiles (None = the model folder's value)."
     )
     max_image_tokens: int | None = rows_setting(
         None,
         "Maximum number of tokens per image, for models that take images of any size (Qwen-VL); larger images are "
-        "shrunk (None = as the model folder says).",
+        "shrunk (None = the model folder's value).",
         unit="tokens",
         least=1,
     )
@@ -146,10 +146,10 @@ class DataSpec:
     )
     threads: int = setting(2, "Number of threads that read and encode records.", unit="threads", least=0, most=1024)
     fraction: float = recover_setting(
-        1.0, "Share of the training records to use in recovery.", unit=FRACTION, above=0, most=1
+        1.0, "Share of the training records that recovery uses.", unit=FRACTION, above=0, most=1
     )
     seed: int = recover_setting(
-        42, "Random seed for choosing the share `fraction` of the training records.", least=0, below=2**32
+        42, "Random seed for choosing which training records `fraction` keeps.", least=0, below=2**32
     )
 
     def __post_init__(self) -> None:

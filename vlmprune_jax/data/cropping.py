@@ -59,7 +59,7 @@ class Cropping(DataclassPreparation):
         return self.image_shape(width, height, sharing).slots * self.size**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[slots, 3, size, size]: the whole image, then its crops from left to right or top to bottom."""
+        """Return float32[slots, 3, size, size]: the whole image, then its crops along its longer side."""
         pieces = [image.resize((self.size, self.size), self.resample) for image in (image, *self._cut(image))]
         return np.ascontiguousarray(
             normalize(np.stack([*map(np.asarray, pieces)]), self.mean, self.std).transpose(0, 3, 1, 2)

@@ -39,7 +39,7 @@ class _File(TypedDict):
 
 
 class _State(TypedDict):
-    """Fields of a split's state.json that are read back."""
+    """Fields that are read from a split's state.json."""
 
     _data_files: list[_File]
 
@@ -49,7 +49,7 @@ class _Dict(TypedDict):
 
 
 def datasets_folder(text: str) -> Path:
-    """Return the split's folder for a setting `datasets:FOLDER`; the name of a single split may be omitted.
+    """Return the folder of the split that `datasets:FOLDER` names; a single split's name may be omitted.
 
     Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
     """

@@ -282,7 +282,7 @@ def _smallest(buckets: Sequence[int], needed: int) -> int:
 
 
 def check_length(length: int, record: Record, limit: int) -> None:
-    """Raise UserError naming the record if its tokens exceed a limit."""
+    """Raise UserError naming the record if it has more tokens than a limit."""
     if length > limit:
         raise UserError(
             f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop it"

@@ -61,7 +61,7 @@ class FeatureLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the shape of each image; see `ImageLoader.shapes`."""
+        """Return the grid of each image of a record; see `ImageLoader.shapes`."""
         return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
@@ -96,13 +96,13 @@ class FeatureLoader:
         return {key: pictures[key] for key in self.cache.missing(pictures)}
 
     def pixels(self, picture: Picture) -> np.ndarray:
-        """Return a picture's pixels, as `ImageLoader.load` does. Raises UserError naming file and record."""
+        """Return the pixels of a picture, as `ImageLoader.load` does. Raises UserError naming file and record."""
         return self.images.load(picture.image, picture.record.id, len(picture.record.images))
 
     def shape_of(self, picture: Picture) -> ImageShape:
-        """Return a picture's shape. Raises UserError naming file and record."""
+        """Return the grid of a picture. Raises UserError naming the file and the record."""
         return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
 
     def count(self, picture: Picture) -> int:
-        """Return a picture's number of tiles or tokens. Raises UserError naming file and record."""
+        """Return the number of tiles or tokens of a picture. Raises UserError naming the file and the record."""
         return self.shape_of(picture).positions(1)

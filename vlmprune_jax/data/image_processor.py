@@ -42,7 +42,7 @@ _AnySize = _Side | _Sides | _Size | None
 
 
 class _Steps(TypedDict, total=False):
-    """Fields that are read from every image processor's settings."""
+    """Fields that are read from any image processor's settings."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
@@ -143,7 +143,7 @@ def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalize
 
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return uint8[..., 3] pixels as float32, divided by 255 and normalised, in place to save memory."""
+    """Normalise uint8[..., 3] pixels to float32 (divided by 255, minus mean, divided by std), saving memory."""
     values = pixels.astype(np.float32)
     values /= np.float32(255)
     values -= np.array(mean, np.float32)
@@ -152,7 +152,7 @@ def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
 
 
 def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
-    """Return the `size` x `size` pieces of an image, row by row; `size` divides its sides."""
+    """Cut an image into `size` x `size` pieces, row by row; `size` must divide its sides."""
     places = [(left, top) for top in range(0, image.height, size) for left in range(0, image.width, size)]
     return [image.crop((left, top, left + size, top + size)) for left, top in places]
 

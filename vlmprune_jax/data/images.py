@@ -82,7 +82,7 @@ class Preparation(Protocol):
         """Return the number of pixels of the largest intermediate image."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[slots, channels, height, width] of an RGB image, or float32[1, patches, values]."""
+        """Return an RGB image as float32[slots, channels, height, width], or float32[1, patches, values]."""
 
 
 class WholeImage:
@@ -125,7 +125,7 @@ class WholeImage:
         return height_after * width_after
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[1, 3, height, width]."""
+        """Return an RGB image as float32[1, 3, height, width]."""
         if self._pad:
             image = pad_to_square(image, tuple(self._processor.image_mean))
         return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
@@ -202,7 +202,7 @@ class ImageLoader:
 
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
-        """Open an image and check its size; errors in the block name the file and the record."""
+        """Open an image and check its size; errors inside the context name the file and the record."""
         with _opened(path, record) as image:
             width, height = image.size
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
@@ -245,7 +245,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
-    """Open an image and read its header; errors, also of decoding in the block, name the file and the record."""
+    """Open an image and read its header; errors inside the context, also of decoding, name file and record."""
     try:
         with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
             yield image

@@ -61,7 +61,7 @@ class Patching(DataclassPreparation):
         return math.ceil(max(most, math.sqrt(_THINNEST * most), rounded_up))
 
     def with_most_tokens(self, tokens: int) -> Patching:
-        """Return a patching with at most `tokens` tokens per image (thin images: see `_most_tokens`).
+        """Return a copy with at most `tokens` tokens per image (for thin images see `_most_tokens`).
 
         Raises UserError if images of `min_pixels` have more tokens.
         """

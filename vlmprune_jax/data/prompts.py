@@ -201,7 +201,7 @@ def _training_prompt(record: Record, template: Template, images: Sequence[ImageS
 
 
 def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    """Return the prompt with its first placeholders, one per image, replaced by the image tokens."""
+    """Return the prompt text with one placeholder per image replaced by that image's tokens."""
     if template.image_tokens is None:
         return prompt
     first, *rest = prompt.split(IMAGE_TOKEN, len(record.images))

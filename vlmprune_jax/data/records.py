@@ -34,7 +34,7 @@ class _Store(Protocol):
         """Return the encoded bytes of an image (such as a JPEG file)."""
 
     def identity(self) -> str:
-        """Return a text that identifies the data set."""
+        """Return a text that differs between data sets."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class _Unopened:
     """Image lookup that returns names as paths without opening files."""
 
     def find(self, name: str, where: str) -> Path:
-        """Return the name as a path."""
+        """Return the image name as a path."""
         del where
         return Path(name)
 

@@ -120,7 +120,7 @@ def write_tfds(
 
 
 def _features(name: str) -> Any:
-    """Return the TFDS feature declaration of the records or of the images."""
+    """Return the TFDS features (field types) of the records or of the images."""
     features = _load_tfds().features
     text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
@@ -263,7 +263,7 @@ class _Source:
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    """Return the number of examples in each file of a data set, from its metadata."""
+    """Return the number of examples in each file of a data set, as its metadata lists them."""
     file = place / _INFO
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
@@ -280,7 +280,7 @@ def _text(file: Path | epath.Path) -> str:
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a folder written by `write_tfds`, equal to those of `read_records` for its source.
+    """Return the records in a folder that `write_tfds` wrote, equal to those that were written.
 
     Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
     they become records with a `problem`, as in `read_records`.

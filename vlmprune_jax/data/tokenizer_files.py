@@ -147,7 +147,7 @@ def _try_rules(path: Path, rules: dict[str, Any]) -> None:
 
 
 def _walk(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every object in a JSON value."""
+    """Yield every JSON object nested anywhere in a value."""
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if isinstance(value, dict):
         yield value

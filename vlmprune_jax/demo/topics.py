@@ -33,7 +33,7 @@ def topic_records(half: int, letters: int) -> list[Record]:
 
 
 def topic_entries(half: int, letters: int) -> list[dict[str, Any]]:
-    """Return `topic_records` as entries of a LLaVA data file."""
+    """Return `topic_records` in the form of a LLaVA data file's entries."""
     return [
         {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
         for record in topic_records(half, letters)

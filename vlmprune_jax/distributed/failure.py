@@ -50,7 +50,7 @@ def joined() -> bool:
 
 
 def end(text: str, reason: str, code: int) -> int:
-    """Print why this process ends and return its exit code; in a run of several processes, end all of them instead.
+    """Print why this process ends and return its exit code; if the run has several processes, end all of them.
 
     The other processes print `reason`, one line.
     """

@@ -58,7 +58,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 def start_devices() -> None:
-    """Start this machine's accelerator, or its CPU.
+    """Initialise this machine's accelerator, or its CPU if it has none.
 
     Raises UserError if JAX_PLATFORMS names a platform that is not there.
     """
@@ -156,12 +156,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 
 
 def process_count() -> int:
-    """Return the number of processes of the run, without starting the accelerator for a single process."""
+    """Return the number of processes in the run; with a single one, the accelerator is not started."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Return True if this process writes exports, logs and progress, without starting the accelerator."""
+    """Return True in process 0, which writes exports, logs and progress; does not start the accelerator."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 

@@ -48,5 +48,5 @@ class StopSignal:
         self._flag.set()
 
     def requested(self) -> bool:
-        """Return True if the run should save and stop here; on a pod every process must ask, in step."""
+        """Return True if the run should save and stop now; every process of a pod must ask, in step."""
         return self._flag.is_set() or noticed()

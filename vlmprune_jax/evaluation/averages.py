@@ -14,7 +14,7 @@ def retained(score: float, original: float) -> float:
 
 
 def retained_per_benchmark(scores: Mapping[str, float], original: Mapping[str, float]) -> dict[str, float]:
-    """Return the retained percentage of every benchmark, in the order of `original`."""
+    """Return {benchmark: retained percentage}, in the order of `original`."""
     odd = sorted(set(scores) ^ set(original))
     if odd or not original:
         raise UserError(
@@ -36,7 +36,7 @@ def mean_of_ratios(scores: Mapping[str, float], original: Mapping[str, float]) -
 
 
 def paper_average(scores: Mapping[str, float], original: Mapping[str, float], full: Mapping[str, float]) -> float:
-    """Return the paper's AVG-%, 100 * sum of normalised scores / sum of normalised original scores (arXiv 2604.24380).
+    """Return the paper's AVG-% (arXiv 2604.24380): 100 x sum of normalised scores / sum of those of the unpruned model.
 
     A score is normalised by the full score (800 for MME cognition, 2000 for MME perception), so benchmarks with high
     scores have more weight than in `mean_of_ratios`.

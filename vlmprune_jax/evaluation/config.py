@@ -68,10 +68,10 @@ class EvaluateSpec:
     questions: int | None = evaluate_setting(
         None, "Number of questions to ask, taken from the start of the set (None = all).", unit="questions", least=1
     )
-    unrecovered: bool = setting(True, "Also evaluate the pruned model before reconstruction and before recovery.")
+    unrecovered: bool = setting(True, "Evaluate the pruned model also before reconstruction and before recovery.")
     metric: str = setting(
         "exact_match",
-        "Metric that scores the answers; changing it does not generate them again.",
+        "Metric that scores the answers; after a change, stored answers are scored again.",
         choices="evaluation.metrics:METRICS",
     )
     prompt_suffix: str = evaluate_setting(

@@ -86,7 +86,7 @@ class ArrangedQuestions:
 
     @property
     def longest(self) -> int:
-        """Length of the longest prompt in tokens, image tokens included."""
+        """Length of the longest prompt in tokens, including image tokens."""
         questions = (question for group in self.groups for question in group.questions)
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 

@@ -41,7 +41,7 @@ def export_options(spec: ExportSpec) -> dict[str, Any]:
 
 
 def export_dtype(model: ModelSpec, export: ExportSpec) -> str:
-    """Return the data type of the exported weights."""
+    """Return the data type in which weights are exported."""
     return model.dtype if export.dtype == "source" else export.dtype
 
 

@@ -46,7 +46,7 @@ class ScoreSpec(ScoreConfig):
         'Criterion that scores heads and neurons, for methods "width" and "hybrid".',
         choices="prune.criteria:CRITERIA",
     )
-    samples: int = score_setting(50, "Number of calibration records.", unit="records", least=1)
+    samples: int = score_setting(50, "Number of calibration records for scoring.", unit="records", least=1)
     batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
     longest_text: int | None = score_setting(
         None,
@@ -82,7 +82,9 @@ class ReconstructSpec(ReconstructConfig):
         'Repair the pruned weights by least squares ("least_squares"), or leave them as they are ("none").',
         choices=RECONSTRUCTIONS,
     )
-    samples: int = reconstruct_setting(512, "Number of calibration records.", unit="records", least=2)
+    samples: int = reconstruct_setting(
+        512, "Number of calibration records for the least-squares fit.", unit="records", least=2
+    )
     batch_size: int = reconstruct_setting(
         8, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS
     )
@@ -93,7 +95,7 @@ class ReconstructSpec(ReconstructConfig):
         unit="tokens",
         least=1,
     )
-    seed: int = reconstruct_setting(42, "Random seed for choosing calibration records.", least=0, below=2**32)
+    seed: int = reconstruct_setting(42, "Random seed for drawing the calibration records.", least=0, below=2**32)
 
 
 @dataclass(frozen=True)

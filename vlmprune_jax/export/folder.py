@@ -237,6 +237,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the slots of all weight matrices in the decoder's layers."""
+    """Return the slots of all weight matrices in decoder layers."""
     slots = make_slots(cfg, family)
     return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # configs import the options of formats, and load without jax
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported model comes from: folder, name, vision tower.
+    """Origin of an exported model: its folder, name and vision tower.
 
     Attributes:
       folder: folder of its configs and tokenizer.

@@ -92,7 +92,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or number of tiles, for families that cut images."""
+    """Return GGUF metadata that limits image size or number of tiles, for families that cut images into tiles."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}

@@ -38,7 +38,9 @@ class FolderOptions:
         choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(
-        None, "Encoder of the weights that it can hold, such as the result of `vp.gptq`.", offered=False
+        None,
+        "Quantised storage of weights, such as the result of `vp.gptq`; weights that it cannot hold stay unquantised.",
+        offered=False,
     )
 
 

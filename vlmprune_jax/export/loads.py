@@ -76,7 +76,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
-    """Return `why_not` for the model with other layers, or the reason why such a model cannot exist."""
+    """Return why a target cannot load the model with other layers, or why such a model cannot exist; None if it can."""
     try:
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
@@ -92,7 +92,7 @@ def _fewer_heads(stack: Stack) -> list[LayerShape]:
 
 
 def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
-    """Return the layer shape with this many key/value head groups and neurons fewer."""
+    """Return a layer shape with this many head groups and neurons removed."""
     groups = max(1, shape.kv_heads - heads)
     widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
     return shape.with_widths(*widths)

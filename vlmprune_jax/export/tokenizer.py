@@ -21,7 +21,7 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def read_tokenizer(folder: Path) -> JsonDict | None:
-    """Return the content of tokenizer.json, converted from older files if needed, or None without a tokenizer."""
+    """Return the content of tokenizer.json, converted from older files if needed; None without a tokenizer."""
     if os.path.lexists(folder / TOKENIZER):
         return read_json(folder / TOKENIZER, TokenizerFile)
     if not any(os.path.lexists(folder / name) for name in SLOW):

@@ -40,7 +40,7 @@ def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[Laye
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """Return the config with all stacks padded; a tower's heads are padded to the full number."""
+    """Return the config with all stacks padded to equal widths; a tower gets its full number of heads back."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)

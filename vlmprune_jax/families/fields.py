@@ -144,7 +144,7 @@ _SECTIONS = ("text_config", "llm_config", "vision_config", "rope_scaling", "rope
 
 
 def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse a config in which a known field has an unexpected value.
+    """Refuse a config.json in which a known field has an unsupported value.
 
     Args:
       config: content of a config.json or generation_config.json, or of its section `prefix`.

@@ -201,5 +201,5 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
 
 
 def stock_class(name: str) -> Stock:
-    """Return the `Stock` of a Qwen-VL class of transformers."""
+    """Return the `Stock` entry of a Qwen-VL class in transformers."""
     return Stock(name, "AutoModelForImageTextToText", image_start=("vision_start_token_id", 151652))

@@ -99,7 +99,7 @@ class Stock:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Conversion of a hub layout to a transformers layout; `to` is the key of the target family.
+    """How a hub layout is converted to a transformers layout; `to` names the target family.
 
     The target's processor needs the additional token `new_token`; with `marks_images` that token stands for images,
     since the source has none.
@@ -112,7 +112,7 @@ class Conversion:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A model family in one checkpoint layout: "transformers", or a hub's own ("original").
+    """Model family in one checkpoint layout: "transformers", or the hub's own ("original").
 
     Config: a folder belongs to the family if its config.json has one of the `model_types` and `matches`.
     `from_hf(config, vision)` reads a config.json (and that of a tower in its own folder). `to_hf(cfg, source)` is the

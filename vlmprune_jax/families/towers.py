@@ -143,7 +143,7 @@ def vision_to_hf(
 
 
 def equal_shape(vision: VisionConfig) -> LayerShape:
-    """Return the shape that all layers of a tower have, from its vision config.
+    """Return the one shape that all layers of a tower have, from its vision config.
 
     Raises:
       UserError: the layers have unequal widths, which no class loads.
@@ -157,7 +157,7 @@ def equal_shape(vision: VisionConfig) -> LayerShape:
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
-    """Return True if this config.json says that the model lacks the tensor of a (canonical) key."""
+    """Return True if config.json says that the model lacks the tensor with this (canonical) key."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
@@ -290,7 +290,7 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
 
 
 def first_axes(layout: str) -> str:
-    """Return the layout of a bias, which is the first axis group of its weight's layout."""
+    """Return a bias's layout, the first axis group of its weight's layout."""
     return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
 
 
@@ -311,13 +311,13 @@ def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str,
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:
-    """Return the ProjectorConfig of a model that must have one."""
+    """Return the ProjectorConfig of a model; only for models that have a projector."""
     assert cfg.projector is not None
     return cfg.projector
 
 
 def vision_of(cfg: ModelConfig) -> VisionConfig:
-    """Return the VisionConfig of a model that must have one."""
+    """Return the VisionConfig of a model; only for models that have a vision tower."""
     assert cfg.vision is not None
     return cfg.vision
 

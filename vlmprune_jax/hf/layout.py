@@ -202,14 +202,14 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a key's vision block is used, or does not exist, so that the key must be known."""
+    """Return True if a key's vision block is used, or lies beyond the tower, so that the key must be known."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
-    """Return the common prefix of the canonical keys of a part's blocks, up to the block number."""
+    """Return the prefix, up to the block number, that canonical keys of a part's blocks share; None without blocks."""
     keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
     return next((key.split("{i}")[0] for key in keys), None)
 

@@ -34,8 +34,9 @@ def for_tpu() -> bool:
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return softmax attention, with scores in float32; `mask`: bool[batch, 1, queries, keys], true where a query sees
-    a key.
+    """Return softmax attention with scores in float32.
+
+    `mask`: bool[batch, 1, queries, keys], true where a query sees a key.
 
     The narrow arrays are scaled and transposed, so that no pass but softmax goes over the scores: jax.nn's attention
     has XLA:CPU transpose them, forward and backward (6 % of a step of SmolLM2-135M).

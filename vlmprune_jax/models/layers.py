@@ -259,7 +259,7 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return float32[batch, seq, rotary_dim/2] cosines and sines at int[batch, seq] positions.
+    """Return cosines and sines, float32[batch, seq, rotary_dim/2] each, for int[batch, seq] positions.
 
     Positions int[batch, 3, seq] are those of frame, row and column; `rope.sections` says which frequencies use which.
     """
@@ -287,8 +287,9 @@ def section_axes(rope: RopeConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, parts: int = 1) -> jax.Array:
-    """Apply half-split rotary embedding to the first channels of `[batch, seq, heads, head]`, as many as the tables
-    have; to several `parts` of the head independently.
+    """Apply half-split rotary embedding to the first channels of heads `[batch, seq, heads, head]`.
+
+    Rotates as many channels as the tables have; with `parts`, each part of the head independently.
     """
     if parts > 1:
         cut = [jnp.split(array, parts, axis=-1) for array in (x, cos, sin)]

@@ -23,7 +23,7 @@ class Places(NamedTuple):
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return the places of the first `patches` patches of images with int[images, 3] `grid` (0, 0, 0: no image)."""
+    """Return row and column of the first `patches` patches per image, given int[images, 3] `grid` (0, 0, 0: none)."""
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
     cell, inside = index // merge**2, index % merge**2

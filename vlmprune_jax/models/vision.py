@@ -104,7 +104,7 @@ class VisionTower(BlockStack):
         return jnp.concatenate([table[: int(cfg.class_token)], resized])
 
     def spread(self, patches: jax.Array) -> jax.Array:
-        """Return position embeddings float[images, positions, vision] of images masked by `patches` (bool).
+        """Return position embeddings float[images, positions, vision] for partly masked images (`patches`: bool mask).
 
         Patch i of n real ones in a row or column takes the table's position at i / n of its length, as if they covered
         the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose float32
@@ -121,7 +121,7 @@ class VisionTower(BlockStack):
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
     def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
-        """Return the places of patches [images, patches, values] in images with int[images, 3] `grid`."""
+        """Return rows and columns of patches [images, patches, values], given int[images, 3] `grid`."""
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:

@@ -64,7 +64,7 @@ def config_of(model: Model | ModelConfig) -> ModelConfig:
 
 
 class VisionLanguageModel(nnx.Module):
-    """Vision tower -> projector -> decoder; a plain decoder if the config has no vision tower."""
+    """Vision-language model: tower -> projector -> decoder; only a decoder if the config has no tower."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -299,7 +299,7 @@ def apply(
     position_ids: jax.Array | None = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return logits float[batch, seq, vocab] and the intermediates in `want`; pure, to be called inside jit.
+    """Return logits float[batch, seq, vocab] and the intermediate values in `want`; pure, for use inside jit.
 
     aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
     """

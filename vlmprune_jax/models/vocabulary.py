@@ -38,7 +38,7 @@ class Head:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the float32[...] negative log-probability of int[...] targets.
+    """Return the negative log-probability, float32[...], of int[...] target ids.
 
     The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split. It is
     multiplied by the mask, not selected: XLA would keep a select's zeros in memory, an array of the logits' size.
@@ -111,7 +111,7 @@ class _Cut(NamedTuple):
     arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
 
     def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
-        """Return the arrays of one chunk."""
+        """Return the arrays of chunk number `i`."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:

@@ -90,7 +90,7 @@ class DoesNotFit(UserError):
 
 
 def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
-    """Compile a jitted function for abstract arguments on the devices of a slice.
+    """Compile a jitted function for a TPU slice, from abstract arguments and without the hardware.
 
     Raises:
       DoesNotFit: the program needs more HBM than a chip has.

@@ -97,15 +97,15 @@ class VocabularyConfig:
 
     size: int | None = prune_setting(
         None,
-        "Number of tokens to keep, rounded up to `multiple` (None = the whole vocabulary). Bytes, special tokens and "
-        "those of templates stay; the tokens of `sources` follow, the most frequent first, then others by merge rank.",
+        "Number of tokens to keep, rounded up to `multiple` (None = the whole vocabulary): first bytes, special "
+        "tokens and the templates' tokens, then tokens in `sources` by frequency, then others by merge rank.",
         unit="tokens",
         least=1,
     )
     sources: tuple[str, ...] = prune_setting(
         (),
-        "Files with the texts to keep tokens for: records as in `data.train`, text files, or JSON lists of texts or of "
-        "token ids, which all stay (() = `data.train`).",
+        "Files with texts whose tokens are kept: records as in `data.train`, text files, or JSON lists of texts or of "
+        "token ids; listed ids all stay (() = `data.train`).",
         by_content=True,
     )
     held_out: tuple[str, ...] = prune_setting(
@@ -116,7 +116,7 @@ class VocabularyConfig:
     )
     multiple: int = prune_setting(
         64,
-        "Keep a multiple of this number of tokens: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
+        "Number of which the kept vocabulary size is a multiple: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
         unit="tokens",
         least=1,
         most=2**20,
@@ -144,7 +144,7 @@ class PlanConfig:
     )
     ratio: float | None = prune_setting(
         None,
-        "Share of the whole model's parameters to remove, rows of the vocabulary included.",
+        "Share of all parameters of the model to remove; vocabulary rows count too.",
         unit=FRACTION,
         least=0,
         below=1,
@@ -175,13 +175,15 @@ class PlanConfig:
     )
     attn_layers: tuple[int, ...] = prune_setting(
         (),
-        "Layers that lose attention heads, as a half-open range (start, stop) of original layer numbers (() = all).",
+        "Layers from which attention heads are removed, as a half-open range (start, stop) of original layer numbers "
+        "(() = all).",
         unit="layers",
         least=0,
     )
     mlp_layers: tuple[int, ...] = prune_setting(
         (),
-        "Layers that lose MLP neurons, as a half-open range (start, stop) of original layer numbers (() = all).",
+        "Layers from which MLP neurons are removed, as a half-open range (start, stop) of original layer numbers (() "
+        "= all).",
         unit="layers",
         least=0,
     )
@@ -206,9 +208,9 @@ class PlanConfig:
     )
     heads: str = prune_setting(
         "auto",
-        'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
-        '("keep"), or whichever of several splits loses the least score ("auto"; with a sparsity or global selection '
-        "it is proportional).",
+        'How many attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
+        '("keep"), or the split that loses the least score ("auto"; proportional with `sparsity` or global '
+        "selection).",
         choices=HEADS,
     )
     selection: str = prune_setting(
@@ -239,7 +241,7 @@ class PlanConfig:
     )
     parameters_total: int | None = setting(
         None,
-        "Number of parameters that count as 100 % for ratios (None = all parameters of the unpruned model).",
+        "Number of parameters that count as 100 % for ratios (None = all parameters that the unpruned model uses).",
         unit="parameters",
         least=1,
         offered=False,
@@ -313,7 +315,7 @@ class TokenWeights:
 
 @dataclass(frozen=True)
 class ReconstructConfig(TokenWeights):
-    """Settings of `reconstruct`."""
+    """Settings of `reconstruct` (least-squares repair)."""
 
     held_out: float = reconstruct_setting(
         0.125,

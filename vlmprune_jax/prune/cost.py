@@ -28,8 +28,7 @@ Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the 
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
-    """Return a function that costs the model with other layers, exactly and without building its shapes (a second at
-    7B).
+    """Return a function that computes exact costs of the model with other layers, fast (1 s at 7B).
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
@@ -80,7 +79,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
 
 def with_other_bytes(budget: Budget) -> Budget:
-    """Return a budget with `other_bytes` (bytes that an export copies from, or omits of, `source_dir`) filled in.
+    """Return the budget with `other_bytes` computed: weights that an export copies from `source_dir` or leaves out.
 
     Raises UserError if the folder cannot be read or exported.
     """
@@ -129,13 +128,13 @@ def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: 
 
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
-    """Return the summed costs of all layers."""
+    """Return the sum of the costs of all layers in all stacks."""
     found = cfg.stacks if stacks is None else stacks
     return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return the number of values per row in the key/value cache."""
+    """Return how many values per row the key/value cache holds."""
     return sum(
         2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
         for one in text.layers
@@ -148,7 +147,7 @@ def _attention_of_token(text: Stack, context: int) -> int:
 
 
 def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
-    """Return the part of `forward_flops` that belongs to the layers."""
+    """Return the part of `forward_flops` that the layers account for."""
     total, text = 0, cfg.text
     for one in text.layers:
         attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)

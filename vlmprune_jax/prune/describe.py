@@ -88,8 +88,9 @@ def _text(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
-    """Shares of the whole model: of one unit of a stack, and the most that each method can remove of it (None: nothing,
-    since features of a tower's blocks enter the decoder).
+    """Return shares of the whole model: of one unit of a stack, and the maximum that each method can remove.
+
+    The maximum is None if features of a tower's blocks enter the decoder, so that nothing can be removed.
     """
     total, costs, layers = count_params(cfg), layer_costs(cfg, stack), cfg.stack(stack).layers
     sizes = [costs.of(shape) for shape in layers]

@@ -21,7 +21,7 @@ from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
 
 
 class Given(NamedTuple):
-    """Inputs of a layer besides the residual stream.
+    """Inputs of a layer other than the residual stream (masks, positions, deepstack additions).
 
     `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output.
     """
@@ -59,7 +59,7 @@ class Layer:
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int) -> Layer:
-        """Return layer `number` of a model's stack."""
+        """Return layer `number` of one of a model's stacks."""
         cfg = model.cfg.stack(stack)
         cfg.check_apart("work layer by layer (reconstruction, greedy_loss)", adds=True)
         run, (start, _, shape) = next(
@@ -109,7 +109,7 @@ class Layer:
 
     @property
     def written(self) -> dict[str, np.ndarray]:
-        """Changed parameters by path, cast to the model's dtype."""
+        """Parameters that reconstruction changed, by path, in the model's dtype."""
         return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in self.changed_paths}
 
 

@@ -441,7 +441,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
 
 
 def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Return why these layers cannot be kept of a stack with these widths; None if they can."""
+    """Return the reason why a plan cannot keep these layers of a stack with these widths; None if it can."""
     if not layers:
         return "no layer is kept"
     indices = [layer.index for layer in layers]
@@ -468,7 +468,7 @@ def _problem(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str |
 
 
 def _listed(indices: Sequence[int]) -> str:
-    """Return the first few numbers as text."""
+    """Return the first few numbers of a list as text."""
     return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 

@@ -111,7 +111,7 @@ def reconstruct(
 
 
 def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
-    """Compute the streams of both models before a stack's first layer, and what deepstack adds later."""
+    """Compute the inputs of a stack's first layer, and deepstack additions, for the unpruned and the pruned model."""
     for step in steps:
         step.dense, step.added_dense = embedded(step, teacher)
         step.ours, ours = embedded(step, pruned)
@@ -170,7 +170,7 @@ def _spans(kept: KeptStack) -> list[tuple[int, int]]:
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
-    """Return a layer's projections to reconstruct, in the order in which they write to the stream."""
+    """Return the projections of a layer to reconstruct, in the order in which they write to the residual stream."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
@@ -178,7 +178,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
-    """Run the unpruned model's streams through these layers, and store the mid-layer stream of the first."""
+    """Run the unpruned model's streams through these layers, and store the stream in the middle of the first."""
     for number in layers:
         layer = Layer.of(teacher, stack, number)
         for step in steps:
@@ -262,7 +262,7 @@ def solve_for(layer: Layer, module: str, steps: Sequence[Step], place: int) -> t
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the least-squares sums over these rows (see `ridge.Sums`)."""
+    """Return the least-squares sums over all rows of these steps (see `ridge.Sums`)."""
     totals = None
     for step in steps:
         target = step.middle if module == "o_proj" else step.dense

@@ -292,7 +292,7 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """Return (depth scores, width scores), with None for scores that the method does not need."""
+    """Return (depth scores, width scores); None in place of scores that the method does not need."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
             raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
@@ -316,7 +316,7 @@ def _choose_layers(
     total: int,
     stack: str,
 ) -> tuple[int, ...]:
-    """Return the original numbers of the layers to remove."""
+    """Return the original numbers of the layers to remove, chosen by score."""
     own = cfg.stack(stack)
     if stack == "vision" and cfg.deepstack:
         raise UserError(

@@ -41,7 +41,7 @@ class Costs:
     kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
 
     def at(self, shape: LayerShape) -> Costs:
-        """Return the costs of layers with the window and sharing of this one."""
+        """Return the costs of layers of this kind (with or without a window, sharing keys and values or not)."""
         return self.kinds.get((shape.window is None, shape.shared), self)
 
     def of(self, shape: LayerShape) -> int:
@@ -273,7 +273,7 @@ def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Return the widths at the next lower sparsity on the grid; None at 0."""
+    """Return the widths at the next lower sparsity of the grid; None if it is 0 already."""
     if start.sparsity == 0:
         return None
     sparsity = round(start.sparsity * GRID - 1) / GRID

@@ -68,7 +68,7 @@ def row_steps(
     names: Sequence[str] | None = None,
     cfg: ModelConfig | None = None,
 ) -> list[Step]:
-    """Return all rows as steps of the first batch's size; rows to fit and rows to hold out are kept apart.
+    """Return all rows in steps as large as the first batch; fitted and held-out rows are never in the same step.
 
     Without a `held_out` in the settings none is held out.
 
@@ -149,7 +149,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
 def _image_step(
     images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
 ) -> Step:
-    """Return a step of images, padded to `size` images with equally many tower positions."""
+    """Return a step of images, padded to `size` images; all have the same number of tower positions."""
     inputs: dict[str, Any] = {}
     first, grid, _ = images[0]
     shape = first.shape if grid is None else (positions, first.shape[-1])
@@ -167,7 +167,7 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Split items into (items to fit, False) and (items to hold out, True). Raises UserError for fewer than two."""
+    """Split items into (items to fit, False) and (held-out items, True). Raises UserError for fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)

@@ -71,13 +71,13 @@ def _loss(before: int, after: int) -> list[str]:
 
 
 def _rank(scores: Scores, index: int) -> list[str]:
-    """Return cells with a layer's score and its rank, lowest first."""
+    """Return table cells with a layer's score and its rank, lowest first."""
     order = np.argsort(scores.layers, kind="stable").tolist()
     return [f"{scores.layers[index]:.4g}", f"{order.index(index) + 1} of {len(order)}"]
 
 
 def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[str]:
-    """Return cells with the shares of a layer's summed head and neuron scores that are removed."""
+    """Return table cells with the shares of a layer's summed head and neuron scores that are removed."""
     if layer is None:
         return [NONE, NONE]
     heads, neurons = (values[index] for values in scores.widths)
@@ -90,7 +90,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
-    """Return the reason for a layer's widths that is not its scores."""
+    """Return the reason for a layer's widths, if it is something else than its scores."""
     if layer is None:
         return "goes"
     if index in spec.protect:
@@ -146,6 +146,6 @@ def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
-    """Return cells with how many items each plan keeps, and the share of items kept by both (of those kept by any)."""
+    """Return table cells: how many items each plan keeps, and which share both keep (of those that either keeps)."""
     a, b = set(first), set(second)
     return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]

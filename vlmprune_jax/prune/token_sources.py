@@ -50,7 +50,7 @@ class Source:
 
     @classmethod
     def of(cls, folder: Path, cfg: ModelConfig) -> Source:
-        """Read the tokenizer of a model folder.
+        """Return the tokenizer of a model folder as a `Source`.
 
         Raises:
           UserError: there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
@@ -76,7 +76,7 @@ class Source:
         return tokens_of(self.tokenizer, texts)
 
     def trimmed(self, vocabulary: KeptVocabulary) -> Any:
-        """Return a tokenizer with the kept tokens, in memory."""
+        """Return a tokenizer (in memory) with only the kept tokens."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
@@ -122,7 +122,7 @@ class Sample:
 
 
 def read_sample(source: Source, config: VocabularyConfig) -> Sample:
-    """Read `config.sources` and `config.held_out`.
+    """Return the texts in `config.sources` and `config.held_out`.
 
     Raises:
       UserError: no sources are named, see `read_texts`, or a listed id is beyond the vocabulary.

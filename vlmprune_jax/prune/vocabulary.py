@@ -128,7 +128,7 @@ class Subwords:
         return [f"<0x{byte:02X}>" for byte in letter.encode()]
 
     def closure(self, kept: Iterable[int]) -> set[int]:
-        """Return the tokens with all tokens that their derivations need, and the `required` ones."""
+        """Return these tokens, all tokens that BPE needs to build them, and the `required` ones."""
         closed = {*self.required, *kept}
         return closed.union(*(self.needs(i) for i in closed))
 

@@ -134,7 +134,7 @@ def _local(
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Return the summed scores of the removed units."""
+    """Return the sum of the scores of the units that are removed."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     lost = 0.0
     for i in alive:
@@ -171,7 +171,7 @@ def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[
 
 
 def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
-    """Return the highest-scoring units of each layer, as many as its widths allow."""
+    """Return {layer: its highest-scoring units}, as many as its widths allow."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     return {
         i: (

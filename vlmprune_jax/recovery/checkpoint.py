@@ -128,7 +128,7 @@ class Checkpointer:
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
-        """Return this process's data position from those saved by all processes.
+        """Return the data position of this process, out of those that all processes saved.
 
         Streams over global batches (`data.batching`) have the same position on every process, so any number of
         processes can continue them.

@@ -64,10 +64,10 @@ class LossConfig:
         least=0,
     )
     kl: float = recover_setting(
-        0.0, "Weight of the forward KL divergence (teacher to student) at `temperature`.", unit=WEIGHT, least=0
+        0.0, "Weight of the forward KL divergence KL(teacher || student) at `temperature`.", unit=WEIGHT, least=0
     )
     rkl: float = recover_setting(
-        0.0, "Weight of the reverse KL divergence (student to teacher) at `temperature`.", unit=WEIGHT, least=0
+        0.0, "Weight of the reverse KL divergence KL(student || teacher) at `temperature`.", unit=WEIGHT, least=0
     )
     l2_layers: tuple[int, ...] = recover_setting(
         (-1,),
@@ -92,7 +92,8 @@ class LossConfig:
     )
     kl_positions: str = teacher_setting(
         "all",
-        'Positions in the KL terms: all tokens ("all", as in the paper), or only those that predict labels ("labels").',
+        'Positions that the KL terms cover: all tokens ("all", as in the paper), or only those that predict labels '
+        '("labels").',
         choices=("all", "labels"),
     )
     teacher_top_k: int = recover_setting(
@@ -155,7 +156,7 @@ class RecoverConfig:
         "group), of which the first match decides.",
         choices=tuple(PRESETS),
     )
-    learning_rate: float = recover_setting(2e-4, "Peak learning rate.", above=0)
+    learning_rate: float = recover_setting(2e-4, "Peak learning rate, reached after the warm-up.", above=0)
     batch_size: int = recover_setting(
         128,
         "Number of rows per optimizer step, over all devices; lowered if there are fewer training records.",
@@ -169,7 +170,7 @@ class RecoverConfig:
         None, "Peak learning rate of the projector (None = `learning_rate`).", above=0
     )
     weight_decay: float = recover_setting(0.0, "Weight decay of AdamW, applied to matrices only.", least=0)
-    schedule: str = recover_setting("cosine", "Learning-rate schedule after the warm-up.", choices=SCHEDULES)
+    schedule: str = recover_setting("cosine", "Decay of the learning rate after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = recover_setting(
         0.03,
         "Share of the optimizer steps in which the learning rate rises linearly from 0 (always less than all steps).",
@@ -178,7 +179,7 @@ class RecoverConfig:
     )
     b1: float = recover_setting(0.9, "Decay rate of AdamW's first moment (beta 1).", least=0, below=1)
     b2: float = recover_setting(0.999, "Decay rate of AdamW's second moment (beta 2).", least=0, below=1)
-    eps: float = recover_setting(1e-8, "Epsilon of AdamW.", above=0)
+    eps: float = recover_setting(1e-8, "AdamW's epsilon, added to the root of the second moment.", above=0)
     clip_norm: float | None = recover_setting(
         1.0, "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).", above=0
     )

@@ -136,7 +136,7 @@ class _Queue:
         self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
 
     def advance(self, rows: int) -> tuple[int, int]:
-        """Store finished pictures and read more; return (pictures in progress, tokens of the next tiles' largest)."""
+        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
         loader, waiting = self._loader, self._waiting
         while waiting and waiting[0][1] <= len(self.finished):
             key, count = waiting.popleft()

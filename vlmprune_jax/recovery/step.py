@@ -122,7 +122,7 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Static configuration of a compiled step."""
+    """Settings that a compiled training step is specialised for (static arguments of jit)."""
 
     cfg: ModelConfig
     loss: LossConfig
@@ -142,7 +142,7 @@ def make_step(
     rates: Mapping[str, optax.Schedule],
     shardings: TrainState | None,
 ) -> Step:
-    """Return the jitted step `(state, frozen, teacher params, batch) -> (state, metrics)`; it donates the state.
+    """Return the jitted step `(state, frozen, teacher params, batch) -> (state, metrics)`; `state` is donated.
 
     `batch`: global arrays, rows split over (data, fsdp). `rates`: schedules to report, by metric name. Metrics are
     float32 scalars on the device; nothing in the step waits for the host.
@@ -260,7 +260,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 @contextlib.contextmanager
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
-    """Set the context in which a step runs: activations are placed on `mesh` (`rules.constrain`).
+    """Set the context for running a step: activations are sharded over `mesh` (`rules.constrain`).
 
     In bfloat16, the backward pass of attention in jax.nn mixes bfloat16 and float32, which strict promotion refuses.
     """

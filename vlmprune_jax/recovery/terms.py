@@ -70,7 +70,7 @@ class LossTerm:
 
     @property
     def needs_teacher(self) -> bool:
-        """True if the term needs a teacher."""
+        """True if the term compares the student with a teacher."""
         return any(name.startswith("teacher_") for name in self.needs)
 
     @property
@@ -100,7 +100,7 @@ def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 
 
 def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k likeliest tokens, int32[..., k], and log-probabilities, float32[..., k + 1], of [..., vocab] logits.
+    """Return the k likeliest ids int32[..., k] and log-probabilities float32[..., k + 1] of logits [..., vocab].
 
     The last log-probability is that of all other tokens together (-inf if there are none); the probabilities sum to 1.
     """
@@ -111,7 +111,7 @@ def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.A
 
 
 def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, temperature: float) -> jax.Array:
-    """Return float32[...], KL(teacher || student) over the teacher's k likeliest tokens and one token for all others.
+    """Return KL(teacher || student), float32[...], over the teacher's k likeliest tokens and the sum of all others.
 
     In both distributions the tokens outside the k are summed to one (the "ghost token" of arXiv 2503.16870). The result
     equals the exact KL if there are no others, and is never larger (log-sum inequality). The gradient of the others is

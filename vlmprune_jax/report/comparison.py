@@ -147,7 +147,7 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _asked(group: Group) -> Any:
-    """Return the ratio to group models by: the one asked for, or the reached one if none was asked for."""
+    """Return a group's ratio for comparisons: the one asked for, or the mean one reached if none was asked for."""
     asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 

@@ -158,7 +158,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield one figure per scores file that has importance by token type."""
+    """Yield one figure per scores file with importance by token type (prompt, image, answer)."""
     figures = dict[str, Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)

@@ -99,7 +99,7 @@ class _Window(TypedDict):
 
 
 def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
-    """Evaluate the model in folder `work.start` on all sets and tasks -> `eval/<name>*.json`; its name is `work.part`.
+    """Evaluate the model in folder `work.start`, named `work.part`, on all sets and tasks -> `eval/<name>*.json`.
 
     Raises UserError if two tasks have a set of one name, and as `run_stage` does.
     """
@@ -115,7 +115,7 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
 
 
 def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
-    """Return {set or task: work item of the stage} for evaluating one model."""
+    """Return {set or task: `Work` for evaluating one model on it}."""
     spec = sections["evaluate"]
     names = {
         key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)
@@ -125,7 +125,7 @@ def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
 
 
 def _part(work: Work) -> tuple[str, str]:
-    """Return the model's name, and the name of the set or task."""
+    """Return the model's name and the evaluation set or task that `work.part` stands for."""
     name, _, key = work.part.partition(" ")
     return name, key or QUESTIONS
 
@@ -215,7 +215,7 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
 
 
 def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
-    """Return counts and times of answers to questions, where asking began at time `start`."""
+    """Return number of questions, mean answer length and seconds since `start`."""
     tokens = sum(line["tokens"] for line in lines)
     seconds = round(time.perf_counter() - start, 3)
     return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}

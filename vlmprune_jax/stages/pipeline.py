@@ -243,7 +243,7 @@ class Pipeline:
         return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
 
     def measure_speed(self) -> None:
-        """Measure the speed of every model in the workdir.
+        """Measure the speed of every model in the workdir, in turns with the unpruned model.
 
         Raises UserError if it is turned off, or there is no model.
         """

@@ -103,7 +103,7 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
 
 
 def _about(step: Step) -> Iterator[str]:
-    """Yield lines on what a step does, with its numbers of records and steps, after reading the records."""
+    """Yield lines that describe a step, with its numbers of records and steps, after reading the records."""
     data, counted = step.sections["data"], ""
     if any(name.startswith("data.train") for name in step.job.inputs):
         shared, spec = _load_inputs(step.work, data), step.sections[step.stage]

@@ -205,7 +205,7 @@ def _percent(value: float | None) -> str:
 
 
 def _of_parts(facts: PruneFacts) -> str:
-    """Return as text the shares removed from the decoder, and from the tower if it is pruned."""
+    """Return text such as "30 % of the decoder", plus the tower's removed share if it is pruned."""
     decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
     return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
 

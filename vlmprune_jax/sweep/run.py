@@ -137,7 +137,7 @@ def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
 
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
-    """Return True if a run is complete and its settings and inputs are unchanged."""
+    """Return True if a run is complete, and its settings and inputs have not changed since."""
     found = read_run(run, sweep)
     return found is not None and found.made_from == made_from_of(run, sweep)
 

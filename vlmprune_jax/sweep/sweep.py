@@ -200,7 +200,7 @@ def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
 
 
 def _forget_programs() -> None:
-    """Drop compiled programs before their memory maps reach the limit of a process (one program per model shape)."""
+    """Drop compiled programs (one per model shape) before the process reaches its limit of memory maps."""
     maps = Path("/proc/self/maps")
     if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
         jax.clear_caches()

@@ -108,7 +108,7 @@ def evaluation_file(folder: Path, name: str, key: str) -> Path:
 
 
 def read_evaluated(path: Path) -> Evaluated:
-    """Read an `eval/*.json`."""
+    """Return the evaluation in a file `eval/*.json`."""
     return read_artefact(path, Evaluated, missing="no such file: run `vlmprune evaluate`")
 
 

@@ -219,7 +219,7 @@ def recovery_label(recovery: str, *, reconstructed: bool) -> str:
 
 
 def read_result(workdir: Path) -> Result:
-    """Read `result.json`.
+    """Return the content of `result.json`.
 
     Raises:
       UserError: see `read_artefact`; or the file names something outside the workdir.

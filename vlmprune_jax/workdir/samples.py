@@ -125,7 +125,7 @@ def make_samples(
 
 
 def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Return each question's kind (such as broken or repaired), and for how many plans it is of that kind."""
+    """Return each question's kind (such as broken or repaired by recovery), and for how many plans it has that kind."""
     unpruned = right[UNPRUNED]
     repaired, broken = (np.zeros(len(unpruned), int) for _ in range(2))
     for plan in dict.fromkeys(run.plan for run in runs):

@@ -128,7 +128,7 @@ class RunError(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def read_sweep(workdir: Path) -> SweepResult:
-    """Read `sweep.json`."""
+    """Return the content of `sweep.json`."""
     return read_artefact(workdir / SWEEP, SweepResult, missing="no such file: run `vlmprune sweep` first")
 
 

@@ -236,7 +236,7 @@ class _Pictures:
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
-        """Return the picture with this digest."""
+        """Return the stored picture with this digest."""
         del where
         return StoredImage(name, self._numbers[name], self)
 
@@ -256,7 +256,7 @@ class _Pictures:
         return ChatMessages(messages=doc_to_messages(self._task_dict[task][split][doc]))
 
     def record(self, request: Any) -> Record:
-        """Convert a request to a conversation whose last turn has no answer."""
+        """Convert an lmms-eval request to a record whose last question has no answer."""
         task, doc = request.args[4], request.args[3]
         name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
         for message in self._messages(request).messages:

@@ -142,7 +142,7 @@ def _is_right(meaning: str | float, right: Sequence[str | float]) -> bool:
 
 
 def _is_right_in_mmmu(prediction: str, record: Record) -> bool:
-    """Return True if an answer is right; an empty answer is wrong and gets no random letter."""
+    """Return True if an MMMU answer is right; an empty answer is wrong (no random letter is drawn)."""
     kind = name_field(record, "question_type")
     if kind not in ("multiple-choice", "open"):
         raise UserError(f"record {record.id}: field 'question_type' {kind!r} must be multiple-choice or open")

@@ -106,7 +106,7 @@ _CONTRACTIONS = {
 
 
 def processed(answer: str) -> str:
-    """Return the answer as VQA compares it: lower case, digits, no articles or punctuation, apostrophes restored."""
+    """Return an answer normalised as in VQA: lower case, numbers as digits, no articles or punctuation."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     in_number, found = _COMMA_IN_NUMBER.search(text), text
     for mark in _PUNCTUATION:

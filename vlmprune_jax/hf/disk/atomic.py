@@ -69,7 +69,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out_dir` that becomes `out_dir` in one rename if the block succeeds.
+    """Yield a hidden folder next to `out_dir`; it is renamed to `out_dir` if the block succeeds.
 
     An existing `out_dir` is replaced only then. If the block fails, the hidden folder is removed; if the process is
     killed, the next call for the same `out_dir` removes it (`clean_stale`). Raises UserError if the disk (or a quota)
@@ -138,7 +138,7 @@ def _writing(folder: Path, host: str, pid: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's data or a folder's entries to the disk."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -78,7 +78,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the weight files in order (transformers' precedence) and the index's {key: file name}, if any."""
+    """Return the weight files in transformers' order of precedence, and the index {key: file name} or None."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if os.path.lexists(folder / single):
             return [folder / single], {}

@@ -75,7 +75,7 @@ class CompressedTensors:
 
     @classmethod
     def from_config(cls, settings: JsonDict) -> CompressedTensors:
-        """Return the storage that a folder's `quantization_config` describes.
+        """Return the storage format that a folder's `quantization_config` describes.
 
         Raises UserError if it is not of integers of 4 or 8 bits with the same settings in all modules.
         """
@@ -199,7 +199,7 @@ class CompressedTensors:
         return np.clip(np.rint(values / scale) + zeros, *self._ends).astype(np.int8)
 
     def parts(self, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that store int8[rows, columns] codes, with scales and zero points [rows, groups]."""
+        """Return the tensors that store integer codes int8[rows, columns], scales and zero points [rows, groups]."""
         if self.activations:
             return {"": codes, "_scale": scale}
         tensors = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}

@@ -104,7 +104,7 @@ def accumulate(
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Return True if a journal entry holds arrays of numbers with these shapes."""
+    """Return True if a journal entry consists of numeric arrays with these shapes."""
     try:
         found = [np.asarray(leaf) for leaf in entry]
     except (TypeError, ValueError):
@@ -195,7 +195,7 @@ def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
 
 
 class _Stack(NamedTuple):
-    """How to run one stack's blocks, and which batches have inputs for it."""
+    """Functions of one stack: how to run its blocks, and which batches have inputs for it."""
 
     run: Callable[..., Run]
     batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]

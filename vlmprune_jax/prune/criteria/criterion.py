@@ -99,7 +99,7 @@ class Criterion:
         return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
-        """Return the final number of steps that `progress` reports (layers or batches)."""
+        """Return the number of layers or batches that `progress` reaches at the end."""
         return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
 
 
@@ -109,6 +109,6 @@ def declared(*names: str) -> dict[str, Any]:
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return only the options that a function has parameters for."""
+    """Return those of the options that are parameters of a function."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

@@ -36,7 +36,7 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
 
 
 def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
-    """Return the float64[n_layers] mean over real tokens; `reference_compat`: the sums, as in the reference code."""
+    """Return the mean distance over real tokens, float64[n_layers] (`reference_compat`: the sum, as in the paper)."""
     total, tokens = sums
     return {"importance": total if reference_compat else total / positive(tokens)}
 

@@ -95,7 +95,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Numbers of labels per step (int[steps]) and in total, and the number of samples."""
+    """Number of labels per step (int[steps]) and in total, and number of samples."""
 
     steps: np.ndarray
     total: float
@@ -147,7 +147,7 @@ def _backward(
 
 
 def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
-    """Return the pytree structure of one layer's result."""
+    """Return the pytree structure of the result for one layer."""
     layer, _ = _layer_of(model, number)
     reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
     return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
@@ -168,7 +168,7 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Ar
 def _resume(
     cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
 ) -> tuple[list[Found], list[jax.Array]]:
-    """Return the state that `_save` saved last: layer results, and gradients to continue from."""
+    """Return what `_save` saved last: results of finished layers, and gradients to continue from."""
 
     def there(done: int) -> bool:
         keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]

@@ -86,7 +86,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """Model without the layers removed so far, with cached inputs of the kept layers; `loss` is the full model's."""
+    """The model without the layers removed so far, and the cached input of each kept layer."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -130,7 +130,7 @@ class _Cut:
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """Return the layer before a cut, reconstructed if possible (else None), and the stream after the cut."""
+        """Return the layer before the removed one, reconstructed (None if it is not), and the stream after the cut."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
             return None, x

@@ -74,7 +74,7 @@ def linearized(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
-    """Contract x with weight[0]; the equal copies of the weight get gradients under different token weightings.
+    """Return x times weight[0]; the weight's equal copies receive gradients for different token weightings.
 
     The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
     jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for

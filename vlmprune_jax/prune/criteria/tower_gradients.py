@@ -99,7 +99,7 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 def _add(
     sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
 ) -> tuple[Flat, Flat | None]:
-    """Add a step's gradient, and its square if asked for, to the float32 sums.
+    """Add one step's gradients, and their squares if asked for, to the float32 sums.
 
     `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
     the gradient of its mean over the `labels` of the step.
