@@ -64,36 +64,19 @@ class Budget:
     batch: int = prune_setting(
         1, "Number of rows decoded together, for which memory and time are computed.", unit="rows", least=1, most=2**31
     )
-    images: int = prune_setting(
-        1,
-        "Number of images (or tiles) in the prompt for which FLOPs are computed.",
-        unit="images",
-        least=0,
-        most=10_000,
-    )
+    images: int = prune_setting(1, "Number of images (or tiles) in the prompt.", unit="images", least=0, most=10_000)
     slice: str = prune_setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.")
     dtype: str = setting(
-        "bfloat16",
-        "Data type of exported weights and key/value cache, for `disk_bytes` and `memory_bytes`.",
-        choices="core.weight_files:DTYPES",
-        offered=False,
+        "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
     )
     uneven: str = setting(
-        "per_layer",
-        "Storage of layers of unequal width in the export that `disk_bytes` limits.",
-        choices="export.uneven:UNEVEN",
-        offered=False,
+        "per_layer", "Storage of layers of unequal width in the export.", choices="export.uneven:UNEVEN", offered=False
     )
     layout: str = setting(
-        "source",
-        "Layout of weight names and config in the export that `disk_bytes` limits.",
-        choices="export.huggingface:LAYOUTS",
-        offered=False,
+        "source", "Layout of names and config in the export.", choices="export.huggingface:LAYOUTS", offered=False
     )
     source_dir: str | None = setting(
-        None,
-        "Folder of the unpruned model; if set, `disk_bytes` also counts other weights that an export copies from it.",
-        offered=False,
+        None, "Folder of the unpruned model; `disk_bytes` then counts all that is exported.", offered=False
     )
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False

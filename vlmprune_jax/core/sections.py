@@ -54,18 +54,12 @@ class LoraConfig:
     Used if `recover.trainable` trains adapters.
     """
 
-    rank: int = setting(
-        128, "Rank of the LoRA update (inner dimension of its two matrices).", affects=("recover",), least=1
-    )
+    rank: int = setting(128, "Rank of the LoRA update.", affects=("recover",), least=1)
     alpha: float = setting(
         256.0, "Scale of the LoRA update, which is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
     )
     dropout: float = setting(
-        0.05,
-        "Probability that an input of a LoRA adapter is dropped in training.",
-        affects=("recover",),
-        least=0,
-        below=1,
+        0.05, "Dropout rate of LoRA adapter inputs in training.", affects=("recover",), least=0, below=1
     )
     targets: tuple[str, ...] = setting(
         (), "Decoder projections that get LoRA adapters, such as `q_proj` (() = all).", affects=("recover",)

@@ -13,26 +13,18 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 class EvaluationSetSpec:
     """One evaluation set: questions from `data` and `images`, or a `text` file; None means the value in `evaluate`."""
 
-    data: str | None = evaluate_setting(
-        None, "File of evaluation records for this set (None = `data.eval`).", by_content=True
-    )
+    data: str | None = evaluate_setting(None, "Evaluation records of this set (None = `data.eval`).", by_content=True)
     images: str | None = evaluate_setting(
         None, "Folder of this set's images (None = `data.eval_images`).", by_content=True
     )
-    text: str | None = evaluate_setting(
-        None, "Text file for measuring perplexity, instead of a file of questions.", by_content=True
-    )
+    text: str | None = evaluate_setting(None, "Text file for perplexity, instead of questions.", by_content=True)
     metric: str | None = setting(
         None,
         "Metric that scores the answers (None = `evaluate.metric`, or perplexity if `text` is set).",
         choices="evaluation.metrics:METRICS",
     )
-    prompt_suffix: str | None = evaluate_setting(
-        None, "Text appended to each question (the last one of a conversation)."
-    )
-    max_new_tokens: int | None = evaluate_setting(
-        None, "Maximum number of tokens to generate per answer.", unit="tokens", least=1
-    )
+    prompt_suffix: str | None = evaluate_setting(None, "Text appended to the last question of a record.")
+    max_new_tokens: int | None = evaluate_setting(None, "Maximum length of a generated answer.", unit="tokens", least=1)
     questions: int | None = evaluate_setting(
         None, "Number of questions to ask, taken from the start of the set.", unit="questions", least=1
     )
@@ -62,9 +54,7 @@ class EvaluateSpec:
         unit="tokens",
         least=1,
     )
-    max_new_tokens: int = evaluate_setting(
-        16, "Maximum number of tokens to generate per answer.", unit="tokens", least=1
-    )
+    max_new_tokens: int = evaluate_setting(16, "Maximum length of a generated answer.", unit="tokens", least=1)
     questions: int | None = evaluate_setting(
         None, "Number of questions to ask, taken from the start of the set (None = all).", unit="questions", least=1
     )

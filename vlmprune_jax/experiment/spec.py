@@ -37,9 +37,7 @@ class ScoreSpec(ScoreConfig):
     SECTION: ClassVar[str] = "score"
 
     depth: str = score_setting(
-        "block_influence",
-        'Criterion that scores layers, for methods "depth" and "hybrid".',
-        choices="prune.criteria:CRITERIA",
+        "block_influence", 'Criterion that scores layers ("depth" and "hybrid").', choices="prune.criteria:CRITERIA"
     )
     width: str = score_setting(
         "taylor",
@@ -50,8 +48,7 @@ class ScoreSpec(ScoreConfig):
     batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
     longest_text: int | None = score_setting(
         None,
-        "Maximum length of a calibration record, counting each image as 1 token; longer records are not drawn (None = "
-        "no limit).",
+        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
         unit="tokens",
         least=1,
     )
@@ -78,20 +75,15 @@ class ReconstructSpec(ReconstructConfig):
     SECTION: ClassVar[str] = "reconstruct"
 
     method: str = reconstruct_setting(
-        "none",
-        'Repair the pruned weights by least squares ("least_squares"), or leave them as they are ("none").',
-        choices=RECONSTRUCTIONS,
+        "none", 'Repair the pruned weights by least squares, or leave them unchanged ("none").', choices=RECONSTRUCTIONS
     )
-    samples: int = reconstruct_setting(
-        512, "Number of calibration records for the least-squares fit.", unit="records", least=2
-    )
+    samples: int = reconstruct_setting(512, "Number of calibration records for the fit.", unit="records", least=2)
     batch_size: int = reconstruct_setting(
         8, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS
     )
     longest_text: int | None = reconstruct_setting(
         None,
-        "Maximum length of a calibration record, counting each image as 1 token; longer records are not drawn (None = "
-        "no limit).",
+        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
         unit="tokens",
         least=1,
     )

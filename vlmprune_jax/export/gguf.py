@@ -20,8 +20,7 @@ class GgufOptions:
 
     uneven: str = export_setting(
         "per_layer",
-        'Storage of layers of unequal width: "per_layer" writes their true sizes, if a llama.cpp architecture allows '
-        "it.",
+        'Layers of unequal width: "per_layer" writes their true sizes, if llama.cpp\'s architecture allows it.',
         choices="export.uneven:UNEVEN",
     )
     dtype: str = export_setting(
@@ -41,9 +40,8 @@ class GgufOptions:
     )
     imatrix: bool | Importance = export_setting(
         False,
-        "GGUF without quantisation: also write an importance file for `llama-quantize --imatrix`, with the mean "
-        "squared inputs of each matrix on the calibration records of `reconstruct`. In Python, pass the result of "
-        "`vp.importance`.",
+        "GGUF without quantisation: also write a file for `llama-quantize --imatrix`: mean squared inputs of each "
+        "matrix on the calibration records of `reconstruct`. In Python, pass the result of `vp.importance`.",
     )
 
     def __post_init__(self) -> None:

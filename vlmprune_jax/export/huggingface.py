@@ -21,15 +21,13 @@ class FolderOptions:
 
     layout: str = export_setting(
         "source",
-        'Layout of weight names and config: "source" keeps the source folder\'s, "transformers" converts to that '
-        "of the stock class.",
+        'Layout of names and config: "source" keeps the source folder\'s, "transformers" the stock class\'s.',
         choices=LAYOUTS,
     )
     uneven: str = export_setting(
         "per_layer",
-        'Storage of layers of unequal width: "per_layer" writes their true sizes (a Hugging Face folder then includes '
-        'the PyTorch file that loads it), "pad" adds zero heads and neurons (same function, no savings), "refuse" '
-        "stops with an error.",
+        'Layers of unequal width: "per_layer" writes true sizes (Hugging Face folders include the PyTorch file that '
+        'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
         choices="export.uneven:UNEVEN",
     )
     dtype: str = export_setting(
@@ -38,9 +36,7 @@ class FolderOptions:
         choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(
-        None,
-        "Quantised storage of weights, such as the result of `vp.gptq`; weights that it cannot hold stay unquantised.",
-        offered=False,
+        None, "Quantised storage of weights, such as the result of `vp.gptq` (None = unquantised).", offered=False
     )
 
 

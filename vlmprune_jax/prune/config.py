@@ -50,8 +50,7 @@ class ScoreConfig:
     )
     reduction: str | None = score_setting(
         None,
-        "How the scores of a unit's weight matrices (a head's or neuron's) are combined (None = the criterion's "
-        "default).",
+        "How the scores of a unit's weight matrices are combined (None = the criterion's default).",
         choices="prune.criteria.groups:REDUCTIONS",
     )
     gqa: str = score_setting(
@@ -122,9 +121,7 @@ class VocabularyConfig:
         most=2**20,
     )
     bits: bool = prune_setting(
-        True,
-        "Also measure bits per byte on the held-out texts, for the unpruned model with the whole and the trimmed "
-        "vocabulary.",
+        True, "Also measure bits per byte on held-out texts, with the unpruned model's whole and trimmed vocabulary."
     )
     source_dir: str | None = setting(None, "Folder of the model whose tokenizer and configs are read.", offered=False)
 
@@ -175,15 +172,13 @@ class PlanConfig:
     )
     attn_layers: tuple[int, ...] = prune_setting(
         (),
-        "Layers from which attention heads are removed, as a half-open range (start, stop) of original layer numbers "
-        "(() = all).",
+        "Layers that get fewer attention heads: half-open range (start, stop) of original numbers (() = all).",
         unit="layers",
         least=0,
     )
     mlp_layers: tuple[int, ...] = prune_setting(
         (),
-        "Layers from which MLP neurons are removed, as a half-open range (start, stop) of original layer numbers (() "
-        "= all).",
+        "Layers that get fewer MLP neurons: half-open range (start, stop) of original numbers (() = all).",
         unit="layers",
         least=0,
     )
@@ -201,8 +196,7 @@ class PlanConfig:
     )
     tensor_parallel: int = prune_setting(
         1,
-        "Number of devices over which the remaining heads and neurons must divide equally, in whole blocks of "
-        "`snap_for`.",
+        "Number of devices that must get equal shares of the kept heads and neurons, in blocks of `snap_for`.",
         unit="devices",
         least=1,
     )
@@ -215,8 +209,7 @@ class PlanConfig:
     )
     selection: str = prune_setting(
         "local",
-        'Scope in which heads and neurons are ranked: within their layer ("local", equal widths), or over all layers '
-        '("global").',
+        'Ranking of heads and neurons: within their layer ("local", equal widths), or over all ("global").',
         choices=SELECTIONS,
     )
     loads_in: tuple[str, ...] = prune_setting(
@@ -233,11 +226,7 @@ class PlanConfig:
         below=1,
     )
     depth_share: float = prune_setting(
-        0.5,
-        "Share of hybrid pruning's parameter reduction that comes from removing layers.",
-        unit=FRACTION,
-        least=0,
-        below=1,
+        0.5, "Share of hybrid pruning's reduction that comes from removing layers.", unit=FRACTION, least=0, below=1
     )
     parameters_total: int | None = setting(
         None,
@@ -247,9 +236,7 @@ class PlanConfig:
         offered=False,
     )
     base: ModelConfig | None = setting(
-        None,
-        "Config of the model before the first round of iterative pruning, to which ratio and sparsity refer.",
-        offered=False,
+        None, "Config before the first round of iterative pruning, to which ratio and sparsity refer.", offered=False
     )
     budget: Budget = field(default_factory=Budget)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
@@ -296,9 +283,7 @@ class TokenWeights:
         1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
     )
     image_weight: float = reconstruct_setting(
-        0.1,
-        "Weight of image tokens in the reconstruction error (low by default, because there are many; 0 = ignored).",
-        least=0,
+        0.1, "Weight of image tokens in the reconstruction error (low: there are many; 0 = ignored).", least=0
     )
     answer_weight: float = reconstruct_setting(
         1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0
@@ -319,8 +304,7 @@ class ReconstructConfig(TokenWeights):
 
     held_out: float = reconstruct_setting(
         0.125,
-        "Share of the calibration records that is held out to choose each weight's ridge penalty, or to leave the "
-        "weight unchanged.",
+        "Share of calibration records held out to choose each weight's ridge penalty, or leave it unchanged.",
         unit=FRACTION,
         above=0,
         below=1,

@@ -38,9 +38,7 @@ class SpeedConfig:
     new_tokens: int = speed_setting(
         32, "Number of tokens to generate after the first one.", unit="tokens", least=1, most=_MAX_TOKENS
     )
-    batch_size: int = speed_setting(
-        1, "Number of prompts that are processed together.", unit="rows", least=1, most=8192
-    )
+    batch_size: int = speed_setting(1, "Number of prompts processed together.", unit="rows", least=1, most=8192)
     image: bool = speed_setting(True, "Put an image at the start of every prompt, if the model takes images.")
 
     def __post_init__(self) -> None:
