@@ -165,7 +165,7 @@ class TextConfig(Stack):
 
     @property
     def even(self) -> bool:
-        """True if every layer has the widths that stock transformers computes from the config's single numbers."""
+        """True if all layers have the widths that stock transformers derives from single numbers in config.json."""
         full = [shape for shape in self.layers if shape.window is None]
         own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
         wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}

@@ -161,7 +161,7 @@ def _load_rows(
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
-    """Return the rows `mine` of a global batch (given as record indices), padded to the shape that the batch needs."""
+    """Return this process's rows (`mine`) of a global batch of record indices, padded to the batch's shape."""
     real = batch[batch != _PADDING_ROW]
     shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
     check_memory(mine.stop - mine.start, shape, encoder, 0)

@@ -48,7 +48,7 @@ class FeatureLoader:
 
     @property
     def preparation(self) -> Preparation:
-        """How images are prepared before they enter the tower."""
+        """Preparation of the images that the vision tower encoded."""
         return self.images.preparation
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -266,7 +266,7 @@ def calibration_batches(
 
 
 def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:
-    """Return the calibration records drawn, and (id, reason) of each record skipped."""
+    """Return the calibration records that were drawn, and (id, reason) of each skipped record."""
     records = training_records(data, encoder.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []

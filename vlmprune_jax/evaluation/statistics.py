@@ -97,7 +97,7 @@ def _drawn_values(
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
-    """Return float[draws] main values; `times` int[answers, draws] says how often each sample contains each answer."""
+    """Return main values float[draws]; `times` int[answers, draws] says how often a sample contains an answer."""
     if metric.drawn is not None:
         return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []

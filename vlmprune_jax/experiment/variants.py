@@ -151,7 +151,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 
 def _check_target(config: PruneSpec) -> None:
-    """Refuse several pruning targets at once, settings that the method lacks, and an unknown TPU slice."""
+    """Refuse several pruning targets at once, settings that the method lacks, and an unknown TPU slice name."""
     if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
         config.check()
     if config.budget.limits:

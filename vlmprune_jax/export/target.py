@@ -42,7 +42,7 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Family, model config and config.json of the folder to write.
+    """Target of an export: the family, model config and config.json of the folder to write.
 
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.

@@ -99,7 +99,7 @@ class Stock:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a hub layout is converted to a transformers layout; `to` names the target family.
+    """Rules for converting a hub layout to a transformers layout; `to` names the target family.
 
     The target's processor needs the additional token `new_token`; with `marks_images` that token stands for images,
     since the source has none.

@@ -23,7 +23,7 @@ PARTS = ("text", "projector", "vision")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter is: its tensor and rows in files, and its path in `params`.
+    """Location of one parameter: its tensor and rows in files, and its path in `params`.
 
     Attributes:
       key: canonical key of the tensor in files.

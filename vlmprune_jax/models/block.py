@@ -237,11 +237,11 @@ class Block(nnx.Module):
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """Projections that add to the residual stream, by the names of `WRITERS`."""
+        """Projections whose outputs are added to the residual stream, by name (see `WRITERS`)."""
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return the name in `READERS` of the input that a weight of this block multiplies."""
+        """Return which of the inputs in `READERS` a weight of this block multiplies."""
         module = path.removesuffix("/weight")
         return {writer.projection: name for name, writer in self.writers.items()}.get(module, module.split("/")[0])
 

@@ -59,7 +59,7 @@ class BlockStack(nnx.Module):
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return a run of equal blocks as `(apply, state)`; `apply(state of one layer, x, ctx, ...)` runs one block.
+        """Return `(apply, state)` of a run of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
 
         `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
         """

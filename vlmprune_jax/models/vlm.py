@@ -159,7 +159,7 @@ class Embedded(NamedTuple):
 def _features(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the images' features that enter the projector."""
+    """Return the tower's features of the images, which are the projector's input."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample

@@ -50,7 +50,7 @@ class ScoreConfig:
     )
     reduction: str | None = score_setting(
         None,
-        "How the scores of a unit's weight matrices are combined (None = the criterion's default).",
+        "Reduction of the scores of a unit's weight matrices to one (None = the criterion's default).",
         choices="prune.criteria.groups:REDUCTIONS",
     )
     gqa: str = score_setting(
@@ -202,7 +202,7 @@ class PlanConfig:
     )
     heads: str = prune_setting(
         "auto",
-        'How many attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
+        'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
         '("keep"), or the split that loses the least score ("auto"; proportional with `sparsity` or global '
         "selection).",
         choices=HEADS,

@@ -95,7 +95,7 @@ def with_other_bytes(budget: Budget) -> Budget:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse decode measurements that do not cover sizes from below up to the model of `whole` parameters."""
+    """Refuse decode measurements unless they cover the model of `whole` parameters and smaller ones."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
         told = ", ".join(f"{size:,.0f}" for size in sizes)

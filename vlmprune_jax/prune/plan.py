@@ -72,7 +72,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What is kept of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
+    """Kept parts of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -92,7 +92,7 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class KeptStack:
-    """What is kept of a stack: shapes of all its layers before pruning, and the kept `layers` in order."""
+    """Kept parts of a stack: shapes of all its layers before pruning, and the entries of the kept `layers`."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]

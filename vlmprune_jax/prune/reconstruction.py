@@ -63,7 +63,7 @@ def reconstruct(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> tuple[Model, list[SolveReport]]:
-    """Repair the projections into the residual stream of damaged layers, by least squares on the unpruned stream.
+    """Repair the projections into the residual stream of pruned layers, by least squares on the unpruned stream.
 
     The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
     of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. A change is
@@ -154,12 +154,12 @@ def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
-    """Return the final count that `progress` reports: all remaining layers of damaged stacks."""
+    """Return the final count that `progress` reports: all remaining layers of the stacks to reconstruct."""
     return sum(len(plan.stacks[stack].layers) for stack in _stacks(plan))
 
 
 def _stacks(plan: PrunePlan) -> list[str]:
-    """Return the stacks with losses that reconstruction can repair, in the order of the forward pass."""
+    """Return the pruned stacks that reconstruction can repair, in the order of the forward pass."""
     order = [name for name in ("vision", "text") if name in plan.stacks]
     return [name for name in order if any(_modules(plan.stacks[name], i) for i in range(len(plan.stacks[name].layers)))]
 

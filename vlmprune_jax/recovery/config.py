@@ -199,7 +199,7 @@ class RecoverConfig:
     )
     remat: str = recover_setting(
         "dots",
-        'What the backward pass recomputes to save memory: nothing ("none"), everything but matrix products ("dots"), '
+        'Recomputation in the backward pass to save memory: none ("none"), everything but matrix products ("dots"), '
         'or whole blocks ("full").',
         choices=REMAT,
     )

@@ -166,7 +166,7 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
 
 
 def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
-    """Return a function from this process's tiles to their features; it compiles one program per shape."""
+    """Return a function that computes the features of this process's tiles, one compiled program per shape."""
     where = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
         lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where

@@ -70,7 +70,7 @@ def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> list[str]:
-    """Return notes on what was measured where, and which models are not faster."""
+    """Return notes on machine and workload of the measurements, and on models that are not faster."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
     lines = [
@@ -116,7 +116,7 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 
 def bench_notes(bench: Bench) -> list[str]:
-    """Return notes on what was measured where."""
+    """Return notes on machine, prompt and rounds of the measurements."""
     workload, versions = bench.workload, dict[str, str]()
     for side in bench.sides:
         versions |= side.versions

@@ -63,7 +63,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Context):
-    """Where one stage reads and writes: folders, models and mesh.
+    """Context of one stage: the folders that it reads and writes, models and mesh.
 
     `variant`: folder of the prune variant, with scores, `plan.json` and the models made before recovery. `folder`:
     where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
@@ -153,7 +153,7 @@ class Work(Context):
 
 
 def journal_path(output: Path) -> Path:
-    """Return the path of the journal for a file that a pass makes."""
+    """Return the path of the journal for the pass that makes this file; an interrupted pass resumes from it."""
     return output.with_name(f"{output.name}.journal")
 
 

@@ -19,7 +19,7 @@ TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name,
 
 
 class MetricInfo(Part, frozen=True, kw_only=True):
-    """How a metric's values are displayed and compared (`Metric.describe`).
+    """Settings for displaying and comparing a metric's values (`Metric.describe`).
 
     `main` is the name of the value that is compared. A value times `scale`, then `unit`, is shown. `full` is the value
     of a perfect model, None if there is none. `grouped_by` says what the groups are, None without groups.

@@ -267,7 +267,7 @@ def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean_of_ratios (or else scores); the smallest among equals."""
+    """Return the run with the highest mean_of_ratios (or highest scores without it); of equals the smallest."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 

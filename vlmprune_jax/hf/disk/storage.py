@@ -51,7 +51,7 @@ class Storage(Protocol):
         """Return the tensors that store a weight with these values; `name` as in `holds`."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return True if a weight, given its path in `params` and shape in files, is to be encoded."""
+        """Return True if this storage encodes a weight, given the weight's path in `params` and shape in files."""
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
         """Return `quantization_config` (with `quant_method`) for a folder that has tensors {key: shape}."""

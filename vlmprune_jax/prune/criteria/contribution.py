@@ -28,7 +28,7 @@ Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of
 
 
 def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
-    """Return sums over tokens of w x, w x^2 per input channel of o_proj and down_proj, by layer, and of w itself."""
+    """Return token sums of w x and w x^2 (x: input channel of o_proj or down_proj, w: token weight), and of w."""
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
