@@ -56,14 +56,16 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
     wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
     assert f"unequal widths {wide}" in found["export"]["format=gguf"]
-    assert set(found["loads"]) == {"transformers", "vllm", "gguf"}
+    assert set(found["loads"]) == {"transformers", "vllm", "vllm_tpu", "gguf"}
     if found["family"] == "bunny":
         assert "  loads in    transformers: fewer layers, neurons, heads; tower: fewer layers, neurons\n" in out
         assert "              vllm: fewer layers, neurons; tower: fewer layers, neurons\n" in out
+        assert "              vllm_tpu: nothing: tpu-inference 0.32 has no class for bunny: serve it" in out
         assert (
             'its class computes the head size of phi as hidden_size / heads: use heads="keep"'
             in found["loads"]["vllm"]["text"]["heads"]
         )
+    assert ("  on TPUs     tensor-parallel sizes" in out) == (found["family"] == "llama")
     assert ("layout=transformers" in found["export"]) == (found["layout"] == "original")
     assert ("where no head is missing" in found["export"]["equal widths"]) == (found["layout"] == "original")
 

@@ -22,7 +22,7 @@ MODELS = {
     "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
 }
 HEADS = {
-    "llama": TARGETS, "qwen2": ("transformers", "gguf"), "qwen3": TARGETS, "phi": ("transformers",)
+    "llama": TARGETS, "qwen2": ("transformers", "vllm_tpu", "gguf"), "qwen3": TARGETS, "phi": ("transformers",)
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_plans_are_held_to_targets(models):
             {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},
             r"one width for all layers: .*uneven=\"pad\"",
         ),
-        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, gguf"),
+        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, vllm_tpu, gguf"),
     ):
         with pytest.raises(UserError, match=said):
             plan(**options)

@@ -111,6 +111,7 @@ def test_words(folder, capsys):
     assert "conflict: Between 30 and 45 %" in out
     assert "config = experiment_config(" in out
     assert "easy-VQA teacher" in out
+    assert "\n    loads in transformers, vllm\n    not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
     unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed")
     assert "nothing supports this; the nearest: remove whole layers" in unsupported
     assert "Decoding, times the unpruned speed" in unsupported

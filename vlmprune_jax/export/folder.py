@@ -17,8 +17,10 @@ from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
 from vlmprune_jax.export.format import Contents, Origin
+from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
+from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -46,6 +48,8 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
     """Return the content of the folder `target`; `storage` encodes the weights that it can hold, others stay plain."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
+    if origin.tpu_chips and isinstance(storage, CompressedTensors):
+        check_storage(target.cfg, storage, origin.tpu_chips)
     if storage is not None:
         settings = storage.to_config({tensor.key: tensor.shape for tensor in tensors})
         target = dataclasses.replace(target, config=target.config | {"quantization_config": settings})
@@ -53,12 +57,23 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
     def write(folder: Path) -> None:
         write_weights(tensors, folder, MAX_SHARD_BYTES)
         write_files(target, model.cfg, origin.folder, folder)
+        if origin.tpu_chips:
+            write_config(folder, target.cfg, dtype, origin.tpu_chips)
 
     return Contents(
         [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
         write,
-        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config),
+        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config) + _on_tpus(target.cfg, storage, origin),
     )
+
+
+def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
+    """Return the card's paragraph on vLLM on TPUs."""
+    if reason := why_not(cfg, "vllm_tpu"):
+        return f"\n\nvLLM on TPUs does not load it: {reason}."
+    told = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
+    serve = " Run `vllm serve --config vllm_config.yaml` in this folder." if origin.tpu_chips else ""
+    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {told}.{serve}"
 
 
 def make_tensors(

@@ -27,12 +27,14 @@ class Origin:
       name: the name for the export.
       vision_dir: folder of a separate tower.
       weights: folder of its tensors, if that is another one (the vocabulary is trimmed on the way).
+      tpu_chips: tensor-parallel size if the plan asks for vLLM on TPUs (`loads_in`), else 0.
     """
 
     folder: Path
     name: str
     vision_dir: Path | None = None
     weights: Path | None = None
+    tpu_chips: int = 0
 
 
 @dataclass(frozen=True)

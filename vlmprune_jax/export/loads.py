@@ -1,7 +1,7 @@
-"""Loading of pruned models at their true size: support in stock transformers, vLLM and llama.cpp.
+"""Loading of pruned models at their true size: support in stock transformers, vLLM (GPUs, TPUs) and llama.cpp.
 
 The limits of each engine come from the descriptions of families, decoders and architectures. Those of vLLM are read
-from its code (vllm/model_executor/models) and not tested.
+from its code (vllm/model_executor/models; tpu-inference 0.32) and not tested.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.gguf_model import fit
+from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.decoders import decoder_of
 
-TARGETS = ("transformers", "vllm", "gguf")
+TARGETS = ("transformers", "vllm", "vllm_tpu", "gguf")
 _PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
 _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {_PAD}"
 
@@ -32,6 +33,8 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
     family, text, vision = family_of(cfg), cfg.text, cfg.vision if cfg.tower else None
     if family.layout != "transformers" and target_of(family) is None:
         return f"transformers has no class for {family.name}: leave out {target!r}"
+    if target == "vllm_tpu" and not implementation(cfg):
+        return f"tpu-inference 0.32 has no class for {cfg.family}: serve it with another engine"
     if not text.even:
         return f"its class has one width for all layers: {_ALIKE}"
     own = any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers)

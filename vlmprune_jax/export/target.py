@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -35,6 +36,9 @@ class Plan(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary | None: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
 
     def to_json(self, path: Path) -> str:
         """Write the plan to a JSON file."""

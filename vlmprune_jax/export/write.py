@@ -103,7 +103,9 @@ def _write(
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
     vocabulary = None if plan is None else plan.vocabulary
     with trimmed_files(source, vocabulary, model.cfg) as files:
-        origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source)
+        options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
+        chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
+        origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source, tpu_chips=chips)
         contents = chosen.prepare(model, origin, settings)
         split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 

@@ -74,4 +74,5 @@ def decoder_family(decoder: Decoder) -> Family:
         ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),
+        vllm_tpu=decoder.vllm_tpu,
     )

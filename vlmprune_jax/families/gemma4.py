@@ -358,4 +358,5 @@ GEMMA4 = Family(
     recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(_DECODER, "Gemma4ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
     stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
+    vllm_tpu="jax",
 )

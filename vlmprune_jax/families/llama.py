@@ -54,5 +54,6 @@ LLAMA = decoder_family(
         llama_like_weights,
         heads_divide=True,
         gguf=(gguf.LLAMA, gguf.DECI),
+        vllm_tpu="jax",
     )
 )

@@ -37,5 +37,6 @@ QWEN2 = decoder_family(
         llama_like_weights,
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
         derives_head_dim=("vllm",),
+        vllm_tpu="jax",
     )
 )

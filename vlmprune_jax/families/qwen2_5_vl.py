@@ -157,8 +157,9 @@ QWEN2_5_VL = Family(
         _text_from_hf,
         _text_to_hf,
         llama_like_weights,
-        derives_head_dim=("transformers", "vllm"),
+        derives_head_dim=("transformers", "vllm", "vllm_tpu"),
         gguf=(gguf.QWEN2VL,),
     ),
     stock=stock_class("Qwen2_5_VLForConditionalGeneration"),
+    vllm_tpu="jax",
 )

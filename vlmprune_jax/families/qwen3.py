@@ -30,5 +30,5 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 QWEN3 = decoder_family(
-    Decoder("qwen3", "Qwen3ForCausalLM", _from_hf, layers_to_hf, llama_like_weights, gguf=(gguf.QWEN3,))
+    Decoder("qwen3", "Qwen3ForCausalLM", _from_hf, layers_to_hf, llama_like_weights, gguf=(gguf.QWEN3,), vllm_tpu="jax")
 )

@@ -118,4 +118,5 @@ QWEN3_VL = Family(
         gguf=(gguf.QWEN3VL,),
     ),
     stock=stock_class("Qwen3VLForConditionalGeneration"),
+    vllm_tpu="torchax",
 )

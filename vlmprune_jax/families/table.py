@@ -44,7 +44,7 @@ class Decoder:
     multiple of the heads. `head_bias`: alone, its output head has a bias. `gguf`: llama.cpp architectures that compute
     it, tried in order. `problem(text)`: why its class holds no such layers and what to do, or None.
     `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads and ignore
-    config.json's.
+    config.json's. `vllm_tpu`: as in `Family`, alone.
     """
 
     model_type: str
@@ -56,6 +56,7 @@ class Decoder:
     head_bias: bool = False
     gguf: tuple[Architecture, ...] = ()
     derives_head_dim: tuple[str, ...] = ()
+    vllm_tpu: str = "torchax"
     problem: Callable[[TextConfig], str | None] = lambda text: None
 
 
@@ -138,6 +139,7 @@ class Family:
 
     `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
+    `vllm_tpu`: what runs it in vLLM on TPUs: a class of its own ("jax"), vLLM's PyTorch class ("torchax") or nothing.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Family:
     recipe: Mapping[str, Any] | None = None
     decoder: Decoder | None = None
     stock: Stock | None = None
+    vllm_tpu: str = ""
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:

@@ -20,6 +20,8 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.loads import TARGETS, why_not
+from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
@@ -165,7 +167,16 @@ def as_lines(advice: Advice) -> list[str]:
             f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
             f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
         )
+        sizes += _loading_lines(plan.apply_to(cfg))
     return [*lines, headline, *sizes, *rest]
+
+
+def _loading_lines(cfg: ModelConfig) -> list[str]:
+    """Return the engines that load a pruned model at its true size, and why others do not."""
+    reasons = {target: why_not(cfg, target) for target in TARGETS}
+    loads = ", ".join(target for target, reason in reasons.items() if reason is None) or "no engine"
+    on_tpus = [] if reasons["vllm_tpu"] else [f"    on TPUs: {facts(cfg)}"]
+    return [f"    loads in {loads}", *on_tpus, *(f"    not in {name}: {why}" for name, why in reasons.items() if why)]
 
 
 def advice_lines(found: Recommendation) -> list[str]:

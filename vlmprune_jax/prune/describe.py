@@ -10,7 +10,8 @@ from typing import Any
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, VisionConfig, describe_layers, runs
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.export.gguf_model import support
-from vlmprune_jax.export.loads import what_loads
+from vlmprune_jax.export.loads import what_loads, why_not
+from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots, match_keys
@@ -50,6 +51,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
         "loads": what_loads(cfg),
+        "vllm_tpu": None if why_not(cfg, "vllm_tpu") else facts(cfg),
     }
 
 
@@ -176,9 +178,12 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     exports = enumerate(found["export"].items())
     lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
     targets = enumerate(found["loads"].items())
-    return lines + [
-        f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets
-    ]
+    on_tpus = found["vllm_tpu"]
+    return (
+        lines
+        + [f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets]
+        + ([f"  on TPUs     {on_tpus}"] if on_tpus else [])
+    )
 
 
 def _carried(found: dict[str, Any]) -> list[str]:
@@ -190,6 +195,9 @@ def _carried(found: dict[str, Any]) -> list[str]:
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
     """Return, for each stack, the types of pruning that load at their true size, as text."""
+    reasons = {why for kinds in stacks.values() for why in kinds.values()}
+    if len(reasons) == 1 and (reason := next(iter(reasons))) is not None:
+        return f"nothing: {reason}"
     said = []
     for stack, kinds in stacks.items():
         loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"

@@ -18,6 +18,10 @@ from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
 from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.folder import make_storage
+from vlmprune_jax.export.vllm_tpu import check_storage
+from vlmprune_jax.families import family_of
+from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
@@ -122,6 +126,7 @@ def _prune_files(
     cfg = work.config(work.teacher)
     with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
         plan = plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
+    _check_integers(plan.apply_to(cfg), spec, export)
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
     )
@@ -149,8 +154,16 @@ def _prune_in_steps(
         stack=spec.stack,
         score_config=score,
     )
+    _check_integers(pruned.cfg, spec, export)
     work.save(pruned, plan)
     return plan, model.cfg
+
+
+def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> None:
+    """Refuse an `export.quantize` that an engine of `prune.loads_in` does not load, before the recovery."""
+    if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
+        storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
+        check_storage(cfg, storage, spec.tensor_parallel)
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
