@@ -53,7 +53,7 @@ def test_images_of_any_size_are_counted_by_their_grids(goldens, family):
         ([1, 2], {}, "must have one shape"),
         ([[1, 61]], {"tiles": [1, 1]}, "1 positive numbers, one per image"),
         ([[1, 61]], {"tiles": [0]}, "1 positive numbers"),
-        ([[1, 61]], {"image_grid_thw": [[1, 2, 2]]}, "need tiles"),
+        ([[1, 61]], {"image_grid_thw": [[1, 2, 2]]}, "takes tiles, not image_grid_thw"),
         ([[1, 61]], {"attention_mask": [[1]]}, "must have one shape"),
     ],
 )

@@ -91,7 +91,7 @@ def test_arrays_that_do_not_fit(model, row, change, words):
 
 def test_scores_are_of_whole_images(model, row):
     batch = row | {"attention_mask": np.ones_like(row["input_ids"])}
-    with pytest.raises(UserError, match="hides parts of images: scores are of whole images"):
+    with pytest.raises(UserError, match="hides parts of images, but scoring takes whole images"):
         vp.score(model, [batch], criterion="block_influence")
 
 

@@ -73,10 +73,13 @@ class Budget:
         "per_layer", "Storage of layers of unequal width in the export.", choices="export.uneven:UNEVEN", offered=False
     )
     layout: str = setting(
-        "source", "Layout of names and config in the export.", choices="export.huggingface:LAYOUTS", offered=False
+        "source",
+        "Naming convention of tensors and config in the export.",
+        choices="export.huggingface:LAYOUTS",
+        offered=False,
     )
     source_dir: str | None = setting(
-        None, "Folder of the unpruned model; `disk_bytes` then counts all that is exported.", offered=False
+        None, "Folder of the unpruned model; if set, `disk_bytes` counts its carried tensors too.", offered=False
     )
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False

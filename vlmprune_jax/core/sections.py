@@ -38,7 +38,7 @@ class MeshSpec:
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
         1,
-        "Number of devices over which the weights of one copy (along the residual width) and its rows are split.",
+        "Number of devices that share one copy of the model: they split its weights (residual width) and rows.",
         unit="devices",
     )
     tensor: int = setting(1, "Number of devices over which heads, neurons and vocabulary are split.", unit="devices")

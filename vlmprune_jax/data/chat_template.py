@@ -115,7 +115,7 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
 
 
 def prompt_of(template: Template, *, has_image: bool) -> str:
-    """Return the prompt that one of our templates makes of `QUESTION`, after an image if `has_image`."""
+    """Format `QUESTION` with a prompt template; with `has_image` an image precedes the question."""
     text = f"{IMAGE_TOKEN}\n{QUESTION}" if has_image else QUESTION
     return render([("human", text)], template, has_image=has_image, generation=True)
 

@@ -108,7 +108,7 @@ class WholeImage:
         self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the shape of an image that is not divided: one slot."""
+        """Return the shape of an image that is not cut into tiles: one slot of the batch."""
         return ImageShape()
 
     def most(self, images: int) -> int:

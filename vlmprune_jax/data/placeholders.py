@@ -67,8 +67,8 @@ def expand_images(
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
     """Return the number of decoder tokens of each image, int64[images]."""
     if (tiles if cfg.any_size else image_grid_thw) is not None:
-        name = "image_grid_thw" if cfg.any_size else "tiles"
-        raise UserError(f"expand_images: this model's images need {name}: omit the other argument")
+        wanted, passed = ("image_grid_thw", "tiles") if cfg.any_size else ("tiles", "image_grid_thw")
+        raise UserError(f"expand_images: this model takes {wanted}, not {passed}: omit {passed}")
     if cfg.any_size:
         assert cfg.projector is not None
         grids = np.asarray(np.zeros((0, 3)) if image_grid_thw is None else image_grid_thw, np.int64)

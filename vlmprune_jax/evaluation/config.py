@@ -11,7 +11,7 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """One evaluation set: questions from `data` and `images`, or a `text` file; None means the value in `evaluate`."""
+    """One evaluation set reads questions (`data`, `images`) or a `text` file; None takes the value in `evaluate`."""
 
     data: str | None = evaluate_setting(None, "Evaluation records of this set (None = `data.eval`).", by_content=True)
     images: str | None = evaluate_setting(

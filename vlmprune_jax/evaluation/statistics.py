@@ -54,7 +54,7 @@ def retained_interval(
     random = np.random.Generator(np.random.PCG64(seed))
     with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
         if _is_mean(metric, (*scores, *original)):
-            ours, theirs = _drawn_means(metric, (scores, original), draws, random)
+            ours, theirs = _drawn_sums(metric, (scores, original), draws, random)
         else:
             ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
     above, below = (ours, theirs) if metric.higher_is_better else (theirs, ours)
@@ -73,8 +73,8 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
     return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in score for score in scores)
 
 
-def _drawn_means(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return score sums of bootstrap samples, float[models, draws]; draws counts of distinct score pairs."""
+def _drawn_sums(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
+    """Return each model's score sum in every bootstrap sample: float[models, draws]; equal records are drawn as one."""
     pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)

@@ -93,7 +93,7 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
 
 
 def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pixel_values and image_position_ids for patches and grids (undoes `in_cells`)."""
+    """Convert patches and grid sizes to a processor's pixel_values and image_position_ids (inverse of `in_cells`)."""
     sizes, merge = grids.prod(axis=1), _merge(cfg)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
     places = np.full((*padded.shape[:2], 2), -1, np.int64)

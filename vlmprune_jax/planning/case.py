@@ -253,7 +253,8 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     vision, projector = case.cfg.vision, case.cfg.projector
     each = (n_rows, case.images)
     if vision is not None and vision.any_size:
-        batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
+        if case.cfg.text.rope.sections:
+            batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
         if case.images:
             batch["image_grid_thw"] = rows((*each, 3), np.int32)
     if vision is not None and projector is not None and case.images and not case.cfg.tower:

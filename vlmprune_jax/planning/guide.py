@@ -71,7 +71,7 @@ class Evidence:
 
     @property
     def made_by(self) -> list[str]:
-        """Names of the guide's settings (methods and recoveries) that reproduce this evidence."""
+        """Names of the pruning method and the recoveries whose settings reproduce the measured runs."""
         return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
 
 

@@ -28,7 +28,7 @@ Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the 
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
-    """Return a function that computes exact costs of the model with other layers, fast (1 s at 7B).
+    """Return a function from layer widths to the exact costs of that model, which it does not build (1 s at 7B).
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read

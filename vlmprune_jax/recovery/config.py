@@ -64,10 +64,10 @@ class LossConfig:
         least=0,
     )
     kl: float = recover_setting(
-        0.0, "Weight of the forward KL divergence KL(teacher || student) at `temperature`.", unit=WEIGHT, least=0
+        0.0, "Weight of the forward KL divergence (teacher to student) at `temperature`.", unit=WEIGHT, least=0
     )
     rkl: float = recover_setting(
-        0.0, "Weight of the reverse KL divergence KL(student || teacher) at `temperature`.", unit=WEIGHT, least=0
+        0.0, "Weight of the reverse KL divergence (student to teacher) at `temperature`.", unit=WEIGHT, least=0
     )
     l2_layers: tuple[int, ...] = recover_setting(
         (-1,),

@@ -100,7 +100,7 @@ class PerLayerWidths(nn.Module):
 
 
 def __getattr__(name: str) -> Any:
-    """Return class `PerLayerX` for a transformers class X; `auto_map` in config.json names the class to load."""
+    """Create class `PerLayerX`: X of transformers with widths per layer; `auto_map` in config.json asks for it."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

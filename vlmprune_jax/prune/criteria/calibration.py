@@ -84,7 +84,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     wanted = ("input_ids", "attention_mask", "labels") if labels else ("input_ids", "attention_mask")
     missing = [name for name in wanted if name not in arrays]
     if missing:
-        raise UserError(f"{', '.join(missing)} missing (it has {', '.join(arrays)})")
+        raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)})")
     named = ("input_ids", "attention_mask", "labels")
     result = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
     shape = result["input_ids"].shape
@@ -95,7 +95,9 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     pixels, grid = in_cells(cfg, pixels, grid, places)
     check_inputs(cfg, result["input_ids"], pixels, image_grid_thw=grid, attention_mask=result["attention_mask"])
     if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
-        raise UserError("pixel_attention_mask hides parts of images: scores are of whole images, resize them first")
+        raise UserError(
+            "pixel_attention_mask hides parts of images, but scoring takes whole images only: resize the images first"
+        )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
     if cfg.any_size:
