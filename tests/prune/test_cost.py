@@ -66,13 +66,14 @@ def asked(method, cfg, seed=0):
     """(scores, options) of a way to prune."""
     depth = depth_scores(cfg, list(np.random.default_rng(seed).permutation(len(cfg.text.layers)).astype(float)))
     wide = width_scores(cfg, seed)
+    proportional = {"method": "width", "heads": "proportional"}
     return {
         "depth": (depth, {"method": "depth"}),
-        "width": (wide, {"method": "width"}),
-        "query heads": (width_scores(cfg, seed, "q_heads"), {"method": "width"}),
+        "width": (wide, proportional),
+        "query heads": (width_scores(cfg, seed, "q_heads"), proportional),
         "heads kept": (wide, {"method": "width", "heads": "keep"}),
         "heads traded": (wide, {"method": "width", "heads": "auto"}),
-        "multiples": (wide, {"method": "width", "neurons_multiple": 2}),
+        "multiples": (wide, {**proportional, "neurons_multiple": 2}),
         "global": (wide, {"method": "width", "selection": "global"}),
         "hybrid": ((depth, wide), {"method": "hybrid"}),
     }[method]
