@@ -120,7 +120,9 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
     assert plan.options["budget"] == limits
     assert plan.asked is None
     if method not in ("heads traded", "global", "hybrid"):  # whose costs do not always fall where more is asked for
-        assert all(spent > limits[name] for reached, spent in costs if reached < plan.reached)
+        # Widths are whole, so a head of one layer may go for neurons of others: costs fall but for that step.
+        head = 4 * cfg.text.hidden_size * cfg.text.head_dim / count_params(cfg)
+        assert all(spent > limits[name] for reached, spent in costs if reached < plan.reached - head)
 
 
 def test_several_limits_and_a_budget_that_holds_already():
