@@ -1,5 +1,6 @@
 """Model cards whose names and plans come from anywhere."""
 
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,10 @@ from hf_cases import LLAMA, keep_layers, make_folder
 
 from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.write import save
+from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.prune import keep_everything
 
 EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
 
@@ -46,3 +50,26 @@ def test_a_hub_id_is_the_name_and_stays_one_line(tmp_path):
     folder = tmp_path / "models--org--a\nb/snapshots/1"
     folder.mkdir(parents=True)
     assert model_name(folder) == "org/a\nb"
+
+
+def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
+    """Widths alone do not tell that a layer shares its keys and values, or has heads of another size."""
+    model = open_model(goldens / "families/gemma4/ckpt")
+    before = count_params(model.cfg)
+    plan = dataclasses.replace(keep_everything(model.cfg, "0" * 64, before), method="depth")
+    kept = dataclasses.replace(plan.stacks["text"], layers=plan.layers[:1] + plan.layers[2:])
+    plan = dataclasses.replace(plan, stacks={**plan.stacks, "text": kept})
+    plan.to_json(tmp_path / "plan.json")
+    write_card(
+        tmp_path,
+        plan.apply_to(model.cfg),
+        "base",
+        goldens / "families/gemma4/ckpt",
+        loading="here",
+        library="transformers",
+    )
+    rows = re.findall(
+        r"\| (?:language model|projector|vision.*?|total) \| ([\d,]+) \|", (tmp_path / "README.md").read_text()
+    )
+    counts = [int(row.replace(",", "")) for row in rows]
+    assert counts[-1] == before == sum(counts[:-1])

@@ -45,6 +45,7 @@ class _Plan(TypedDict):
     criterion: str
     asked: float | None
     reached: float
+    parameters_before: int
     parameters_total: int
     fingerprint: str
     stacks: dict[str, _Stack]
@@ -151,7 +152,10 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
     original = cfg
     for name, stack in plan["stacks"].items():
         original = original.with_layers([LayerShape(*shape) for shape in stack["layers_before"]], name)
-    rows = [f"| {name} | {count_params(original, part):,} | {count_params(cfg, part):,} |" for name, part in parts]
+    before = {part: count_params(original, part) for _, part in parts} | {"": plan["parameters_before"]}
+    # Removed layers may have been of types that widths alone do not tell (Gemma 4), and removed tokens are no layers.
+    before["text"] = before[""] - before.get("vision", 0) - before.get("projector", 0)
+    rows = [f"| {name} | {before[part]:,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
 
 
