@@ -36,6 +36,7 @@ WRITERS = {
     ("export/processor.py", "write_processor"): _NEW,
     ("export/target.py", "write_files"): _NEW,
     ("export/tokenizer.py", "write_tokenizer"): _NEW,
+    ("export/vllm_tpu.py", "write_config"): _NEW,
     ("export/vocabulary.py", "_trim_tokenizer_files"): _NEW,
     ("export/vocabulary.py", "_write"): _NEW,
     ("hf/disk/tensors.py", "write_weights"): _NEW,

@@ -323,15 +323,14 @@ vp.stages["mine"] = vp.Stage("Do it.", wrong, outputs=("mine.json",))
 
 def get_config():
     config = experiment_config()
-    config.model.hf_dir = "{folder}/teacher"
+    config.model.hf_dir = "{folder}"
     return config
 """
 
 
-def test_errors_in_a_file_of_the_users_name_its_line(tmp_path, capsys):
+def test_errors_in_a_file_of_the_users_name_its_line(goldens, tmp_path, capsys):
     """Of whatever a config adds: here a stage; not called a defect of this package."""
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "c.py").write_text(USERS.format(folder=tmp_path))
+    (tmp_path / "c.py").write_text(USERS.format(folder=goldens / "ckpt/llama_gqa"))
     try:
         line = failing(capsys, "mine", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/w")
     finally:

@@ -126,7 +126,8 @@ def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tm
     assert "Decoding, times the unpruned speed" not in out
 
 
-def test_rows_of_ones_own(folder, tmp_path, capsys):
+def test_rows_of_ones_own(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # room for every column
     study, guide = write_sweep(tmp_path / "sweep", rows()), tmp_path / "guide.json"
     update_guide(guide, {"mine": read_sweep(study)})
     out = told(capsys, f"--model={folder}", "--ratio=0.1", f"--guide={guide}")

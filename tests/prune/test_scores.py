@@ -178,8 +178,8 @@ def test_score_refuses(request_, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_mask": None}, r"calibration batch 1: attention_mask missing \(it has input_ids,"),
-        ({"labels": None}, "calibration batch 1: labels missing"),
+        ({"attention_mask": None}, r"calibration batch 1: a batch lacks attention_mask \(found input_ids,"),
+        ({"labels": None}, "calibration batch 1: a batch lacks labels"),
         ({"labels": np.zeros((4, 3))}, r"calibration batch 1: labels has shape \(4, 3\) but input_ids \(4, 9\)"),
         (
             {"labels": np.full((4, 9), 62)},

@@ -32,7 +32,8 @@ def rows_of(out):
     return {cells[0]: cells for cells in lines if cells and (cells[0] in ("layer", "all") or cells[0].isdigit())}
 
 
-def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys):
+def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # room for every column
     copy_llava(goldens, tmp_path / "teacher")
     (tmp_path / "e.py").write_text(CONFIG.format(folder=tmp_path))
     for method in ("width", "hybrid"):
