@@ -15,7 +15,7 @@ from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import apply_plan, prune_folder
-from vlmprune_jax.prune.plan import KeptVocabulary
+from vlmprune_jax.prune.kept import KeptVocabulary
 
 KEPT = KeptVocabulary(10, (0, 2, 3, 7), "x")
 

@@ -16,7 +16,7 @@ from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig, compose, fingerprint, prune_folder
+from vlmprune_jax.prune import PrunePlan, Scores, VocabularyConfig, compose, fingerprint, prune_folder
 from vlmprune_jax.prune.cost import make_measure
 from vlmprune_jax.prune.token_sources import Source, choose_vocabulary, read_sample
 
@@ -177,12 +177,6 @@ def test_kept_lists_made_by_hand_are_checked(folder, model, sources, tmp_path):
         wrong = dataclasses.replace(plan, vocabulary=without(plan.vocabulary, dropped))
         with pytest.raises(UserError, match=message):
             prune_folder(folder, wrong, tmp_path / "out")
-    with pytest.raises(UserError, match=r"kept tokens \[3, 2\] are not increasing ids below 640"):
-        KeptVocabulary(640, (3, 2), "")
-    with pytest.raises(UserError, match=r"kept tokens \[700\] are not increasing ids below 640"):
-        KeptVocabulary(640, (700,), "")
-    with pytest.raises(UserError, match="its vocabulary has 9 rows, this model's 640"):
-        KeptVocabulary(9, (1, 2), "").apply_to(model.cfg)
 
 
 def test_a_template_that_needs_a_dropped_token_is_named(folder, sources, tmp_path):

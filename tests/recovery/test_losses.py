@@ -18,7 +18,8 @@ from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.models.vocabulary import Head
 from vlmprune_jax.prune.fingerprint import fingerprint
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig, from_alpha
 from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums

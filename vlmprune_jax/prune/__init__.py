@@ -5,7 +5,8 @@ from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, KeptVocabulary, PrunePlan, compose, keep_everything
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
+from vlmprune_jax.prune.plan import PrunePlan, compose, keep_everything
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score

@@ -42,8 +42,9 @@ from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.prune.layers import Layer, run_block, with_layers
-from vlmprune_jax.prune.plan import KeptStack, PrunePlan
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows

@@ -20,7 +20,8 @@ from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.plan import KeptStack, KeptVocabulary, PrunePlan
+from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import OutOfReach, layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary

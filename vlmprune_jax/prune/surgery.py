@@ -14,7 +14,8 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
-from vlmprune_jax.prune.plan import KeptLayer, KeptVocabulary, PrunePlan
+from vlmprune_jax.prune.kept import KeptLayer, KeptVocabulary
+from vlmprune_jax.prune.plan import PrunePlan
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:

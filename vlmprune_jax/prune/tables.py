@@ -10,7 +10,8 @@ import numpy as np
 from vlmprune_jax.core.config import LayerShape, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.plan import KeptLayer, KeptStack, PrunePlan
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 

@@ -24,7 +24,7 @@ from vlmprune_jax.export.vocabulary import CONFIGS, ids_in, trim_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.prune.config import VocabularyConfig
-from vlmprune_jax.prune.plan import TOKEN_IDS, KeptVocabulary
+from vlmprune_jax.prune.kept import TOKEN_IDS, KeptVocabulary
 from vlmprune_jax.prune.vocabulary import Subwords, choose_tokens
 
 _ROLES = ("system", "user", "assistant", "model", "tool")

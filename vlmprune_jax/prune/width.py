@@ -15,7 +15,7 @@ from vlmprune_jax.core.checks import layer_range
 from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.plan import KeptLayer
+from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import (
     Costs,

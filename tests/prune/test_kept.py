@@ -1,0 +1,52 @@
+"""Kept layers and tokens: what they refuse, and two prunings as one."""
+
+import pytest
+from prune_cases import EQUAL, config
+
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
+
+BEFORE = (LayerShape(6, 3, 10), LayerShape(4, 2, 8), LayerShape(6, 3, 10))
+FIRST = KeptStack(BEFORE, (KeptLayer(0, (0, 1, 4, 5), (0, 2), (1, 3, 8)), KeptLayer.whole(2, BEFORE[2])))
+
+
+def test_a_stack_pruned_twice_is_one_stack_in_original_numbers():
+    second = KeptStack(FIRST.shapes, (KeptLayer(0, (2, 3), (1,), (0, 2)),))
+    assert FIRST.then(second) == KeptStack(BEFORE, (KeptLayer(0, (4, 5), (2,), (1, 8)),))
+    assert KeptStack.whole(BEFORE).then(FIRST) == FIRST == FIRST.then(KeptStack.whole(FIRST.shapes))
+    assert (FIRST.kept_layers, FIRST.removed_layers) == ((0, 2), (1,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((), "no layer is kept"),
+        ((KeptLayer.whole(2, BEFORE[2]), KeptLayer.whole(0, BEFORE[0])), r"kept layers \[2, 0\] are not increasing"),
+        ((KeptLayer(1, (0, 4), (0, 1), (0,)),), "q_heads of layer 1 are not increasing numbers below 4, at least one"),
+        ((KeptLayer(1, (0, 1), (0,), ()),), "neurons of layer 1 are not increasing numbers below 8, at least one"),
+        ((KeptLayer(1, (0, 1, 2), (0, 1), (0,)),), r"keeps query heads \[0, 1, 2\] that do not share its .* evenly"),
+    ],
+)
+def test_stacks_refuse(layers, message):
+    with pytest.raises(UserError, match=f"prune plan: .*{message}"):
+        KeptStack(BEFORE, layers)
+
+
+def test_a_vocabulary_trimmed_twice_is_one_vocabulary_in_original_ids():
+    first, second = KeptVocabulary(10, (0, 2, 3, 7), "first"), KeptVocabulary(4, (1, 3), "second")
+    assert first.then(second) == KeptVocabulary(10, (2, 7), "first")
+    with pytest.raises(UserError, match="the second is for another vocabulary than the first leaves"):
+        first.then(first)
+
+
+@pytest.mark.parametrize("kept", [(), (3, 2), (700,)])
+def test_vocabularies_refuse(kept):
+    with pytest.raises(UserError, match=r"kept tokens .* are not increasing ids below 640"):
+        KeptVocabulary(640, kept, "")
+
+
+def test_a_vocabulary_of_another_size_is_refused():
+    cfg = config(EQUAL)
+    with pytest.raises(UserError, match=f"its vocabulary has 9 rows, this model's {cfg.text.vocab_size}"):
+        KeptVocabulary(9, (1, 2), "").apply_to(cfg)
