@@ -71,6 +71,7 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepR
     with (
         mock.patch.object(stages.Pipeline, "make_models", lambda self: make_models(self.experiment, self.context)),
         mock.patch.object(stages, "made_from_of", lambda run, sweep: run.name),
+        mock.patch.object(stages, "preflight"),
     ):
         for run in runs:
             stages.do_run(run, sweep, QUIET)

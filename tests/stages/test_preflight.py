@@ -76,6 +76,11 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
         (["--config.data.images={root}/teacher"], "img0.png does not exist: check the image root"),
         (["--config.evaluate.text={root}/no.txt"], "no.txt: no such file"),
         (["--config.export.push_to_hub=me/x"], "export.push_to_hub=me/x: HF_HUB_OFFLINE is set: log in by"),
+        (
+            ["--config.prune.ratio=None", "--config.prune.layers_removed=9"],
+            "prune: layers_removed=9 must be between 0 and 5 (6 layers, 0 protected)",
+        ),
+        (["--config.prune.ratio=0.99"], "prune: ratio 0.99 cannot be reached by depth pruning of the text stack"),
     ],
 )
 def test_what_is_missing_is_told_before_the_first_model_call(run, tmp_path, flags, message):

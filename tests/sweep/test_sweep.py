@@ -58,8 +58,9 @@ def sweep(tmp_path, monkeypatch):
         call.ran.clear()
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
-    call.ran, call.fail, call.pages, call.workdir = [], {}, [], workdir
+    call.ran, call.fail, call.pages, call.checked, call.workdir = [], {}, [], [], workdir
     monkeypatch.setattr(sweep_run.Pipeline, "make_models", lambda self: made(self.experiment, self.context))
+    monkeypatch.setattr(sweep_run, "preflight", lambda pipeline, command: call.checked.append(command))
     monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
     return call
 
@@ -71,6 +72,7 @@ def states(workdir):
 def test_every_run_once(sweep, capsys):
     assert sweep() == 0
     assert sweep.ran == [0.1, 0.2, 0.3, 0.4]
+    assert sweep.checked == ["run"] * 4  # before the first model call of each
     out = capsys.readouterr().out
     assert "run 2 of 4: ratio=0.2" in out
     assert "unpruned" in out

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
@@ -25,6 +25,7 @@ from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
 from vlmprune_jax.stages.pipeline import Pipeline, Step
+from vlmprune_jax.stages.prune import check_plan
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import stacks_of
 from vlmprune_jax.stages.work import Work, teacher_folder
@@ -40,15 +41,9 @@ def preflight(pipeline: Pipeline, command: str) -> None:
     small.
     """
     work, stages = pipeline.work(), [*STAGES] if command == "run" else [command]
-    teacher_folder(work.model)
+    check_inputs(pipeline, stages)
     steps = [step for step in pipeline.steps() if step.stage in stages]
     sets = evaluation_sets(pipeline.experiment.data, pipeline.experiment.evaluate)
-    for name, one in sets.items() if "evaluate" in stages else ():
-        _check_files("evaluate", set_files(pipeline.experiment.data, name, one), work)
-    for step in steps:
-        _check_files(step.job.name, step.job.inputs, work)
-        for stack in stacks_of(step.sections["prune"]):
-            work.config(work.teacher).stack(stack)  # refuses one that the model does not have
     start_devices()
     lines = [_devices(work), *_questions(pipeline, sets if "evaluate" in stages else {})]
     for step in steps:
@@ -60,6 +55,26 @@ def preflight(pipeline: Pipeline, command: str) -> None:
     if {*stages} != {"prune"}:
         _check_memory(work)
     on_process_zero(lambda: _check_disk(work, steps))
+
+
+def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) -> None:
+    """Check what needs no device: the model, the files that stages read, and that a plan can reach its target.
+
+    Raises UserError if a file is missing, or no plan can reach the target.
+    """
+    work, experiment = pipeline.work(), pipeline.experiment
+    teacher_folder(work.model)
+    sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
+    for name, one in sets.items():
+        _check_files("evaluate", set_files(experiment.data, name, one), work)
+    for step in pipeline.steps():
+        if step.stage in stages:
+            _check_files(step.job.name, step.job.inputs, work)
+            for stack in stacks_of(step.sections["prune"]):
+                work.config(work.teacher).stack(stack)  # refuses one that the model does not have
+            if step.stage == "prune":
+                with error_context(step.job.name):
+                    check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
 
 
 def _devices(work: Work) -> str:

@@ -25,6 +25,8 @@ from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
+from vlmprune_jax.prune.criteria.weights import random_scores
+from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.select import moved_features, plan_stacks
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
@@ -104,6 +106,26 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         + "".join(_layers_gone(name, stack) for name, stack in plan.stacks.items())
     )
     return facts
+
+
+def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> None:
+    """Refuse a target that no scores can reach (too many layers, a limit too low), by planning with random scores.
+
+    A plan with a vocabulary is not checked, since that needs the texts to be read.
+    """
+    if spec.vocabulary.size is not None:
+        return
+    cfg, scores = work.config(work.teacher), []
+    for stack in stacks_of(spec):
+        for criterion in criteria_of(score, spec, stack).values():
+            span = score.layers_removed if "layers_removed" in CRITERIA[criterion].options else None
+            parts = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
+            if span is not None:
+                parts["importance"] = parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]
+            scores.append(
+                Scores(criterion, f"{shape_digest(cfg)}-", {"gqa": score.gqa, "layers_removed": span}, **parts)
+            )
+    plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
 
 
 def _load(path: Path, stack: str) -> Scores:

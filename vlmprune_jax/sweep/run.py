@@ -17,6 +17,7 @@ from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.preflight import preflight
 from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
@@ -84,7 +85,9 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))
     context = sweep.context(run, reporter)
-    result = Pipeline(run.experiment, context).make_models()
+    pipeline = Pipeline(run.experiment, context)
+    preflight(pipeline, "run")
+    result = pipeline.make_models()
     if not is_main_process():
         return
     write_artefact(folder / RESULT, result)
