@@ -47,6 +47,7 @@ def get_config(variant: str = "depth,0.3") -> ConfigDict:
     config.data.train = "data/internvl_1_2_finetune_custom.json"
     config.data.images = "data"
     config.data.fraction = 0.05
+    config.data.template = "phi3-chat"
     config.data.group_by = "length"
     config.data.length_buckets = (1024, 2048, 3072, 4096)
 

@@ -47,8 +47,11 @@ def asked(monkeypatch, tmp_path):
 def test_a_set_is_stored_once_in_the_workdir(asked, tmp_path):
     config = experiment_config()
     config.data.train, config.data.eval = "hub:org/name:train", "hub:org/name/sub:test[:2]"
+    config.evaluate.sets = {"short": {"data": "hub:org/name/sub:test[:2]"}, "text": {"text": "a.txt"}}
     for _ in range(2):
-        data = to_experiment(config, str(tmp_path / "w"))[0].data
+        experiment = to_experiment(config, str(tmp_path / "w"))[0]
+    data = experiment.data
+    assert experiment.evaluate.sets["short"].data == data.eval
     assert asked == [("org/name", None, "train", False), ("org/name", "sub", "test", True)]
     train, test = (read_datasets(datasets_folder(text)) for text in (data.train, data.eval))
     assert [record.turns[0][1] for record in train] == [row["question"] for row in ROWS]

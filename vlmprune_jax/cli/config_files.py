@@ -129,7 +129,14 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
             name: fetch_dataset(text, workdir / "data", f"data.{name}") for name, text in named.items()
         }
         data = dataclasses.replace(data, **fetched)
-    return dataclasses.replace(experiment, model=model, data=data)
+    sets = {
+        name: dataclasses.replace(one, data=fetch_dataset(one.data, workdir / "data", f"evaluate.sets.{name}.data"))
+        if one.data is not None and is_hub(one.data)
+        else one
+        for name, one in experiment.evaluate.sets.items()
+    }
+    evaluate = dataclasses.replace(experiment.evaluate, sets=sets)
+    return dataclasses.replace(experiment, model=model, data=data, evaluate=evaluate)
 
 
 def read_hyper(config: str) -> Any:

@@ -13,7 +13,9 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 class EvaluationSetSpec:
     """One evaluation set reads questions (`data`, `images`) or a `text` file; None takes the value in `evaluate`."""
 
-    data: str | None = evaluate_setting(None, "Evaluation records of this set (None = `data.eval`).", by_content=True)
+    data: str | None = evaluate_setting(
+        None, "Evaluation records of this set, as `data.eval` takes them (None = `data.eval`).", by_content=True
+    )
     images: str | None = evaluate_setting(
         None, "Folder of this set's images (None = `data.eval_images`).", by_content=True
     )

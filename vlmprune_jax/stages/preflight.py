@@ -54,7 +54,7 @@ def preflight(pipeline: Pipeline, command: str) -> None:
         work.say(f"  {line}")
     if {*stages} != {"prune"}:
         _check_memory(work)
-    on_process_zero(lambda: _check_disk(work, steps))
+    on_process_zero(lambda: _check_disk(work, steps, exported="export" in stages))
 
 
 def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) -> None:
@@ -170,11 +170,11 @@ def _check_memory(work: Work) -> None:
         )
 
 
-def _check_disk(work: Work, steps: list[Step]) -> None:
-    """Refuse a run if the disk cannot hold the models still to be written."""
-    size, needed = _weights(work), 0
+def _check_disk(work: Work, steps: list[Step], *, exported: bool) -> None:
+    """Refuse a run if the disk cannot hold the models still to be written; checkpoints of training are not counted."""
+    size, needed = _weights(work), [0]
     for step in steps:
         ratio = step.sections["prune"].ratio
         if step.makes_model and not step.work.out.is_dir() and ratio is not None:
-            needed += int(size * (1 - ratio))
-    check_space(work.workdir / "models", needed)
+            needed.append(int(size * (1 - ratio)))
+    check_space(work.workdir / "models", sum(needed) + (max(needed) if exported else 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -115,16 +116,16 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
     """
     if spec.vocabulary.size is not None:
         return
-    cfg, scores = work.config(work.teacher), []
+    cfg, scores = work.config(work.teacher), list[Scores]()
     for stack in stacks_of(spec):
         for criterion in criteria_of(score, spec, stack).values():
             span = score.layers_removed if "layers_removed" in CRITERIA[criterion].options else None
+            options: dict[str, Any] = {"gqa": score.gqa}
             parts = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
-            if span is not None:
-                parts["importance"] = parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]
-            scores.append(
-                Scores(criterion, f"{shape_digest(cfg)}-", {"gqa": score.gqa, "layers_removed": span}, **parts)
-            )
+            if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
+                options["layers_removed"] = span
+                parts = {**parts, "importance": parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]}
+            scores.append(Scores(criterion, f"{shape_digest(cfg)}-", options, **parts))
     plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
 
 

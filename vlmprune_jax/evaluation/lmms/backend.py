@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -192,6 +193,8 @@ class VlmpruneJax(Backend):
         devices = mesh_of(mesh)
         model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=devices)
         inputs = load_inputs(spec, data_spec, model.cfg)
+        for note in inputs.notes:  # a prompt that differs from the model folder's own
+            print(f"vlmprune_jax: {note}", file=sys.stderr)
         super().__init__(Answering(model, inputs, rows, row_ways(devices), 0, _bar, lambda made_from: None))
 
 
