@@ -23,6 +23,7 @@ def images(tmp_path):
     [
         {"messages": [USER, ANSWER], "images": ["a.png"]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, TEXT]}, ANSWER], "image": "a.png"},
+        {"messages": [{"role": "user", "content": "What is it?"}, ANSWER], "image": "a.png"},
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, TEXT]}, ANSWER]},
         {
             "messages": [

@@ -70,6 +70,10 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
     ("flags", "message"),
     [
         (["--config.data.train=None"], "data.train is not set: use --config.data.train=FILE"),
+        (
+            ["--config.data.source=easyvqa"],
+            "data.train is set, but this config reads easyvqa: add --config.data.source=files to use your own files",
+        ),
         (["--config.data.train={root}/no.json"], "no.json: no such file or folder"),
         (["--config.data.eval={root}/no.json"], "evaluate: data.eval is {root}/no.json: no such file or folder"),
         (["--config.data.train={root}/text.json"], "text.json, record 0: 'conversations' must be a non-empty list of"),

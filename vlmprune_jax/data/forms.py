@@ -20,8 +20,9 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Convert an entry with OpenAI's `messages` [{role, content}] to one with `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
-    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Raises
-    UserError if a message has another form or role, or only some images have a path.
+    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. If no
+    message has an image, those of the entry precede the first one. Raises UserError if a message has another form or
+    role, or only some images have a path.
     """
     turns, names = list[dict[str, Any]](), list[Any]()
     messages = entry["messages"]
@@ -42,6 +43,10 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         if None in names or any(rest.get(name) is not None for name in ("image", "images")):
             raise UserError(f"{where}: name every image in its message, or all of them in 'images'")
         rest["images"] = names
+    elif turns and not any(IMAGE_TOKEN in turn["value"] for turn in turns):
+        images = rest.get("images") or rest.get("image") or []
+        marks = f"{IMAGE_TOKEN}\n" * (len(images) if isinstance(images, list) else 1)
+        turns[0] = {**turns[0], "value": f"{marks}{turns[0]['value']}"}
     return {**rest, "conversations": turns}
 
 
