@@ -31,6 +31,7 @@ from vlmprune_jax.stages.score import stacks_of
 from vlmprune_jax.stages.work import Work, teacher_folder
 from vlmprune_jax.workdir.evaluation import TEACHER
 
+FEW_STEPS = 20  # fewer steps of a recovery are pointed out
 SAMPLE = 8  # records of a recovery whose images are decoded
 
 
@@ -129,10 +130,10 @@ def _about(step: Step) -> Iterator[str]:
             if data.on_error == "stop":
                 _check_sample(records, shared.training_encoder(step.work.config(step.work.teacher)))
             config = recover_config(spec).fit_records(len(records), row_ways(step.work.devices))
-            counted = (
-                f": {len(records):,} of {total:,} records, {config.num_steps(len(records)):,} steps of "
-                f"{config.batch_size:,} rows"
-            )
+            steps = config.num_steps(len(records))
+            counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
+            if steps < FEW_STEPS:
+                counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
