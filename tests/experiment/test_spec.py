@@ -5,7 +5,6 @@ import importlib.util
 from dataclasses import dataclass
 
 import pytest
-from prune_cases import config
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
@@ -17,7 +16,6 @@ from vlmprune_jax.experiment.options import options, sections
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.stack import REMAT_POLICIES
-from vlmprune_jax.prune import keep_everything
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
 from vlmprune_jax.stages.job import make_job
@@ -228,9 +226,7 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     experiment = override(
         Experiment(), {"model": {"hf_dir": str(tmp_path)}, "recover": spec, "data": {"max_length": 9}}
     )
-    keep_everything(config(), "0" * 64, 1).to_json(tmp_path / "plan.json")
-    work = Pipeline(experiment, Context(workdir=tmp_path, reporter=make_reporter(False))).work()
-    assert _made_from(work, experiment.data, experiment.recover).keys() == {
+    assert _made_from(experiment.model, experiment.data, experiment.recover, None).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
         *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail max_image_tokens"),
         *named("recover", "compute_dtype losses.temperature losses.kl_positions"),

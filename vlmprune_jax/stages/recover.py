@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import msgspec
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmprune_jax.core.errors import Stopped, UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import train_batches
@@ -29,7 +32,7 @@ from vlmprune_jax.experiment.spec import RecoverSpec, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptStack, PrunePlan
+from vlmprune_jax.prune import KeptStack, KeptVocabulary, PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.recovery.config import RecoverConfig
@@ -41,7 +44,7 @@ from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.stages.stage import Files
-from vlmprune_jax.stages.work import Work
+from vlmprune_jax.stages.work import Context, ModelFolder, Work
 from vlmprune_jax.workdir.content import digest, plain
 from vlmprune_jax.workdir.ledger import remove
 
@@ -73,90 +76,86 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """What a recovery starts from: its settings, both models, the plan between them, and where they compute.
+
+    `tokens`: `model` with the folder whose tokenizer fits the student. `folder`: for checkpoints, metrics and the
+    adapter.
+    """
+
+    data: DataSpec
+    spec: RecoverSpec
+    model: ModelSpec
+    tokens: ModelSpec
+    student: ModelFolder
+    teacher: ModelFolder
+    plan: PrunePlan
+    mesh: Mesh | None
+    folder: Path
+    context: Context
+
+
 def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
     """Train the pruned or reconstructed model; metrics go to `training/metrics.jsonl`."""
-    plan, mesh, training = work.plan, work.devices, work.folder / "training"
-    on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
-    ready = prepare(work, data, spec)
-    config = ready.config
-    features = None if data.feature_cache is None else cached_features(work, data, ready)
-    rows = inputs.training_rows(data, ready.encoder, ready.records, work.reporter.bar, features)
-    parts = [part for part in PARTS if features is None or part != TOWER]
-    taught = cached_teacher(work, data, spec, ready, rows, parts) if config.losses.teacher_top_k else None
-    student = work.load(work.start, parts)
-    model, summary = recover(
-        student,
-        inputs.recovery_batches(rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught),
-        config,
-        teacher=work.load(work.teacher, parts) if ready.runs_teacher else None,
-        plan=plan,
-        workdir=training,
-        mesh=mesh,
-        progress=work.reporter.enabled,
-        num_steps=ready.steps,
+    recovery = Recovery(
+        data=data,
+        spec=spec,
+        model=work.model,
+        tokens=work.tokens,
+        student=work.open_folder(work.start),
+        teacher=work.open_folder(work.teacher),
+        plan=work.plan,
+        mesh=work.devices,
+        folder=work.folder,
+        context=work,
     )
-    if summary["skipped_rows"]:
-        work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
-    if features is not None:
-        model = Model({**model.params, TOWER: ready.student.params[TOWER]}, dataclasses.replace(model.cfg, tower=True))
-    merged = merge_lora(model)
-    if unchanged(student, merged, ready.trained):
-        raise UserError(
-            f"recover: training changed no weight of {work.start.name} ({ready.steps} steps of {config.batch_size} "
-            f"rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, last gradient norm "
-            f"{summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise recover.learning_rate, "
-            "recover.epochs or recover.steps, or choose parameters that the records reach (recover.trainable)"
-        )
-    if spec.save_adapter:
-        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=ready.trained)
-    work.save(merged)
+    ready = prepare(recovery)
+    model, summary = train(recovery, ready)
+    work.save(model)
     return msgspec.convert(plain({**summary, "records": len(ready.records), "recovery": spec.name}), RecoverFacts)
 
 
 class Ready(NamedTuple):
-    """A checked recovery: student and teacher with weights still in files, and the paths of `trained` parameters."""
+    """A checked recovery: settings, number of steps, encoder and records, and the paths of `trained` parameters."""
 
     config: RecoverConfig
     steps: int
     encoder: Encoder
     records: tuple[Record, ...]
-    student: Model
-    teacher: Model
     runs_teacher: bool
     trained: tuple[str, ...]
 
 
-def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Ready:
+def prepare(recovery: Recovery) -> Ready:
     """Refuse, before long computations, what training would refuse; adapt the batch size to the number of records."""
-    config, plan, mesh = recover_config(spec), work.plan, work.devices
+    data, spec, plan, cfg = recovery.data, recovery.spec, recovery.plan, recovery.student.model.cfg
+    config, teacher = recover_config(spec), recovery.teacher.model
     runs_teacher = needs_teacher(config.losses)
-    student, teacher = work.open_model(work.start), work.open_model(work.teacher)
     if runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
-        with error_context(work.variant / "plan.json"):
+        with error_context(recovery.student.path.with_name("plan.json")):
             check_plan_is_for(teacher, plan)
             _check_teacher_differs(plan, config)
-    teacher = trim_vocabulary(teacher, plan.vocabulary)
-    shared = inputs.load_inputs(work.tokens, data, student.cfg)
+    shared = inputs.load_inputs(recovery.tokens, data, cfg)
     records = inputs.recovery_records(data, shared.template)
-    config = config.fit_records(len(records), row_ways(mesh))
+    config = config.fit_records(len(records), row_ways(recovery.mesh))
     if config.batch_size != spec.batch_size:
-        work.say(
+        recovery.context.say(
             f"  batches of {config.batch_size} rows instead of recover.batch_size={spec.batch_size}: there are "
             f"{len(records)} training records, in {spec.epochs:g} epochs"
         )
     if data.feature_cache is not None:
-        check_frozen(student.cfg, config)
+        check_frozen(cfg, config)
     steps = config.num_steps(len(records))
     program = make_program(
-        student.cfg,
+        cfg,
         config,
-        teacher_cfg=teacher.cfg if runs_teacher else None,
+        teacher_cfg=trim_vocabulary(teacher, plan.vocabulary).cfg if runs_teacher else None,
         kept_layers=plan.kept_layers,
-        mesh=mesh,
+        mesh=recovery.mesh,
         num_steps=steps,
     )
-    encoder = shared.training_encoder(student.cfg)
-    return Ready(config, steps, encoder, records, student, teacher, runs_teacher, tuple(program.groups))
+    return Ready(config, steps, shared.training_encoder(cfg), records, runs_teacher, tuple(program.groups))
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
@@ -169,51 +168,95 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
         )
 
 
-def cached_features(work: Work, data: DataSpec, ready: Ready) -> FeatureLoader:
+def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
+    """Fill the caches that the settings name, and train; return the merged model and the summary of `recover`.
+
+    Raises UserError if no weight changed.
+    """
+    data, config, context, training = recovery.data, ready.config, recovery.context, recovery.folder / "training"
+    on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
+    features = None if data.feature_cache is None else cached_features(recovery, ready)
+    rows = inputs.training_rows(data, ready.encoder, ready.records, context.reporter.bar, features)
+    parts = [part for part in PARTS if features is None or part != TOWER]
+    taught = cached_teacher(recovery, ready, rows, parts) if config.losses.teacher_top_k else None
+    student = recovery.student.load(parts)
+    model, summary = recover(
+        student,
+        inputs.recovery_batches(rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught),
+        config,
+        teacher=recovery.teacher.load(parts) if ready.runs_teacher else None,
+        plan=recovery.plan,
+        workdir=training,
+        mesh=recovery.mesh,
+        progress=context.reporter.enabled,
+        num_steps=ready.steps,
+    )
+    if summary["skipped_rows"]:
+        context.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
+    if features is not None:
+        tower = recovery.student.model.params[TOWER]
+        model = Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))
+    merged = merge_lora(model)
+    if unchanged(student, merged, ready.trained):
+        raise UserError(
+            f"recover: training changed no weight of {recovery.student.path.name} ({ready.steps} steps of "
+            f"{config.batch_size} rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, last "
+            f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {recovery.model.dtype}): raise "
+            "recover.learning_rate, recover.epochs or recover.steps, or choose parameters that the records reach "
+            "(recover.trainable)"
+        )
+    if recovery.spec.save_adapter:
+        write_adapter(model, recovery.folder / "adapter", base_dir=recovery.student.path, trained=ready.trained)
+    return merged, summary
+
+
+def cached_features(recovery: Recovery, ready: Ready) -> FeatureLoader:
     """Open the cache `data.feature_cache`, and compute missing features of the records' images.
 
     Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
     of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
     """
-    cfg, config, images = ready.student.cfg, ready.config, ready.encoder.image_loader
+    data, config, student, images = recovery.data, ready.config, recovery.student, ready.encoder.image_loader
     assert isinstance(images, ImageLoader)  # there is a tower
-    made_from = {"digest": on_process_zero(lambda: _tower_digest(work, ready)), "dtype": work.model.dtype}
+    cfg = student.model.cfg
+    made_from = {"digest": on_process_zero(lambda: _tower_digest(recovery, ready)), "dtype": recovery.model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
     shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
     dtype: np.dtype = DTYPES[config.compute_dtype]
     loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
     missing = loader.missing(ready.records)
     if missing:
-        with work.phase("features", len(missing)) as progress:
+        with recovery.context.phase("features", len(missing)) as progress:
             compute_features(
-                work.load(work.start, (TOWER,)).params[TOWER],
+                student.load((TOWER,)).params[TOWER],
                 cfg,
                 loader,
                 missing,
                 batch_size=config.batch_size // config.accumulation,
                 on_error=data.on_error,
                 threads=data.threads,
-                mesh=work.devices,
+                mesh=recovery.mesh,
                 progress=progress,
             )
-    work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+    recovery.context.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
     return loader
 
 
-def _tower_digest(work: Work, ready: Ready) -> str:
+def _tower_digest(recovery: Recovery, ready: Ready) -> str:
     """Return the digest of the student's tower; refuse a teacher with another tower if it encodes images itself."""
-    losses, student = ready.config.losses, content_digest(ready.student, f"{TOWER}/")
+    losses, student, teacher = ready.config.losses, recovery.student, recovery.teacher
+    digest_of_student = content_digest(student.model, f"{TOWER}/")
     looks = losses.teacher_inputs == "own" and (ready.runs_teacher or losses.teacher_top_k)
-    if looks and content_digest(ready.teacher, f"{TOWER}/") != student:
+    if looks and content_digest(teacher.model, f"{TOWER}/") != digest_of_student:
         raise UserError(
-            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: leave feature_cache "
+            f"data.feature_cache: {teacher.path} and {student.path} have different vision towers: leave feature_cache "
             'out, or use losses.teacher_inputs="student"'
         )
-    return student
+    return digest_of_student
 
 
 def cached_teacher(
-    work: Work, data: DataSpec, spec: RecoverSpec, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
+    recovery: Recovery, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
 ) -> TeacherRows:
     """Open the cache `recover.teacher_cache`, and compute missing records by running these parts of the teacher.
 
@@ -221,13 +264,16 @@ def cached_teacher(
     Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
     SIGTERM, and what was computed stays.
     """
-    config, loss = ready.config, ready.config.losses
-    cache = ArrayCache(Path(spec.teacher_cache or ""), on_process_zero(lambda: _made_from(work, data, spec)))
-    dtype, vocab_size = np.dtype(config.compute_dtype), ready.teacher.cfg.text.vocab_size
+    data, config, loss = recovery.data, ready.config, ready.config.losses
+    cache = ArrayCache(
+        Path(recovery.spec.teacher_cache or ""),
+        on_process_zero(lambda: _made_from(recovery.model, data, recovery.spec, recovery.plan.vocabulary)),
+    )
+    dtype, vocab_size = np.dtype(config.compute_dtype), recovery.student.model.cfg.text.vocab_size
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
     size = config.batch_size // config.accumulation
     todo = records_to_compute(training, rows, size)
-    work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+    recovery.context.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
     on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
@@ -241,10 +287,13 @@ def cached_teacher(
         sizes=None if training.sizes is None else training.sizes[todo],
         on_error=data.on_error,
     )
-    local, teacher = size // jax.process_count(), trim_vocabulary(work.load(work.teacher, parts), work.plan.vocabulary)
-    found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=work.devices)
+    local, teacher = (
+        size // jax.process_count(),
+        trim_vocabulary(recovery.teacher.load(parts), recovery.plan.vocabulary),
+    )
+    found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=recovery.mesh)
     try:
-        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+        with recovery.context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
             for done, (batch, ids, logprobs) in enumerate(found, start=1):
                 first = (done - 1) * size + jax.process_index() * local
                 for place, name in enumerate(batch.record_ids):
@@ -259,16 +308,16 @@ def cached_teacher(
     return rows
 
 
-def _made_from(work: Work, data: DataSpec, spec: RecoverSpec) -> dict[str, Any]:
+def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverSpec, kept: KeptVocabulary | None) -> dict[str, Any]:
     """Return everything that cached logits depend on besides the record."""
-    settings = affecting("teacher_cache", {"model": work.model, "data": data, "recover": spec})
-    losses, kept = settings.pop("recover.losses"), work.plan.vocabulary
+    settings = affecting("teacher_cache", {"model": model, "data": data, "recover": spec})
+    losses = settings.pop("recover.losses")
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)
+    folders = {"model.hf_dir": model.hf_dir, "model.vision_dir": model.vision_dir}
     return {
         "holds": "a teacher's top-k logits",
-        "model.vision_dir": None,
         **({} if kept is None else {"prune.vocabulary": kept.digest}),
-        **{name: digest(folder) for name, folder in work.model_files.items()},
+        **{name: None if folder is None else digest(Path(folder)) for name, folder in folders.items()},
         **settings,
         **{f"recover.losses.{name}": value for name, value in losses.items()},
         "data.max_length": longest,
