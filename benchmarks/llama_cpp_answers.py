@@ -32,8 +32,9 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import arranged_questions
+from vlmprune_jax.models.features import tower_features
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import encode, head_of, tower_features
+from vlmprune_jax.models.vlm import encode, head_of
 
 TEACHER = Path(shipped_config("demo").model.hf_dir)
 LONGEST = 4  # tokens of an answer

@@ -28,7 +28,8 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.families.templates import QWEN3_VL
 from vlmprune_jax.hf.disk.atomic import SPARE_BYTES
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import Model, to_nnx, tower_features
+from vlmprune_jax.models.features import tower_features
+from vlmprune_jax.models.vlm import Model, to_nnx
 from vlmprune_jax.recovery import feature_pass
 from vlmprune_jax.recovery.feature_pass import compute_features, feature_identity
 

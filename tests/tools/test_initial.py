@@ -15,7 +15,8 @@ from repository import ROOT
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import forward, tower_features
+from vlmprune_jax.models.features import tower_features
+from vlmprune_jax.models.vlm import forward
 
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 

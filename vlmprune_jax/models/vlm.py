@@ -20,12 +20,13 @@ from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.block import Tap
 from vlmprune_jax.models.decoder import Decoder
+from vlmprune_jax.models.features import features_of, place, splice
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows, real_features
 from vlmprune_jax.models.patches import slot_index
 from vlmprune_jax.models.positions import with_images
-from vlmprune_jax.models.projector import Projector, merged, pixel_shuffle, pooled
-from vlmprune_jax.models.stack import BlockStack, fill
+from vlmprune_jax.models.projector import Projector
+from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vision import VisionTower
 from vlmprune_jax.models.vocabulary import Head
 
@@ -83,7 +84,7 @@ class VisionLanguageModel(nnx.Module):
         `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
         """
         assert self.cfg.vision is not None
-        return _features(self.vision, self.cfg, pixels, mask, grid)
+        return features_of(self.vision, self.cfg, pixels, mask, grid)
 
     def image_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
@@ -131,9 +132,9 @@ class VisionLanguageModel(nnx.Module):
         index = slot_index(is_image, counts, features.shape[1])
         added = self.projector.added(states)
         if added is not None:
-            added = jnp.stack([_placed(jnp.zeros_like(x), is_image, one, index) for one in added])
+            added = jnp.stack([place(jnp.zeros_like(x), is_image, one, index) for one in added])
             added = constrain(added, (None, "batch", "sequence", None))
-        x = _placed(x, is_image, features, index)
+        x = place(x, is_image, features, index)
         return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
@@ -156,61 +157,10 @@ class Embedded(NamedTuple):
     added: jax.Array | None
 
 
-def _features(
-    tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
-) -> jax.Array:
-    """Return the tower's features of the images, which are the projector's input."""
-    projector = cfg.projector
-    if grid is not None:
-        factor = 1 if projector is None else projector.downsample
-        levels = [merged(level, factor) for level in tower.levels(pixels, grid)]
-        if projector is not None and projector.pools:
-            levels = [pooled(level, tower.cfg.hidden_size) for level in levels]
-        return jnp.concatenate(levels, axis=-1)
-    states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
-    if cfg.feature_select == "patch":
-        states = states[:, 1:]
-    if projector is not None and (projector.shuffles or projector.pools):
-        joined = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
-        states = pooled(joined, states.shape[-1]) if projector.pools else joined
-    return states
-
-
-def patches_of(mask: jax.Array, patch: int) -> jax.Array:
-    """Return bool[images, rows, columns]: True for patches with a nonzero pixel in `mask` [images, height, width]."""
-    n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
-    whole = mask[:, : rows * patch, : columns * patch]
-    return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
-
-
-def tower_features(tower: Params, cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None) -> jax.Array:
-    """Return `VisionLanguageModel.vision_features`, computed from the tower's params alone, in their dtype."""
-    assert cfg.vision is not None
-    dtype = jax.tree.leaves(tower)[0].dtype
-    module = fill(stack_module("vision", cfg.vision), tower)
-    return _features(module, cfg, pixels.astype(dtype), None, grid)
-
-
 def stack_module(stack: str, cfg: Stack) -> Any:
     """Return the abstract module (`BlockStack`) of one stack, without allocating parameters."""
     kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
     return nnx.eval_shape(lambda: kinds[stack](cfg))
-
-
-def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
-    """Return `x` [batch, seq, embed] with positions `is_image` (bool[batch, seq]) replaced by features, in order."""
-    batch = x.shape[0] if per_row else 1
-    flat = features.reshape(batch, -1, x.shape[-1])
-    marks = is_image.reshape(batch, -1)
-    index = jnp.clip(jnp.cumsum(marks, axis=1) - 1, 0, flat.shape[1] - 1)
-    placed = jnp.take_along_axis(flat, index[..., None], axis=1).reshape(x.shape)
-    return jnp.where(is_image[..., None], placed, x)
-
-
-def _placed(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `x` with image tokens replaced by their row's features, at `index` int[batch, seq]."""
-    flat = features.reshape(len(x), -1, x.shape[-1])
-    return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)
 
 
 @functools.lru_cache(maxsize=64)

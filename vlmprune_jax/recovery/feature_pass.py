@@ -21,8 +21,9 @@ from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.disk.atomic import check_space
+from vlmprune_jax.models.features import tower_features
 from vlmprune_jax.models.params import param_shapes
-from vlmprune_jax.models.vlm import Params, tower_features
+from vlmprune_jax.models.vlm import Params
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.step import batch_sharding, local_rows, place_rows, step_context
 from vlmprune_jax.recovery.trainable import assign_groups

@@ -1,0 +1,68 @@
+"""Features of a vision tower, and their places in the decoder's input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.models.projector import merged, pixel_shuffle, pooled
+from vlmprune_jax.models.stack import fill
+from vlmprune_jax.models.vision import VisionTower
+
+
+def features_of(
+    tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
+) -> jax.Array:
+    """Return the tower's features of the images, which are the projector's input."""
+    projector = cfg.projector
+    if grid is not None:
+        factor = 1 if projector is None else projector.downsample
+        levels = [merged(level, factor) for level in tower.levels(pixels, grid)]
+        if projector is not None and projector.pools:
+            levels = [pooled(level, tower.cfg.hidden_size) for level in levels]
+        return jnp.concatenate(levels, axis=-1)
+    states = tower(pixels, None if mask is None else patches_of(mask, tower.cfg.patch_size))
+    if cfg.feature_select == "patch":
+        states = states[:, 1:]
+    if projector is not None and (projector.shuffles or projector.pools):
+        joined = pixel_shuffle(states, projector.downsample, projector.shuffle_version)
+        states = pooled(joined, states.shape[-1]) if projector.pools else joined
+    return states
+
+
+def patches_of(mask: jax.Array, patch: int) -> jax.Array:
+    """Return bool[images, rows, columns]: True for patches with a nonzero pixel in `mask` [images, height, width]."""
+    n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
+    whole = mask[:, : rows * patch, : columns * patch]
+    return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
+
+
+def tower_features(
+    tower: dict[str, Any], cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None
+) -> jax.Array:
+    """Return `VisionLanguageModel.vision_features`, computed from the tower's params alone, in their dtype."""
+    vision = cfg.vision
+    assert vision is not None
+    dtype = jax.tree.leaves(tower)[0].dtype
+    module = fill(nnx.eval_shape(lambda: VisionTower(vision)), tower)
+    return features_of(module, cfg, pixels.astype(dtype), None, grid)
+
+
+def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
+    """Return `x` [batch, seq, embed] with positions `is_image` (bool[batch, seq]) replaced by features, in order."""
+    batch = x.shape[0] if per_row else 1
+    flat = features.reshape(batch, -1, x.shape[-1])
+    marks = is_image.reshape(batch, -1)
+    index = jnp.clip(jnp.cumsum(marks, axis=1) - 1, 0, flat.shape[1] - 1)
+    placed = jnp.take_along_axis(flat, index[..., None], axis=1).reshape(x.shape)
+    return jnp.where(is_image[..., None], placed, x)
+
+
+def place(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
+    """Return `x` with image tokens replaced by features of their row, at `index` int[batch, seq]."""
+    flat = features.reshape(len(x), -1, x.shape[-1])
+    return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)
