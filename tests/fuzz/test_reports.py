@@ -9,7 +9,8 @@ from report_cases import BENCH, PLANNED, SPEED, evaluated, write_workdir
 
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
-from vlmprune_jax.planning.guide import FILE, Target, read_guide, recommend
+from vlmprune_jax.planning.guide import FILE, read_guide
+from vlmprune_jax.planning.rules import Target, recommend
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.report.answers import comparison_section
 from vlmprune_jax.report.comparison import table_of

@@ -1,32 +1,28 @@
-"""Recommendation of a pruning method and recovery: the paper's decision guide and our measurements, as rules.
+"""Decision guide for pruning and recovery, as a file: the paper's advice and our measurements.
 
 `guide.json` has the rules (the first that fits applies), rows of evidence, the settings of each recommendation, and the
-contradictions between sources. `tools/study_guide.py` adds the rows of a sweep.
+contradictions between sources. `tools/study_guide.py` adds the rows of a sweep; planning/rules.py applies the guide.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from vlmprune_jax.core.checks import fraction, one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Finite, read_json
-from vlmprune_jax.evaluation.statistics import interval_of_mean
 
 FILE = Path(__file__).with_name("guide.json")
 VERSION, SOLVED = 2, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
 ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
-PAPER, LIKE = "paper", 10  # the source of recipes without like evidence; times the size of models that are alike
+PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
 
 
@@ -136,55 +132,6 @@ class Guide:
     evidence: tuple[Evidence, ...]
 
 
-@dataclass(frozen=True)
-class Target:
-    """Model to prune: its parameters, whether it takes images, and the shares of model and decoder to remove."""
-
-    parameters: int
-    vision: bool
-    ratio: float
-    decoder_ratio: float
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Expected retention in %: `value`, and the interval around it (None if no measurement gives its width).
-
-    `same`: the rows are of a model of the same shape, so that the interval is for another seed; else it is for another
-    model, task and seed.
-    """
-
-    value: float
-    interval: tuple[float, float] | None
-    same: bool
-    rows: tuple[Evidence, ...]
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """Advice for a target model, with its expected retention and the evidence.
-
-    `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `expected`:
-    None without evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without
-    training. `beside`: other rows at a similar ratio. `conflicts`: contradictions between the sources. `notes`: remarks
-    for the user. `recipe`, `variants`: the partial experiment that made the evidence, and the part of it for each
-    recommended method; `of_family`: on top of the recipe of the model's family.
-    """
-
-    rule: Rule
-    target: Target
-    data_fraction: float
-    head: Evidence | None
-    expected: Expected | None
-    beside: tuple[Evidence, ...]
-    speed: tuple[Speed, ...]
-    conflicts: tuple[str, ...]
-    notes: tuple[str, ...]
-    of_family: bool
-    recipe: dict[str, Any]
-    variants: dict[str, dict[str, Any]]
-
-
 def read_guide(path: Path = FILE) -> Guide:
     """Return the guide that comes with the package, or the one in a file that `tools/study_guide.py` wrote.
 
@@ -241,220 +188,3 @@ def as_json(guide: Guide) -> str:
 
 def _json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
-    """Return the guide's recommendation for a target (rules of arXiv 2604.24380 and our own measurements).
-
-    The best row of a model of the same shape comes first; else the rule that fits applies, with the evidence of models
-    of like size. Either way the settings are those that the evidence was measured with.
-
-    Args:
-      data_fraction: available share of the training data; 0: none.
-      compute: "none" (no training), "projector" (the projector alone) or "full" (with the teacher).
-      speed: the pruned model's speed matters as much as its accuracy.
-
-    Raises:
-      UserError: an invalid ratio or share, or an unknown `compute`.
-    """
-    if not fraction("ratio", target.ratio):
-        raise UserError("ratio=0 must be above 0: choose the share of parameters to remove")
-    one_of("compute", compute, COMPUTE)
-    if not 0 <= data_fraction <= 1:
-        raise UserError(
-            f"data={data_fraction:g} must be a share of the training data: between 0 and 1, or for example 5%"
-        )
-    trains, share = compute if data_fraction else "none", target.decoder_ratio
-    rule = next(
-        rule
-        for rule in guide.rules
-        if rule.compute == trains and min(share, 1.0) <= rule.up_to and rule.speed in (None, speed)
-    )
-    needed = guide.data.least if share < guide.data.suffices_below else 1.0
-    used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    head = _best_of_same_shape(target, trains, data_fraction, speed, guide)
-    if head is None:
-        expected = _expect_like(target, rule, used, guide)
-        methods: dict[str, list[str]] = {method: _words(rule, method) for method in rule.methods}
-    else:
-        expected, methods = _expect_same(target, head, guide), {head.method: head.made_by}
-        used = head.data_fraction or 0.0
-    shown = () if expected is None else expected.rows
-    name = shown[0].source if shown else PAPER
-    source = guide.sources[name]
-    notes = _notes(target, rule, head, expected, data_fraction, needed, compute, guide)
-    return Recommendation(
-        rule=rule,
-        target=target,
-        data_fraction=used,
-        head=head,
-        expected=expected,
-        beside=tuple(_beside(target, shown, guide)),
-        speed=guide.speed if speed else (),
-        conflicts=tuple(_conflicts(target, rule, head, used, guide)),
-        notes=tuple(notes),
-        of_family=name == PAPER,
-        recipe=merge(source.recipe, source.task if head else {}),
-        variants={method: merge(*(guide.settings[word] for word in words)) for method, words in methods.items()},
-    )
-
-
-def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge partial experiments section by section; in conflicts the later one wins."""
-    merged: dict[str, Any] = {}
-    for values in settings:
-        for name, value in values.items():
-            known = merged.get(name)
-            merged[name] = merge(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _words(rule: Rule, method: str) -> list[str]:
-    """Return a rule's settings by name; if both methods are tried, only width pruning is reconstructed."""
-    solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
-    return [method, rule.recovery, *([SOLVED] if solved else [])]
-
-
-def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
-    return row.parameters == target.parameters and guide.sources[row.source].vision == target.vision
-
-
-def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
-    """Return True if an evidence row is of a model of the same kind, within `LIKE` times the target's size."""
-    ratio = row.parameters / target.parameters
-    return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
-
-
-def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
-    """Return the evidence row that retains most for a model of this shape at this ratio within the budget; or None."""
-
-    def fits(row: Evidence) -> bool:
-        recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
-        budget = {"none": recovery == "none", "projector": recovery == "projector", "full": recovery != "none"}
-        known = all(word in guide.settings for word in row.made_by)
-        return budget[trains] and known and (row.data_fraction or 0.0) <= data and not (speed and row.method != "depth")
-
-    rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide) and fits(row)]
-    near = [row for row in rows if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
-    return max(near, key=lambda row: row.retained, default=None)
-
-
-def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
-    """Predict the retention of another seed of an evidence row, from the spread over seeds for this setup and shape."""
-    rows = [
-        row
-        for row in guide.evidence
-        if _same_shape(target, row, guide) and row.made_by == head.made_by and row.data_fraction == head.data_fraction
-        if abs(row.decoder_ratio - head.decoder_ratio) <= guide.at and row != head
-    ]
-    half = _seed_half(head) or max(map(_seed_half, rows), default=0.0)
-    if not half:  # of one seed alone: as far as models of like size are from each other
-        others = [row for row in guide.evidence if _alike(target, row, guide) and row.made_by == head.made_by]
-        half = _spread(list(_by_model(others, target.decoder_ratio, guide.at).values()))
-    return Expected(head.retained, _interval(head.retained, half), True, (head, *rows))
-
-
-def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expected | None:
-    """Predict retention from models of similar size, with the first of the rule's recoveries that has evidence."""
-    like = [row for row in guide.evidence if _alike(target, row, guide) and row.method in rule.methods]
-    for recovery in rule.evidence:
-        rows = _nearest_data([row for row in like if row.recovery == recovery], used)
-        rows = sorted(rows, key=lambda row: _distance(target, row))
-        values = _by_model(rows, target.decoder_ratio, guide.at)
-        if values:
-            mean = sum(values.values()) / len(values)
-            shown = [row for row in rows if row.model in values]
-            near = [row for row in shown if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
-            return Expected(mean, _interval(mean, _spread(list(values.values()))), False, tuple(near or shown))
-    return None
-
-
-def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, float]:
-    """Return {model: retention at a ratio}, interpolated linearly between measured ratios; 100 % at ratio 0."""
-    found = {}
-    for key in dict.fromkeys(row.model for row in rows):
-        points = [(row.decoder_ratio, row.retained) for row in rows if row.model == key]
-        near = [value for ratio, value in points if abs(ratio - share) <= at]
-        if near:
-            found[key] = sum(near) / len(near)
-        elif share < max(ratio for ratio, _ in points):
-            ratios, values = zip(*sorted([(0.0, 100.0), *points]), strict=True)
-            found[key] = float(np.interp(share, ratios, values))
-    return found
-
-
-def _seed_half(row: Evidence) -> float:
-    """Return half the width of the 95 % interval for one more seed (Student's t); 0 for a single seed."""
-    if row.interval is None or (row.seeds or 1) < 2:
-        return 0.0
-    return (row.interval[1] - row.interval[0]) / 2 * math.sqrt((row.seeds or 1) + 1)
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval for one more model (Student's t); 0 for a single model."""
-    mean, _, high = interval_of_mean(values) if values else (0.0, 0.0, 0.0)
-    return (high - mean) * math.sqrt(len(values) + 1)
-
-
-def _interval(value: float, half: float) -> tuple[float, float] | None:
-    """Return the interval around a retention, cut at 100 % unless the value is above; None if the width is unknown."""
-    return (max(0.0, value - half), value + half if value > 100 else min(value + half, 100.0)) if half else None
-
-
-def _distance(target: Target, row: Evidence) -> float:
-    return abs(math.log(row.parameters / target.parameters))
-
-
-def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Return the rows whose share of training data is nearest to `used`, and those without training data."""
-    shares = [row.data_fraction for row in rows if row.data_fraction is not None]
-    nearest = min(shares, key=lambda share: abs(share - used), default=None)
-    return [row for row in rows if row.data_fraction in (None, nearest)]
-
-
-def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
-    """Return further evidence rows at a similar ratio: first models of the same kind, then by similarity in size."""
-    rows = [row for row in guide.evidence if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
-    kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
-    return sorted(
-        (row for row in rows if row not in shown), key=lambda row: (kinds[row.source], _distance(target, row))
-    )
-
-
-def _notes(
-    target: Target,
-    rule: Rule,
-    head: Evidence | None,
-    expected: Expected | None,
-    available: float,
-    needed: float,
-    compute: str,
-    guide: Guide,
-) -> Iterator[str]:
-    if expected is None:
-        yield f"No model of this kind within {LIKE} times its size was measured at this ratio: evaluate before use."
-    if not target.vision:
-        yield "The guide is for models with a vision tower; for decoders there are only measurements on text."
-    if head is not None:
-        yield f"The guide's rule for other models: {' or '.join(rule.methods)}, {rule.recovery} ({rule.source})."
-    if head is not None and head.recovery != "none":
-        return
-    if rule.recovery == "none":
-        if compute != "none":
-            yield "Training needs data: this is the recommendation without training."
-        yield "Scoring and reconstruction still need about 50 to 500 records of the model's task."
-    elif available < guide.data.least:
-        yield f"No measurement used less than {100 * guide.data.least:g} % of the training data."
-    elif available < needed:
-        yield f"At this ratio the guide recommends all training data; {100 * available:g} % are available."
-    elif available > needed:
-        yield f"By the guide, {100 * needed:g} % of the data suffice; to use more, set --config.data.fraction."
-
-
-def _conflicts(target: Target, rule: Rule, head: Evidence | None, used: float, guide: Guide) -> Iterator[str]:
-    if head is not None:
-        return
-    nominal, average, five_percent = ALWAYS
-    named = [*((nominal, average) if target.vision else ()), *rule.conflicts]
-    for name in [*named, *([five_percent] if used and target.vision else [])]:
-        yield guide.conflicts[name]

@@ -26,7 +26,8 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
-from vlmprune_jax.planning.guide import LIKE, SOLVED, Guide, Recommendation, Target, merge, recommend
+from vlmprune_jax.planning.guide import SOLVED, Guide
+from vlmprune_jax.planning.rules import LIKE, Recommendation, Target, merge, recommend
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.speed import Bench, read_bench
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.planning.guide import Evidence, Recommendation, Target, read_guide, recommend
+from vlmprune_jax.planning.guide import Evidence, read_guide
 from vlmprune_jax.planning.recommend import Advice, advice_lines, as_lines, commands, percent, saved_as
+from vlmprune_jax.planning.rules import Recommendation, Target, recommend
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
