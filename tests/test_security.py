@@ -179,7 +179,7 @@ def test_markup_is_made_where_it_is_escaped():
     assert places == {
         "csv.writer": {"workdir/sweep.py"},
         "Environment": {"report/page.py"},
-        "Markup": {"Markup(script)", "Markup(plots.to_svg(drawn))"},
+        "Markup": {"Markup(script)", "Markup(to_svg(drawn))"},
         ".md": {"export/card.py", "recovery/peft.py", "study_page.py"},
     }
     for file in (PACKAGE / "export/card.py", PACKAGE / "recovery/peft.py", ROOT / "tools/study_page.py"):
@@ -189,7 +189,7 @@ def test_markup_is_made_where_it_is_escaped():
 def test_matplotlib_starts_from_its_own_defaults():
     """Its style is set in one place, and its `matplotlibrc` is not looked for in the current folder."""
     styled = [(file, name) for file, name, node in uses() if "rc_context" in getattr(node, "attr", "")]
-    assert styled == [("report/plots.py", "styled")]
+    assert styled == [("report/style.py", "styled")]
     importing = {file for file, _, node in uses() if isinstance(node, ast.Import | ast.ImportFrom)
                  for text in [ast.unparse(node)] if "matplotlib" in text}  # fmt: skip
     assert {Path(file).parent.as_posix() for file in importing} == {"report"}

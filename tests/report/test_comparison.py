@@ -13,7 +13,7 @@ from sweep_cases import some_runs, with_models, write_sweep
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison import build_comparison, table_of
-from vlmprune_jax.report.plots import COLOURS
+from vlmprune_jax.report.style import COLOURS
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.sweep import as_csv, groups_of
 

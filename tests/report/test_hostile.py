@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 from hostile import mutants
-from matplotlib import font_manager
 from report_cases import CFG, PLANNED, write_several, write_workdir
 from rich.console import Console
 
@@ -164,15 +163,6 @@ def test_names_of_any_letters(workdir):
     assert all(letter.isprintable() or letter == "\n" for letter in shown)
     assert "[bold] <b>" in shown
     assert max(map(len, shown.splitlines())) <= 120
-
-
-def test_letters_that_no_font_has(monkeypatch):
-    own = [font for font in font_manager.fontManager.ttflist if font.name == plots._FONT]
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
-    plots._font_of.cache_clear()
-    assert plots.legible("é中") == "é\\u4e2d"
-    assert plots.legible("$a$" + "b" * 100) == r"\$a\$" + "b" * 27 + "..." + "b" * 7
-    plots._font_of.cache_clear()
 
 
 def test_very_many_models_and_sets(workdir, monkeypatch):

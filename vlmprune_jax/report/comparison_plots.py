@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.report.plots import (
+from vlmprune_jax.report.style import (
     COLOURS,
     INK,
     LARGEST,

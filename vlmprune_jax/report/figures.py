@@ -17,6 +17,7 @@ from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.page import Figure, Section
+from vlmprune_jax.report.style import to_svg, write_png
 from vlmprune_jax.report.tables import over, upper
 from vlmprune_jax.workdir.result import Result
 from vlmprune_jax.workdir.unfinished import Variant
@@ -28,7 +29,7 @@ MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads nam
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
     """Convert a matplotlib figure to a figure of a report page."""
-    return Figure(Markup(plots.to_svg(drawn)), printable(alt), caption)
+    return Figure(Markup(to_svg(drawn)), printable(alt), caption)
 
 
 def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
@@ -43,7 +44,7 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
     kept = [100.0, *(run.mean_of_ratios for run in runs)]
     first = plots.Measured("Retained", title, "retained (%)", kept, intervals, retention=True)
     drawn = plots.score_figure(result, first)
-    plots.write_png(drawn, workdir / "report.png")
+    write_png(drawn, workdir / "report.png")
     caption = "The dashed line is the unpruned model; the axis is logarithmic in the distance from 100 %."
     yield Section(
         "Retention, size and speed", figures=(figure_of(drawn, _score_alt(result, first), caption),), folded=False

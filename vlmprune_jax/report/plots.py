@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import io
 import itertools
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.workdir.evaluation import UNPRUNED
-from vlmprune_jax.workdir.result import WITHOUT, Result, Run
+from vlmprune_jax.report.style import (
+    COLOURS,
+    LARGEST,
+    LONGEST_TITLE,
+    MUTED,
+    legend_entries,
+    legible,
+    marker,
+    recovery_colours,
+    retention_axis,
+    styled,
+)
+from vlmprune_jax.workdir.result import Result
 
-# Text and axes are drawn in this colour, which an inline SVG then trades for the page's own (light or dark).
-INK = "#3a3b3c"
-LARGEST = 1e100  # of the numbers that are drawn: axes need room around them
-MOST_ROWS, MOST_LINES, MOST_NAMED, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 24, 6, 20_000, 64
-LONGEST, LONGEST_TITLE = 40, 80  # letters of a name
-_FONT = "DejaVu Sans"  # which comes with matplotlib
-# Okabe-Ito: told apart with any kind of colour vision, and on light and dark grounds.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-UNRECOVERED, MUTED = "#8c8c8c", "#8c8c8c"
-MARKERS = {"depth": "o", "width": "s", "hybrid": "D"}
-# Retained percentages with a place on an axis, where there is room; differences below FINEST points are not spread.
-RETENTION_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 100, 100.2, 100.5, 101, 102, 105, 110, 150, 200, 1000)
-FINEST = 0.1
-STYLE: Any = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "path",  # looks the same whatever fonts the reader has
-    "svg.hashsalt": "vlmprune",  # the same data gives the same bytes
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
-    ),
-}
+MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000, 64
 
 
 @dataclass(frozen=True)
@@ -127,59 +98,6 @@ def _score_rows(
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(legible(measured.label, LONGEST_TITLE))
-
-
-def retention_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """Scale an axis of retention logarithmically in the distance from 100 %, so that 99.0 and 99.9 differ visibly."""
-    getattr(axes, f"set_{which}scale")("function", functions=(_spread, _narrowed))
-    known = _spread(np.array([100.0, *(value for value in values if np.isfinite(value))]))
-    low, high = float(known.min()), float(known.max())
-    room = 0.06 * max(high - low, 0.3)
-    low, high = low - room, high + room
-    apart = room * (2.2 if which == "x" else 1.3)
-    ticks = list[float]()
-    for tick in sorted(RETENTION_TICKS, key=lambda tick: abs(tick - 100)):
-        place = float(_spread(np.array(tick)))
-        if low <= place <= high and all(abs(place - _spread(np.array(other))) > apart for other in ticks):
-            ticks.append(tick)
-    getattr(axes, f"set_{which}lim")(*_narrowed(np.array([low, high])))
-    getattr(axes, f"set_{which}ticks")(ticks, [f"{tick:g}" for tick in ticks])
-    getattr(axes, f"{which}axis").set_minor_locator(NullLocator())
-
-
-def _spread(values: np.ndarray) -> np.ndarray:
-    return np.sign(values - 100) * np.log10(1 + np.abs(values - 100) / FINEST)
-
-
-def _narrowed(places: np.ndarray) -> np.ndarray:
-    return 100 + np.sign(places) * FINEST * (10 ** np.minimum(np.abs(places), 300) - 1)
-
-
-def marker(method: str, colour: str) -> dict[str, Any]:
-    """Return the plot marker of a method; filled for depth and hollow for others, so that overlaps stay visible."""
-    return {
-        "marker": MARKERS.get(method, "^"), "markersize": 7, "markerfacecolor": colour if method == "depth" else "none",
-        "markeredgecolor": colour, "markeredgewidth": 1.8, "color": colour, "linewidth": 1,
-    }  # fmt: skip
-
-
-def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[Line2D]:
-    """Return legend entries for the unpruned model, each method (shape) and each recovery (colour)."""
-    plain: Any = {"linestyle": "none"}
-    bar: Any = {"marker": "_", "markersize": 12, "markeredgewidth": 4}
-    entries = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1, label=UNPRUNED)]
-    for method in list(dict.fromkeys(methods))[:MOST_NAMED]:
-        entries.append(Line2D([], [], label=legible(method), **{**marker(method, INK), **plain}))
-    for recovery, colour in itertools.islice(colours.items(), MOST_NAMED):
-        entries.append(Line2D([], [], color=colour, label=legible(recovery), **bar, **plain))
-    return entries
-
-
-def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """Return {recovery: colour}, grey for models without recovery."""
-    names = list(dict.fromkeys(run.after_pruning for run in runs))
-    trained = [name for name in names if name != WITHOUT]
-    return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
@@ -342,71 +260,3 @@ def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, fl
     """Return (step, value) of up to `MOST_POINTS` rows, without values that a logarithmic axis cannot show."""
     points = [(row["step"], float(row[term])) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
     return points[:: -(-len(points) // MOST_POINTS) or 1]
-
-
-def legible(text: str, longest: int = LONGEST) -> str:
-    """Return a name from users as safe plot text: not parsed as a formula, and no wider than the figure.
-
-    Characters that no font has are spelled out.
-    """
-    line = "".join(c if c.isascii() or _font_of(c) else c.encode("unicode_escape").decode() for c in printable(text))
-    if len(line) > longest:
-        line = f"{line[: longest - 10]}...{line[-7:]}"
-    return line.replace("$", r"\$")
-
-
-@contextlib.contextmanager
-def styled(*names: str) -> Iterator[None]:
-    """Set the figure style, with fonts that contain all characters of these names.
-
-    It starts from matplotlib's defaults, not from a `matplotlibrc`, which may start programs (`text.usetex`).
-    """
-    fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
-    others = [family for family in fonts if family not in (None, _FONT)]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, "font.family": ["sans-serif", *others]} if others else STYLE)
-        yield
-
-
-@functools.cache
-def _font_of(character: str) -> str | None:
-    """Return a font family that has this character: the figures' default, else an installed one, or None."""
-    own = font_manager.findfont(_FONT)
-    for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
-        if ord(character) in _characters(path) and "last resort" not in family.lower():
-            return family
-    return None
-
-
-@functools.cache
-def _characters(path: str) -> frozenset[int]:
-    try:
-        return frozenset(font_manager.get_font(path).get_charmap())
-    except (OSError, RuntimeError):  # of bitmaps, or damaged
-        return frozenset()
-
-
-@contextlib.contextmanager
-def _drawing() -> Iterator[None]:
-    """Suppress matplotlib's warning that long names leave no room for the axes."""
-    with styled(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
-        yield
-
-
-def to_svg(figure: Figure) -> str:
-    """Return a figure as an `<svg>` element that uses the page's text colour."""
-    text = io.StringIO()
-    with _drawing():
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :].replace(INK, "currentColor"))
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
-    return re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}f{own}-", svg)
-
-
-def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG on white, twice as large as on the page."""
-    with replacing(path) as file, _drawing():
-        figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})
