@@ -23,9 +23,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.rules import MESH_AXES, sharding
 from vlmprune_jax.models import block
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.hf.read import load

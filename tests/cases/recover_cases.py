@@ -9,15 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.config import (
-    LayerShape,
-    LoraConfig,
-    ModelConfig,
-    ProjectorConfig,
-    RopeConfig,
-    TextConfig,
-    VisionConfig,
-)
+from vlmprune_jax.core.config import LoraConfig, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.models.params import flatten, init_params
 from vlmprune_jax.models.vlm import Model

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec.structs import replace
 from prune_cases import EQUAL, config, model
 
-from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement

@@ -5,7 +5,7 @@ import pytest
 from prune_cases import EQUAL, config, expanded
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.read import read_config
 
 

@@ -322,7 +322,7 @@ def test_pad_is_the_same_function(uneven, tmp_path):
 
 def test_pad_keeps_query_heads_with_their_group(llama, tmp_path):
     """Layers with other group sizes: 2 query heads for each of 3 groups, 3 for one group, 1 for each of 2."""
-    from vlmprune_jax.core.config import LayerShape
+    from vlmprune_jax.core.stack import LayerShape
     from vlmprune_jax.models.params import init_params
 
     source = load(llama)

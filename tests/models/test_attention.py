@@ -12,7 +12,7 @@ import pytest
 import recover_cases as cases
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.models import attention, block

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, batch, config, model
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.block import VALUES
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.layers import rope_tables

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.params import init_params

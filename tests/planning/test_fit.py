@@ -15,9 +15,9 @@ import recover_cases as cases
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.models.params import flatten, param_shapes, unflatten

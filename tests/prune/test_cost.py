@@ -10,9 +10,9 @@ from report_cases import BENCH
 
 from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec, PruneSpec
 from vlmprune_jax.export.uneven import padded_stacks

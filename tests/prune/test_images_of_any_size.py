@@ -10,8 +10,8 @@ import pytest
 from hf_cases import keep_layers, mean_loss, prune, random_ids
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx

@@ -3,8 +3,8 @@
 import pytest
 from prune_cases import EQUAL, config
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
 
 BEFORE = (LayerShape(6, 3, 10), LayerShape(4, 2, 8), LayerShape(6, 3, 10))

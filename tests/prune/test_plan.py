@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, depth_scores, model, width_scores
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import (
     KeptLayer,

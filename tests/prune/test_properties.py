@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, batch, config, depth_scores, model, width_scores
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, compose, keep_everything, make_plan, score
 
 shapes = st.builds(lambda kv, group, mlp: LayerShape(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))

@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.prune.solver import BLOCKS, Units, layer_costs, smallest_sparsity, widths_at

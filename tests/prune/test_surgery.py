@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, stack_layers, unstack_layers
 from vlmprune_jax.models.vlm import Model, forward

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from prune_cases import EQUAL, config, model
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model, forward, to_nnx

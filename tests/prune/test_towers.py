@@ -8,8 +8,8 @@ from hf_cases import edit_config, prune
 from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.params import flatten, stack_layers, unstack_layers

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import Teacher

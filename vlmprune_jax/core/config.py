@@ -3,122 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import LayerShape, Stack
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """Widths of one layer: numbers of query heads, key/value heads and MLP neurons.
-
-    `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
-    sliding window, or in a tower the side, in merged cells, of square windows. A `shared` layer has no keys and values
-    of its own: it attends to those of the last layer before it that has, with the same window. Pruning never changes
-    either, and plans do not record them.
-    """
-
-    q_heads: int
-    kv_heads: int
-    mlp: int
-    window: int | None = None
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        if min(*self.widths, 1 if self.window is None else self.window) < 1:
-            raise UserError(f"{self}: every width of a layer and its window must be at least 1")
-        if self.q_heads % self.kv_heads:
-            raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Tuple (q_heads, kv_heads, mlp), as plans and `per_layer_shapes` record it."""
-        return self.q_heads, self.kv_heads, self.mlp
-
-    def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
-        """Return a copy of the layer shape with other widths."""
-        return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads, mlp=mlp)
-
-
-_CHOICES = {
-    "block": ("sequential", "parallel"),
-    "norm": ("rms", "layer"),
-    "norm_place": ("before", "after", "both"),
-    "mlp_kind": ("gated", "plain"),
-}
 TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
 # Decoder and vision tower: names of the fields of a `ModelConfig` and of its params.
 STACKS = ("text", "vision")
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Transformer blocks on one residual stream ("text": decoder, "vision": tower), with one layer shape per block.
-
-    The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
-    each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
-    their weight + `norm_offset`. `block` is "sequential", or "parallel" for x + attention(norm x) + mlp(norm x).
-    `mlp_kind` is "gated" or "plain" (two projections). `qk_norm` normalises every query and key head; `layer_scale`
-    scales what a branch adds, channel by channel. Attention scores are multiplied by `query_scale` (0: head_dim **
-    -0.5); `v_norm` divides every value head by its root mean square. `clips` bounds inputs and outputs of every
-    projection. A head is rotated in `rope_parts` independent parts.
-    """
-
-    causal: ClassVar[bool] = False  # whether a position sees only itself and those before it
-
-    hidden_size: int
-    head_dim: int
-    layers: tuple[LayerShape, ...]
-    _: KW_ONLY
-    norm_eps: float
-    activation: str
-    norm: str
-    mlp_kind: str
-    qkv_bias: bool = True
-    out_bias: bool = True
-    mlp_bias: bool = True
-    qk_norm: bool = False
-    layer_scale: bool = False
-    block: str = "sequential"
-    norm_place: str = "before"
-    norm_offset: float = 0.0
-    query_scale: float = 0.0
-    v_norm: bool = False
-    clips: bool = False
-    rope_parts: int = 1
-
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
-
-    def check_apart(self, what: str, *, adds: bool = False) -> None:
-        """Raise UserError if layers cannot run one by one, as `what` needs (`adds`: nor if they rescale the stream)."""
-
-    @property
-    def even(self) -> bool:
-        """True if all layers have the same widths, as stock transformers requires."""
-        return len({shape.widths for shape in self.layers}) <= 1
-
-    def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the head dimension (channels) of a layer of this shape."""
-        return self.head_dim
-
-    def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return a copy of the stack with these layers."""
-        return dataclasses.replace(self, layers=tuple(layers))
-
-    def alone(self, shape: LayerShape) -> Self:
-        """Return a stack with only this layer."""
-        return self.with_layers((shape,))
 
 
 @dataclass(frozen=True)
@@ -381,29 +281,3 @@ class ModelConfig:
         """Return a copy of the config with these layers in one stack."""
         changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
         return dataclasses.replace(self, **changes)
-
-
-def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
-    """Group consecutive layers of equal shape as (first layer, number of layers, shape); a group runs as one scan."""
-    result, start = [], 0
-    for shape, group in itertools.groupby(layers):
-        length = len(list(group))
-        result.append((start, length, shape))
-        start += length
-    return tuple(result)
-
-
-def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
-    """Return the widths of the layers as text, "3 x (6/2 heads, 64 neurons), ...", equal neighbours together.
-
-    Only the first `most` groups of equal neighbours are listed, with the number of all layers.
-    """
-    parts = []
-    for (q_heads, kv_heads, mlp), alike in itertools.groupby(layers, lambda shape: shape.widths):
-        windows = [shape.window for shape in alike]
-        heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads}/{kv_heads} heads"
-        whole = windows.count(None)
-        without = f", {whole} of them without windows" if 0 < whole < len(windows) else ""
-        parts.append(f"{len(windows)} x ({heads}, {mlp:,} neurons){without}")
-    more = [] if most is None or len(parts) <= most else [f"... ({len(layers)} layers)"]
-    return ", ".join([*(parts[:most] if more else parts), *more])

@@ -10,10 +10,11 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
 from vlmprune_jax.core.markup import code, markdown, yaml
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS

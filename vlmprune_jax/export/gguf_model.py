@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import license_of
 from vlmprune_jax.export.gguf_metadata import (

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.export.gguf_model import fit
 from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.gemma3 import NORMS, THETA
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.shapes import vlm_token_ids
 from vlmprune_jax.families.table import JsonDict, Stock, Weight
 from vlmprune_jax.families.towers import equal_shape, first_axes, projector_of, vision_of

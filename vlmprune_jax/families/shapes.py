@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, TextConfig
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.

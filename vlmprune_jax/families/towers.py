@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.table import JsonDict, Weight
 
 # Defaults of each tower's config class in transformers (InternViT: in the hub's remote code).

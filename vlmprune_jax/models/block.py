@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vlmprune_jax.core.config import LayerShape, Stack, TextConfig
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
 from vlmprune_jax.models.layers import (

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.config import TextConfig, runs
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import runs
 from vlmprune_jax.models.attention import attention_mask, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables

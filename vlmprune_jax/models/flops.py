@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 

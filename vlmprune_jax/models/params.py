@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlmprune_jax.core.config import STACKS, ModelConfig, runs
+from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.stack import runs
 from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]

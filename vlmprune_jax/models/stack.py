@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.config import Stack, runs
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack, runs
 from vlmprune_jax.models.block import KEYS, WRITERS, Block, BlockValues, Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import SAVEABLE
 

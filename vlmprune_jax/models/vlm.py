@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from vlmprune_jax.core.config import ModelConfig, Stack, describe_layers
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import Stack, describe_layers
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.block import Tap

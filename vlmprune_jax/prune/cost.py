@@ -10,8 +10,9 @@ import numpy as np
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import slice_of
-from vlmprune_jax.core.config import ModelConfig, Stack
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.export.target import make_target

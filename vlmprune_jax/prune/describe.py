@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, VisionConfig, describe_layers, runs
+from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
+from vlmprune_jax.core.stack import LayerShape, Stack, describe_layers, runs
 from vlmprune_jax.export.gguf_model import support
 from vlmprune_jax.export.loads import what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts

@@ -26,9 +26,9 @@ import numpy as np
 import scipy.linalg
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import Stack
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.export.folder import make_storage

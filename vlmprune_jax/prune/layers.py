@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import Stack, runs
+from vlmprune_jax.core.stack import Stack, runs
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.models.block import WRITERS, Block
 from vlmprune_jax.models.params import flatten, unflatten

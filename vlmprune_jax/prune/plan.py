@@ -12,9 +12,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from vlmprune_jax.core.config import STACKS, LayerShape, ModelConfig, TextConfig, describe_layers
+from vlmprune_jax.core.config import STACKS, ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
+from vlmprune_jax.core.stack import LayerShape, describe_layers
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.checks import blaming, one_of, with_defaults
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.budget import Budget
-from vlmprune_jax.core.config import ModelConfig, Stack, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.params import count_params

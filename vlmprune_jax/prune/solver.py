@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, runs
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape, Stack, runs
 from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import PlanConfig
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig, runs
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape, runs
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, Params, mesh_of

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack
 from vlmprune_jax.prune.plan import PrunePlan

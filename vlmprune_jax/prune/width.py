@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.checks import layer_range
-from vlmprune_jax.core.config import LayerShape, ModelConfig, Stack, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.scores import Scores

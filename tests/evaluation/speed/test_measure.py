@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from prune_cases import config, model
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.evaluation.speed import clock as clock_file
 from vlmprune_jax.evaluation.speed import measure as speed
 from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from prune_cases import batch, config, model, on_mesh
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, apply, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, Scores, make_plan, score

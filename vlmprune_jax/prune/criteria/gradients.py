@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig, runs
+from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.core.stack import runs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import LayerShape, ModelConfig
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 

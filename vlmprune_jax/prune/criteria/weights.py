@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import STACKS, ModelConfig, runs
+from vlmprune_jax.core.config import STACKS, ModelConfig
+from vlmprune_jax.core.stack import runs
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import fill
