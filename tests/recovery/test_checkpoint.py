@@ -341,28 +341,6 @@ def test_a_stream_without_state_needs_no_workdir(tmp_path):
         train(batches, tmp_path)
 
 
-@pytest.mark.slow
-def test_nan_stops_and_names_the_records(tmp_path):
-    """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
-    config = cases.settings(save_every=1)
-    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* last checkpoint: step 3"):
-        recover(cases.model(CFG), cases.Stream(CFG, poison=3), config, workdir=tmp_path, progress=False)
-    listed = json.loads((tmp_path / "nonfinite-0.json").read_text())
-    assert listed["step"] == 4
-    assert listed["records"] == [f"record-3-{row}" for row in range(8)]
-    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
-    _, summary = recover(cases.model(CFG), cases.Stream(CFG), config, workdir=tmp_path, progress=False)
-    assert summary["resumed_from"] == 3
-
-
-def test_ids_outside_the_vocabulary_are_refused():
-    stream = cases.Stream(CFG)
-    stream.cfg = dataclasses.replace(CFG, image_token_id=None)
-    wrong = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab_size=32))
-    with pytest.raises(UserError, match="outside the vocabulary of 32"):
-        recover(cases.model(wrong), stream, cases.settings(), progress=False)
-
-
 def _worker(folder: Path) -> subprocess.Popen:
     command = [sys.executable, str(WORKERS / "recover_worker.py"), str(folder)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

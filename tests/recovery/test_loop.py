@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 
-from vlmprune_jax.core.errors import Stopped
+from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.prompts import load_tokenizer
@@ -28,7 +28,7 @@ from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.recovery.program import prepare
 from vlmprune_jax.recovery.step import place_rows, step_context
 
-CFG = cases.config(vision=False)
+CFG, IMAGES = cases.config(vision=False), cases.config()
 
 
 class Padded(cases.Stream):
@@ -158,3 +158,25 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
             assert line["loss"] == float(metrics["loss"])
     whole = flatten(jax.device_get(trained.params))
     assert all(np.array_equal(whole[path], master) for path, master in jax.device_get(state.params).items())
+
+
+@pytest.mark.slow
+def test_nan_stops_and_names_the_records(tmp_path):
+    """Batch 3 is poisoned: steps 1 to 3 are saved, nothing of step 4 is."""
+    config = cases.settings(save_every=1)
+    with pytest.raises(UserError, match=r"step 4: loss nan.* records record-3-0, record-3-1.* last checkpoint: step 3"):
+        recover(cases.model(IMAGES), cases.Stream(IMAGES, poison=3), config, workdir=tmp_path, progress=False)
+    listed = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    assert listed["step"] == 4
+    assert listed["records"] == [f"record-3-{row}" for row in range(8)]
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
+    _, summary = recover(cases.model(IMAGES), cases.Stream(IMAGES), config, workdir=tmp_path, progress=False)
+    assert summary["resumed_from"] == 3
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    stream = cases.Stream(IMAGES)
+    stream.cfg = dataclasses.replace(IMAGES, image_token_id=None)
+    wrong = dataclasses.replace(IMAGES, text=dataclasses.replace(IMAGES.text, vocab_size=32))
+    with pytest.raises(UserError, match="outside the vocabulary of 32"):
+        recover(cases.model(wrong), stream, cases.settings(), progress=False)
