@@ -91,7 +91,7 @@ def models(tmp_path_factory):
 
 
 def opened(folder):
-    return GGUFReader(next(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj")))
+    return GGUFReader(next(folder.glob("*.gguf")))
 
 
 def architecture(folder):
