@@ -196,18 +196,14 @@ def least_ratio(
         else:
             low, least = middle, cost or least
     if best is None:
-        raise UserError(_unreachable(limits, least or {}))
+        over = {name: cost for name, cost in (least or {}).items() if cost > limits[name]}
+        budgets = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
+        nearest = " and ".join(f"{amount(cost)} {name}" for name, cost in over.items())
+        raise UserError(
+            f"{budgets}: cannot be reached within these settings, the nearest is {nearest}: raise the budget, allow more "
+            "to be removed (protect, attn_layers, mlp_layers, heads), or use another method"
+        )
     return high, best
-
-
-def _unreachable(limits: Mapping[str, float], least: Mapping[str, float]) -> str:
-    over = [name for name, cost in least.items() if cost > limits[name]]
-    told = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
-    nearest = " and ".join(f"{amount(least[name])} {name}" for name in over)
-    return (
-        f"{told}: cannot be reached within these settings, the nearest is {nearest}: allow that, let more go (protect, "
-        "attn_layers, mlp_layers, heads), or take another method"
-    )
 
 
 def amount(value: float) -> str:
