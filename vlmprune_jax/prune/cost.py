@@ -200,8 +200,8 @@ def least_ratio(
         budgets = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
         nearest = " and ".join(f"{amount(cost)} {name}" for name, cost in over.items())
         raise UserError(
-            f"{budgets}: cannot be reached within these settings, the nearest is {nearest}: raise the budget, allow more "
-            "to be removed (protect, attn_layers, mlp_layers, heads), or use another method"
+            f"{budgets}: cannot be reached within these settings, the nearest is {nearest}: raise the budget, allow "
+            "more to be removed (protect, attn_layers, mlp_layers, heads), or use another method"
         )
     return high, best
 
