@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, normalize, sides
+from vlmprune_jax.data.image_processor import SquarePieces, check_steps, sides
 from vlmprune_jax.families.tiles import ImageShape
 
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
@@ -20,7 +19,7 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, a
 
 
 @dataclass(frozen=True)
-class Cropping(DataclassPreparation):
+class Cropping(SquarePieces):
     """Resizing of an image to `size` x `size` pixels, optionally followed by up to `most_crops` crops of that size.
 
     With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
@@ -37,12 +36,7 @@ class Cropping(DataclassPreparation):
     std: tuple[float, ...]
     resample: int
 
-    shares, merge, image_buckets, turns = False, 0, (), False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (channels, height, width) of one image or crop."""
-        return (3, self.size, self.size)
+    shares = False
 
     @property
     def usual(self) -> tuple[int, ...]:
@@ -58,21 +52,16 @@ class Cropping(DataclassPreparation):
         """Return the number of pixels in all slots of an image."""
         return self.image_shape(width, height, sharing).slots * self.size**2
 
-    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[slots, 3, size, size]: the whole image, then its crops along its longer side."""
-        pieces = [image.resize((self.size, self.size), self.resample) for image in (image, *self._cut(image))]
-        return np.ascontiguousarray(
-            normalize(np.stack([*map(np.asarray, pieces)]), self.mean, self.std).transpose(0, 3, 1, 2)
-        )
-
-    def _cut(self, image: Image.Image) -> list[Image.Image]:
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the whole image, then its crops along its longer side."""
         count, (width, height) = self._count(*image.size), image.size
-        if count == 1:
-            return []
         step = math.ceil(max(width, height) / count)
+        starts = range(0, count * step, step) if count != 1 else ()
         if width >= height:
-            return [image.crop((at, 0, min(at + step, width), height)) for at in range(0, count * step, step)]
-        return [image.crop((0, at, width, min(at + step, height))) for at in range(0, count * step, step)]
+            crops = [image.crop((at, 0, min(at + step, width), height)) for at in starts]
+        else:
+            crops = [image.crop((0, at, width, min(at + step, height))) for at in starts]
+        return [piece.resize((self.size, self.size), self.resample) for piece in (image, *crops)]
 
     def _count(self, width: int, height: int) -> int:
         """Return the number of crops of an image (1 = not cropped)."""

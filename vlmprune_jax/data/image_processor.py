@@ -110,6 +110,22 @@ class DataclassPreparation:
         return images * self.usual[-1]
 
 
+class SquarePieces(DataclassPreparation):
+    """Mixin for preparations that `cut` an image into pieces of `size` x `size` pixels, normalised by `mean`, `std`."""
+
+    merge, image_buckets, turns = 0, (), False
+
+    @property
+    def shape(self: Any) -> tuple[int, ...]:
+        """Shape (channels, height, width) of one piece."""
+        return (3, self.size, self.size)
+
+    def prepare(self: Any, image: Image.Image, sharing: int) -> np.ndarray:
+        """Return float32[pieces, 3, size, size] of an RGB image that is one of `sharing` images in its record."""
+        pieces = np.stack([np.asarray(piece) for piece in self.cut(image, sharing)])
+        return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
+
+
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
     """Return an image processor's settings after refusing unsupported ones.
 

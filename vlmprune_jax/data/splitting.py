@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, crop_grid, normalize
+from vlmprune_jax.data.image_processor import SquarePieces, check_steps, crop_grid
 from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES, ImageShape
 
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS
@@ -20,7 +19,7 @@ _SIDE = 364  # default pixels per side of a sub-image; the default longest side 
 
 
 @dataclass(frozen=True)
-class Splitting(DataclassPreparation):
+class Splitting(SquarePieces):
     """Splitting of an image into sub-images of `size` x `size` pixels (SmolVLM).
 
     The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
@@ -35,12 +34,7 @@ class Splitting(DataclassPreparation):
     std: tuple[float, ...]
     resample: int
 
-    shares, merge, image_buckets, turns = False, 0, (), False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (channels, height, width) of one sub-image."""
-        return (3, self.size, self.size)
+    shares = False
 
     @property
     def _along(self) -> int:
@@ -64,13 +58,8 @@ class Splitting(DataclassPreparation):
         first_width, first_height = self._resized(width, height)
         return max(rows * columns * self.size**2, first_width * first_height)
 
-    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[sub-images, 3, size, size]: the sub-images row by row, then the whole image."""
-        pieces = np.stack([np.asarray(piece) for piece in self.cut(image)])
-        return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
-
-    def cut(self, image: Image.Image) -> list[Image.Image]:
-        """Return the sub-images of an RGB image, which is first resized up to three times as in the reference code."""
+    def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
+        """Return the sub-images row by row, then the whole image; resizes up to three times, as the reference code."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)

@@ -7,24 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, crop_grid, normalize, sides
+from vlmprune_jax.data.image_processor import SquarePieces, check_steps, crop_grid, sides
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole_number
 
 
 @dataclass(frozen=True)
-class Tiling(TilingConfig, DataclassPreparation):
+class Tiling(TilingConfig, SquarePieces):
     """A `TilingConfig` with the methods that apply it to images."""
-
-    merge, image_buckets, turns = 0, (), False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (channels, height, width) of one tile."""
-        return (3, self.size, self.size)
 
     @property
     def usual(self) -> tuple[int, ...]:
@@ -60,13 +52,8 @@ class Tiling(TilingConfig, DataclassPreparation):
         columns, rows = self.grid(width, height, sharing)
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
-    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[tiles, 3, size, size]: the tiles row by row, then the thumbnail."""
-        tiles = np.stack([np.asarray(tile) for tile in self.cut(image, sharing)])
-        return np.ascontiguousarray(normalize(tiles, self.mean, self.std).transpose(0, 3, 1, 2))
-
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the tiles of an RGB image (reference: InternVL dataset.py `dynamic_preprocess`)."""
+        """Return the tiles row by row, then the thumbnail (reference: InternVL dataset.py `dynamic_preprocess`)."""
         if self.pad:
             image = pad_to_square(image, self.mean)
         columns, rows = self.grid(*image.size, sharing)
