@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from hf_cases import copy_llava
 from repository import ROOT
 
 PAGE = ROOT / "docs" / "how-to" / "extend.md"
@@ -23,3 +29,24 @@ def printed_file(heading: str, folder: Path) -> Path:
     path = folder / name
     path.write_text(f"# {name}\n{source}", encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def registered(heading: str, folder: Path, registry: Any) -> Iterator[Path]:
+    """Yield the printed file in `folder`; afterwards, forget what importing it added to a registry."""
+    before, search, path = dict(registry), list(sys.path), printed_file(heading, folder)
+    yield path
+    assert sys.path == search
+    sys.modules.pop(path.stem, None)
+    registry.clear()
+    registry.update(before)
+
+
+def flags_of(config: str, folder: Path, goldens: Path) -> list[str]:
+    """Return the flags of a config beside the printed file, with the golden LLaVA and four records of images."""
+    copy_llava(goldens, folder / "teacher")
+    turns = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
+    records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": turns} for i in range(4)]
+    (folder / "records.json").write_text(json.dumps(records))
+    (folder / "experiment.py").write_text(config.format(goldens=goldens, folder=folder))
+    return [f"--config={folder / 'experiment.py'}", f"--workdir={folder / 'w'}"]

@@ -2,52 +2,30 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from batch_cases import ORDERED, golden_encoder, golden_records
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.encoding import Encoder, measure
-from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.prompts import load_tokenizer
-from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.families import templates
+from vlmprune_jax.data.records import Record
 
-TRAIN: dict[str, Any] = {
-    "batch_size": 4,
-    "seed": 3,
-    "epochs": 1,
-    "drop_remainder": True,
-    "process_index": 0,
-    "process_count": 1,
-    "threads": 1,
-}
+TRAIN = ORDERED | {"epochs": 1, "threads": 1}
 
 
 @pytest.fixture(scope="module")
 def samples(goldens: Path) -> list[Record]:
     """Short samples with one image, two images and none."""
-    records = read_records(goldens / "data/samples.json", goldens / "data/images")
-    two = Record("two", (("human", "<image>\n<image>\nSame?"), ("gpt", "No.")), records[0].images + records[2].images)
+    *records, two = golden_records(goldens)
     return [records[index] for index in (0, 2, 4, 7, 8, 11)] + [two]
 
 
 @pytest.fixture(scope="module")
 def encoder(goldens: Path) -> Encoder:
-    images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
-    return Encoder(
-        tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=templates()["llava_v1"],
-        max_length=220,
-        image_loader=images,
-        image_token_id=-200,
-        tokens_per_image=16,
-        max_images=2,
-        truncate=False,
-    )
+    return golden_encoder(goldens, max_length=220)
 
 
 def ids(batches: list[Batch]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from batch_cases import ORDERED, golden_encoder, golden_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,40 +20,20 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import templates
 
-TRAIN: dict[str, Any] = {
-    "batch_size": 4,
-    "seed": 3,
-    "epochs": 2,
-    "drop_remainder": True,
-    "process_index": 0,
-    "process_count": 1,
-    "threads": 2,
-}
+TRAIN = ORDERED | {"epochs": 2, "threads": 2}
 
 
 @pytest.fixture(scope="module")
 def samples(goldens: Path) -> list[Record]:
     """The golden samples (images and text, 1 to 3 rounds), one with two images, and ever longer texts."""
-    records = read_records(goldens / "data/samples.json", goldens / "data/images")
-    two = Record("two", (("human", "<image>\n<image>\nSame?"), ("gpt", "No.")), records[0].images + records[2].images)
+    *records, two = golden_records(goldens)
     long = [Record(f"long{n}", (("human", "Say it."), ("gpt", "It is 10:45. " * n)), ()) for n in range(1, 17)]
     return [*records, two, *long]
 
 
 @pytest.fixture(scope="module")
 def encoder(goldens: Path) -> Encoder:
-    images = load_image_processor(goldens / "ckpt/clip_tower", aspect_ratio="pad", max_pixels=10**6, cache_bytes=10**6)
-    return Encoder(
-        tokenizer=load_tokenizer(goldens / "tokenizers/llava"),
-        template=templates()["llava_v1"],
-        max_length=512,
-        image_loader=images,
-        image_token_id=-200,
-        tokens_per_image=16,
-        max_images=2,
-        truncate=True,
-        length_buckets=(160, 256, 512),
-    )
+    return golden_encoder(goldens, max_length=512, truncate=True, length_buckets=(160, 256, 512))
 
 
 def sizes_of(records: list[Record], encoder: Encoder, on_error: str = "stop") -> np.ndarray:

@@ -1,15 +1,12 @@
 """The criterion that how-to/extend.md prints, from a config on the command line."""
 
 import importlib.util
-import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from extend_cases import printed_file
-from hf_cases import copy_llava
+from extend_cases import flags_of, registered
 from prune_cases import UNEQUAL, batch, config, model
 
 import vlmprune_jax as vp
@@ -40,24 +37,13 @@ def get_config():
 
 @pytest.fixture
 def printed(tmp_path):
-    """The printed file, in tmp_path; what importing it registers is taken back."""
-    before, path = dict(vp.criteria), list(sys.path)
-    yield printed_file("A criterion", tmp_path)
-    assert sys.path == path
-    sys.modules.pop("my_criterion", None)
-    vp.criteria.clear()
-    vp.criteria.update(before)
+    with registered("A criterion", tmp_path, vp.criteria) as path:
+        yield path
 
 
 @pytest.fixture
 def experiment(printed, tmp_path, goldens):
-    """Flags of a config that lies beside it and imports it."""
-    copy_llava(goldens, tmp_path / "teacher")
-    question = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": question} for i in range(4)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "experiment.py").write_text(CONFIG.format(goldens=goldens, folder=tmp_path))
-    return [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'w'}"]
+    return flags_of(CONFIG, tmp_path, goldens)
 
 
 def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):

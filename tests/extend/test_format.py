@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from extend_cases import printed_file
+from extend_cases import registered
 from hf_cases import copy_llava, keep_layers
 from safetensors.flax import load_file
 
@@ -30,15 +30,11 @@ def get_config():
 @pytest.fixture
 def command(goldens, tmp_path):
     """The command for a workdir with a pruned model and a config beside the printed file."""
-    before = dict(vp.formats)
     source = copy_llava(goldens, tmp_path / "teacher")
     vp.prune_folder(source, keep_layers(vp.load(source), [0, 2, 5])[1], tmp_path / "w/pruned")
-    printed_file("An export format", tmp_path)
     (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path))
-    yield ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
-    vp.formats.clear()
-    vp.formats.update(before)
-    sys.modules.pop("jax_parameters", None)
+    with registered("An export format", tmp_path, vp.formats):
+        yield ["export", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
 
 
 def test_the_printed_format_is_written_checked_and_described(command, tmp_path, capsys):

@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import recover_cases as cases
-from extend_cases import printed_file
-from hf_cases import copy_llava
+from extend_cases import flags_of, registered
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
@@ -40,23 +38,13 @@ def get_config():
 
 @pytest.fixture
 def printed(tmp_path):
-    """The printed file, in tmp_path; what importing it registers is taken back."""
-    before = dict(vp.losses)
-    yield printed_file("A loss", tmp_path)
-    sys.modules.pop("my_loss", None)
-    vp.losses.clear()
-    vp.losses.update(before)
+    with registered("A loss", tmp_path, vp.losses) as path:
+        yield path
 
 
 @pytest.fixture
 def flags(printed, tmp_path, goldens):
-    """Flags of a config that lies beside it and imports it."""
-    copy_llava(goldens, tmp_path / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": turns} for i in range(4)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "experiment.py").write_text(CONFIG.format(goldens=goldens, folder=tmp_path))
-    return [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'w'}"]
+    return flags_of(CONFIG, tmp_path, goldens)
 
 
 def test_the_printed_term_trains(flags, tmp_path, capsys):

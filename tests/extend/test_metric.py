@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from extend_cases import printed_file
+from extend_cases import registered
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
@@ -28,11 +28,9 @@ def get_config():
 
 
 @pytest.fixture
-def flags(tmp_path, goldens, monkeypatch):
+def flags(tmp_path, goldens):
     """Flags of a config beside the printed file; the metric is forgotten afterwards."""
-    before = dict(METRICS)
     copy_llava(goldens, tmp_path / "teacher")
-    printed_file("A metric", tmp_path)
     entries = [
         {
             "id": f"d{i}",
@@ -45,10 +43,8 @@ def flags(tmp_path, goldens, monkeypatch):
     ]
     (tmp_path / "docs.json").write_text(json.dumps(entries))
     (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path, images=goldens / "data/images"))
-    yield [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
-    METRICS.clear()
-    METRICS.update(before)
-    del sys.modules["my_metric"]
+    with registered("A metric", tmp_path, METRICS):
+        yield [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
 
 
 def test_the_printed_metric_scores_a_set(flags, tmp_path, capsys):

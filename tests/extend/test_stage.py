@@ -6,8 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from extend_cases import printed_file
-from hf_cases import copy_llava
+from extend_cases import flags_of, registered
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
@@ -41,23 +40,13 @@ def get_config():
 
 @pytest.fixture
 def printed(tmp_path):
-    """The printed file, in tmp_path; importing it registers a stage, which is forgotten afterwards."""
-    before = dict(vp.stages)
-    yield printed_file("A stage of your own", tmp_path)
-    sys.modules.pop("wise_ft", None)
-    vp.stages.clear()
-    vp.stages.update(before)
+    with registered("A stage of your own", tmp_path, vp.stages) as path:
+        yield path
 
 
 @pytest.fixture
 def flags(printed, tmp_path, goldens):
-    """Flags of a config that lies beside it and imports it."""
-    copy_llava(goldens, tmp_path / "teacher")
-    turns = [{"from": "human", "value": "<image>\nIs it one?"}, {"from": "gpt", "value": "yes"}]
-    records = [{"id": f"r{i}", "image": f"img{i}.png", "conversations": turns} for i in range(4)]
-    (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "experiment.py").write_text(CONFIG.format(goldens=goldens, folder=tmp_path))
-    return [f"--config={tmp_path / 'experiment.py'}", f"--workdir={tmp_path / 'w'}"]
+    return flags_of(CONFIG, tmp_path, goldens)
 
 
 def test_the_printed_stage_makes_a_model_of_the_run(flags, printed, tmp_path, capsys):

@@ -10,30 +10,21 @@ import numpy as np
 import pytest
 from decoder_cases import PHI, PHI3, fed_with, golden_decoder
 from hf_cases import edit_weights, keep_width, make_folder
+from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.families import PHI as PHI_FAMILY
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
-from vlmprune_jax.models.params import count_params, flatten, init_params, param_axes, unstack_layers
+from vlmprune_jax.models.params import flatten, init_params, param_axes, unstack_layers
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import apply_plan, compose, fingerprint, make_plan, score
+from vlmprune_jax.prune import fingerprint, score
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.recovery.trainable import add_lora, merge_lora
 
 FORWARD = {"phi2": "bunny", "phi3": "internvl"}
-# Each criterion, reduction, selection and kind of calibration once, half of them on either decoder; the others, other
-# ratios and combinations are slow tests.
-QUICK = (
-    "l1_r25", "l2_sum_r25", "l2_iter2_r50", "first_max_r25", "second_r25", "mix_r50", "vectorize_r25", "first_vlm_r25",
-    "first_global_r25", "first_ranges_r25",
-)  # fmt: skip
-SLOW = (
-    "l1_r50", "l2_r25", "l2_r50", "l2_iter2_r25", "l2_global_r25", "first_r25", "first_r50", "first_mean_r25",
-    "mix_r25", "vectorize_r50", "first_iter2_r50", "first_iter2_r25", "mix_iter2_r50", "first_global_r50",
-    "vectorize_vlm_r50", "second_vlm_r25", "mix_vlm_r25",
-)  # fmt: skip
+# The quick cases of width_cases.py, half of them on either decoder.
 QUICK_OF = {"phi2": QUICK[::2], "phi3": QUICK[1::2]}
 CASES = [
     pytest.param(name, case, marks=() if case in QUICK_OF[name] else pytest.mark.slow)
@@ -99,12 +90,6 @@ def test_text_generation_equals_the_reference(decoders):
     np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"])
 
 
-def options_of(case):
-    if case["pruner"] == "taylor":
-        return {"variant": case["taylor"], "reduction": case.get("reduction", "sum")}
-    return {"reduction": case.get("mag_reduction", "mean")}
-
-
 @pytest.fixture(scope="module")
 def first_scores(decoders):
     @functools.cache
@@ -115,52 +100,13 @@ def first_scores(decoders):
     return scores
 
 
-def check_scores(scores, arrays, case, step):
-    checked, recorded = 0, sum(key.startswith(f"{case}__step{step}_layer") for key in arrays)
-    recorded -= sum(key.startswith(f"{case}__step{step}_layer") and "channel" in key for key in arrays)
-    for kind, parts in (("head", scores.heads), ("mlp", scores.mlp)):
-        for i, part in enumerate(parts):
-            golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
-            if golden is not None:
-                np.testing.assert_allclose(part, golden, rtol=1e-4)
-                checked += 1
-    assert checked == recorded >= 4  # the layers in range, both kinds
-
-
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_width_equals_the_reference(decoders, first_scores, name, case):
     original, cases, arrays, calibration, _ = decoders[name]
     want = cases[case]
-    current, batch = calibration[want["calib"]]
-    base, steps, options, plan = current.cfg, want.get("iterative_steps", 1), options_of(want), None
-    for step in range(steps):
-        if step == 0:
-            scores = first_scores(name, want["calib"], want["pruner"], tuple(sorted(options.items())))
-        else:
-            scores = score(current, [batch], criterion=want["pruner"], **options)
-        check_scores(scores, arrays, case, step)
-        now = make_plan(
-            scores,
-            current.cfg,
-            method="width",
-            sparsity=want["ratio"] * (step + 1) / steps,
-            attn_layers=want["attn_range"],
-            mlp_layers=want["mlp_range"],
-            selection="global" if want.get("global") else "local",
-            heads="proportional",
-            base=base,
-        )
-        current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)
-    for layer in plan.layers:
-        assert list(layer.q_heads) == want["kept_heads"][str(layer.index)]
-        assert list(layer.neurons) == want["kept_neurons"][str(layer.index)]
-    assert count_params(current.cfg, "text") == want["params_after"]
-    assert plan.parameters_after == count_params(current.cfg)
-    plan = dataclasses.replace(plan, fingerprint=fingerprint(original))
-    logits, _ = forward(apply_plan(original, plan), arrays["test_input_ids"])
-    np.testing.assert_allclose(logits[0, -1], arrays[f"{case}__test_logits_last"], atol=1e-4)
-    if f"{case}__test_logits" in arrays:
-        np.testing.assert_allclose(logits[0], arrays[f"{case}__test_logits"], atol=1e-4)
+    first = first_scores(name, want["calib"], want["pruner"], tuple(sorted(options_of(want).items())))
+    plan = replayed(want, case, arrays, *calibration[want["calib"]], first)
+    check_pruned(case, arrays, original, dataclasses.replace(plan, fingerprint=fingerprint(original)))
 
 
 def test_biases_are_pruned_with_their_rows(tmp_path):

@@ -8,21 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, expanded, golden_llava, model, on_mesh
+from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
-from vlmprune_jax.models.params import count_params, unstack_layers
+from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import apply, forward
-from vlmprune_jax.prune import apply_plan, compose, make_plan, prune_iteratively, score
+from vlmprune_jax.prune import apply_plan, make_plan, prune_iteratively, score
 
-# Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
-QUICK = (
-    "l1_r25", "l2_sum_r25", "l2_iter2_r50", "first_max_r25", "second_r25", "mix_r50", "vectorize_r25", "first_vlm_r25",
-    "first_global_r25", "first_ranges_r25",
-)  # fmt: skip
-SLOW = (
-    "l1_r50", "l2_r25", "l2_r50", "l2_iter2_r25", "l2_global_r25", "first_r25", "first_r50", "first_mean_r25",
-    "mix_r25", "vectorize_r50", "first_iter2_r50", "first_iter2_r25", "mix_iter2_r50", "first_global_r50",
-    "vectorize_vlm_r50", "second_vlm_r25", "mix_vlm_r25",
-)  # fmt: skip
 CASES = (*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW))
 
 
@@ -42,61 +33,19 @@ def width_goldens(goldens):
     )
 
 
-def options_of(case):
-    if case["pruner"] == "taylor":
-        return {"variant": case["taylor"], "reduction": case.get("reduction", "sum")}
-    return {"reduction": case.get("mag_reduction", "mean")}
-
-
 @functools.cache
 def first_step_scores(goldens, calib, criterion, options):
     batches = [width_goldens(goldens)[2][calib]]
     return score(golden_llava(goldens), batches, criterion=criterion, **dict(options))
 
 
-def check_scores(scores, arrays, case, step):
-    checked = 0
-    for kind, parts in (("head", scores.heads), ("mlp", scores.mlp)):
-        for i, part in enumerate(parts):
-            golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
-            if golden is not None:
-                np.testing.assert_allclose(part, golden, rtol=1e-4)
-                checked += 1
-    assert checked >= 6  # the layers in range, both kinds
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_width_equals_the_reference(goldens, case):
     cases, arrays, calibration = width_goldens(goldens)
     want, original = cases[case], golden_llava(goldens)
-    steps, options, current, plan = want.get("iterative_steps", 1), options_of(want), original, None
-    for step in range(steps):
-        if step == 0:
-            scores = first_step_scores(goldens, want["calib"], want["pruner"], tuple(sorted(options.items())))
-        else:
-            scores = score(current, [calibration[want["calib"]]], criterion=want["pruner"], **options)
-        check_scores(scores, arrays, case, step)
-        now = make_plan(
-            scores,
-            current.cfg,
-            method="width",
-            sparsity=want["ratio"] * (step + 1) / steps,
-            attn_layers=want["attn_range"],
-            mlp_layers=want["mlp_range"],
-            selection="global" if want.get("global") else "local",
-            heads="proportional",
-            base=original.cfg,
-        )
-        current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)
-    for layer in plan.layers:
-        assert list(layer.q_heads) == want["kept_heads"][str(layer.index)]
-        assert list(layer.neurons) == want["kept_neurons"][str(layer.index)]
-    assert count_params(current.cfg, "text") == want["params_after"]
-    assert plan.parameters_after == count_params(current.cfg)
-    logits, _ = forward(apply_plan(original, plan), arrays["test_input_ids"])
-    np.testing.assert_allclose(logits[0, -1], arrays[f"{case}__test_logits_last"], atol=1e-4)
-    if f"{case}__test_logits" in arrays:
-        np.testing.assert_allclose(logits[0], arrays[f"{case}__test_logits"], atol=1e-4)
+    first = first_step_scores(goldens, want["calib"], want["pruner"], tuple(sorted(options_of(want).items())))
+    plan = replayed(want, case, arrays, original, calibration[want["calib"]], first)
+    check_pruned(case, arrays, original, plan)
 
 
 def test_prune_iteratively_is_score_plan_apply_repeated(goldens):

@@ -1,0 +1,79 @@
+"""Width pruning of the reference, case by case: its scores, the heads and neurons it keeps, and its pruned logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.models.vlm import Model, forward
+from vlmprune_jax.prune import PrunePlan, Scores, apply_plan, compose, make_plan, score
+
+# Each criterion, reduction, selection and kind of calibration once; the other ratios and combinations are slow tests.
+QUICK = (
+    "l1_r25", "l2_sum_r25", "l2_iter2_r50", "first_max_r25", "second_r25", "mix_r50", "vectorize_r25", "first_vlm_r25",
+    "first_global_r25", "first_ranges_r25",
+)  # fmt: skip
+SLOW = (
+    "l1_r50", "l2_r25", "l2_r50", "l2_iter2_r25", "l2_global_r25", "first_r25", "first_r50", "first_mean_r25",
+    "mix_r25", "vectorize_r50", "first_iter2_r50", "first_iter2_r25", "mix_iter2_r50", "first_global_r50",
+    "vectorize_vlm_r50", "second_vlm_r25", "mix_vlm_r25",
+)  # fmt: skip
+
+
+def options_of(case: dict[str, Any]) -> dict[str, str]:
+    """Return the options of `score` that compute a case's scores."""
+    if case["pruner"] == "taylor":
+        return {"variant": case["taylor"], "reduction": case.get("reduction", "sum")}
+    return {"reduction": case.get("mag_reduction", "mean")}
+
+
+def check_scores(scores: Scores, arrays: dict[str, np.ndarray], case: str, step: int) -> None:
+    """Compare the scores of a step with all that the reference recorded."""
+    checked, recorded = 0, sum(key.startswith(f"{case}__step{step}_layer") for key in arrays)
+    recorded -= sum(key.startswith(f"{case}__step{step}_layer") and "channel" in key for key in arrays)
+    for kind, parts in (("head", scores.heads), ("mlp", scores.mlp)):
+        for i, part in enumerate(parts):
+            golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
+            if golden is not None:
+                np.testing.assert_allclose(part, golden, rtol=1e-4)
+                checked += 1
+    assert checked == recorded >= 4  # the layers in range, both kinds
+
+
+def replayed(
+    want: dict[str, Any], case: str, arrays: dict[str, np.ndarray], model: Model, batch: Any, first: Scores
+) -> PrunePlan:
+    """Prune as the reference did, step by step with `first` as the first scores; return one plan after checking it."""
+    current, base, steps, plan = model, model.cfg, want.get("iterative_steps", 1), None
+    for step in range(steps):
+        scores = score(current, [batch], criterion=want["pruner"], **options_of(want)) if step else first
+        check_scores(scores, arrays, case, step)
+        now = make_plan(
+            scores,
+            current.cfg,
+            method="width",
+            sparsity=want["ratio"] * (step + 1) / steps,
+            attn_layers=want["attn_range"],
+            mlp_layers=want["mlp_range"],
+            selection="global" if want.get("global") else "local",
+            heads="proportional",
+            base=base,
+        )
+        current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)
+    assert plan is not None
+    for layer in plan.layers:
+        assert list(layer.q_heads) == want["kept_heads"][str(layer.index)]
+        assert list(layer.neurons) == want["kept_neurons"][str(layer.index)]
+    assert count_params(current.cfg, "text") == want["params_after"]
+    assert plan.parameters_after == count_params(current.cfg)
+    return plan
+
+
+def check_pruned(case: str, arrays: dict[str, np.ndarray], original: Model, plan: PrunePlan) -> None:
+    """Compare the pruned model's logits with the reference's."""
+    logits, _ = forward(apply_plan(original, plan), arrays["test_input_ids"])
+    np.testing.assert_allclose(logits[0, -1], arrays[f"{case}__test_logits_last"], atol=1e-4)
+    if f"{case}__test_logits" in arrays:
+        np.testing.assert_allclose(logits[0], arrays[f"{case}__test_logits"], atol=1e-4)
