@@ -177,7 +177,8 @@ class Pipeline:
         """
         steps = [step for step in self.steps() if step.stage == name]
         if not steps:
-            raise UserError(STAGES[name].off(self.sections))
+            switch = STAGES[name].switch
+            raise UserError(f'{switch} is "none", so no model needs {name}: choose a method (`vlmprune help {switch}`)')
         for step in steps:
             step.run()
             self.note_steps()

@@ -11,8 +11,6 @@ from typing import Any
 
 import msgspec
 
-from vlmprune_jax.core.settings import settings_of
-
 # What a stage is applied to: every prune variant, every recovery variant, every model made by these, the whole run.
 SCOPES = ("variant", "recovery", "model", "run")
 
@@ -87,12 +85,6 @@ class Stage:
     def more(self, work: Any, *sections: Any) -> Files:
         """Return the stage's files and settings that depend on the experiment's settings."""
         return Files() if self.files is None else _load(self.files)(work, *sections)
-
-    def off(self, sections: Mapping[str, Any]) -> str:
-        """Return a message that says which setting switches the stage on."""
-        section, _, name = self.switch.partition(".")
-        (value, *_) = [value for value in settings_of(sections[section])[name].names() if value != "none"]
-        return f'{self.switch} is "none": set it to "{value}" (--config.{self.switch}={value})'
 
 
 def _load(function: Callable[..., Any] | str) -> Callable[..., Any]:

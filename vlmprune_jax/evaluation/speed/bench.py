@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import msgspec
 
@@ -98,7 +98,7 @@ def find_sides(
         kind = FOLDER if file is None else GGUF
         able = [name for name in backends or BACKENDS if BACKENDS[name][0] == kind]
         if not able:
-            raise UserError(_wrong_kind(model, kind, backends))
+            _refuse(model, kind, ", ".join(backends))
         side = _folder(model, vision_dir, config, dtype) if file is None else _gguf(model, file, config)
         reasons = {name: _why_not(name, side) for name in able}
         refused = [f"{model} in {name}: {why}" for name, why in reasons.items() if why]
@@ -278,13 +278,17 @@ def _gguf_file(model: str) -> Path | None:
     return files[0] if files else None
 
 
-def _wrong_kind(model: str, kind: str, backends: Sequence[str]) -> str:
-    named = ", ".join(backends)
+def _refuse(model: str, kind: str, backends: str) -> NoReturn:
+    """Raise the UserError about a model of a kind that none of these engines reads."""
     if kind == GGUF:
-        todo = f"give the Hugging Face folder that it was made from, or --backends={ENGINE}"
-        return f"{model}: is a GGUF file, and --backends={named} reads Hugging Face folders: {todo}"
-    todo = 'export it as one (--config.export.format=gguf, vp.save(format="gguf")), or --backends=jax,transformers'
-    return f"{model}: is a Hugging Face folder, and --backends={named} reads GGUF files: {todo}"
+        raise UserError(
+            f"{model}: is a GGUF file, and --backends={backends} reads Hugging Face folders: give the folder that it "
+            f"was made from, or --backends={ENGINE}"
+        )
+    raise UserError(
+        f"{model}: is a Hugging Face folder, and --backends={backends} reads GGUF files: export it as one "
+        '(--config.export.format=gguf, vp.save(format="gguf")), or --backends=jax,transformers'
+    )
 
 
 def _why_not(backend: str, side: Side) -> str | None:
