@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,16 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     scores = [
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
     ]
+    cfg, config = work.config(work.teacher), _plan_config(work, data, spec, export)
     if spec.steps > 1:
-        plan, cfg = _prune_in_steps(work, data, score, spec, export, scores[0][0])
+        plan = _plan_in_steps(work, data, score, config, scores[0][0])
     else:
-        plan, cfg = _prune_files(work, data, score, spec, export, scores)
+        with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
+            plan = plan_stacks([first if not second else (first, *second) for first, *second in scores], cfg, config)
+    _check_integers(plan.apply_to(cfg), spec, export)
+    on_process_zero(
+        lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
+    )
     write_text(work.folder / "plan.json", plan.to_json())
     if plan.vocabulary is not None:
         report = report_vocabulary(work, sources_of(spec.vocabulary, data), plan.vocabulary)
@@ -136,30 +141,8 @@ def _load(path: Path, stack: str) -> Scores:
     return scores
 
 
-def _prune_files(
-    work: Work,
-    data: DataSpec,
-    score: ScoreSpec,
-    spec: PruneSpec,
-    export: ExportSpec,
-    loaded: Sequence[Sequence[Scores]],
-) -> tuple[PrunePlan, ModelConfig]:
-    """Make a plan from the scores and apply it file to file, without loading the model."""
-    scores = [first if not second else (first, second[0]) for first, *second in loaded]
-    cfg = work.config(work.teacher)
-    with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-        plan = plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
-    _check_integers(plan.apply_to(cfg), spec, export)
-    on_process_zero(
-        lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
-    )
-    return plan, cfg
-
-
-def _prune_in_steps(
-    work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec, scores: Scores
-) -> tuple[PrunePlan, ModelConfig]:
-    """Score and prune in rounds, starting from `scores`; write the model left after the last round."""
+def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, scores: Scores) -> PrunePlan:
+    """Score and prune in rounds, starting from `scores`; return one plan for all rounds."""
     model = work.load(work.teacher)
 
     def batches(step: int) -> list[Batch]:
@@ -167,19 +150,17 @@ def _prune_in_steps(
             return []
         return inputs.calibration_batches(work.model, data, score, model.cfg, seed=score.seed + step)
 
-    pruned, plan, _ = prune_iteratively(
+    _, plan, _ = prune_iteratively(
         model,
         batches,
-        _plan_config(work, data, spec, export),
+        spec,
         steps=spec.steps,
         criterion=score.width,
         scores=scores,
         stack=spec.stack,
         score_config=score,
     )
-    _check_integers(pruned.cfg, spec, export)
-    work.save(pruned, plan)
-    return plan, model.cfg
+    return plan
 
 
 def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> None:

@@ -148,14 +148,14 @@ class Work(Context):
         """Return the config of the model in a folder."""
         return read_config(folder, self.tower)[1]
 
-    def save(self, model: Model, plan: PrunePlan | None = None) -> None:
-        """Write the stage's model: source layout, true widths, the experiment's dtype. `plan`: if not `self.plan`."""
+    def save(self, model: Model) -> None:
+        """Write the stage's model: source layout, true widths, the experiment's dtype."""
         save(
             model,
             self.out,
             source_dir=self.start,
             dtype=self.model.dtype,
-            plan=plan or self.plan,
+            plan=self.plan,
             name=model_name(self.teacher),
             reconstructed=self.reconstructed,
             recovered=self.recovered,
