@@ -88,7 +88,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         plan = _plan_in_steps(work, data, score, config, scores[0][0])
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-            plan = plan_stacks([first if not second else (first, *second) for first, *second in scores], cfg, config)
+            plan = plan_stacks([first if not second else (first, second[0]) for first, *second in scores], cfg, config)
     _check_integers(plan.apply_to(cfg), spec, export)
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
