@@ -83,7 +83,7 @@ def test_the_tower_by_commands(experiment, tmp_path, capsys, stack):
 
 
 def test_scores_of_another_stack_are_not_taken(experiment, tmp_path, capsys):
-    tower = [*experiment, "--config.prune.stack=vision", "--config.prune.steps=1"]
+    tower = [*experiment, "--config.prune.stack=vision", "--config.prune.steps=1", "--config.prune.ratio=0.05"]
     assert main(["score", *experiment]) == 0
     (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
     assert main(["prune", *tower]) == 2

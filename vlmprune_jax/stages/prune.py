@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         plan = _plan_in_steps(work, data, score, config, scores[0][0])
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
-            plan = plan_stacks([first if not second else (first, second[0]) for first, *second in scores], cfg, config)
+            plan = plan_stacks([*map(_of_stack, scores)], cfg, config)
     _check_integers(plan.apply_to(cfg), spec, export)
     on_process_zero(
         lambda: prune_folder(work.teacher, plan, work.out, vision_dir=work.model.vision_dir, dtype=work.model.dtype)
@@ -121,17 +122,23 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
     """
     if spec.vocabulary.size is not None:
         return
-    cfg, scores = work.config(work.teacher), list[Scores]()
-    for stack in stacks_of(spec):
-        for criterion in criteria_of(score, spec, stack).values():
-            span = score.layers_removed if "layers_removed" in CRITERIA[criterion].options else None
-            options: dict[str, Any] = {"gqa": score.gqa}
-            parts = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
-            if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
-                options["layers_removed"] = span
-                parts = {**parts, "importance": parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]}
-            scores.append(Scores(criterion, f"{shape_digest(cfg)}-", options, **parts))
-    plan_stacks(scores, cfg, _plan_config(work, data, spec, export))
+    cfg = work.config(work.teacher)
+
+    def drawn(criterion: str, stack: str) -> Scores:
+        options: dict[str, Any] = {"gqa": score.gqa}
+        parts = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
+        if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
+            options["layers_removed"] = span
+            parts = {**parts, "importance": parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]}
+        return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **parts)
+
+    scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
+    plan_stacks([*map(_of_stack, scores)], cfg, _plan_config(work, data, spec, export))
+
+
+def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
+    """Return a stack's scores as `plan_stacks` takes them: of layers and widths apart for two criteria."""
+    return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
 
 
 def _load(path: Path, stack: str) -> Scores:
