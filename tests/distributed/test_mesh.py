@@ -10,7 +10,9 @@ import threading
 
 import jax
 import pytest
+from prune_cases import config
 
+from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed import mesh
 
@@ -53,6 +55,28 @@ def tpu_vm(monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "gib", "memory", "expected"),
+    [
+        ((1, 8, 1), 32, 12.6, 15.75, (2, 1, 4)),  # LLaVA-1.5-7B on v5e:2x4
+        ((8, 1, 1), 32, 3.9, 15.75, (8, 1, 1)),
+        ((1, 8, 1), 32, 100, 15.75, (1, 1, 8)),
+        ((1, 8, 1), 6, 12.6, 15.75, (4, 1, 2)),  # 6 heads divide no further
+        ((2, 4, 1), 32, 1, None, (2, 1, 4)),  # unknown memory: as many chips share the weights as before
+        ((2, 4, 1), 6, 1, None, (4, 1, 2)),
+    ],
+)
+def test_weights_stay_on_their_chips_while_decoding(monkeypatch, sizes, heads, gib, memory, expected):
+    monkeypatch.setattr(mesh, "_memory_of", lambda device: memory and memory * 2**30)
+    cfg = config((LayerShape(heads, heads, 96),), vocab_size=64)
+    found = mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), gib * 2**30)
+    assert tuple(found.shape.values()) == expected
+    assert mesh.decoding_mesh(cfg, None, gib * 2**30) is None
+    assert mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (4, 2, 1)).shape["fsdp"] == 2
+    with pytest.raises(UserError, match=r"needs 9 devices but there are 8"):
+        mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), 1, (3, 3, 1))
 
 
 def test_alone_nothing_is_joined(joined):

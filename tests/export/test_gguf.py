@@ -181,7 +181,9 @@ def test_what_the_file_says(tmp_path):
     """Name, licence, marks, context up to the window, and the chat template."""
     config = {**MISTRAL, "vocab_size": 260, "hidden_act": "silu", "eos_token_id": [2, 5]}
     source = byte_tokenizer(make_folder(tmp_path / "mistral", config))
-    (source / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: 'https://x.org/L'\n---\n# license: no\n")
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlicense_link: 'https://x.org/L'\nlanguage:\n- en\n- pt-BR\n---\n# license: no\n"
+    )
     (source / "LICENSE").write_text("text")
     save(load(source), tmp_path / "out", source_dir=source, format="gguf", name="org/My-Phi-3 7B")
     assert {path.name for path in tmp_path.glob("out/*")} == {"README.md", "LICENSE", "My-Phi-3-7B-BF16.gguf"}
@@ -189,6 +191,11 @@ def test_what_the_file_says(tmp_path):
     assert fields["general.license"] == "apache-2.0"
     assert fields["general.license.link"] == "https://x.org/L"
     assert fields["general.name"] == "org/My-Phi 3 7B"  # by the other spelling llama.cpp takes it for a Phi-3
+    assert fields["general.size_label"].endswith("K")
+    assert fields["general.finetune"] == "pruned"
+    assert fields["general.basename"] == "My-Phi-3 7B"
+    assert fields["general.languages"] == ["en", "pt-BR"]
+    assert fields["general.tags"] == ["vlmprune-jax", "pruned"]
     assert fields["llama.context_length"] == 11
     assert "Rows of 56 neurons are no whole blocks of 32" in (tmp_path / "out/README.md").read_text()
     assert fields["general.file_type"] == 32

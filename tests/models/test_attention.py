@@ -17,6 +17,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.models import attention, block
 from vlmprune_jax.models.attention import attention_mask, splash_attention, windowed, xla_attention
+from vlmprune_jax.models.generate import decode, prefill
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, apply
 
@@ -73,6 +74,19 @@ def test_splash_equals_xla(head, heads, valid, causal, window):
     np.testing.assert_allclose(np.asarray(found)[seen], np.asarray(expected)[seen], atol=1e-5, rtol=0)
     for ours, theirs in zip(own, gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_splash_behind_a_prefix_equals_xla():
+    """Queries of the last 60 of 200 slots see the prefix before them; its padding and the rows' own stay hidden."""
+    rng, queries = np.random.default_rng(9), 60
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, n, h, 32)), jnp.float32) for n, h in ((queries, 4), (SEQ, 2), (SEQ, 2))
+    )
+    valid = np.ones((2, SEQ), bool)
+    valid[0, :30] = valid[0, 140:150] = False
+    mask = attention_mask(jnp.asarray(valid), queries, SEQ - queries)[:, None]
+    found = splash_attention(q, k, v, jnp.asarray(valid), causal=True, interpret=True)
+    np.testing.assert_allclose(found, xla_attention(q, k, v, mask), atol=1e-5, rtol=0)
 
 
 def _logits(params, cfg, batch):
@@ -135,6 +149,21 @@ def test_tpus_get_splash():
 
     with jax.sharding.use_abstract_mesh(mesh):
         found = kernels("tpu")
+        prompt = {"ids": shapes[1]["input_ids"], "valid": shapes[1]["mask"], "pixel_mask": None}
+        prompt |= {"pixels": shapes[1]["pixel_values"], "ended": jax.ShapeDtypeStruct((2,), bool)}
+        prompt |= {
+            "prefix_ids": prompt["ids"],
+            "prefix_valid": prompt["valid"],
+            "rows": jax.ShapeDtypeStruct((2,), int),
+        }
+        lowered = prefill.trace(shapes[0], model.cfg, prompt, 4, ()).lower(lowering_platforms=("tpu",)).as_text()
+        step = jax.eval_shape(
+            functools.partial(prefill, cfg=model.cfg, max_new_tokens=4, eos=()), shapes[0], arrays=prompt
+        )
+        decoding = decode.trace(shapes[0], model.cfg, *step, 4, ()).lower(lowering_platforms=("tpu",)).as_text()
+    # the tower's and both runs' of the prefix; then of the rows, whose windowed layer counts real keys
+    assert lowered.count("tpu_custom_call") == 3 + 1
+    assert "tpu_custom_call" not in decoding
     # one kernel per run of layers, and the tower's; a backward pass has two
     assert [sum(f"_{name}_" in kernel for kernel in found) for name in ("fwd", "dq", "dkv")] == [3, 3, 3]
     assert not kernels("cpu")

@@ -47,6 +47,8 @@ class StageCommand:
         if self.name == "evaluate":
             about = "tasks of lmms-eval, in place of evaluate.tasks"
             absl_flags.DEFINE_list("tasks", None, about, flag_values=values)
+            about = "address of an OpenAI-compatible server (http://HOST:8000/v1): evaluate the model that it serves"
+            absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
     def run(self, flags: Any) -> None:
         """Run the stage for every variant of the experiment.
@@ -69,6 +71,7 @@ def run_command(name: str, flags: Any) -> None:
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
+    from vlmprune_jax.stages.served import evaluate_server
 
     if name == "report":
         _report(flags)
@@ -77,6 +80,9 @@ def run_command(name: str, flags: Any) -> None:
         flags.config.evaluate.tasks = tuple(flags.tasks)
     experiment, context = prepare(flags)
     pipeline = Pipeline(experiment, context)
+    if name == "evaluate" and flags.server is not None:
+        evaluate_server(pipeline.work(), pipeline.sections, flags.server)
+        return
     preflight(pipeline, name)
     if flags.dry_run:
         return

@@ -66,9 +66,14 @@ GPU_FLOPS = {
 }
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the TPU chip with this name in jax; None for any other device."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Return the peak bfloat16 FLOP/s of a device, given its name in jax; None for an unknown device."""
-    chip = next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+    chip = chip_of(device_kind)
     return GPU_FLOPS.get(device_kind) if chip is None else chip.flops
 
 

@@ -19,11 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from vlmprune_jax.core.chips import chip_of
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import without_output
 from vlmprune_jax.core.errors import SharedError, UserError, reason
 from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.distributed import failure
-from vlmprune_jax.distributed.rules import MESH_AXES
+from vlmprune_jax.distributed.rules import MESH_AXES, check_divides, tensor_sizes
 
 # Environment variables for processes without a cluster (flags have priority).
 VARIABLES = ("VLMPRUNE_COORDINATOR", "VLMPRUNE_NUM_PROCESSES", "VLMPRUNE_PROCESS_ID")
@@ -153,6 +155,37 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         )
     # Auto: the compiler propagates shardings from parameters and pinned activations (distributed/rules.py)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Sequence[int] = ()) -> Mesh | None:
+    """Return the mesh for generation on the devices of `mesh`: each chip keeps its share of the weights.
+
+    An `fsdp` axis would gather all weights for every token. `tensor` is the smallest size with which the weights,
+    `n_bytes`, take a quarter of a chip's memory, as far as heads, neurons and vocabulary divide; rows are split over
+    the other devices. `sizes`: (data, fsdp, tensor) instead.
+
+    Raises UserError if `sizes` do not multiply to the number of devices, or do not divide the model.
+    """
+    if mesh is None:
+        return None
+    devices = list(mesh.devices.flat)
+    if not sizes:
+        fits, memory = tensor_sizes(cfg, mesh.size), _memory_of(devices[0])
+        copies = mesh.shape["data"]  # with unknown memory, a chip keeps at least its share of now
+        enough = [n for n in fits if (n * copies >= mesh.size if memory is None else n_bytes <= n * memory / 4)]
+        tensor = (enough or fits[-1:])[0]
+        sizes = (mesh.size // tensor, 1, tensor)
+    data, fsdp, tensor = sizes
+    found = make_mesh(data, fsdp, tensor, devices)
+    check_divides(cfg, found)
+    return found
+
+
+def _memory_of(device: jax.Device) -> float | None:
+    """Return a device's memory in bytes; None if unknown (CPUs)."""
+    chip = chip_of(device.device_kind)
+    statistics = None if chip is not None else device.memory_stats()
+    return (statistics or {}).get("bytes_limit") if chip is None else chip.hbm
 
 
 def process_count() -> int:

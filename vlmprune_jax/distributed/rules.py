@@ -59,7 +59,29 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
 
     Raises UserError with every axis that fails and sizes that work.
     """
-    text, tensor, fsdp = cfg.text, mesh.shape["tensor"], mesh.shape["fsdp"]
+    sizes, split = _split_sizes(cfg), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
+    indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
+    if not indivisible:
+        return
+    fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
+    data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use
+    raise UserError(
+        f"mesh fsdp={split['fsdp']} tensor={split['tensor']} does not divide {'; '.join(indivisible[:4])}"
+        f"{' …' if len(indivisible) > 4 else ''}: "
+        f"use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} "
+        f"or prune to widths that are multiples of tensor={split['tensor']}"
+    )
+
+
+def tensor_sizes(cfg: ModelConfig, devices: int) -> list[int]:
+    """Return the sizes of the mesh axis `tensor`, ascending, that divide the devices and the model's axes."""
+    sizes = [size for axis, size in _split_sizes(cfg).values() if axis == "tensor"]
+    return [n for n in range(1, devices + 1) if devices % n == 0 and all(size % n == 0 for size in sizes)]
+
+
+def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Return {axis of the model: (mesh axis that splits it, its size)}."""
+    text = cfg.text
     sizes: dict[str, tuple[str, int]] = {
         "hidden_size": ("fsdp", text.hidden_size),
         "vocab_size": ("tensor", text.vocab_size),
@@ -76,18 +98,7 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
             "vision hidden_size": ("fsdp", cfg.vision.hidden_size),
             "projector width": ("tensor", text.hidden_size),
         }
-    split = {"tensor": tensor, "fsdp": fsdp}
-    indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
-    if not indivisible:
-        return
-    fits = {axis: _largest_divisor([s for a, s in sizes.values() if a == axis], split[axis]) for axis in split}
-    data = mesh.size // (fits["fsdp"] * fits["tensor"])  # all devices stay in use
-    raise UserError(
-        f"mesh fsdp={fsdp} tensor={tensor} does not divide {'; '.join(indivisible[:4])}"
-        f"{' …' if len(indivisible) > 4 else ''}: "
-        f"use data={data} fsdp={fits['fsdp']} tensor={fits['tensor']} "
-        f"or prune to widths that are multiples of tensor={tensor}"
-    )
+    return sizes
 
 
 def _largest_divisor(sizes: Sequence[int], upper: int) -> int:

@@ -73,6 +73,13 @@ class EvaluateSpec:
     )
     text: str | None = evaluate_setting(None, "Text file for measuring perplexity.", by_content=True)
     text_window: int = evaluate_setting(512, "Context window for perplexity.", unit="tokens", least=2)
+    mesh: tuple[int, ...] = setting(
+        (),
+        "Sizes (data, fsdp, tensor) of the device mesh for evaluation. () chooses them for generation, on the devices "
+        "of `mesh`: weights are split over `tensor` only, and no chip gathers them.",
+        unit="devices",
+        least=-1,
+    )
     tasks: tuple[str, ...] = setting(
         (),
         "lmms-eval tasks to run; each becomes an evaluation set. On the command line: `vlmprune evaluate "
@@ -89,3 +96,5 @@ class EvaluateSpec:
 
     def __post_init__(self) -> None:
         check_settings("evaluate", self)
+        if self.mesh and len(self.mesh) != 3:
+            raise UserError(f"evaluate.mesh={self.mesh}: must be three sizes, (data, fsdp, tensor), or ()")

@@ -149,7 +149,7 @@ def arrange_questions(
     beginnings: list[_Beginning] = []
     members: list[list[_Question]] = []
     for place, record in enumerate(records):
-        ids = encoder.prompt_ids(_with_suffix(record, prompt_suffix))
+        ids = encoder.prompt_ids(with_suffix(record, prompt_suffix))
         if encoder.max_length:
             check_length(len(ids), record, encoder.max_length)
         marks = np.flatnonzero(ids == encoder.image_token_id) if record.images else np.empty(0, int)
@@ -217,7 +217,7 @@ def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
     return ids, mask
 
 
-def _with_suffix(record: Record, suffix: str) -> Record:
+def with_suffix(record: Record, suffix: str) -> Record:
     """Return the record with `suffix` appended to the text of its last question."""
     if not suffix or not record.turns:
         return record
@@ -243,13 +243,14 @@ def arranged_questions(
 ) -> ArrangedQuestions:
     """Return the questions of an evaluation set in batches, the same for every model of an experiment.
 
-    `multiple`: devices that share a batch.
+    `multiple`: devices that share a batch; batches have at least as many rows as the setting, split evenly.
     """
     inputs = load_inputs(model, data, cfg)
     records = evaluation_records(of, image_lead=inputs.template.image_lead)
     cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
     encoder = inputs.encoder(cfg, evaluate.max_length or 0)
-    return _arranged(records, encoder, evaluate.batch_size, multiple, of.prompt_suffix or "")
+    rows = -(-evaluate.batch_size // multiple) * multiple
+    return _arranged(records, encoder, rows, multiple, of.prompt_suffix or "")
 
 
 @functools.lru_cache(maxsize=16)

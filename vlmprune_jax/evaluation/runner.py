@@ -22,13 +22,13 @@ from vlmprune_jax.evaluation.metrics import Metric, metric_named
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.metrics.texts import PERPLEXITY
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, QuestionBatch
-from vlmprune_jax.models.generate import generate
+from vlmprune_jax.models.generate import generate, on_decoding_mesh
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 
 Progress = Callable[[int], None]
-_Answers = list[tuple[str, Count]]  # texts and token counts in a journal
+Answers = list[tuple[str, Count]]  # texts and token counts in a journal
 _Windows = tuple[np.ndarray, np.ndarray]  # ids and mask, int32[batch, window]
 CHUNK = 128  # positions whose float32 logits are in memory together when a text is scored
 
@@ -159,6 +159,7 @@ def ask(
     Raises:
       UserError: there is no question.
     """
+    model = on_decoding_mesh(model)
     asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
     said: list[tuple[str, int]] = []
 
@@ -181,7 +182,7 @@ def ask(
         return _decoded(batch, tokens, tokenizer, model.cfg)
 
     def answers_all(batch: QuestionBatch, entry: Any) -> bool:
-        return is_of(_Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
+        return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
 
     for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
         said += answered

@@ -20,10 +20,12 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.models.params import count_params
 
+TAGS = ("vlmprune-jax", "pruned")
 _STEPS = {
     "reconstructed": "The remaining weights were reconstructed by least squares, without training.",
     "recovered": "It was trained after pruning.",
 }
+_MAX_LANGUAGES = 100
 _DECODED = "CompressedTensorsConfig"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
 
@@ -62,11 +64,21 @@ def model_name(folder: Path) -> str:
 
 def license_of(source: Path) -> dict[str, str]:
     """Return the license fields of the metadata in a folder's model card, or {} without any."""
+    found = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
+    return {name: value for name, value in found if value.isprintable()}
+
+
+def languages_of(source: Path) -> list[str]:
+    """Return the language codes in the metadata of a folder's model card."""
+    found = re.search(r"^languages?:((?: [^\n]*)?(?:\n *- [^\n]*)*)", _metadata(source), re.M)
+    return [] if found is None else re.findall(r"\b[a-z]{2,3}(?:-[A-Za-z]{2,8})?\b", found[1])[:_MAX_LANGUAGES]
+
+
+def _metadata(source: Path) -> str:
+    """Return the metadata at the start of a folder's model card, or "" without any."""
     path = source / "README.md"
     text = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
-    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    fields = dict(re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", front, re.M))
-    return {name: value for name, value in fields.items() if value.isprintable()}
+    return text.split("\n---", 1)[0] if text.startswith("---\n") else ""
 
 
 def write_card(
@@ -108,7 +120,7 @@ def write_card(
     layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
     card = f"""---
 {chr(10).join(metadata)}
-tags: [vlmprune-jax, pruned]
+tags: [{", ".join(TAGS)}]
 ---
 
 # {", ".join([markdown(name), *all_steps])}

@@ -25,6 +25,7 @@ from vlmprune_jax.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.gguf import NAME, WHEEL, projector_tensors, tower_tensors
 from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.params import unflatten
@@ -181,7 +182,10 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
     if wide.vision is not None and wide.projector is not None:
         family = under_names(family, "vision", tower_tensors(wide))
         family = under_names(family, "projector", projector_tensors(wide))
-    tensors = {tensor.name: tensor for path in folder.glob("*.gguf") for tensor in GGUFReader(path).tensors}
+    files = [*folder.glob("*.gguf")]
+    for file in files:
+        read_gguf_header(file)  # refuses a file that is cut short, in words
+    tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
 
     def stored(key: str, shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) == 5:  # one tensor of patch filters per image copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
-from vlmprune_jax.export.card import license_of
+from vlmprune_jax.export.card import TAGS, languages_of, license_of
 from vlmprune_jax.export.gguf_metadata import (
     cut,
     file_type,
@@ -98,10 +99,12 @@ def make_gguf(
     plain = file_name(dtype)
     label = plain if quantize == "none" else quantize.upper()
     vocabulary = make_vocabulary(source, cfg, family)
-    about = {"name": title(name, vocabulary.fast), **license_of(source)}
+    about = {"name": title(name, vocabulary.fast), **_name_parts(name), **license_of(source), "tags": list(TAGS)}
+    about |= {"languages": languages} if (languages := languages_of(source)) else {}
     fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
     tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
     tensors += _constants(wide.text, architecture, tensors)
+    fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
     remarks = (*text_remarks(cfg.text, architecture), *vocabulary.remarks)
     files = [
@@ -115,6 +118,21 @@ def make_gguf(
     if cfg.vision is not None:
         files.append(_tower(model, wide, family, source, f"mmproj-{stem}", about, plain, rolled_positions))
     return files
+
+
+def _name_parts(name: str) -> JsonDict:
+    """Return the metadata "basename" and "finetune": the parts of a model's name before and after its size."""
+    from gguf import Metadata
+
+    _, _, basename, finetune, _, _ = Metadata.get_model_id_components(name)
+    return {"basename": basename or name.rpartition("/")[2], "finetune": f"{finetune}-pruned" if finetune else "pruned"}
+
+
+def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
+    """Return the metadata "size_label", a file's weights in short, as "1.3B"."""
+    from gguf.utility import size_label
+
+    return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
 
 
 def _tower(
@@ -135,6 +153,7 @@ def _tower(
     if vision.any_size:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
+    fields |= _size_label(tensors)
     return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
 
 

@@ -62,35 +62,38 @@ def splash_attention(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return softmax self-attention computed by the TPU splash kernel, with scores in float32 tiles.
+    """Return softmax attention computed by the TPU splash kernel, with scores in float32 tiles.
 
-    `valid`: bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead
-    of it int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
+    `q`: the queries of the last `queries` of `seq` slots (all of them, or what follows a prefix in a cache). `valid`:
+    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead of it
+    int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
     `window` only that many slots, its own included (xla_attention under `windowed` counts real keys, which is the same
     if padding lies at the ends of a row). Heads are split over `tensor` and rows over (data, fsdp) of the mesh in use,
     rows only if they divide. `interpret` runs the kernel on a CPU.
     """
-    batch, seq = q.shape[:2]
-    n_blocks = -(-seq // _LARGEST_BLOCK)
-    block = -(-seq // (n_blocks * _LANES)) * _LANES
-    pad = n_blocks * block - seq
+    batch, queries, seq = *q.shape[:2], k.shape[1]
+    blocks = _block(queries), _block(seq)
+    n_queries, n_keys = (-(-n // block) * block for n, block in zip((queries, seq), blocks, strict=True))
+    pad = n_keys - seq
     if valid is None and pad:
         valid = jnp.ones((batch, seq), bool)
     keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
     if segments is not None:
         keys = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
 
-    def per_head(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+    def per_head(x: jax.Array, length: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
-        kernel = _kernel(q.shape[1], q.shape[2], block, causal, window, interpret)
+        shape = (q.shape[2], k.shape[2])
+        kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
             if segments is not None and keys is not None:
                 return kernel(q, k, v, splash.SegmentIds(keys, keys))
             # Queries are all of one segment, padding among them: as in xla_attention.
-            return kernel(q, k, v, None if keys is None else splash.SegmentIds(jnp.ones_like(keys), keys))
+            ones = jnp.ones(q.shape[1], jnp.int32)
+            return kernel(q, k, v, None if keys is None else splash.SegmentIds(ones, keys))
 
         return jax.vmap(row)(q, k, v, keys)
 
@@ -101,15 +104,29 @@ def splash_attention(
         specs = (heads, spec((rows, "kv_heads", None, None)), spec((rows, "kv_heads", None, None)), spec((rows, None)))
         local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
     scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
-    return local(per_head(scaled), per_head(k), per_head(v), keys).swapaxes(1, 2)[:, :seq]
+    out = local(per_head(scaled, n_queries), per_head(k, n_keys), per_head(v, n_keys), keys)
+    return out.swapaxes(1, 2)[:, :queries]
 
 
-def _kernel(heads: int, seq: int, block: int, causal: bool, window: int, interpret: bool) -> Any:
-    """Return the splash kernel for one row: (q, k, v `[heads, seq, head]`, segment ids) -> `[heads, seq, head]`."""
-    mask: Any = splash.FullMask((seq, seq))
-    if causal:
-        mask = splash.LocalMask((seq, seq), (window - 1, 0), 0) if 0 < window < seq else splash.CausalMask((seq, seq))
-    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
+def _block(n: int) -> int:
+    """Return the tile size for `n` slots: equal tiles, multiples of a register's lanes."""
+    return -(-n // (-(-n // _LARGEST_BLOCK) * _LANES)) * _LANES
+
+
+def _kernel(
+    heads: int, shape: tuple[int, int], blocks: tuple[int, int], causal: bool, window: int, offset: int, interpret: bool
+) -> Any:
+    """Return the splash kernel for one row: (q, k, v `[heads, slots, head]`, segment ids) -> `[heads, slots, head]`.
+
+    `shape`: numbers of queries and keys; query i is in slot i + `offset` of the keys.
+    """
+    mask: Any = splash.FullMask(shape)
+    if causal and 0 < window < shape[1]:
+        mask = splash.LocalMask(shape, (window - 1, 0), offset)
+    elif causal:
+        mask = splash.CausalMask(shape, offset)
+    block, keys = blocks
+    sizes = splash.BlockSizes(block, keys, keys, block, keys, keys, block, keys)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,

@@ -45,8 +45,11 @@ VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
 KEYS = "keys"
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
-# (keys, values) of one run: [layer, batch, slots, kv_heads, head] each.
-Cache = dict[str, tuple[jax.Array, jax.Array]]
+# (keys, values) of one run: [layer, batch, slots, kv_heads, head] each; a block also gets its place on the first axis.
+RunCache = tuple[jax.Array, jax.Array]
+Cache = dict[str, RunCache]
+LayerCache = tuple[jax.Array, jax.Array, jax.Array]
+_CACHED = ("batch", None, "kv_heads", None)
 
 
 class Context(NamedTuple):
@@ -56,8 +59,9 @@ class Context(NamedTuple):
     everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
     none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
     segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
-    `slot`: int32[], the first cache slot that this call writes. `dropout_key`: LoRA dropout is on. `shared`: per window
-    (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this layer alone.
+    `slot`: the first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: LoRA dropout
+    is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this
+    layer alone.
     """
 
     masks: Mapping[int, jax.Array | None]
@@ -139,9 +143,19 @@ class Attention(nnx.Module):
             v = unit_rms(v, self.v_eps)
         return k if ctx.ropes is None else rotate(k, *ctx.ropes[self.window], self.parts), v
 
+    def _seen_by_kernel(self, queries: int, slots: int, ctx: Context) -> int:
+        """Return how many slots, from the first on, the splash kernel sees; 0 if it cannot compute this attention."""
+        if ctx.ahead is not None or queries == 1:
+            return 0
+        if slots == queries:
+            return slots
+        # A window behind a prefix counts real keys, and padding may lie between the prefix and its rows.
+        known = isinstance(ctx.slot, int) and not (ctx.slot and self.window)
+        return ctx.slot + queries if known else 0
+
     def __call__(
-        self, x: jax.Array, ctx: Context, cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]]:
+        self, x: jax.Array, ctx: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, jax.Array, RunCache | None, tuple[jax.Array, jax.Array]]:
         """Return (output, input of the output projection, cache, (keys, values))."""
         out_proj = getattr(self, self.out_name)
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
@@ -154,16 +168,32 @@ class Attention(nnx.Module):
             q = q * self.query_gain
         if ctx.ropes is not None:
             q = rotate(q, *ctx.ropes[self.window], self.parts)
+        new, updated = (k, v), None
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, ctx.slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, ctx.slot, axis=1)
-            cache = (k, v)
-        if cache is None and ctx.ahead is None and k.shape[1] == q.shape[1] and for_tpu():
+            *stacks, layer = cache
+            updated, (k, v) = _write((stacks[0], stacks[1]), new, layer, ctx.slot)
+        seen = self._seen_by_kernel(q.shape[1], k.shape[1], ctx)
+        if seen and for_tpu():
             segments = None if ctx.segments is None else ctx.segments[self.window]
-            mixed = splash_attention(q, k, v, ctx.valid, causal=self.causal, window=self.window, segments=segments)
+            valid = None if ctx.valid is None else ctx.valid[:, :seen]
+            keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
+            mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window, segments=segments)
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window))
-        return out_proj(mixed, dropout_masks[-1]), mixed, cache, (k, v)
+        return out_proj(mixed, dropout_masks[-1]), mixed, updated, (k, v)
+
+
+def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple[RunCache, RunCache]:
+    """Write a layer's new keys and values at `slot` of a run's cache; return the cache, and the layer's part of it.
+
+    Only the new slots are written: a loop over layers and tokens then updates the cache in place.
+    """
+    stacks = tuple(
+        constrain(jax.lax.dynamic_update_slice(stack, x[None], (layer, 0, slot, 0, 0)), (None, *_CACHED))
+        for stack, x in zip(cache, new, strict=True)
+    )
+    own = tuple(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in stacks)
+    return (stacks[0], stacks[1]), (own[0], own[1])
 
 
 class Mlp(nnx.Module):
@@ -274,15 +304,15 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         ctx: Context,
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache: LayerCache | None = None,
         want: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, dict[str, Any]]:
-        """Return (output, cache, the values named by `want`: any of `VALUES`, or `KEYS` for (keys, values))."""
+    ) -> tuple[jax.Array, RunCache | None, dict[str, Any]]:
+        """Return (output, the run's cache, values); `want` names any of `VALUES`, or `KEYS` for (keys, values)."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]
         attention_input = x if norms[0] is None else compute_once(norms[0](x))
         inner = ctx._replace(dropout_key=attention_key)
-        attended, mixed, cache, keys = self.self_attn(attention_input, inner, cache)
+        attended, mixed, updated, keys = self.self_attn(attention_input, inner, cache)
         middle = x + self.follow("o_proj", attended)
         if self.parallel:
             mlp_input = attention_input
@@ -297,7 +327,7 @@ class Block(nnx.Module):
             y = y * self.layer_scalar.weight.get_value()[None, None]
         arrays = (attention_input, mlp_input, mixed, hidden, attended, out, middle)
         values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=True)), KEYS: keys}
-        return y, cache, {name: values[name] for name in want}
+        return y, updated, {name: values[name] for name in want}
 
 
 def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:

@@ -120,7 +120,6 @@ class Decoder(BlockStack):
         full = rope_tables(rope, self.cfg.full_head_dim or dim, positions)
         local = full if self.cfg.window_rope is None else rope_tables(self.cfg.window_rope, dim, positions)
         ropes = {size: local if size else full for size in windows}
-        slot = jnp.asarray(slot, jnp.int32)
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:

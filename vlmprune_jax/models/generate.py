@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
+from vlmprune_jax.distributed.mesh import decoding_mesh, gather_to_host, use_mesh
+from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.block import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
+from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
@@ -95,26 +99,24 @@ def generate(
 class CompiledGeneration:
     """`generate` compiled ahead for prompts of one shape; no row ends early (see `compile_generation`).
 
-    `peak_bytes`: device memory that the program takes, weights included.
+    `peak_bytes`: device memory that the larger of both programs takes, weights included.
     """
 
-    program: jax.stages.Compiled
+    prefill: jax.stages.Compiled
+    decode: jax.stages.Compiled
     params: Params
     arrays: dict[str, Any]
     mesh: Mesh | None
     peak_bytes: int | None
 
-    def prefill(self) -> None:
-        """Process the prompts and compute their first new tokens (the same program stops after these)."""
-        self._wait(jnp.ones_like(self.arrays["ended"]))
-
-    def generate(self) -> None:
-        """Process the prompts and generate all new tokens."""
-        self._wait(self.arrays["ended"])
-
-    def _wait(self, ended: jax.Array) -> None:
+    def run(self) -> tuple[float, float]:
+        """Generate once; return the seconds to the first token of every row, and from there to the last."""
         with use_mesh(self.mesh):
-            jax.block_until_ready(self.program(self.params, {**self.arrays, "ended": ended}))
+            start = time.perf_counter()
+            started = jax.block_until_ready(self.prefill(self.params, self.arrays))
+            first = time.perf_counter()
+            jax.block_until_ready(self.decode(self.params, *started))
+            return first - start, time.perf_counter() - first
 
 
 def compile_generation(
@@ -134,11 +136,20 @@ def compile_generation(
         host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
-        program = _generate.lower(model.params, model.cfg, arrays, max_new_tokens, ()).compile()
-    memory = program.memory_analysis()
+        lowered = prefill.lower(model.params, model.cfg, arrays, max_new_tokens, ())
+        first = lowered.compile()
+        shapes, places = lowered.out_info, first.output_shardings
+        begun = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+        later = decode.lower(model.params, model.cfg, *begun, max_new_tokens, ()).compile()
+    return CompiledGeneration(first, later, model.params, arrays, mesh, _peak_bytes([first, later]))
+
+
+def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
+    memories = [memory for program in programs if (memory := program.memory_analysis()) is not None]
+    if len(memories) < len(programs):
+        return None
     sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    peak = None if memory is None else sum(getattr(memory, name) for name in sizes)
-    return CompiledGeneration(program, model.params, arrays, mesh, peak)
+    return max(sum(getattr(m, name) for name in sizes) - m.alias_size_in_bytes for m in memories)
 
 
 def _prompts(
@@ -183,7 +194,8 @@ def _run(
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
-        tokens, ended = _generate(model.params, model.cfg, arrays, max_new_tokens, eos)
+        cache, state = prefill(model.params, model.cfg, arrays, max_new_tokens, eos)
+        tokens, ended, _ = decode(model.params, model.cfg, cache, state, max_new_tokens, eos)
     return gather_to_host(tokens), gather_to_host(ended)
 
 
@@ -201,10 +213,43 @@ def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
 
 
+def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
+    """Return the model on its mesh for generation (see `decoding_mesh`); a sharded model's weights move once.
+
+    `sizes`: the mesh's (data, fsdp, tensor), if not to be chosen.
+    """
+    mesh = mesh_of(model.params)
+    n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    target = decoding_mesh(model.cfg, mesh, n_bytes, sizes)
+    if target is None or target == mesh:
+        return model
+    axes = param_axes(model.cfg)
+    flat = flatten(model.params)
+    places = {path: sharding(target, axes[path]) for path in flat}
+    return model.replace(params=unflatten(jax.device_put(flat, places)))
+
+
+class DecodingState(NamedTuple):
+    """What generation needs between two tokens, apart from the cache.
+
+    `token`: int32[batch], the last token, not yet in the cache; `ended`: bool[batch]; `slots`: bool[batch, slots], real
+    slots of the cache, those of new tokens included; `position`: int32[batch, 1] of the first new token.
+    """
+
+    token: jax.Array
+    ended: jax.Array
+    slots: jax.Array
+    position: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"))
-def _generate(
+def prefill(
     params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Cache, DecodingState]:
+    """Process the prompts and choose every row's first token; return the cache, with room for all new tokens, and this.
+
+    `arrays`: prompts moved to the right end of their rows, their images, and perhaps a shared prefix.
+    """
     module = to_nnx(Model(params, cfg))
     valid = arrays["valid"]
     batch, length = valid.shape
@@ -225,31 +270,48 @@ def _generate(
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, empty)
     context = module.text.context(slots, own, slot=start)
     hidden, aux = module.text(x, context, cache=cache, added=added)
-    padding = _padding(cfg, eos)
+    token, ended = _choose(module, hidden, arrays["ended"], eos)
+    return aux["cache"], DecodingState(token, ended, slots, n_real)
 
-    def choose(hidden: jax.Array, ended: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
-        token = jnp.where(ended, jnp.int32(padding), token)
-        return token, ended | (token[:, None] == jnp.asarray(eos, jnp.int32)[None, :]).any(axis=1)
 
-    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, token, ended, tokens, cache = state
+def _choose(
+    module: VisionLanguageModel, hidden: jax.Array, ended: jax.Array, eos: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Return the likeliest next token int32[batch] (padding for rows that ended), and bool[batch], True if ended."""
+    token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+    token = jnp.where(ended, jnp.int32(_padding(module.cfg, eos)), token)
+    return token, ended | (token[:, None] == jnp.asarray(eos, jnp.int32)[None, :]).any(axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens", "eos"), donate_argnames=("cache",))
+def decode(
+    params: Params, cfg: ModelConfig, cache: Cache, state: DecodingState, max_new_tokens: int, eos: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """Generate the tokens after the first, in place in the cache.
+
+    Returns: tokens int32[batch, max_new_tokens], bool[batch], True if ended, and the cache.
+    """
+    module = to_nnx(Model(params, cfg))
+    slots, position = state.slots, state.position
+    batch, first = slots.shape[0], slots.shape[1] - max_new_tokens
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, token, ended, tokens, cache = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
-        slot = start + length + i
-        context = module.text.context(slots, n_real + i, slot=slot)
+        context = module.text.context(slots, position + i, slot=first + i)
         x, _, added = module.embed(token[:, None], None)
         hidden, aux = module.text(x, context, cache=cache, added=added)
-        token, ended = choose(hidden, ended)
+        token, ended = _choose(module, hidden, ended, eos)
         return i + 1, token, ended, tokens, aux["cache"]
 
-    token, ended = choose(hidden, arrays["ended"])
-    tokens = jnp.full((batch, max_new_tokens), padding, jnp.int32)
-    state = (jnp.int32(0), token, ended, tokens, aux["cache"])
+    tokens = jnp.full((batch, max_new_tokens), _padding(cfg, eos), jnp.int32)
     # The last token needs no forward pass of its own, hence max_new_tokens - 1 steps and one final write.
-    i, token, ended, tokens, _ = jax.lax.while_loop(
-        lambda state: (state[0] < max_new_tokens - 1) & ~state[2].all(), step, state
+    i, token, ended, tokens, cache = jax.lax.while_loop(
+        lambda carry: (carry[0] < max_new_tokens - 1) & ~carry[2].all(),
+        step,
+        (jnp.int32(0), state.token, state.ended, tokens, cache),
     )
-    return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), ended
+    return jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1), ended, cache
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:

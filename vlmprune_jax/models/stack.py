@@ -120,19 +120,19 @@ class BlockStack(nnx.Module):
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
             slots = [keep.index(i) if i in keep else len(keep) for i in range(start, start + length)]
 
-            def body(carry: Any, layer: Any, apply: Callable[..., Any] = apply) -> tuple[Any, Any]:
-                (x, kept, last), (state, index, slot, cache) = carry, layer
-                y, cache, values = apply(state, x, index, cache)
+            def body(carry: Any, layer: Any, apply: Callable[..., Any] = apply, start: int = start) -> tuple[Any, Any]:
+                (x, kept, last, cache), (state, index, slot) = carry, layer
+                y, cache, values = apply(state, x, index, None if cache is None else (*cache, index - start))
                 if added is not None:
                     y = jax.lax.cond(index < len(added), lambda y: y + at_layer(added, index), lambda y: y, y)
                 if kept is not None:
                     kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
                 keys = values.pop(KEYS, None)
                 tapped = None if tap is None else tap(seen(x, y, values, nnx.to_pure_dict(state)))
-                return (y, kept, None if last is None else (x, values)), (tapped, cache, keys)
+                return (y, kept, None if last is None else (x, values), cache), (tapped, keys)
 
-            layers = (state, jnp.arange(start, start + length), jnp.asarray(slots) if keep else None, own_cache)
-            (x, kept, last), (tapped, of_run, keys) = jax.lax.scan(body, (x, kept, last), layers)
+            layers = (state, jnp.arange(start, start + length), jnp.asarray(slots) if keep else None)
+            (x, kept, last, of_run), (tapped, keys) = jax.lax.scan(body, (x, kept, last, own_cache), layers)
             if of_run is not None:
                 caches[str(run)] = of_run
             if produces:

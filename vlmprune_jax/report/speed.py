@@ -9,9 +9,10 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.report.page import Table
 from vlmprune_jax.workdir.evaluation import UNPRUNED
-from vlmprune_jax.workdir.speed import Bench, Speed, speedup
+from vlmprune_jax.workdir.speed import Bench, Speed, speedup, spread
 
 _Row = tuple[str, ...]
+STEADY = 0.05  # spread of decoding speeds that a quiet machine keeps to
 
 
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
@@ -77,8 +78,10 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
         f"Measured on {printable(measured.processor)} (load {measured.load:.1f} before) in "
         f"{printable(workload.dtype)}: {workload.batch_size:,} row(s) of {workload.prompt_tokens:,} tokens{images}, "
         f"then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns. Memory is what the "
-        "compiled program takes of a device. Our own forward pass; other machines and engines differ."
+        "compiled program takes of a device. Our own forward pass; other machines and engines differ.",
     ]
+    if measured.pairs:
+        lines.append(_spread_note([one for pair in measured.pairs for one in (pair.unpruned, pair.pruned)]))
     for name, what in (("prefill", "the prompt"), ("decode", "generating tokens")):
         slow = [
             _shape_name(pair.models, labels)
@@ -88,6 +91,15 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
         if slow:
             lines.append(f"No speed-up in {what}: {'; '.join(slow)}. Not every round was faster.")
     return lines
+
+
+def _spread_note(speeds: Sequence[Measurement]) -> str:
+    """Return a note on how much rounds differ, (largest - smallest) / median, for the model with the most."""
+    prefill, decode = (max(spread(getattr(one, name)) for one in speeds) for name in ("prefill", "decode"))
+    advice = "" if decode <= STEADY else "; other work disturbed them: compare ratios, or measure on a quiet machine"
+    return (
+        f"Rounds of a model differ by up to {100 * prefill:.1f} % in prefill, {100 * decode:.1f} % in decoding{advice}."
+    )
 
 
 def bench_tables(bench: Bench) -> list[Table]:
@@ -124,6 +136,7 @@ def bench_notes(bench: Bench) -> list[str]:
     return [
         f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
         f"one prompt, then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns.",
+        _spread_note(bench.sides),
         f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
         f"included: {named}.",
     ]

@@ -18,19 +18,21 @@ import msgspec
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite, read_json_lines, read_text, reading
+from vlmprune_jax.core.sections import MeshSpec
 from vlmprune_jax.core.settings import settings_of
+from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.distributed.mesh import decoding_mesh, on_process_zero, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
 from vlmprune_jax.evaluation.lmms.tasks import NOT_OF_TASKS, as_plain, ask_task, task_sources
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.questions import arranged_questions, evaluation_records
-from vlmprune_jax.evaluation.runner import ask, check_answered, log_likelihoods
+from vlmprune_jax.evaluation.runner import Reply, ask, check_answered, log_likelihoods
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
@@ -106,7 +108,7 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
     sets, found = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
     for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
         done = run_stage("evaluate", part, sections)
-        made = _measured(part, sets[key], done) if key in sets else _measured_task(part, key, done)
+        made = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
         twice = [name for name in made if name in found]
         if twice:
             raise UserError(f"evaluate.tasks: {key} has the set {twice[0]!r}, as another task has: drop one of them")
@@ -166,6 +168,7 @@ def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
     """Ask the model all questions of a set or task, or score a text; write one line per answer or batch."""
+    work = dataclasses.replace(work, mesh=_decoding_mesh(work, spec))
     name, key = _part(work)
     path, model = evaluation_file(work.folder, name, key), work.load(work.start)
     of = None if key in spec.tasks else evaluation_sets(data, spec)[key]
@@ -173,9 +176,21 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
         lines, facts = _ask_task(work, data, spec, key, answers_file(path), model)
     else:
         lines, facts = (_ask if of.text is None else _read_text)(work, data, spec, of, path, model)
+    write_answers(path, lines)
+    return AnswerFacts(parameters=count_params(model.cfg), **facts)
+
+
+def _decoding_mesh(work: Work, spec: EvaluateSpec) -> MeshSpec:
+    """Return the sizes of the mesh on which the model at `work.start` is evaluated."""
+    cfg = work.config(work.start)
+    found = decoding_mesh(cfg, work.devices, count_params(cfg) * DTYPES[work.model.dtype].itemsize, spec.mesh)
+    return work.mesh if found is None else MeshSpec(**found.shape)
+
+
+def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the answers file next to the evaluation file `path`."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=as_plain) + "\n" for line in lines)
     write_text(answers_file(path), text)
-    return AnswerFacts(parameters=count_params(model.cfg), **facts)
 
 
 def read_predictions(path: Path) -> list[str]:
@@ -191,7 +206,7 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
     assert of.max_new_tokens is not None
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     questions = arranged_questions(work.tokens, data, spec, of, model.cfg, multiple=row_ways(work.devices))
-    _check_metric(of, questions.records)  # the last one now, not after hours
+    check_metric(of, questions.records)  # the last one now, not after hours
     start = time.perf_counter()
     with work.phase(f"evaluate {work.part}", len(questions)) as progress:
         replies = ask(
@@ -202,6 +217,11 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
             progress=progress,
             journal=work.journal(path, {"batches": len(questions)}),
         )
+    return as_lines(replies, start)
+
+
+def as_lines(replies: Sequence[Reply], start: float) -> Lines:
+    """Return one line per answer, and counts and times; `start` is when the first question was asked."""
     lines = [
         {
             "id": reply.record.id,
@@ -237,7 +257,7 @@ def _ask_task(work: Work, data: DataSpec, spec: EvaluateSpec, task: str, answers
     return lines, {**_about(lines, start), "empty_answers": empty, **found}
 
 
-def _check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
+def check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
     """Refuse records without a correct answer, or unusable for the metric, by scoring the correct answers."""
     assert of.metric is not None
     check_answered(records)
@@ -281,14 +301,15 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
     return found
 
 
-def _measured(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
+def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
     """Score the answers to a set, and print one line."""
     name, key = _part(work)
     path = evaluation_file(work.folder, name, key)
     original = answers_file(evaluation_file(work.workdir, TEACHER, key))
     compared = None if original == answers_file(path) else original
     found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
-    work.say(f"  {work.part}: {found.main_line()} ({found.parameters:,} parameters, {found.model_seconds:.1f} s)")
+    size = f"{found.parameters:,} parameters, " * bool(found.parameters)  # of a server's model: unknown
+    work.say(f"  {work.part}: {found.main_line()} ({size}{found.model_seconds:.1f} s)")
     return {key: found}
 
 

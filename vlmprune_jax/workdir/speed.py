@@ -48,6 +48,11 @@ def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
     return statistics.median(rounds), min(rounds), max(rounds)
 
 
+def spread(speeds: Sequence[float]) -> float:
+    """Return how much the speeds of several rounds differ: (largest - smallest) / median."""
+    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+
+
 class Pair(Part, frozen=True, kw_only=True):
     """One pruned shape measured in turns with the unpruned model; `models` names the runs of that shape."""
 

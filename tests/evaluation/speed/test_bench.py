@@ -59,7 +59,8 @@ def test_turns_and_tokens_per_second(monkeypatch):
     assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
     assert times.rows == (("b", "jax", "a", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)"),)
     assert "1 thread(s)" in bench_notes(file)[0]
-    assert "jax 0" in bench_notes(file)[1]
+    assert bench_notes(file)[1] == "Rounds of a model differ by up to 0.0 % in prefill, 0.0 % in decoding."
+    assert "jax 0" in bench_notes(file)[2]
 
 
 @pytest.fixture
@@ -106,8 +107,8 @@ def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
 
 def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     folder, file = f"--model={goldens / 'ckpt/llava_hf'}", f"--model={gguf()}"
-    assert "=73 is more than its context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
-    assert "--prompt_tokens + new_tokens + 1=100033 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
+    assert "=105 is more than its context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
+    assert "--prompt_tokens + new_tokens + 1=100065 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
     assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
     for name in ("prompt_tokens", "new_tokens", "rounds", "threads"):
         assert f"flag --{name}=0: 0 is not a positive integer" in refusal(capsys, folder, f"--{name}=0")
@@ -121,13 +122,15 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no class of transformers computes this folder" in cannot
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8")
+    told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
 
 
 def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
     pytest.importorskip("xllamacpp")
-    told = refusal(capsys, f"--model={gguf(architecture='no_such')}", "--prompt_tokens=8", "--threads=1")
+    told = refusal(
+        capsys, f"--model={gguf(architecture='no_such')}", "--prompt_tokens=8", "--new_tokens=8", "--threads=1"
+    )
     assert "model.gguf in llama_cpp: llama.cpp does not load it" in told
 
 

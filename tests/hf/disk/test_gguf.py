@@ -77,7 +77,7 @@ def test_a_sparse_file_and_a_fifo(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(header(field(b"x", 9, struct.pack("<IQ", 0, 2**39))))
     os.truncate(path, 2**40)
-    with pytest.raises(UserError, match="its header does not end within its 67,108,864 bytes"):
+    with pytest.raises(UserError, match="has a header of more than 67,108,864 bytes"):
         read_gguf_header(path)
     os.mkfifo(tmp_path / "b.gguf")
     with pytest.raises(UserError, match=r"b\.gguf: is a FIFO, expected a file"):
@@ -88,5 +88,5 @@ def test_every_cut_is_one_line(tmp_path):
     content = write_file(tmp_path / "a.gguf").read_bytes()
     for end in range(0, len(content) - 28, 7):  # the end is padding
         (tmp_path / "cut.gguf").write_bytes(content[:end])
-        with pytest.raises(UserError, match=r"cut\.gguf"):
+        with pytest.raises(UserError, match=r"cut\.gguf: .*(is cut short|is not a GGUF file)"):
             read_gguf_header(tmp_path / "cut.gguf")

@@ -43,7 +43,9 @@ from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import Reply, ask
 from vlmprune_jax.hf.read import load, resolve
+from vlmprune_jax.models.generate import on_decoding_mesh
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.models.vlm import mesh_of as params_mesh
 
 # Of a request that says nothing, as lmms-eval's own models have it.
 NEW_TOKENS = 1024
@@ -190,12 +192,13 @@ class VlmpruneJax(Backend):
         spec = override(spec, {"dtype": dtype}, "--model_args")
         check_settings("--model_args", spec, elsewhere=True)
         data_spec = override(DataSpec(), settings, "--model_args")
-        devices = mesh_of(mesh)
-        model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=devices)
+        model = load(spec.hf_dir, vision_dir=spec.vision_dir, dtype=spec.dtype, mesh=mesh_of(mesh))
+        model = on_decoding_mesh(model)
+        ways = row_ways(params_mesh(model.params))
         inputs = load_inputs(spec, data_spec, model.cfg)
         for note in inputs.notes:  # a prompt that differs from the model folder's own
             print(f"vlmprune_jax: {note}", file=sys.stderr)
-        super().__init__(Answering(model, inputs, rows, row_ways(devices), 0, _bar, lambda made_from: None))
+        super().__init__(Answering(model, inputs, rows, ways, 0, _bar, lambda made_from: None))
 
 
 @contextlib.contextmanager

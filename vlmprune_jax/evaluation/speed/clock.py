@@ -5,7 +5,7 @@ Does not import jax, so that the process of another engine does not hold it.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeVar
@@ -19,8 +19,7 @@ from vlmprune_jax.core.files import Count
 from vlmprune_jax.core.settings import check_settings, speed_setting
 
 # A reading is the fastest of several runs, because other work on the machine only slows runs down.
-MIN_RUNS, MIN_SECONDS = 3, 0.05
-TRIES = 10
+MIN_RUNS, MIN_SECONDS = 3, 0.5
 _MAX_TOKENS = 2**20
 _T = TypeVar("_T")
 Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
@@ -36,7 +35,7 @@ class SpeedConfig:
         640, "Length of the prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
     )
     new_tokens: int = speed_setting(
-        32, "Number of tokens to generate after the first one.", unit="tokens", least=1, most=_MAX_TOKENS
+        64, "Number of tokens to generate after the first one.", unit="tokens", least=1, most=_MAX_TOKENS
     )
     batch_size: int = speed_setting(1, "Number of prompts processed together.", unit="rows", least=1, most=8192)
     image: bool = speed_setting(True, "Put an image at the start of every prompt, if the model takes images.")
@@ -101,11 +100,8 @@ def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> 
 class Program(Protocol):
     """Interface for timing the text generation of one model on one batch of prompts."""
 
-    def prefill(self) -> None:
-        """Process the prompts and compute their first new tokens."""
-
-    def generate(self) -> None:
-        """Process the prompts and generate all new tokens."""
+    def run(self) -> Seconds:
+        """Generate all tokens once; return the seconds to the first token, and from there to the last."""
 
 
 class Stopwatch:
@@ -115,21 +111,17 @@ class Stopwatch:
         self, program: Program, name: str, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float
     ):
         self._program, self._name, self._agree = program, name, agree
-        self._runs = max(min_runs, int(MIN_SECONDS / agree(_seconds(program.prefill))))
+        self._runs = max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
 
     def read(self) -> Seconds:
-        """Return the seconds of the prefill, and of generating the tokens after the first one."""
-        for _ in range(TRIES):
-            first, total = (
-                self._agree(min(_seconds(run) for _ in range(self._runs)))
-                for run in (self._program.prefill, self._program.generate)
+        """Return the least seconds of several runs: to the first token, and from there to the last."""
+        runs = [self._program.run() for _ in range(self._runs)]
+        first, rest = (self._agree(min(seconds)) for seconds in zip(*runs, strict=True))
+        if min(first, rest) <= 0:
+            raise UserError(
+                f"{self._name}: the clock saw no time pass: raise new_tokens, or set rounds=0 to leave speed out"
             )
-            if total > first:
-                return first, total - first
-        raise UserError(
-            f"{self._name}: generating {TRIES} times took no longer than the prompt alone: raise new_tokens, or set "
-            "rounds=0 to leave speed out"
-        )
+        return first, rest
 
 
 def take_turns(
@@ -145,9 +137,3 @@ def take_turns(
             results[place].append(reads[place]())
             progress(number * len(reads) + turn)
     return results
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

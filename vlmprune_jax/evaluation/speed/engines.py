@@ -13,6 +13,7 @@ import io
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,25 +93,34 @@ class InTransformers:
         self.new_tokens = job.new_tokens
         self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
 
-    def prefill(self) -> None:
-        """Process the prompt and compute its first new token."""
-        self._generate(1)
-
-    def generate(self) -> None:
-        """Process the prompt and generate all new tokens."""
-        self._generate(self.new_tokens + 1)
-
-    def _generate(self, tokens: int) -> None:
+    def run(self) -> Seconds:
+        """Generate all tokens once, with time stamps at the first and the last one."""
+        tokens, stamps = self.new_tokens + 1, _Stamps()
         settings = self.settings(do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+        start = time.perf_counter()
         with self.mode():
-            output = self.model.generate(**self.inputs, generation_config=settings)
-        generated = output.shape[1] - self.inputs["input_ids"].shape[1]
-        if generated != tokens:
-            raise UserError(f"generated {generated} of {tokens} tokens")
+            self.model.generate(**self.inputs, generation_config=settings, streamer=stamps)
+        _, *arrived = stamps.times
+        if len(arrived) != tokens:
+            raise UserError(f"generated {len(arrived)} of {tokens} tokens")
+        return arrived[0] - start, arrived[-1] - arrived[0]
+
+
+class _Stamps:
+    """Streamer of transformers that notes the time at which the prompt and each token arrive."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class InLlamaCpp:
-    """Program that runs llama.cpp's server code without the network; `prompt_tokens` is llama.cpp's own count.
+    """Program that runs llama.cpp's server code without the network; `prompt_tokens` and times are llama.cpp's own.
 
     Raises:
       UserError: it does not load the file, does not answer, or an image fills the whole prompt.
@@ -136,13 +146,10 @@ class InLlamaCpp:
         if job.mmproj is not None:
             self._show_image(job.image_size)
 
-    def prefill(self) -> None:
-        """Process the prompt and compute its first new token."""
-        self._ask(1)
-
-    def generate(self) -> None:
-        """Process the prompt and generate all new tokens."""
-        self._ask(self.new_tokens + 1)
+    def run(self) -> Seconds:
+        """Generate all tokens once; llama.cpp times the prompt with its first token, and the tokens after it."""
+        times = self._ask(self.new_tokens + 1)["timings"]
+        return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
 
     def _show_image(self, side: int) -> None:
         """Make a prompt of an image and as many words as the prompt length allows."""
@@ -155,7 +162,7 @@ class InLlamaCpp:
         def count(words: int) -> int:
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "a" + " a" * words}]
             self.request = {"messages": [{"role": "user", "content": content}]}
-            return self._ask(1)
+            return int(self._ask(1)["usage"]["prompt_tokens"])
 
         try:
             least, more = count(0), count(1)
@@ -168,8 +175,8 @@ class InLlamaCpp:
             ) from error
         self.prompt_tokens = count((wanted - least) // max(1, more - least))
 
-    def _ask(self, tokens: int) -> int:
-        """Generate `tokens` tokens, and return the length of the prompt in tokens."""
+    def _ask(self, tokens: int) -> dict[str, Any]:
+        """Generate `tokens` tokens, and return the server's answer."""
         chat = "messages" in self.request
         call = self.server.handle_chat_completions if chat else self.server.handle_completions
         settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
@@ -182,7 +189,7 @@ class InLlamaCpp:
             raise UserError(f"generated {used['completion_tokens']} of {tokens} tokens")
         if (used.get("prompt_tokens_details") or {}).get("cached_tokens"):
             raise UserError("llama.cpp took a part of the prompt from its cache: report it")
-        return int(used["prompt_tokens"])
+        return answer
 
 
 ENGINES: dict[str, Callable[[Job], Program]] = {
@@ -209,7 +216,7 @@ def serve() -> None:
         if hasattr(os, "sched_setaffinity"):  # before jax counts the cores
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
         program = ENGINES[job.backend](job)
-        program.generate()
+        program.run()
         watch = Stopwatch(program, "speed", min_runs=1)
         prompt_tokens = getattr(program, "prompt_tokens", job.prompt_tokens)
         send(Answer(prompt_tokens=prompt_tokens))

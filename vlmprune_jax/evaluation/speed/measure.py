@@ -52,7 +52,7 @@ def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
     config.check(model.cfg)
     ids, images = make_prompts(model.cfg, config)
     program = compile_generation(model, ids, **images, max_new_tokens=config.new_tokens + 1)
-    program.generate()
+    program.run()
     return program
 
 

@@ -51,7 +51,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
         types: dict[str, int] = {}
         for kind, n_bytes, _, offset in sizes:
             if begin + offset + n_bytes > header.size:
-                raise ValueError(f"has {header.size:,} bytes, its tensors end at {begin + offset + n_bytes:,}")
+                raise ValueError(
+                    f"is cut short ({header.size:,} bytes, its tensors end at {begin + offset + n_bytes:,})"
+                )
             types[kind] = types.get(kind, 0) + n_bytes
         return GgufHeader(fields, types, sum(weights for _, _, weights, _ in sizes))
 
@@ -64,8 +66,10 @@ class _Header:
 
     def _advance(self, n_bytes: int) -> None:
         self.at += n_bytes
-        if self.at > min(self.size, MAX_HEADER):
-            raise ValueError(f"its header does not end within its {min(self.size, MAX_HEADER):,} bytes")
+        if self.at > self.size:
+            raise ValueError(f"is cut short ({self.size:,} bytes, its header is longer)")
+        if self.at > MAX_HEADER:
+            raise ValueError(f"has a header of more than {MAX_HEADER:,} bytes")
 
     def take(self, n_bytes: int) -> bytes:
         self._advance(n_bytes)

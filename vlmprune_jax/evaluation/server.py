@@ -1,0 +1,196 @@
+"""Answers of a server with OpenAI's chat completions, such as vLLM's, to the questions of an evaluation set."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import MAX_COPY_BYTES, checked, parse_json, read_bytes
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage
+from vlmprune_jax.distributed.journal import Journal, continued, is_of
+from vlmprune_jax.evaluation.questions import with_suffix
+from vlmprune_jax.evaluation.runner import Answers, Progress, Reply
+
+MAX_ANSWER_BYTES = 2**24
+SECONDS = 600.0  # for one answer; a busy server queues requests
+KEY = "OPENAI_API_KEY"  # environment variable with the key that the server asks for, if any
+_MIME = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+_Text = Annotated[str, Meta(max_length=2**20)]
+
+
+class _Served(msgspec.Struct):
+    id: Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class _Models(msgspec.Struct):
+    data: Annotated[list[_Served], Meta(max_length=10_000)]
+
+
+class _Message(msgspec.Struct):
+    content: _Text | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: Annotated[int, Meta(ge=0, le=2**31)]
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Choice], Meta(min_length=1, max_length=100)]
+    usage: _Usage
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error, since it could send the key and the images elsewhere."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Server:
+    """OpenAI-compatible server at `url` (up to and including "/v1"), and the model that it serves."""
+
+    url: str
+    model: str
+
+    @classmethod
+    def connect(cls, url: str) -> Server:
+        """Ask a server for the one model that it serves.
+
+        Raises:
+          UserError: the address is not http, nothing answers there, or it serves no model or several.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"--server={url}: must be an address such as http://localhost:8000/v1")
+        url = url.rstrip("/")
+        names = [one.id for one in _request(f"{url}/models", None, _Models).data]
+        if len(names) != 1:
+            raise UserError(f"{url}/models: lists {len(names)} models, expected 1: serve one model alone")
+        return cls(url, names[0])
+
+    def answer(self, record: Record, suffix: str, max_new_tokens: int) -> tuple[str, int]:
+        """Return the server's greedy answer to a record's last question, and its length in tokens."""
+        body = {
+            "model": self.model,
+            "messages": _messages(with_suffix(record, suffix)),
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
+        found = _request(f"{self.url}/chat/completions", body, _Completion)
+        return (found.choices[0].message.content or "").strip(), found.usage.completion_tokens
+
+
+def ask_server(
+    server: Server,
+    records: Sequence[Record],
+    *,
+    prompt_suffix: str,
+    max_new_tokens: int,
+    parallel: int,
+    progress: Progress,
+    journal: Journal | None,
+) -> list[Reply]:
+    """Return the server's answers to all questions, `parallel` requests at a time.
+
+    Args:
+      prompt_suffix, max_new_tokens: see `EvaluateSpec`.
+      progress: called with the number of batches done.
+      journal: stores the answers of each batch, to continue after an interruption.
+
+    Raises:
+      UserError: the server refuses a question, or its answer is not a chat completion.
+    """
+    batches = [records[start : start + parallel] for start in range(0, len(records), parallel)]
+    replies = list[Reply]()
+    with ThreadPoolExecutor(parallel) as threads:
+
+        def ask(batch: Sequence[Record]) -> list[tuple[str, int]]:
+            return list(threads.map(lambda record: server.answer(record, prompt_suffix, max_new_tokens), batch))
+
+        def answers_all(batch: Sequence[Record], entry: Any) -> bool:
+            return is_of(Answers, entry) and len(entry) == len(batch)
+
+        found = continued(ask, batches, journal, answers_all)
+        for done, (batch, answered) in enumerate(zip(batches, found, strict=True), start=1):
+            replies += [Reply(record, *one) for record, one in zip(batch, answered, strict=True)]
+            progress(done)
+    return replies
+
+
+def _messages(record: Record) -> list[dict[str, Any]]:
+    """Return a record's turns before the answer as chat messages, with images as data URLs in their places."""
+    turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
+    images, messages = iter(record.images), list[dict[str, Any]]()
+    lead = "" if any(IMAGE_TOKEN in text for _, text in turns) else IMAGE_TOKEN * len(record.images)
+    for place, (speaker, text) in enumerate(turns):
+        if speaker == "gpt":
+            messages.append({"role": "assistant", "content": text})
+            continue
+        content = list[dict[str, Any]]()
+        for number, part in enumerate(((lead if place == 0 else "") + text).split(IMAGE_TOKEN)):
+            if number:
+                content.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
+            if part.strip():
+                content.append({"type": "text", "text": part.strip()})
+        messages.append({"role": "user", "content": content})
+    return messages
+
+
+def _data_url(image: Path | StoredImage) -> str:
+    content = read_bytes(image, MAX_COPY_BYTES) if isinstance(image, Path) else image.read_bytes()
+    kind = next((kind for start, kind in _MIME.items() if content.startswith(start)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _request(url: str, body: Any, kind: Any) -> Any:
+    """Send JSON (None: only ask), and return the answer as an instance of `kind`; time and bytes are bounded."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    deadline = time.monotonic() + SECONDS
+    try:
+        with urllib.request.build_opener(_NoRedirects).open(
+            urllib.request.Request(url, data, headers), timeout=SECONDS
+        ) as answer:
+            content = _read(answer, url, deadline)
+    except urllib.error.HTTPError as error:
+        with error:
+            said = reason(Exception(error.read(1000).decode(errors="replace")))
+        raise UserError(f"{url}: HTTP error {error.code} ({said}): check the server's log") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: no answer ({reason(error)}): start the server; the same command continues") from error
+    todo = "use a server with OpenAI's chat completions"
+    return msgspec.convert(checked(parse_json(content, url, todo), kind, url, todo), kind)
+
+
+def _read(answer: Any, url: str, deadline: float) -> bytes:
+    content = bytearray()
+    while part := answer.read1(2**16):
+        content += part
+        if len(content) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+            raise UserError(
+                f"{url}: the answer has more than {MAX_ANSWER_BYTES:,} bytes, or takes more than {SECONDS:.0f} s: "
+                "check the server"
+            )
+    return bytes(content)

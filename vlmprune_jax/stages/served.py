@@ -1,0 +1,89 @@
+"""Evaluation of the model that a server serves, on the sets of an experiment -> `eval/served-MODEL.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.distributed.mesh import process_count
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.evaluation.questions import evaluation_records
+from vlmprune_jax.evaluation.server import Server, ask_server
+from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.stages.evaluate import (
+    AnswerFacts,
+    answers_file,
+    as_lines,
+    check_metric,
+    measure_set,
+    set_files,
+    write_answers,
+)
+from vlmprune_jax.stages.work import Work, journal_path
+from vlmprune_jax.workdir.evaluation import Evaluated, evaluation_file
+from vlmprune_jax.workdir.ledger import Job, run_job
+
+
+def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[str, Evaluated]:
+    """Ask the model that a server serves the questions of every set, and score its answers.
+
+    Raises:
+      UserError: see `Server`; the run has several processes, or there are only texts.
+    """
+    if process_count() > 1:
+        raise UserError("--server: asks from one process: run the command without a coordinator")
+    spec, server, found = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
+    name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
+    work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
+    for key, of in evaluation_sets(sections["data"], spec).items():
+        if of.text is not None:
+            work.say(f"  {key}: left out, since a server gives no log-likelihoods of a text")
+            continue
+        part = dataclasses.replace(work, part=name if key == QUESTIONS else f"{name} {key}")
+        path = evaluation_file(work.folder, name, key)
+        settings = {setting: getattr(of, setting) for setting in ("prompt_suffix", "max_new_tokens", "questions")}
+        job = Job(
+            f"evaluate {part.part}",
+            1,
+            work.workdir,
+            settings={**settings, "server": server.url, "model": server.model},
+            inputs=set_files(sections["data"], key, of),
+            outputs=[answers_file(path)],
+            facts=AnswerFacts,
+            journals=[journal_path(path)],
+        )
+        body = _body(part, spec, of, server, path)
+        found |= measure_set(part, of, run_job(job, body, overwrite=work.overwrite, say=work.say))
+    if not found:
+        raise UserError("evaluate.sets: holds no questions for --server: add a set with `data`")
+    return found
+
+
+def _body(work: Work, spec: EvaluateSpec, of: EvaluationSetSpec, server: Server, path: Any) -> Any:
+    """Return the function that asks all questions of one set and writes the answers file."""
+
+    def ask() -> AnswerFacts:
+        assert of.max_new_tokens is not None
+        records = evaluation_records(of, image_lead=True)
+        check_metric(of, records)
+        start = time.perf_counter()
+        batches = -(-len(records) // spec.batch_size)
+        with work.phase(f"evaluate {work.part}", batches) as progress:
+            replies = ask_server(
+                server,
+                records,
+                prompt_suffix=of.prompt_suffix or "",
+                max_new_tokens=of.max_new_tokens,
+                parallel=spec.batch_size,
+                progress=progress,
+                journal=work.journal(path, {"batches": batches}),
+            )
+        lines, facts = as_lines(replies, start)
+        write_answers(path, lines)
+        return AnswerFacts(parameters=0, **facts)
+
+    return ask
