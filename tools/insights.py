@@ -26,7 +26,10 @@ BEST, SMALL = "sft_l2", 0.05
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder."""
+    """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder.
+
+    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one.
+    """
 
     model: str
     parameters: int
@@ -38,6 +41,7 @@ class Point:
     seed: int | None
     retained: float
     interval: tuple[float, float] | None
+    of_control: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def points_of(sweep: SweepResult) -> list[Point]:
             entry.seed,
             retained,
             interval,
+            None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
         )
         found.append(point)
     return found

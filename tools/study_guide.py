@@ -82,6 +82,7 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
     rows = []
     for (model, method, recovery, _, data), of in cells.items():
         mean, *ends = interval_of_mean([point.retained for point in of])
+        controls = [point.of_control for point in of if point.of_control is not None]
         interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
         rows.append(
             Evidence(
@@ -97,6 +98,7 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
                 seeds=len(of),
                 note="",
                 counts=True,
+                of_control=round(float(np.mean(controls)), 2) if len(controls) == len(of) else None,
             )
         )
     return rows

@@ -18,7 +18,7 @@ from vlmprune_jax.workdir.result import Costs, Result, Run, compare, describe_se
 from vlmprune_jax.workdir.speed import MedianSpeed
 from vlmprune_jax.workdir.sweep import SweepResult
 
-TEACHER = found(0.8, 1500.0, 1.0)
+TEACHER, CONTROL = found(0.8, 1500.0, 1.0), found(1.0, 1500.0, 1.0)
 COSTS = {"forward_flops": 2_000_000_000, "kv_bytes_per_token": 40, "file_bytes": 8_000_000}
 
 
@@ -54,7 +54,8 @@ def make_models(experiment: Experiment, context) -> Result:
         decoder_ratio=1.5 * spec.ratio, parameters=size, plan="plan.json", scores=["scores.npz"],
         recovery=experiment.recover.name if trained else "none", seconds=2.5,
         data_fraction=experiment.data.fraction if trained else 0.0, path=path,
-        evaluation=compare(found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER), costs=costs,
+        evaluation=compare(found(0.8 * kept, 1500.0 * kept, 1 / kept), TEACHER, CONTROL if trained else None),
+        costs=costs,
         speed=MedianSpeed(
             prefill=1000.0 / size, decode=10.0, first_token=1.0, peak_bytes=None,
             prefill_speedup=(2000.0 / size, 1900.0 / size, 2100.0 / size), decode_speedup=(1.0, 0.9, 1.1),

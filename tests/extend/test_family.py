@@ -32,6 +32,7 @@ def get_config():
     config.evaluate.max_new_tokens = 2
     config.recover.name = "sft"
     config.recover.trainable = "lora"
+    config.recover.control = False
     config.recover.lora.rank = 2
     config.recover.losses = {{"ce": 0.5, "l2": 0.5}}
     config.recover.batch_size = 2

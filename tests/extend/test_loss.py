@@ -28,6 +28,7 @@ def get_config():
     config.prune.method = "width"
     config.prune.ratio = 0.2
     config.recover.trainable = "projector"
+    config.recover.control = False
     config.recover.losses = {{"ce": 0.5, "extra": {{"jsd": 0.5}}}}
     config.recover.batch_size = 2
     config.recover.steps = 2

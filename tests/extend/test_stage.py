@@ -29,6 +29,7 @@ def get_config():
     config.evaluate.max_new_tokens = 2
     config.export.dtype = "float32"
     config.recover.trainable = "projector"
+    config.recover.control = False
     config.recover.losses = {{"ce": 1.0, "l2": 0.0}}
     config.recover.learning_rate = 0.1
     config.recover.warmup_ratio = 0.0

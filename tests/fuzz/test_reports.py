@@ -156,7 +156,7 @@ def test_answers(tmp_path):
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():
-        return evaluate._measure(of, tmp_path / "pruned.json", None, done).values["accuracy"]
+        return evaluate._measure(of, tmp_path / "pruned.json", {}, done).values["accuracy"]
 
     lines = [{**answer, "id": f"r{number}"} for number in range(3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -17,6 +17,7 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.guide import COMPUTE, read_guide
+from vlmprune_jax.planning.recommend import expectation
 from vlmprune_jax.planning.rules import Target, merge, recommend
 
 GUIDE = read_guide()
@@ -97,6 +98,18 @@ def test_the_interval_counts_models_and_seeds_and_is_in_order(shapes):
                     if found is not None and found.interval is not None:
                         assert 0 <= found.interval[0] <= found.value <= found.interval[1]
                         assert found.interval[1] <= 100.0 or found.value > 100.0
+
+
+def test_retention_is_also_told_relative_to_the_unpruned_model_trained_alike(shapes):
+    """Where no such model was trained, a note says what the number may contain."""
+    found = advised(shapes["llava"], 0.3)
+    assert any("No unpruned model was trained alike" in note for note in found.notes)
+    assert not any("trained alike" in note for note in advised(shapes["llava"], 0.3, "none").notes)
+    rows = tuple(dataclasses.replace(row, of_control=0.99 * row.retained) for row in GUIDE.evidence)
+    found = advised(shapes["llava"], 0.3, guide=dataclasses.replace(GUIDE, evidence=rows))
+    assert found.expected.of_control == pytest.approx(0.99 * (96.38 + 94.37) / 2)
+    assert "94.4 % of the unpruned model after the same recovery" in expectation(found)
+    assert not any("trained alike" in note for note in found.notes)
 
 
 # --- evidence of the same model ---------------------------------------------------------------------------------------

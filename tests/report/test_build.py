@@ -13,15 +13,15 @@ import matplotlib
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from report_cases import PLANNED, SIZE, SPEED, write_several, write_workdir
+from report_cases import PLANNED, SIZE, SPEED, evaluated, write_several, write_workdir
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
 from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.tables import lead, tables_of
+from vlmprune_jax.report.tables import key_numbers, lead, tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Costs, Workload, read_result
+from vlmprune_jax.workdir.result import Control, Costs, Workload, compare, read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
 
 
@@ -191,6 +191,32 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
     assert read_result(workdir).distinct().labels["width_solved"] == "width 30 % (width_solved)"
     best = replace(result, runs=[*result.runs, twin], best="width_solved").distinct()
     assert [run.name for run in best.runs] == ["depth", "depth-sft", "width_solved"]
+
+
+def test_retention_beside_a_control(workdir):
+    """The unpruned model was trained as well: its row, and what the recovered model retains of it."""
+    result, evaluations = read_result(workdir), {"questions": evaluated(0.95)}
+    teacher = {"questions": evaluated(0.8)}
+    control = Control(
+        name="control-sft", recovery="sft", data_fraction=0.05, seconds=9.5, path="control/sft/recovered",
+        evaluation=compare(evaluations, teacher),
+    )  # fmt: skip
+    recovered = compare({"questions": evaluated(0.76)}, teacher, evaluations)
+    runs = [replace(run, evaluation=recovered) if run.name == "depth-sft" else run for run in result.runs]
+    result = replace(result, controls=[control], runs=runs)
+    write_artefact(workdir / "result.json", result)
+    (table,) = tables_of(result)
+    place = table.header.index("of control, %")
+    cells = {row[0]: (row[1], row[place]) for row in table.rows}
+    assert cells["unpruned"] == ("100.00", "")
+    assert cells["unpruned, SFT"] == ("118.75", "")
+    assert cells["depth 30 %, SFT"] == ("95.00", "80.00")
+    assert "retains 80.00 % of the score of the unpruned model after the same recovery, and 95.00 % of the" in lead(
+        result
+    )
+    assert ("of control", "80.00 %") in key_numbers(result)
+    page = build_report(workdir).read_text()
+    assert "Of control: share of the score of the unpruned model after the same recovery" in page
 
 
 def test_the_headline_has_retention_size_and_speed(workdir):

@@ -52,12 +52,13 @@ def test_page(tmp_path, sets, figures, radar):
 def test_the_table_of_terminal_and_page(tmp_path):
     """Groups of seeds have one row with their spread; what a person looks for comes first."""
     table = table_of(write_sweep(tmp_path))
-    assert table.header[:6] == ("model", "retained, %", "size, %", "decoding, x", "±", "seeds")
+    assert table.header[:7] == ("model", "retained, %", "of control, %", "size, %", "decoding, x", "±", "seeds")
     assert len(table.rows) == 13
-    assert table.rows[0][:3] == ("unpruned", "100.00", "100.0")
-    assert (table.rows[1][0], table.rows[1][4:6]) == ("depth 10 %", ("", "1"))
-    assert (table.rows[2][0], table.rows[2][5]) == ("depth 10 %, SFT, 5 % of the data", "2")
-    assert float(table.rows[2][4]) > 0
+    assert table.rows[0][:4] == ("unpruned", "100.00", "", "100.0")
+    assert (table.rows[1][0], table.rows[1][2], table.rows[1][5:7]) == ("depth 10 %", "", ("", "1"))
+    assert (table.rows[2][0], table.rows[2][6]) == ("depth 10 %, SFT, 5 % of the data", "2")
+    assert 0 < float(table.rows[2][2]) < float(table.rows[2][1])  # the control is better than the unpruned model
+    assert float(table.rows[2][5]) > 0
 
 
 def test_names_of_anybody_are_text(tmp_path):

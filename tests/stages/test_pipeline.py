@@ -91,7 +91,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     out = capsys.readouterr().out
     assert "depth/prune: unchanged, skipped" in out
     assert "Loading weights" not in out
-    facts = json.loads((workdir / ".stages/depth.sft_l2.recover.json").read_text())["facts"]
+    facts = json.loads((workdir / ".stages/control.sft_l2.recover.json").read_text())["facts"]
     assert facts["resumed_from"] == 2
     assert facts["steps"] == 4
 
@@ -100,6 +100,15 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert [run.name for run in result.runs] == [
         "depth", "depth-sft_l2", "width", "width-reconstructed", "width-sft_l2"
     ]  # fmt: skip
+    (control,) = result.controls
+    assert (control.name, control.path) == ("control-sft_l2", "control/sft_l2/recovered")
+    assert (control.label, control.training_steps, control.data_fraction) == ("unpruned, SFT + L2", 4, 0.5)
+    assert {run.name for run in result.runs if run.evaluation.control} == {"depth-sft_l2", "width-sft_l2"}
+    for run in result.runs:
+        if run.evaluation.control is not None:
+            assert run.evaluation.control.scores == control.evaluation.scores
+    unpruned, trained = (load(folder).params["projector"] for folder in (tmp_path / "teacher", workdir / control.path))
+    assert not all(map(np.array_equal, tree_leaves(unpruned), tree_leaves(trained)))
     for run in result.runs:
         assert sum(x.size for x in tree_leaves(load(workdir / run.path).params)) == run.parameters
         assert run.ratio_reached == pytest.approx(1 - run.parameters / result.teacher.parameters)
@@ -124,7 +133,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
 
     # What the report needs beside: costs and speed of every model, sample questions, and who made it.
     assert result.workload == Workload(length=24, images=1, dtype="float32")
-    for _, model in result.models:
+    for model in (result.teacher, *result.runs):
         assert min(model.speed.prefill, model.speed.decode, model.speed.first_token) > 0
         assert model.costs.file_bytes == 4 * model.parameters
     assert [pair.models for pair in read_speed(workdir).pairs] == [
@@ -133,7 +142,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     chosen = read_samples(workdir)["questions"]
     assert sum(chosen.counts.values()) == chosen.questions == 10
     sample = chosen.samples[0]
-    assert [answer.model for answer in sample.answers] == [name for name, _ in result.models]
+    assert [answer.model for answer in sample.answers] == ["unpruned", *(run.name for run in result.runs)]
     assert sample.images[0].uri.startswith("data:image/")
     made = json.loads((workdir / ".stages/depth.prune.json").read_text())["by"]
     assert made["versions"]["jax"]
@@ -145,7 +154,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")}
     assert main(["run", *experiment]) == 0
     out = capsys.readouterr().out
-    assert out.count("unchanged, skipped") == 15
+    assert out.count("unchanged, skipped") == 17
     assert "..." not in out
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err
@@ -164,6 +173,34 @@ def tree_leaves(params):
     import jax
 
     return jax.tree.leaves(params)
+
+
+def test_a_control_is_trained_once_for_each_recovery(tmp_path):
+    """Equal recoveries of two prune variants share it; another number of epochs, or no labels, do not."""
+    from vlmprune_jax.core.console import make_reporter
+    from vlmprune_jax.core.settings import override
+    from vlmprune_jax.experiment.spec import Experiment
+    from vlmprune_jax.stages.pipeline import Pipeline
+    from vlmprune_jax.stages.work import Context
+
+    def controls(**changes):
+        experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
+        steps = list(Pipeline(experiment, Context(workdir=tmp_path, reporter=make_reporter(False))).steps())
+        assert all(step.work.control is None for step in steps if step.stage != "recover")
+        found = [step.work.control and step.work.control.relative_to(tmp_path).as_posix() for step in steps]
+        trained = [step.path for step in steps if not step.work.pruned]
+        return trained, [path for step, path in zip(steps, found, strict=True) if step.stage == "recover" and path]
+
+    assert controls() == (["control/recovered"], ["control/recovered"])
+    assert controls(recover={"control": False}) == ([], [])
+    assert controls(recover={"losses": {"ce": 0.0, "kl": 1.0}}) == ([], [])
+    two, longer = {"depth": {}, "width": {"prune": {"method": "width"}}}, {"recover": {"epochs": 2.0}}
+    variants = {"sft": {}, "kl": {"recover": {"losses": {"ce": 0.0, "kl": 1.0}}}}
+    shared = "control/sft/recovered"
+    assert controls(prune_variants=two, recover_variants=variants) == ([shared], [shared] * 2)
+    two["width"] |= longer
+    own = "width/control/sft/recovered"
+    assert controls(prune_variants=two, recover_variants=variants) == ([shared, own], [shared, own])
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def get_config():
     config.data.system = ""
     config.data.max_length = 64
     config.recover.trainable = "projector"
+    config.recover.control = False
     config.recover.epochs = 2.0
     config.recover.losses.ce = 1.0
     config.recover.losses.l2 = 0.0

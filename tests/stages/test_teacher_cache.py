@@ -37,6 +37,7 @@ def get_config():
     config.data.group_by = "modality_length"
     config.data.on_error = "skip"
     config.recover.trainable = "projector"
+    config.recover.control = False
     config.recover.batch_size = 4
     config.recover.steps = 4
     config.recover.log_every = 1

@@ -37,6 +37,7 @@ def get_config():
     config.reconstruct.method = "least_squares"
     config.reconstruct.samples = 8
     config.recover.trainable = "decoder"
+    config.recover.control = False
     config.recover.batch_size = 2
     config.recover.steps = 2
     config.recover.learning_rate = 1e-2

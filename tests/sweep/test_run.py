@@ -37,7 +37,7 @@ def get_config(cuts="1"):
 def get_hyper(hyper):
     trained = hyper.product([hyper.named("recovery", {{"sft": {{}}}}), hyper.sweep("recover.seed", [1, 2])])
     first = hyper.chainit([hyper.named("recovery", {{"none": {{"recover.method": "none"}}}}), trained])
-    more = hyper.product([hyper.fixed("prune.ratio", 0.2), hyper.fixed("recover.method", "none")])
+    more = hyper.product([hyper.fixed("prune.ratio", 0.2), hyper.fixed("recover.seed", 1)])
     return hyper.chainit([first, more]) if CUTS > 1 else first
 """
 
@@ -75,15 +75,17 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     assert sweep(1) == 0
     out = capfd.readouterr().out
     assert "1 of 3 runs are done and unchanged, skipped" in out
-    facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/recover.json").read_text())["facts"]
+    facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/control.recover.json").read_text())["facts"]
     assert (facts["resumed_from"], facts["steps"]) == (2, 4)
     assert out.count("taken from another run") == 3
-    assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == ["recover", "evaluate"] * 2
+    begun = ["control/recover", "control/evaluate", "recover", "evaluate"]
+    assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == begun * 2
 
     found = read_sweep(workdir)
     assert [one.name for one in found.models] == ["recovery=none", "recovery=sft,seed=1", "recovery=sft,seed=2"]
     none, first, _ = found.done
     assert (none.recovery, none.data_fraction, first.recovery) == ("none", 0.0, "recovered")
+    assert [one.evaluation.control is None for one in found.done] == [True, False, False]
     assert found.models[1].group == found.models[2].group == "recovery=sft"
     assert len({one.digest for one in found.done}) == 3
     assert none.parameters == first.parameters < next(iter(found.unpruned.values())).parameters
@@ -96,5 +98,6 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     out = capfd.readouterr().out
     assert "3 of 4 runs are done and unchanged, skipped" in out
     assert "[1]   prune ..." in out
+    assert "[1]   control/recover: taken from another run" in out
     assert "[1] done; 0 of 1 runs left" in out
     assert [one.status for one in read_sweep(workdir).models] == ["done"] * 4

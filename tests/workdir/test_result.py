@@ -11,7 +11,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
-from vlmprune_jax.workdir.result import Run, best_run, compare, describe_sets, read_result
+from vlmprune_jax.workdir.result import Run, benchmark_rows, best_run, compare, describe_sets, read_result, unpruned_of
 
 F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
 
@@ -51,6 +51,26 @@ def test_a_run_beside_the_unpruned_model():
         "groups": {name: {"yes": {"questions": 40, "values": {"accuracy": 0.5}}} for name in ("questions", "text")},
         "seconds": 2.5,
     }
+
+
+def test_a_recovered_run_beside_its_control():
+    """Unpruned 0.8, trained 0.9, pruned and trained alike 0.72: 90 % of the one, 80 % of the other."""
+    teacher, control, recovered = found(questions=0.8), found(questions=0.9), found(questions=0.72)
+    recovered["questions"] = replace(recovered["questions"], retained_interval=(85, 95), control_interval=(75, 85))
+    made = compare(recovered, teacher, control)
+    assert made.mean_of_ratios == pytest.approx(90)
+    assert made.control.mean_of_ratios == made.control.retained["questions"] == pytest.approx(80)
+    assert (made.control.scores, made.control.retained_interval) == (
+        {"questions": {"accuracy": 0.9}},
+        {"questions": (75, 85)},
+    )
+    assert compare(recovered, teacher, found(pope=0.9)).control is None  # evaluated on another set
+    run = Run(**FACTS, name="depth", evaluation=made)
+    rows = benchmark_rows(run, unpruned_of(teacher), describe_sets(teacher))
+    assert [row[1:] for row in rows] == [
+        ("80.00", "72.00", "90.00", "85.0 to 95.0"),
+        ("90.00", "72.00", "80.00", "75.0 to 85.0"),
+    ]
 
 
 def test_sets_say_how_large_they_are():

@@ -100,6 +100,12 @@ class RecoverSpec(RecoverConfig):
         choices=RECOVERIES,
     )
     name: str = setting("recovered", "Name of this recovery setup in tables and reports.")
+    control: bool = setting(
+        True,
+        "Also train the unpruned model in the same way if the loss uses labels, and report retention relative to it: "
+        "gains from training on the task are then not counted as gains of recovery. Costs one more training, which "
+        "all prune variants, and all runs of a sweep, share.",
+    )
     save_adapter: bool = recover_setting(
         False,
         "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "

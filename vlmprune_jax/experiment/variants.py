@@ -25,8 +25,12 @@ from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
+CONTROL = "control"  # folder and name of the unpruned model after a recovery
 # What else lies where the folders of variants are.
-_TAKEN = ("", ".", "..", NO_RECOVERY, "adapter", "eval", "export", "pruned", "reconstructed", "recovered", "training")
+_TAKEN = (
+    *("", ".", "..", NO_RECOVERY, CONTROL, "adapter", "eval", "export", "pruned", "reconstructed", "recovered"),
+    "training",
+)
 
 
 @dataclass(frozen=True)

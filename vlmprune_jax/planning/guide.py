@@ -49,7 +49,8 @@ class Evidence:
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
     weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
     close). `parameters`: of the unpruned model. `interval`: 95 %, over `seeds` runs, or over questions for a single
-    run. Rows without `counts` are shown but left out of ranges, for the reason in `note`.
+    run. Rows without `counts` are shown but left out of ranges, for the reason in `note`. `of_control`: retention (%)
+    relative to the unpruned model after the same recovery, if that was measured.
     """
 
     source: str
@@ -64,6 +65,12 @@ class Evidence:
     seeds: int | None
     note: str
     counts: bool
+    of_control: Finite | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """True if the row is of a model after training."""
+        return self.recovery not in ("none", SOLVED)
 
     @property
     def made_by(self) -> list[str]:

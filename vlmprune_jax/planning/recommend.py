@@ -201,6 +201,8 @@ def expectation(found: Recommendation) -> str:
     models = len({row.model for row in expected.rows})
     of = "one model" if models == 1 else f"{models} models, on average,"
     told = f"{expected.value:.1f} % on {'this shape' if expected.same else f'{of} within {LIKE} times this size'}"
+    if expected.of_control is not None:
+        told += f", {expected.of_control:.1f} % of the unpruned model after the same recovery"
     if expected.interval is None:
         return f"about {told}; one measurement, which has no interval: evaluate before use"
     low, high = expected.interval

@@ -40,6 +40,12 @@ class Expected:
     same: bool
     rows: tuple[Evidence, ...]
 
+    @property
+    def of_control(self) -> float | None:
+        """Mean retention relative to the control over the rows that have it; None if none has."""
+        known = [row.of_control for row in self.rows if row.of_control is not None]
+        return sum(known) / len(known) if known else None
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -105,7 +111,9 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
     shown = () if expected is None else expected.rows
     name = shown[0].source if shown else PAPER
     source = guide.sources[name]
-    notes = _notes(target, rule, head, expected, data_fraction, needed, compute, guide)
+    notes = [*_notes(target, rule, head, expected, data_fraction, needed, compute, guide)]
+    if expected is not None and expected.of_control is None and any(row.is_trained for row in expected.rows):
+        notes.append("No unpruned model was trained alike, so a part may be what training adds to any model.")
     return Recommendation(
         rule=rule,
         target=target,

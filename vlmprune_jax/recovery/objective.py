@@ -30,6 +30,11 @@ def needs_teacher(loss: LossConfig) -> bool:
     return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
 
 
+def uses_labels(loss: LossConfig) -> bool:
+    """Return True if a weighted loss term learns from labels, and not from a teacher."""
+    return not all(term.needs_teacher for term in weighted_terms(loss).values())
+
+
 def compares_logits(loss: LossConfig) -> bool:
     """Return True if a weighted loss term needs the teacher's logits."""
     return any(term.needs_teacher and not term.on_hidden for term in weighted_terms(loss).values())

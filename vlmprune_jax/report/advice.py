@@ -61,7 +61,8 @@ def tables_of(found: Recommendation) -> list[Table]:
 def _row(row: Evidence) -> tuple[str, ...]:
     ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}"
     data = "unknown" if row.data_fraction is None else percent(row.data_fraction)
-    retained = f"{row.retained:.2f}{'' if row.counts else ' *'}"
+    control = "" if row.of_control is None else f" ({row.of_control:.2f} of control)"
+    retained = f"{row.retained:.2f}{control}{'' if row.counts else ' *'}"
     made, size = f"{row.method} + {row.recovery}", f"{row.parameters / 1e6:,.{0 if row.parameters > 1e7 else 2}f}"
     return row.model, made, retained, ends, str(row.seeds or ""), percent(row.decoder_ratio), data, size, row.source
 

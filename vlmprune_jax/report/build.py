@@ -32,6 +32,10 @@ AVERAGES = (
     ", the mean over sets. Paper avg: the sum of all scores, each divided by a perfect model's, as a share of the "
     "unpruned model's sum"
 )
+CONTROLS = (
+    " Of control: share of the score of the unpruned model after the same recovery, so that what training on the task "
+    "adds to any model is not counted."
+)
 INTERVALS = (
     " Intervals: 95 % of the samples of a paired bootstrap over the questions, which the unpruned model answered too."
 )
@@ -119,6 +123,7 @@ def _export(result: Result) -> Section:
 
 def _notes(result: Result) -> tuple[str, ...]:
     notes = NOTES.format(averages=AVERAGES if len(result.sets) > 1 else "")
+    notes += CONTROLS if result.controls else ""
     notes += INTERVALS if any(run.evaluation.retained_interval for run in result.runs) else ""
     return tuple(filter(None, (notes, parameter_note(result.teacher))))
 

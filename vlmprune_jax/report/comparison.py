@@ -13,7 +13,7 @@ from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison_plots import DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
-from vlmprune_jax.report.tables import over
+from vlmprune_jax.report.tables import OF_CONTROL, over
 from vlmprune_jax.workdir.result import averaged_sets
 from vlmprune_jax.workdir.sweep import (
     DONE,
@@ -47,7 +47,8 @@ def _speedup(title: str, part: str) -> Cost:
 SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
 NOTES = (
     "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}; ± is half of the 95 % "
-    "interval over seeds (Student's t), not over questions. Size: share of the unpruned model's parameters. Decoding: "
+    "interval over seeds (Student's t), not over questions. Of control: share of the score of the unpruned model after "
+    "the same recovery. Size: share of the unpruned model's parameters. Decoding: "
     "measured speed of the shape, as a multiple of the unpruned model's. Removed: share of all parameters, and of the "
     "decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
 )
@@ -95,6 +96,8 @@ def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None, title
     if best is None or best.retained is None:
         return
     kept = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
+    if best.of_control is not None:
+        kept += f" ({best.of_control[0]:.2f} % of the unpruned model's score after the same recovery)"
     yield f"{titles[best.name]} retains most: {kept}, {_smaller(best, sweep)}."
     enough = [group for group in groups if _retention(group) >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
@@ -243,6 +246,7 @@ def table_of(sweep: SweepResult) -> Table:
             {
                 "model": titles[group.name],
                 "retained, %": "" if mean is None else f"{mean:.2f}",
+                OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
                 "size, %": f"{100 * group.mean('parameters') / before:.1f}",
                 "decoding, x": f"{SPEEDUPS[DECODE].of_group(group)[0]:.2f}" if _timed(group) else "",
                 "±": f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
@@ -260,7 +264,7 @@ def table_of(sweep: SweepResult) -> Table:
     header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
     lower = tuple(f"{name}: {sets[name].label}" for name in names if not sets[name].higher_is_better)
     smallest = ("size, %", "±", "parameters", "MiB", "GFLOPs", "seconds", *lower)
-    first = len({"model", "retained, %", "size, %", "decoding, x"} & {*header})
+    first = len({"model", "retained, %", OF_CONTROL, "size, %", "decoding, x"} & {*header})
     cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
     return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)
 

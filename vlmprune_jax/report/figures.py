@@ -19,6 +19,7 @@ from vlmprune_jax.report import plots
 from vlmprune_jax.report.page import Figure, Section
 from vlmprune_jax.report.style import to_svg, write_png
 from vlmprune_jax.report.tables import over, upper
+from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import Result
 from vlmprune_jax.workdir.unfinished import Variant
 
@@ -50,9 +51,9 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
         "Retention, size and speed", figures=(figure_of(drawn, _score_alt(result, first), caption),), folded=False
     )
     if len(sets) > 1:
-        figures = []
+        figures, models = [], [result.teacher.evaluation, *runs]
         for name, of in itertools.islice(sets.items(), MOST_DRAWN):
-            values = [model.evaluation.main(name, sets) for _, model in result.models]
+            values = [model.main(name, sets) for model in models]
             scaled = [None if value is None else of.scale * value for value in values]
             label = of.main + (f" ({of.unit})" if of.unit else "")
             measured = plots.Measured(upper(of.main), f"{name}: {upper(of.main)} on {of.size}", label, scaled)
@@ -62,7 +63,8 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def _score_alt(result: Result, measured: plots.Measured) -> str:
-    values = zip(list(result.labels.values())[:MOST_LISTED], measured.values, strict=False)
+    names = [result.labels[name] for name in (UNPRUNED, *(run.name for run in result.runs))]
+    values = zip(names[:MOST_LISTED], measured.values, strict=False)
     told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
     return f"{measured.title}, against speed or size and in rows, in {measured.label}: {told}"
 
@@ -185,7 +187,7 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Yield the training losses over steps of each recovery that logged any."""
     curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
-    for run in result.runs:
+    for run in result.entries:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
         path = workdir / run.metrics if run.metrics else None
         if path is not None and path.is_file() and len(curves) < MOST_DRAWN:

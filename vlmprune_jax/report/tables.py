@@ -7,9 +7,19 @@ from collections.abc import Iterator, Mapping
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Table
 from vlmprune_jax.workdir.evaluation import Group
-from vlmprune_jax.workdir.result import Result, Run, Set, Unpruned, averaged_sets, interval, percent
+from vlmprune_jax.workdir.result import (
+    OfControl,
+    Result,
+    Run,
+    RunEvaluation,
+    Set,
+    Unpruned,
+    averaged_sets,
+    interval,
+    percent,
+)
 
-SIZE, DECODE, PROMPT = "size, %", "decoding, x", "prompt, x"
+SIZE, DECODE, PROMPT, OF_CONTROL = "size, %", "decoding, x", "prompt, x", "of control, %"
 SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 
 
@@ -23,9 +33,9 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     sets, labels, models = result.sets, result.labels, result.models
     columns = [("model", [labels[name] for name, _ in models]), *_quality(result), *_made(result)]
     if names:
-        columns.append(("run", ["", *(printable(run.name) for run in result.runs)]))
+        columns.append(("run", ["", *(printable(one.name) for one in result.entries)]))
     columns = [(name, cells) for name, cells in columns if any(cells)]
-    order = ["model", "retained, %", SIZE, DECODE]
+    order = ["model", "retained, %", OF_CONTROL, SIZE, DECODE]
     columns.sort(key=lambda column: order.index(column[0]) if column[0] in order else len(order))
     rows = tuple(zip(*(cells for _, cells in columns), strict=True))
     lower = tuple(of.main for of in sets.values() if not of.higher_is_better)
@@ -38,7 +48,12 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
         (labels[key], *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
         for key, model in models
     ]
-    kept = [(labels[run.name], *(_kept(run, name) for name in sets)) for run in result.runs]
+    kept = [(labels[one.name], *(_kept(one.evaluation, name) for name in sets)) for one in result.entries]
+    kept += [
+        (f"{labels[run.name]}, of control", *(_kept(run.evaluation.control, name) for name in sets))
+        for run in result.runs
+        if run.evaluation.control is not None
+    ]
     has_intervals = any(run.evaluation.retained_interval for run in result.runs)
     smallest = tuple(name for name, of in sets.items() if not of.higher_is_better)
     titles = ", ".join(f"{name}: {of.label}" for name, of in sets.items())
@@ -52,29 +67,36 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
 
 def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
     """Yield columns of retention: for one set with interval and score, for several sets their averages."""
-    runs = [run.evaluation for run in result.runs]
-    yield "retained, %", [percent(value) for value in (100.0, *(run.mean_of_ratios for run in runs))]
+    models = [one.evaluation for one in result.entries]
+    yield "retained, %", [percent(value) for value in (100.0, *(one.mean_of_ratios for one in models))]
+    controls = [one.control for one in models]
+    yield OF_CONTROL, ["", *("" if one is None else percent(one.mean_of_ratios) for one in controls)]
     if len(result.sets) > 1:
-        yield "paper avg, %", [percent(value) for value in (100.0, *(run.paper_average for run in runs))]
+        yield "paper avg, %", [percent(value) for value in (100.0, *(one.paper_average for one in models))]
         return
     [(name, of)] = result.sets.items()
     scores = [of.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
-    yield "95 % interval", ["", *(interval(run, name) for run in runs)]
+    yield "95 % interval", ["", *(interval(one, name) for one in models)]
+    if any(controls):
+        yield "of control, 95 %", ["", *("" if one is None else interval(one, name) for one in controls)]
     yield of.label.replace(" in %", ", %"), scores
 
 
 def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
     """Yield columns of size, speed, and how each model was pruned and recovered."""
-    runs, teacher = result.runs, result.teacher
-    yield SIZE, ["100.0", *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
+    runs, teacher, controls = result.runs, result.teacher, [""] * len(result.controls)
+    whole = ["100.0"] * (1 + len(controls))
+    yield SIZE, [*whole, *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
     for column, name in ((DECODE, "decode_speedup"), (PROMPT, "prefill_speedup")):
         known = [None if run.speed is None else getattr(run.speed, name) for run in runs]
-        yield column, ["1.00" if any(known) else "", *("" if one is None else f"{one[0]:.2f}" for one in known)]
-    yield "removed, % (of decoder)", ["", *map(_removed, runs)]
-    yield "data, %", ["", *(f"{100 * run.data_fraction:g}" if run.data_fraction else "" for run in runs)]
+        same = ["1.00" if any(known) else ""] * (1 + len(controls))
+        yield column, [*same, *("" if one is None else f"{one[0]:.2f}" for one in known)]
+    yield "removed, % (of decoder)", ["", *controls, *map(_removed, runs)]
+    yield "data, %", ["", *(f"{100 * one.data_fraction:g}" if one.data_fraction else "" for one in result.entries)]
     if teacher.costs is None:  # else a table has the costs by shape
-        yield "parameters", [f"{model.parameters:,}" for _, model in result.models]
-    yield "seconds", ["", *("" if run.seconds is None else f"{run.seconds:.1f}" for run in runs)]
+        sizes = [teacher.parameters] * (1 + len(controls)) + [run.parameters for run in runs]
+        yield "parameters", [f"{size:,}" for size in sizes]
+    yield "seconds", ["", *("" if one.seconds is None else f"{one.seconds:.1f}" for one in result.entries)]
 
 
 def _removed(run: Run) -> str:
@@ -82,10 +104,10 @@ def _removed(run: Run) -> str:
     return f"{100 * run.ratio_reached:.1f}{decoder}"
 
 
-def _kept(run: Run, name: str) -> str:
+def _kept(evaluation: RunEvaluation | OfControl, name: str) -> str:
     """Return the retention on a set as text, with its interval in parentheses."""
-    ends = interval(run.evaluation, name)
-    return percent(run.evaluation.retained.get(name)) + (ends and f" ({ends})")
+    ends = interval(evaluation, name)
+    return percent(evaluation.retained.get(name)) + (ends and f" ({ends})")
 
 
 def upper(text: str) -> str:
@@ -116,7 +138,8 @@ def lead(result: Result) -> str:
 def key_numbers(result: Result) -> list[tuple[str, str]]:
     """Return the best model's main numbers as (name, value): retention, size, speed."""
     run = result.best_run
-    found = [("retained", f"{percent(run.evaluation.mean_of_ratios)} %")] if run.evaluation.mean_of_ratios else []
+    kept = {"retained": run.evaluation, "of control": run.evaluation.control}
+    found = [(name, f"{percent(of.mean_of_ratios)} %") for name, of in kept.items() if of and of.mean_of_ratios]
     found.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
     if run.speed is not None and run.speed.decode_speedup and run.speed.prefill_speedup:
         found.append(("decoding speed", f"{run.speed.decode_speedup[0]:.2f} x"))
@@ -138,6 +161,10 @@ def parameter_note(teacher: Unpruned) -> str:
 def _scores(run: Run, result: Result) -> str:
     sets, kept = result.sets, percent(run.evaluation.mean_of_ratios)
     share = f"retains {kept} % of the unpruned score" if kept else "retains an unknown share of the score"
+    control = run.evaluation.control
+    if control is not None and control.mean_of_ratios is not None:
+        alike = f"{percent(control.mean_of_ratios)} % of the score of the unpruned model after the same recovery"
+        share = f"retains {alike}, and {kept} % of the unpruned score"
     if len(sets) > 1:
         return f"{share} {over(sets)}"
     [(name, of)] = sets.items()

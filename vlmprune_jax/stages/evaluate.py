@@ -290,10 +290,9 @@ def _read_text(
 def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
     """Score the answers to a task, per set, and print one line each."""
     name = _part(work)[0]
-    places = ((work.folder, name), (work.workdir, TEACHER))
-    answers, original = (answers_file(evaluation_file(*place, task)) for place in places)
-    facts, kind = done.facts, dict[str, Evaluated]
-    found: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, original, done, name), kind)
+    answers = answers_file(evaluation_file(work.folder, name, task))
+    facts, kind, compared = done.facts, dict[str, Evaluated], _compared(work, answers, task)
+    found: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, compared, done, name), kind)
     if facts.empty_answers:
         work.say(f"  {name} {task}: {facts.empty_answers:,} of {facts.questions:,} answers are empty")
     for key, of in found.items():
@@ -305,25 +304,34 @@ def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, 
     """Score the answers to a set, and print one line."""
     name, key = _part(work)
     path = evaluation_file(work.folder, name, key)
-    original = answers_file(evaluation_file(work.workdir, TEACHER, key))
-    compared = None if original == answers_file(path) else original
+    compared = _compared(work, answers_file(path), key)
     found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
     size = f"{found.parameters:,} parameters, " * bool(found.parameters)  # of a server's model: unknown
     work.say(f"  {work.part}: {found.main_line()} ({size}{found.model_seconds:.1f} s)")
     return {key: found}
 
 
-def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Finished) -> Evaluated:
-    """Score the answers next to the file `path`, and compare them with the unpruned model's in `original`."""
+def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
+    """Return {interval: answers of the model it is relative to}: of the unpruned model, and of the control."""
+    files = {"retained_interval": evaluation_file(work.workdir, TEACHER, key)}
+    if work.control is not None:
+        files["control_interval"] = evaluation_file(work.control.parent, work.control.name, key)
+    found = {name: answers_file(path) for name, path in files.items()}
+    return {name: path for name, path in found.items() if path != answers and path.exists()}
+
+
+def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
+    """Score the answers next to the file `path`, and compare them with the answers of other models."""
     assert of.metric is not None
     metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
     records = () if of.text is not None else evaluation_records(of, image_lead=True)
     scores = _scores(of, answers, records)
-    interval = None
-    if original is not None and original.exists() and is_quick(metric, scores):
-        interval = retained_interval(metric, scores, _scores(of, original, records), records)
+    intervals = dict[str, Any]()
+    for name, original in compared.items() if is_quick(metric, scores) else ():
+        intervals[name] = retained_interval(metric, scores, _scores(of, original, records), records)
     found = Evaluated(
+        **intervals,
         metric=MetricInfo(name=of.metric, **metric.describe()),
         values=metric.values(scores, records),
         groups=as_groups(metric.values_of_groups(scores, records)),
@@ -333,7 +341,6 @@ def _measure(of: EvaluationSetSpec, path: Path, original: Path | None, done: Fin
         seconds=done.seconds,
         model_seconds=facts.model_seconds,
         mean_generated_tokens=facts.mean_generated_tokens,
-        retained_interval=interval,
         answers=answers.name,
         scores=as_columns(scores),
     )
@@ -352,19 +359,20 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
     return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)
 
 
-def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> dict[str, Evaluated]:
-    """Score a task's answers per set and compare them with the unpruned model's -> `eval/<name>.<set>.json`."""
+def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, name: str) -> dict[str, Evaluated]:
+    """Score a task's answers per set and compare them with those of other models -> `eval/<name>.<set>.json`."""
     facts: AnswerFacts = done.facts
-    compared = original != answers and original.exists()
-    mine, theirs = _task_sets(answers, facts), _task_sets(original, facts) if compared else {}
+    mine = _task_sets(answers, facts)
+    others = {interval: _task_sets(original, facts) for interval, original in compared.items()}
     found: dict[str, Evaluated] = {}
     for key, (task, of, count) in mine.items():
-        values, interval = facts.values[task], None
-        before = theirs[key][1].scores if key in theirs else ()
-        comparable = of.makes(values[of.key]) and len(before) == len(of.scores)
-        if comparable and is_quick(of.metric, of.scores):
-            interval = retained_interval(of.metric, of.scores, before, of.records)
+        values, intervals = facts.values[task], dict[str, Any]()
+        for interval, theirs in others.items() if of.makes(values[of.key]) and is_quick(of.metric, of.scores) else ():
+            before = theirs[key][1].scores if key in theirs else ()
+            if len(before) == len(of.scores):
+                intervals[interval] = retained_interval(of.metric, of.scores, before, of.records)
         found[key] = Evaluated(
+            **intervals,
             metric=MetricInfo(name=f"lmms-eval {task}", **of.describe()),
             values={**values},
             counted="questions",
@@ -373,7 +381,6 @@ def _measure_task(answers: Path, original: Path, done: Finished, name: str) -> d
             seconds=done.seconds / len(mine),
             model_seconds=facts.model_seconds / len(mine),
             mean_generated_tokens=facts.mean_generated_tokens,
-            retained_interval=interval,
             answers=answers.name,
             scores=as_columns(of.scores),
         )

@@ -12,24 +12,29 @@ from msgspec.structs import asdict, replace
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
-from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.variants import NO_RECOVERY, prune_runs, recover_runs
+from vlmprune_jax.experiment.spec import Experiment, affecting
+from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, RecoverRun, prune_runs, recover_runs
 from vlmprune_jax.prune.describe import count_carried
+from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.stages.evaluate import evaluate_model, parts_of, write_samples
 from vlmprune_jax.stages.job import Sections, make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
+from vlmprune_jax.stages.recover import RecoverFacts
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import criteria_of
 from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
 from vlmprune_jax.stages.work import Context, Work, teacher_folder
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated
 from vlmprune_jax.workdir.ledger import Finished, Job, differs_only_in
 from vlmprune_jax.workdir.result import (
     RESULT,
+    Control,
     Export,
     Result,
     Run,
+    RunEvaluation,
     benchmark_rows,
     best_run,
     compare,
@@ -87,6 +92,7 @@ class Step:
             outputs=list(stage.outputs),
             model=stage.model,
             evaluated=self.evaluated,
+            control=not self.work.pruned,
         )
 
     def run(self) -> Finished:
@@ -120,7 +126,11 @@ class Pipeline:
         return Work(**{**shared, "model": self.experiment.model, "mesh": self.experiment.mesh, **default, **place})
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps of every prune variant, each followed by those of its recovery variants."""
+        """Yield the steps of every prune variant, each followed by those of its recovery variants.
+
+        A recovery's control comes before the first model that is recovered in this way.
+        """
+        controls = dict[str, Step]()
         for pruned in prune_runs(self.experiment, self.context.workdir):
             variant, recoveries = dataclasses.replace(self, experiment=pruned.experiment), recover_runs(pruned)
             shared = variant._chain("variant", (pruned.name, NO_RECOVERY), pruned.folder, pruned.folder, (), recoveries)
@@ -128,7 +138,37 @@ class Pipeline:
             for run in recoveries:
                 recovery = dataclasses.replace(self, experiment=run.experiment)
                 named = (run.name, run.experiment.recover.name)
-                yield from recovery._chain("recovery", named, pruned.folder, run.folder, shared)
+                known, control = len(controls), recovery._control(run, controls)
+                if control is not None and len(controls) > known:
+                    yield control
+                yield from recovery._chain("recovery", named, pruned.folder, run.folder, shared, control=control)
+
+    def _control(self, run: RecoverRun, known: dict[str, Step]) -> Step | None:
+        """Return the step that trains the unpruned model as this recovery trains the pruned one; None without.
+
+        `known`: the steps so far, by everything that they depend on, to which a new one is added.
+        """
+        spec, workdir = self.experiment, self.context.workdir
+        if not (spec.recover.control and uses_labels(spec.recover.losses)):
+            return None
+        sections, below = self.sections, run.folder.relative_to(run.pruned.folder)
+        if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
+            for section, cache in (("data", "feature_cache"), ("recover", "teacher_cache")):
+                folder = getattr(sections[section], cache)
+                if folder is not None:
+                    changed = {cache: str(Path(folder) / CONTROL)}
+                    sections[section] = dataclasses.replace(sections[section], **changed)
+
+        def step(folder: Path, title: str) -> Step:
+            work = self.work(variant=folder, folder=folder, out=folder / "recovered", recovered=True, pruned=False)
+            return Step("recover", title, spec.recover.name, True, sections, work, ())
+
+        name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
+        first, settings = step(workdir / CONTROL / below, name), affecting("recover", sections)
+        key = content_key(settings, [sections["data"].train, sections["data"].images, sections["model"].hf_dir])
+        taken = any(one.work.folder == first.work.folder for one in known.values())
+        own = step(run.pruned.folder / CONTROL / below, f"{run.pruned.name}-{name}") if taken else first
+        return known.setdefault(key, own)
 
     def _chain(
         self,
@@ -138,6 +178,7 @@ class Pipeline:
         folder: Path,
         before: Sequence[Step],
         recoveries: Sequence[object] = (),
+        control: Step | None = None,
     ) -> list[Step]:
         """Return the steps of one variant; its first model gets the names passed, later ones add their own."""
         found, settings = list[Step](), self.sections
@@ -153,6 +194,7 @@ class Pipeline:
                 out=folder / stage.model,
                 reconstructed="reconstruct" in (name, *(step.stage for step in chain)),
                 recovered=scope == "recovery",
+                control=None if control is None else control.work.out,
             )
             title, recovery = named
             if any(step.makes_model for step in found):
@@ -197,13 +239,19 @@ class Pipeline:
     def make_models(self) -> Result:
         """Run every stage of every variant except the export; return the result without an `export`."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
+        controls, found = list[Control](), dict[Path | None, dict[str, Evaluated]]()
         check_speed(work, spec.speed)
         teacher = self.evaluate_teacher()
         self.note_steps()
         for step in self.steps():
             finished[step] = step.run()
             if step.makes_model and step.evaluated:
-                runs.append(_as_run(step, [finished[one] for one in (*step.before, step)], step.evaluate(), teacher))
+                evaluations = found[step.work.out] = step.evaluate()
+                evaluation = compare(evaluations, teacher, found.get(step.work.control))
+                if step.work.pruned:
+                    runs.append(_as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
+                else:
+                    controls.append(_as_control(step, finished[step], evaluation))
         best = best_run(runs, describe_sets(teacher)).name
         on_process_zero(lambda: write_samples(self.context.workdir, spec.data, spec.evaluate, runs))
         models = {run.name: self.context.workdir / run.path for run in runs}
@@ -215,6 +263,7 @@ class Pipeline:
             sets=describe_sets(teacher),
             teacher=unpruned_of(teacher, unpruned, speeds.get(""), count_carried(work.teacher, work.tower)),
             runs=[replace(run, costs=costs[run.name], speed=speeds.get(run.name)) for run in runs],
+            controls=controls,
             best=best,
             workload=workload,
         )
@@ -224,7 +273,7 @@ class Pipeline:
         context, spec = self.context, self.experiment
         teacher = self.evaluate_teacher()
         self.note_steps()
-        found = {step.path: step.evaluate() for step in self.models()}
+        found = {step.path: (step, step.evaluate()) for step in self.models()}
         on_process_zero(
             lambda: write_samples(context.workdir, spec.data, spec.evaluate, read_unfinished(context.workdir).runs)
         )
@@ -250,7 +299,7 @@ class Pipeline:
         """
         if not self.experiment.speed.rounds:
             raise UserError("speed.rounds is 0: set the number of rounds (--config.speed.rounds=5)")
-        models = {step.name: step.work.out for step in self.models()}
+        models = {step.name: step.work.out for step in self.models() if step.work.pruned}
         if not models:
             raise UserError(f"{self.context.workdir}: no pruned or recovered model yet: run `vlmprune prune` first")
         self._speeds(models)
@@ -271,7 +320,7 @@ class Pipeline:
             self._export_run(best_run(result.runs, result.sets), result)
             return
         made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
-        made = [step for step in made if step.work.folder == workdir]
+        made = [step for step in made if step.work.folder == workdir and step.work.pruned]
         if not made:
             raise UserError(f"{workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
         # Without evaluations there may be a model alone.
@@ -296,38 +345,62 @@ class Pipeline:
         return run_stage("export", work, self.sections)
 
 
-def _renew(teacher: dict[str, Evaluated], found: Mapping[str, dict[str, Evaluated]], context: Context) -> None:
+def _renew(
+    teacher: dict[str, Evaluated], found: Mapping[str, tuple[Step, dict[str, Evaluated]]], context: Context
+) -> None:
     """Write new evaluations to `result.json`; the choice of the best run and its export stay."""
     result = read_result(context.workdir)
-    lacking = [run.path for run in result.runs if run.path not in found]
+    lacking = [one.path for one in result.entries if one.path not in found]
     if lacking:
         context.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
         return
-    runs = [replace(run, evaluation=compare(found[run.path], teacher)) for run in result.runs]
+    by_folder = {step.work.out: evaluations for step, evaluations in found.values()}
+
+    def renewed_of(path: str) -> RunEvaluation:
+        step, evaluations = found[path]
+        return compare(evaluations, teacher, by_folder.get(step.work.control) if step.work.control else None)
+
+    runs = [replace(run, evaluation=renewed_of(run.path)) for run in result.runs]
+    controls = [replace(one, evaluation=renewed_of(one.path)) for one in result.controls]
     unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed, result.teacher.carried)
-    renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs)
+    renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs, controls=controls)
     if renewed != result:
         write_artefact(context.workdir / RESULT, renewed)
         context.say("result.json holds what was found; `vlmprune report` makes its page anew")
 
 
-def _as_run(
-    step: Step, finished: Sequence[Finished], evaluations: dict[str, Evaluated], teacher: dict[str, Evaluated]
-) -> Run:
-    """Return a model's entry in `result.json`, from the results of its stages and its evaluations."""
+def _training(step: Step, trained: RecoverFacts | None) -> dict[str, Any]:
+    """Return the fields of a model's entry in `result.json` that describe its training; {} without training."""
+    if trained is None:
+        return {}
+    metrics = step.work.folder.relative_to(step.work.workdir) / "training" / "metrics.jsonl"
+    return {
+        "data_fraction": step.sections["data"].fraction,
+        "training_records": trained.records,
+        "training_steps": trained.steps,
+        "loss_terms": trained.terms,
+        "metrics": metrics.as_posix() if step.stage == "recover" else None,
+    }
+
+
+def _as_control(step: Step, done: Finished, evaluation: RunEvaluation) -> Control:
+    """Return the entry in `result.json` of an unpruned model that was trained."""
+    return Control(
+        name=step.name,
+        recovery=step.recovery,
+        seconds=done.seconds,
+        path=step.path,
+        evaluation=evaluation,
+        **_training(step, done.facts),
+    )
+
+
+def _as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) -> Run:
+    """Return a model's entry in `result.json`, from the results of its stages and its evaluation."""
     facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
-    plan, trained, settings = facts["prune"], facts.get("recover"), step.sections
-    scores = criteria_of(settings["score"], settings["prune"])
-    folder, variant = (path.relative_to(step.work.workdir) for path in (step.work.folder, step.work.variant))
-    training: dict[str, Any] = {}
-    if trained is not None:
-        training = {
-            "data_fraction": settings["data"].fraction,
-            "training_records": trained.records,
-            "training_steps": trained.steps,
-            "loss_terms": trained.terms,
-            "metrics": (folder / "training" / "metrics.jsonl").as_posix() if step.stage == "recover" else None,
-        }
+    plan, settings = facts["prune"], step.sections
+    scores, variant = criteria_of(settings["score"], settings["prune"]), step.work.variant
+    variant = variant.relative_to(step.work.workdir)
     return Run(
         name=step.name,
         method=plan.method,
@@ -343,6 +416,6 @@ def _as_run(
         plan=(variant / "plan.json").as_posix(),
         scores=[(variant / name).as_posix() for name in scores],
         path=step.path,
-        evaluation=compare(evaluations, teacher),
-        **training,
+        evaluation=evaluation,
+        **_training(step, facts.get("recover")),
     )

@@ -132,12 +132,14 @@ def _about(step: Step) -> Iterator[str]:
             config = recover_config(spec).fit_records(len(records), row_ways(step.work.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
-            if steps < FEW_STEPS:
+            if steps < FEW_STEPS and step.work.pruned:
                 counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
+    if not step.work.pruned:
+        counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
     yield f"{step.job.name}{counted}"
 
 
@@ -175,7 +177,7 @@ def _check_disk(work: Work, steps: list[Step], *, exported: bool) -> None:
     """Refuse a run if the disk cannot hold the models still to be written; checkpoints of training are not counted."""
     size, needed = _weights(work), [0]
     for step in steps:
-        ratio = step.sections["prune"].ratio
+        ratio = step.sections["prune"].ratio if step.work.pruned else 0.0
         if step.makes_model and not step.work.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
     check_space(work.workdir / "models", sum(needed) + (max(needed) if exported else 0))

@@ -25,8 +25,9 @@ from vlmprune_jax.export.write import save
 from vlmprune_jax.hf import lazy
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.hf.read import load, read_config
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune import PrunePlan, fingerprint, keep_everything
 from vlmprune_jax.workdir.store import Store
 
 
@@ -79,8 +80,9 @@ class Work(Context):
     where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
     from, the last one made in `variant`, at first the unpruned one. `out`: the folder of the model that the stage
     makes. `part`: of a stage that works in parts, the name of one. `models`: all models of the run by name, for stages
-    that compare them. `loaded`: models that several parts share. `reconstructed`, `recovered`, `benchmarks`: for the
-    card of a model.
+    that compare them. `loaded`: models that several parts share. `pruned`: False for a control, the unpruned model that
+    is trained like pruned ones; `control`: the control's folder, for a recovered model that has one. `reconstructed`,
+    `recovered`, `benchmarks`: for the card of a model.
     """
 
     model: ModelSpec
@@ -92,6 +94,8 @@ class Work(Context):
     part: str = ""
     models: Mapping[str, Path] = field(default_factory=dict)
     loaded: dict[Path, Model] | None = None
+    pruned: bool = True
+    control: Path | None = None
     reconstructed: bool = False
     recovered: bool = False
     benchmarks: Sequence[Sequence[str]] = ()
@@ -125,7 +129,10 @@ class Work(Context):
 
     @property
     def plan(self) -> PrunePlan:
-        """Prune plan of the prune variant."""
+        """Prune plan of the prune variant; of a control, one that keeps everything."""
+        if not self.pruned:
+            whole = self.open_model(self.teacher)
+            return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))
         return PrunePlan.from_json(self.variant / "plan.json")
 
     def load(self, folder: Path, parts: Collection[str] = PARTS) -> Model:
@@ -155,7 +162,7 @@ class Work(Context):
             self.out,
             source_dir=self.start,
             dtype=self.model.dtype,
-            plan=self.plan,
+            plan=self.plan if self.pruned else None,
             name=model_name(self.teacher),
             reconstructed=self.reconstructed,
             recovered=self.recovered,

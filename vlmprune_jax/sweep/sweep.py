@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import SharedError, Stopped, UserError, error_cont
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.variants import check_experiment
+from vlmprune_jax.experiment.variants import CONTROL, check_experiment
 from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.sweep.hyper import SweepRun
@@ -238,7 +238,7 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """Print the runs with their state, and by stage which run computes a shared result (predicted from settings)."""
-    stages = [name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")]
+    stages = [*(name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")), CONTROL]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
     made, rows = dict.fromkeys(stages, 0), []
@@ -263,5 +263,6 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     placed = dataclasses.replace(run.experiment, data=data)
     for step in Pipeline(placed, sweep.context(run, reporter)).steps():
         files, before = sorted(map(str, files_elsewhere(step.job).values())), [keys[one.stage] for one in step.before]
-        keys[step.stage] = content_key(step.stage, step.job.settings, files, before)
+        stage = step.stage if step.work.pruned else CONTROL
+        keys[stage] = content_key(step.stage, step.job.settings, files, before)
     return keys

@@ -56,6 +56,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     `scores` holds one number per question for each score of the metric, None where a question has none. `answers` is
     the name of the file beside it that holds the answers. `retained_interval` is the 95 % interval of the retained
     percentage (paired bootstrap); None for the unpruned model, or if it would take long or the unpruned model scores 0.
+    `control_interval` is the same relative to the model's control, the unpruned model after the same recovery.
     """
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
@@ -70,6 +71,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None
     retained_interval: tuple[float, float] | None = None
+    control_interval: tuple[float, float] | None = None
     answers: str = ""
     scores: dict[str, list[float | None]] = {}
 

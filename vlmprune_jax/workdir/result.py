@@ -54,14 +54,26 @@ class ModelEvaluation(Part, frozen=True, kw_only=True):
         return self.scores.get(name, {}).get(sets[name].main)
 
 
+class OfControl(Part, frozen=True, kw_only=True):
+    """Retention of a recovered model relative to its control, the unpruned model after the same recovery.
+
+    `scores` are the control's metric values by set and name; the others mean the same as in `RunEvaluation`.
+    """
+
+    scores: dict[str, Values]
+    retained: dict[str, float | None]
+    retained_interval: dict[str, tuple[float, float]] = {}
+    mean_of_ratios: float | None
+
+
 class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
-    """Metric values of a pruned model, and retention relative to the unpruned model.
+    """Metric values of a pruned model, and retention relative to the unpruned model and to its control.
 
     `retained` is 100 * value / the unpruned model's value by set, inverted where lower is better; None where that is 0.
     `retained_interval`: see `Evaluated`; only sets that have one. `mean_of_ratios` is the mean of `retained`, and
     `paper_average` AVG-% of arXiv 2604.24380: 100 * sum of value / full over the same sum of the unpruned model. Both
     are over the sets whose metric has a full score (perplexity only without any such set) and on which the unpruned
-    model does not score 0; None over no set.
+    model does not score 0; None over no set. `control` is None without training, or if no control was trained.
     """
 
     retained: dict[str, float | None]
@@ -69,6 +81,12 @@ class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
     mean_of_ratios: float | None
     paper_average: float | None
     seconds: float
+    control: OfControl | None = None
+
+    @property
+    def main_retention(self) -> float | None:
+        """Mean retention relative to the control, or to the unpruned model if there is no control."""
+        return self.mean_of_ratios if self.control is None else self.control.mean_of_ratios
 
 
 class Costs(Part, frozen=True, kw_only=True):
@@ -99,6 +117,26 @@ class Unpruned(Part, frozen=True, kw_only=True):
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
+
+
+class Control(Part, frozen=True, kw_only=True):
+    """Entry of an unpruned model that was trained as pruned ones are; fields are those of `Run`."""
+
+    name: str
+    recovery: str
+    data_fraction: Finite = 0.0
+    training_records: Count | None = None
+    training_steps: Count | None = None
+    loss_terms: dict[str, str] = {}
+    seconds: float | None
+    metrics: str | None = None
+    path: str
+    evaluation: RunEvaluation
+
+    @property
+    def label(self) -> str:
+        """Readable name of the model, such as "unpruned, SFT"."""
+        return f"{UNPRUNED}, {recovery_label(self.recovery, reconstructed=False)}"
 
 
 class Run(Part, frozen=True, kw_only=True):
@@ -165,6 +203,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     sets: Annotated[dict[str, Set], Meta(min_length=1, max_length=1000)]
     teacher: Unpruned
     runs: Annotated[list[Run], Meta(min_length=1, max_length=10_000)]
+    controls: Annotated[list[Control], Meta(max_length=10_000)] = []
     best: str
     export: Export | None = None
     workload: Workload | None = None
@@ -179,22 +218,28 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
             if missing or unknown:
                 return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
         home = os.path.realpath(folder)
-        named = (path for run in self.runs for path in (run.plan, *run.scores, run.metrics, run.path))
+        named = [path for run in self.runs for path in (run.plan, *run.scores)]
+        named += [path for one in self.entries for path in (one.path, one.metrics) if path is not None]
         for path in dict.fromkeys(named):
-            if path is not None and ("\0" in path or not Path(os.path.realpath(folder / path)).is_relative_to(home)):
+            if "\0" in path or not Path(os.path.realpath(folder / path)).is_relative_to(home):
                 return f"{path!r} lies outside the workdir"
         return None
 
     @property
-    def models(self) -> list[tuple[str, Unpruned | Run]]:
-        """All models by name, unpruned model first."""
-        return [(UNPRUNED, self.teacher), *((run.name, run) for run in self.runs)]
+    def entries(self) -> list[Control | Run]:
+        """All models but the unpruned one: controls, then pruned models."""
+        return [*self.controls, *self.runs]
+
+    @property
+    def models(self) -> list[tuple[str, Unpruned | Control | Run]]:
+        """All models by name: the unpruned one, controls, and pruned ones."""
+        return [(UNPRUNED, self.teacher), *((one.name, one) for one in self.entries)]
 
     @property
     def labels(self) -> dict[str, str]:
-        """Readable names of all models, by name; runs with equal labels get their names appended."""
-        counts = Counter(run.label for run in self.runs)
-        labels = {run.name: run.label + ("" if counts[run.label] == 1 else f" ({run.name})") for run in self.runs}
+        """Readable names of all models, by name; models with equal labels get their names appended."""
+        counts = Counter(one.label for one in self.entries)
+        labels = {one.name: one.label + ("" if counts[one.label] == 1 else f" ({one.name})") for one in self.entries}
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:
@@ -244,8 +289,11 @@ def unpruned_of(
     return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
 
 
-def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
-    """Compare a model with the unpruned one; with different vocabularies, perplexities by bits per byte."""
+def compare(evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None) -> RunEvaluation:
+    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets.
+
+    Perplexities of models with different vocabularies are compared by bits per byte.
+    """
     sets, scores, original = describe_sets(teacher), _values(evaluations), _values(teacher)
     for name, text in sets.items():
         if text.counted == "tokens" and evaluations[name].count != text.count and BITS in scores[name]:
@@ -263,6 +311,18 @@ def compare(evaluations: Evaluations, teacher: Evaluations) -> RunEvaluation:
         mean_of_ratios=mean_of_ratios(ours, theirs) if theirs else None,
         paper_average=paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
         seconds=round(sum(of.seconds for of in evaluations.values()), 2),
+        control=None if control is None or control.keys() != teacher.keys() else _of_control(evaluations, control),
+    )
+
+
+def _of_control(evaluations: Evaluations, control: Evaluations) -> OfControl:
+    found = compare(evaluations, control)
+    intervals = {name: of.control_interval for name, of in evaluations.items() if of.control_interval is not None}
+    return OfControl(
+        scores=_values(control),
+        retained=found.retained,
+        retained_interval=intervals,
+        mean_of_ratios=found.mean_of_ratios,
     )
 
 
@@ -306,24 +366,26 @@ def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return rows of the model card: set, both models' scores, retained %, interval; then rows of speeds."""
-    rows = [
-        (
-            f"{name} ({of.name}): {of.label}, {of.size}",
-            of.show(teacher.evaluation.main(name, sets), unit=False),
-            of.show(run.evaluation.main(name, sets), unit=False),
-            percent(run.evaluation.retained.get(name)),
-            interval(run.evaluation, name),
-        )
-        for name, of in sets.items()
-    ]
+    """Return rows of the model card: set, both models' scores, retained %, interval; then rows of speeds.
+
+    After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
+    """
+    rows, control = list[tuple[str, str, str, str, str]](), run.evaluation.control
+    for name, of in sets.items():
+        title, ours = f"{name} ({of.name}): {of.label}, {of.size}", of.show(run.evaluation.main(name, sets), unit=False)
+        before = of.show(teacher.evaluation.main(name, sets), unit=False)
+        rows.append((title, before, ours, percent(run.evaluation.retained.get(name)), interval(run.evaluation, name)))
+        if control is not None:
+            alike = of.show(control.scores[name].get(of.main), unit=False)
+            kept = percent(control.retained.get(name)), interval(control, name)
+            rows.append((f"{name}, unpruned model after the same recovery", alike, ours, *kept))
     if run.speed is not None and teacher.speed is not None:
-        for what, before, after in (
+        for what, slow, fast in (
             ("prompt", teacher.speed.prefill, run.speed.prefill),
             ("generated", teacher.speed.decode, run.speed.decode),
         ):
             label = f"{what} tokens per second, our forward on the machine of the run"
-            rows.append((label, f"{before:,.0f}", f"{after:,.0f}", percent(100 * after / before), ""))
+            rows.append((label, f"{slow:,.0f}", f"{fast:,.0f}", percent(100 * fast / slow), ""))
     return rows
 
 
@@ -332,7 +394,7 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def interval(evaluation: RunEvaluation, name: str) -> str:
+def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
     """Return the retention interval on a set as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
     return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"

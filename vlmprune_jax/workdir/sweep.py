@@ -134,12 +134,16 @@ def read_sweep(workdir: Path) -> SweepResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Models that differ only in seeds; `retained` is their mean retention (%), and its 95 % interval."""
+    """Models that differ only in seeds, with their mean retention (%) and its 95 % interval.
+
+    `retained` is relative to the unpruned model, `of_control` to the unpruned model after the same recovery.
+    """
 
     name: str
     labels: Mapping[str, str]
     models: Sequence[SweptModel]
     retained: tuple[float, float, float] | None
+    of_control: tuple[float, float, float] | None = None
 
     @property
     def first(self) -> SweptModel:
@@ -166,9 +170,17 @@ def groups_of(sweep: SweepResult) -> list[Group]:
     for name, entries in found.items():
         labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
         models = [entry.found for entry in entries if entry.found is not None]
-        kept = [value for one in models if (value := one.evaluation.mean_of_ratios) is not None]
-        groups.append(Group(name, labels, models, interval_of_mean(kept) if len(kept) == len(models) else None))
+        retained = [one.evaluation.mean_of_ratios for one in models]
+        controls = [one.evaluation.control for one in models]
+        of_control = [None if one is None else one.mean_of_ratios for one in controls]
+        groups.append(Group(name, labels, models, _mean_of_all(retained), _mean_of_all(of_control)))
     return groups
+
+
+def _mean_of_all(values: Sequence[float | None]) -> tuple[float, float, float] | None:
+    """Return the mean with its 95 % interval over seeds; None if a value is unknown."""
+    known = [value for value in values if value is not None]
+    return interval_of_mean(known) if len(known) == len(values) else None
 
 
 def as_csv(sweep: SweepResult) -> str:
@@ -181,7 +193,7 @@ def as_csv(sweep: SweepResult) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     entry = ("name", "run", "group", "seed", "status", "error")
-    scores = ("evaluation_seconds", "retained", "paper_average")
+    scores = ("evaluation_seconds", "retained", "of_control", "paper_average")
     lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts]))
     for one in sweep.models:
         row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
@@ -193,7 +205,8 @@ def as_csv(sweep: SweepResult) -> str:
 
 
 def _scores(evaluation: RunEvaluation, sets: Sets) -> Iterator[float | None]:
-    yield from (evaluation.seconds, evaluation.mean_of_ratios, evaluation.paper_average)
+    of_control = None if evaluation.control is None else evaluation.control.mean_of_ratios
+    yield from (evaluation.seconds, evaluation.mean_of_ratios, of_control, evaluation.paper_average)
     for name in sets:
         ends = evaluation.retained_interval.get(name) or (None, None)
         yield from (evaluation.main(name, sets), evaluation.retained.get(name), *ends)

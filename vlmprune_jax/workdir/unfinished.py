@@ -15,7 +15,7 @@ from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
-from vlmprune_jax.workdir.result import Result, Run, compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.result import Control, Result, Run, compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.speed import read_speed
 
 STEPS = ".stages/steps.json"
@@ -26,6 +26,7 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 class StepRecord(Part, frozen=True, kw_only=True):
     """Record of one step of a run. `name` and `recovery` describe its model; `evaluated`: that model is evaluated.
 
+    `control`: the model is an unpruned one that is trained for comparison.
     `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
     are patterns in `folder`, and `model` is the folder of the model there, "" if the stage makes none.
     """
@@ -39,6 +40,7 @@ class StepRecord(Part, frozen=True, kw_only=True):
     outputs: list[str] = []
     model: str = ""
     evaluated: bool = True
+    control: bool = False
 
     @property
     def path(self) -> Path:
@@ -121,7 +123,9 @@ def read_unfinished(workdir: Path) -> Unfinished:
     teacher, steps = evaluations_of(workdir, TEACHER), read_steps(workdir)
     if not teacher and not any(step.is_done(workdir) for step in steps):
         raise UserError(f"{workdir}: nothing of a run is here: run `vlmprune run` first")
-    planned = [step for step in steps if step.model and (workdir / step.variant / "plan.json").is_file()]
+    planned = [
+        step for step in steps if step.model and (step.control or (workdir / step.variant / "plan.json").is_file())
+    ]
     models = [step for step in planned if (workdir / step.path).is_dir()]
     evaluations = {step.path: evaluations_of((workdir / step.path).parent, step.model) for step in models}
     sets = teacher
@@ -131,10 +135,12 @@ def read_unfinished(workdir: Path) -> Unfinished:
     if sets:
         measured = read_speed(workdir)
         speeds = {} if measured is None else measured.medians()
-        runs = [_run(step, evaluations[step.path], sets, workdir) for step in models if evaluations[step.path]]
+        known = [step for step in models if evaluations[step.path]]
+        runs = [_run(step, evaluations[step.path], sets, workdir) for step in known if not step.control]
         runs = [msgspec.structs.replace(run, speed=speeds.get(run.name)) for run in runs]
         unpruned = unpruned_of(sets, speed=speeds.get(""))
-        result = Result(sets=describe_sets(sets), teacher=unpruned, runs=runs, best="")
+        controls = [_control(step, evaluations[step.path], sets, workdir) for step in known if step.control]
+        result = Result(sets=describe_sets(sets), teacher=unpruned, runs=runs, controls=controls, best="")
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
     missing = [(what, _COMMAND.format(name, workdir)) for what, name in _missing(steps, bool(teacher), left, workdir)]
     return Unfinished(result, [_variant(step, workdir) for step in steps if step.stage == "prune"], missing)
@@ -151,8 +157,26 @@ def _variant(step: StepRecord, workdir: Path) -> Variant:
     return Variant(name=step.name, method=method, plan=path, scores=_scores(step, workdir))
 
 
+def _metrics(step: StepRecord, workdir: Path) -> str | None:
+    metrics = Path(step.folder) / "training" / "metrics.jsonl"
+    return metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None
+
+
+def _control(
+    step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[str, Evaluated], workdir: Path
+) -> Control:
+    return Control(
+        name=step.name,
+        recovery=step.recovery,
+        seconds=None,
+        metrics=_metrics(step, workdir),
+        path=step.path.as_posix(),
+        evaluation=compare({key: evaluations[key] for key in sets}, sets),
+    )
+
+
 def _run(step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[str, Evaluated], workdir: Path) -> Run:
-    path, metrics = Path(step.variant) / "plan.json", Path(step.folder) / "training" / "metrics.jsonl"
+    path = Path(step.variant) / "plan.json"
     plan = PrunePlan.from_json(workdir / path)
     return Run(
         name=step.name,
@@ -166,7 +190,7 @@ def _run(step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[s
         seconds=None,
         plan=path.as_posix(),
         scores=_scores(step, workdir),
-        metrics=metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None,
+        metrics=_metrics(step, workdir),
         path=step.path.as_posix(),
         evaluation=compare({key: evaluations[key] for key in sets}, sets),
     )
