@@ -4,11 +4,12 @@
       --config.model.hf_dir=DIR/Bunny-v1_0-3B --config.data.train=DIR/bunny_695k.json \
       --config.data.images=DIR --config.data.eval=DIR/questions.json
 
-Variants are METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
+Variants: METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
 32 layers as in the paper, 12, 25, 37 and 49 % of the whole model; other ratios are shares
 of the whole model.
 width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 2 and 31 are not
 pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
+`:width,0.3,reconstruct` also reconstructs, and `,benchmarks` evaluates on the paper's nine benchmarks (lmms-eval).
 
 data/ has bunny_695k.json and images/; or set --config.data.train=tfds:DIR. 5 % of the data are 34,749 records.
 
@@ -46,9 +47,7 @@ def get_config(variant: str = "depth,0.3") -> ConfigDict:
     config.data.group_by = "modality_length"
     config.data.length_buckets = (1024, 1536, 2048)
 
-    cut = paper_cut(variant, longest_text=64)
-    config.score = cut["score"]
-    config.prune = cut["prune"]
+    config.update(paper_cut(variant, longest_text=64))
     config.recover.accumulation = 2  # one row of 2,048 tokens per chip on 64 chips
 
     config.evaluate.batch_size = 64

@@ -4,11 +4,12 @@
       --config.model.hf_dir=DIR/llava-1.5-7b-hf --config.data.train=DIR/llava_v1_5_mix665k.json \
       --config.data.images=DIR --config.data.eval=DIR/questions.json
 
-Variants are METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
+Variants: METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
 32 layers as in the paper, 14, 29, 43 and 57 % of the whole model; other ratios are shares
 of the whole model.
 width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 2 and 31 are not
 pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
+`:width,0.3,reconstruct` also reconstructs, and `,benchmarks` evaluates on the paper's nine benchmarks (lmms-eval).
 
 data/ has llava_v1_5_mix665k.json and the folders of its images (coco, gqa, ocr_vqa, textvqa, vg); or set
 --config.data.train=tfds:DIR. 5 % of the data are 33,264 records. docs/how-to/run-on-a-pod.md is the walkthrough.
@@ -47,9 +48,7 @@ def get_config(variant: str = "depth,0.3") -> ConfigDict:
     config.data.group_by = "modality_length"
     config.data.length_buckets = (768, 1024, 1536, 2048)
 
-    cut = paper_cut(variant)
-    config.score = cut["score"]
-    config.prune = cut["prune"]
+    config.update(paper_cut(variant))
     config.recover.accumulation = 2  # one row of 2,048 tokens per chip on 64 chips
 
     config.evaluate.batch_size = 64

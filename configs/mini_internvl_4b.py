@@ -4,11 +4,12 @@
       --config.model.hf_dir=DIR/Mini-InternVL-Chat-4B-V1-5 --config.data.train=DIR/data.json \
       --config.data.images=DIR --config.data.eval=DIR/questions.json
 
-Variants are METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
+Variants: METHOD,RATIO. depth: whole layers by Block Influence; 0.15, 0.3, 0.45 and 0.6 remove 5, 10, 15 and 20 of
 32 layers as in the paper, 14, 27, 41 and 55 % of the whole model; other ratios are shares
 of the whole model.
 width: heads and neurons by first-order Taylor importance, as a share of the whole model; layers 0 to 3, 30 and 31 are
 not pruned. `:width,0.3,uniform` prunes all layers equally, so that stock transformers loads the model at its true size.
+`:width,0.3,reconstruct` also reconstructs, and `,benchmarks` evaluates on the paper's nine benchmarks (lmms-eval).
 
 data/ has the hub's internvl_1_2_finetune_custom.json and its data sets (1,110,107 records); or use a JSON Lines file or
 tfds:DIR. 5 % of the data are 55,505 records. The reference code has no recovery on 5 % of these data.
@@ -51,9 +52,7 @@ def get_config(variant: str = "depth,0.3") -> ConfigDict:
     config.data.group_by = "length"
     config.data.length_buckets = (1024, 2048, 3072, 4096)
 
-    cut = paper_cut(variant, attn_layers=(4, 30))
-    config.score = cut["score"]
-    config.prune = cut["prune"]
+    config.update(paper_cut(variant, attn_layers=(4, 30)))
     config.recover.accumulation = 2  # one row of 4,096 tokens on each of 64 chips
 
     config.evaluate.batch_size = 64

@@ -53,12 +53,13 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
     ("variant", "message"),
     [
         ("deph,0.3", "'deph' is not one of depth, width; did you mean 'depth'?"),
-        ("depth", "variant 'depth' must be METHOD,RATIO"),
-        ("depth,much", "variant 'depth,much' must be METHOD,RATIO"),
+        ("depth", "variant 'depth' must be METHOD,TARGET"),
+        ("depth,much", "variant 'depth,much' must be METHOD,TARGET"),
         ("width,1.5", "ratio of the variant=1.5 must be at least 0 and below 1"),
         ("width,nan", "ratio of the variant=nan must be"),
-        ("width,0.3,even", "'even' is not one of uniform"),
-        ("depth,0.3,uniform", "layers of the variant 'uniform'"),
+        ("width,0.3,even", "'even' is not one of reconstruct, benchmarks, uniform"),
+        ("depth,0.3,uniform", "option of the variant 'uniform'"),
+        ("width,5layers", "variant 'width,5layers' must be METHOD,TARGET"),
     ],
 )
 def test_variants_that_are_none(variant, message):
@@ -70,3 +71,20 @@ def test_variants_that_are_none(variant, message):
 def test_other_ratios_are_shares_of_the_whole_model():
     assert paper_cut("depth,0.2")["prune"] == {"method": "depth", "ratio": 0.2}
     assert paper_cut("depth,0.30")["prune"] == {"method": "depth", "layers_removed": 10}
+    assert paper_cut("depth,5layers")["prune"] == {"method": "depth", "layers_removed": 5}
+
+
+def test_options_of_a_variant():
+    sections = paper_cut("width,0.3,uniform,reconstruct,benchmarks")
+    assert sections["reconstruct"] == {"method": "least_squares"}
+    assert len(sections["evaluate"]["tasks"]) == 8  # nine scores: MME has two
+    assert "attn_layers" not in sections["prune"]
+
+
+def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["qwen3vl"]))
+    experiment = read_experiment(loaded(ROOT / "configs/qwen3vl_8b.py").get_config("depth,5layers,reconstruct"))
+    assert experiment.reconstruct.method == "least_squares"
+    check_experiment(experiment, tmp_path)
+    kept = predict_plan(experiment, read_config(tmp_path)[1]).kept_layers
+    assert (len(kept), kept[:3]) == (31, (0, 1, 2))

@@ -12,6 +12,8 @@ from vlmprune_jax.families import FAMILIES
 # Layers that the paper's code removes of 32 for the ratios of its tables, which are nominal: 12 to 14 % of the whole
 # model for 15 %, and so on.
 PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
+# The paper's nine benchmarks, MME's two scores counted apart, as tasks of lmms-eval.
+PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d", "mme", "pope", "docvqa_val", "gqa")
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:
@@ -34,12 +36,14 @@ def paper_cut(
     mlp_layers: tuple[int, int] = (4, 30),
     longest_text: int = 128,
 ) -> dict[str, dict[str, Any]]:
-    """Return sections `score` and `prune` for a pruning setup of the paper: "depth,0.3", "width,0.3,uniform".
+    """Return the sections of a config that a variant METHOD,TARGET[,OPTION...] sets, as {section: settings}.
 
-    Depth goes by Block Influence of 50 records; the ratios of the tables are numbers of layers (`PAPER_LAYERS`), others
-    shares of the whole model. Width goes by first-order Taylor importance of 10 records, by shares of the whole model;
-    the first and last layers stay whole, but with "uniform", which stock transformers loads at its true size. The
-    ranges of the reference's example script, [3, 21) and [3, 20), cannot give the published 60 %; these can.
+    "depth,0.3" removes layers by Block Influence of 50 records: the ratios of the paper's tables are numbers of layers
+    (`PAPER_LAYERS`), others shares of the whole model; "depth,5layers" gives the number. "width,0.3" goes by
+    first-order Taylor importance of 10 records, as a share of the whole model; the first and last layers are not pruned
+    except with the option "uniform", which stock transformers loads at its true size. The ranges of the reference's
+    example script, [3, 21) and [3, 20), cannot give the published 60 %; these can. The option "reconstruct" adds
+    reconstruction before the recovery, and "benchmarks" evaluates on the paper's nine benchmarks (`PAPER_TASKS`).
 
     Args:
       attn_layers, mlp_layers: layers that lose heads and neurons, half-open, of 32.
@@ -48,23 +52,34 @@ def paper_cut(
     Raises:
       UserError: another form, an unknown method or option, a ratio outside of 0 to 1.
     """
-    method, _, rest = variant.partition(",")
-    text, comma, layers = rest.partition(",")
+    method, target, *options = variant.split(",") if "," in variant else (variant, "")
     one_of("method of the variant", method, ("depth", "width"))
-    try:
-        ratio = fraction("ratio of the variant", float(text))
-    except ValueError:
-        raise UserError(f"variant {variant!r} must be METHOD,RATIO, as depth,0.3 or width,0.45") from None
-    if comma:
-        one_of("layers of the variant", layers, ("uniform",) if method == "width" else ())
+    known = ("reconstruct", "benchmarks", *(("uniform",) if method == "width" else ()))
+    for option in options:
+        one_of("option of the variant", option, known)
+    sections = {
+        **({"reconstruct": {"method": "least_squares"}} if "reconstruct" in options else {}),
+        **({"evaluate": {"tasks": PAPER_TASKS}} if "benchmarks" in options else {}),
+    }
+    goal = _target(variant, method, target)
     if method == "depth":
-        target = {"layers_removed": PAPER_LAYERS[ratio]} if ratio in PAPER_LAYERS else {"ratio": ratio}
-        return {
-            "score": {"samples": 50, "batch_size": 1},
-            "prune": {"method": "depth", **target},
-        }
-    ranges = {} if layers else {"attn_layers": attn_layers, "mlp_layers": mlp_layers}
+        return {"score": {"samples": 50, "batch_size": 1}, "prune": {"method": "depth", **goal}, **sections}
+    ranges = {} if "uniform" in options else {"attn_layers": attn_layers, "mlp_layers": mlp_layers}
     return {
         "score": {"reduction": "sum", "longest_text": longest_text, "samples": 10, "batch_size": 10},
-        "prune": {"method": "width", "ratio": ratio, "heads": "proportional", **ranges},
+        "prune": {"method": "width", "heads": "proportional", **goal, **ranges},
+        **sections,
     }
+
+
+def _target(variant: str, method: str, target: str) -> dict[str, Any]:
+    layers = target.removesuffix("layers")
+    if method == "depth" and layers != target and layers.isascii() and layers.isdecimal():
+        return {"layers_removed": int(layers)}
+    try:
+        ratio = fraction("ratio of the variant", float(target))
+    except ValueError:
+        raise UserError(
+            f"variant {variant!r} must be METHOD,TARGET, as depth,0.3, depth,5layers or width,0.45"
+        ) from None
+    return {"layers_removed": PAPER_LAYERS[ratio]} if method == "depth" and ratio in PAPER_LAYERS else {"ratio": ratio}
