@@ -89,6 +89,14 @@ def test_numbers_that_cannot_be(path, fields, said):
     assert len(str(error.value)) < 2500
 
 
+def test_a_dtype_of_the_future_can_be_copied_but_not_read(path):
+    header(path, dtype="F6_E3M2")
+    entry = read_header(path)["name"]
+    assert entry.raw().tolist() == [0] * 8
+    with pytest.raises(UserError, match=r"tensor name has dtype F6_E3M2, whose values cannot be read \(known: F64"):
+        entry.array()
+
+
 def test_many_names_one_of_them_twice(path):
     """Found in one pass over the names."""
     one = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'

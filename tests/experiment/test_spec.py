@@ -130,7 +130,7 @@ PRUNE = named(
 RECOVER = named(
     "recover",
     "trainable epochs steps batch_size accumulation learning_rate projector_learning_rate weight_decay schedule "
-    "warmup_ratio b1 b2 eps clip_norm compute_dtype remat lora save_adapter losses teacher_top_k seed",
+    "warmup_ratio b1 b2 eps clip_norm compute_dtype quantize remat lora save_adapter losses teacher_top_k seed",
 )
 RECONSTRUCT = named(
     "reconstruct",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.core.stack import LayerShape, Stack
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
@@ -210,6 +210,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
+    rounding: Rounding | None = None
     tower: bool = True
     video_token_id: int | None = None
 

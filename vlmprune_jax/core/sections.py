@@ -48,6 +48,18 @@ class MeshSpec:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Rounding of the decoder's matrices in training: `bits`, values that share a scale (0 = a row), inputs to 8 bits.
+
+    The fields are those of `CompressedTensors`, without zero points.
+    """
+
+    bits: int
+    group: int = 0
+    activations: bool = False
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Settings of low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
 

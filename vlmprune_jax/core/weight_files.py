@@ -84,11 +84,19 @@ class Entry:
 
     def array(self) -> np.ndarray:
         """Return the tensor as an array of its shape."""
-        return self.raw().view(FILE_DTYPES[self.dtype]).reshape(self.shape)
+        return self.raw().view(self._kind()).reshape(self.shape)
+
+    def _kind(self) -> np.dtype:
+        if self.dtype not in FILE_DTYPES:
+            raise UserError(
+                f"{self.file}: tensor {self.key} has dtype {self.dtype}, whose values cannot be read (known: "
+                f"{', '.join(FILE_DTYPES)})"
+            )
+        return FILE_DTYPES[self.dtype]
 
     def values(self, first: int, count: int) -> np.ndarray:
         """Return `count` values, starting at flat index `first`."""
-        dtype = FILE_DTYPES[self.dtype]
+        dtype = self._kind()
         return self._read(self.begin + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def extent(self, first: int, size: int) -> Extent:
@@ -97,7 +105,7 @@ class Entry:
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Return the values at these flat indices, with one read per value."""
-        values = np.empty(positions.shape, FILE_DTYPES[self.dtype])
+        values = np.empty(positions.shape, self._kind())
         flat, size = values.reshape(-1).view(np.uint8).data, values.itemsize
         with open_file(self.file) as file:
             advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")
@@ -111,7 +119,7 @@ class Entry:
         The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
         would kill the process.
         """
-        dtype = FILE_DTYPES[self.dtype]
+        dtype = self._kind()
         room = memoryview(bytearray(max(end - begin for begin, end in itertools.pairwise(cuts)) * dtype.itemsize))
         with open_file(self.file) as file:
             for begin, end in itertools.pairwise(cuts):

@@ -57,7 +57,7 @@ def paper_cut(
     known = ("reconstruct", "benchmarks", *(("uniform",) if method == "width" else ()))
     for option in options:
         one_of("option of the variant", option, known)
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         **({"reconstruct": {"method": "least_squares"}} if "reconstruct" in options else {}),
         **({"evaluate": {"tasks": PAPER_TASKS}} if "benchmarks" in options else {}),
     }

@@ -21,6 +21,7 @@ from vlmprune_jax.experiment.arguments import (
     recover_config,
 )
 from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
@@ -163,6 +164,17 @@ def _check_target(config: PruneSpec) -> None:
             slice_of(config.budget.slice)
 
 
+def _check_rounding(quantize: str, export: ExportSpec) -> None:
+    """Refuse an export whose rounding is not the one that the recovery trains through."""
+    same = export.quantize == quantize and export.group_size is None and export.symmetric
+    if quantize != "none" and export.quantize != "none" and not same:
+        raise UserError(
+            f'recover.quantize="{quantize}" trains for export.quantize="{quantize}" with its default group size and '
+            f'symmetric=True, not for quantize="{export.quantize}", group_size={export.group_size}, '
+            f"symmetric={export.symmetric}: make them equal"
+        )
+
+
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
     """Refuse, at the start, settings that a stage of any variant would refuse hours later.
 
@@ -186,5 +198,6 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
         for run in recoveries:
             changed = run.experiment
             recover_config(changed.recover)
+            _check_rounding(changed.recover.quantize, changed.export)
             if evaluation_sets(changed.data, changed.evaluate) != sets or changed.evaluate.tasks != tasks:
                 raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")

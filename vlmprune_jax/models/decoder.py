@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.core.stack import runs
 from vlmprune_jax.models.attention import attention_mask, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
+from vlmprune_jax.models.rounding import rounded_product
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vocabulary import Head
 
@@ -64,10 +65,14 @@ class Decoder(BlockStack):
 
     cfg: TextConfig
 
-    def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None):
+    def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, rounding: Rounding | None = None):
         # parameters are named as in Hugging Face's classes: Llama's, or Phi's of parallel blocks
         out, self.norm_name = ("dense", "final_layernorm") if cfg.block == "parallel" else ("o_proj", "norm")
         super().__init__(cfg, Names("embed", ("input_layernorm", "post_attention_layernorm"), out), lora)
+        if rounding is not None:
+            for _, part in nnx.iter_modules(self.layers):
+                if isinstance(part, Projection):
+                    part.product = rounded_product(rounding)
         self.embed_tokens = Table(cfg)
         sizes = {"embed": cfg.hidden_size}
         setattr(self, self.norm_name, Norm(sizes, "embed", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset))

@@ -70,7 +70,7 @@ class VisionLanguageModel(nnx.Module):
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
-        self.text = Decoder(cfg.text, cfg.lora)
+        self.text = Decoder(cfg.text, cfg.lora, cfg.rounding)
         if cfg.vision is not None and cfg.projector is not None:
             if cfg.tower:
                 self.vision = VisionTower(cfg.vision)

@@ -197,6 +197,12 @@ class RecoverConfig:
         "Data type of the forward and backward passes; trained parameters always have float32 master copies.",
         choices=COMPUTE_DTYPES,
     )
+    quantize: str = recover_setting(
+        "none",
+        "Train through the rounding of an export to integers (`export.quantize`, symmetric and with its default group "
+        "size): the forward pass rounds the decoder's matrices, and for w8a8 their inputs; not for adapters.",
+        choices=("none", "w4a16", "w8a16", "w8a8"),
+    )
     remat: str = recover_setting(
         "dots",
         'Recomputation in the backward pass to save memory: none ("none"), everything but matrix products ("dots"), '
@@ -222,6 +228,11 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         check_settings("recover", self)
         resolve_rules(self.trainable)
+        if self.quantize != "none" and self.adapters is not None:
+            raise UserError(
+                f'recover.quantize="{self.quantize}" rounds whole weights, and trainable="lora" trains adapters beside '
+                'them: set recover.trainable to "decoder", "all" or "projector"'
+            )
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"recover.batch_size={self.batch_size} must be a multiple of recover.accumulation={self.accumulation}"

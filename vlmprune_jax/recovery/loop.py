@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -247,5 +248,5 @@ def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
     original = flatten(model.params)
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
-    result = Model(unflatten({**frozen, **trained}), run.cfg)
+    result = Model(unflatten({**frozen, **trained}), dataclasses.replace(run.cfg, rounding=None))
     return merge_lora(result) if merge else result

@@ -13,8 +13,11 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import Rounding
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import check_divides, sharding
+from vlmprune_jax.export.folder import make_storage
+from vlmprune_jax.families import family_of
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.plan import PrunePlan
@@ -42,7 +45,7 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 class Program(NamedTuple):
     """Compiled training step of a run, which does not depend on weights.
 
-    `cfg` includes the adapters, `groups` maps trained paths to optimizer groups, `shardings` are those of the state.
+    `cfg` includes adapters and rounding, `groups` maps trained paths to optimizer groups, `shardings` are those of the state.
     """
 
     cfg: ModelConfig
@@ -72,6 +75,9 @@ def make_program(
         check_mesh(mesh, cfg, config)
     if config.adapters is not None:
         cfg = with_lora(cfg, config.adapters)
+    if config.quantize != "none":
+        storage = make_storage(cfg, family_of(cfg), config.quantize, None, True)
+        cfg = dataclasses.replace(cfg, rounding=Rounding(storage.bits, storage.group, storage.activations))
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), config.trainable)
     teacher = None

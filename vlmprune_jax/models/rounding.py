@@ -1,0 +1,57 @@
+"""Products of weights and inputs that are rounded as engines round them, with gradients as if they were not."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.core.sections import Rounding
+from vlmprune_jax.models.layers import Product, contract
+
+
+def rounded_product(rounding: Rounding) -> Product:
+    """Return `contract` with both factors rounded; a row that the group size does not divide stays as it is.
+
+    Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), also those
+    of the values that set a scale.
+    """
+
+    def product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
+        columns = math.prod(weight.shape[weight.ndim - n :])
+        if columns % (rounding.group or 1):
+            return contract(x, weight, n)
+        if rounding.activations:
+            x = _replace(x, _nearest(x, columns, 8))
+        return contract(x, _replace(weight, _nearest(weight, rounding.group or columns, rounding.bits)), n)
+
+    return product
+
+
+def _nearest(values: jax.Array, group: int, bits: int) -> jax.Array:
+    """Return the values at the nearest integer codes, with a scale for every `group` values (in storage order).
+
+    The scale and its rounding are those of `CompressedTensors.grid` without zero points.
+    """
+    groups = values.reshape(-1, group).astype(jnp.float32)
+    steps = 2**bits - 1
+    scale = _divide(jnp.max(jnp.abs(groups), axis=1, keepdims=True), jnp.float32(steps / 2))
+    scale = scale.astype(values.dtype).astype(jnp.float32)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    codes = jnp.clip(jnp.rint(_divide(groups, scale)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (codes * scale).astype(values.dtype).reshape(values.shape)
+
+
+def _divide(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Return x / by, correctly rounded: XLA multiplies by the reciprocal of a broadcast divisor, a bit off."""
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
+
+
+@jax.custom_vjp
+def _replace(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Return `by`, and pass its gradient to `x`."""
+    return by
+
+
+_replace.defvjp(lambda x, by: (by, None), lambda _, grad: (grad, None))
