@@ -45,7 +45,7 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 class Program(NamedTuple):
     """Compiled training step of a run, which does not depend on weights.
 
-    `cfg` includes adapters and rounding, `groups` maps trained paths to optimizer groups, `shardings` are those of the state.
+    `cfg` includes adapters and rounding; `groups` maps trained paths to optimizer groups; `shardings` are the state's.
     """
 
     cfg: ModelConfig
