@@ -108,7 +108,7 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
         (PATCHES, {"image_size": 56}, "makes patches of .* tower takes 56 x 56 pixels"),
         (TILES, {"patches": (1176, 2)}, "makes 28 x 28 pixels, but the vision tower takes patches of 1176"),
         (TILES, {"patches": (28, 28)}, "makes 28 x 28 pixels, but the vision tower takes patches of 28"),
-        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles set, but this model has no best-fitting tile grids"),
+        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles set, but this model does not cut images into tiles"),
         (TILES, {"max_image_tokens": 9}, "data.max_image_tokens set, but this model's images have one size"),
     ],
 )

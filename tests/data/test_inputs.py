@@ -164,7 +164,7 @@ def test_wrong_template_names(goldens: Path, internvl: tuple[ModelSpec, ModelCon
 def test_tile_settings_of_a_model_without_tiles(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     folder = folder_of(tmp_path, goldens, "llava_hf", "llava")
     model = ModelSpec(hf_dir=folder, vision_dir=str(goldens / "ckpt/clip_tower"))
-    with pytest.raises(UserError, match=r"data\.thumbnail set, but this model has no best-fitting tile grids"):
+    with pytest.raises(UserError, match=r"data\.thumbnail set, but this model does not cut images into tiles"):
         load_inputs(model, data(goldens, thumbnail=True), cfg)
     with pytest.raises(UserError, match=r"data\.max_image_tokens set, but this model's images have one size"):
         load_inputs(model, data(goldens, max_image_tokens=9), cfg)

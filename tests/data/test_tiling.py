@@ -187,5 +187,5 @@ def test_bad_tile_processors(tmp_path: Path, change: dict[str, Any], words: str)
 
 
 def test_tile_options_of_a_model_without_tiles(goldens: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.max_tiles set, but this model has no best-fitting tile grids"):
+    with pytest.raises(UserError, match=r"data\.max_tiles set, but this model does not cut images into tiles"):
         load(goldens / "ckpt/clip_tower", tiling={"max_tiles": 3, "thumbnail": None})

@@ -39,7 +39,7 @@ ROWS = np.array([[1, IMAGE, IMAGE, 1, 1], [1, 1, IMAGE, IMAGE, IMAGE]])
         ([[1, 2, 4], [1, 2, 6], [1, 2, 2]], "row 1 holds 3 image tokens, .* make 4"),
         ([[[1, 2, 4]], [[0, 0, 0]]], "row 1 holds 3 image tokens, .* make 0"),
         ([[1, 2, 4], [1, 3, 4]], r"\[1, 3, 4\]: .* multiples of 2"),
-        ([[1, 2, 4], [3, 2, 2]], r"\[3, 2, 2\] is of a video"),
+        ([[1, 2, 4], [3, 2, 2]], r"\[3, 2, 2\] has several frames"),
         ([[2, 4], [2, 6]], r"has shape \[2, 2\]"),
         ([[1, 2, 2], [1, 2, 2], [1, 2, 6]], None),
         ([[[0, 0, 0], [1, 2, 4]], [[1, 6, 2], [0, 0, 0]]], None),

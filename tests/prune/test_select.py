@@ -103,9 +103,11 @@ def test_scores_of_another_model_or_kind_are_refused():
     with pytest.raises(UserError, match="scores of another model: their shapes differ"):
         make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
     widths = Scores("l1", shape_digest(cfg) + "-x", {}, heads=(np.ones(2),) * 5, mlp=(np.ones(12),) * 5)
-    with pytest.raises(UserError, match="l1 scores have no layer importances: depth needs block_influence"):
+    with pytest.raises(UserError, match="l1 does not score layers: for depth pruning, score with block_influence"):
         make_plan(widths, cfg, method="depth", layers_removed=1)
-    with pytest.raises(UserError, match="block_influence scores have no widths: width needs taylor"):
+    with pytest.raises(
+        UserError, match="block_influence does not score heads and neurons: for width pruning, score with taylor"
+    ):
         make_plan(depth_scores(cfg, [0, 1, 2, 3, 4]), cfg, method="width", ratio=0.1)
     with pytest.raises(UserError, match="method 'depth' needs one Scores, got tuple"):
         make_plan((widths, widths), cfg, method="depth", layers_removed=1)

@@ -101,7 +101,7 @@ def test_what_is_not_one_stack_is_refused(experiment, tmp_path, goldens, capsys)
     both = [*experiment, "--config.prune.stack=both"]
     assert main(["score", *both]) == 0
     assert main(["prune", *both]) == 2
-    assert 'rounds are of one stack: set prune.stack to "text" or "vision"' in capsys.readouterr().err
+    assert 'several steps prune one stack only: set prune.stack to "text" or "vision"' in capsys.readouterr().err
     assert main(["prune", *both, "--config.prune.steps=1", "--config.prune.mlp_layers=(0,2)"]) == 2
     assert "mlp_layers: refers to layers of one stack: prune the stacks one after the other" in capsys.readouterr().err
     assert main(["score", *both, f"--config.model.hf_dir={goldens}/ckpt/llama_gqa", f"--workdir={tmp_path}/v"]) == 2

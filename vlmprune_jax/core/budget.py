@@ -79,7 +79,9 @@ class Budget:
         offered=False,
     )
     source_dir: str | None = setting(
-        None, "Folder of the unpruned model; if set, `disk_bytes` counts its carried tensors too.", offered=False
+        None,
+        "Folder of the unpruned model; if set, `disk_bytes` also counts tensors that exports copy from it unchanged.",
+        offered=False,
     )
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False

@@ -321,7 +321,8 @@ def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None
     """Return the image preparation changed by the user's settings. Raises UserError if the model does not have them."""
     if changes and not isinstance(preparation, Tiling):
         raise UserError(
-            f"{folder}: data.{', data.'.join(changes)} set, but this model has no best-fitting tile grids: unset it"
+            f"{folder}: data.{', data.'.join(changes)} set, but this model does not cut images into "
+            "tiles by their aspect ratio: unset it"
         )
     if isinstance(preparation, Tiling):
         preparation = dataclasses.replace(preparation, **changes)

@@ -125,7 +125,9 @@ def _try_rules(path: Path, rules: dict[str, Any]) -> None:
     parts = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
     texts = [text for part in parts for text in part.values() if isinstance(text, str)]
     if max(map(len, texts), default=0) > _MAX_RULE:
-        raise UserError(f"{path}: a rule has a text of over {_MAX_RULE:,} characters: use the model's own tokenizer")
+        raise UserError(
+            f"{path}: a rule contains a text of more than {_MAX_RULE:,} characters: use the model's own tokenizer"
+        )
     if not parts:
         return
     patterns = [str(part.get("Regex", part.get("pattern"))) for part in parts]

@@ -28,7 +28,7 @@ def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int
     numbers = iter(range(len(fields)))
     pieces = [raw for field, raw, _ in fields if field == _PIECE and next(numbers) in wanted]
     if not pieces:
-        raise UserError(f"{where}: has none of the kept pieces: restore it from its source")
+        raise UserError(f"{where}: contains none of the tokens that the plan keeps: restore it from its source")
     rest = [
         _length_delimited(_TRAINER, _trainer(value, len(pieces), new_ids, where)) if field == _TRAINER else raw
         for field, raw, value in fields

@@ -89,7 +89,7 @@ _TEMPLATE = Template(
 
 
 def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
-    """Return (head_dim, key/value heads) of layers with full attention, as the hub's or 5.24's config spells them.
+    """Return (head_dim, key/value heads) of full-attention layers; the hub and transformers 5.24 name them apart.
 
     Raises:
       UserError: `per_layer_config` gives layers of one type different heads, as stale entries do.

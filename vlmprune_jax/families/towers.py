@@ -259,7 +259,7 @@ def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
 
 
 def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
-    """Return the weight lines of an InternViT's used part, with hub names or (`native`) transformers' names."""
+    """Return the weight lines of an InternViT up to its feature layer, with hub or (`native`) transformers' names."""
     return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
 
 

@@ -132,7 +132,7 @@ def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
         return
     types = np.asarray(types)
     if (types == 2).any():
-        raise UserError("mm_token_type_ids has tokens of a video (2): only images are supported")
+        raise UserError("mm_token_type_ids marks video tokens (2): only images are supported")
     if types.shape != ids.shape or ((types == 1) != is_image).any():
         raise UserError(
             f"mm_token_type_ids does not mark the image tokens (id {cfg.image_token_id}) of input_ids: pass both as "

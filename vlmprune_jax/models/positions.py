@@ -73,7 +73,9 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
                 f"multiples of {merge}, the model's spatial_merge_size"
             )
         if one[0] > 1:
-            raise UserError(f"image_grid_thw {one.tolist()} is of a video: only images, of 1 frame, are supported")
+            raise UserError(
+                f"image_grid_thw {one.tolist()} has several frames: videos are not supported, only images (1 frame)"
+            )
     if grids.ndim == 3:
         by_row = [[one for one in row if one.any()] for row in grids]
     else:

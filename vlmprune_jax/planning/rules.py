@@ -87,7 +87,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
       UserError: an invalid ratio or share, or an unknown `compute`.
     """
     if not fraction("ratio", target.ratio):
-        raise UserError("ratio=0 must be above 0: choose the share of parameters to remove")
+        raise UserError("ratio=0 must be above 0: give the share of parameters to remove")
     one_of("compute", compute, COMPUTE)
     if not 0 <= data_fraction <= 1:
         raise UserError(

@@ -103,14 +103,18 @@ class Scores:
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """Scores (heads, mlp), for a criterion that scores widths. Raises UserError if it does not."""
         if self.heads is None or self.mlp is None:
-            raise UserError(f"{self.criterion} scores have no widths: width needs {scoring('widths')}")
+            raise UserError(
+                f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
+            )
         return self.heads, self.mlp
 
     @property
     def layers(self) -> np.ndarray:
         """Scores of whole layers (`importance`). Raises UserError if the criterion does not score layers."""
         if self.importance is None:
-            raise UserError(f"{self.criterion} scores have no layer importances: depth needs {scoring('layers')}")
+            raise UserError(
+                f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}"
+            )
         return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -252,7 +252,7 @@ def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Width
 
 
 def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
-    """Return candidate widths that remove about `removal` parameters with 0, 1, 2, ... fewer attention units per layer.
+    """Return one candidate per number of removed heads (0, 1, ... per layer), each removing about `removal` parameters.
 
     Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
     removes too much or leaves too few neurons to remove.

@@ -84,7 +84,7 @@ def choose_widths(
         )
     if config.selection == "global":
         if gqa != "groups" or max(snapped.values()) > 1:
-            raise UserError('selection="global" gives every layer its own width: it takes gqa="groups", no multiples')
+            raise UserError('selection="global" gives every layer its own width: use gqa="groups" and no multiples')
         kept, solved = _global(scores, base, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=config.heads == "auto")

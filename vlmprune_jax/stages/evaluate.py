@@ -111,7 +111,9 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
         made = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
         twice = [name for name in made if name in found]
         if twice:
-            raise UserError(f"evaluate.tasks: {key} has the set {twice[0]!r}, as another task has: drop one of them")
+            raise UserError(
+                f"evaluate.tasks: {key} and another task both have the set {twice[0]!r}: remove one of them"
+            )
         found |= made
     return found
 

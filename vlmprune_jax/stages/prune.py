@@ -60,7 +60,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     """
     criteria, iterative = criteria_of(score, spec), spec.steps > 1
     if iterative and spec.stack == "both":
-        raise UserError('prune.steps: rounds are of one stack: set prune.stack to "text" or "vision"')
+        raise UserError('prune.steps: several steps prune one stack only: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
     needs_records = iterative and CRITERIA[score.width].needs_batches
     return Files(
@@ -183,8 +183,8 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
     if config.budget.disk_bytes is not None:
         if export.format != "huggingface" or export.quantize != "none":
             raise UserError(
-                "prune.budget.disk_bytes counts the bytes of a folder of plain weights, and export.format and "
-                "export.quantize ask for others: leave it out"
+                "prune.budget.disk_bytes: counts unquantised weights of a Hugging Face folder, but export.format or "
+                "export.quantize asks for another form: leave the limit out"
             )
         source, tower = str(work.teacher), work.model.vision_dir
         budget = dataclasses.replace(config.budget, layout=export.layout, source_dir=source, vision_dir=tower)

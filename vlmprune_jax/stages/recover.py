@@ -78,7 +78,7 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """What a recovery starts from: its settings, both models, the plan between them, and where they compute.
+    """Starting point of a recovery: its settings, both models, the plan between them, and where they compute.
 
     `tokens`: `model` with the folder whose tokenizer fits the student. `folder`: for checkpoints, metrics and the
     adapter.

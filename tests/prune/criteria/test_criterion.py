@@ -158,8 +158,8 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
         ({"scores": ("heads",)}, "a criterion's scores: 'heads' is not one of layers, widths"),
         ({"needs": "gradients"}, "a criterion's needs: 'gradients' is not one of weights, activations, labels"),
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
-        ({"finish": None}, 'a criterion: finish= .* goes with needs="activations" only'),
-        ({"needs": "labels", "finish": None}, 'a criterion: finish= .* goes with needs="activations" only'),
+        ({"finish": None}, 'a criterion: finish= .* needs needs="activations"'),
+        ({"needs": "labels", "finish": None}, 'a criterion: finish= .* needs needs="activations"'),
         ({"options": {"powr": 2}}, "a criterion: option 'powr' has no effect: give a function a parameter powr"),
     ],
 )

@@ -67,10 +67,10 @@ class Criterion:
         resumes = streams or taken(self.function, {"cache": None})
         if streams != (self.finish is not None) or (self.journals and not resumes):
             raise UserError(
-                'a criterion: finish= (and journals=True without a parameter cache) goes with needs="activations" only'
+                'a criterion: finish= (and journals=True without a parameter cache) needs needs="activations"'
             )
         if self.splits and not self.needs_batches:
-            raise UserError('a criterion: splits=True needs sums over tokens, but needs="weights" reads none')
+            raise UserError('a criterion: splits=True needs tokens, but needs="weights" reads none: leave splits out')
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
                 raise UserError(f"a criterion: option {name!r} has no effect: give a function a parameter {name}")
