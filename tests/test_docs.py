@@ -174,7 +174,9 @@ def test_commands_name_configs_and_files_that_exist(path):
     assert not missing
 
 
-@pytest.mark.parametrize(("name", "variant"), [("demo_cut", ""), ("study_smollm2", ""), ("study_easyvqa", ":small")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [("demo_cut", ""), ("study_smollm2", ""), ("study_easyvqa", ":untrained")]
+)
 def test_sweeps_say_how_many_runs_they_have(name, variant):
     path = ROOT / f"configs/sweeps/{name}.py"
     said = re.findall(r"\b(\d+) runs", path.read_text(encoding="utf-8"))

@@ -1,34 +1,41 @@
 """Tests of the paper's insights on the runs of a sweep.
 
-The insights are those of arXiv 2604.24380, and a sixth about reconstruction. Each is tested on pairs of runs that
-differ in nothing else: same ratio, seed and share of the data.
+The insights are those of arXiv 2604.24380, two about reconstruction and one about the control. Each is a contrast of
+runs that differ in nothing else: same ratio, seed and share of the data. The verdict is about the mean over all
+settings, and Holm's method keeps the chance of any wrong verdict of a sweep below 5 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pooling import Effect, Value, partially_pooled, pooled
 
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.evaluation.statistics import holm
 from vlmprune_jax.planning.guide import METHODS, SOLVED, read_guide
-from vlmprune_jax.workdir.sweep import SweepResult
+from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.workdir.result import averaged_sets
+from vlmprune_jax.workdir.sweep import SweepResult, SweptModel
 
-Values = dict[str, list[float]]  # where it was compared -> a number of each pair
-HOLDS, FAILS, OPEN, MEASURED = "holds", "does not hold", "undecided", "measured"
+HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"
 AS_GOOD = 1.0  # points of retained % by which a cheaper way may be behind and counts as as good
-LEAST_LOSS = 1.0  # points that training must win back for its replacement to be a share of it
+LEAST_GAIN = 1.0  # points that training must win back for its replacement to be a share of it
+WRONG = 0.05  # chance of any wrong verdict of a sweep
 BEST, SMALL = "sft_l2", 0.05
+Contrast = Sequence[tuple[float, "Point"]]  # weighted sum of retained percentages
+Contrasts = Mapping[str, Sequence[Contrast]]  # by setting, one of each seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """One evaluated model of a sweep; `level` and `reached` are the requested and the removed share of the decoder.
 
-    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one.
+    `of_control`: retention (%) relative to the unpruned model after the same recovery, if there is one. `questions`:
+    each question's part of `retained`, float[questions] with it as mean, if the evaluations lie beside the sweep.
     """
 
     model: str
@@ -42,41 +49,54 @@ class Point:
     retained: float
     interval: tuple[float, float] | None
     of_control: float | None = None
+    questions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs of one setting; `interval` is the 95 % interval of their mean by Student's t, None for a single pair."""
+    """Effect in one setting, drawn towards the mean of all settings; its verdict is not corrected for their number."""
 
     where: str
     pairs: int
-    effect: float
-    interval: tuple[float, float] | None
+    effect: Effect
     verdict: str
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """An insight with its verdict and comparisons."""
+    """An insight with its verdict, the mean effect over settings, Holm's adjusted p-value, and the settings."""
 
     claim: str
-    effect: str
+    measure: str
+    threshold: float
     verdict: str
+    effect: Effect | None
+    p_value: float
     comparisons: tuple[Comparison, ...]
+
+    @property
+    def exceptions(self) -> list[str]:
+        """Settings that contradict the verdict."""
+        opposite = {HOLDS: FAILS, FAILS: HOLDS}.get(self.verdict)
+        return [one.where for one in self.comparisons if one.verdict == opposite]
 
 
 @dataclass(frozen=True)
 class Insight:
-    """A claim that all values are at least `threshold`; None: an open question, answered by the values."""
+    """A claim that an effect is at least `threshold`; with `margin`, that effects within ± margin are equal."""
 
     claim: str
-    effect: str
-    threshold: float | None
-    values: Callable[[Sequence[Point]], Values]
+    measure: str
+    threshold: float
+    margin: float | None
+    contrasts: Callable[[Sequence[Point]], Contrasts]
 
 
-def points_of(sweep: SweepResult) -> list[Point]:
-    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average."""
+def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
+    """Return the evaluated models of a `sweep.json` that were pruned with the paper's criteria and have an average.
+
+    `folder`: of the sweep, where the scores of single questions are read from.
+    """
     settings, found = read_guide().settings, []
     criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
     for entry in sweep.models:
@@ -104,9 +124,21 @@ def points_of(sweep: SweepResult) -> list[Point]:
             retained,
             interval,
             None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
+            None if folder is None else _questions(row, sweep, folder),
         )
         found.append(point)
     return found
+
+
+def _questions(row: SweptModel, sweep: SweepResult, folder: Path) -> np.ndarray | None:
+    """Return each question's part of a model's retained percentage, float32[questions]; None if it is not known."""
+    names = averaged_sets(sweep.sets)
+    path = find_evaluated(folder, row.path, names[0]) if len(names) == 1 else None
+    unpruned = sweep.unpruned[row.model].evaluation.main(names[0], sweep.sets)
+    if path is None or not unpruned:
+        return None
+    scores = read_evaluated(path).question_scores
+    return None if None in scores else 100 * np.asarray(scores, np.float32) / np.float32(unpruned)
 
 
 def _name(folder: str, parameters: int) -> str:
@@ -116,186 +148,246 @@ def _name(folder: str, parameters: int) -> str:
 
 
 def conclude(points: Sequence[Point]) -> list[Conclusion]:
-    """Return every insight with its verdict, comparisons, differences and intervals."""
-    return [_concluded(insight, insight.values(points)) for insight in INSIGHTS]
+    """Return every insight with its verdict, mean effect, and effects by setting."""
+    found = []
+    for insight in INSIGHTS:
+        cells = {where: [_value(one) for one in all_] for where, all_ in insight.contrasts(points).items()}
+        effect, rows = (pooled(cells), partially_pooled(cells)) if cells else (None, {})
+        compared = [
+            Comparison(where, len(cells[where]), one, _verdict(one, insight, one.p_differs(insight.threshold), 1.0))
+            for where, one in rows.items()
+        ]
+        found.append(Conclusion(insight.claim, insight.measure, insight.threshold, OPEN, effect, 1.0, tuple(compared)))
+    tests = [
+        (place, of.margin is not None and equal)
+        for place, of in enumerate(INSIGHTS)
+        for equal in (False, True)
+        if found[place].effect is not None and (not equal or of.margin is not None)
+    ]
+    adjusted = dict(
+        zip(tests, holm([_p_value(INSIGHTS[place], found[place], equal) for place, equal in tests]), strict=True)
+    )
+    return [
+        _decided(insight, one, adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0))
+        for place, (insight, one) in enumerate(zip(INSIGHTS, found, strict=True))
+    ]
 
 
-def _concluded(insight: Insight, values: Values) -> Conclusion:
-    compared = tuple(_compared(where, numbers, insight.threshold) for where, numbers in values.items())
-    verdicts = {one.verdict for one in compared}
-    # One place that speaks against a claim is enough; all must speak for it.
-    verdict = FAILS if FAILS in verdicts else verdicts.pop() if len(verdicts) == 1 else OPEN
-    return Conclusion(insight.claim, insight.effect, verdict, compared)
+def _p_value(insight: Insight, found: Conclusion, equal: bool) -> float:
+    assert found.effect is not None
+    return found.effect.p_equivalent(insight.margin or 0) if equal else found.effect.p_differs(insight.threshold)
 
 
-def _compared(where: str, numbers: Sequence[float], threshold: float | None) -> Comparison:
-    mean, *ends = interval_of_mean(numbers)
-    interval = (ends[0], ends[1]) if len(numbers) > 1 else None
-    if interval is None:
-        verdict = OPEN
-    elif threshold is None:
-        verdict = MEASURED
-    else:
-        verdict = HOLDS if interval[0] >= threshold else FAILS if interval[1] < threshold else OPEN
-    return Comparison(where, len(numbers), mean, interval, verdict)
+def _decided(insight: Insight, found: Conclusion, p_differs: float, p_equal: float) -> Conclusion:
+    if found.effect is None:
+        return found
+    verdict = _verdict(found.effect, insight, p_differs, p_equal)
+    return dataclasses.replace(found, verdict=verdict, p_value=p_equal if verdict == EQUAL else p_differs)
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------
+def _verdict(effect: Effect, insight: Insight, p_differs: float, p_equal: float) -> str:
+    """Return the verdict: a sure difference within the margin counts as equal."""
+    if p_equal < WRONG:
+        return EQUAL
+    if p_differs < WRONG:
+        return HOLDS if effect.mean > insight.threshold else FAILS
+    return OPEN
 
 
-def _pairs(
-    points: Sequence[Point], ours: tuple[str, str], theirs: tuple[str, str], low: float = 0.0, high: float = 1.0
-) -> list[tuple[Point, Point]]:
-    """Return pairs of models with two (method, recovery) that differ in nothing else, at levels in (low, high].
+def _value(contrast: Contrast) -> Value:
+    """Return a contrast's value, and its parts by question if they are known."""
+    seed = next((point.seed for _, point in contrast if point.seed is not None), None)
+    value = sum(weight * point.retained for weight, point in contrast)
+    parts = [weight * point.questions for weight, point in contrast if point.questions is not None]
+    return Value(seed, value, np.sum(parts, axis=0) if len(parts) == len(contrast) else None)
+
+
+# --- contrasts --------------------------------------------------------------------------------------------------------
+
+
+class _Partners:
+    """Finds the model that differs from another in method and recovery alone (and, if given, its share of the data).
 
     A model without recovery has no share of the data and perhaps no seed, and is a partner for any.
     """
 
-    def key(point: Point, seed: int | None, data: float) -> tuple[Any, ...]:
-        return point.model, point.level, seed, data
+    def __init__(self, points: Sequence[Point]):
+        self._by_key = {(p.model, p.level, p.method, p.recovery, p.data, p.seed): p for p in points}
 
-    others = {key(one, one.seed, one.data): one for one in points if (one.method, one.recovery) == theirs}
-    found = []
-    for point in points:
-        if (point.method, point.recovery) == ours and low < point.level <= high:
-            keys = (key(point, point.seed, point.data), key(point, point.seed, 0.0), key(point, None, 0.0))
-            partner = next((others[one] for one in keys if one in others), None)
-            if partner is not None:
-                found.append((point, partner))
-    return found
-
-
-def _of_methods(recovery: str, first: str, second: str, low: float, high: float) -> Callable[[Sequence[Point]], Values]:
-    """Return a function for the differences between two methods after one recovery, by level."""
-
-    def values(points: Sequence[Point]) -> Values:
-        by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
-        for pair in _pairs(points, (first, recovery), (second, recovery), low, high):
-            by_place.setdefault((pair[0].level, pair[0].data), []).append(pair)
-        found = {}
-        for (level, data), pairs in sorted(by_place.items()):
-            went = [100 * float(np.mean([pair[side].reached for pair in pairs])) for side in (0, 1)]
-            where = f"{100 * level:.0f} % ({first} {went[0]:.1f}, {second} {went[1]:.1f}){_of_data(data)}"
-            found[where] = [one.retained - other.retained for one, other in pairs]
-        return found
-
-    return values
+    def of(self, point: Point, method: str, recovery: str, data: float | None = None) -> Point | None:
+        """Return the partner, or None if it was not run."""
+        for share in (point.data, 0.0) if data is None else (data,):
+            for seed in (point.seed, None):
+                found = self._by_key.get((point.model, point.level, method, recovery, share, seed))
+                if found is not None:
+                    return found
+        return None
 
 
 def _of_data(share: float) -> str:
     return f", {100 * share:g} % of the data" if share else ""
 
 
-def _of_recoveries(
-    ours: str, others: Sequence[str], high: float = 1.0, methods: Sequence[str] = ("depth", "width")
-) -> Callable[[Sequence[Point]], Values]:
-    """Return a function for the differences between one recovery and others, by method, level and other recovery."""
+def _of_methods(
+    recovery: str, first: str, second: str, low: float, high: float
+) -> Callable[[Sequence[Point]], Contrasts]:
+    """Return a function for the differences between two methods after one recovery, at levels in (low, high]."""
 
-    def values(points: Sequence[Point]) -> Values:
-        found: Values = {}
-        for method in methods:
-            for other in others:
-                for one, partner in _pairs(points, (method, ours), (method, other), 0.0, high):
-                    against = f", against {other}" if len(others) > 1 else ""
-                    where = f"{method} {100 * one.level:.0f} %{against}{_of_data(one.data)}"
-                    found.setdefault(where, []).append(one.retained - partner.retained)
+    def contrasts(points: Sequence[Point]) -> Contrasts:
+        by_place: dict[tuple[float, float], list[tuple[Point, Point]]] = {}
+        partners = _Partners(points)
+        for point in points:
+            if (point.method, point.recovery) == (first, recovery) and low < point.level <= high:
+                other = partners.of(point, second, recovery)
+                if other is not None:
+                    by_place.setdefault((point.level, point.data), []).append((point, other))
+        found = {}
+        for (level, data), pairs in sorted(by_place.items()):
+            went = [100 * float(np.mean([pair[side].reached for pair in pairs])) for side in (0, 1)]
+            where = f"{100 * level:.0f} % ({first} {went[0]:.1f}, {second} {went[1]:.1f}){_of_data(data)}"
+            found[where] = [((1.0, one), (-1.0, other)) for one, other in pairs]
         return found
 
-    return values
+    return contrasts
 
 
-def _of_little_data(points: Sequence[Point]) -> Values:
-    """Return the retained percentages with the small share of the data, below half of the decoder."""
-    found: Values = {}
-    for point in points:
-        if point.recovery == BEST and point.data == SMALL and point.level < 0.5:
-            found.setdefault(f"{point.method} {100 * point.level:.0f} %", []).append(point.retained)
+def _within(
+    ours: str,
+    others: Sequence[tuple[float, str, float | None]],
+    high: float = 1.0,
+    methods: Sequence[str] = METHODS,
+    data: float | None = None,
+) -> Callable[[Sequence[Point]], Contrasts]:
+    """Return a function for contrasts of recoveries of the same pruned model, by method, level and share of the data.
+
+    Args:
+      ours: the recovery with weight 1.
+      others: (weight, recovery, share of the data or None for the same) of the others.
+      high: highest level.
+      data: share of the data of `ours`; None for all.
+    """
+
+    def found(points: Sequence[Point]) -> Iterator[Contrast]:
+        partners, weights = _Partners(points), [weight for weight, *_ in others]
+        for point in points:
+            if point.recovery != ours or point.method not in methods or point.level > high:
+                continue
+            known = [one for _, name, share in others if (one := partners.of(point, point.method, name, share))]
+            if data in (None, point.data) and len(known) == len(others):
+                yield [(1.0, point), *zip(weights, known, strict=True)]
+
+    return lambda points: _by_setting(found(points))
+
+
+def _by_setting(contrasts: Iterable[Contrast]) -> Contrasts:
+    """Return contrasts by method, level and share of the training data."""
+    found: dict[str, list[Contrast]] = {}
+    for contrast in contrasts:
+        _, point = contrast[0]
+        trained = next((one for _, one in contrast if one.data), point)
+        found.setdefault(f"{point.method} {100 * point.level:.0f} %{_of_data(trained.data)}", []).append(contrast)
     return found
 
 
-def _of_all_data(points: Sequence[Point]) -> Values:
-    """Return retention with the small share of the data, in % of that with all data, below half of the decoder."""
-    whole = {
-        (p.model, p.method, p.level, p.seed): p.retained
-        for p in points
-        if p.recovery == BEST and p.data == 1 and p.retained
+def _half_of_gain(points: Sequence[Point]) -> Contrasts:
+    """Return what reconstruction alone retains beyond half of the gain of SFT + L2, in settings that training helps."""
+    pairs = _within(BEST, [(-1.0, "none", None)])(points)
+    gains = {where: np.mean([_value(one).value for one in contrasts]) for where, contrasts in pairs.items()}
+    found = _within(BEST, [(0.0, SOLVED, None), (0.0, "none", None)])(points)
+    return {
+        where: [[(1.0, solved), (-0.5, trained), (-0.5, plain)] for (_, trained), (_, solved), (_, plain) in contrasts]
+        for where, contrasts in found.items()
+        if gains[where] >= LEAST_GAIN
     }
-    found: Values = {}
-    for point in points:
-        key = (point.model, point.method, point.level, point.seed)
-        if point.recovery == BEST and point.data == SMALL and point.level < 0.5 and key in whole:
-            where = f"{point.method} {100 * point.level:.0f} %"
-            found.setdefault(where, []).append(100 * point.retained / whole[key])
-    return found
 
 
-def _replaced(points: Sequence[Point]) -> Values:
-    """Return the gain of reconstruction, in % of the gain of training for the same pruned model."""
-    found: Values = {}
-    for method in ("depth", "width"):
-        solved = {id(one): other for one, other in _pairs(points, (method, BEST), (method, SOLVED))}
-        for trained, plain in _pairs(points, (method, BEST), (method, "none")):
-            won = trained.retained - plain.retained
-            if id(trained) in solved and won >= LEAST_LOSS:
-                where = f"{method} {100 * trained.level:.0f} %{_of_data(trained.data)}"
-                found.setdefault(where, []).append(100 * (solved[id(trained)].retained - plain.retained) / won)
-    return found
+def _of_control(points: Sequence[Point]) -> Contrasts:
+    """Return the retention relative to the control after SFT + L2 on the small share of the data."""
+    return _by_setting(
+        [(1.0, dataclasses.replace(point, retained=point.of_control, questions=None))]
+        for point in points
+        if point.recovery == BEST and point.data == SMALL and point.level < 0.5 and point.of_control is not None
+    )
 
 
-_POINTS, _KEPT = "points of retained %", "retained, %"
+_POINTS, _BOTH = "points of retained %", ("depth", "width")
+_THREE = ("depth", "width", "hybrid")
 INSIGHTS = (
     Insight(
         "1. Without recovery, width pruning retains more accuracy than depth pruning",
         f"width - depth, {_POINTS}",
         0.0,
+        AS_GOOD,
         _of_methods("none", "width", "depth", 0.0, 1.0),
     ),
     Insight(
         f"2a. With recovery and up to 30 % removed, depth pruning is at most {AS_GOOD:g} point behind width pruning",
         f"depth - width after SFT + L2, {_POINTS}",
         -AS_GOOD,
+        None,
         _of_methods(BEST, "depth", "width", 0.0, 0.33),
     ),
     Insight(
         "2b. With recovery and 45 % or more removed, width pruning retains more accuracy than depth pruning",
         f"width - depth after SFT + L2, {_POINTS}",
         0.0,
+        AS_GOOD,
         _of_methods(BEST, "width", "depth", 0.42, 1.0),
     ),
     Insight(
         f"3. With up to 15 % removed, training the projector alone is at most {AS_GOOD:g} point behind SFT + L2",
         f"projector - SFT + L2, {_POINTS}",
         -AS_GOOD,
-        _of_recoveries("projector", (BEST,), high=0.18),
+        None,
+        _within("projector", [(-1.0, BEST, None)], high=0.18),
     ),
-    Insight(
-        "4. SFT + L2 retains more accuracy than every other recovery",
-        f"SFT + L2 - other recovery, {_POINTS}",
-        0.0,
-        _of_recoveries(BEST, ("projector", "sft", "sft_kl")),
+    *(
+        Insight(
+            f"4{letter}. SFT + L2 retains more accuracy than {words}",
+            f"SFT + L2 - {words}, {_POINTS}",
+            0.0,
+            AS_GOOD,
+            _within(BEST, [(-1.0, name, None)]),
+        )
+        for letter, name, words in (
+            ("a", "projector", "training the projector alone"),
+            ("b", "sft", "SFT"),
+            ("c", "sft_kl", "SFT + KL"),
+        )
     ),
     Insight(
         "5a. SFT + L2 on 5 % of the data retains 95 % if less than half of the decoder is removed",
-        _KEPT,
+        "retained, %",
         95.0,
-        _of_little_data,
+        None,
+        _within(BEST, [], high=0.5, methods=_THREE, data=SMALL),
     ),
     Insight(
         "5b. Below half of the decoder, 5 % of the data reaches 90 % of the accuracy of training on all data",
-        "% of the accuracy with all data",
-        90.0,
-        _of_all_data,
-    ),
-    Insight(
-        "6a. How much of the gain of SFT + L2 does reconstruction reach without training?",
-        "% of the gain of SFT + L2",
+        f"accuracy with 5 % - 0.9 x accuracy with all data, {_POINTS}",
+        0.0,
         None,
-        _replaced,
+        _within(BEST, [(-0.9, BEST, 1.0)], high=0.5, methods=_THREE, data=SMALL),
     ),
     Insight(
-        "6b. How much accuracy does reconstruction before SFT + L2 add?",
+        "6a. Reconstruction without training reaches at least half of the gain of SFT + L2",
+        f"reconstruction - half-way to SFT + L2, {_POINTS}",
+        0.0,
+        AS_GOOD,
+        _half_of_gain,
+    ),
+    Insight(
+        "6b. Reconstruction before SFT + L2 adds accuracy",
         f"with - without reconstruction, {_POINTS}",
+        0.0,
+        AS_GOOD,
+        _within(f"{SOLVED}+{BEST}", [(-1.0, BEST, None)]),
+    ),
+    Insight(
+        f"7. SFT + L2 on 5 % of the data stays within {AS_GOOD:g} point of the unpruned model after the same training",
+        "retained of the control, %",
+        100.0 - AS_GOOD,
         None,
-        _of_recoveries(f"{SOLVED}+{BEST}", (BEST,)),
+        _of_control,
     ),
 )

@@ -39,10 +39,10 @@ def run(flags: Any) -> None:
         update_page(Path(flags.page), studies)
         reporter.say(f"{flags.page}: conclusions written")
     if flags.guide:
-        update_guide(Path(flags.guide), studies)
+        update_guide(Path(flags.guide), {name: sweep for name, (_, sweep) in studies.items()})
         reporter.say(f"{flags.guide}: rows written")
-    for name, sweep in {} if flags.page or flags.guide else studies.items():
-        for line in as_markdown(name, sweep).splitlines():
+    for name, (folder, sweep) in () if flags.page or flags.guide else studies.items():
+        for line in as_markdown(name, sweep, folder).splitlines():
             reporter.say(line)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import SMALL, Point, conclude, points_of
+from insights import SMALL, Conclusion, Point, conclude, points_of
 from matplotlib.figure import Figure
+from pooling import Effect
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text, replacing
@@ -27,64 +28,77 @@ _HEADING = "### "
 _SHARE = f", {100 * SMALL:g} % of the data"
 
 
-def read_studies(given: Sequence[str]) -> dict[str, SweepResult]:
-    """Read the sweeps of arguments NAME=SWEEP_DIR, by name.
+def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
+    """Read the sweeps of arguments NAME=SWEEP_DIR: (folder, sweep) by name.
 
     Raises:
       UserError: no argument, another form, a repeated or reserved name, or see `read_sweep`.
     """
-    studies: dict[str, SweepResult] = {}
+    studies: dict[str, tuple[Path, SweepResult]] = {}
     for argument in given:
         name, mark, folder = argument.partition("=")
         if not mark or not folder or not re.fullmatch(r"[\w-]+", name, re.ASCII):
             raise UserError(f"{argument!r} must be NAME=SWEEP_DIR, as easyvqa=runs/study_easyvqa")
         if name in studies or name == PAPER:
             raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
-        studies[name] = read_sweep(Path(folder))
+        studies[name] = (Path(folder), read_sweep(Path(folder)))
     if not studies:
         raise UserError("no sweep given: python tools/study.py NAME=SWEEP_DIR ...")
     return studies
 
 
-def as_markdown(name: str, sweep: SweepResult) -> str:
-    """Return the conclusions of one sweep as a section of a page."""
-    points = points_of(sweep)
+def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None) -> str:
+    """Return the conclusions of one sweep as a section of a page; `folder`: see `points_of`."""
+    points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
     about = f"The {len(points)} models of {of} were pruned by the paper's criteria."
     metric = f"Their score is the {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, metric, "", *retention_lines(points)]
-    found = conclude(points)
-    for one in found:
-        sure = [row for row in one.comparisons if row.interval]
-        shared = {row.where.partition(_SHARE)[1] for row in sure} == {_SHARE}  # said once, in the header
-        pairs = {row.pairs for row in sure}
-        rows = [
-            f"|{markdown(row.where.removesuffix(_SHARE) if shared else row.where)}"
-            f"{f' ({row.pairs} pairs)' if len(pairs) > 1 else ''}"
-            f"|{_interval(row.effect, *(row.interval or ()))}|{row.verdict}|"
-            for row in sure
+    return "\n".join([*lines, *insight_lines(conclude(points)), *perplexity_lines(sweep)])
+
+
+def insight_lines(found: Sequence[Conclusion]) -> list[str]:
+    """Return a table with a row per insight, and one for each insight with a row per setting."""
+    known = [one for one in found if one.effect is not None and one.effect.interval is not None]
+    lines = []
+    if known:
+        lines = [
+            "An effect is the mean over settings, with its 95 % interval over seeds (and questions, if their scores "
+            "lie beside the sweep); p is corrected for the number of insights (Holm).",
+            "",
+            "|insight|effect (95 %)|seeds x settings|p|verdict|",
+            "|---|---|---|---|---|",
         ]
-        if rows:
-            lines += [f"**{one.claim}**: {one.verdict}.", ""]
-            each = f" ({pairs.pop()} pairs)" if len(pairs) == 1 else ""
-            lines += [
-                f"|setting{_SHARE if shared else ''}{each}|{one.effect} (95 %)|verdict|",
-                "|---|---|---|",
-                *rows,
-                "",
-            ]
-    single = _numbers(
-        one.claim for one in found if one.comparisons and not any(row.interval for row in one.comparisons)
-    )
+    for one in known:
+        assert one.effect is not None
+        size, p = (
+            f"{one.effect.seeds} x {len(one.comparisons)}",
+            "< 0.001" if one.p_value < 1e-3 else f"{one.p_value:.3f}",
+        )
+        but = f", but not at {'; '.join(one.exceptions)}" if one.exceptions else ""
+        lines.append(
+            f"|{markdown(one.claim)}|{one.measure}: {_effect(one.effect)}|{size}|{p}|{one.verdict}{markdown(but)}|"
+        )
+    lines += [""] if known else []
+    for one in known:
+        rows = [row for row in one.comparisons if row.effect.interval]
+        shared = {row.where.partition(_SHARE)[1] for row in rows} == {_SHARE}  # said once, in the header
+        lines += [f"**{one.claim}**: {one.verdict}.", ""]
+        lines += [f"|setting{_SHARE if shared else ''}|seeds|{one.measure} (95 %)|verdict|", "|---|---|---|---|"]
+        for row in rows:
+            where = markdown(row.where.removesuffix(_SHARE) if shared else row.where)
+            lines.append(f"|{where}|{row.pairs}|{_effect(row.effect)}|{row.verdict}|")
+        lines.append("")
+    single = _numbers(one.claim for one in found if one.comparisons and one not in known)
     silent = _numbers(one.claim for one in found if not one.comparisons)
     lines += [f"One seed is too few to decide claims {single}.", ""] if single else []
-    lines += [f"This sweep has no runs for claims {silent}.", ""] if silent else []
-    return "\n".join(lines + perplexity_lines(sweep))
+    return lines + ([f"This sweep has no runs for claims {silent}.", ""] if silent else [])
 
 
-def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+def _effect(effect: Effect) -> str:
+    low, high = effect.interval or (effect.mean, effect.mean)
+    return f"{effect.mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _numbers(claims: Iterable[str]) -> str:
@@ -129,7 +143,7 @@ def measured(sweep: SweepResult) -> str:
     return ", ".join(f"{sweep.sets[name].main} of {name}" for name in averaged_sets(sweep.sets))
 
 
-def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
+def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
     """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
 
     The figure of a sweep is NAME.png beside the page.
@@ -143,8 +157,8 @@ def update_page(path: Path, studies: Mapping[str, SweepResult]) -> None:
     if not begin or not end:
         raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
     sections = {part.partition("\n")[0]: part for part in re.split(f"(?m)^{_HEADING}", old)[1:]}
-    for name, sweep in studies.items():
-        title, _, text = as_markdown(name, sweep).removeprefix(_HEADING).partition("\n")
+    for name, (folder, sweep) in studies.items():
+        title, _, text = as_markdown(name, sweep, folder).removeprefix(_HEADING).partition("\n")
         figure = study_figure(sweep)
         if figure is not None:
             write_png(figure, path.with_name(f"{name}.png"))

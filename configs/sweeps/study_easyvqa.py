@@ -1,12 +1,13 @@
 """Study 1: pruning methods, ratios and recoveries, on the package's teacher and easy-VQA.
 
   vlmprune sweep --config=configs/sweeps/study_easyvqa.py --workdir=runs/study_easyvqa --jobs=2
-  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:5 ...       # 5 % of the data only; :20 adds 20 %
-  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:small ...   # 5 % without hybrid and 60 %: 126 runs
+  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:untrained ...   # without training: 288 runs
+  vlmprune sweep --config=configs/sweeps/study_easyvqa.py:5 ...           # also 5 % of the data; :20 adds 20 %
 
-{depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct; projector, SFT, SFT + KL, SFT + L2,
-reconstruct + SFT + L2, each on 5, 20 and 100 % of the data}, 3 seeds of calibration, data and training: 612 runs with 9
-scorings, 36 plans and 36 reconstructions. One epoch takes 60 steps of 5 %, 241 of 20 % and 1,205 of 100 % of the data.
+{depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct} with 12 seeds, as runs without training
+take seconds; x {projector, SFT, SFT + KL, SFT + L2, reconstruct + SFT + L2} on 5 % of the data with 6 seeds; and the
+same at 45 % on 20 and 100 % with 3 seeds: 738 runs. A seed is that of calibration, data and training. Runs share 48
+controls, the unpruned model after each recovery. An epoch of 5 % has 60 steps, of 20 % 241 and of 100 % 1,205.
 Cheap runs come first, and an interrupted sweep continues. The first run of 5 %, including scoring and the teacher's
 answers that other runs share, took 87 s of CPU time.
 """
@@ -16,13 +17,16 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vlmprune_jax.cli.config_files import shipped_config
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 
 METHODS = ("depth", "width", "hybrid")
 SHARES = (15, 30, 45, 60)  # percent of the decoder's parameters, with embeddings and head
-FRACTIONS = (5, 20, 100)  # percent of the training data
-SEEDS = (1, 2, 3)
+UNTRAINED = "untrained"
+# Percent of the training data -> the shares of the decoder and the number of seeds; cheapest first.
+TRAININGS = {"5": (SHARES, 6), "20": ((45,), 3), "100": ((45,), 3)}
+SEEDS = tuple(range(1, 13))
 RECONSTRUCTED = {"reconstruct.method": "least_squares"}
 # Speed depends only on shapes, so it is measured once per plan, without recovery; use --jobs=1 for exact numbers.
 WITHOUT_RECOVERY = {
@@ -36,15 +40,13 @@ TRAINED = {
     "reconstruct_sft_l2": {"recover.losses": LOSSES["sft_l2"], **RECONSTRUCTED},
 }
 TEACHER = shipped_config("demo").model.hf_dir
-SMALL = "small"
-_most, _small = FRACTIONS[-1], False
+_most = "100"
 
 
 def get_config(most: str = "100") -> ConfigDict:
-    """Return the demo's data and training; `most` is the largest share of the data in percent, or "small"."""
-    global _most, _small
-    _small = most == SMALL
-    _most = FRACTIONS[0] if _small else int(most)
+    """Return the demo's data and training; `most` is the largest share of the data in percent, or "untrained"."""
+    global _most
+    _most = one_of("variant of the study", most, (UNTRAINED, *TRAININGS))
     config = shipped_config("demo")
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
@@ -56,18 +58,19 @@ def get_config(most: str = "100") -> ConfigDict:
 
 def get_hyper(hyper):
     """Return all runs, cheapest first: without training, then by the share of the data."""
-    methods, shares = (METHODS[:2], SHARES[:3]) if _small else (METHODS, SHARES)
-    cuts = [hyper.sweep("prune.method", methods), hyper.named("decoder", of_decoder(TEACHER, shares))]
-    seeds = seeded(hyper, SEEDS)
-    untrained = hyper.product([*cuts, hyper.named("recovery", WITHOUT_RECOVERY), seeds])
-    trained = [
-        hyper.product(
-            [*cuts, hyper.named("recovery", named(TRAINED)), hyper.fixed("data.fraction", share / 100), seeds]
+    runs = [_cells(hyper, SHARES, [hyper.named("recovery", WITHOUT_RECOVERY), seeded(hyper, SEEDS)])]
+    for share in [] if _most == UNTRAINED else [share for share in TRAININGS if int(share) <= int(_most)]:
+        shares, seeds = TRAININGS[share]
+        fraction = hyper.fixed("data.fraction", int(share) / 100)
+        runs.append(
+            _cells(hyper, shares, [hyper.named("recovery", named(TRAINED)), fraction, seeded(hyper, SEEDS[:seeds])])
         )
-        for share in FRACTIONS
-        if share <= _most
-    ]
-    return hyper.chainit([untrained, *trained])
+    return hyper.chainit(runs)
+
+
+def _cells(hyper, shares, more):
+    cuts = [hyper.sweep("prune.method", METHODS), hyper.named("decoder", of_decoder(TEACHER, shares))]
+    return hyper.product([*cuts, *more])
 
 
 def of_decoder(folder, shares):

@@ -14,6 +14,7 @@ from study_page import BEGIN, END, as_markdown, study_figure
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.planning.guide import FILE, read_guide
+from vlmprune_jax.workdir.result import OfControl
 
 
 def concluded(models):
@@ -28,29 +29,41 @@ def verdicts(conclusion):
 def test_some_insights_hold_and_some_do_not():
     found = concluded(rows())
     assert {name: one.verdict for name, one in found.items()} == {
-        "1": "does not hold",  # widths are behind at 15 %
+        "1": "holds",  # on average
         "2a": "holds",
         "2b": "does not hold",
         "3": "holds",
-        "4": "undecided",  # SFT is ahead of it with two seeds of three
-        "5a": "does not hold",  # at 45 %, not at 15 %
+        "4a": "holds",
+        "4b": "undecided",  # SFT is ahead of it with two seeds of three
+        "4c": "undecided",  # no runs
+        "5a": "does not hold",
         "5b": "holds",
-        "6a": "measured",
-        "6b": "measured",
+        "6a": "equal within 1 point",
+        "6b": "equal within 1 point",
+        "7": "undecided",
     }
+    assert found["1"].exceptions == ["15 % (width 16.0, depth 16.0)"]
+    assert found["5a"].exceptions == [f"{method} 15 %, 5 % of the data" for method in ("depth", "width")]
     assert verdicts(found["1"]) == ["does not hold", "holds"]
-    assert [round(one.effect, 6) for one in found["1"].comparisons] == [-10.0, 20.0]
-    assert found["1"].comparisons[0].where == "15 % (width 16.0, depth 16.0)"
+    assert [round(one.effect.mean, 6) for one in found["1"].comparisons] == [-10.0, 20.0]
     assert {one.pairs for one in found["1"].comparisons} == {3}
-    replaced = {one.where: one.effect for one in found["6a"].comparisons}
-    assert {where: one for where, one in replaced.items() if "5 % of the data" in where} == pytest.approx(
-        dict.fromkeys(
-            (f"{method} {level} %, 5 % of the data" for method in ("depth", "width") for level in (15, 45)), 50.0
-        )
-    )
-    assert replaced["width 45 %, 100 % of the data"] == pytest.approx(100 * 12.5 / 26)
-    assert [round(one.effect, 6) for one in found["6b"].comparisons] == [0.5] * 4
+    assert (found["1"].effect.mean, found["1"].effect.seeds) == (pytest.approx(5.0), 3)
+    replaced = {one.where: round(one.effect.mean, 6) for one in found["6a"].comparisons}
+    assert replaced["width 45 %, 5 % of the data"] == 0.0  # half-way exactly
+    assert replaced["width 45 %, 100 % of the data"] == -0.5
+    assert [round(one.effect.mean, 6) for one in found["6b"].comparisons] == [0.5] * 4
     assert found["3"].comparisons[0].where == "depth 15 %, 5 % of the data"
+
+
+def test_retention_of_the_control_is_a_claim_of_its_own():
+    models = [row("depth", 0.15, "sft_l2", 99.0, data=0.05, seed=seed) for seed in range(4)]
+    for seed, model in enumerate(models):
+        control = OfControl(scores={}, retained={}, mean_of_ratios=97.0 + 0.1 * seed)
+        models[seed] = changed(model, evaluation=replace(model.found.evaluation, control=control))
+    found = concluded(models)["7"]
+    assert (found.verdict, found.effect.mean) == ("does not hold", pytest.approx(97.15))
+    (one, *_) = evidence_of("mine", points_of(sweep(models)))
+    assert (one.retained, one.of_control) == (99.0, 97.15)
 
 
 def test_without_rows_nothing_can_be_said():
@@ -61,7 +74,7 @@ def test_without_rows_nothing_can_be_said():
     (silent,) = [line for line in as_markdown("mine", sweep([])).splitlines() if "has no runs" in line]
     assert silent.startswith("This sweep has no runs for claims 1, 2a, ")
     assert silent.count(",") == len(alone) - 1
-    assert alone["1"].comparisons[0].effect == pytest.approx(-10.0)
+    assert alone["1"].comparisons[0].effect.mean == pytest.approx(-10.0)
 
 
 def test_pairs_differ_in_nothing_else():
@@ -77,7 +90,7 @@ def test_what_was_not_trained_is_a_partner_for_any_seed():
     plain = [row("depth", 0.15, "none", 90.0, seed=None), row("depth", 0.15, "none", 95.0, seed=None, solved=True)]
     trained = [row("depth", 0.15, "sft_l2", 98.0, data=0.05, seed=seed) for seed in range(3)]
     (found,) = concluded(plain + trained)["6a"].comparisons
-    assert (found.pairs, found.effect) == (3, 62.5)
+    assert (found.pairs, found.effect.mean) == (3, 95 - (90 + 98) / 2)
 
 
 def test_what_is_left_out():
@@ -101,7 +114,7 @@ def test_little_to_win_back_is_no_share():
     ]
     assert concluded(models)["6a"].comparisons == ()
     models[0] = row("width", 0.15, "none", 99.0)
-    assert concluded(models)["6a"].comparisons[0].effect == pytest.approx(90.0)
+    assert concluded(models)["6a"].comparisons[0].effect.mean == pytest.approx(99.9 - 99.5)
 
 
 def test_rows_for_the_guide():
@@ -139,7 +152,9 @@ def test_the_command_prints_conclusions(capsys, study):
         "**2a. With recovery and up to 30 % removed, depth pruning is at most 1 point behind width pruning**: holds.\n"
         in out
     )
-    assert "|15 % (width 16.0, depth 16.0)|-10.00 (-10.00 to -10.00)|does not hold|\n" in out
+    assert "|15 % (width 16.0, depth 16.0)|3|-10.00 (-10.00 to -10.00)|does not hold|\n" in out
+    assert "|holds, but not at 15 % (width 16.0, depth 16.0)|\n" in out
+    assert "|undecided|\n" in out
 
 
 def test_a_page_and_a_guide_take_rows(tmp_path, study, capsys):

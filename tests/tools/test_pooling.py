@@ -1,0 +1,62 @@
+"""Effects over seeds and questions: what intervals cover, and how settings are pooled."""
+
+import numpy as np
+import pytest
+from pooling import Value, partially_pooled, pooled
+
+from vlmprune_jax.evaluation.statistics import interval_of_mean
+
+
+def cell(values, questions=None):
+    return [Value(seed, value, questions) for seed, value in enumerate(values)]
+
+
+def test_one_setting_is_students_t_over_seeds():
+    found = pooled({"a": cell([1.0, 2.0, 4.0])})
+    assert (found.mean, *found.interval) == pytest.approx(interval_of_mean([1.0, 2.0, 4.0]))
+    assert found.seeds == 3
+    assert pooled({"a": cell([1.0])}).interval is None
+    assert pooled({"a": cell([1.0])}).p_differs(0) == 1.0
+
+
+def test_seeds_that_settings_share_are_one_cluster():
+    """Two copies of a setting say no more than one; opposite errors cancel."""
+    values = [1.0, 2.0, 4.0]
+    assert pooled({"a": cell(values), "b": cell(values)}).error == pytest.approx(pooled({"a": cell(values)}).error)
+    opposite = pooled({"a": cell(values), "b": cell([-value for value in values])})
+    assert (opposite.mean, opposite.error) == (0.0, 0.0)
+
+
+def test_the_interval_covers_other_seeds_and_other_questions():
+    """True effect 1; each draw has its own seeds and questions. Seeds alone would cover too little."""
+    draw, inside, too_small = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        of_questions, of_seeds = draw.normal(size=50), draw.normal(scale=0.2, size=4)
+        rows = [1 + seed + of_questions + draw.normal(scale=0.1, size=50) for seed in of_seeds]
+        values = [Value(seed, float(row.mean()), row) for seed, row in enumerate(rows)]
+        low, high = pooled({"a": values}).interval
+        inside += low < 1 < high
+        low, high = pooled({"a": [Value(one.seed, one.value) for one in values]}).interval
+        too_small += low < 1 < high
+    assert 0.93 < inside / 400 < 0.99
+    assert too_small / 400 < 0.92
+
+
+def test_tests_of_difference_and_equivalence():
+    small = pooled({"a": cell([0.1, 0.2, 0.0, 0.1, 0.1, 0.2])})
+    assert small.p_equivalent(1.0) < 1e-4
+    assert small.p_differs(0.0) < 0.05 < small.p_differs(0.1)
+    assert small.p_above(-1.0) < 1e-4
+    wide = pooled({"a": cell([5.0, -5.0, 1.0])})
+    assert min(wide.p_equivalent(1.0), wide.p_differs(0.0)) > 0.3
+
+
+def test_noise_between_settings_is_drawn_to_the_mean_and_real_spread_stays():
+    draw = np.random.default_rng(1)
+    noise = {str(place): cell(draw.normal(size=6)) for place in range(6)}
+    found = partially_pooled(noise)
+    assert np.ptp([one.mean for one in found.values()]) < 0.6 * np.ptp([pooled({"a": v}).mean for v in noise.values()])
+    assert all(found[where].error < pooled({"a": values}).error for where, values in noise.items())
+    apart = {"a": cell([10.0, 10.1, 9.9]), "b": cell([-10.0, -10.1, -9.9])}
+    kept = {where: one.mean for where, one in partially_pooled(apart).items()}
+    assert kept == pytest.approx({"a": 10.0, "b": -10.0}, abs=0.01)
