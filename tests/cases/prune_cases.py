@@ -167,6 +167,11 @@ def plan_for(teacher: Model, keep) -> PrunePlan:
     return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)
 
 
+def narrow(teacher: Model, neurons: int) -> PrunePlan:
+    """A plan for `EQUAL` layers that keeps all heads, and these many neurons of each layer."""
+    return plan_for(teacher, [(i, tuple(range(4)), (0, 1), tuple(range(neurons))) for i in range(len(EQUAL))])
+
+
 def missing(ours: Model, teacher: Model, batch) -> float:
     """Squared error of the final states over a batch's real tokens."""
     a, b = (np.asarray(forward(one, **batch, want=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))

@@ -88,6 +88,20 @@ def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
     assert errors[0] < 0.9 * errors[1]
 
 
+def test_held_out_rows_stay_unseen_without_a_refit():
+    """The reported error is of the fit without them; by default the weight is solved again with them."""
+    teacher = model(config(EQUAL))
+    plan = plan_for(
+        teacher, [dataclasses.astuple(KeptLayer.whole(i, teacher.cfg.text.layers[i])) for i in (0, 1, 3, 4)]
+    )
+    pruned, batches = apply_plan(teacher, plan), rows()
+    found = {refit: reconstruct(pruned, plan, teacher, batches, refit=refit) for refit in (None, True, False)}
+    assert found[None][1] == found[True][1] == found[False][1]
+    leaves = {refit: jax.tree.leaves(one.params) for refit, (one, _) in found.items()}
+    assert all(map(np.array_equal, leaves[None], leaves[True]))
+    assert not all(map(np.array_equal, leaves[None], leaves[False]))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nothing_removed_is_nothing_changed(shape):
     teacher = model(config(UNEQUAL, **SHAPES[shape]))

@@ -26,7 +26,7 @@ from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 
-RECONSTRUCTIONS = ("none", "least_squares")
+RECONSTRUCTIONS = ("none", "least_squares", "layerwise")
 RECOVERIES = ("train", "none")
 
 
@@ -75,7 +75,11 @@ class ReconstructSpec(ReconstructConfig):
     SECTION: ClassVar[str] = "reconstruct"
 
     method: str = reconstruct_setting(
-        "none", 'Repair the pruned weights by least squares, or leave them unchanged ("none").', choices=RECONSTRUCTIONS
+        "none",
+        'Repair of the pruned weights: none ("none"), least squares ("least_squares"), or then also training of each '
+        "layer from the first cut on, alone against the residual stream of the unpruned model "
+        '("layerwise", for plans that remove layers).',
+        choices=RECONSTRUCTIONS,
     )
     samples: int = reconstruct_setting(512, "Number of calibration records for the fit.", unit="records", least=2)
     batch_size: int = reconstruct_setting(

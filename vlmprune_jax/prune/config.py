@@ -300,8 +300,25 @@ class TokenWeights:
 
 @dataclass(frozen=True)
 class ReconstructConfig(TokenWeights):
-    """Settings of `reconstruct` (least-squares repair)."""
+    """Settings of `reconstruct` (repair without labels)."""
 
+    method: str = reconstruct_setting(
+        "least_squares",
+        'Repair by least squares ("least_squares"), or then also by training each layer from the first cut on alone '
+        'against the residual stream of the unpruned model ("layerwise", for plans that remove layers).',
+        choices=("least_squares", "layerwise"),
+    )
+    readers: str = reconstruct_setting(
+        "auto",
+        "Also repair the weights that read the residual stream (q, k, v, gate, up): if less than 40 % of the neurons "
+        'are left and the held-out error falls ("auto"), or never ("none").',
+        choices=("auto", "none"),
+    )
+    refit: bool | None = reconstruct_setting(
+        None,
+        "Solve again on all records after the ridge penalty is chosen. False keeps the held-out records unseen by the "
+        "weights; None is False if `layerwise` training follows, which stops by these records, and True otherwise.",
+    )
     held_out: float = reconstruct_setting(
         0.125,
         "Share of calibration records held out to choose each weight's ridge penalty, or leave it unchanged.",
@@ -309,3 +326,13 @@ class ReconstructConfig(TokenWeights):
         above=0,
         below=1,
     )
+
+    @property
+    def trains_layers(self) -> bool:
+        """True if each layer is trained after its least-squares repair."""
+        return self.method == "layerwise"
+
+    @property
+    def refits(self) -> bool:
+        """True if a weight is solved again on all records after its ridge penalty is chosen."""
+        return not self.trains_layers if self.refit is None else self.refit

@@ -107,6 +107,20 @@ class Layer:
         paths = (*self.changed_paths, *(f"{path}/{name}" for name in parts))
         return dataclasses.replace(self, params=params, changed_paths=paths)
 
+    def reading(self, reader: str, change: np.ndarray) -> Layer:
+        """Return a copy whose weights read x + D^T x where they read x, for a change D float32[embed, embed].
+
+        `reader`: the branch, "self_attn" or "mlp"; in a parallel block both branches read the same.
+        """
+        readers = ("self_attn", "mlp") if self.block.parallel else (reader,)
+        params, paths, embed = dict(self.params), list[str](), change.shape[0]
+        for path, old in self.params.items():
+            if self.block.reader_of(path) in readers and old.ndim > 1 and old.shape[-1] == embed:
+                new = old + jnp.einsum("...e,fe->...f", old, jnp.asarray(change), precision="highest")
+                params[path] = jax.device_put(new.astype(self.dtype).astype(jnp.float32), old.sharding)
+                paths.append(path)
+        return dataclasses.replace(self, params=params, changed_paths=(*self.changed_paths, *paths))
+
     @property
     def written(self) -> dict[str, np.ndarray]:
         """Parameters that reconstruction changed, by path, in the model's dtype."""

@@ -1,0 +1,70 @@
+"""Repair of the weights that read the residual stream: a linear map from the pruned norm outputs to the dense ones.
+
+With n the norm output that attention (or MLP) of the pruned model reads and m that of the dense model, sum_t w_t
+|m_t - n_t - D^T n_t|^2 is minimised over D, and the matrix I + D^T is merged into q, k and v (or gate and up). No
+parameter is added. It pays once so much is removed that the writers alone cannot bring the stream back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.core.config import Stack
+from vlmprune_jax.distributed.mesh import gather_to_host
+from vlmprune_jax.models.vlm import place_batch
+from vlmprune_jax.prune.layers import Given, Layer, run_block
+from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
+from vlmprune_jax.prune.ridge import change as solve
+from vlmprune_jax.prune.steps import Step
+
+READER_OF = {"o_proj": "self_attn", "down_proj": "mlp"}  # the input of the branch that ends in a writer
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "reader"))
+def _sums(params: Any, x: Any, dense: Any, weight: Any, given: Given, *, stack: str, cfg: Stack, reader: str) -> Sums:
+    block, _, values = run_block(stack, cfg, params, x, given, (reader,))
+    target = getattr(block, block.names.norms[list(READER_OF.values()).index(reader)])(dense)
+    read, counts = values[reader], weight[..., None] > 0
+    read, missing = jnp.where(counts, read, 0.0), jnp.where(counts, target - read, 0.0)
+    scaled = read * jnp.where(weight > 0, weight / jnp.mean(target * target, axis=-1), 0.0)[..., None]
+    gram = jnp.einsum("bsi,bsj->ij", scaled, read, precision="highest")
+    cross = jnp.einsum("bsi,bse->ie", scaled, missing, precision="highest")
+    return Sums(gram, cross, jnp.zeros(()))
+
+
+def can_read(layer: Layer, reader: str) -> bool:
+    """Return True if this branch has a norm of its own before it."""
+    norms = list(READER_OF.values())
+    return hasattr(layer.block, layer.block.names.norms[norms.index(reader)])
+
+
+def reader_change(
+    layer: Layer, reader: str, steps: Sequence[Step], dense: Sequence[np.ndarray], place: int, *, refit: bool
+) -> tuple[np.ndarray, float] | None:
+    """Return (D, float32[embed, embed], its ridge) for `Layer.reading`; None if none lowers the held-out error.
+
+    Args:
+      dense: the dense stream in front of the branch's norm, for each step.
+      place: the layer's number among those that are left.
+      refit: solve again on all rows after the ridge is chosen.
+    """
+    totals = dict[bool, Sums]()
+    for step, target in zip(steps, dense, strict=True):
+        placed = place_batch({"x": step.ours, "dense": target, "weight": step.weight}, layer.mesh)
+        given = step.given(place).placed(layer.mesh)
+        sums = _sums(layer.params, **placed, given=given, stack=layer.stack, cfg=layer.cfg, reader=reader)
+        known = totals.get(step.held_out)
+        totals[step.held_out] = sums if known is None else jax.tree.map(jnp.add, known, sums)
+    fit, held = totals[False], totals[True]
+    errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
+    best = int(np.nanargmin(np.append(errors, 0.0)))
+    if best == len(RIDGES):
+        return None
+    found = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, RIDGES[best])
+    return np.array(gather_to_host(found)), RIDGES[best]
