@@ -63,8 +63,8 @@ def test_save_names_every_setting_of_the_export():
 def test_a_section_has_the_defaults_of_the_dataclass_that_the_function_takes(kind, section):
     spec, own = getattr(Experiment(), section), kind()
     assert isinstance(spec, kind)
-    # a run measures speed on request, `measure_speed` always
-    names = settings_of(kind).keys() - ({"rounds"} if section == "speed" else set())
+    # a run measures speed and reconstructs on request, `measure_speed` and `reconstruct` always
+    names = settings_of(kind).keys() - {"speed": {"rounds"}, "reconstruct": {"method"}}.get(section, set())
     assert {name: getattr(spec, name) for name in names} == {name: getattr(own, name) for name in names}
     assert TokenWeights().by_name == ReconstructConfig().by_name
 

@@ -134,7 +134,7 @@ RECOVER = named(
 )
 RECONSTRUCT = named(
     "reconstruct",
-    "method samples batch_size longest_text seed held_out prompt_weight image_weight answer_weight",
+    "method readers refit samples batch_size longest_text seed held_out prompt_weight image_weight answer_weight",
 )
 # Stage -> the settings that it keeps: what is not here may be changed without making anything again.
 EXPECTED = {
