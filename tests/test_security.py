@@ -33,6 +33,7 @@ WRITERS = {
     ("data/tfds.py", "_on_this_machine"): _NEW,
     ("demo/easyvqa.py", "_build"): _NEW,
     ("export/card.py", "write_card"): _NEW,
+    ("export/processor.py", "limited_images"): _NEW,
     ("export/processor.py", "write_processor"): _NEW,
     ("export/target.py", "write_files"): _NEW,
     ("export/tokenizer.py", "write_tokenizer"): _NEW,
@@ -62,6 +63,7 @@ UNBOUNDED = {
     ("distributed/machine.py", "_lines"): _SYSTEM,
     ("sweep/sweep.py", "_forget_programs"): _SYSTEM,
     ("evaluation/speed/engines.py", "_peak_bytes"): _SYSTEM,
+    ("evaluation/speed/energy.py", "_rapl"): _SYSTEM,
 }
 
 

@@ -113,8 +113,8 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
         level = reached if asked is None else asked * reached / row.ratio_reached  # from shares of the whole model
         interval = intervals[0] if len(intervals) == 1 else None
         point = Point(
-            _name(row.model, sweep.unpruned[row.model].parameters),
-            sweep.unpruned[row.model].parameters,
+            _name(row.model, sweep.unpruned[row.unpruned].parameters),
+            sweep.unpruned[row.unpruned].parameters,
             row.method,
             how,
             round(level, 2),

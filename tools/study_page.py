@@ -207,7 +207,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
         before = {model: value for model, value in values.items() if value}
         cells: dict[tuple[Any, ...], dict[tuple[float, str], list[SweptModel]]] = {}
         for row in sweep.done:
-            if row.evaluation.main(name, sweep.sets) is not None and row.model in before:
+            if row.evaluation.main(name, sweep.sets) is not None and row.unpruned in before:
                 cells.setdefault(_cut(row), {}).setdefault(_done_to(row), []).append(row)
         if not cells:
             continue

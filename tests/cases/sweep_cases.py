@@ -38,6 +38,13 @@ def some_runs(seeds=(1, 2), **base) -> list[SweepRun]:
     return sweep_runs(override(Experiment(), {"evaluate": {"unrecovered": False}, **base}), points)
 
 
+def image_runs(limits=(70, 140, 280)) -> list[SweepRun]:
+    """Depth at one ratio, without training, at limits of tokens per image."""
+    base = {"evaluate": {"unrecovered": False}, "recover": {"method": "none"}, "prune": {"ratio": 0.1}}
+    points = Hyper().product([Hyper().sweep("prune.method", ["depth"]), Hyper().sweep("data.max_image_tokens", limits)])
+    return sweep_runs(override(Experiment(), base), points)
+
+
 def make_models(experiment: Experiment, context) -> Result:
     """In the place of `Pipeline.make_models`: numbers that follow from settings, and a folder."""
     spec, trained = experiment.prune, experiment.recover.method != "none"

@@ -48,7 +48,7 @@ def test_a_config_that_comes_with_vlmprune_is_found_by_name(capsys):
     assert main(["run", "--config", "demos"]) == 2
     assert "--config=demos: no such file, and no shipped config of this name; did you mean" in capsys.readouterr().err
     assert main([]) == 0
-    assert "(--config=NAME): bunny_3b, demo, demo_reconstruct, llava15_7b,\n" in capsys.readouterr().out
+    assert "(--config=NAME): bunny_3b, demo, demo_reconstruct, gemma4_e4b,\n" in capsys.readouterr().out
 
 
 # --- help and typos --------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_shipped_configs_are_experiments(file):
     exec(compile(text, str(file), "exec"), space)
     experiment = override(Experiment(), space["get_config"]().to_dict())
     for run in prune_runs(experiment, Path("W")):
-        plan_config(run.experiment.prune, run.experiment.model, run.experiment.export).check()
+        plan_config(run.experiment.prune, run.experiment.model, run.experiment.data, run.experiment.export).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)
 

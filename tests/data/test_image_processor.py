@@ -109,7 +109,11 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
         (TILES, {"patches": (1176, 2)}, "makes 28 x 28 pixels, but the vision tower takes patches of 1176"),
         (TILES, {"patches": (28, 28)}, "makes 28 x 28 pixels, but the vision tower takes patches of 28"),
         (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles set, but this model does not cut images into tiles"),
-        (TILES, {"max_image_tokens": 9}, "data.max_image_tokens set, but this model's images have one size"),
+        (
+            TILES,
+            {"max_image_tokens": 9, "slot_tokens": 10},
+            r"data.max_image_tokens=9: must be at least 10 \(10 tokens",
+        ),
     ],
 )
 def test_a_tower_of_another_kind(tmp_path: Path, settings: dict, sizes: dict, words: str) -> None:

@@ -204,13 +204,11 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
 
 
 def test_the_users_cap(golden: Golden) -> None:
-    capped = golden.patching.with_most_tokens(9)
+    capped = golden.patching.with_most_tokens(9, 0)
     assert capped.image_shape(300, 200, 1).tokens <= 9 < golden.patching.image_shape(300, 200, 1).tokens
-    assert golden.patching.with_most_tokens(10**6) == golden.patching
-    with pytest.raises(
-        UserError, match=r"data.max_image_tokens=1 must be at least [34], the tokens of the model's smallest images"
-    ):
-        golden.patching.with_most_tokens(1)
+    assert golden.patching.with_most_tokens(10**6, 0) == golden.patching
+    with pytest.raises(UserError, match=r"must be at least [34], the tokens of the model's smallest images"):
+        golden.patching.with_most_tokens(1, 0)
 
 
 def test_no_image_has_more_tokens_than_the_last_bucket() -> None:

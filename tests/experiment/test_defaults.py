@@ -8,6 +8,7 @@ from prune_cases import EQUAL, config, model
 import vlmprune_jax as vp
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override, settings_of
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.arguments import plan_config
@@ -91,7 +92,7 @@ def test_a_plan_is_the_same_from_python_and_from_a_config():
     teacher = model(config(EQUAL))
     scores = vp.score(teacher, None, criterion="l1")
     by_keywords = vp.make_plan(scores, teacher.cfg, method="width", ratio=0.2)
-    spec = plan_config(override(PruneSpec(), {"method": "width", "ratio": 0.2}), ModelSpec(), ExportSpec())
+    spec = plan_config(override(PruneSpec(), {"method": "width", "ratio": 0.2}), ModelSpec(), DataSpec(), ExportSpec())
     assert vp.make_plan(scores, teacher.cfg, spec) == by_keywords
     assert by_keywords.options["heads"] == "auto"
     random = vp.score(teacher, None, criterion="random")

@@ -11,6 +11,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.experiment.recipes import paper_cut
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
 
 CONFIGS = {"llava15_7b": "llava", "bunny_3b": "bunny", "mini_internvl_4b": "internvl"}
@@ -47,6 +48,29 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
         for variant in ("width,0.3", "width,0.3,uniform")
     )
     assert (uneven, even) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "ratio", "layers"),
+    [
+        ("vocabulary,gguf", "depth", None, 42),
+        ("layers,0.4,w4a16", "depth", 0.4, None),
+        ("neurons,0.45,gguf", "width", 0.45, 42),
+    ],
+)
+def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
+    """Three quarters of the tokens are a third of the parameters; the stock class holds what is left."""
+    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["gemma4"]))
+    _, cfg = read_config(tmp_path)
+    experiment = read_experiment(loaded(ROOT / "configs/gemma4_e4b.py").get_config(variant))
+    check_experiment(experiment, tmp_path)
+    plan = predict_plan(experiment, cfg)
+    left = plan.apply_to(cfg)
+    assert plan.parameters_after == count_params(left)  # a layer's part of a dropped token's row goes once
+    assert (experiment.prune.method, left.text.vocab_size) == (method, 65536)
+    assert plan.reached == pytest.approx(0.34 if ratio is None else ratio, abs=0.01)
+    assert layers is None or len(left.text.layers) == layers
+    assert left.text.even
 
 
 @pytest.mark.parametrize(

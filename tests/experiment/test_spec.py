@@ -146,7 +146,8 @@ EXPECTED = {
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION
     | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions imatrix")
-    | named("export", "base_model license push_to_hub"),
+    | named("export", "base_model license push_to_hub max_image_tokens")
+    | named("data", "max_image_tokens"),
 }
 LOSSES = {
     *("ce", "l2", "cosine", "kl", "rkl", "l2_layers", "temperature", "teacher_inputs", "reference_compat", "chunk"),

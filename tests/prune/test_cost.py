@@ -13,10 +13,12 @@ from vlmprune_jax.core.chips import CHIPS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec, PruneSpec
 from vlmprune_jax.export.uneven import padded_stacks
-from vlmprune_jax.models.flops import forward_flops
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.flops import forward_flops, vision_flops
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
 from vlmprune_jax.prune.cost import make_measure
@@ -157,6 +159,28 @@ def test_a_budget_in_steps_ends_within_it():
     assert plan.asked is None
 
 
+@pytest.mark.parametrize("name", ["internvl3", "qwen3_vl", "gemma4"])
+def test_images_of_fewer_tokens_cost_less(goldens, name):
+    """The row is shorter by what its images lose: of any size, or in whole tiles."""
+    _, cfg = read_config(goldens / "families" / name / "ckpt", None)
+    typical = cfg.tokens_per_image
+    budget = {"flops": 1.0, "step_ms": 1.0, "memory_bytes": 1.0, "context": 900, "images": 2}
+    usual = make_measure(cfg, Budget(**budget))(cfg)
+    assert make_measure(cfg, Budget(**budget, image_tokens=typical))(cfg) == pytest.approx(usual)
+    more = 3 * typical + (1 if name == "internvl3" else 0)  # of a tile there are no parts
+    longer = make_measure(cfg, Budget(**budget, image_tokens=more))(cfg)
+    length, slots, of_slot = 900 + 4 * typical, *((2, more) if cfg.any_size else (6, 0))
+    text = forward_flops(cfg, length=length, images=0)
+    assert longer["flops"] == text + vision_flops(cfg, (), slots, of_slot)
+    plain = make_measure(cfg, Budget(**{**budget, "context": length}))(cfg)
+    assert [longer[key] for key in ("step_ms", "memory_bytes")] == [plain[key] for key in ("step_ms", "memory_bytes")]
+    assert usual["step_ms"] < longer["step_ms"]
+    spec = override(PruneSpec(), {"budget": {"flops": 1.0}})
+    data, export = DataSpec(max_image_tokens=70), ExportSpec(max_image_tokens=140)
+    assert plan_config(spec, ModelSpec(), data, export).budget.image_tokens == 140  # of the export, if it has its own
+    assert plan_config(spec, ModelSpec(), data, ExportSpec()).budget.given["image_tokens"] == 70
+
+
 def test_speed_by_what_a_bench_measured(tmp_path):
     """Between the sizes that were measured, on a line; below them nothing is known."""
     cfg = config(EQUAL)
@@ -169,7 +193,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     ]
     write_artefact(tmp_path / "bench.json", replace(BENCH, sides=sides))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
-    limits = plan_config(override(PruneSpec(), {"budget": budget}), ModelSpec(), ExportSpec()).budget.given
+    limits = plan_config(override(PruneSpec(), {"budget": budget}), ModelSpec(), DataSpec(), ExportSpec()).budget.given
     assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]
     plan = make_plan(scores, cfg, method="width", budget=limits)
     assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)

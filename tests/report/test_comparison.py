@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from sweep_cases import some_runs, with_models, write_sweep
+from sweep_cases import image_runs, some_runs, with_models, write_sweep
 
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison_plots as plots
@@ -59,6 +59,20 @@ def test_the_table_of_terminal_and_page(tmp_path):
     assert (table.rows[2][0], table.rows[2][6]) == ("depth 10 %, SFT, 5 % of the data", "2")
     assert 0 < float(table.rows[2][2]) < float(table.rows[2][1])  # the control is better than the unpruned model
     assert float(table.rows[2][5]) > 0
+
+
+def test_accuracy_over_the_tokens_per_image(tmp_path):
+    """Each limit has its own unpruned model; the figure has a line of them and one per method."""
+    sweep = write_sweep(tmp_path, runs=image_runs())
+    assert [one.image_tokens for one in sweep.done] == [70, 140, 280]
+    assert sorted(sweep.unpruned) == sorted(f" at {one} tokens per image" for one in (70, 140, 280))
+    page = build_comparison(tmp_path).read_text()
+    assert "Over the tokens per image" in page
+    assert "over the maximum number of tokens per image, 2 lines." in page
+    assert "depth 10 %, 140 image tokens" in html.unescape(page).replace("\u00a0", " ")
+    assert "image_tokens" in as_csv(sweep).splitlines()[0].split(",")
+    one = replace(sweep, unpruned={" at 70 tokens per image": sweep.unpruned[" at 70 tokens per image"]})
+    assert "nothing is known of ' at 140 tokens per image'" in one.problems(tmp_path)
 
 
 def test_names_of_anybody_are_text(tmp_path):

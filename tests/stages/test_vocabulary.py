@@ -1,5 +1,6 @@
 """A trimmed vocabulary through the commands: scores, plan, report, reconstruction, distillation, evaluation, export."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -87,6 +88,33 @@ def test_prune_reports_held_out_texts(root, capsys):
     texts_file(root / "sources.json", [TOPICS[4][i * 100 : (i + 1) * 100] for i in range(30)])
     assert main(["prune", f"--config={root / 'config.py'}", f"--workdir={root / 'w'}"]) == 2
     assert "prune.vocabulary" in capsys.readouterr().err
+
+
+def test_a_vocabulary_alone_needs_no_scores(root, capsys):
+    (root / "alone.py").write_text((root / "config.py").read_text().replace("config.prune.layers_removed = 1", ""))
+    flags = [f"--config={root / 'alone.py'}", f"--workdir={root / 'alone'}"]
+    assert main(["score", *flags]) == 2
+    assert "trimming only the vocabulary needs no scores: run `vlmprune prune`" in capsys.readouterr().err
+    assert main(["prune", *flags]) == 0
+    assert not list((root / "alone").glob("scores*"))
+    plan = vp.PrunePlan.from_json(root / "alone/plan.json")
+    teacher, pruned = vp.load(root / "teacher"), vp.load(root / "alone/pruned")
+    assert (plan.method, plan.asked, plan.removed_layers) == ("vocabulary", None, ())
+    assert pruned.cfg == plan.apply_to(teacher.cfg)
+    tokens = {"size": 448, "sources": (str(root / "sources.json"),), "multiple": 8, "source_dir": str(root / "teacher")}
+    assert vp.make_plan(None, teacher, vocabulary=tokens).vocabulary == plan.vocabulary
+    for model, options in ((teacher.cfg, {"vocabulary": tokens}), (teacher, {"ratio": 0.1})):
+        with pytest.raises(vp.UserError, match="scores=None is for trimming only the vocabulary of a model"):
+            vp.make_plan(None, model, **options)
+    with pytest.raises(vp.UserError, match=r"as with another vocabulary \(this model has 448 tokens, the plan's 640\)"):
+        vp.apply_plan(pruned, plan)
+    capsys.readouterr()
+    whole = dataclasses.replace(plan, vocabulary=None)
+    whole.to_json(root / "whole.json")
+    assert main(["diff", str(root / "alone"), str(root / "whole.json")]) == 0
+    said = capsys.readouterr().out
+    assert "448 / 640" in said
+    assert "70.0 %" in said
 
 
 @pytest.mark.slow

@@ -11,7 +11,16 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
-from vlmprune_jax.workdir.result import Run, benchmark_rows, best_run, compare, describe_sets, read_result, unpruned_of
+from vlmprune_jax.workdir.result import (
+    Run,
+    benchmark_rows,
+    best_run,
+    compare,
+    compare_again,
+    describe_sets,
+    read_result,
+    unpruned_of,
+)
 
 F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
 
@@ -77,6 +86,24 @@ def test_sets_say_how_large_they_are():
     sets = describe_sets(found(pope=0.5, text=10.0))
     assert [of.size for of in sets.values()] == ["40 questions", "40 tokens"]
     assert [of.label for of in sets.values()] == ["f1 in %", "perplexity"]
+
+
+def test_perplexities_of_different_vocabularies_are_not_compared():
+    """If one model splits a text into other tokens, all are compared by bits per byte."""
+
+    def text(perplexity, bits, tokens):
+        made = found(text=perplexity)["text"]
+        return {"text": replace(made, values={"perplexity": perplexity, "bits_per_byte": bits}, count=tokens)}
+
+    teacher, same, trimmed = text(10.0, 1.0, 100), text(12.5, 1.1, 100), text(9.0, 1.25, 120)
+    assert describe_sets(teacher, [same])["text"].main == "perplexity"
+    sets = describe_sets(teacher, [same, trimmed])
+    assert sets["text"].main == "bits_per_byte"
+    assert compare(same, teacher).retained == {"text": 80.0}
+    assert compare(trimmed, teacher).retained == {"text": 80.0}
+    alike = compare_again(compare(same, teacher, teacher), unpruned_of(teacher).evaluation, sets)
+    assert alike.retained["text"] == alike.control.retained["text"] == pytest.approx(100 / 1.1)
+    assert (alike.scores, alike.mean_of_ratios) == (compare(same, teacher).scores, pytest.approx(100 / 1.1))
 
 
 def test_averages_leave_out_what_cannot_be_retained():

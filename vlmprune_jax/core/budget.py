@@ -56,7 +56,8 @@ class Budget:
     )
     context: int = prune_setting(
         4096,
-        "Row length, image tokens included, for which memory, FLOPs and time are computed.",
+        "Row length, image tokens included, for which memory, FLOPs and time are computed. With a `max_image_tokens`, "
+        "the images have that many tokens and the row is shorter by the difference.",
         unit="tokens",
         least=1,
         most=2**31,
@@ -65,6 +66,7 @@ class Budget:
         1, "Number of rows decoded together, for which memory and time are computed.", unit="rows", least=1, most=2**31
     )
     images: int = prune_setting(1, "Number of images (or tiles) in the prompt.", unit="images", least=0, most=10_000)
+    image_tokens: int = setting(0, "Tokens per image (0 = a typical number).", unit="tokens", least=0, offered=False)
     slice: str = prune_setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.")
     dtype: str = setting(
         "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False

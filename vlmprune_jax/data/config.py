@@ -98,10 +98,11 @@ class DataSpec:
     thumbnail: bool | None = rows_setting(
         None, "Add a small copy of the whole image to its tiles (None = the model folder's value)."
     )
-    max_image_tokens: int | None = rows_setting(
+    max_image_tokens: int | None = setting(
         None,
-        "Maximum number of tokens per image, for models that take images of any size (Qwen-VL); larger images are "
-        "shrunk (None = the model folder's value).",
+        "Maximum number of tokens per image: Gemma 4's token budget (70, 140, 280, 560 or 1120), or a limit on pixels "
+        "(Qwen-VL), tiles (InternVL), pieces (SmolVLM) or crops (Gemma 3). None = the model folder's value.",
+        affects=(*_RECORDS, "teacher_cache", "export"),
         unit="tokens",
         least=1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,23 @@ class Cropping(SquarePieces):
     def usual(self) -> tuple[int, ...]:
         """Common numbers of image slots: 1 for an uncropped image, then 1 plus each number of crops from 2."""
         return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image."""
+        return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
+        """Return a copy with at most `tokens` tokens per image, crops included; each has `slot_tokens` tokens.
+
+        Raises UserError if the whole image alone has more.
+        """
+        crops = tokens // slot_tokens - 1
+        if crops < 0:
+            raise UserError(f"must be at least {slot_tokens}, the tokens of an image without crops: raise it")
+        if crops < 2:  # an image is cut into at least two
+            return dataclasses.replace(self, crops=False)
+        return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the grid of an image's crops, and its number of slots (crops and the whole image)."""

@@ -20,6 +20,8 @@ from vlmprune_jax.families.tiles import MAX_SIDE
 # Values of `Family.images` for which the transformers classes are not used.
 _CUT = ("tiles", "splits", "crops", "budget", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
+# Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
+PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
 _TODO = "restore it from the model's source"
 
 _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
@@ -140,7 +142,7 @@ def processor_settings(folder: Path) -> tuple[Any, str] | None:
 
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
     """
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+    for name, key in PROCESSOR_FILES:
         path = folder / name
         config = read_json(path) if os.path.lexists(path) else None
         config = config if key is None or config is None else config.get(key)

@@ -18,15 +18,22 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
 from vlmprune_jax.data.cropping import cropping_from_processor
-from vlmprune_jax.data.image_processor import checked_processor, make_processor, processor_settings, sides, way_of
-from vlmprune_jax.data.patching import Patching, patching_from_processor
+from vlmprune_jax.data.image_processor import (
+    PROCESSOR_FILES,
+    checked_processor,
+    make_processor,
+    processor_settings,
+    sides,
+    way_of,
+)
+from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
-from vlmprune_jax.data.token_budget import TokenBudget, token_budget_from_processor
+from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.families import find
 from vlmprune_jax.families.tiles import ImageShape
 
@@ -65,6 +72,10 @@ class Preparation(Protocol):
         """Settings that change the arrays, as JSON values."""
 
     @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image; {} if they cannot."""
+
+    @property
     def shares(self) -> bool:
         """True if an image's arrays depend on the number of images in its record."""
 
@@ -84,6 +95,12 @@ class Preparation(Protocol):
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Return an RGB image as float32[slots, channels, height, width], or float32[1, patches, values]."""
 
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
+        """Return a copy with at most `tokens` tokens per image; a slot has `slot_tokens` if images have one size.
+
+        Raises UserError (`must be ...: what to do`) if the model does not have such images.
+        """
+
 
 class WholeImage:
     """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's image processor.
@@ -99,6 +116,7 @@ class WholeImage:
             raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
         self._processor = make_processor(config, where)
         self._pad = aspect_ratio == "pad"
+        self.limit_fields: dict[str, Any] = {}
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
@@ -129,6 +147,17 @@ class WholeImage:
         if self._pad:
             image = pad_to_square(image, tuple(self._processor.image_mean))
         return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> WholeImage:
+        """Refuse a limit, since the size of the tower's input fixes the tokens per image."""
+        raise _fixed(slot_tokens)
+
+
+def _fixed(slot_tokens: int) -> UserError:
+    return UserError(
+        f"every image of this model has {slot_tokens} tokens, whatever its size: unset it, or use a model with tiles, "
+        "patches or a token budget (InternVL, SmolVLM, Qwen-VL, Gemma)"
+    )
 
 
 class ImageLoader:
@@ -268,6 +297,7 @@ def load_image_processor(
     tiling: Mapping[str, Any] | None = None,
     patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
+    slot_tokens: int = 0,
 ) -> ImageLoader:
     """Return the ImageLoader for the image processor that a Hugging Face folder describes.
 
@@ -280,16 +310,20 @@ def load_image_processor(
         in the hub's code instead of a file.
       tiling: fields of `Tiling` that replace the folder's, for models with tiling.
       patches: (values per patch, patches per side of a token) of a tower for images of any size.
-      max_image_tokens: limit to which larger images are shrunk, for models that take images of any size.
+      max_image_tokens: maximum number of tokens per image; see `Preparation.with_most_tokens`.
+      slot_tokens: tokens per image or tile, needed with `max_image_tokens` (`ModelConfig.tokens_per_image`).
 
     Raises:
       UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, or the
-        output does not fit the tower; or `tiling` or `max_image_tokens` are set for a model that does not use them.
+        output does not fit the tower; or the model cannot have this `tiling` or `max_image_tokens`.
     """
     folder = Path(folder)
     preparation, where = _preparation(folder, aspect_ratio, image_size)
     changes = {name: value for name, value in (tiling or {}).items() if value is not None}
-    preparation = _changed(preparation, changes, max_image_tokens, folder)
+    preparation = _with_tiling(preparation, changes, folder)
+    if max_image_tokens is not None:
+        with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
+            preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
     _check_fits(preparation, where, image_size, patches)
     if isinstance(preparation, WholeImage):
         with reading(where):  # try the settings on a small image, so that errors name this file and not a record
@@ -317,20 +351,37 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
         )
 
 
-def _changed(preparation: Preparation, changes: dict[str, Any], most: int | None, folder: Path) -> Preparation:
-    """Return the image preparation changed by the user's settings. Raises UserError if the model does not have them."""
-    if changes and not isinstance(preparation, Tiling):
+def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path) -> Preparation:
+    """Return the preparation with the user's tiling. Raises UserError if the model does not have tile grids."""
+    if not changes:
+        return preparation
+    if not isinstance(preparation, Tiling):
         raise UserError(
             f"{folder}: data.{', data.'.join(changes)} set, but this model does not cut images into "
             "tiles by their aspect ratio: unset it"
         )
-    if isinstance(preparation, Tiling):
-        preparation = dataclasses.replace(preparation, **changes)
-    if most is None:
-        return preparation
-    if not isinstance(preparation, Patching | TokenBudget):
-        raise UserError(f"{folder}: data.max_image_tokens set, but this model's images have one size: unset it")
-    return preparation.with_most_tokens(most)
+    return dataclasses.replace(preparation, **changes)
+
+
+def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
+    """Return {name: content} of a folder's JSON files that limit the tokens per image, changed to at most `most`.
+
+    `slot_tokens` is as for `load_image_processor`. Raises UserError if the model cannot have this limit.
+    """
+    config = read_json(folder / "config.json")
+    family = find(config)
+    if family is not None and family.images == "whole":  # its processor may lie in the tower's folder
+        raise _fixed(slot_tokens)
+    preparation, _ = _preparation(folder, ASPECT_RATIOS[1], None)
+    fields, changed = preparation.with_most_tokens(most, slot_tokens).limit_fields, {}
+    if family is not None and family.tiling is not None:
+        return {"config.json": config | {family.tile_limit: fields["max_patches"]}}
+    for name, section in PROCESSOR_FILES:
+        content = read_json(folder / name) if os.path.lexists(folder / name) else {}
+        settings = content if section is None else content.get(section)
+        if settings:
+            changed[name] = {**content, **(fields if section is None else {section: {**settings, **fields}})}
+    return changed
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:

@@ -123,11 +123,13 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
 
     Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, family_of(cfg), cfg.vision)
+    return _load_inputs(model, data, family_of(cfg), cfg.vision, cfg.tokens_per_image)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: VisionConfig | None) -> Inputs:
+def _load_inputs(
+    model: ModelSpec, data: DataSpec, family: Family, tower: VisionConfig | None, slot_tokens: int
+) -> Inputs:
     one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
     config = read_json(Path(model.hf_dir) / "config.json")
@@ -154,6 +156,7 @@ def _load_inputs(model: ModelSpec, data: DataSpec, family: Family, tower: Vision
             patches=(tower.patch_values, tower.merge) if tower.any_size else None,
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
+            slot_tokens=slot_tokens,
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:

@@ -60,17 +60,24 @@ class Patching(DataclassPreparation):
         rounded_up = least + math.sqrt(least) * (math.sqrt(_THINNEST) + 1 / math.sqrt(_THINNEST)) + 1
         return math.ceil(max(most, math.sqrt(_THINNEST * most), rounded_up))
 
-    def with_most_tokens(self, tokens: int) -> Patching:
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image, in old and new spelling."""
+        least, most = self.min_pixels, self.max_pixels
+        return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
         """Return a copy with at most `tokens` tokens per image (for thin images see `_most_tokens`).
 
         Raises UserError if images of `min_pixels` have more tokens.
         """
+        del slot_tokens
         pixels = tokens * (self.patch * self.merge) ** 2
         if pixels < self.min_pixels:
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
             raise UserError(
-                f"data.max_image_tokens={tokens} must be at least {least}, the tokens of the model's smallest images "
-                f"({self.min_pixels} pixels): raise it"
+                f"must be at least {least}, the tokens of the model's smallest images ({self.min_pixels} pixels): "
+                "raise it"
             )
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,22 @@ class Splitting(SquarePieces):
         """Common numbers of slots: for an image split into one row of sub-images, two rows, ... up to a square."""
         along = self._along
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image."""
+        return {"size": {"longest_edge": self.longest}}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
+        """Return a copy with at most `tokens` tokens per image, overview included; a piece has `slot_tokens` tokens.
+
+        Raises UserError if not one piece fits.
+        """
+        slots = tokens // slot_tokens
+        if not slots:
+            raise UserError(f"must be at least {slot_tokens}, the tokens of an image that is not split: raise it")
+        along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
+        return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the grid of an image, and its number of sub-images including the whole-image overview."""

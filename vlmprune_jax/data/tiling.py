@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,23 @@ class Tiling(TilingConfig, SquarePieces):
 
         # beyond max_tiles images each has one tile
         return max(map(tiles, (*range(1, min(images, self.max_tiles) + 1), images)))
+
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image."""
+        return {"max_patches": self.max_tiles}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Tiling:
+        """Return a copy with at most `tokens` tokens per image, thumbnail included; a tile has `slot_tokens` tokens.
+
+        Raises UserError if fewer than `min_tiles` tiles fit.
+        """
+        slots = tokens // slot_tokens
+        tiles = slots - (self.thumbnail and slots > 1)
+        if tiles < self.min_tiles:
+            least = (self.min_tiles + (self.thumbnail and self.min_tiles > 1)) * slot_tokens
+            raise UserError(f"must be at least {least} ({slot_tokens} tokens per tile): raise it")
+        return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         """Return the number of pixels of the largest intermediate image."""

@@ -43,12 +43,17 @@ class TokenBudget(DataclassPreparation):
         """Token counts to which images are padded: only the budget, which most images nearly fill."""
         return (self.tokens,)
 
-    def with_most_tokens(self, tokens: int) -> TokenBudget:
-        """Return the largest supported budget up to `tokens`. Raises UserError if there is none."""
-        fits = [budget for budget in BUDGETS if budget <= min(tokens, self.tokens)]
-        if not fits:
-            raise UserError(f"data.max_image_tokens={tokens} must be at least {BUDGETS[0]}: raise it")
-        return dataclasses.replace(self, tokens=fits[-1])
+    @property
+    def limit_fields(self) -> dict[str, Any]:
+        """Fields of the image processor's settings that limit the tokens per image."""
+        return {"max_soft_tokens": self.tokens}
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
+        """Return a copy with this budget. Raises UserError if the model was not trained with it."""
+        del slot_tokens
+        if tokens not in BUDGETS:
+            raise UserError(f"must be one of the model's budgets ({', '.join(map(str, BUDGETS))}): choose one")
+        return dataclasses.replace(self, tokens=tokens)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return the patch grid of an image. Raises UserError if the image is too thin."""

@@ -22,21 +22,27 @@ from vlmprune_jax.workdir.speed import read_bench
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
 
-def plan_config(spec: PruneSpec, model: ModelSpec, export: ExportSpec) -> PruneSpec:
-    """Return the settings of `make_plan`, with the budget's dtype and layout taken from the export."""
+def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: ExportSpec) -> PruneSpec:
+    """Return the settings of `make_plan`, with the budget's dtype, layout and image tokens taken from the export."""
     budget = spec.budget
     if not budget.limits:
         return spec
     dtype, uneven, curve = export_dtype(model, export), export.uneven, budget.curve
     if budget.bench is not None:
         curve = tuple((size, 1000 / rate) for size, rate in read_bench(Path(budget.bench)).decode_rates().items())
-    budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve)
+    tokens = image_tokens(data, export) or 0
+    budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve, image_tokens=tokens)
     return dataclasses.replace(spec, budget=budget)
+
+
+def image_tokens(data: DataSpec, export: ExportSpec) -> int | None:
+    """Return the maximum number of tokens per image of the exported model; None = what its processor files say."""
+    return data.max_image_tokens if export.max_image_tokens is None else export.max_image_tokens
 
 
 def export_options(spec: ExportSpec) -> dict[str, Any]:
     """Return the keyword arguments of `save` for an export: its settings, and `export.options`."""
-    others = ("format", "options", *CardOptions.__dataclass_fields__)
+    others = ("format", "options", "max_image_tokens", *CardOptions.__dataclass_fields__)
     return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
 
 

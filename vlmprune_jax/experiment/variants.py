@@ -193,7 +193,7 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
                 f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
             )
         _check_criteria(spec.score)
-        _check_target(plan_config(spec.prune, spec.model, spec.export))
+        _check_target(plan_config(spec.prune, spec.model, spec.data, spec.export))
         choose_format(spec.export.format, export_options(spec.export))
         for run in recoveries:
             changed = run.experiment

@@ -47,6 +47,12 @@ class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
         "(compressed-tensors), q8_0, q5_1 or q4_0 in GGUF.",
         choices="export.formats:quantizations",
     )
+    max_image_tokens: int | None = export_setting(
+        None,
+        "Maximum number of tokens per image, written to the export's processor files (None = `data.max_image_tokens`).",
+        unit="tokens",
+        least=1,
+    )
     options: Mapping[str, Any] = export_setting(
         {}, "Further options of the format, by name; needed for a format of your own."
     )

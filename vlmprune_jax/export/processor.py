@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.data.images import limited_files
 from vlmprune_jax.export.tokenizer import prefixes_only_the_start, token_id, write_tokenizer
+from vlmprune_jax.export.vocabulary import copy_without_weights
 from vlmprune_jax.families import family_of, target_of, template_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.hf.read import read_fields
+
+
+@contextlib.contextmanager
+def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator[Path]:
+    """Yield a folder whose files limit images to `most` tokens: `source` (None = no limit), or a copy without weights.
+
+    Raises:
+      UserError: the model cannot have this limit.
+    """
+    if most is None:
+        yield source
+        return
+    with error_context(f"export.max_image_tokens={most}"):
+        if cfg.vision is None:
+            raise UserError("the model takes no images: unset it")
+        changed = limited_files(source, most, cfg.tokens_per_image)
+    with tempfile.TemporaryDirectory(prefix="vlmprune-") as folder:
+        copy_without_weights(source, Path(folder))
+        for name, content in changed.items():
+            (Path(folder) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        yield Path(folder)
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:

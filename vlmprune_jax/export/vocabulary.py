@@ -79,18 +79,23 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
         raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
     if vocabulary_digest(content) != vocabulary.tokenizer:
         raise UserError(f"{source}: its tokenizer is not the one that the plan was made with: plan again")
-    for name in sorted(os.listdir(source)):
-        if os.path.isdir(source / name):
-            if name == "additional_chat_templates":
-                copy_folder(source / name, folder / name, source)
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
-            copy_file(source / name, folder / name, source)
+    copy_without_weights(source, folder)
     with reading(f"{source}: its tokenizer"):
         _trim_tokenizer_files(source, folder, content, vocabulary)
     for name in CONFIGS:
         if os.path.lexists(source / name):
             config = trim_config(read_json(source / name), vocabulary, str(source / name))
             _write(folder / name, _explicit(config, cfg) if name == "config.json" else config)
+
+
+def copy_without_weights(source: Path, folder: Path) -> None:
+    """Copy all files of a model folder but its weights."""
+    for name in sorted(os.listdir(source)):
+        if os.path.isdir(source / name):
+            if name == "additional_chat_templates":
+                copy_folder(source / name, folder / name, source)
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+            copy_file(source / name, folder / name, source)
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:

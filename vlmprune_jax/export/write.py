@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.export.processor import limited_images
 from vlmprune_jax.export.target import Plan, copy_always
 from vlmprune_jax.export.vocabulary import trimmed_files
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
@@ -39,6 +41,7 @@ def save(
     storage: Storage | None = None,
     imatrix: bool | Importance = False,
     rolled_positions: bool = False,
+    max_image_tokens: int | None = None,
     overwrite: bool = False,
     plan: Plan | None = None,
     name: str | None = None,
@@ -67,6 +70,7 @@ def save(
       storage: storage of weights that it holds, such as `vp.gptq(...)`; for Hugging Face folders.
       imatrix: `vp.importance(...)`, to write the importance file of llama-quantize as well; for GGUF.
       rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
+      max_image_tokens: limit that the processor files get (None = as in `source_dir`).
       overwrite: replace an existing model folder.
       plan: the prune plan, written as plan.json; needed to write the tokenizer of a vocabulary that it trims.
       name: name of the unpruned model on the model card, a hub id if it has one (None = that of `source_dir`).
@@ -83,13 +87,26 @@ def save(
     options |= {"symmetric": symmetric, "storage": storage, "imatrix": imatrix, "rolled_positions": rolled_positions}
     card: dict[str, Any] = {"reconstructed": reconstructed, "recovered": recovered}
     card |= {"license": license, "datasets": datasets, "benchmarks": benchmarks}
-    _write(model, Path(out_dir), resolve(source_dir), *choose_format(format, options), overwrite, plan, name, card)
+    source, chosen = resolve(source_dir), choose_format(format, options)
+    with _files(source, plan, max_image_tokens, model) as files:
+        _write(model, Path(out_dir), source, files, *chosen, overwrite, plan, name, card)
+
+
+@contextlib.contextmanager
+def _files(source: Path, plan: Plan | None, max_image_tokens: int | None, model: Model) -> Iterator[Path]:
+    """Yield a folder with tokenizer, processor and configs for the export."""
+    with (
+        trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as trimmed,
+        limited_images(trimmed, max_image_tokens, model.cfg) as files,
+    ):
+        yield files
 
 
 def _write(
     model: Model,
     out: Path,
     source: Path,
+    files: Path,
     chosen: Format,
     settings: Any,
     overwrite: bool,
@@ -101,32 +118,30 @@ def _write(
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
-    vocabulary = None if plan is None else plan.vocabulary
-    with trimmed_files(source, vocabulary, model.cfg) as files:
-        options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
-        chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
-        origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source, tpu_chips=chips)
-        contents = chosen.prepare(model, origin, settings)
-        split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
+    options = {} if plan is None else plan.options.get("second", plan.options)  # of two plans, the newer
+    chips = options.get("tensor_parallel", 1) if "vllm_tpu" in options.get("loads_in", ()) else 0
+    origin = Origin(files, f"{name}-pruned" if pruned else name, weights=source, tpu_chips=chips)
+    contents = chosen.prepare(model, origin, settings)
+    split = any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in flatten(model.params).values())
 
-        def check() -> None:
-            check_target(out, source, overwrite)
-            check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
+    def check() -> None:
+        check_target(out, source, overwrite)
+        check_space(out, sum(tensor.n_bytes for tensor in contents.tensors))
 
-        if split:
-            on_process_zero(check)
-        elif is_main_process():
-            check()
-        if is_main_process():
-            with atomic_folder(out) as folder:
-                contents.write(folder)
-                copy_always(source, folder, plan)
-                loading, library = contents.card(folder), chosen.library
-                write_card(folder, model.cfg, name, source, loading=loading, library=library, **card)
-        if split:
-            for tensor in () if is_main_process() else contents.tensors:
-                tensor.fetch()  # gathering split arrays takes all processes, in the same order
-            multihost_utils.sync_global_devices(f"saved {out}")
+    if split:
+        on_process_zero(check)
+    elif is_main_process():
+        check()
+    if is_main_process():
+        with atomic_folder(out) as folder:
+            contents.write(folder)
+            copy_always(source, folder, plan)
+            loading, library = contents.card(folder), chosen.library
+            write_card(folder, model.cfg, name, source, loading=loading, library=library, **card)
+    if split:
+        for tensor in () if is_main_process() else contents.tensors:
+            tensor.fetch()  # gathering split arrays takes all processes, in the same order
+        multihost_utils.sync_global_devices(f"saved {out}")
 
 
 def check_saved(
@@ -136,6 +151,7 @@ def check_saved(
     source_dir: str | Path,
     vision_dir: str | Path | None = None,
     format: str = "huggingface",
+    max_image_tokens: int | None = None,
     plan: Plan | None = None,
     **options: Any,
 ) -> Comparison:
@@ -148,5 +164,5 @@ def check_saved(
     """
     source, tower = resolve(source_dir), None if vision_dir is None else resolve(vision_dir)
     chosen, settings = choose_format(format, options)
-    with trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as files:
+    with _files(source, plan, max_image_tokens, model) as files:
         return chosen.check(model, Path(out_dir), Origin(files, model_name(source), tower, source), settings)

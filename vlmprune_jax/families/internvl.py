@@ -277,6 +277,7 @@ INTERNVL_ORIGINAL = Family(
     template_field="template",
     images="tiles",
     tiling=_tiling,
+    tile_limit="max_dynamic_patch",
     recipe=_RECIPE,
     conversion=Conversion(to="internvl", new_token="<video>", marks_images=False),
 )

@@ -134,8 +134,8 @@ class Family:
     Images: `image_processors` are transformers classes (without suffix) that `data/images.py` can run. `images` is
     "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan) or "patches"
     (any size).
-    `tiling(config, where)` reads the tiling from config.json. `pixels(size)` returns processor settings if the folder
-    has no file.
+    `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
+    tiles. `pixels(size)` returns processor settings if the folder has no file.
 
     `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
@@ -163,6 +163,7 @@ class Family:
     image_processors: tuple[str, ...] = ()
     images: str = "whole"
     tiling: Callable[[Mapping[str, Any], str], TilingConfig] | None = None
+    tile_limit: str = ""
     pixels: Callable[[int], JsonDict] | None = None
     recipe: Mapping[str, Any] | None = None
     decoder: Decoder | None = None

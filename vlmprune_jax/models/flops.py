@@ -26,10 +26,28 @@ def head_of(cfg: ModelConfig) -> str:
     return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
 
 
-def forward_flops(cfg: ModelConfig, *, length: int, images: int) -> int:
-    """Return the forward FLOPs of one row of `length` tokens that include `images` images (or tiles)."""
+def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -> tuple[int, int, int]:
+    """Return (length, slots, tokens per slot) of a row whose images have `image_tokens` tokens (0 = a typical number).
+
+    The row of `length` tokens has images of a typical number of tokens, so it becomes shorter or longer. Tokens per
+    slot are 0 if images have one size; then each image takes as many slots (tiles) as `image_tokens` allow.
+    """
+    if not image_tokens:
+        return length, images, 0
+    per_slot = cfg.tokens_per_image
+    slots = 1 if cfg.any_size else max(image_tokens // per_slot, 1)
+    tokens = image_tokens if cfg.any_size else slots * per_slot
+    return length + images * (tokens - per_slot), images * slots, image_tokens if cfg.any_size else 0
+
+
+def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:
+    """Return the forward FLOPs of one row of `length` tokens that include `images` images (or tiles).
+
+    `image_tokens`: tokens per image in place of the typical number, which changes the length (see `limited_row`).
+    """
+    length, slots, per_slot = limited_row(cfg, length, images, image_tokens)
     products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
-    return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), images)
+    return length * products + causal_flops(cfg, length) + vision_flops(cfg, (), slots, per_slot)
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:

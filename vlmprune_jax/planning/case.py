@@ -157,7 +157,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     Equal widths and the number of layers do not depend on scores. The choice of layers, widths under
     `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
     """
-    config = plan_config(experiment.prune, experiment.model, experiment.export)
+    config = plan_config(experiment.prune, experiment.model, experiment.data, experiment.export)
     config.check()
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
@@ -194,6 +194,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
             cache_bytes=0,
             tiling=tiling,
             max_image_tokens=data.max_image_tokens,
+            slot_tokens=cfg.tokens_per_image,
         ).preparation
     return tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
 

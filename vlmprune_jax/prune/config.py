@@ -244,6 +244,12 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check_settings("prune", self)
 
+    @property
+    def only_vocabulary(self) -> bool:
+        """True if the settings trim the vocabulary and have no target for layers, heads and neurons."""
+        targets = (self.ratio, self.layers_removed, self.sparsity)
+        return self.vocabulary.size is not None and targets == (None, None, None) and not self.budget.limits
+
     def recorded(self) -> list[str]:
         """Return the names of settings that a plan of this method depends on, apart from the pruning target."""
         targets = ("method", "ratio", "layers_removed")

@@ -21,7 +21,15 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
-from vlmprune_jax.models.flops import forward_flops, head_of, positions_of, seen, tower_pairs, weight_flops
+from vlmprune_jax.models.flops import (
+    forward_flops,
+    head_of,
+    limited_row,
+    positions_of,
+    seen,
+    tower_pairs,
+    weight_flops,
+)
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
 
@@ -41,23 +49,24 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     with error_context("prune.budget.slice"):
         chip, n_chips = slice_of(budget.slice)
     images = budget.images if cfg.vision is not None else 0
-    if "flops" in budget.limits and images * cfg.tokens_per_image > budget.context:
+    if ("flops" in budget.limits or budget.image_tokens) and images * cfg.tokens_per_image > budget.context:
         raise UserError(
             f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} tokens of "
             f"prune.budget.images={images}"
         )
+    context, slots, slot_tokens = limited_row(cfg, budget.context, images, budget.image_tokens)
     sizes = {name: layer_costs(cfg, name) for name in cfg.stacks}
     products = {name: layer_costs(cfg, name, products=True) for name in cfg.stacks}
     beside = count_params(cfg) - _total(cfg, sizes)
     head = weight_flops(cfg, head_of(cfg), (), False)
-    forward = forward_flops(cfg, length=budget.context, images=images)
-    forward -= _forward_of_layers(cfg, products, budget.context, images)
+    forward = forward_flops(cfg, length=budget.context, images=images, image_tokens=budget.image_tokens)
+    forward -= _forward_of_layers(cfg, products, context, slots, slot_tokens)
 
     def step_ms(now: ModelConfig) -> float:
         text = {"text": now.text}
         weights = _total(now, sizes, text) + head // 2
-        flops = 2 * _total(now, products, text) + head + _attention_of_token(now.text, budget.context)
-        traffic = itemsize * (weights + budget.batch * _cache(now.text, budget.context))
+        flops = 2 * _total(now, products, text) + head + _attention_of_token(now.text, context)
+        traffic = itemsize * (weights + budget.batch * _cache(now.text, context))
         seconds = chip.seconds(budget.batch * flops / n_chips, traffic / n_chips, 0)
         return 1000 * max(seconds.values())
 
@@ -67,10 +76,8 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     found: dict[str, Callable[[ModelConfig], float]] = {
         "parameters": lambda now: beside + _total(now, sizes),
         "disk_bytes": lambda now: itemsize * (beside + on_disk(now)) + budget.other_bytes,
-        "memory_bytes": lambda now: (
-            itemsize * (beside + _total(now, sizes) + budget.batch * _cache(now.text, budget.context))
-        ),
-        "flops": lambda now: forward + _forward_of_layers(now, products, budget.context, images),
+        "memory_bytes": lambda now: itemsize * (beside + _total(now, sizes) + budget.batch * _cache(now.text, context)),
+        "flops": lambda now: forward + _forward_of_layers(now, products, context, slots, slot_tokens),
         "step_ms": step_ms,
         "decode_ms": lambda now: _between(budget.curve, beside + _total(now, sizes)),
     }
@@ -114,15 +121,17 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
     return float(np.interp(size, sizes, times))
 
 
-def costs_of(cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int) -> dict[str, int]:
+def costs_of(
+    cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int, image_tokens: int = 0
+) -> dict[str, int]:
     """Return a model's costs (parameters, bytes, FLOPs), computed from its shapes.
 
-    `forward_flops`: of a row of `length` tokens with `images` images among them; `kv_bytes_per_token`: of a row (less
+    `forward_flops`: see `models.flops.forward_flops`; `kv_bytes_per_token`: of a row (less
     beyond a layer's window); `file_bytes`: of the exported weights.
     """
-    itemsize, text = DTYPES[dtype].itemsize, cfg.text
+    itemsize, text, images = DTYPES[dtype].itemsize, cfg.text, images if cfg.vision is not None else 0
     return {
-        "forward_flops": forward_flops(cfg, length=length, images=images if cfg.vision is not None else 0),
+        "forward_flops": forward_flops(cfg, length=length, images=images, image_tokens=image_tokens),
         "kv_bytes_per_token": itemsize * _cache(text, 1),
         "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
     }
@@ -147,7 +156,9 @@ def _attention_of_token(text: Stack, context: int) -> int:
     return sum(4 * one.q_heads * text.head_dim_of(one) * min(one.window or context, context) for one in text.layers)
 
 
-def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: int, images: int) -> int:
+def _forward_of_layers(
+    cfg: ModelConfig, products: Mapping[str, Costs], length: int, slots: int, slot_tokens: int
+) -> int:
     """Return the part of `forward_flops` that the layers account for."""
     total, text = 0, cfg.text
     for one in text.layers:
@@ -155,10 +166,10 @@ def _forward_of_layers(cfg: ModelConfig, products: Mapping[str, Costs], length: 
         total += 2 * length * products["text"].of(one) + attention
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
-        positions = positions_of(cfg)
+        positions = positions_of(cfg, slot_tokens)
         for one in tower.layers:
             attention = 4 * tower_pairs(cfg, one, positions) * one.q_heads * tower.head_dim
-            total += images * (2 * positions * products["vision"].of(one) + attention)
+            total += slots * (2 * positions * products["vision"].of(one) + attention)
     return total
 
 

@@ -20,6 +20,7 @@ from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
 
 FORMAT, READS = 3, (2, 3)  # format 2 has no vocabulary
+VOCABULARY_ONLY = "vocabulary"  # method of a plan that only removes tokens
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
 _TODO = "plan again"
 _Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -227,10 +228,10 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     vocabulary = first.vocabulary or second.vocabulary
     if first.vocabulary is not None and second.vocabulary is not None:
         vocabulary = first.vocabulary.then(second.vocabulary)
-    methods = {first.method, second.method} - {"none"}
+    methods = {first.method, second.method} - {"none", VOCABULARY_ONLY}
     return PrunePlan(
         fingerprint=first.fingerprint,
-        method=methods.pop() if len(methods) == 1 else "hybrid" if methods else "none",
+        method=methods.pop() if len(methods) == 1 else "hybrid" if methods else first.method,
         criterion=first.criterion if first.criterion == second.criterion else f"{first.criterion} + {second.criterion}",
         stacks={name: stacks[name] for name in STACKS if name in stacks},
         parameters_before=first.parameters_before,

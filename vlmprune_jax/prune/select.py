@@ -20,9 +20,9 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
-from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.prune.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import OutOfReach, layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary
@@ -32,15 +32,19 @@ OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # set
 
 
 def make_plan(
-    scores: Scores | tuple[Scores, Scores], cfg: ModelConfig | Model, config: PlanConfig | None = None, **options: Any
+    scores: Scores | tuple[Scores, Scores] | None,
+    cfg: ModelConfig | Model,
+    config: PlanConfig | None = None,
+    **options: Any,
 ) -> PrunePlan:
     """Make a plan that removes a share of the parameters, or meets a budget; takes seconds at 7B, no forward pass.
 
     `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
 
     Args:
-      scores: scores of this model, of the stack to prune; for "hybrid" the pair (depth scores, width scores).
-      cfg: the model or its config.
+      scores: scores of this model, of the stack to prune; for "hybrid" the pair (depth scores, width scores). None if
+        only a vocabulary is trimmed.
+      cfg: the model or its config; without scores the model.
       config: settings; `options` override single ones.
       options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
         (width) and `budget` ({"parameters": 1e8}, see `Budget`). The least is removed that satisfies a budget; the
@@ -50,9 +54,29 @@ def make_plan(
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
         not have, or a ratio out of reach.
     """
-    config, cfg = _configured(config, options), config_of(cfg)
+    model, config, cfg = cfg, _configured(config, options), config_of(cfg)
     config.check([name for name, value in options.items() if value is not None])
+    if scores is None:
+        return _plan_vocabulary(model, config)
     return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
+
+
+def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePlan:
+    """Return a plan that trims the vocabulary and nothing else."""
+    if not config.only_vocabulary or not isinstance(model, Model):
+        raise UserError(
+            "make_plan: scores=None is for trimming only the vocabulary of a model: pass scores of the model"
+        )
+    cfg = model.cfg
+    whole, stacks = (
+        keep_everything(cfg, fingerprint(model), count_params(cfg)),
+        {"text": KeptStack.whole(cfg.text.layers)},
+    )
+    engines = {"loads_in": list(config.loads_in), "tensor_parallel": config.tensor_parallel} if config.loads_in else {}
+    plan = dataclasses.replace(whole, method=VOCABULARY_ONLY, stacks=stacks, options=engines)
+    plan = make_trim(config.vocabulary, cfg).attach(plan)
+    check_loads(plan.apply_to(cfg), config.loads_in)
+    return plan
 
 
 def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
@@ -129,7 +153,8 @@ class Trim:
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
         """Return the plan with the kept vocabulary added."""
-        after = plan.parameters_after - self.parameters
+        # not a sum: a removed layer of Gemma 4 has a part of every row
+        after = plan.parameters_after if self.vocabulary is None else count_params(plan.apply_to(self.cfg))
         return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
 
 

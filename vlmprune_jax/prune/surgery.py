@@ -79,7 +79,13 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     ]
     others = [pair for pair in pairs if [shape.widths for shape in pair[1]] != [shape.widths for shape in pair[2]]]
     if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
-        name, planned, found = (others or pairs)[0]
+        if not others:
+            tokens = "" if plan.vocabulary is None else f", the plan's {plan.vocabulary.rows_before:,}"
+            raise UserError(
+                "plan of another model: the layers fit, but other weights differ in shape, as with another vocabulary "
+                f"(this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
+            )
+        name, planned, found = others[0]
         raise UserError(
             f"plan of another model: its {name} stack has {_describe(planned)}, this model's {_describe(found)}: "
             "score and plan this model"

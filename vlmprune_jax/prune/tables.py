@@ -124,9 +124,18 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
             f"these plans are of different models (fingerprints {first.fingerprint} and {second.fingerprint}): "
             "compare plans of one"
         )
-    return [
+    tables = [
         _compare_stack(name, first.stacks[name], second.stacks[name]) for name in first.stacks if name in second.stacks
     ]
+    trimmed = [plan.vocabulary for plan in (first, second) if plan.vocabulary is not None]
+    if trimmed:
+        whole = range(trimmed[0].rows_before)
+        kept = [whole if plan.vocabulary is None else plan.vocabulary.kept for plan in (first, second)]
+        tables.append(
+            ("vocabulary: tokens that both plans keep, as a share of what either keeps",
+             ["", "tokens A / B", "in both"], [["vocabulary", *_overlap(*kept)]])
+        )  # fmt: skip
+    return tables
 
 
 def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:

@@ -16,6 +16,39 @@ SIGNIFICANT = 0.05  # p below which a difference is reported
 Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for every question
 
 
+def length_section(workdir: Path, result: Result) -> Iterator[Section]:
+    """Yield a section with tokens per answer, and energy per question if it was measured, of every model by set."""
+    models = [(UNPRUNED, None), *((result.labels[one.name], one.path) for one in result.entries[:MOST_COMPARED])]
+    tables, counters = list[Table](), set[str]()
+    for key, of in result.sets.items():
+        rows, before = list[tuple[str, ...]](), None
+        for label, folder in models:
+            path = find_evaluated(workdir, folder, key)
+            found = None if path is None else read_evaluated(path)
+            if found is None or found.mean_generated_tokens is None or not found.count:
+                continue
+            before, energy = before or found, "" if found.joules is None else f"{found.joules / found.count:.3g}"
+            counters |= {found.counters} - {""}
+            times = found.mean_generated_tokens / before.mean_generated_tokens if before.mean_generated_tokens else 1
+            rows.append((label, f"{found.mean_generated_tokens:.2f}", f"{times:.2f}", energy))
+        header = ("model", "tokens per answer", "x unpruned", "joules per question")
+        measured = any(row[-1] for row in rows)
+        cut = len(header) if measured else -1
+        if rows:
+            title = "Means over all questions" if len(result.sets) == 1 else f"{key}: means over {of.size}"
+            tables.append(Table(title, header[:cut], tuple(row[:cut] for row in rows), ascending=header[1:]))
+    if tables:
+        energy = (
+            f"Energy: of the whole machine while it answered, its first compilation and other programs included, by "
+            f"{printable('; '.join(sorted(counters)))}."
+            if counters
+            else "Energy was not measured: this machine has no counters that the run may read (RAPL, NVIDIA's NVML); "
+            "TPUs have none."
+        )
+        note = "Tokens include the end token; an answer that reaches `max_new_tokens` is cut."
+        yield Section("Answer length and energy", tables=tuple(tables), notes=(note, energy))
+
+
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Yield a section with McNemar tests per set: each run against the unpruned model, the best run against others."""
     tables, left_out, labels = list[Table](), list[str](), result.labels

@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_text
 from vlmprune_jax.report import figures
 from vlmprune_jax.report.advice import advice_section
-from vlmprune_jax.report.answers import comparison_section
+from vlmprune_jax.report.answers import comparison_section, length_section
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
@@ -89,6 +89,8 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
     if result is not None and result.runs:
         yield from figures.score_sections(workdir, result)
     yield from _costs(workdir, result, finished)
+    if result is not None:
+        yield from length_section(workdir, result)
     yield from _samples(workdir, labels, finished)
     if result is not None and result.runs:
         yield from comparison_section(workdir, result)
@@ -150,8 +152,9 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
         workload = result.workload
         tables.append(_cost_table(result, result.teacher.costs))
         notes.append(
-            f"FLOPs: a forward pass of {workload.length:,} tokens, those of {workload.images} image(s) among them; a "
-            f"multiply-add is two. Cache and file as {workload.dtype}."
+            f"FLOPs: a forward pass of {workload.length:,} tokens, those of {workload.images} image(s) among them"
+            f"{f', with images at {workload.image_tokens:,} tokens' if workload.image_tokens else ''}; a multiply-add "
+            f"is two. Cache and file as {workload.dtype}."
         )
     if measured is not None:
         tables += speed_tables(measured, labels)

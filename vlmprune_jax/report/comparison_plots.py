@@ -77,25 +77,31 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
         ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
         way = "" if way_of(group) == WITHOUT else f", {way_of(group)}"
         data = f", {100 * group.first.data_fraction:g} % of the data" if group.first.data_fraction else ""
-        words[group.name] = printable(f"{group.first.method} {100 * ratio:.3g} %{way}{data}")
+        images = f", {group.first.image_tokens} image tokens" if group.first.image_tokens else ""
+        words[group.name] = printable(f"{group.first.method} {100 * ratio:.3g} %{way}{data}{images}")
     counts = Counter(words.values())
     return {name: title if counts[title] == 1 else f"{title} ({printable(name)})" for name, title in words.items()}
 
 
-def series_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Return {group: name of its line in a plot}: the method, and labels if groups would share a point."""
+def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
+    """Return {group: name of its line in a plot}: the method, and labels if groups would share a point.
+
+    `by_images`: models with different limits of tokens per image are different lines.
+    """
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
-    models = {group.first.model for group in groups}
+    models, limits = {group.first.model for group in groups}, {group.first.image_tokens for group in groups}
     series, places = dict[str, str](), dict[tuple[Any, ...], list[Group]]()
     for group in groups:
         first = group.first
         name = f"{first.method}, {first.criterion}" if first.method in several else first.method
         name = f"{name} of {first.model.rstrip('/').rpartition('/')[2]}" if len(models) > 1 else name
+        if by_images and len(limits) > 1:
+            name = f"{name}, {first.image_tokens or 'all'} image tokens"
         series[group.name] = name
         asked = first.ratio_asked  # not where layers were counted
         share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
-        places.setdefault((name, way_of(group), first.data_fraction, share), []).append(group)
+        places.setdefault((name, way_of(group), first.data_fraction, share, first.image_tokens), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
     for group in groups:
         told = (group.labels[label] for label in extra if label in group.labels)
@@ -245,6 +251,26 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
     # The band ends before a place of one seed, which says nothing of others.
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
+
+
+def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]], label: str) -> Figure:
+    """Plot a metric over the tokens per image: line -> tokens -> (mean, low, high); the interval is a band."""
+    lines = {name: points for name, points in list(lines.items())[:MOST_NAMED] if points}
+    styles = _styles(lines)
+    with styled(label, *lines):
+        figure, [axes] = _panels(1, 3.6)
+        for name, points in lines.items():
+            tokens, (means, lows, highs) = sorted(points), np.transpose([points[at] for at in sorted(points)])
+            axes.fill_between(tokens, lows, highs, color=styles[name]["color"], alpha=0.18, linewidth=0)
+            axes.plot(tokens, means, marker="o", markersize=4, linewidth=1.4, **styles[name])
+        axes.set_xscale("log")
+        ticks = sorted({at for points in lines.values() for at in points})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("maximum number of tokens per image")
+        axes.set_ylabel(legible(label))
+        _add_legend(figure, [Line2D([], [], marker="o", markersize=4, label=legible(n), **styles[n]) for n in lines])
+        return figure
 
 
 def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:

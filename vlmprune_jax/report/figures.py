@@ -19,8 +19,9 @@ from vlmprune_jax.report import plots
 from vlmprune_jax.report.page import Figure, Section
 from vlmprune_jax.report.style import to_svg, write_png
 from vlmprune_jax.report.tables import over, upper
+from vlmprune_jax.report.vocabulary import vocabulary_size
 from vlmprune_jax.workdir.evaluation import UNPRUNED
-from vlmprune_jax.workdir.result import Result
+from vlmprune_jax.workdir.result import Result, Run
 from vlmprune_jax.workdir.unfinished import Variant
 
 MOST_UNITS = 1_000_000  # cells of a figure
@@ -186,18 +187,23 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
 
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Yield the training losses over steps of each recovery that logged any."""
-    curves, titles = dict[str, list[dict[str, Any]]](), dict[str, str]()
+    curves, titles = dict[int | None, dict[str, list[dict[str, Any]]]](), dict[str, str]()
     for run in result.entries:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
         path = workdir / run.metrics if run.metrics else None
-        if path is not None and path.is_file() and len(curves) < MOST_DRAWN:
-            curves[result.labels[run.name]] = read_metrics(path)
-    drawn = plots.loss_figure(curves, titles)
-    if drawn is not None:
-        steps = max(row["step"] for rows in curves.values() for row in rows)
-        alt = f"Training losses over {steps:,} steps of {', '.join(curves)}"
-        caption = "Mean over each logged batch; logarithmic."
-        yield Section("Recovery training", figures=(figure_of(drawn, alt, caption),))
+        if path is not None and path.is_file() and sum(map(len, curves.values())) < MOST_DRAWN:
+            tokens = vocabulary_size((workdir / run.plan).parent) if isinstance(run, Run) else None
+            curves.setdefault(tokens, {})[result.labels[run.name]] = read_metrics(path)
+    figures = []
+    for tokens, lines in curves.items():  # losses are per token, so those of different vocabularies do not compare
+        drawn = plots.loss_figure(lines, titles)
+        if drawn is not None:
+            steps = max(row["step"] for rows in lines.values() for row in rows)
+            of = "" if len(curves) == 1 else f" Vocabulary: {'whole' if tokens is None else f'{tokens:,} tokens'}."
+            alt = f"Training losses over {steps:,} steps of {', '.join(lines)}.{of}"
+            figures.append(figure_of(drawn, alt, f"Mean over each logged batch; logarithmic.{of}"))
+    if figures:
+        yield Section("Recovery training", figures=tuple(figures))
 
 
 def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:

@@ -19,6 +19,12 @@ _NOTE = (
 )
 
 
+def vocabulary_size(folder: Path) -> int | None:
+    """Return the number of tokens that the plan in a folder keeps; None if it keeps the whole vocabulary."""
+    path = folder / VOCABULARY
+    return read_artefact(path, VocabularyReport).rows if os.path.lexists(path) else None
+
+
 def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
     """Yield a section on trimmed vocabularies, one table per variant, if any plan trims one.
 

@@ -25,7 +25,7 @@ from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.mesh import decoding_mesh, on_process_zero, row_ways
+from vlmprune_jax.distributed.mesh import decoding_mesh, on_process_zero, process_count, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
 from vlmprune_jax.evaluation.lmms.tasks import NOT_OF_TASKS, as_plain, ask_task, task_sources
@@ -33,6 +33,7 @@ from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.questions import arranged_questions, evaluation_records
 from vlmprune_jax.evaluation.runner import Reply, ask, check_answered, log_likelihoods
+from vlmprune_jax.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
@@ -63,11 +64,15 @@ Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Counts and times of a model's answers to a set; for a text only its `tokens`.
 
+    `joules`: energy of the whole machine while one process answered all questions, by its `counters`.
+
     Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
     """
 
     parameters: Count
     model_seconds: Finite
+    joules: Finite | None = None
+    counters: str = ""
     questions: Count = 0
     tokens: Count = 0
     mean_generated_tokens: Finite | None = None
@@ -209,17 +214,20 @@ def _ask(work: Work, data: DataSpec, spec: EvaluateSpec, of: EvaluationSetSpec, 
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
     questions = arranged_questions(work.tokens, data, spec, of, model.cfg, multiple=row_ways(work.devices))
     check_metric(of, questions.records)  # the last one now, not after hours
-    start = time.perf_counter()
-    with work.phase(f"evaluate {work.part}", len(questions)) as progress:
+    start, journal = time.perf_counter(), work.journal(path, {"batches": len(questions)})
+    whole = not journal.entries and process_count() == 1
+    with EnergyMeter() as meter, work.phase(f"evaluate {work.part}", len(questions)) as progress:
         replies = ask(
             model,
             questions.batches(threads=data.threads, prefetch=PREFETCH),
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens,
             progress=progress,
-            journal=work.journal(path, {"batches": len(questions)}),
+            journal=journal,
         )
-    return as_lines(replies, start)
+    lines, facts = as_lines(replies, start)
+    energy = {"joules": meter.joules, "counters": meter.counters} if whole and meter.counters else {}
+    return lines, facts | energy
 
 
 def as_lines(replies: Sequence[Reply], start: float) -> Lines:
@@ -343,6 +351,8 @@ def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], do
         seconds=done.seconds,
         model_seconds=facts.model_seconds,
         mean_generated_tokens=facts.mean_generated_tokens,
+        joules=facts.joules,
+        counters=facts.counters,
         answers=answers.name,
         scores=as_columns(scores),
     )

@@ -11,7 +11,7 @@ from vlmprune_jax.core.files import Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.arguments import export_options
+from vlmprune_jax.experiment.arguments import export_options, image_tokens
 from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.config import ExportSpec
@@ -59,7 +59,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
     """Write the export, reload it and compare its logits; an export that differs from the model is removed."""
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), work.folder / "export", chosen.calibration(values)
-    options = {"format": spec.format, **vars(values)}
+    options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
     if calibration is not None:
         options[calibration.option] = _calibrate(calibration, work, data, repair, model)
     save(

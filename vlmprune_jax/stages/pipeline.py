@@ -38,6 +38,7 @@ from vlmprune_jax.workdir.result import (
     benchmark_rows,
     best_run,
     compare,
+    compare_alike,
     describe_sets,
     read_result,
     unpruned_of,
@@ -219,8 +220,7 @@ class Pipeline:
         """
         steps = [step for step in self.steps() if step.stage == name]
         if not steps:
-            switch = STAGES[name].switch
-            raise UserError(f'{switch} is "none", so no model needs {name}: choose a method (`vlmprune help {switch}`)')
+            raise UserError(f"no model needs the stage {name}: {STAGES[name].off(self.sections)}")
         for step in steps:
             step.run()
             self.note_steps()
@@ -252,15 +252,17 @@ class Pipeline:
                     runs.append(_as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
                 else:
                     controls.append(_as_control(step, finished[step], evaluation))
-        best = best_run(runs, describe_sets(teacher)).name
+        sets, original = describe_sets(teacher, found.values()), unpruned_of(teacher).evaluation
+        runs, controls = compare_alike(runs, original, sets), compare_alike(controls, original, sets)
+        best = best_run(runs, sets).name
         on_process_zero(lambda: write_samples(self.context.workdir, spec.data, spec.evaluate, runs))
         models = {run.name: self.context.workdir / run.path for run in runs}
         speeds = self._speeds(models) if spec.speed.rounds else {}
-        workload = workload_of(work, spec.speed, spec.export)
+        workload = workload_of(work, spec.data, spec.speed, spec.export)
         costs = {name: costs_of_folder(work, folder, workload, spec.export) for name, folder in models.items()}
         unpruned = costs_of_folder(work, work.teacher, workload, spec.export)
         return Result(
-            sets=describe_sets(teacher),
+            sets=sets,
             teacher=unpruned_of(teacher, unpruned, speeds.get(""), count_carried(work.teacher, work.tower)),
             runs=[replace(run, costs=costs[run.name], speed=speeds.get(run.name)) for run in runs],
             controls=controls,
@@ -362,8 +364,11 @@ def _renew(
 
     runs = [replace(run, evaluation=renewed_of(run.path)) for run in result.runs]
     controls = [replace(one, evaluation=renewed_of(one.path)) for one in result.controls]
+    sets = describe_sets(teacher, by_folder.values())
     unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed, result.teacher.carried)
-    renewed = replace(result, sets=describe_sets(teacher), teacher=unpruned, runs=runs, controls=controls)
+    runs = compare_alike(runs, unpruned.evaluation, sets)
+    controls = compare_alike(controls, unpruned.evaluation, sets)
+    renewed = replace(result, sets=sets, teacher=unpruned, runs=runs, controls=controls)
     if renewed != result:
         write_artefact(context.workdir / RESULT, renewed)
         context.say("result.json holds what was found; `vlmprune report` makes its page anew")

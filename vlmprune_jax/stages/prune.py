@@ -24,7 +24,7 @@ from vlmprune_jax.export.vllm_tpu import check_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, prune_folder, prune_iteratively
+from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
@@ -58,7 +58,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
 
     Raises UserError for steps over two stacks.
     """
-    criteria, iterative = criteria_of(score, spec), spec.steps > 1
+    criteria, iterative = criteria_of(score, spec), spec.steps > 1 and not spec.only_vocabulary
     if iterative and spec.stack == "both":
         raise UserError('prune.steps: several steps prune one stack only: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
@@ -85,7 +85,9 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
     ]
     cfg, config = work.config(work.teacher), _plan_config(work, data, spec, export)
-    if spec.steps > 1:
+    if spec.only_vocabulary:
+        plan = make_plan(None, work.open_model(work.teacher), config)
+    elif spec.steps > 1:
         plan = _plan_in_steps(work, data, score, config, scores[0][0])
     else:
         with error_context(" and ".join(str(work.folder / name) for name in criteria_of(score, spec))):
@@ -179,7 +181,7 @@ def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> No
 
 def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
     """Return `plan_config`; a limit on exported bytes includes everything that is exported."""
-    config = plan_config(spec, work.model, export)
+    config = plan_config(spec, work.model, data, export)
     if config.budget.disk_bytes is not None:
         if export.format != "huggingface" or export.quantize != "none":
             raise UserError(
@@ -194,7 +196,9 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
 
 
 def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
-    """Return tables of what each layer lost, and why."""
+    """Return tables of what each layer lost, and why; none if only the vocabulary is trimmed."""
+    if spec.only_vocabulary:
+        return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
     return explain(work.plan, work.config(work.teacher), spec, scores)
 

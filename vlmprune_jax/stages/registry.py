@@ -16,6 +16,7 @@ STAGES = Registry(
             outputs=("scores*.npz",),
             files="stages.score:score_files",
             per="variant",
+            unneeded="stages.score:no_scores",
         ),
         "prune": Stage(
             "plan from the scores and write the pruned model -> plan.json, pruned/",

@@ -38,12 +38,24 @@ def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
 
 
 def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
-    """Return {scores file: criterion} that the method needs, for all stacks to prune or for one."""
+    """Return {scores file: criterion} that the method needs, for all stacks to prune or for one.
+
+    {} if only the vocabulary is trimmed.
+    """
+    if prune.only_vocabulary:
+        return {}
     files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}
     if prune.method == "width":
         files = {"": spec.width}
     stacks = stacks_of(prune) if stack is None else (stack,)
     return {f"{_FILES[of]}{suffix}.npz": criterion for of in stacks for suffix, criterion in files.items()}
+
+
+def no_scores(sections: Mapping[str, Any]) -> str | None:
+    """Return why the settings need no scores, and what to run instead; None if they need some."""
+    if not sections["prune"].only_vocabulary:
+        return None
+    return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:

@@ -9,10 +9,11 @@ import msgspec
 from msgspec.structs import asdict
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.machine import processor
 from vlmprune_jax.evaluation.speed.clock import Measurement
 from vlmprune_jax.evaluation.speed.measure import measure_speed
-from vlmprune_jax.experiment.arguments import export_dtype
+from vlmprune_jax.experiment.arguments import export_dtype, image_tokens
 from vlmprune_jax.experiment.spec import SpeedSpec
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune.cost import costs_of
@@ -25,10 +26,11 @@ from vlmprune_jax.workdir.result import Costs, Workload
 from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
-def workload_of(work: Work, spec: SpeedSpec, export: ExportSpec) -> Workload:
-    """Return the row for which costs are computed: the prompt of the speed measurement, and the export's dtype."""
-    images = int(spec.with_image(work.config(work.teacher)))
-    return Workload(length=spec.prompt_tokens, images=images, dtype=export_dtype(work.model, export))
+def workload_of(work: Work, data: DataSpec, spec: SpeedSpec, export: ExportSpec) -> Workload:
+    """Return the row for which costs are computed: the prompt of `speed` with the export's dtype and image tokens."""
+    images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
+    dtype = export_dtype(work.model, export)
+    return Workload(length=spec.prompt_tokens, images=images, dtype=dtype, image_tokens=tokens if images else 0)
 
 
 def costs_of_folder(work: Work, folder: Path, workload: Workload, export: ExportSpec) -> Costs:

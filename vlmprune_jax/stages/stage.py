@@ -49,6 +49,7 @@ class Stage:
       files: what depends on settings, or "module:name" of it: `files(work, *sections) -> Files`.
       per: what it is applied to, one of `SCOPES`.
       switch: the setting that turns it off by its value "none", as "recover.method".
+      unneeded: says why settings need no run of it, or "module:name" of it: `unneeded(sections) -> str | None`.
       version: raise it whenever the code gives other results for the same inputs: outputs are then made again.
       details: more for `vlmprune NAME --help`.
     """
@@ -64,6 +65,7 @@ class Stage:
     files: Callable[..., Files] | str | None = None
     per: str = "recovery"
     switch: str = ""
+    unneeded: Callable[[Mapping[str, Any]], str | None] | str | None = None
     version: int = 1
     details: str = ""
 
@@ -78,9 +80,15 @@ class Stage:
         return typing.get_type_hints(self.function).get("return", NoFacts)
 
     def is_on(self, sections: Mapping[str, Any]) -> bool:
-        """Return True if the settings switch this stage on."""
+        """Return True if the settings ask for this stage."""
+        return self.off(sections) is None
+
+    def off(self, sections: Mapping[str, Any]) -> str | None:
+        """Return why the settings do not ask for this stage, and what to do; None if they do."""
         section, _, name = self.switch.partition(".")
-        return not self.switch or getattr(sections[section], name) != "none"
+        if self.switch and getattr(sections[section], name) == "none":
+            return f'{self.switch} is "none": choose a method (`vlmprune help {self.switch}`)'
+        return None if self.unneeded is None else _load(self.unneeded)(sections)
 
     def more(self, work: Any, *sections: Any) -> Files:
         """Return the stage's files and settings that depend on the experiment's settings."""

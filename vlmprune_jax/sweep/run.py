@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from vlmprune_jax.core.console import Reporter, make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.stages.pipeline import Pipeline
@@ -23,9 +24,9 @@ from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.content import content_key, digest
 from vlmprune_jax.workdir.ledger import Job, remove
-from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Unpruned
+from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned, compare_again
 from vlmprune_jax.workdir.store import Store
-from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel
+from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel, unpruned_key
 
 RUNS, SHARED = "runs", "shared"
 _QUIET = make_reporter(False)
@@ -92,14 +93,16 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
         return
     write_artefact(folder / RESULT, result)
     unpruned, costs = result.teacher, _costs(result.teacher)
+    model, image_tokens = run.experiment.model.hf_dir, run.experiment.data.max_image_tokens
     known = UnprunedModel(
+        image_tokens=image_tokens,
         parameters=unpruned.parameters,
         bytes=costs.file_bytes,
         forward_flops=costs.forward_flops,
         evaluation=unpruned.evaluation,
     )
     models = [_swept(run, model, sweep) for model in result.runs]
-    unpruned_models = {run.experiment.model.hf_dir: known}
+    unpruned_models = {unpruned_key(model, image_tokens): known}
     write_artefact(
         folder / RUN, RunRecord(made_from=made_from, sets=result.sets, unpruned=unpruned_models, models=models)
     )
@@ -110,6 +113,7 @@ def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
     shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
     own = {
         "model": run.experiment.model.hf_dir,
+        "image_tokens": run.experiment.data.max_image_tokens,
         "bytes": costs.file_bytes,
         "forward_flops": costs.forward_flops,
         "recovery": "none" if model.data_fraction == 0 else model.recovery,
@@ -199,9 +203,24 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
         if found is None or found.made_from != made_from_of(run, sweep):
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
-        sets, unpruned = sets or found.sets, {**found.unpruned, **unpruned}
+        # perplexities of different vocabularies are compared by bits per byte, in all runs
+        sets = {name: of if of.main == BITS else sets.get(name, of) for name, of in found.sets.items()}
+        unpruned = {**found.unpruned, **unpruned}
         models += _entries(run, entry, found.models, seen)
-    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=models)
+    return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=_alike(models, unpruned, sets))
+
+
+def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets: Sets) -> list[Entry]:
+    """Return the entries with retention by the same values in all runs."""
+    return [
+        entry
+        if (found := entry.found) is None
+        else replace(
+            entry,
+            found=replace(found, evaluation=compare_again(found.evaluation, unpruned[found.unpruned].evaluation, sets)),
+        )
+        for entry in models
+    ]
 
 
 def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:

@@ -57,6 +57,8 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     the name of the file beside it that holds the answers. `retained_interval` is the 95 % interval of the retained
     percentage (paired bootstrap); None for the unpruned model, or if it would take long or the unpruned model scores 0.
     `control_interval` is the same relative to the model's control, the unpruned model after the same recovery.
+    `joules` is the energy of the machine while it answered, by the named `counters`; None without counters, or if the
+    answers took several attempts or machines.
     """
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
@@ -70,6 +72,8 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     seconds: float
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None
+    joules: Finite | None = None
+    counters: str = ""
     retained_interval: tuple[float, float] | None = None
     control_interval: tuple[float, float] | None = None
     answers: str = ""

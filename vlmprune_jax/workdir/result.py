@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -98,11 +98,15 @@ class Costs(Part, frozen=True, kw_only=True):
 
 
 class Workload(Part, frozen=True, kw_only=True):
-    """Row for which `Costs` are computed: its tokens and images, and the dtype of cache and file."""
+    """Row for which `Costs` are computed: its tokens and images, and the dtype of cache and file.
+
+    With `image_tokens` each image has that many tokens, and the row is shorter or longer by the difference.
+    """
 
     length: Count
     images: Count
     dtype: str
+    image_tokens: Count = 0
 
 
 class Unpruned(Part, frozen=True, kw_only=True):
@@ -183,6 +187,9 @@ class Run(Part, frozen=True, kw_only=True):
         ratio = self.ratio_reached if self.ratio_asked is None else self.ratio_asked
         after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
         return f"{self.method} {100 * ratio:.3g} %{after}"
+
+
+_Entry = TypeVar("_Entry", Control, Run)
 
 
 class Export(Part, frozen=True, kw_only=True):
@@ -272,12 +279,20 @@ def read_result(workdir: Path) -> Result:
     return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")
 
 
-def describe_sets(evaluations: Evaluations) -> dict[str, Set]:
-    """Return the evaluation sets (metric and size), from any model's evaluations."""
-    return {
+def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
+    """Return the evaluation sets (metric and size), from the unpruned model's evaluations and those of other models.
+
+    Texts that another model's vocabulary splits into another number of tokens are compared by bits per byte.
+    """
+    sets = {
         name: Set(**msgspec.structs.asdict(of.metric), counted=of.counted, count=of.count)
-        for name, of in evaluations.items()
+        for name, of in teacher.items()
     }
+    for other in others:
+        for name, of in sets.items():
+            if of.counted == "tokens" and other[name].count != of.count and BITS in other[name].values:
+                sets[name] = msgspec.structs.replace(of, main=BITS)
+    return sets
 
 
 def unpruned_of(
@@ -290,27 +305,15 @@ def unpruned_of(
 
 
 def compare(evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None) -> RunEvaluation:
-    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets.
-
-    Perplexities of models with different vocabularies are compared by bits per byte.
-    """
-    sets, scores, original = describe_sets(teacher), _values(evaluations), _values(teacher)
-    for name, text in sets.items():
-        if text.counted == "tokens" and evaluations[name].count != text.count and BITS in scores[name]:
-            sets[name] = msgspec.structs.replace(text, main=BITS)
-    ours, theirs = _averaged(scores, sets), _averaged(original, sets)
-    theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
-    ours = {name: ours[name] for name in theirs}
-    full = {name: of for name in theirs if (of := sets[name].full) is not None}
+    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets."""
+    sets, scores = describe_sets(teacher, [evaluations]), _values(evaluations)
     intervals = {name: of.retained_interval for name, of in evaluations.items() if of.retained_interval is not None}
     return RunEvaluation(
         scores=scores,
         groups=_groups(evaluations),
-        retained={name: _retained(scores[name], original[name], of) for name, of in sets.items()},
         retained_interval=intervals,
-        mean_of_ratios=mean_of_ratios(ours, theirs) if theirs else None,
-        paper_average=paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
         seconds=round(sum(of.seconds for of in evaluations.values()), 2),
+        **_compared(scores, _values(teacher), sets),
         control=None if control is None or control.keys() != teacher.keys() else _of_control(evaluations, control),
     )
 
@@ -324,6 +327,33 @@ def _of_control(evaluations: Evaluations, control: Evaluations) -> OfControl:
         retained_interval=intervals,
         mean_of_ratios=found.mean_of_ratios,
     )
+
+
+def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -> RunEvaluation:
+    """Return the evaluation of a model with its retention computed anew, for sets with other main values."""
+    control = model.control
+    if control is not None:
+        anew = _compared(model.scores, control.scores, sets)
+        control = msgspec.structs.replace(control, retained=anew["retained"], mean_of_ratios=anew["mean_of_ratios"])
+    return msgspec.structs.replace(model, **_compared(model.scores, unpruned.scores, sets), control=control)
+
+
+def compare_alike(models: Sequence[_Entry], unpruned: ModelEvaluation, sets: Sets) -> list[_Entry]:
+    """Return the entries of models, compared by the same main values (see `describe_sets`)."""
+    return [msgspec.structs.replace(one, evaluation=compare_again(one.evaluation, unpruned, sets)) for one in models]
+
+
+def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets: Sets) -> dict[str, Any]:
+    """Return the fields of `RunEvaluation` with a model's retention by set and on average."""
+    ours, theirs = _averaged(scores, sets), _averaged(original, sets)
+    theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
+    ours = {name: ours[name] for name in theirs}
+    full = {name: of for name in theirs if (of := sets[name].full) is not None}
+    return {
+        "retained": {name: _retained(scores[name], original[name], of) for name, of in sets.items()},
+        "mean_of_ratios": mean_of_ratios(ours, theirs) if theirs else None,
+        "paper_average": paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
+    }
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:

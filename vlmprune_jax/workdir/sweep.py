@@ -22,9 +22,15 @@ SWEEP = "sweep.json"
 DONE, FAILED, PENDING = "done", "failed", "pending"
 
 
-class UnprunedModel(Part, frozen=True, kw_only=True):
-    """Entry of an unpruned model of the sweep."""
+def unpruned_key(model: str, image_tokens: int | None) -> str:
+    """Return the name of an unpruned model: its folder, and its limit of tokens per image if there is one."""
+    return model if image_tokens is None else f"{model} at {image_tokens} tokens per image"
 
+
+class UnprunedModel(Part, frozen=True, kw_only=True):
+    """Entry of an unpruned model of the sweep, evaluated with at most `image_tokens` tokens per image."""
+
+    image_tokens: Count | None = None
     parameters: Count
     bytes: Count
     forward_flops: Finite
@@ -34,13 +40,14 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
 class SweptModel(Part, frozen=True, kw_only=True):
     """Entry of an evaluated model of a run; fields that `result.json` also has mean the same.
 
-    `model` is the folder of the unpruned model, a key of `SweepResult.unpruned`. `bytes` are of the exported weights,
-    `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in whichever run of the
-    sweep. Speeds and speed-ups are there if they were measured: once for each shape, in turns with the unpruned model.
-    `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
+    `model` is the folder of the unpruned model, and `image_tokens` is `data.max_image_tokens`. `bytes` are of the
+    exported weights, `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in
+    whichever run of the sweep. Speeds and speed-ups are there if they were measured: once for each shape, in turns with
+    the unpruned model. `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
     """
 
     model: str
+    image_tokens: Count | None = None
     method: str
     criterion: str
     ratio_asked: Finite | None
@@ -62,6 +69,11 @@ class SweptModel(Part, frozen=True, kw_only=True):
     digest: str
     path: str
     evaluation: RunEvaluation
+
+    @property
+    def unpruned(self) -> str:
+        """Key of the unpruned model that it is compared with in `SweepResult.unpruned`."""
+        return unpruned_key(self.model, self.image_tokens)
 
 
 class Entry(Part, frozen=True, kw_only=True):
@@ -88,7 +100,7 @@ class Entry(Part, frozen=True, kw_only=True):
 
 
 class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `sweep.json`. `config` is the config file with its variant; `unpruned` usually has one model."""
+    """File `sweep.json`. `config` is the config file with its variant; `unpruned` is by `unpruned_key`."""
 
     HINT: ClassVar[str] = "run `vlmprune sweep` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
@@ -102,8 +114,8 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
         for entry in self.models:
             if (found := entry.found) is not None:
                 missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
-                if found.model not in self.unpruned or missing:
-                    return f"{entry.name}: nothing is known of {missing[0] if missing else found.model!r}"
+                if found.unpruned not in self.unpruned or missing:
+                    return f"{entry.name}: nothing is known of {missing[0] if missing else found.unpruned!r}"
         return None
 
     @property

@@ -15,7 +15,7 @@ from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
-from vlmprune_jax.workdir.result import Control, Result, Run, compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.result import Control, Result, Run, compare, compare_alike, describe_sets, unpruned_of
 from vlmprune_jax.workdir.speed import read_speed
 
 STEPS = ".stages/steps.json"
@@ -140,7 +140,10 @@ def read_unfinished(workdir: Path) -> Unfinished:
         runs = [msgspec.structs.replace(run, speed=speeds.get(run.name)) for run in runs]
         unpruned = unpruned_of(sets, speed=speeds.get(""))
         controls = [_control(step, evaluations[step.path], sets, workdir) for step in known if step.control]
-        result = Result(sets=describe_sets(sets), teacher=unpruned, runs=runs, controls=controls, best="")
+        described = describe_sets(sets, [evaluations[step.path] for step in known])
+        runs = compare_alike(runs, unpruned.evaluation, described)
+        controls = compare_alike(controls, unpruned.evaluation, described)
+        result = Result(sets=described, teacher=unpruned, runs=runs, controls=controls, best="")
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
     missing = [(what, _COMMAND.format(name, workdir)) for what, name in _missing(steps, bool(teacher), left, workdir)]
     return Unfinished(result, [_variant(step, workdir) for step in steps if step.stage == "prune"], missing)

@@ -1,0 +1,129 @@
+"""Energy from the machine's counters: RAPL of Linux for processors and memory, NVML for NVIDIA GPUs.
+
+TPUs report no energy or power to programs (libtpu 0.0.4x has metrics of use and memory only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_text
+
+POWERCAP = Path("/sys/class/powercap")
+NVML = "libnvidia-ml.so.1"
+SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after minutes under load
+
+
+@dataclass(frozen=True)
+class Counter:
+    """One energy counter: `read` returns joules since some time; after `wraps` joules it starts again at 0."""
+
+    name: str
+    read: Callable[[], float]
+    wraps: float = float("inf")
+
+
+def find_counters() -> list[Counter]:
+    """Return the counters that this process may read: of processor packages, memory and NVIDIA GPUs."""
+    return [*_rapl(), *_nvml()]
+
+
+def _rapl() -> list[Counter]:
+    """Return RAPL's counters of packages and memory; most systems let only root read them."""
+    found = []
+    for zone in sorted(os.listdir(POWERCAP)) if POWERCAP.is_dir() else ():
+        path = POWERCAP / zone
+        with contextlib.suppress(UserError, ValueError):
+            name = read_text(path / "name").strip()
+            if zone.startswith("intel-rapl:") and name.startswith(("package", "dram")):
+                read = lambda path=path: int(read_text(path / "energy_uj")) / 1e6  # noqa: E731
+                read()  # may not be allowed
+                found.append(Counter(f"RAPL {name}", read, int(read_text(path / "max_energy_range_uj")) / 1e6))
+    return found
+
+
+def _nvml() -> list[Counter]:
+    """Return the energy counters of all NVIDIA GPUs of the machine (Volta and newer have them)."""
+    try:
+        library = ctypes.CDLL(NVML)
+        count = ctypes.c_uint()
+        if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return []
+    except (OSError, AttributeError):
+        return []
+
+    def counter(number: int) -> Counter | None:
+        device, value = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+        def read() -> float:
+            if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(value)):
+                raise ValueError("no energy counter")
+            return value.value / 1e3
+
+        if library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)):
+            return None
+        with contextlib.suppress(ValueError, AttributeError):
+            read()
+            return Counter(f"NVML GPU {number}", read)
+        return None
+
+    return [found for number in range(count.value) if (found := counter(number)) is not None]
+
+
+class EnergyMeter:
+    """Context that measures the energy of the machine while it is open.
+
+    `joules` is None without counters, and afterwards `counters` names them, such as "RAPL package-0, NVML GPU 0".
+    """
+
+    def __init__(self) -> None:
+        self._counters = find_counters()
+        self._last: list[float] = []
+        self._sum = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def counters(self) -> str:
+        """Names of the counters; "" without any."""
+        return ", ".join(counter.name for counter in self._counters)
+
+    @property
+    def joules(self) -> float | None:
+        """Energy between start and end of the context; None without counters, or if one failed."""
+        return self._sum if self._counters else None
+
+    def __enter__(self) -> EnergyMeter:
+        if self._counters:
+            self._last = [counter.read() for counter in self._counters]
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._counters:
+            self._ended.set()
+            self._thread.join()
+            self._add()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SECONDS):
+            self._add()
+
+    def _add(self) -> None:
+        try:
+            now = [counter.read() for counter in self._counters]
+        except (UserError, ValueError):
+            self._counters, now = [], []
+        for counter, before, after in zip(self._counters, self._last, now, strict=False):
+            self._sum += after - before if after >= before else after - before + counter.wraps
+        self._last = now
