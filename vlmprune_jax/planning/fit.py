@@ -19,6 +19,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
 from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
 from vlmprune_jax.recovery.config import REMAT
+from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.workdir.tpu_plan import (
     GIB,
     Hbm,
@@ -177,6 +178,11 @@ def fit_all(
             records = count_records(run.experiment.data) if n_records is None else n_records
             reporter.say(f"{run.name}: compiling for {topology} ...")
             recoveries[run.name] = plan_recovery(case, records, search, reporter.say)
+            if run.experiment.recover.control and uses_labels(case.config.losses):
+                reporter.say(
+                    "  control       the unpruned model trains in the same way, once for all prune variants, with more "
+                    "memory and time than this step (recover.control=False leaves it out)"
+                )
     if not recoveries:
         raise UserError('recover.method="none": there is no training to plan: set it to "train"')
     return TpuPlan(recoveries=recoveries)
