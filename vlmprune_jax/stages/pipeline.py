@@ -16,7 +16,8 @@ from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, RecoverRun, prune_runs, recover_runs
 from vlmprune_jax.prune.describe import count_carried
 from vlmprune_jax.recovery.objective import uses_labels
-from vlmprune_jax.stages.evaluate import evaluate_model, parts_of, write_samples
+from vlmprune_jax.stages.answers import evaluate_model, write_samples
+from vlmprune_jax.stages.evaluate import parts_of
 from vlmprune_jax.stages.job import Sections, make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
 from vlmprune_jax.stages.recover import RecoverFacts

@@ -14,12 +14,12 @@ from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.server import Server, ask_server
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.stages.answers import measure_set
 from vlmprune_jax.stages.evaluate import (
     AnswerFacts,
     answers_file,
     as_lines,
     check_metric,
-    measure_set,
     set_files,
     write_answers,
 )

@@ -1,0 +1,236 @@
+"""The answers of every model on disk -> their scores in `eval/<name>.json`, and sample questions.
+
+Scores are computed anew from the answers each time, in moments: another metric, or a corrected one, asks no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, read_json_lines, reading
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.records import Record
+from vlmprune_jax.distributed.mesh import on_process_zero
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.evaluation.lmms.scores import TaskSet, sets_of
+from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.evaluation.metrics.metric import Scores
+from vlmprune_jax.evaluation.questions import evaluation_records
+from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
+from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.stages.evaluate import AnswerFacts, answers_file, part_of, parts_of
+from vlmprune_jax.stages.job import run_stage
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.evaluation import (
+    TEACHER,
+    UNPRUNED,
+    Evaluated,
+    MetricInfo,
+    as_columns,
+    as_groups,
+    evaluation_file,
+    find_evaluated,
+    read_evaluated,
+)
+from vlmprune_jax.workdir.ledger import Finished
+from vlmprune_jax.workdir.result import Run
+from vlmprune_jax.workdir.samples import SAMPLES, Samples, make_samples
+
+
+class _Answer(TypedDict):
+    """One line of an answers file for questions."""
+
+    id: str
+    prediction: str
+    references: list[str]
+    tokens: Count
+
+
+class _TaskAnswer(_Answer):
+    """One line of an answers file for an lmms-eval task; `entries` is lmms-eval's input for each metric."""
+
+    task: str
+    entries: dict[str, Any]
+
+
+class _Window(TypedDict):
+    """One line of an answers file for a text: the log-likelihoods of a batch of windows."""
+
+    nll: float
+    tokens: Count
+    bytes: NotRequired[float]
+
+
+def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
+    """Evaluate the model in folder `work.start`, named `work.part`, on all sets and tasks -> `eval/<name>*.json`.
+
+    Raises UserError if two tasks have a set of one name, and as `run_stage` does.
+    """
+    sets, found = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
+    for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
+        done = run_stage("evaluate", part, sections)
+        made = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
+        twice = [name for name in made if name in found]
+        if twice:
+            raise UserError(
+                f"evaluate.tasks: {key} and another task both have the set {twice[0]!r}: remove one of them"
+            )
+        found |= made
+    return found
+
+
+def read_predictions(path: Path) -> list[str]:
+    """Return a model's answers to all questions, from the answers file next to an evaluation file.
+
+    Raises UserError if they are missing or damaged.
+    """
+    return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
+
+
+def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
+    """Score the answers to a task, per set, and print one line each."""
+    name = part_of(work)[0]
+    answers = answers_file(evaluation_file(work.folder, name, task))
+    facts, kind, compared = done.facts, dict[str, Evaluated], _compared(work, answers, task)
+    found: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, compared, done, name), kind)
+    if facts.empty_answers:
+        work.say(f"  {name} {task}: {facts.empty_answers:,} of {facts.questions:,} answers are empty")
+    for key, of in found.items():
+        work.say(f"  {name} {key}: {of.main_line()} ({of.parameters:,} parameters, {facts.model_seconds:.1f} s)")
+    return found
+
+
+def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
+    """Score the answers to a set, and print one line."""
+    name, key = part_of(work)
+    path = evaluation_file(work.folder, name, key)
+    compared = _compared(work, answers_file(path), key)
+    found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
+    size = f"{found.parameters:,} parameters, " * bool(found.parameters)  # of a server's model: unknown
+    work.say(f"  {work.part}: {found.main_line()} ({size}{found.model_seconds:.1f} s)")
+    return {key: found}
+
+
+def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
+    """Return {interval: answers of the model it is relative to}: of the unpruned model, and of the control."""
+    files = {"retained_interval": evaluation_file(work.workdir, TEACHER, key)}
+    if work.control is not None:
+        files["control_interval"] = evaluation_file(work.control.parent, work.control.name, key)
+    found = {name: answers_file(path) for name, path in files.items()}
+    return {name: path for name, path in found.items() if path != answers and path.exists()}
+
+
+def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
+    """Score the answers next to the file `path`, and compare them with the answers of other models."""
+    assert of.metric is not None
+    metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
+    # Whether a lone image's mark may be missing was checked when the records were asked.
+    records = () if of.text is not None else evaluation_records(of, image_lead=True)
+    scores = _scores(of, answers, records)
+    intervals = dict[str, Any]()
+    for name, original in compared.items() if is_quick(metric, scores) else ():
+        intervals[name] = retained_interval(metric, scores, _scores(of, original, records), records)
+    found = Evaluated(
+        **intervals,
+        metric=MetricInfo(name=of.metric, **metric.describe()),
+        values=metric.values(scores, records),
+        groups=as_groups(metric.values_of_groups(scores, records)),
+        counted="questions" if of.text is None else "tokens",
+        count=facts.questions if of.text is None else facts.tokens,
+        parameters=facts.parameters,
+        seconds=done.seconds,
+        model_seconds=facts.model_seconds,
+        mean_generated_tokens=facts.mean_generated_tokens,
+        joules=facts.joules,
+        counters=facts.counters,
+        answers=answers.name,
+        scores=as_columns(scores),
+    )
+    write_artefact(path, found)
+    return found
+
+
+def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
+    """Return the metric's scores of all answers (or windows of a text) in an answers file."""
+    assert of.metric is not None
+    if of.text is not None:
+        return read_json_lines(answers, _Window)
+    lines = read_json_lines(answers, _Answer)
+    if len(lines) != len(records):
+        raise UserError(f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again")
+    return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)
+
+
+def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, name: str) -> dict[str, Evaluated]:
+    """Score a task's answers per set and compare them with those of other models -> `eval/<name>.<set>.json`."""
+    facts: AnswerFacts = done.facts
+    mine = _task_sets(answers, facts)
+    others = {interval: _task_sets(original, facts) for interval, original in compared.items()}
+    found: dict[str, Evaluated] = {}
+    for key, (task, of, count) in mine.items():
+        values, intervals = facts.values[task], dict[str, Any]()
+        for interval, theirs in others.items() if of.makes(values[of.key]) and is_quick(of.metric, of.scores) else ():
+            before = theirs[key][1].scores if key in theirs else ()
+            if len(before) == len(of.scores):
+                intervals[interval] = retained_interval(of.metric, of.scores, before, of.records)
+        found[key] = Evaluated(
+            **intervals,
+            metric=MetricInfo(name=f"lmms-eval {task}", **of.describe()),
+            values={**values},
+            counted="questions",
+            count=count,
+            parameters=facts.parameters,
+            seconds=done.seconds / len(mine),
+            model_seconds=facts.model_seconds / len(mine),
+            mean_generated_tokens=facts.mean_generated_tokens,
+            answers=answers.name,
+            scores=as_columns(of.scores),
+        )
+        write_artefact(answers.with_name(f"{name}.{key}.json"), found[key])
+    return found
+
+
+def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
+    """Return {set: (task, value with its scores, number of questions)} for an answers file."""
+    lines = read_json_lines(answers, _TaskAnswer)
+    found: dict[str, tuple[str, TaskSet, int]] = {}
+    with reading(answers, "remove it, and run the same command"):
+        for task, values in facts.values.items():
+            entries = [line["entries"] for line in lines if line["task"] == task]
+            sets = sets_of(task, values, entries, facts.higher_is_better.get(task, {}))
+            for of in sets:
+                found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
+    return found
+
+
+def _set_name(task: str, key: str, sets: int) -> str:
+    """Return the set's name, `mme_perception` for a value of `mme`; a task with one value gives its own name."""
+    if sets == 1:
+        return task
+    return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
+
+
+def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
+    """Choose sample questions from the answers on disk, for every set."""
+    sets = {}
+    for key, of in evaluation_sets(data, evaluate).items():
+        if of.text is not None:
+            continue
+        records = evaluation_records(of, image_lead=True)
+        said, scores = dict[str, list[str]](), dict[str, list[float | None]]()
+        for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs)]:
+            path = find_evaluated(workdir, folder, key)
+            if path is None:
+                continue
+            answers, worth = read_predictions(path), read_evaluated(path).question_scores
+            if len(answers) == len(worth) == len(records):  # else an earlier evaluation, on other questions
+                said[name], scores[name] = answers, worth
+        if UNPRUNED in said and len(said) > 1:
+            sets[key] = make_samples(records, runs, said, scores, max_pixels=data.max_image_pixels)
+    if sets:
+        write_artefact(workdir / SAMPLES, Samples(sets=sets))
