@@ -1,12 +1,13 @@
 """Results of `vlmprune plan` for the real families at full size, one JSON line per case.
 
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
+    python benchmarks/plan.py --topology=v5e:2x4 --evaluation --cases=llava,bunny [--rows=32]
 
 LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full remat,
 global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
 SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280). depthN removes N
 % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29 (SmolVLM2: 3-20, 4-19), which
-leaves five runs of equal layers.
+leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned models instead.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.planning.case import estimate, make_case
+    from vlmprune_jax.hf.read import read_config
+    from vlmprune_jax.planning.ahead_of_time import make_slice
+    from vlmprune_jax.planning.case import estimate, make_case, preparation_of
+    from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
     from vlmprune_jax.planning.fit import planned_step
     from vlmprune_jax.workdir.artefact import to_json
 
@@ -83,14 +87,24 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--remat", default=SETTINGS["recover"]["remat"])
     parser.add_argument("--cases", default=",".join(f"{family}/{kind}" for family in FAMILIES for kind in KINDS))
+    parser.add_argument("--evaluation", action="store_true")
+    parser.add_argument("--rows", type=int, default=32)
     args = parser.parse_args()
     for case in args.cases.split(","):
-        family, kind = case.split("/")
-        method, ratio = kind[:5], int(kind[5:]) / 100
+        family, _, kind = case.partition("/")
+        method, ratio = kind[:5], int(kind[5:] or 0) / 100
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
             if family in PROCESSORS:
                 (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[family]))
+            if args.evaluation:
+                data = override(Experiment(), {"data": DATA.get(family, {})}).data
+                _, cfg = read_config(Path(folder), None)
+                preparation = preparation_of(data, cfg, Path(folder))
+                target = make_slice(args.topology)
+                step = plan_evaluation(EvaluationCase(cfg, "bfloat16", target, preparation, args.rows))
+                print(json.dumps({"case": case, **to_json(step)}), flush=True)
+                continue
             ranges = SMALL_RANGES if family == "smolvlm2" else RANGES
             changes = {
                 "model": {"hf_dir": folder, "dtype": "bfloat16"},

@@ -4,7 +4,8 @@ Compiles the real training step, student and teacher, for every variant of the e
 prints memory, FLOPs, communication and the least time. Needs the model's config.json, not its weights; takes
 plan.json from --workdir where it is there, else predicts the pruned shapes. With length or tile buckets it is the step
 of the largest. The report of --workdir shows the numbers. --search also looks for the cheapest remat
-and the largest batch that fit, and for the smallest slice; each try is another compilation.
+and the largest batch that fit, and for the smallest slice; each try is another compilation. --evaluation compiles
+prefill and decoding as well: memory, traffic of a token, and the least time of 1,000 questions of nine benchmarks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_string("topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8", flag_values=values)
     absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
     absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
+    absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
     absl_flags.DEFINE_string("save", None, "JSON file for the numbers (else WORKDIR/tpu_plan.json)", flag_values=values)
 
 
@@ -48,7 +50,9 @@ def run(flags: Any) -> None:
     if flags.records is not None and flags.records < 1:
         raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
-    found = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search)
+    found = fit_all(
+        experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, flags.evaluation
+    )
     saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:
         write_artefact(Path(saved), found)

@@ -9,7 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def make_slice(name: str) -> Slice:
 class Compiled:
     """Cost per chip of a compiled program: bytes of HBM, and bytes received from other chips per collective operation.
 
-    `flops`: executed FLOPs of all chips together. `seconds`: time of the compilation.
+    `flops`: executed FLOPs of all chips together. `seconds`: time of the compilation. `text`: the compiled program.
     """
 
     arguments: int
@@ -77,6 +77,7 @@ class Compiled:
     received: dict[str, int]
     flops: int
     seconds: float
+    text: str = field(default="", repr=False)
 
 
 class DoesNotFit(UserError):
@@ -105,14 +106,15 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
             raise
         raise DoesNotFit(*(int(float(size) * _UNITS[unit]) for size, unit in _SIZE.findall(sizes[0]))) from error
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
         memory.argument_size_in_bytes,
         # outputs beyond the donated arguments are temporary as well
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collective_bytes(compiled.as_text()),
+        collective_bytes(text),
         executed_flops(traced.jaxpr.jaxpr),
         seconds,
+        text,
     )
 
 
@@ -181,8 +183,8 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
     reduction twice as many, and a permutation n.
     """
-    computations = _computations(hlo)
-    runs = _executions(hlo, computations)
+    computations = computations_of(hlo)
+    runs = executions(hlo, computations)
     # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
     for name, lines in computations.items():
@@ -201,7 +203,8 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def computations_of(hlo: str) -> dict[str, list[str]]:
+    """Return {computation: its lines} of a compiled program's text."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -213,7 +216,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
     return found
 
 
-def _executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
+def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
     """Return how often each computation runs; a while loop runs up to the constant in its condition."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in computations.items():
@@ -250,7 +253,7 @@ def _second(result: str) -> str:
 
 def _received(kind: str, result: str, line: str) -> int:
     size = sum(
-        math.prod(map(int, filter(None, dims.split(",")))) * _width(dtype) for dtype, dims in _SHAPE.findall(result)
+        math.prod(map(int, filter(None, dims.split(",")))) * width_of(dtype) for dtype, dims in _SHAPE.findall(result)
     )
     group = _group_size(line)
     share = (group - 1) / group
@@ -258,7 +261,7 @@ def _received(kind: str, result: str, line: str) -> int:
     return round(size * factor)
 
 
-def _width(dtype: str) -> float:
+def width_of(dtype: str) -> float:
     """Return the size in bytes of an HLO number type: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
     bits = re.match(r"[a-z]+?(\d+)", dtype)
     return int(bits[1]) / 8 if bits else 1

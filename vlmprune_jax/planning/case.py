@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.images import Preparation, load_image_processor
 from vlmprune_jax.data.inputs import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -122,10 +122,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     """
     target = make_slice(topology)
     model = experiment.model
-    hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
-    _, cfg = read_config(hf_dir, tower)
-    file = None if folder is None else folder / "plan.json"
-    plan = predict_plan(experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
+    hf_dir, cfg, plan = read_shapes(experiment, folder)
     config = recover_config(experiment.recover)
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
@@ -149,6 +146,16 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         slice=target,
         image_tokens=within_row(image_tokens, lengths[-1]),
     )
+
+
+def read_shapes(experiment: Experiment, folder: Path | None) -> tuple[Path, ModelConfig, PrunePlan]:
+    """Return the unpruned model's folder and config, and the plan in `folder` (None, or no plan: a predicted one)."""
+    model = experiment.model
+    hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
+    _, cfg = read_config(hf_dir, tower)
+    file = None if folder is None else folder / "plan.json"
+    plan = predict_plan(experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
+    return hf_dir, cfg, plan
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
@@ -180,22 +187,27 @@ def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocab
     return KeptVocabulary(rows, tuple(kept), "")
 
 
+def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
+    """Return how a model's images are cut into tiles or patches; None if they are not."""
+    if cfg.vision is None or family_of(cfg).images == "whole":
+        return None
+    tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
+    return load_image_processor(
+        folder,
+        aspect_ratio="pad",
+        max_pixels=data.max_image_pixels,
+        cache_bytes=0,
+        tiling=tiling,
+        max_image_tokens=data.max_image_tokens,
+        slot_tokens=cfg.tokens_per_image,
+    ).preparation
+
+
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the possible image (or tile) slots per row, and tokens per image if images have any size."""
-    preparation = None
     if cfg.vision is None:
         return (0,), ()
-    if family_of(cfg).images != "whole":
-        tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
-        preparation = load_image_processor(
-            folder,
-            aspect_ratio="pad",
-            max_pixels=data.max_image_pixels,
-            cache_bytes=0,
-            tiling=tiling,
-            max_image_tokens=data.max_image_tokens,
-            slot_tokens=cfg.tokens_per_image,
-        ).preparation
+    preparation = preparation_of(data, cfg, folder)
     return tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
 
 

@@ -18,18 +18,21 @@ from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
 from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
+from vlmprune_jax.planning.evaluation import evaluation_case, plan_evaluation
 from vlmprune_jax.recovery.config import REMAT
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.workdir.tpu_plan import (
     GIB,
     Hbm,
     Planned,
+    PlannedEvaluation,
     PlannedModel,
     PlannedStep,
     StepFlops,
     StepSeconds,
     TpuPlan,
     as_rows,
+    evaluation_rows,
 )
 
 Attempts = dict[Case, Estimate | UserError]
@@ -164,14 +167,22 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
 
 
 def fit_all(
-    experiment: Experiment, workdir: Path | None, reporter: Reporter, topology: str, n_records: int | None, search: bool
+    experiment: Experiment,
+    workdir: Path | None,
+    reporter: Reporter,
+    topology: str,
+    n_records: int | None,
+    search: bool,
+    evaluation: bool = False,
 ) -> TpuPlan:
-    """Plan every recovery of an experiment on a TPU slice; `search`: also search for settings that fit.
+    """Plan every recovery of an experiment on a TPU slice.
+
+    `search`: also search for settings that fit. `evaluation`: plan the evaluation of each pruned model as well.
 
     Raises:
-      UserError: the slice is unknown, a step does not fit it (with advice), or nothing is trained.
+      UserError: the slice is unknown, a step does not fit it (with advice), or there is nothing to plan.
     """
-    recoveries: dict[str, Planned] = {}
+    recoveries, evaluations = dict[str, Planned](), dict[str, PlannedEvaluation]()
     for pruned in prune_runs(experiment, workdir or Path()):
         for run in recover_runs(pruned):
             case = make_case(run.experiment, None if workdir is None else pruned.folder, topology)
@@ -183,6 +194,12 @@ def fit_all(
                     "  control       the unpruned model trains in the same way, once for all prune variants, with more "
                     "memory and time than this step (recover.control=False leaves it out)"
                 )
-    if not recoveries:
+        if evaluation:
+            reporter.say(f"{pruned.name}, evaluation: compiling for {topology} ...")
+            folder = None if workdir is None else pruned.folder
+            evaluations[pruned.name] = plan_evaluation(evaluation_case(pruned.experiment, folder, topology))
+            for what, value in evaluation_rows(evaluations[pruned.name]):
+                reporter.say(f"  {what:<13} {value}")
+    if not recoveries and not evaluations:
         raise UserError('recover.method="none": there is no training to plan: set it to "train"')
-    return TpuPlan(recoveries=recoveries)
+    return TpuPlan(recoveries=recoveries, evaluations=evaluations)

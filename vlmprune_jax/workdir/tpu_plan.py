@@ -95,6 +95,29 @@ class PlannedStep(Part, frozen=True, kw_only=True):
         return " and ".join(f"{', '.join(map(str, sizes))} {what}" for what, sizes in named.items() if len(sizes) > 1)
 
 
+class PlannedEvaluation(Part, frozen=True, kw_only=True):
+    """Evaluation of a model that fits, in bytes per chip.
+
+    `rows`, `tokens_per_row`: of the compiled batch. `resident`: the weights that a token needs, and the cache. `read`,
+    `received`: from HBM and from other chips per token of every row, in the compiled program. `seconds`: least seconds
+    of 1,000 questions by benchmark, each in the largest batch that fits.
+    """
+
+    topology: str
+    chips: Count
+    mesh: dict[str, Count]
+    model: PlannedModel
+    rows: Count
+    tokens_per_row: Count
+    hbm: Hbm
+    largest_batch: Count
+    resident: Finite
+    read: Finite
+    received: Finite
+    seconds: dict[str, Finite]
+    compile_seconds: Finite
+
+
 class Planned(Part, frozen=True, kw_only=True):
     """One recovery: its step, or why it does not fit, and the best steps that each search found."""
 
@@ -104,10 +127,11 @@ class Planned(Part, frozen=True, kw_only=True):
 
 
 class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `tpu_plan.json`: all planned recoveries by name."""
+    """File `tpu_plan.json`: planned recoveries by name, and planned evaluations by the name of the prune variant."""
 
     HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
     recoveries: dict[str, Planned]
+    evaluations: dict[str, PlannedEvaluation] = {}
 
 
 def read_tpu_plan(workdir: Path) -> dict[str, Planned]:
@@ -160,6 +184,33 @@ def _step_rows(step: PlannedStep) -> Iterator[tuple[str, str]]:
         largest = " if every batch is of the largest bucket (how many are of each depends on the data)"
         yield "run", run + (largest if step.buckets else "")
     yield "compiled in", f"{step.compile_seconds:.0f} s"
+
+
+def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
+    """Return (name, value) rows that describe a planned evaluation."""
+    hbm, model, traffic = planned.hbm, planned.model, planned.read + planned.received
+    mesh = " x ".join(f"{name} {size}" for name, size in planned.mesh.items())
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in planned.seconds.items())
+    return [
+        ("slice", f"{planned.topology}: {planned.chips} chips, mesh {mesh}"),
+        ("model", f"{model.parameters:,} parameters in {model.layers} layers"),
+        (
+            "batch",
+            f"{planned.rows} rows of {planned.tokens_per_row:,} tokens; about {planned.largest_batch:,} rows fit",
+        ),
+        (
+            "HBM per chip",
+            f"{hbm.arguments / GIB:.2f} GiB weights + {hbm.temporaries / GIB:.2f} GiB cache and temporaries, "
+            f"{hbm.free / GIB:.2f} GiB free",
+        ),
+        (
+            "a token",
+            f"{planned.read / GIB:.3f} GiB of HBM and {planned.received / 2**20:.2f} MiB received per chip, "
+            f"{traffic / planned.resident:.2f} x its weights and cache",
+        ),
+        ("1,000 questions", f"at least, in seconds: {seconds}"),
+        ("compiled in", f"{planned.compile_seconds:.0f} s"),
+    ]
 
 
 def _summary(step: PlannedStep) -> str:

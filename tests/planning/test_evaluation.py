@@ -1,0 +1,67 @@
+"""`vlmprune plan --evaluation`: what decoding touches of HBM and of other chips, and times that follow from shapes."""
+
+import jax
+import pytest
+import recover_cases as cases
+from prune_cases import config
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.config import LayerShape
+from vlmprune_jax.planning import evaluation
+from vlmprune_jax.planning.ahead_of_time import Compiled, make_slice
+from vlmprune_jax.planning.evaluation import BENCHMARKS, EvaluationCase, plan_evaluation
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.tpu_plan import TpuPlan
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = {folder!r}
+    config.prune.layers_removed = 1
+    config.recover.method = "none"
+    config.evaluate.batch_size = 6
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_decoding_touches_little_more_than_weights_and_cache():
+    """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip."""
+    widths = {"hidden_size": 1024, "head_dim": 128, "rotary_dim": 128, "vocab_size": 4096, "max_positions": 2048}
+    cfg = config((LayerShape(8, 8, 4096),) * 3, **widths)
+    with jax.default_matmul_precision("default"):
+        planned = plan_evaluation(EvaluationCase(cfg, "bfloat16", make_slice("v5e:2x2"), None, 32, (2, 1, 2)))
+    assert (planned.read + planned.received) / planned.resident < 1.25
+    assert 0 < planned.received < 0.05 * planned.read
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(evaluation, "compile_for_tpu", lambda *_: Compiled(2**30, 2**30, {}, 1, 1.0))
+
+
+def test_times_follow_from_the_shapes(uncompiled):
+    """A model of half the layers takes less; longer answers take more; rows fill what shares them."""
+    target, cfg = make_slice("v5e:2x2"), cases.config(layers=8)
+    whole, half = (
+        plan_evaluation(EvaluationCase(one, "bfloat16", target, None, 6))
+        for one in (cfg, cfg.with_layers(cfg.text.layers[:4]))
+    )
+    assert whole.rows == 8
+    assert list(whole.seconds) == list(BENCHMARKS)
+    assert all(half.seconds[name] < whole.seconds[name] for name in BENCHMARKS)
+    assert whole.seconds["MathVista"] > whole.seconds["AI2D"] > 0
+    assert half.resident < whole.resident
+
+
+def test_the_command_plans_evaluation_without_training(uncompiled, goldens, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(goldens / "ckpt/llava_hf")))
+    flags = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", f"--save={tmp_path / 'p.json'}"]
+    assert main(["plan", *flags, "--evaluation"]) == 0, capsys.readouterr().err
+    assert "1,000 questions at least, in seconds: MMMU" in capsys.readouterr().out
+    [planned] = read_artefact(tmp_path / "p.json", TpuPlan).evaluations.values()
+    assert planned.model.layers == 5
+    assert main(["plan", *flags]) == 2
+    assert "there is no training to plan" in capsys.readouterr().err
