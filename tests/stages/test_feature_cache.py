@@ -147,9 +147,9 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
     work = Pipeline(changed, quiet(root)).work(start=root / "pruned")
-    models = work.open_folder(work.start), work.open_folder(work.teacher)
-    folders = work.model, work.tokens, *models, work.plan, work.devices, work.folder
-    recovery = Recovery(changed.data, changed.recover, *folders, work)
+    pair = {"student": work.open_folder(work.start), "teacher": work.open_folder(work.teacher), "plan": work.plan}
+    place = {"tokens": work.tokens, "mesh": work.devices, "model": work.model, "folder": work.folder, "context": work}
+    recovery = Recovery(data=changed.data, spec=changed.recover, **pair, **place)
     return cached_features(recovery, prepare(recovery))
 
 

@@ -230,7 +230,7 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
 
 
 class DecodingState(NamedTuple):
-    """What generation needs between two tokens, apart from the cache.
+    """State of generation between two tokens, apart from the cache.
 
     `token`: int32[batch], the last token, not yet in the cache; `ended`: bool[batch]; `slots`: bool[batch, slots], real
     slots of the cache, those of new tokens included; `position`: int32[batch, 1] of the first new token.

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import msgspec
 import numpy as np
-from jax.sharding import Mesh
 
 from vlmprune_jax.core.errors import Stopped, UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
@@ -44,7 +43,7 @@ from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.stages.stage import Files
-from vlmprune_jax.stages.work import Context, ModelFolder, Work
+from vlmprune_jax.stages.work import Context, Pair, Work
 from vlmprune_jax.workdir.content import digest, plain
 from vlmprune_jax.workdir.ledger import remove
 
@@ -76,22 +75,13 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Recovery:
-    """Starting point of a recovery: its settings, both models, the plan between them, and where they compute.
-
-    `tokens`: `model` with the folder whose tokenizer fits the student. `folder`: for checkpoints, metrics and the
-    adapter.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recovery(Pair):
+    """Recovery of a pair of models: its settings, and the `folder` for checkpoints, metrics and the adapter."""
 
     data: DataSpec
     spec: RecoverSpec
     model: ModelSpec
-    tokens: ModelSpec
-    student: ModelFolder
-    teacher: ModelFolder
-    plan: PrunePlan
-    mesh: Mesh | None
     folder: Path
     context: Context
 

@@ -72,6 +72,20 @@ class ModelFolder:
     load: Callable[[Collection[str]], Model]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pair:
+    """Pruned model and its teacher, the plan that leads from one to the other, and the mesh on which both compute.
+
+    `tokens`: settings of the teacher, with the folder whose tokenizer fits the student.
+    """
+
+    student: ModelFolder
+    teacher: ModelFolder
+    plan: PrunePlan
+    tokens: ModelSpec
+    mesh: Mesh | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work(Context):
     """Context of one stage: the folders that it reads and writes, models and mesh.
