@@ -12,7 +12,10 @@ EXPORT: bf16 (default), w4a16 (vLLM, transformers) or gguf (q4_0, llama.cpp).
 
 Least squares repairs the kept weights, then adapters and projector train on 5 % of the data (33,264 records) by SFT and
 KL distillation from the unpruned model. `--config.data.max_image_tokens=140` halves the tokens per image (280) in
-training, evaluation and export. PLANNED
+training, evaluation and export. To compile the recovery step, with a folder DIR that has config.json and
+processor_config.json:
+
+  vlmprune plan --config=configs/gemma4_e4b.py:layers,0.4 --topology=v5e:8x8 --config.model.hf_dir=DIR --records=33264
 """
 
 from ml_collections import ConfigDict
