@@ -84,7 +84,7 @@ def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
         key = slot.key
         if family.name == "llava":
             key = key.replace("vision_tower.", "vision_tower.vision_model.")
-        tensors[key] = 1 + 0.2 * noise if "norm" in key and key.endswith("weight") else 0.25 * noise
+        tensors[key] = np.asarray(1 + 0.2 * noise if "norm" in key and key.endswith("weight") else 0.25 * noise)
     if family.name == "llava":
         width = config["vision_config"]["hidden_size"]
         for part in ("weight", "bias"):

@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
-from vlmprune_jax.export.gguf_metadata import context_length
-from vlmprune_jax.export.gguf_model import ROTATED, copy_of, fit, neighbours, under_names
+from vlmprune_jax.export.gguf_model import copy_of, fit, spelled, under_names
 from vlmprune_jax.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.families import family_of
-from vlmprune_jax.families.gguf import NAME, WHEEL, projector_tensors, tower_tensors
+from vlmprune_jax.families.gguf import NAME, WHEEL
+from vlmprune_jax.families.gguf_towers import projector_tensors, tower_tensors
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.layout import make_slots
@@ -116,7 +116,7 @@ def _compare(
 
 
 def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Comparison:
-    tokens = _tokens(load_tokenizer(source), written.cfg.text)
+    tokens = _tokens(load_tokenizer(source), written.cfg)
     answers = _ask(path, [*tokens, *tokens.values()])
     gaps, halves = [0.0], (answers[: len(tokens)], answers[len(tokens) :])
     for (text, row), of_text, of_ids in zip(tokens.items(), *halves, strict=True):
@@ -136,9 +136,10 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
     return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
-def _tokens(tokenizer: Any, text: TextConfig) -> dict[str, list[int]]:
+def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
     """Return {text: token ids} of sample texts, shortened to the model's context."""
-    longest, tokens = min(_CONTEXT, context_length(text)) - 2, dict[str, list[int]]()
+    text, architecture = cfg.text, fit(cfg, "per_layer")[0]
+    longest, tokens = min(_CONTEXT, architecture.context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:
         while len(row := tokenizer(sample)["input_ids"]) > longest and len(sample) > 1:
             sample = sample[: len(sample) // 2]
@@ -195,11 +196,13 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
 
     flat: dict[str, Any] = {}
     for slot in make_slots(wide, family):
-        array = stored(slot.key, slot.hf_shape)[slot.start : slot.stop].reshape(slot.shape)
+        array = stored(slot.key, slot.hf_shape or (1,))[slot.start : slot.stop]
+        if slot.path == "vision/patch_embedding/weight" and vision_of(wide).channels_last:
+            array = np.moveaxis(array.reshape(len(array), vision_of(wide).channels, -1), 1, 2)
+        array = array.reshape(slot.shape)
         if rolled_positions and slot.path == "vision/position_embedding/weight" and vision_of(wide).class_token:
             array = np.roll(array, 1, axis=0)
-        if architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
-            array = neighbours(array, back=True)
+        array = spelled(array, slot, wide, architecture if slot.part == "text" else None, back=True)
         if slot.index is None:
             flat[slot.path] = array
         else:

@@ -16,9 +16,10 @@ from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
 from vlmprune_jax.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture
+from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture, full_attention_period
+from vlmprune_jax.families.gguf_towers import IMAGE_TOKENS
 from vlmprune_jax.families.table import JsonDict
-from vlmprune_jax.families.towers import PIXELS, vision_of
+from vlmprune_jax.families.towers import PIXELS, projector_of, vision_of
 from vlmprune_jax.hf.read import read_fields
 
 _BLOCK = 32  # values of a row per block in kernels of llama.cpp
@@ -32,29 +33,31 @@ def file_type(label: str) -> JsonDict:
     return {"file_type": int(LlamaFileType[name]), "quantization_version": 2}
 
 
-def text_fields(cfg: ModelConfig) -> JsonDict:
+def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
     """Return the decoder's GGUF metadata: shapes and hyper-parameters."""
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
         column = [getattr(shape, name) for shape in text.layers]
-        return column[0] if text.even else column
+        return column[0] if len(set(column)) == 1 else column
 
     rope = text.rope
     fields: JsonDict = {
-        "context_length": context_length(text),
+        "context_length": architecture.context_length(text),
         "embedding_length": text.hidden_size,
         "block_count": len(text.layers),
         "vocab_size": text.vocab_size,
         "head_count": widths("q_heads"),
         "head_count_kv": widths("kv_heads"),
         "feed_forward_length": widths("mlp"),
-        "key_length": text.head_dim,
-        "value_length": text.head_dim,
-        "rope_dimension_count": text.rotary_dim,
+        "key_length": text.full_head_dim or text.head_dim,
+        "value_length": text.full_head_dim or text.head_dim,
+        "rope_dimension_count": text.full_head_dim or text.rotary_dim,
         "rope_freq_base": rope.theta,
         "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
     }
+    if architecture.windows is not None:
+        fields |= _window_fields(text)
     if rope.sections:
         fields["rope_dimension_sections"] = [*rope.sections, 0]  # time, rows, columns, and an unused section
     if cfg.deepstack:
@@ -74,9 +77,24 @@ def text_fields(cfg: ModelConfig) -> JsonDict:
     return fields
 
 
-def context_length(text: TextConfig) -> int:
-    """Return the longest context that llama.cpp computes exactly (it ignores sliding windows)."""
-    return min([text.max_positions, *(shape.window for shape in text.layers if shape.window is not None)])
+def _window_fields(text: TextConfig) -> JsonDict:
+    """Return GGUF metadata of decoders whose layers have windows, share keys or have inputs of their own."""
+    windows = [shape.window for shape in text.layers if shape.window is not None]
+    fields: JsonDict = {
+        "sliding_window": max(windows, default=text.max_positions),
+        "sliding_window_pattern": full_attention_period(text.layers),
+        "rope_freq_base_swa": (text.window_rope or text.rope).theta,
+    }
+    if text.full_head_dim:
+        fields |= {
+            "sliding_window_pattern": [shape.window is not None for shape in text.layers],
+            "key_length_swa": text.head_dim,
+            "value_length_swa": text.head_dim,
+            "rope_dimension_count_swa": text.rotary_dim,
+            "shared_kv_layers": sum(shape.shared for shape in text.layers),
+            "embedding_length_per_layer_input": text.layer_inputs,
+        }
+    return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
 
 
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
@@ -84,6 +102,8 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
+    if family.images == "budget":  # the tower centres them
+        return {"vision_image_mean": [0.0] * 3, "vision_image_std": [1.0] * 3}
     mean, std = PIXELS[vision_of(cfg).kind]
     processor = None if family.tiling is not None else _processor(source)
     if processor is not None:
@@ -100,7 +120,7 @@ def cut(family: Family, source: Path) -> JsonDict:
         where = str(source / "config.json")
         tiling = family.tiling(read_fields(source / "config.json"), where)
         return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
-    processor = None if family.images == "whole" else _processor(source)
+    processor = None if family.images in ("whole", "crops", "budget") else _processor(source)
     if processor is None:
         return {}
     if family.images == "splits":
@@ -133,10 +153,11 @@ def title(name: str, tokenizer: Any) -> str:
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
     """Return remarks for the card: how llama.cpp's decoder differs from the model."""
     remarks = []
-    if context_length(text) < text.max_positions:
+    longest = architecture.context_length(text)
+    if longest < text.max_positions:
         remarks.append(
-            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {context_length(text):,} "
-            "tokens, the context length in the file."
+            f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
+            "context length in the file."
         )
     widths = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
     if widths:
@@ -168,8 +189,19 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
             "corrected builds. `rolled_positions=True` writes a file for the others, in which each patch has its own "
             "position and only the class token is misplaced: compare the answers of both."
         )
-    vision = vision_of(cfg)
-    if vision.any_size:
+    vision, template = vision_of(cfg), family_of(cfg).templates[0]
+    if projector_of(cfg).pools and vision.any_size:
+        side, (least, most) = vision.merge * vision.patch_size, IMAGE_TOKENS
+        advice = (
+            f"sides that are multiples of {side} pixels and give {least} to {most} tokens need no resizing; smaller "
+            "images are not enlarged to the token budget of the processor. The audio tower is left out."
+        )
+        if cfg.text.sees_images != "windows":
+            remarks.append(
+                "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
+                "of the family; in this model they only see those before them, so answers about images differ."
+            )
+    elif vision.any_size:
         side = vision.merge * vision.patch_size
         advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
     else:
@@ -177,7 +209,12 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
     remarks.append(
         f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
     )
-    if family_of(cfg).templates[0].behind_image:
+    if template.image_tokens is not None and template.image_tokens[0].startswith("\n\n"):
+        remarks.append(
+            "The chat interface of llama.cpp writes no empty lines around an image, with which this model was trained: "
+            'put "\\n\\n" before and after it.'
+        )
+    elif template.behind_image:
         remarks.append(
             "The chat interface of llama.cpp joins an image and the text after it without a newline, with which this "
             'model was trained: begin the text with "\\n".'

@@ -31,9 +31,10 @@ from vlmprune_jax.export.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.export.uneven import pad_tensor, padded
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.decoders import decoder_of
-from vlmprune_jax.families.gguf import (
+from vlmprune_jax.families.gguf import Architecture
+from vlmprune_jax.families.gguf_towers import (
     TOWER,
-    Architecture,
+    WITHOUT_LEAF,
     projector_tensors,
     tower_fields,
     tower_lacks,
@@ -53,8 +54,9 @@ from vlmprune_jax.models.vlm import Model
 # Values of a row that share a scale, in all quantised types.
 BLOCK = 32
 _CHUNK = 2**24  # values quantised at a time: gguf's quantisers need several copies
-_NO_LEAF = "v.class_embd"
 _FILTERS = "v.patch_embd.weight"
+_STILL = 1e-30  # frequency of channels that do not rotate
+_EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 # Tensors whose rows some architectures interleave (rotary pairs).
 ROTATED = ("attn_q", "attn_k")
 
@@ -98,11 +100,11 @@ def make_gguf(
     dtype = flatten(model.params)["text/embed_tokens/weight"].dtype.name if dtype == "source" else dtype
     plain = file_name(dtype)
     label = plain if quantize == "none" else quantize.upper()
-    vocabulary = make_vocabulary(source, cfg, family)
+    vocabulary = make_vocabulary(source, cfg, family, architecture.tokenizer)
     about = {"name": title(name, vocabulary.fast), **_name_parts(name), **license_of(source), "tags": list(TAGS)}
     about |= {"languages": languages} if (languages := languages_of(source)) else {}
-    fields = {"type": "model", **about, **file_type(label), **text_fields(wide), **vocabulary.fields}
-    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture.interleaved)
+    fields = {"type": "model", **about, **file_type(label), **text_fields(wide, architecture), **vocabulary.fields}
+    tensors = _tensors(model, wide, family, "text", architecture.tensors, plain, quantize, architecture)
     tensors += _constants(wide.text, architecture, tensors)
     fields |= _size_label(tensors)
     stem = re.sub(r"[^\w.+-]+", "-", name.rpartition("/")[2]).lstrip("-.") or "model"
@@ -150,7 +152,9 @@ def _tower(
         tensors[place] = dataclasses.replace(
             table, fetch=lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))
         )
-    if vision.any_size:
+    if vision.channels_last:
+        tensors = [_channels_first(one, vision.channels) if one.key == _FILTERS else one for one in tensors]
+    if vision.temporal > 1:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     fields |= _size_label(tensors)
@@ -166,6 +170,18 @@ def _copies(filters: Tensor) -> list[Tensor]:
         return Tensor(copy_of(number), filters.dtype, (vision, channels, *sides), filters.n_bytes // copies, fetch)
 
     return [filters_of(number) for number in range(copies)]
+
+
+def _channels_first(filters: Tensor, channels: int) -> Tensor:
+    """Return patch filters [vision, row x column x channel] as [vision, channel, row, column]."""
+    vision, values = filters.shape
+    side = math.isqrt(values // channels)
+
+    def fetch() -> np.ndarray:
+        parts = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
+        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(-1)
+
+    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch)
 
 
 def copy_of(number: int) -> str:
@@ -184,6 +200,9 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
         raise UserError(
             f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: this model cannot be exported to GGUF"
         )
+    misplaced = None if able[0].windows is None else able[0].windows(cfg.text)
+    if misplaced is not None:
+        raise UserError(f"llama.cpp's {able[0].name} has no {misplaced}")
     if cfg.vision is not None:
         lacks = tower_lacks(cfg)
         if lacks is not None or not cfg.tower:
@@ -251,7 +270,7 @@ def _tensors(
     names: Mapping[str, str],
     plain: str,
     quantize: str = "none",
-    interleaved: bool = False,
+    architecture: Architecture | None = None,
 ) -> list[Tensor]:
     """Return the tensors of one part of the model under llama.cpp's names, padded to the widths of `wide`."""
     flat, here = flatten(model.params), under_names(family, part, names)
@@ -259,9 +278,28 @@ def _tensors(
     tensors = []
     for key, parts in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
         pairs, kind = [(before[slot.name], slot) for slot in parts], _type_of(key, parts[0].hf_shape, plain, quantize)
-        turned = interleaved and key.split(".")[-2] in ROTATED
-        tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, turned))
+        tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, architecture))
     return tensors
+
+
+def spelled(
+    array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
+) -> np.ndarray:
+    """Return a parameter as llama.cpp stores it: rotary pairs interleaved, norms multiplied by their weight alone.
+
+    `back=True` undoes this. `architecture`: of the decoder, for its parameters.
+    """
+    module, text = slot.path.split("/")[-2], cfg.text
+    if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
+        return neighbours(array, back)
+    if "norm" not in module or slot.part == "vision":
+        return array
+    offset = cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.norm_offset
+    gain = architecture.query_gain(text) if architecture is not None and module == "q_norm" else 1.0
+    if offset == 0 and gain == 1:
+        return array
+    array = array.astype(np.float32)
+    return array / gain - offset if back else (array + offset) * gain
 
 
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
@@ -272,7 +310,7 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
         for line in family.weights(cfg):
             inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
             if line.path.startswith(f"{part}/"):
-                key = names[inside] if names[inside] == _NO_LEAF else f"{names[inside]}.{leaf}"
+                key = names[inside] if names[inside] in WITHOUT_LEAF else f"{names[inside]}.{leaf}"
                 line = Weight(line.path, key, " ".join(axis for axis in line.layout.split() if axis != "1"))
             lines.append(line)
         return lines
@@ -282,13 +320,13 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
     """Return the GGML type of a tensor: F32 for vectors and positions, at least 8 bits for embeddings and head."""
-    if len(shape) == 1 or key.startswith("v.position_embd"):
+    if len(shape) <= 1 or key.startswith("v.position_embd"):
         return "F32"
     if quantize == "none":
         return plain
     if shape[-1] % BLOCK:
         return "F16"
-    return "Q8_0" if key in ("token_embd.weight", "output.weight") else quantize.upper()
+    return "Q8_0" if key in _EMBEDDINGS else quantize.upper()
 
 
 def _tensor(
@@ -298,7 +336,7 @@ def _tensor(
     old: ModelConfig,
     new: ModelConfig,
     flat: Mapping[str, Any],
-    interleaved: bool,
+    architecture: Architecture | None,
 ) -> Tensor:
     """Return one GGUF tensor, made from its parameters (pairs of slots in the model and in the file)."""
 
@@ -307,9 +345,9 @@ def _tensor(
         if before.shape != after.shape:
             assert before.layer is not None
             array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
-        return neighbours(array) if interleaved else array
+        return spelled(array, after, new, architecture)
 
-    shape = pairs[0][1].hf_shape
+    shape = pairs[0][1].hf_shape or (1,)
     array, index = flat[pairs[0][0].path], pairs[0][0].index
     what = f"{origin(array, index) or key}, to be written as {kind},"
     return _encoded(key, kind, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]), what)
@@ -358,11 +396,10 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors that llama.cpp needs and the model lacks as parameters: rotary factors, an untied head."""
     arrays: dict[str, np.ndarray] = {}
-    if text.rope.kind == "llama3":
-        plain = dataclasses.replace(text.rope, kind="default")
-        arrays["rope_freqs.weight"] = inverse_frequencies(plain, text.rotary_dim) / inverse_frequencies(
-            text.rope, text.rotary_dim
-        )
+    if text.rope.kind in ("llama3", "proportional"):
+        plain, dim = dataclasses.replace(text.rope, kind="default"), text.full_head_dim or text.rotary_dim
+        scaled = np.maximum(inverse_frequencies(text.rope, dim), _STILL)
+        arrays["rope_freqs.weight"] = np.minimum(inverse_frequencies(plain, dim) / scaled, 1 / _STILL)
     if text.rope.kind == "longrope":
         arrays["rope_factors_long.weight"] = np.asarray(text.rope.long_factors, np.float32)
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)

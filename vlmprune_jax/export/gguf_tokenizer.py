@@ -31,10 +31,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of t
 _SPACE = "▁"
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _METASPACE = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+# splits at spaces, of which the normalizer leaves none
+_NEVER = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 # Rules of SentencePiece-like tokenizers: normalizer, pre_tokenizer, and True if a text gets a space mark in front.
 _SPACED: tuple[tuple[Any, Any, bool], ...] = (
     ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, _REPLACE]}, None, True),
     (_REPLACE, None, False),
+    (_REPLACE, _NEVER, False),
     *((None, _METASPACE | {"prepend_scheme": scheme}, scheme != "never") for scheme in ("first", "always", "never")),
 )
 
@@ -54,8 +57,10 @@ class Vocabulary:
     remarks: tuple[str, ...]
 
 
-def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabulary:
+def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "") -> Vocabulary:
     """Return a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
+
+    `own`: llama.cpp's name of the architecture's own tokenizer, with SentencePiece's rules and a list of merges.
 
     Raises:
       UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
@@ -78,8 +83,12 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family) -> Vocabular
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
     if spaced:
         prefix = _check_spaced(content, str(folder))
-        fields |= {"tokenizer_model": SPACED, "tokenizer_pre": "default", "add_space_prefix": prefix}
+        pre = own or "default"
+        fields |= {"tokenizer_model": own or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
         fields["token_scores"] = _scores(tokens, merges)
+        if own:
+            _check_lines(merges, str(folder))
+            fields["token_merges"] = [" ".join(pair) for pair in merges]
     else:
         pre = _pre(content, fast, str(folder))
         fields |= {"tokenizer_model": BYTE_LEVEL, "tokenizer_pre": pre, "add_space_prefix": False}
@@ -112,6 +121,16 @@ def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[i
         tokens.append(text)
         kinds.append(UNKNOWN if spaced and text == unknown else kind)
     return tokens, kinds
+
+
+def _check_lines(merges: list[list[str]], where: str) -> None:
+    """Refuse merges across the end of a line, where llama.cpp's tokenizer with merges of characters splits texts."""
+    crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
+    if crossing is not None:
+        raise UserError(
+            f"{where}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, which "
+            "llama.cpp never does: this model cannot be exported to GGUF"
+        )
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:

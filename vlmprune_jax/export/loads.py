@@ -15,7 +15,7 @@ from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.export.gguf_model import fit
 from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of
-from vlmprune_jax.families.decoders import decoder_of
+from vlmprune_jax.families.decoders import decoder_of, layer_problem
 
 TARGETS = ("transformers", "vllm", "vllm_tpu", "gguf")
 _PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
@@ -36,6 +36,8 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
         return f"transformers has no class for {family.name}: leave out {target!r}"
     if target == "vllm_tpu" and not implementation(cfg):
         return f"tpu-inference 0.32 has no class for {cfg.family}: serve it with another engine"
+    if (problem := layer_problem(text)) is not None:
+        return problem
     if not text.even:
         return f"its class has one width for all layers: {_ALIKE}"
     own = any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
@@ -49,8 +51,10 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if one of the targets can load the model, but not with fewer heads in this stack."""
+    """Return True if transformers or one of the targets can load the model, but not with fewer heads in this stack."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
+    if layer_problem(cfg.text) is None and layer_problem(fewer.text) is not None:
+        return True
     return any(why_not(cfg, target) is None and why_not(fewer, target) is not None for target in targets)
 
 

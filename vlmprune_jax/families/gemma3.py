@@ -10,6 +10,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
@@ -216,7 +217,14 @@ GEMMA3 = Family(
     images="crops",
     recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
-        _DECODER, "Gemma3ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, heads_divide=True, problem=_problem
+        _DECODER,
+        "Gemma3ForCausalLM",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        heads_divide=True,
+        gguf=(gguf.GEMMA3,),
+        problem=_problem,
     ),
     stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
 )

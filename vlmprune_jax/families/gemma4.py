@@ -13,6 +13,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.gemma3 import NORMS, THETA
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -357,7 +358,15 @@ GEMMA4 = Family(
     image_processors=("Gemma4",),
     images="budget",
     recipe={**RECIPE, "data": {"max_length": 4096}},
-    decoder=Decoder(_DECODER, "Gemma4ForCausalLM", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
+    decoder=Decoder(
+        _DECODER,
+        "Gemma4ForCausalLM",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        gguf=(gguf.GEMMA4,),
+        problem=_problem,
+    ),
     stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
     vllm_tpu="jax",
 )

@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.budget import Budget
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.loads import check_loads, keeps_heads
-from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
+from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.prune.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of
 
@@ -106,9 +105,7 @@ def plan_layers(
     before = count_params(cfg)
     unpruned = count_params(config.base or cfg)
     total = config.parameters_total or unpruned
-    shares = stack == "text" and any(shape.shared for shape in shapes)  # their heads are those of other layers
-    by_group = width is not None and width.options.get("gqa", "groups") == "groups"
-    if config.heads == "auto" and ((shares and by_group) or keeps_heads(cfg, stack, config.loads_in)):
+    if config.heads == "auto" and keeps_heads(cfg, stack, config.loads_in):
         config = dataclasses.replace(config, heads="keep")
     request = _Request(costed, depth, width, config, total, stack)
     share, within = request.fit_budget() if config.budget.limits else (share, {})
@@ -260,7 +257,7 @@ class _Request:
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
-            removed = _choose_layers(self.depth, cfg, ratio, config, total, stack)
+            removed = choose_layers(self.depth, cfg, ratio, config, total, stack)
         shapes = cfg.stack(stack).layers
         alive = [i for i in range(len(shapes)) if i not in removed]
         if self.width is None:
@@ -333,89 +330,3 @@ def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
             raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")
         depth, width = (scores, None) if method == "depth" else (None, scores)
     return depth, width
-
-
-def _choose_layers(
-    scores: Scores,
-    cfg: ModelConfig,
-    ratio: float | None,
-    config: PlanConfig,
-    total: int,
-    stack: str,
-) -> tuple[int, ...]:
-    """Return the original numbers of the layers to remove, chosen by score."""
-    own = cfg.stack(stack)
-    if stack == "vision" and cfg.deepstack:
-        raise UserError(
-            f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
-            '(deepstack): prune its widths (method "width"), or the decoder'
-        )
-    shapes, n_layers = own.layers, len(own.layers)
-    features = cfg.deepstack if own.causal else 0  # added to the outputs of this many first layers
-    protect, layers_removed = set(config.protect), config.layers_removed
-    if not protect <= set(range(n_layers)):
-        raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
-    if config.deepstack == "keep":
-        protect |= set(range(features))
-    if config.producers == "keep" and isinstance(own, TextConfig):
-        protect |= {i for i in map(own.producer, own.layers) if i is not None and any(s.shared for s in own.layers)}
-    if scores.span is not None:
-        return _block(scores, scores.span, protect, ratio, layers_removed)
-    order = _legal(own, [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect])
-    most = min(len(order), n_layers - max(1, features))
-    if layers_removed is not None:
-        if not 0 <= layers_removed <= most:
-            raise UserError(
-                f"layers_removed={layers_removed} must be between 0 and {most} "
-                f"({n_layers} layers, {len(protect)} protected)"
-            )
-        return tuple(order[:layers_removed])
-    assert ratio is not None
-    share = config.depth_share if config.method == "hybrid" else 1.0
-    costs = layer_costs(cfg, stack)
-    sizes = [costs.of(shapes[i]) for i in order[:most]]
-    count = _nearest_count(sizes, share * ratio * total, config.rounding)
-    if count is None:
-        raise OutOfReach(
-            f"ratio {share * ratio:g} cannot be reached by depth pruning of the {stack} stack: "
-            f"removing {most} of {n_layers} layers ({len(protect)} protected) gives at most {sum(sizes) / total:.4f}"
-        )
-    return tuple(order[:count])
-
-
-def _legal(own: Stack, order: Sequence[int]) -> list[int]:
-    """Return the layers that can be removed in this order; skips a layer that the transformers class would miss."""
-    gone: list[int] = []
-    if isinstance(own, TextConfig) and layer_problem(own) is None:
-        for layer in order:
-            left = [shape for i, shape in enumerate(own.layers) if i not in (*gone, layer)]
-            if left and layer_problem(own.with_layers(left)) is None:
-                gone.append(layer)
-        return gone
-    return [*order]
-
-
-def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
-    """Return how many leading layers to remove; None if all are too few. Ties remove fewer."""
-    removed = np.concatenate([[0], np.cumsum(sizes)])
-    if removal > removed[-1]:
-        return None
-    if rounding == "at_least":
-        return int(np.argmax(removed >= removal))
-    return int(np.argmin(np.abs(removed - removal)))
-
-
-def _block(
-    scores: Scores, size: int, protect: set[int], ratio: float | None, layers_removed: int | None
-) -> tuple[int, ...]:
-    """Return the `size` consecutive layers with the lowest score; `size` was fixed when scoring."""
-    if ratio is not None or layers_removed not in (None, size):
-        raise UserError(
-            f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "
-            "score again"
-        )
-    for start in map(int, np.argsort(scores.layers, kind="stable")):
-        block = range(start, start + size)
-        if np.isfinite(scores.layers[start]) and not protect.intersection(block):
-            return tuple(block)
-    raise UserError(f"no {size} consecutive layers are free of the protected ones {sorted(protect)}")

@@ -26,7 +26,8 @@ from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
 from vlmprune_jax.export.reload import torch_loads
 from vlmprune_jax.export.uneven import loader_class
-from vlmprune_jax.families.gguf import ENGINE, TOWER, WHEEL
+from vlmprune_jax.families.gguf import ENGINE, WHEEL
+from vlmprune_jax.families.gguf_towers import TOWER
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.gguf import GgufHeader, read_gguf_header
 from vlmprune_jax.hf.read import read_config, read_fields, resolve

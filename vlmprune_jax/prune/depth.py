@@ -1,0 +1,127 @@
+"""Choice of the layers that depth pruning removes, such that transformers and other engines can load the rest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.loads import why_not
+from vlmprune_jax.families.decoders import layer_problem
+from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+
+
+def choose_layers(
+    scores: Scores,
+    cfg: ModelConfig,
+    ratio: float | None,
+    config: PlanConfig,
+    total: int,
+    stack: str,
+) -> tuple[int, ...]:
+    """Return the original numbers of the layers to remove, chosen by score."""
+    own = cfg.stack(stack)
+    if stack == "vision" and cfg.deepstack:
+        raise UserError(
+            f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
+            '(deepstack): prune its widths (method "width"), or the decoder'
+        )
+    shapes, n_layers = own.layers, len(own.layers)
+    features = cfg.deepstack if own.causal else 0  # added to the outputs of this many first layers
+    protect, layers_removed = set(config.protect), config.layers_removed
+    if not protect <= set(range(n_layers)):
+        raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
+    if config.deepstack == "keep":
+        protect |= set(range(features))
+    if config.producers == "keep" and isinstance(own, TextConfig):
+        protect |= {i for i in map(own.producer, own.layers) if i is not None and any(s.shared for s in own.layers)}
+    reason_of = functools.partial(_reason, cfg, stack, config.loads_in)
+    if scores.span is not None:
+        return _block(scores, scores.span, protect, ratio, layers_removed, reason_of)
+    wanted = [int(i) for i in np.argsort(scores.layers, kind="stable") if int(i) not in protect]
+    order, reason = _legal(wanted, reason_of)
+    most = min(len(order), n_layers - max(1, features))
+    kept = f"{len(protect)} protected" + (f"; {reason}" if reason and most == len(order) else "")
+    if layers_removed is not None:
+        if not 0 <= layers_removed <= most:
+            raise UserError(f"layers_removed={layers_removed} must be between 0 and {most} ({n_layers} layers, {kept})")
+        return tuple(order[:layers_removed])
+    assert ratio is not None
+    share = config.depth_share if config.method == "hybrid" else 1.0
+    costs = layer_costs(cfg, stack)
+    sizes = [costs.of(shapes[i]) for i in order[:most]]
+    count = _nearest_count(sizes, share * ratio * total, config.rounding)
+    if count is None:
+        raise OutOfReach(
+            f"ratio {share * ratio:g} cannot be reached by depth pruning of the {stack} stack: "
+            f"removing {most} of {n_layers} layers ({kept}) gives at most {sum(sizes) / total:.4f}"
+        )
+    return tuple(order[:count])
+
+
+def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:
+    """Return why transformers or `loads_in` cannot load a model without these layers, if it can the whole; or None."""
+    shapes = [shape for i, shape in enumerate(cfg.stack(stack).layers) if i not in gone]
+    if not shapes:
+        return ""  # a layer must be left
+    left = cfg.with_layers(shapes, stack)
+    if layer_problem(cfg.text) is None and (problem := layer_problem(left.text)) is not None:
+        return problem
+    for target in targets:
+        if (reason := why_not(left, target)) is not None and why_not(cfg, target) is None:
+            return f"loads_in={target!r}: {reason}"
+    return None
+
+
+def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | None]) -> tuple[list[int], str | None]:
+    """Return the layers that can be removed in this order, and why the first of the others cannot."""
+    gone, reasons = list[int](), list[str]()
+    for layer in order:
+        reason = reason_of({*gone, layer})
+        if reason is None:
+            gone.append(layer)
+        else:
+            reasons.append(reason)
+    return gone, next(filter(None, reasons), None)
+
+
+def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
+    """Return how many leading layers to remove; None if all are too few. Ties remove fewer."""
+    removed = np.concatenate([[0], np.cumsum(sizes)])
+    if removal > removed[-1]:
+        return None
+    if rounding == "at_least":
+        return int(np.argmax(removed >= removal))
+    return int(np.argmin(np.abs(removed - removal)))
+
+
+def _block(
+    scores: Scores,
+    size: int,
+    protect: set[int],
+    ratio: float | None,
+    layers_removed: int | None,
+    reason_of: Callable[[Collection[int]], str | None],
+) -> tuple[int, ...]:
+    """Return the `size` consecutive layers with the lowest score; `size` was fixed when scoring."""
+    if ratio is not None or layers_removed not in (None, size):
+        raise UserError(
+            f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "
+            "score again"
+        )
+    reason = None
+    for start in map(int, np.argsort(scores.layers, kind="stable")):
+        block = range(start, start + size)
+        if np.isfinite(scores.layers[start]) and not protect.intersection(block):
+            reason = reason_of(block)
+            if reason is None:
+                return tuple(block)
+    raise UserError(
+        f"no {size} consecutive layers are free of the protected ones {sorted(protect)}"
+        + ("" if reason is None else f" and can go: {reason}")
+    )
