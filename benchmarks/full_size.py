@@ -4,11 +4,11 @@
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
 Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3,
-internvl3.5 9.5, smolvlm2 4.5, qwen3vl 8.9, qwen2.5vl 7.5 or llama 13.5) and random finite bfloat16 weights, in shards
-of 5 GB. Every step is a process of its own and starts with the source out of the page cache; its wall time includes
-the start of Python, and `cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into
-memory that holds them all, which is the least that a loader does. One JSON line per step, and a last one with the
-ratios. Needs free disk for three times the checkpoint.
+internvl3.5 9.5, smolvlm2 4.5, qwen3vl 8.9, qwen2.5vl 7.5, gemma3 8.6, gemma4_e4b 15.3 without audio, or llama 13.5)
+and random finite bfloat16 weights, in shards of 5 GB. Every step is a process of its own and starts with the source
+out of the page cache; its wall time includes the start of Python, and `cp` ends when everything is on the disk. `cat`
+reads the weights into nothing, `read` into memory that holds them all, which is the least that a loader does. One JSON
+line per step, and a last one with the ratios. Needs free disk for three times the checkpoint.
 """
 
 from __future__ import annotations
@@ -151,6 +151,37 @@ MODELS: dict[str, dict[str, Any]] = {
             "hidden_act": "silu",
         },
     },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "image_token_index": 262144,
+        "boi_token_index": 255999, "eoi_token_index": 256000, "mm_tokens_per_image": 256, "torch_dtype": "bfloat16",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+            "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896, "patch_size": 14,
+            "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False,
+        },
+    },
+    "gemma4_e4b": {
+        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "image_token_id": 258880,
+        "boi_token_id": 255999, "eoi_token_id": 258882, "torch_dtype": "bfloat16", "eos_token_id": [1, 106],
+        "text_config": {
+            "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
+            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
+            "vocab_size": 262144, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
+            "num_kv_shared_layers": 18, "sliding_window": 512, "final_logit_softcapping": 30.0,
+            "max_position_embeddings": 131072,
+        },
+        "vision_config": {
+            "model_type": "gemma4_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16,
+            "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "patch_size": 16,
+            "pooling_kernel_size": 3, "position_embedding_size": 10240, "use_clipped_linears": True,
+        },
+    },
 }  # fmt: skip
 MODELS["llava"]["text_config"] = {**MODELS["llama"], "vocab_size": 32064}
 # Sizes of --tiny, which the tests run.
@@ -204,12 +235,14 @@ def make_plans(folder: Path, work: Path) -> None:
     model = open_model(folder)
     shapes, draw = model.cfg.text.layers, np.random.default_rng(1)
     middle = len(shapes) // 2
-    gone = {middle - 3, *range(middle, middle + DROPPED - 1)}
+    free = [i for i in range(middle, len(shapes)) if i not in model.cfg.text.producers]
+    gone = {middle - 3, *free[: DROPPED - 1]}
     depth = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in gone]
     width = []
     for i, shape in enumerate(shapes):
-        group = shape.q_heads // shape.kv_heads
-        kv_heads = np.sort(draw.permutation(shape.kv_heads)[: max(1, shape.kv_heads * 3 // 4)])
+        group, shares = shape.q_heads // shape.kv_heads, bool(model.cfg.text.producers)
+        order = np.arange(shape.kv_heads) if shares else draw.permutation(shape.kv_heads)
+        kv_heads = np.sort(order[: max(1, shape.kv_heads * 3 // 4)])
         q_heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
         neurons = np.sort(draw.permutation(shape.mlp)[: shape.mlp * 3 // 4])
         width.append(KeptLayer(i, *(tuple(map(int, kept)) for kept in (q_heads, kv_heads, neurons))))

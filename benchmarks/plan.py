@@ -5,9 +5,10 @@
 
 LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full remat,
 global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
-SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280). depthN removes N
-% of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29 (SmolVLM2: 3-20, 4-19), which
-leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned models instead.
+SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280; Gemma:
+2,048). depthN removes N % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29
+(SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned
+models instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from full_size import MODELS
 
-FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl")
+FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl", "gemma3", "gemma4_e4b")
 KINDS = ("depth15", "depth30", "width30")
 SETTINGS = {
     "recover": {
@@ -37,6 +38,8 @@ DATA = {
     "smolvlm2": {"max_length": 2048},
     "qwen3vl": {"max_length": 2048, "max_image_tokens": 1280},
     "qwen2.5vl": {"max_length": 2048, "max_image_tokens": 1280},
+    "gemma3": {"max_length": 2048},
+    "gemma4_e4b": {"max_length": 2048},
 }
 PROCESSORS = {
     "internvl3.5": {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448}},
@@ -63,6 +66,13 @@ PROCESSORS = {
         "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "gemma3": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896}},
+    "gemma4_e4b": {
+        "image_processor_type": "Gemma4ImageProcessor",
+        "max_soft_tokens": 280,
+        "patch_size": 16,
+        "pooling_kernel_size": 3,
     },
 }
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}

@@ -116,3 +116,15 @@ def test_pieces_of_any_size_make_the_same_arrays(goldens, monkeypatch, checkpoin
     monkeypatch.setattr("vlmprune_jax.hf.read._PIECE", 100)
     assert_equal(expected, load(folder, **options))
     assert_equal(expected, load(folder, **options, mesh=make_mesh(2, 4, 1)))
+
+
+def test_per_layer_inputs_are_split_where_the_mesh_divides_them(goldens):
+    """The table of Gemma 4, the largest weight: 10 channels a layer, over 2 devices and not over 4."""
+    folder = goldens / "families/gemma4/ckpt"
+    ids = np.random.default_rng(0).integers(9, 400, (8, 7))
+    one = load(folder)
+    for fsdp, channels in ((2, 5), (4, 10)):
+        spread = load(folder, mesh=make_mesh(8 // fsdp, fsdp, 1))
+        table = spread.params["text"]["extra_inputs"]["table"]["weight"]
+        assert table.addressable_shards[0].data.shape == (422, 9, channels)
+    np.testing.assert_allclose(forward(spread, ids)[0], forward(one, ids)[0], **close)

@@ -24,15 +24,22 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vision": "fsdp",
     "projector": "tensor",
     "shuffled": "fsdp",
+    "extra": "fsdp",
+    "rows": "data",  # a batch whose channels are split over `fsdp`
 }
+WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
 
 
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Return the PartitionSpec for these named axes; a mesh axis is used only by the first axis that maps to it."""
+def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
+    """Return the PartitionSpec for these named axes; a mesh axis is used only by the first axis that maps to it.
+
+    `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE`, which are replicated without.
+    """
+    divisible = {axis for axis, size in zip(axes, shape, strict=False) if size % fsdp == 0}
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
-        entry = RULES.get(axis) if axis else None
+        entry = RULES.get(axis) if axis and (axis not in WHERE_DIVISIBLE or axis in divisible) else None
         names = (entry,) if isinstance(entry, str) else entry or ()
         if used.intersection(names):
             entry = None
@@ -42,16 +49,15 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    """Return the NamedSharding on `mesh` for an array with these named axes."""
-    return NamedSharding(mesh, spec(axes))
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] = ()) -> NamedSharding:
+    """Return the NamedSharding on `mesh` for an array with these named axes; `shape` as in `spec`."""
+    return NamedSharding(mesh, spec(axes, shape, mesh.shape["fsdp"]))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Constrain an activation's sharding inside jit; without a mesh (`jax.set_mesh`) return it unchanged."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape["fsdp"]))
 
 
 def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:

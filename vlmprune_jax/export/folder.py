@@ -37,7 +37,7 @@ from vlmprune_jax.hf.layout import (
     template,
     tied_head,
 )
-from vlmprune_jax.hf.lazy import extent_of, origin, to_host
+from vlmprune_jax.hf.lazy import blocks_of, extent_of, origin, to_host
 from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
@@ -150,7 +150,10 @@ def _weight(
     extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
     check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
     fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
-    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check)
+    whole = len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape
+    blocks = blocks_of(*parts[0]) if whole else None
+    pieces = None if blocks is None else lambda: (_as_dtype(block, dtype) for block in blocks())
+    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check, pieces)
 
 
 def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.vlm import Model
+
+BLOCK = 2**25  # bytes that are read at a time from a large weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,21 @@ class FileArray:
         for axis, indices in self.picks:
             array = np.take(array, indices, axis=axis)
         return array.view(self.dtype)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the values in consecutive groups of rows, of at most `BLOCK` bytes in the file."""
+        width, chosen = math.prod(self.stored[1:]), None
+        step = max(1, BLOCK // (width * self.dtype.itemsize))
+        inner = [(axis, indices) for axis, indices in self.picks if axis]
+        for axis, indices in self.picks:
+            chosen = indices if axis == 0 else chosen
+        for start in range(0, self.stored[0], step):
+            stop = min(start + step, self.stored[0])
+            first = replace(self, stored=(stop - start, *self.stored[1:]), first=self.first + start * width, picks=())
+            if chosen is not None:
+                rows = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, stop)] - start
+                first = first.take(rows, 0)
+            yield replace(first, picks=(*first.picks, *inner)).read()
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read only the values at these index arrays."""
@@ -168,6 +185,13 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
     known = [extent for extent in extents if extent is not None]
     consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
     return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(parts) and consecutive else None
+
+
+def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:
+    """Return a function that yields a large weight that is cut in its file in parts; None for all others."""
+    stored = _in_file(array, index)
+    small = stored is None or not stored.picks or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
+    return None if small or stored is None else stored.blocks
 
 
 def origin(array: Any, index: int | None) -> str | None:

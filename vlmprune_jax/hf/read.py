@@ -197,7 +197,7 @@ def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
             if path in members:
-                where = None if mesh is None else sharding(mesh, axes[path])
+                where = None if mesh is None else sharding(mesh, axes[path], shape)
                 flat[path] = _read_param(members[path], shape, where, sources, dtype, pool)
     return unflatten(flat)
 

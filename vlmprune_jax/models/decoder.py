@@ -12,6 +12,7 @@ from flax import nnx
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.core.stack import runs
+from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import attention_mask, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
@@ -55,6 +56,8 @@ class LayerInputs(nnx.Module):
 
     def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
+        # every device looks up its channels of all rows, then all channels of its rows: the table never moves
+        rows = constrain(constrain(rows, ("rows", None, None, "extra")), ("batch", "sequence", None, None))
         rows = rows * jnp.asarray(self.scales[0], rows.dtype)
         both = self.norm(self.project(x) * self.scales[1]) + rows
         return jnp.moveaxis(both * 2**-0.5, 2, 0)

@@ -246,7 +246,7 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         axes = param_axes(cfg)
         return {
-            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, axes[path]))
+            path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding(mesh, axes[path], shape))
             for path, shape in param_shapes(cfg).items()
         }
 

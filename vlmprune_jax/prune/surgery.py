@@ -123,7 +123,7 @@ def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> 
 
 
 def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
-    return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes))
+    return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes, leaf.shape))
 
 
 def _describe(layers: tuple[LayerShape, ...]) -> str:

@@ -162,7 +162,7 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
     if mesh is None:
         return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}
     axes = param_axes(model.cfg)
-    return {path: jax.device_put(leaf, sharding(mesh, axes[path])) for path, leaf in flat.items()}
+    return {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in flat.items()}
 
 
 class Programs:

@@ -112,7 +112,7 @@ def state_shardings(
         return None
     axes = param_axes(cfg)
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
-    params = {path: sharding(mesh, axes[path]) for path in trainable}
+    params = {path: sharding(mesh, axes[path], leaf.shape) for path, leaf in trainable.items()}
     opt_state = jax.eval_shape(optimizer.init, trainable)
     placed = optax.tree.map_params(
         optimizer, lambda _, where: where, opt_state, params, transform_non_params=lambda _: everywhere

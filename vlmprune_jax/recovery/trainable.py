@@ -88,7 +88,7 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     mesh = mesh_of(model.params)
     if mesh is not None:
         axes = param_axes(cfg)
-        leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path])) for path, leaf in leaves.items()}
+        leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in leaves.items()}
     return Model(unflatten({**flat, **leaves}), cfg)
 
 

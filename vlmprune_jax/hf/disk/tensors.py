@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from vlmprune_jax.hf.disk.verified import CheckedFile, Look
 class Tensor:
     """One tensor to write: its key, safetensors dtype and shape, and a function that returns its bytes.
 
-    If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block.
+    If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block. A large
+    tensor may also have its bytes in `parts`, in order.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Tensor:
     fetch: Callable[[], np.ndarray]
     extent: Extent | None = None
     look: Look = lambda block: None
+    parts: Callable[[], Iterator[np.ndarray]] | None = None
 
 
 def weight(
@@ -40,21 +42,22 @@ def weight(
     fetch: Callable[[], np.ndarray],
     extent: Extent | None = None,
     check: Callable[[np.ndarray], None] = lambda array: None,
+    parts: Callable[[], Iterator[np.ndarray]] | None = None,
 ) -> Tensor:
     """Return a tensor to write; `fetch` returns an array with the right dtype and number of elements, in any shape.
 
-    `extent` locates the same bytes in a file, if any; `check` receives all values written.
+    `extent` locates the same bytes in a file, if any; `check` receives all values written; `parts` yields the array.
     """
 
     def look(block: np.ndarray) -> None:
         check(block.view(WEIGHT_DTYPES[dtype]))
 
-    def to_bytes() -> np.ndarray:
-        array = fetch()
+    def to_bytes(array: np.ndarray) -> np.ndarray:
         check(array)
         return _bytes_of(array)
 
-    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), to_bytes, extent, look)
+    blocks = None if parts is None else lambda: map(to_bytes, parts())
+    return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), lambda: to_bytes(fetch()), extent, look, blocks)
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
@@ -151,6 +154,8 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
         if tensor.extent is not None:
             file.copy(tensor.extent, tensor.look)
             continue
-        data = tensor.fetch()
-        assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
-        file.write(data)
+        written = 0
+        for data in [tensor.fetch()] if tensor.parts is None else tensor.parts():
+            file.write(data)
+            written += data.nbytes
+        assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"
