@@ -8,6 +8,7 @@ import pytest
 from hf_cases import edit_config, keep_layers
 
 import vlmprune_jax as vp
+from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune.fingerprint import fingerprint
 
 
@@ -56,12 +57,6 @@ def test_double_wide_layers_stay_twice_as_wide(model):
     assert pruned.cfg.text.even
 
 
-def test_work_layer_by_layer_is_refused(model):
-    batch = {"input_ids": np.arange(8)[None], "attention_mask": np.ones((1, 8)), "labels": np.arange(8)[None]}
-    with pytest.raises(vp.UserError, match="use block_influence"):
-        vp.score(model, [batch], criterion="taylor")
-
-
 @pytest.mark.parametrize(("layer", "reason"), [("1", "layer 1"), ("9", "layers that do not exist")])
 def test_stale_entries_of_per_layer_config(folder, tmp_path, layer, reason):
     shutil.copytree(folder, tmp_path / "model")
@@ -70,3 +65,18 @@ def test_stale_entries_of_per_layer_config(folder, tmp_path, layer, reason):
     edit_config(tmp_path / "model", text_config={**config, "per_layer_config": entries})
     with pytest.raises(vp.UserError, match=f"{reason}.*stale"):
         vp.load(tmp_path / "model")
+
+
+def test_large_tables_are_cut_in_parts(model, folder, tmp_path, monkeypatch):
+    """The per-layer table by layers and by tokens, in files: the same bytes as in memory."""
+    pruned, plan = keep_layers(model, [0, 1, 2, 3, 4, 5, 7, 8])
+    kept = tuple(range(0, 422, 2))
+    monkeypatch.setattr("vlmprune_jax.hf.lazy.BLOCK", 4000)
+    vp.save(pruned, tmp_path / "memory", source_dir=folder, dtype="float32", plan=plan)
+    vp.prune_folder(folder, plan, tmp_path / "files")
+    memory, files = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files"))
+    assert memory == files
+    lazy = open_model(folder).params["text"]["extra_inputs"]["table"]["weight"]
+    rows = lazy.take(np.asarray(kept), axis=0).take(np.asarray([1, 4]), axis=1)
+    whole = np.asarray(model.params["text"]["extra_inputs"]["table"]["weight"])
+    np.testing.assert_array_equal(np.concatenate([*rows.blocks()]), whole[list(kept)][:, [1, 4]])

@@ -72,19 +72,6 @@ class TextConfig(Stack):
         heads, kv_full, kv_own = {s.q_heads for s in self.layers}, {s.kv_heads for s in full}, {s.kv_heads for s in own}
         return max(len(heads), len(kv_full), len(kv_own), len(wide)) <= 1
 
-    def check_apart(self, what: str, *, adds: bool = False) -> None:
-        """Refuse `what`, which runs layers one by one, if layers need inputs beside the stream. Raises UserError."""
-        if self.layer_inputs or any(shape.shared for shape in self.layers) or (adds and self.layer_scalar):
-            raise UserError(
-                f"{what} is not supported for {self.decoder}, whose layers share keys and values, have inputs of their "
-                "own or scale the stream: use block_influence, activation, l1, l2 or random, without reconstruction"
-            )
-
-    def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer whose keys and values `shared` layers like this one reuse, or None."""
-        found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
-        return found[-1] if found else None
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:

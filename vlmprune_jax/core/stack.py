@@ -92,8 +92,16 @@ class Stack:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
 
-    def check_apart(self, what: str, *, adds: bool = False) -> None:
-        """Raise UserError if layers cannot run one by one, as `what` needs (`adds`: nor if they rescale the stream)."""
+    def producer(self, shape: LayerShape) -> int | None:
+        """Return the number of the layer whose keys and values `shared` layers like this one reuse, or None."""
+        found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
+        return found[-1] if found else None
+
+    @property
+    def producers(self) -> frozenset[int]:
+        """Numbers of the layers whose keys and values other layers reuse."""
+        found = map(self.producer, {shape for shape in self.layers if shape.shared})
+        return frozenset(number for number in found if number is not None)
 
     @property
     def even(self) -> bool:

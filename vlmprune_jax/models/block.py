@@ -43,6 +43,7 @@ READERS = ("self_attn", "mlp", *WRITERS)  # groups of matrices that read the sam
 # `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
 VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
 KEYS = "keys"
+FIXED_POINT_STEPS = 16
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
 # (keys, values) of one run: [layer, batch, slots, kv_heads, head] each; a block also gets its place on the first axis.
@@ -300,6 +301,22 @@ class Block(nnx.Module):
         factors += [] if scale is None else [getattr(self, scale).weight.get_value()]
         return functools.reduce(operator.mul, factors) if factors else None
 
+    @property
+    def scalar(self) -> jax.Array | None:
+        """Number by which the block's output is multiplied, float[1, 1, 1]; None: 1."""
+        return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
+
+    def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
+        """Return the stream behind the MLP that becomes the block's output `y`, float[batch, seq, embed].
+
+        A fixed point of the per-layer branch, whose size its norm bounds, by iteration from `start`.
+        """
+        y = y if self.scalar is None else y / self.scalar
+        if self.extra is None:
+            return y
+        extra = self.extra
+        return jax.lax.fori_loop(0, FIXED_POINT_STEPS, lambda _, x: y - extra(x, layer_input), start)
+
     def __call__(
         self,
         x: jax.Array,
@@ -323,8 +340,8 @@ class Block(nnx.Module):
         y = constrain(middle + self.follow("down_proj", out), STREAM)
         if self.extra is not None:
             y = constrain(y + self.extra(y, ctx.layer_input), STREAM)
-        if self.layer_scalar is not None:
-            y = y * self.layer_scalar.weight.get_value()[None, None]
+        if self.scalar is not None:
+            y = y * self.scalar
         arrays = (attention_input, mlp_input, mixed, hidden, attended, out, middle)
         values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=True)), KEYS: keys}
         return y, updated, {name: values[name] for name in want}

@@ -107,12 +107,11 @@ class BlockStack(nnx.Module):
         extra, added = (added, None) if self.per_layer else (None, added)
         kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
         taps, caches, last = list[Any](), {}, None
-        producers = {self.cfg.producer(shape) for shape in self.cfg.layers if shape.shared}
         shared = dict[int, tuple[jax.Array, jax.Array]]()
         for run, (start, length, shape) in enumerate(runs(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
             own_cache = (cache or {}).get(str(run))
-            produces = start + length - 1 in producers
+            produces = start + length - 1 in self.cfg.producers
             apply = _with_remat(apply, ctx._replace(shared=shared), (*want, KEYS) if produces else want, remat, extra)
             if tap is not None and final is not None:
                 values = jax.eval_shape(apply, jax.tree.map(operator.itemgetter(0), state), x, jnp.int32(0), None)[2]

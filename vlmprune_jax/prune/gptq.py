@@ -160,7 +160,7 @@ def _pass_layers(
             matrices = [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
             layer = visit(Layer.of(model, "text", number), matrices, steps)
             for step in steps:
-                step.ours = layer.run(step.ours, step.given(number))
+                step.ours, step.shared_ours = layer.run(step.ours, step.given(number))
             if progress is not None:
                 progress(number + 1)
     return steps

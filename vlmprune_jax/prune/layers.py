@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,40 +15,54 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.stack import Stack, runs
 from vlmprune_jax.distributed.mesh import gather_to_host
-from vlmprune_jax.models.block import WRITERS, Block
+from vlmprune_jax.models.block import KEYS, WRITERS, Block
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
 
+Shared = Mapping[int, tuple[Any, Any]]  # window -> keys and values for layers that have none
+
 
 class Given(NamedTuple):
-    """Inputs of a layer other than the residual stream (masks, positions, deepstack additions).
+    """Inputs of a layer other than the residual stream (masks, positions, deepstack additions, shared keys).
 
-    `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output.
+    `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output,
+    or float[rows, seq, n], the layer's own input; `shared`: keys and values of earlier layers.
     """
 
     arrays: Mapping[str, Any]
     added: Any = None
+    shared: Shared = MappingProxyType({})
 
     def placed(self, mesh: Mesh | None) -> Given:
         """Return a copy on the device, or split over a mesh."""
-        return Given(place_batch(self.arrays, mesh), place_batch({"added": self.added}, mesh)["added"])
+
+        def put(array: Any) -> Any:
+            return place_batch({"x": array}, mesh)["x"]
+
+        keys = {size: (put(k), put(v)) for size, (k, v) in self.shared.items()}
+        return Given(place_batch(self.arrays, mesh), put(self.added), keys)
 
 
 class Streams(NamedTuple):
     """Residual stream after a layer, and between its attention and MLP: float32[rows, seq, embed].
 
-    `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`.
+    `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`. `shared`: keys
+    and values for the layers that follow, with this layer's own.
     """
 
     after: Any
     middle: Any
     statistics: dict[str, Any]
+    shared: Shared
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: its original number, float32 `params` by flat path, and the model's dtype."""
+    """One layer of a stack: its original number, float32 `params` by flat path, and the model's dtype.
+
+    `shares`: layers that follow may need its keys and values.
+    """
 
     number: int
     stack: str
@@ -55,13 +70,13 @@ class Layer:
     cfg: Stack
     dtype: Any
     mesh: Any
+    shares: bool = False
     changed_paths: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int) -> Layer:
         """Return layer `number` of one of a model's stacks."""
         cfg = model.cfg.stack(stack)
-        cfg.check_apart("work layer by layer (reconstruction, greedy_loss)", adds=True)
         run, (start, _, shape) = next(
             (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
         )
@@ -69,24 +84,29 @@ class Layer:
         own = {path: leaf[number - start] for path, leaf in flat.items()}
         dtype = next(iter(own.values())).dtype
         params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
-        return cls(number, stack, params, cfg.alone(shape), dtype, mesh_of(model.params))
+        shares = not shape.shared and bool(cfg.producers)
+        return cls(number, stack, params, cfg.alone(shape), dtype, mesh_of(model.params), shares)
 
     @functools.cached_property
     def block(self) -> Block:
         """NNX module that computes the layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
-    def run(self, x: np.ndarray, given: Given) -> np.ndarray:
-        """Return the residual stream after the layer."""
-        return np.array(gather_to_host(self._pass(x, given).after))
+    def run(self, x: np.ndarray, given: Given) -> tuple[np.ndarray, Shared]:
+        """Return the residual stream after the layer, and the keys and values for layers that follow."""
+        found = self._pass(x, given)
+        after, keys = jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), (found.after, found.shared))
+        return after, {**given.shared, **keys}
 
     def streams(self, x: np.ndarray, given: Given) -> Streams:
         """Return the residual stream after the layer, and between its attention and MLP."""
-        return jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), self._pass(x, given))
+        found = jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), self._pass(x, given))
+        return found._replace(shared={**given.shared, **found.shared})
 
     def _pass(self, x: np.ndarray, given: Given) -> Streams:
         placed = place_batch({"x": x}, self.mesh)["x"]
-        return _streams(self.params, placed, given.placed(self.mesh), stack=self.stack, cfg=self.cfg)
+        placed_given = given.placed(self.mesh)
+        return _streams(self.params, placed, placed_given, stack=self.stack, cfg=self.cfg, shares=self.shares)
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
         """Return a copy with a correction float32[in (+ 1 with a bias), embed] added to a projection into the stream.
@@ -137,18 +157,20 @@ def run_block(
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
     """Run one layer; return (module, stream after it, the requested values of `models.block.VALUES`)."""
     module = stack_module(stack, cfg)
-    block = fill(module.layers["0"], unflatten(params))
-    after, _, values = block(x, module.context_of(x, given.arrays), None, want)
-    return block, after if given.added is None else after + given.added, values
+    block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
+    own = given.added if module.per_layer else None
+    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=own), None, want)
+    return block, after if given.added is None or module.per_layer else after + given.added, values
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "cfg"))
-def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack) -> Streams:
-    want = ("middle", *(f"{name}_out" for name in WRITERS))
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"))
+def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool) -> Streams:
+    want = ("middle", *(f"{name}_out" for name in WRITERS), *((KEYS,) if shares else ()))
     block, after, values = run_block(stack, cfg, params, x, given, want)
     norms = {name: block.norm_after(name) for name in WRITERS}
     statistics = {name: norm.statistics(values[f"{name}_out"]) for name, norm in norms.items() if norm is not None}
-    return Streams(after, values["middle"], statistics)
+    keys: dict[int, Any] = {cfg.layers[0].window or 0: values[KEYS]} if shares else {}
+    return Streams(after, values["middle"], statistics, keys)
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:

@@ -5,6 +5,9 @@ are repaired where the layer writes to the stream: with x the input of `down_pro
 r the error of the stream, sum_t w_t |r_t - D^T x_t|^2 is minimised over a change D of the weight. No parameter is
 added. The layer before a depth cut closes it: its target is the dense stream behind the cut.
 
+Where a block adds a per-layer branch behind its MLP and scales its output (Gemma 4), the target is that of the stream
+between MLP and branch, from which both make the dense stream.
+
 If a norm follows the projection, what enters the norm is fitted: at the statistics of the dense model's output the norm
 is an affine map, which scales x and r. The reported error is always that of the stream, computed with the norm itself.
 
@@ -169,7 +172,7 @@ def _solve(
         if layer.changed_paths:
             solved[number] = layer.written
         for step in steps:
-            step.ours = layer.run(step.ours, step.given(number))
+            step.ours, step.shared_ours = layer.run(step.ours, step.given(number))
         tick()
     return solved, report
 
@@ -243,9 +246,9 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -
         for step in steps:
             given = step.given(number, dense=True)
             if number == layers.start:
-                step.dense, step.middle, step.statistics = layer.streams(step.dense, given)
+                step.dense, step.middle, step.statistics, step.shared_dense = layer.streams(step.dense, given)
             else:
-                step.dense = layer.run(step.dense, given)
+                step.dense, step.shared_dense = layer.run(step.dense, given)
 
 
 class _Store:
@@ -280,11 +283,15 @@ def _sums(
     read = values[module].reshape(*x.shape[:2], -1)
     if f"{block.writers[module].projection}/bias" in params:
         read = jnp.concatenate([read, jnp.ones_like(read[..., :1])], axis=-1)
-    missing = residual
+    missing, out, factor = residual, values[f"{module}_out"], jnp.float32(1)
+    if module == "down_proj" and block.scalar is not None:
+        # fitted where it writes, before the per-layer branch and the layer's scale
+        factor, ours = block.scalar, values["middle"] + block.follow(module, out)
+        missing = (block.before_extra(target, given.added, ours) - ours) * factor
+        read = read * factor
     if statistics is not None:
         # At the dense output's statistics the norm is an affine map: what enters it is fitted to the dense model's.
-        out = values[f"{module}_out"]
-        missing = residual + block.follow(module, out) - block.follow(module, out, statistics)
+        missing = missing + block.follow(module, out) * factor - block.follow(module, out, statistics) * factor
         read = read * statistics[..., 1:]
     # where, not products: padding may hold anything, and NaN * 0 is NaN
     counts = weight[..., None] > 0

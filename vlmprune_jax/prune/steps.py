@@ -20,7 +20,7 @@ from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
-from vlmprune_jax.prune.layers import Given
+from vlmprune_jax.prune.layers import Given, Shared
 
 
 @dataclasses.dataclass
@@ -31,7 +31,8 @@ class Step:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
     where there is none. `middle`, `statistics`: of the dense model's layer at work, see `layers.Streams`.
     `added_dense`, `added_ours`: float32[n, rows, seq, embed], added to the outputs of the first n layers of either
-    model, whatever their number in the other.
+    model, whatever their number in the other, or the layers' own inputs. `shared_dense`, `shared_ours`: keys and values
+    of the layers so far.
     """
 
     inputs: dict[str, Any]
@@ -46,11 +47,13 @@ class Step:
     statistics: dict[str, np.ndarray] = dataclasses.field(init=False)
     added_dense: np.ndarray | None = dataclasses.field(init=False, default=None)
     added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
+    shared_dense: Shared = dataclasses.field(init=False, default_factory=dict)
+    shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
         """Return the inputs besides the stream for layer `place` of the pruned (or with `dense` the unpruned) model."""
-        added = self.added_dense if dense else self.added_ours
-        return Given(self.context, None if added is None or place >= len(added) else added[place])
+        added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
+        return Given(self.context, None if added is None or place >= len(added) else added[place], shared)
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:

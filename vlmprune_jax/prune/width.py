@@ -69,6 +69,8 @@ def choose_widths(
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
         raise UserError(f"base has {len(base.layers)} layers but the model has {n_layers}: only widths may differ")
+    if gqa == "groups" and isinstance(base, TextConfig) and base.producers:
+        scores = _tied(scores, base, alive)
     costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
     units = _units(base, costs, gqa, alive, dataclasses.replace(config, **snapped))
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
@@ -91,6 +93,19 @@ def choose_widths(
     shapes = cfg.stack(stack).layers
     check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
+
+
+def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
+    """Return scores in which layers that share keys and values lose the same heads, those with the lowest sum."""
+    heads = [*scores.widths[0]]
+    kept = base.with_layers([base.layers[i] for i in alive])
+    for producer in kept.producers:
+        window = kept.layers[producer].window
+        users = [i for i in alive if base.layers[i].shared and base.layers[i].window == window]
+        together = sum(heads[i] for i in users) + heads[alive[producer]]
+        for i in (*users, alive[producer]):
+            heads[i] = together
+    return dataclasses.replace(scores, heads=tuple(heads))
 
 
 def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: PlanConfig) -> list[Units]:

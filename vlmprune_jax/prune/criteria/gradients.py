@@ -32,9 +32,10 @@ from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import coupled
-from vlmprune_jax.prune.criteria.linearized import linearized
+from vlmprune_jax.prune.criteria.linearized import Shared, linearized
 
 Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
+Cotangent = tuple[jax.Array, Shared]  # gradients at a layer's input, and at the keys and values that layers share
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
@@ -74,7 +75,6 @@ def gradient_channels(
     Raises:
       UserError: no label at all.
     """
-    model.cfg.text.check_apart("a criterion of gradients")
     data = _stack(batches, 1 if squares else rows_per_step)
     labels = _label_counts(data["labels"])
     if labels.sum() == 0:
@@ -117,22 +117,26 @@ def _backward(
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
-    layers, cotangents = _resume(cache, structure, n_layers, steps, mesh_of(model.params))
-    stream = _forward(model, steps, budget, n_layers - len(layers))
+    layers, cotangents = _resume(cache, structure, cfg.text, len(steps), mesh_of(model.params))
+    stream, shared, own = _forward(model, steps, budget, n_layers - len(layers))
     if not layers:
-        cotangents = [_loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg) for at in range(len(steps))]
+        for at, keys in enumerate(shared):
+            outgoing = _loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg)
+            cotangents.append((outgoing, jax.tree.map(jnp.zeros_like, keys)))
     stream.pop()
     while stream:
-        layer, text = _layer_of(model, len(stream) - 1)
-        states = stream.pop()
+        number = len(stream) - 1
+        layer, text = _layer_of(model, number)
+        states, produces = stream.pop(), number in cfg.text.producers
         sums = _no_sums(layer, cfg, squares, ways)
         for at, micro in enumerate(steps):
             x, products = states[at]
+            inputs = (micro, _at(own[at], number), _used(shared[at], text))
             if products is None:
-                products = _block(layer, x, micro, text=text)[1]
+                products = _block(layer, x, inputs, text=text, produces=produces)[1]
             states[at] = None
             sums, cotangents[at] = _differentiate(
-                layer, x, micro, products, cotangents[at], float(weighed.steps[at]), sums, text=text
+                layer, x, inputs, products, cotangents[at], float(weighed.steps[at]), sums, text=text, produces=produces
             )
         scores = _reduce(layer, sums, weighed.total, weighed.samples, cfg=cfg, channels=channels)
         layers.append(jax.tree.map(np.asarray, scores))
@@ -154,7 +158,7 @@ def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: 
     return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
 
 
-def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Array]) -> None:
+def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[Cotangent]) -> None:
     """Save finished layers that the cache lacks, and the gradients at the last one's input."""
     if cache is None:
         return
@@ -162,17 +166,23 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[jax.Ar
     for number, layer in enumerate(layers):
         if cache.missing([f"layer {number}/0"]):
             arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
-    cache.add({**arrays, **{f"{last} layers/{at}": gather_to_host(one) for at, one in enumerate(cotangents)}})
+    for at, (outgoing, keys) in enumerate(cotangents):
+        arrays |= {f"{last} layers/{at}": gather_to_host(outgoing)}
+        arrays |= {
+            f"{last} layers/{at}/{size}/{i}": gather_to_host(pair[i]) for size, pair in keys.items() for i in range(2)
+        }
+    cache.add(arrays)
     cache.publish()
 
 
 def _resume(
-    cache: ArrayCache | None, structure: Callable[[int], Any], n_layers: int, steps: list[Any], mesh: Mesh | None
-) -> tuple[list[Found], list[jax.Array]]:
+    cache: ArrayCache | None, structure: Callable[[int], Any], text: TextConfig, steps: int, mesh: Mesh | None
+) -> tuple[list[Found], list[Cotangent]]:
     """Return what `_save` saved last: results of finished layers, and gradients to continue from."""
+    n_layers, sizes = len(text.layers), [text.layers[number].window or 0 for number in text.producers]
 
     def there(done: int) -> bool:
-        keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(len(steps)))]
+        keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(steps))]
         return cache is not None and not cache.missing(keys)
 
     done = next((done for done in range(n_layers, 0, -1) if there(done)), 0)
@@ -183,8 +193,15 @@ def _resume(
         tree = structure(n_layers - 1 - number)
         leaves = [cache[f"layer {number}/{i}"] for i in range(tree.num_leaves)]
         layers.append(jax.tree.unflatten(tree, leaves))
-    placed = [place_batch({"x": cache[f"{done} layers/{at}"]}, mesh)["x"] for at in range(len(steps))]
-    return layers, [one for one in placed if one is not None]
+    held = cache
+
+    def placed(name: str) -> Any:
+        return place_batch({"x": held[f"{done} layers/{name}"]}, mesh)["x"]
+
+    return layers, [
+        (placed(f"{at}"), {size: (placed(f"{at}/{size}/0"), placed(f"{at}/{size}/1")) for size in sizes})
+        for at in range(steps)
+    ]
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
@@ -237,21 +254,40 @@ class _Budget:
         return products
 
 
-def _forward(model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int) -> list[list[Any]]:
-    """Return inputs and products (None if too large) of the first layers for every step, and the last output."""
+def _forward(
+    model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int
+) -> tuple[list[list[Any]], list[Shared], list[Any]]:
+    """Run the first layers.
+
+    Returns: their inputs and products (None if too large) for every step, and the last output; the keys and values that
+      layers share, and the layers' own inputs (None: they have none), for every step.
+    """
     embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
-    xs, added = [x for x, _ in embedded], [one for _, one in embedded]
-    stream = []
+    xs, added, nothing = [x for x, _ in embedded], [one for _, one in embedded], [None for _ in steps]
+    added, own = (nothing, added) if model.cfg.text.layer_inputs else (added, nothing)
+    stream, shared = [], [Shared() for _ in steps]
     for number in range(layers):
         layer, text = _layer_of(model, number)
-        states: list[Any] = []
+        produces, states = number in model.cfg.text.producers, list[Any]()
         for at, micro in enumerate(steps):
-            y, products = _block(layer, xs[at], micro, text=text)
+            inputs = (micro, _at(own[at], number), _used(shared[at], text))
+            (y, keys), products = _block(layer, xs[at], inputs, text=text, produces=produces)
+            shared[at] |= keys
             states.append((xs[at], budget.kept(products)))
             features = added[at]
             xs[at] = y if features is None or number >= len(features) else _add(y, features, number)
         stream.append(states)
-    return [*stream, xs]
+    return [*stream, xs], shared, own
+
+
+def _at(own: jax.Array | None, number: int) -> jax.Array | None:
+    return None if own is None else at_layer(own, number)
+
+
+def _used(shared: Shared, text: TextConfig) -> Shared:
+    """Return the shared keys and values that the only layer of a config uses."""
+    (shape,) = text.layers
+    return {shape.window or 0: shared[shape.window or 0]} if shape.shared else {}
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
@@ -280,10 +316,11 @@ def _add(y: jax.Array, added: jax.Array, number: Any) -> jax.Array:
     return constrain(y + at_layer(added, number), STREAM)
 
 
-@functools.partial(jax.jit, static_argnames=("text",))
-def _block(layer: Params, x: jax.Array, micro: Any, *, text: TextConfig) -> tuple[jax.Array, Any]:
-    y, products, _ = linearized(layer, x, micro["attention_mask"], None, text, micro.get("position_ids"))
-    return y, products
+@functools.partial(jax.jit, static_argnames=("text", "produces"))
+def _block(layer: Params, x: jax.Array, inputs: Any, *, text: TextConfig, produces: bool) -> tuple[Any, Any]:
+    micro, own, shared = inputs
+    mask, positions = micro["attention_mask"], micro.get("position_ids")
+    return linearized(layer, x, mask, None, text, positions, own, shared, produces)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -312,23 +349,35 @@ def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple
     return zeros[0], zeros[1] if squares else {}
 
 
-@functools.partial(jax.jit, static_argnames=("text",), donate_argnames=("cotangent", "sums"))
+@functools.partial(jax.jit, static_argnames=("text", "produces"), donate_argnames=("cotangent", "sums"))
 def _differentiate(
-    layer: Params, x: jax.Array, micro: Any, products: Any, cotangent: Any, weight: Any, sums: Any, *, text: TextConfig
-) -> tuple[tuple[Any, Any], jax.Array]:
+    layer: Params,
+    x: jax.Array,
+    inputs: Any,
+    products: Any,
+    cotangent: Cotangent,
+    weight: Any,
+    sums: Any,
+    *,
+    text: TextConfig,
+    produces: bool,
+) -> tuple[tuple[Any, Any], Cotangent]:
     """Add one step's weight gradients, and their squares, to the sums; return the gradient at the layer's input.
 
     weight: labels of the step, whose one row's mean loss is squared.
     """
-    counts = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1)
-    _, _, pull = linearized(layer, x, micro["attention_mask"], counts, text, micro.get("position_ids"))
-    gradients, incoming = pull(products)(cotangent)
+    micro, own, shared = inputs
+    counts, mask = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1), micro["attention_mask"]
+    pull = linearized(layer, x, mask, counts, text, micro.get("position_ids"), own, shared, produces)[2]
+    (outgoing, keys), size = cotangent, text.layers[0].window or 0
+    gradients, incoming, used = pull(products)((outgoing, {size: keys[size]} if produces else {}))
+    keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in used.items()}}
     first, squared = sums
     found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
     first = jax.tree.map(jnp.add, first, found)
     # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
     squared = {name: old + jnp.square(found[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
-    return (first, squared), incoming
+    return (first, squared), (incoming, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "channels"))

@@ -20,17 +20,18 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import use_mesh
+from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
-from vlmprune_jax.prune.layers import Layer
+from vlmprune_jax.prune.layers import Layer, Shared
 from vlmprune_jax.prune.reconstruction import solve_for
 from vlmprune_jax.prune.steps import Step, embedded, row_steps
 
 _CHUNK = 256  # positions whose float32 logits exist at once
-States = list[np.ndarray]  # of the steps: float32[rows, seq, embed]
+States = list[tuple[np.ndarray, Shared]]  # of the steps: stream float32[rows, seq, embed], keys for later layers
 
 
 def greedy_loss(
@@ -74,8 +75,11 @@ def greedy_loss(
                 costs[layer] = cut.loss_without(layer) - loss
                 if progress is not None:
                     progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
-            order.append(min(tried, key=lambda layer: costs[layer]))
-            loss += costs[order[-1]]
+            cheapest = min(tried, key=lambda layer: costs[layer])
+            if costs[cheapest] == math.inf:
+                break
+            order.append(cheapest)
+            loss += costs[cheapest]
             cut.remove(order[-1])
             if progress is not None:
                 progress(done + 1)
@@ -95,7 +99,7 @@ class _Cut:
         for step in steps:
             step.ours, step.added_ours = embedded(step, model)
         self._before = dict[int, States]()
-        self._fill(0, [step.ours for step in steps])
+        self._fill(0, [(step.ours, {}) for step in steps])
         self._dense = dict(self._before) if solved else {}
         self.loss = self._loss(self._before[len(self.kept)])
         if not math.isfinite(self.loss):
@@ -104,11 +108,14 @@ class _Cut:
             )
 
     def loss_without(self, layer: int) -> float:
-        """Return the summed cross-entropy if one more layer is removed; infinity if it is not finite."""
-        place = self.kept.index(layer)
+        """Return the summed cross-entropy if one more layer is removed; infinity if not finite, or if no class fits."""
+        place, text = self.kept.index(layer), self._model.cfg.text
+        left = [text.layers[number] for number in self.kept if number != layer]
+        if layer_problem(text) is None and layer_problem(text.with_layers(left)) is not None:
+            return math.inf
         _, x = self._closed(place)
         for now, number in enumerate(self.kept[place + 1 :], start=place):
-            x = self._run(self._layer(number), now, x)
+            x = self._run(self._layer(number), self._at(number, now), x)
         loss = self._loss(x)
         return loss if math.isfinite(loss) else math.inf
 
@@ -126,7 +133,7 @@ class _Cut:
         """Compute the inputs of all layers from index `place` on, and the last layer's output."""
         for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = x
-            x = self._run(self._layer(number), now, x)
+            x = self._run(self._layer(number), self._at(number, now), x)
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
@@ -136,24 +143,34 @@ class _Cut:
             return None, x
         before, after = self.kept[place - 1], [*self.kept[place + 1 :], len(self._model.cfg.text.layers)][0]
         for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
-            step.ours, step.dense = ours, dense
+            (step.ours, step.shared_ours), (step.dense, _) = ours, dense
         layer = Layer.of(self._model, "text", before)  # not as an earlier cut has changed it: this one is wider
-        for step, dense in zip(self._steps, self._dense[before], strict=True):
-            step.statistics = layer.streams(dense, step.given(before, dense=True)).statistics
-        change, _ = solve_for(layer, "down_proj", self._steps, place - 1)
+        for step, (stream, step.shared_dense) in zip(self._steps, self._dense[before], strict=True):
+            step.statistics = layer.streams(stream, step.given(before, dense=True)).statistics
+        change, _ = solve_for(layer, "down_proj", self._steps, self._at(before, place - 1))
         layer = layer if change is None else layer.changed("down_proj", change)
-        return layer, self._run(layer, place - 1, self._before[before])
+        return layer, self._run(layer, self._at(before, place - 1), self._before[before])
 
     def _layer(self, number: int) -> Layer:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
-    def _run(self, layer: Layer, place: int, x: States) -> States:
-        """Return the streams after a layer that is at index `place` among the kept layers."""
-        return [layer.run(one, step.given(place)) for one, step in zip(x, self._steps, strict=True)]
+    def _at(self, number: int, place: int) -> int:
+        """Return a layer's number for `Step.given`: its own if layers have their own inputs, else that among the kept.
+
+        Deepstack features are added to the first layers that are left.
+        """
+        return number if self._model.cfg.text.layer_inputs else place
+
+    def _run(self, layer: Layer, at: int, x: States) -> States:
+        """Return the streams after a layer with the inputs of number `at`, see `_at`."""
+        return [
+            layer.run(one, step.given(at)._replace(shared=shared))
+            for (one, shared), step in zip(x, self._steps, strict=True)
+        ]
 
     def _loss(self, x: States) -> float:
         mesh, total = mesh_of(self._model.params), 0.0
-        for one, step in zip(x, self._steps, strict=True):
+        for (one, _), step in zip(x, self._steps, strict=True):
             placed = place_batch({"x": one, "labels": step.labels}, mesh)
             total += float(_loss(self._model.params, placed["x"], placed["labels"], cfg=self._model.cfg))
         return total

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.models.block import KEYS
 from vlmprune_jax.models.layers import Projection, contract
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import REMAT_POLICIES, fill
 from vlmprune_jax.models.vlm import Params, stack_module
 
 Products = list[jax.Array]
+Shared = dict[int, tuple[jax.Array, jax.Array]]  # window -> keys and values of the layer that others reuse
 
 
 def linearized(
@@ -27,8 +29,14 @@ def linearized(
     counts: jax.Array | None,
     text: TextConfig,
     positions: jax.Array | None = None,
-) -> tuple[jax.Array, Products, Callable[[Products], Callable[..., Any]]]:
+    layer_input: jax.Array | None = None,
+    shared: Shared | None = None,
+    produces: bool = False,
+) -> tuple[tuple[jax.Array, Shared], Products, Callable[[Products], Callable[..., Any]]]:
     """Return (block output, its products, pull); `pull(products)` is the transposed derivative of the block.
+
+    The output is the stream and, if the block `produces` keys and values for others, those. The derivative is with
+    respect to parameters, stream and `shared`.
 
     The products (outputs of projections and attention, which the remat policy "dots" saves) and the arguments are all
     that the derivative needs. If `pull` gets other products, the block's own are not computed: XLA drops their
@@ -41,16 +49,20 @@ def linearized(
         [ways, *shape]; None: 1, in one way.
       text: a decoder's config that has this layer only.
       positions: int[batch, seq] or int[batch, 3, seq], by default counted along the mask.
+      layer_input: float[batch, seq, n], the layer's own input, a constant.
+      shared: keys and values for a layer that has none.
+      produces: other layers use this one's keys and values.
     """
-    decoder = stack_module("text", text)
-    ctx = decoder.context(mask, positions)
+    decoder, used = stack_module("text", text), dict(shared or {})
+    ctx, size = decoder.context(mask, positions)._replace(layer_input=layer_input), text.layers[0].window or 0
 
-    def block(own: Params, h: jax.Array) -> jax.Array:
+    def block(own: Params, h: jax.Array, used: Shared) -> tuple[jax.Array, Shared]:
         module = fill(decoder.layers["0"], own)
         for _, part in nnx.iter_modules(module):
             if isinstance(part, Projection):
                 part.product = lambda x, weight, n: _product(x, weight, counts, n)
-        return module(h, ctx)[0]
+        y, _, values = module(h, ctx._replace(shared=used), None, (KEYS,) if produces else ())
+        return y, {size: values[KEYS]} if produces else {}
 
     ways = 1 if counts is None else len(counts)
     projections = {name for name, leaf in flatten(layer).items() if name.endswith("/weight") and leaf.ndim > 1}
@@ -61,9 +73,9 @@ def linearized(
         }
     )
     saving = jax.checkpoint(block, policy=REMAT_POLICIES["dots"], prevent_cse=False)
-    y, transpose = jax.vjp(saving, own, x)
+    y, transpose = jax.vjp(saving, own, x, used)
     leaves, structure = jax.tree.flatten(transpose)
-    given = {id(leaf) for leaf in jax.tree.leaves((own, x, ctx, counts))}
+    given = {id(leaf) for leaf in jax.tree.leaves((own, x, used, ctx, counts))}
 
     def pull(products: Products) -> Callable[..., Any]:
         others = iter(products)
