@@ -225,7 +225,7 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
         return model
     axes = param_axes(model.cfg)
     flat = flatten(model.params)
-    places = {path: sharding(target, axes[path]) for path in flat}
+    places = {path: sharding(target, axes[path], leaf.shape) for path, leaf in flat.items()}
     return model.replace(params=unflatten(jax.device_put(flat, places)))
 
 

@@ -167,7 +167,9 @@ def _seconds(case: EvaluationCase, asked: Questions, memory: _Memory, row: float
 def _params(case: EvaluationCase, mesh: Mesh) -> Any:
     axes, dtype = param_axes(case.cfg), jnp.dtype(case.dtype)
     shapes = param_shapes(case.cfg).items()
-    return unflatten({p: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes[p])) for p, shape in shapes})
+    return unflatten(
+        {p: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, axes[p], shape)) for p, shape in shapes}
+    )
 
 
 def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mesh: Mesh) -> dict[str, Any]:
