@@ -7,7 +7,7 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.stages import answers, pipeline, preflight
+from vlmprune_jax.stages import answers, pipeline, preflight, step
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -35,6 +35,7 @@ def run(goldens, tmp_path, capsys, monkeypatch):
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path))
     monkeypatch.setattr(pipeline, "run_stage", None)
+    monkeypatch.setattr(step, "run_stage", None)
     monkeypatch.setattr(answers, "run_stage", None)
 
     def call(*flags, command="run"):

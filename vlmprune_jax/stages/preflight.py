@@ -24,10 +24,11 @@ from vlmprune_jax.export.hub import check_upload
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
-from vlmprune_jax.stages.pipeline import Pipeline, Step
+from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.prune import check_plan
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import stacks_of
+from vlmprune_jax.stages.step import Step
 from vlmprune_jax.stages.work import Work, teacher_folder
 from vlmprune_jax.workdir.evaluation import TEACHER
 
