@@ -17,8 +17,8 @@ from pooling import Effect, Value, partially_pooled, pooled
 
 from vlmprune_jax.evaluation.statistics import holm
 from vlmprune_jax.planning.guide import METHODS, SOLVED, read_guide
+from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
-from vlmprune_jax.workdir.result import averaged_sets
 from vlmprune_jax.workdir.sweep import SweepResult, SweptModel
 
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equal within 1 point", "undecided"

@@ -18,7 +18,7 @@ from vlmprune_jax.core.markup import markdown
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.style import write_png
-from vlmprune_jax.workdir.result import averaged_sets
+from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"

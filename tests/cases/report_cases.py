@@ -15,8 +15,9 @@ from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, fingerprint, make_plan
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
-from vlmprune_jax.workdir.result import Export, Result, Run, compare, describe_sets, read_result, unpruned_of
+from vlmprune_jax.workdir.result import Export, Result, Run, read_result
 from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps

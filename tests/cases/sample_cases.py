@@ -6,7 +6,8 @@ from PIL import Image
 from report_cases import FACTS, evaluated
 
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.workdir.result import Run, compare
+from vlmprune_jax.workdir.comparison import compare
+from vlmprune_jax.workdir.result import Run
 
 SCORES = {"questions": evaluated(0.8)}
 RUNS = [

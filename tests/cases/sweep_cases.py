@@ -14,7 +14,8 @@ from vlmprune_jax.sweep import run as stages
 from vlmprune_jax.sweep.hyper import Hyper, SweepRun, sweep_runs
 from vlmprune_jax.sweep.run import Sweep, collect
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Costs, Result, Run, compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.result import Costs, Result, Run
 from vlmprune_jax.workdir.speed import MedianSpeed
 from vlmprune_jax.workdir.sweep import SweepResult
 

@@ -23,8 +23,9 @@ from vlmprune_jax.stages import answers
 from vlmprune_jax.stages.evaluate import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.comparison import best_run
 from vlmprune_jax.workdir.ledger import Finished
-from vlmprune_jax.workdir.result import best_run, read_result
+from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
 from vlmprune_jax.workdir.speed import read_bench, read_speed
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep

@@ -21,7 +21,8 @@ from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.tables import key_numbers, lead, tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Control, Costs, Workload, compare, read_result
+from vlmprune_jax.workdir.comparison import compare
+from vlmprune_jax.workdir.result import Control, Costs, Workload, read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
 
 

@@ -21,7 +21,8 @@ from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.figures import importance_figure
 from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import best_run, read_result
+from vlmprune_jax.workdir.comparison import best_run
+from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan, as_rows, read_tpu_plan
 
 

@@ -7,7 +7,8 @@ from report_cases import BENCH, SPEED, write_several, write_workdir
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.speed import bench_tables, speed_notes, speed_tables
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Costs, Workload, benchmark_rows, read_result
+from vlmprune_jax.workdir.comparison import benchmark_rows
+from vlmprune_jax.workdir.result import Costs, Workload, read_result
 from vlmprune_jax.workdir.speed import read_bench, read_speed
 
 LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}

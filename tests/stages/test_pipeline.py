@@ -240,7 +240,8 @@ def test_the_demo_table_fits_80_columns():
     from report_cases import FACTS, evaluated, result_of
 
     from vlmprune_jax.report.tables import tables_of
-    from vlmprune_jax.workdir.result import Run, compare
+    from vlmprune_jax.workdir.comparison import compare
+    from vlmprune_jax.workdir.result import Run
 
     teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
     facts = {**FACTS, "ratio_reached": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}

@@ -10,17 +10,9 @@ from report_cases import EXPORT, FACTS, result_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.comparison import benchmark_rows, best_run, compare, compare_again, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
-from vlmprune_jax.workdir.result import (
-    Run,
-    benchmark_rows,
-    best_run,
-    compare,
-    compare_again,
-    describe_sets,
-    read_result,
-    unpruned_of,
-)
+from vlmprune_jax.workdir.result import Run, read_result
 
 F1 = Metric("f1", lambda *_: {}, groups=("category", lambda record: "a"))
 

@@ -16,7 +16,8 @@ from vlmprune_jax.report.comparison_plots import DATA, REMOVED, Cost, drawable, 
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.tables import OF_CONTROL, over
-from vlmprune_jax.workdir.result import ModelEvaluation, averaged_sets
+from vlmprune_jax.workdir.comparison import averaged_sets
+from vlmprune_jax.workdir.result import ModelEvaluation
 from vlmprune_jax.workdir.sweep import (
     DONE,
     FAILED,

@@ -6,18 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Table
+from vlmprune_jax.workdir.comparison import averaged_sets, interval, percent
 from vlmprune_jax.workdir.evaluation import Group
-from vlmprune_jax.workdir.result import (
-    OfControl,
-    Result,
-    Run,
-    RunEvaluation,
-    Set,
-    Unpruned,
-    averaged_sets,
-    interval,
-    percent,
-)
+from vlmprune_jax.workdir.result import OfControl, Result, Run, RunEvaluation, Set, Unpruned
 
 SIZE, DECODE, PROMPT, OF_CONTROL = "size, %", "decoding, x", "prompt, x", "of control, %"
 SMALLEST_FIRST = (SIZE, "parameters", "seconds")

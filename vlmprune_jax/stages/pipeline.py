@@ -25,24 +25,11 @@ from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
 from vlmprune_jax.stages.step import Step, as_control, as_run
 from vlmprune_jax.stages.work import Context, Work, teacher_folder
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.comparison import benchmark_rows, best_run, compare, compare_alike, describe_sets, unpruned_of
 from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated
 from vlmprune_jax.workdir.ledger import Finished, Job, differs_only_in
-from vlmprune_jax.workdir.result import (
-    RESULT,
-    Control,
-    Export,
-    Result,
-    Run,
-    RunEvaluation,
-    benchmark_rows,
-    best_run,
-    compare,
-    compare_alike,
-    describe_sets,
-    read_result,
-    unpruned_of,
-)
+from vlmprune_jax.workdir.result import RESULT, Control, Export, Result, Run, RunEvaluation, read_result
 from vlmprune_jax.workdir.speed import MedianSpeed, Speed
 from vlmprune_jax.workdir.unfinished import STEPS, Steps, read_unfinished
 

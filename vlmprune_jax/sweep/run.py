@@ -22,9 +22,10 @@ from vlmprune_jax.stages.preflight import preflight
 from vlmprune_jax.stages.work import Context
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.workdir.comparison import compare_again
 from vlmprune_jax.workdir.content import content_key, digest
 from vlmprune_jax.workdir.ledger import Job, remove
-from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned, compare_again
+from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned
 from vlmprune_jax.workdir.store import Store
 from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel, unpruned_key
 

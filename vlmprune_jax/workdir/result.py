@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
-from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import Count, Finite
-from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
-from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
 from vlmprune_jax.workdir.speed import MedianSpeed
@@ -24,7 +21,6 @@ RESULT = "result.json"
 NOT_TRAINED = ("none", "reconstructed")  # recoveries without training
 WITHOUT = "without recovery"
 RECOVERIES = {"sft": "SFT", "sft_l2": "SFT + L2", "sft_kl": "SFT + KL"}  # labels of common names of recoveries
-MOST_GROUPS = 40  # of a set; more stay in eval/*.json
 Evaluations = Mapping[str, Evaluated]  # of one model, by set
 
 
@@ -189,9 +185,6 @@ class Run(Part, frozen=True, kw_only=True):
         return f"{self.method} {100 * ratio:.3g} %{after}"
 
 
-_Entry = TypeVar("_Entry", Control, Run)
-
-
 class Export(Part, frozen=True, kw_only=True):
     """Check of the exported folder, reloaded by `backend`: the largest logit difference, and its limit."""
 
@@ -277,154 +270,3 @@ def read_result(workdir: Path) -> Result:
       UserError: see `read_artefact`; or the file names something outside the workdir.
     """
     return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")
-
-
-def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
-    """Return the evaluation sets (metric and size), from the unpruned model's evaluations and those of other models.
-
-    Texts that another model's vocabulary splits into another number of tokens are compared by bits per byte.
-    """
-    sets = {
-        name: Set(**msgspec.structs.asdict(of.metric), counted=of.counted, count=of.count)
-        for name, of in teacher.items()
-    }
-    for other in others:
-        for name, of in sets.items():
-            if of.counted == "tokens" and other[name].count != of.count and BITS in other[name].values:
-                sets[name] = msgspec.structs.replace(of, main=BITS)
-    return sets
-
-
-def unpruned_of(
-    evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, carried: int = 0
-) -> Unpruned:
-    """Return the unpruned model's entry in `result.json`."""
-    evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
-    parameters = next(iter(evaluations.values())).parameters
-    return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
-
-
-def compare(evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None) -> RunEvaluation:
-    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets."""
-    sets, scores = describe_sets(teacher, [evaluations]), _values(evaluations)
-    intervals = {name: of.retained_interval for name, of in evaluations.items() if of.retained_interval is not None}
-    return RunEvaluation(
-        scores=scores,
-        groups=_groups(evaluations),
-        retained_interval=intervals,
-        seconds=round(sum(of.seconds for of in evaluations.values()), 2),
-        **_compared(scores, _values(teacher), sets),
-        control=None if control is None or control.keys() != teacher.keys() else _of_control(evaluations, control),
-    )
-
-
-def _of_control(evaluations: Evaluations, control: Evaluations) -> OfControl:
-    found = compare(evaluations, control)
-    intervals = {name: of.control_interval for name, of in evaluations.items() if of.control_interval is not None}
-    return OfControl(
-        scores=_values(control),
-        retained=found.retained,
-        retained_interval=intervals,
-        mean_of_ratios=found.mean_of_ratios,
-    )
-
-
-def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -> RunEvaluation:
-    """Return the evaluation of a model with its retention computed anew, for sets with other main values."""
-    control = model.control
-    if control is not None:
-        anew = _compared(model.scores, control.scores, sets)
-        control = msgspec.structs.replace(control, retained=anew["retained"], mean_of_ratios=anew["mean_of_ratios"])
-    return msgspec.structs.replace(model, **_compared(model.scores, unpruned.scores, sets), control=control)
-
-
-def compare_alike(models: Sequence[_Entry], unpruned: ModelEvaluation, sets: Sets) -> list[_Entry]:
-    """Return the entries of models, compared by the same main values (see `describe_sets`)."""
-    return [msgspec.structs.replace(one, evaluation=compare_again(one.evaluation, unpruned, sets)) for one in models]
-
-
-def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets: Sets) -> dict[str, Any]:
-    """Return the fields of `RunEvaluation` with a model's retention by set and on average."""
-    ours, theirs = _averaged(scores, sets), _averaged(original, sets)
-    theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
-    ours = {name: ours[name] for name in theirs}
-    full = {name: of for name in theirs if (of := sets[name].full) is not None}
-    return {
-        "retained": {name: _retained(scores[name], original[name], of) for name, of in sets.items()},
-        "mean_of_ratios": mean_of_ratios(ours, theirs) if theirs else None,
-        "paper_average": paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
-    }
-
-
-def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean_of_ratios (or highest scores without it); of equals the smallest."""
-    if not runs:
-        raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
-
-    def rank(run: Run) -> tuple[float, float, int]:
-        scores = _averaged(run.evaluation.scores, sets).values()
-        return -(run.evaluation.mean_of_ratios or 0.0), -sum(scores), run.parameters
-
-    return min(runs, key=rank)
-
-
-def averaged_sets(sets: Sets) -> list[str]:
-    """Return the sets that averages include: those with a full score, or all if none has one."""
-    return [name for name, of in sets.items() if of.full is not None] or list(sets)
-
-
-def _values(evaluations: Evaluations) -> dict[str, Values]:
-    return {name: dict(of.values) for name, of in evaluations.items()}
-
-
-def _groups(evaluations: Evaluations) -> dict[str, dict[str, Group]]:
-    return {name: of.groups for name, of in evaluations.items() if 0 < len(of.groups) <= MOST_GROUPS}
-
-
-def _retained(values: Values, original: Values, metric: MetricInfo) -> float | None:
-    ours, theirs = values[metric.main], original[metric.main]
-    if not metric.higher_is_better:
-        ours, theirs = theirs, ours
-    return retained(ours, theirs) if theirs else None  # JSON has no NaN
-
-
-def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
-    """Return {set: main value} for averages, inverted if lower is better."""
-    mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
-    inverses = {name: 1 / value if value else math.inf for name, value in mains.items()}
-    return {name: value if sets[name].higher_is_better else inverses[name] for name, value in mains.items()}
-
-
-def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return rows of the model card: set, both models' scores, retained %, interval; then rows of speeds.
-
-    After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
-    """
-    rows, control = list[tuple[str, str, str, str, str]](), run.evaluation.control
-    for name, of in sets.items():
-        title, ours = f"{name} ({of.name}): {of.label}, {of.size}", of.show(run.evaluation.main(name, sets), unit=False)
-        before = of.show(teacher.evaluation.main(name, sets), unit=False)
-        rows.append((title, before, ours, percent(run.evaluation.retained.get(name)), interval(run.evaluation, name)))
-        if control is not None:
-            alike = of.show(control.scores[name].get(of.main), unit=False)
-            kept = percent(control.retained.get(name)), interval(control, name)
-            rows.append((f"{name}, unpruned model after the same recovery", alike, ours, *kept))
-    if run.speed is not None and teacher.speed is not None:
-        for what, slow, fast in (
-            ("prompt", teacher.speed.prefill, run.speed.prefill),
-            ("generated", teacher.speed.decode, run.speed.decode),
-        ):
-            label = f"{what} tokens per second, our forward on the machine of the run"
-            rows.append((label, f"{slow:,.0f}", f"{fast:,.0f}", percent(100 * fast / slow), ""))
-    return rows
-
-
-def percent(value: float | None) -> str:
-    """Return a percentage as text without its sign; "" for None."""
-    return "" if value is None else f"{value:.2f}"
-
-
-def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
-    """Return the retention interval on a set as text, such as "95.1 to 97.3"; "" if unknown."""
-    ends = evaluation.retained_interval.get(name)
-    return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"

@@ -14,8 +14,9 @@ import msgspec
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.comparison import compare, compare_alike, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
-from vlmprune_jax.workdir.result import Control, Result, Run, compare, compare_alike, describe_sets, unpruned_of
+from vlmprune_jax.workdir.result import Control, Result, Run
 from vlmprune_jax.workdir.speed import read_speed
 
 STEPS = ".stages/steps.json"

@@ -123,7 +123,8 @@ def test_result_json_gains_the_tasks(evaluate, goldens):
     from report_cases import EXPORT, FACTS, evaluated, result_of
 
     from vlmprune_jax.workdir.artefact import write_artefact
-    from vlmprune_jax.workdir.result import Run, compare, read_result
+    from vlmprune_jax.workdir.comparison import compare
+    from vlmprune_jax.workdir.result import Run, read_result
 
     workdir = evaluate.folder.parent
     copy_llava(goldens, workdir / "pruned")
