@@ -28,7 +28,8 @@ from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.image_processor import processor_settings
-from vlmprune_jax.data.images import ImageLoader, Preparation, load_image_processor
+from vlmprune_jax.data.images import ImageLoader, load_image_processor
+from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.data.images import Preparation, load_image_processor
+from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import image_buckets, length_buckets, tile_buckets, within_row
+from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
