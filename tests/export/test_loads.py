@@ -99,3 +99,12 @@ def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, head
     found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
     assert (found["text"]["heads"] is None) == heads
     assert (found["vision"]["fewer layers"] is None) == blocks
+
+
+def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):
+    """The last layer stays, and shared layers stay twice as wide."""
+    cfg = read_config(goldens / "families/gemma4/ckpt")[1]
+    found = what_loads(cfg)
+    for target in ("transformers", "vllm"):
+        assert [found[target]["text"][kind] for kind in ("fewer layers", "neurons")] == [None, None]
+    assert "last two layers with their own" in found["gguf"]["text"]["neurons"]

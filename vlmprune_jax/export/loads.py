@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlmprune_jax.core.checks import one_of
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.export.gguf_model import fit
@@ -69,8 +69,8 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {target: {stack: {type of pruning: reason why the target cannot load the result, or None}}}."""
     copies: dict[str, Callable[[Stack], list[LayerShape]]] = {
-        "fewer layers": lambda stack: list(stack.layers[: max(1, len(stack.layers) - 1)]),
-        "neurons": lambda stack: [_cut(shape, neurons=1) for shape in stack.layers],
+        "fewer layers": _fewer_layers,
+        "neurons": lambda stack: [_cut(shape, neurons=_width(stack, shape)) for shape in stack.layers],
         "heads": _fewer_heads,
         "unequal widths": lambda stack: [_cut(stack.layers[0], neurons=1), *stack.layers[1:]],
     }
@@ -93,6 +93,22 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
 
 
 # Copies with the least removed -----------------------------------------------------------------------------
+
+
+def _fewer_layers(stack: Stack) -> list[LayerShape]:
+    """Return the layers without the last that the class of the decoder can do without."""
+    cuts = [[*stack.layers[:i], *stack.layers[i + 1 :]] for i in reversed(range(len(stack.layers)))]
+    fits = (left for left in cuts if left and _fits(stack, left))
+    return next(fits, cuts[0] or [*stack.layers])
+
+
+def _fits(stack: Stack, layers: Sequence[LayerShape]) -> bool:
+    return not isinstance(stack, TextConfig) or layer_problem(stack.with_layers(layers)) is None
+
+
+def _width(stack: Stack, shape: LayerShape) -> int:
+    """Return the neurons that a layer loses for each that the narrowest layers lose."""
+    return 2 if isinstance(stack, TextConfig) and stack.double_wide and shape.shared else 1
 
 
 def _fewer_heads(stack: Stack) -> list[LayerShape]:
