@@ -38,6 +38,7 @@ def get_config():
     config.score.batch_size = 8
     config.prune.ratio = 0.2
     config.recover.trainable = "lora"
+    config.recover.control = False
     config.recover.batch_size = 16
     config.recover.accumulation = 2
     config.recover.steps = 20

@@ -73,8 +73,10 @@ def reconstruct(
     """Repair the projections into the residual stream of pruned layers, by least squares on the unpruned stream.
 
     The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
-    of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. A change is
-    accepted only if it reduces the error on held-out rows, so that few tokens do no harm.
+    of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. If enough
+    neurons go, the weights that read the stream are repaired as well (`readers`), and with method "layerwise" each
+    layer is then trained (`layerwise`). A change is accepted only if it reduces the error on held-out rows, so that few
+    tokens do no harm.
 
     Args:
       pruned: the model that `plan` leaves of `teacher`, on one device or a mesh.
@@ -87,9 +89,10 @@ def reconstruct(
       options: settings by name, see `ReconstructConfig`. Held-out rows are chosen by their content.
 
     Returns:
-      The model, and for each of these weights: stack, layer (original number), module, ridge (None: unchanged),
-        error_before and error_after of the stream behind it, on the held-out rows, relative to the stream; and the
-        number of tokens, and of unknowns per output.
+      The model, and for each of these weights: stack, layer (original number), module ("self_attn" or "mlp" for what
+        a branch reads, "layer" for a trained one), ridge (None: unchanged, 0: trained), error_before and error_after of
+        the stream behind it, on the held-out rows, relative to the stream; and the number of tokens, and of unknowns
+        per output.
 
     Raises:
       UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
@@ -143,14 +146,15 @@ def _solve(
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
     """Return the new parameters of a stack's layers, by number and path, and a report per weight."""
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
+    reads = _reads(config, kept)
     _advance(steps, teacher, stack, range(kept.kept_layers[0]))
     for number, (first, end) in enumerate(_spans(kept)):
-        before = [step.dense for step in steps]
+        before = [step.dense for step in steps] if reads else []
         _advance(steps, teacher, stack, range(first, end))
         layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
         for module in WRITERS:
             key, lost = f"{stack}/{number}/{module}", module in _modules(kept, number)
-            if _reads(config, kept) and can_read(layer, READER_OF[module]):
+            if reads and can_read(layer, READER_OF[module]):
                 dense = before if module == "o_proj" else [step.middle for step in steps]
                 read = functools.partial(_read, layer, module, steps, dense, number, lost=lost, refit=config.refits)
                 change, told = store.change(f"{key}/reader", read)

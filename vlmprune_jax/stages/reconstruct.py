@@ -17,7 +17,7 @@ from vlmprune_jax.stages.work import Pair, Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
-    """Repair of one weight (see `prune.reconstruct`); `ridge` is None if the weight was left unchanged."""
+    """Repair of one weight (see `prune.reconstruct`); `ridge` is None if it was left unchanged, 0 if it was trained."""
 
     stack: str
     layer: Count
