@@ -82,6 +82,7 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
         (["--config.data.train={root}/text.json"], "text.json, record 0: 'conversations' must be a non-empty list of"),
         (["--config.data.images={root}/teacher"], "img0.png does not exist: check the image root"),
         (["--config.evaluate.text={root}/no.txt"], "no.txt: no such file"),
+        (["--config.export.max_image_tokens=9"], "export.max_image_tokens=9: every image of this model has"),
         (["--config.export.push_to_hub=me/x"], "export.push_to_hub=me/x: HF_HUB_OFFLINE is set: log in by"),
         (
             ["--config.prune.ratio=None", "--config.prune.layers_removed=9"],

@@ -21,6 +21,7 @@ from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
 from vlmprune_jax.export.card import license_of, model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.hub import check_upload
+from vlmprune_jax.export.processor import limited_images
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
@@ -152,7 +153,9 @@ def _check_sample(records: Any, encoder: Any) -> None:
 
 
 def _export(work: Work, spec: ExportSpec) -> str:
-    """Return a line on the export, after checking that it can be uploaded if asked for."""
+    """Return a line on the export, after checking its limit of tokens per image, and that it can be uploaded."""
+    with limited_images(work.teacher, spec.max_image_tokens, work.config(work.teacher)):
+        pass
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:
