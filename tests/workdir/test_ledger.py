@@ -112,7 +112,9 @@ def test_two_runs_of_a_stage_at_once(work, monkeypatch):
     def both():
         work.body = body
         for settings in ({}, {"ratio": 0.4}):
-            with pytest.raises(UserError, match=r"depth/prune: another run is at it in .*: wait for its end") as error:
+            with pytest.raises(
+                UserError, match=r"depth/prune: another run works on it in .*: wait for its end"
+            ) as error:
                 work(overwrite=True, **settings)
             refused.append(error)
         return body()
@@ -131,7 +133,7 @@ def test_a_run_waits_for_the_end_of_the_one_it_replaces(work, monkeypatch):
     monkeypatch.setattr(ledger.time, "sleep", lambda seconds: waited.append(seconds) or held.close())
     assert work().facts.number == 1
     assert waited == [1.0]
-    assert "another run is at it, waiting up to 100 s for its end" in work.said[0]
+    assert "another run works on it, waiting up to 100 s for its end" in work.said[0]
 
 
 def test_a_new_input_is_named(work):

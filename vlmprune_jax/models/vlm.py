@@ -222,9 +222,7 @@ def encode(
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
     if image_grid_thw is not None and position_ids is None and cfg.text.rope.sections:
-        raise UserError(
-            "image_grid_thw without position_ids: images have rows and columns (models.positions makes them)"
-        )
+        raise UserError("image_grid_thw needs position_ids by row and column: compute them with models.positions")
     if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.image_token_id)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)

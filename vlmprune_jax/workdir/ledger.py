@@ -125,12 +125,12 @@ def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
     """Lock a job's record in this context; refuse if another process is running the job in the same workdir."""
 
     def waiting() -> None:
-        say(f"{job.name}: another run is at it, waiting up to {LOCK_SECONDS:.0f} s for its end")
+        say(f"{job.name}: another run works on it, waiting up to {LOCK_SECONDS:.0f} s for its end")
 
     with exclusive(job.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
         if not held:
             raise UserError(
-                f"{job.name}: another run is at it in {job.workdir}: wait for its end, or use another --workdir"
+                f"{job.name}: another run works on it in {job.workdir}: wait for its end, or use another --workdir"
             )
         yield
 

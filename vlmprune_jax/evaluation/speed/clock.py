@@ -119,7 +119,7 @@ class Stopwatch:
         first, rest = (self._agree(min(seconds)) for seconds in zip(*runs, strict=True))
         if min(first, rest) <= 0:
             raise UserError(
-                f"{self._name}: the clock saw no time pass: raise new_tokens, or set rounds=0 to leave speed out"
+                f"{self._name}: measured no time: raise new_tokens, or set rounds=0 to skip the measurement"
             )
         return first, rest
 
