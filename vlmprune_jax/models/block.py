@@ -46,11 +46,12 @@ KEYS = "keys"
 FIXED_POINT_STEPS = 16
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
-# (keys, values) of one run: [layer, batch, slots, kv_heads, head] each; a block also gets its place on the first axis.
+# (keys, values) of one run: [layer, slots, kv_heads, batch, head] each, the order in which TPUs read them for a token
+# (in another, XLA copies the cache before and after the loop). A block also gets its place on the first axis.
 RunCache = tuple[jax.Array, jax.Array]
 Cache = dict[str, RunCache]
 LayerCache = tuple[jax.Array, jax.Array, jax.Array]
-_CACHED = ("batch", None, "kv_heads", None)
+CACHE_AXES = (None, None, "kv_heads", "batch", None)
 
 
 class Context(NamedTuple):
@@ -190,10 +191,12 @@ def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple
     Only the new slots are written: a loop over layers and tokens then updates the cache in place.
     """
     stacks = tuple(
-        constrain(jax.lax.dynamic_update_slice(stack, x[None], (layer, 0, slot, 0, 0)), (None, *_CACHED))
+        constrain(
+            jax.lax.dynamic_update_slice(stack, x.transpose(1, 2, 0, 3)[None], (layer, slot, 0, 0, 0)), CACHE_AXES
+        )
         for stack, x in zip(cache, new, strict=True)
     )
-    own = tuple(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in stacks)
+    own = tuple(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).transpose(2, 0, 1, 3) for stack in stacks)
     return (stacks[0], stacks[1]), (own[0], own[1])
 
 

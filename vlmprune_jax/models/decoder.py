@@ -176,7 +176,7 @@ class Decoder(BlockStack):
         """Return a key/value cache filled with zeros."""
         cache: Cache = {}
         for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
-            size = (length, batch, slots, shape.kv_heads, self.cfg.head_dim_of(shape))
+            size = (length, slots, shape.kv_heads, batch, self.cfg.head_dim_of(shape))
             if not shape.shared:
                 cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
         return cache

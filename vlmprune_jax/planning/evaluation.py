@@ -18,6 +18,7 @@ from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, us
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.models.block import CACHE_AXES
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.generate import decode, prefill
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
@@ -198,8 +199,7 @@ def _placed(begun: Any, mesh: Mesh) -> Any:
     """Return cache and decoding state with their sharding: rows over (data, fsdp), the cache's heads over `tensor`."""
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        cached = leaf.ndim == 5
-        axes = (None, "batch", None, "kv_heads", None) if cached else ("batch", *(None,) * (leaf.ndim - 1))
+        axes = CACHE_AXES if leaf.ndim == len(CACHE_AXES) else ("batch", *(None,) * (leaf.ndim - 1))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
 
     return jax.tree.map(place, begun)
