@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# GKE with XPK. gke.sh [--dry-run] create|setup|run|resume|logs|delete|delete-cluster [vlmprune's arguments]
+# GKE with XPK, v5e to v6e (XPK is deprecated: gcluster.sh has TPU7x).
+# gke.sh [--dry-run] create|setup|run|resume|logs|delete|delete-cluster [vlmprune's arguments]
 # Needs PROJECT, ZONE, CLUSTER; run: WORKLOAD, IMAGE, TPU_TYPE; or SLICES (1), SPOT=1, RESTARTS (100), BUCKET (in /mnt).
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/lib.sh"
-if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
 action="${1:-}"
 need PROJECT ZONE CLUSTER
 at=("--project=$PROJECT" "--zone=$ZONE" "--cluster=$CLUSTER")
@@ -20,9 +20,7 @@ case "$action" in
     run xpk cluster create "${at[@]}" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" ${SPOT:+--spot} \
       ${BUCKET:+--enable-gcsfuse-csi-driver} ;;
   setup) # the image that run uses
-    need IMAGE
-    run docker build --build-arg EXTRAS=tpu --tag "$IMAGE" "$root"
-    run docker push "$IMAGE"
+    build_image "$root"
     [[ -z "${BUCKET:-}" ]] || run xpk storage attach "$BUCKET" "${at[@]}" --type=gcsfuse "--bucket=$BUCKET" \
       "--mount-point=/mnt/$BUCKET" --readonly=false --auto-mount=true --size=1 ;;
   run | resume) # resume: after delete, or when the restarts are used up; vlmprune continues from its checkpoints

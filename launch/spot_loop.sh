@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Keeps a spot slice until the command is done: spot_loop.sh [--dry-run] COMMAND [FLAGS of vlmprune]
 # A preempted slice is deleted, created again and given the same command, which resumes from its last checkpoint.
-# Variables of tpu_vm.sh. Ends with 0 when the command succeeds, or with its exit code when it fails on a healthy slice.
+# Variables of tpu_vm.sh, or with BY=gce of gce.sh. Ends with 0 when the command succeeds, or with its exit code when it
+# fails on a healthy slice.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/lib.sh"
-if [[ "${1:-}" == --dry-run ]]; then export DRY_RUN=1; shift; fi
-need PROJECT ZONE TPU_NAME ACCELERATOR RUNTIME
+by="${BY:-tpu_vm}"
+[[ "$by" == @(tpu_vm|gce) ]] || fail "BY=$by: use tpu_vm or gce"
+need_for "$by"
 [[ $# -gt 0 ]] || fail "no command: use spot_loop.sh recover --config=FILE.py --workdir=DIR"
 export SPOT=1
 
-slice() { "$here/tpu_vm.sh" "$@"; }
+slice() { "$here/$by.sh" "$@"; }
 state() { slice state 2>/dev/null || echo NONE; }
 
 if [[ -n "${DRY_RUN:-}" ]]; then # one round

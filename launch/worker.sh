@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On each worker of a slice (tpu_vm.sh calls it there). worker.sh setup [BUCKET] | run COMMAND [FLAGS] | stop
+# On each worker of a slice (tpu_vm.sh and gce.sh call it there). worker.sh setup [BUCKET] | run COMMAND [FLAGS] | stop
 # run starts vlmprune so that it outlives the connection, or follows the one that is going; it ends with its code.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/lib.sh"
@@ -8,9 +8,9 @@ cd "$root" || exit
 going() { kill -0 "$(cat run.pid 2>/dev/null)" 2>/dev/null; }
 
 case "${1:-}" in
-  setup) # uv brings its own Python: the images of TPU VMs have 3.10, vlmprune needs 3.11
+  setup) # uv brings its own Python: the images of TPU VMs have 3.10, vlmprune needs 3.11; those of TPU7x forbid pip
     if [[ -n "${2:-}" ]]; then launch/mount.sh "$2"; fi
-    python3 -m pip install --quiet --user uv
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
     python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' ;;
   run)

@@ -1,4 +1,4 @@
-"""The launch scripts against stand-ins for gcloud, xpk, docker and kubectl that log how they were called."""
+"""The launch scripts against stand-ins for gcloud, gcluster, xpk, docker and kubectl that log how they were called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TPU = {"PROJECT": "p", "ZONE": "z", "TPU_NAME": "slice", "ACCELERATOR": "v5litepod-16", "RUNTIME": "rt"}
+GCE = {"PROJECT": "p", "ZONE": "us-a", "TPU_NAME": "slice", "TOPOLOGY": "2x2x2"}
 GKE = {"PROJECT": "p", "ZONE": "z", "CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "TPU_TYPE": "v5litepod-16"}
+GCLUSTER = {"PROJECT": "p", "ZONE": "us-a", "CLUSTER": "c", "WORKLOAD": "w", "IMAGE": "i", "TOPOLOGY": "2x2x2"}
+MADE = {"BUCKET": "b", "BLUEPRINT": "seven.yaml"}
 RUN = ["recover", "--config=c.py", "--config.recover.name=two words"]
 SWEEP = ["2", "--config=c.py", "--workdir=/w"]
 AT = ["slice", "--project=p", "--zone=z"]
@@ -34,7 +37,9 @@ next() {
   [[ -n "$line" ]] && echo "$line"
 }
 case "$*" in
-  *queued-resources\ describe*) next "$LOG.states" ;;
+  *queued-resources\ describe* | *instanceStatus*) next "$LOG.states" ;;
+  *list-instances*) printf 'vm-%s\n' ${VMS:-1} ;;
+  *-policies\ describe* | *-templates\ describe*) [[ -n "${LEFT:-}" ]] ;;
   *worker.sh\ run*) exit "$(next "$LOG.codes" || echo 0)" ;;
 esac
 """
@@ -44,7 +49,7 @@ esac
 def launch(tmp_path):
     """Callable (script, *arguments, env=...) -> (finished process, calls as lists of arguments)."""
     (tmp_path / "bin").mkdir()
-    for name in ("gcloud", "xpk", "docker", "kubectl"):
+    for name in ("gcloud", "gcluster", "xpk", "docker", "kubectl"):
         (tmp_path / "bin" / name).write_text(STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
     log = tmp_path / "log"
@@ -112,15 +117,80 @@ GKE_ACTIONS = {
     "delete": (["delete"], [DELETE]),
     "delete-cluster": (["delete-cluster"], [["xpk", "cluster", "delete", *ON_CLUSTER]]),
 }
+IN_ZONE, IN_REGION = ["slice", "--project=p", "--zone=us-a"], ["slice", "--project=p", "--region=us"]
+GROUP = ["gcloud", "compute", "instance-groups", "managed"]
+STATES = [*GROUP, "list-instances", *IN_ZONE, "--format=csv[no-heading](instanceStatus,currentAction)"]
+NAMES = [*GROUP, "list-instances", *IN_ZONE, "--format=value(instance.basename())"]
+TEMPLATE = ["gcloud", "compute", "instance-templates", "create", *IN_ZONE[:2], "--machine-type=tpu7x-standard-4t",
+            "--maintenance-policy=TERMINATE", "--scopes=cloud-platform",
+            "--image-family=ubuntu-accel-2404-amd64-tpu-tpu7x", "--image-project=ubuntu-os-accelerator-images",
+            "--boot-disk-type=hyperdisk-balanced", "--boot-disk-size=200GB"]  # fmt: skip
+POLICY = ["gcloud", "compute", "resource-policies", "create", "workload-policy", *IN_REGION, "--type=HIGH_THROUGHPUT",
+          "--accelerator-topology=2x2x2"]  # fmt: skip
+OF_POLICY = "--workload-policy=projects/p/regions/us/resourcePolicies/slice"
+CREATE_GROUP = [*GROUP, "create", *IN_ZONE, "--template=slice", "--size=2", "--default-action-on-vm-failure=do-nothing"]
+
+
+def on_vm(command: str) -> list[list[str]]:
+    return [NAMES, ["gcloud", "compute", "ssh", "vm-1", *IN_ZONE[1:], f"--command={command}"]]
+
+
+GCE_ACTIONS = {
+    "create": (["create"], [POLICY, TEMPLATE, [*CREATE_GROUP, OF_POLICY]]),
+    "state": (["state"], [STATES]),
+    "wait": (["wait"], [STATES] * 2),
+    "setup": (
+        ["setup"],
+        [
+            NAMES,
+            ["gcloud", "compute", "scp", "/tmp/vlmprune-jax.tar.gz", "vm-1:", *IN_ZONE[1:]],
+            *on_vm("mkdir -p vlmprune-jax && tar xzf vlmprune-jax.tar.gz -C vlmprune-jax"),
+            *on_vm("vlmprune-jax/launch/worker.sh setup"),
+        ],
+    ),
+    "run": (["run", *RUN], on_vm(f"vlmprune-jax/launch/worker.sh run {QUOTED_RUN}")),
+    "resume": (["resume", *RUN], on_vm(f"vlmprune-jax/launch/worker.sh run {QUOTED_RUN}")),
+    "logs": (["logs"], on_vm("tail -n 100 -F vlmprune-jax/run.log")),
+    "stop": (["stop"], on_vm("vlmprune-jax/launch/worker.sh stop")),
+    "delete": (
+        ["delete"],
+        [
+            [*GROUP, "delete", *IN_ZONE, "--quiet"],
+            ["gcloud", "compute", "instance-templates", "delete", *IN_ZONE[:2], "--quiet"],
+            ["gcloud", "compute", "resource-policies", "delete", *IN_REGION, "--quiet"],
+        ],
+    ),
+}
+OF_CLUSTER = ["--project=p", "--location=us", "--cluster=c"]
+SUBMIT = ["gcluster", "job", "submit", *OF_CLUSTER, "--name=w", "--image=i", "--topology=2x2x2",
+          "--compute-type=tpu7x-standard-4t", "--num-slices=1", "--restarts=100",
+          "--restart-on-exit-codes=134,137,143", "--grace-period=2m"]  # fmt: skip
+COMMAND = f"--command=vlmprune {QUOTED_RUN}"
+CANCEL = ["gcluster", "job", "cancel", "w", *OF_CLUSTER]
+DEPLOY = ["gcluster", "deploy", "seven.yaml", "--auto-approve", "--backend-config=bucket=b",
+          "--vars=project_id=p,deployment_name=c,region=us,zone=us-a,num_slices=1",
+          "--vars=tpu_topology=2x2x2,reservation=r,authorized_cidr=0.0.0.0/0"]  # fmt: skip
+GCLUSTER_ACTIONS = {
+    "setup": (["setup"], GKE_ACTIONS["setup"][1]),
+    "run": (["run", *RUN], [[*SUBMIT, COMMAND]]),
+    "resume": (["resume", *RUN], [CANCEL, [*SUBMIT, COMMAND]]),
+    "logs": (["logs"], [["gcluster", "job", "logs", "w", *OF_CLUSTER, "--follow"]]),
+    "delete": (["delete"], [CANCEL]),
+    "delete-cluster": (["delete-cluster"], [["gcluster", "destroy", "c", "--auto-approve"]]),
+}
 ACTIONS = [("tpu_vm.sh", TPU, *case) for case in TPU_ACTIONS.values()]
+ACTIONS += [("gce.sh", GCE | ({"LEFT": "1"} if name == "delete" else {}), *case) for name, case in GCE_ACTIONS.items()]
 ACTIONS += [("gke.sh", GKE, *case) for case in GKE_ACTIONS.values()]
+ACTIONS += [("gcluster.sh", GCLUSTER, *case) for case in GCLUSTER_ACTIONS.values()]
+ACTIONS += [("gcluster.sh", GCLUSTER | MADE | {"RESERVATION": "r"}, ["create"], [DEPLOY])]
 
 
 @pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
 def test_every_action_calls_what_it_should(launch, script, env, arguments, expected):
-    done, calls = launch(script, *arguments, env=env, states=["PROVISIONING", "ACTIVE"])
+    states = [",CREATING", "RUNNING,NONE"] if script == "gce.sh" else ["PROVISIONING", "ACTIVE"]
+    done, calls = launch(script, *arguments, env=env, states=states)
     assert done.returncode == 0, done.stderr
-    assert calls == expected
+    assert [call for call in calls if call[3:4] != ["describe"]] == expected  # what a create that failed has left
 
 
 @pytest.mark.parametrize(("script", "env", "arguments", "expected"), ACTIONS)
@@ -129,12 +199,49 @@ def test_dry_run_prints_the_same_and_calls_nothing(launch, script, env, argument
     assert (done.returncode, calls) == (0, [])
     printed = [shlex.split(line) for line in done.stdout.splitlines()]
     once = expected[:1] if arguments == ["wait"] else expected
-    assert [line for line in printed if line[0] != "git"] == once
+    told = [[word.replace("vm-1", "VM") for word in call] for call in once]
+    assert [line for line in printed if line[0] != "git"] == told
 
 
 def test_spot_slices_are_asked_for(launch):
     assert launch("tpu_vm.sh", "create", env={**TPU, "SPOT": "1"})[1] == [[*CREATE, "--spot"]]
     assert launch("gke.sh", "create", env={**GKE, "SPOT": "1"})[1][0][-1] == "--spot"
+    made = [call for call in launch("gce.sh", "create", env={**GCE, "SPOT": "1"})[1] if "describe" not in call]
+    assert made[1] == [*TEMPLATE, "--provisioning-model=SPOT", "--instance-termination-action=STOP"]
+    assert "--gke-nap-provisioning=spot" in launch("gcluster.sh", "run", *RUN, env={**GCLUSTER, "SPOT": "1"})[1][0]
+
+
+def test_a_slice_of_compute_engine(launch):
+    """One VM needs no policy; what a create that failed has left is used; all VMs run a command, or the n-th one."""
+    alone = launch("gce.sh", "create", env={**GCE, "TOPOLOGY": "2x2x1"})[1]
+    assert [call for call in alone if "describe" not in call] == [
+        TEMPLATE, [word.replace("size=2", "size=1") for word in CREATE_GROUP]
+    ]  # fmt: skip
+    again = launch("gce.sh", "create", env={**GCE, "LEFT": "1"})[1]
+    assert [call for call in again if "describe" not in call] == [[*CREATE_GROUP, OF_POLICY]]
+    reserved = launch("gce.sh", "create", env={**GCE, "RESERVATION": "r"})[1]
+    assert [*TEMPLATE, "--reservation-affinity=specific", "--reservation=r", "--provisioning-model=RESERVATION_BOUND",
+            "--instance-termination-action=DELETE"] in reserved  # fmt: skip
+    many = {**GCE, "VMS": "1 2 3"}
+    assert sorted(call[3] for call in launch("gce.sh", "stop", env=many)[1][1:]) == ["vm-1", "vm-2", "vm-3"]
+    assert [call[3] for call in launch("gce.sh", "logs", env={**many, "WORKER": "1"})[1][1:]] == ["vm-2"]
+    failed, _ = launch("gce.sh", "run", *RUN, env=many, codes=[0, 134, 0])
+    assert failed.returncode == 134
+
+
+@pytest.mark.parametrize(
+    ("listed", "state"),
+    [
+        ("RUNNING,NONE", "ACTIVE"),
+        (",CREATING", "PROVISIONING"),
+        ("STAGING,CREATING", "PROVISIONING"),
+        ("RUNNING,VERIFYING", "PROVISIONING"),
+        ("TERMINATED,NONE", "SUSPENDED"),
+        ("STOPPING,NONE", "SUSPENDED"),
+    ],
+)
+def test_the_state_of_a_group_is_that_of_its_vms(launch, listed, state):
+    assert launch("gce.sh", "state", env=GCE, states=[listed])[0].stdout == f"{state}\n"
 
 
 def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
@@ -144,6 +251,9 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
     assert launch("gke.sh", "create", env={**GKE, "BUCKET": "data"})[1][0][-1] == "--enable-gcsfuse-csi-driver"
     attached = launch("gke.sh", "setup", env={**GKE, "BUCKET": "data"})[1][-1]
     assert attached[:4] == ["xpk", "storage", "attach", "data"]
+    assert (
+        "--mount=gs://data:/mnt/data:rw" in launch("gcluster.sh", "run", *RUN, env={**GCLUSTER, "BUCKET": "data"})[1][0]
+    )
     assert {"--type=gcsfuse", "--bucket=data", "--mount-point=/mnt/data", "--auto-mount=true"} < set(attached)
 
     for name in ("gcsfuse", "sudo", "mountpoint", "apt-get", "curl"):
@@ -163,7 +273,14 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
     [
         *(("tpu_vm.sh", ["create"], {**TPU, name: ""}, f"set {name}") for name in TPU),
         *(("gke.sh", ["run", *RUN], {**GKE, name: ""}, f"set {name}") for name in GKE),
+        *(("gce.sh", ["create"], {**GCE, name: ""}, f"set {name}") for name in GCE),
+        ("gce.sh", ["create"], {**GCE, "TOPOLOGY": "eight"}, "TOPOLOGY=eight: use for example 2x2x2"),
+        *(("gcluster.sh", ["run", *RUN], {**GCLUSTER, name: ""}, f"set {name}") for name in GCLUSTER),
+        *(("gcluster.sh", ["create"], {**GCLUSTER, **MADE, name: ""}, f"set {name}") for name in MADE),
         *(("spot_loop.sh", RUN, {**TPU, name: ""}, f"set {name}") for name in TPU),
+        *(("spot_loop.sh", RUN, {**GCE, "BY": "gce", name: ""}, f"set {name}") for name in GCE),
+        ("spot_loop.sh", RUN, {**TPU, "BY": "gke"}, "BY=gke: use tpu_vm or gce"),
+        ("gcluster.sh", ["resume"], GCLUSTER, "no command: use gcluster.sh resume recover"),
         ("tpu_vm.sh", [], TPU, "unknown action ''"),
         ("tpu_vm.sh", ["crate"], TPU, "unknown action 'crate': use create, state"),
         ("tpu_vm.sh", ["run"], TPU, "no command: use tpu_vm.sh run recover"),
@@ -174,7 +291,8 @@ def test_a_bucket_is_at_one_place_for_all_workers(launch, tmp_path):
         ("mount.sh", [], {}, "no bucket: use mount.sh BUCKET"),
         *(("sweep.sh", SWEEP, {**TPU, name: ""}, f"set {name}") for name in TPU),
         *(("sweep.sh", SWEEP, {**GKE, "BY": "gke", name: ""}, f"set {name}") for name in GKE),
-        ("sweep.sh", SWEEP, {**TPU, "BY": "hand"}, "BY=hand: use spot or gke"),
+        *(("sweep.sh", SWEEP, {**GCLUSTER, "BY": "gcluster", name: ""}, f"set {name}") for name in GCLUSTER),
+        ("sweep.sh", SWEEP, {**TPU, "BY": "hand"}, "BY=hand: use tpu_vm, gce, gke or gcluster"),
         ("sweep.sh", ["2"], TPU, "number of slices or command missing: use sweep.sh 4"),
         ("sweep.sh", SWEEP[1:], TPU, "number of slices or command missing: use sweep.sh 4"),
     ],
@@ -216,6 +334,16 @@ def test_the_spot_loop_resumes_after_a_preemption_and_stops_at_an_end(launch, st
     assert all(call[-1] == "--spot" for call in calls if "create" in call)
 
 
+def test_the_spot_loop_makes_a_slice_of_compute_engine_again(launch):
+    """Its first state is of no group, its second that of a VM which was stopped while the command ran."""
+    states = ["", "RUNNING,NONE", "TERMINATED,NONE", "TERMINATED,NONE", "RUNNING,NONE"]
+    done, calls = launch("spot_loop.sh", *RUN, env={**GCE, "BY": "gce", "LEFT": "1"}, states=states, codes=[255, 0])
+    assert done.returncode == 0, done.stderr
+    groups = [call[4] for call in calls if call[:4] == GROUP and call[4] != "list-instances"]
+    assert groups == ["create", "delete", "create"]
+    assert sum("worker.sh run" in call[-1] for call in calls) == 2
+
+
 def test_the_spot_loop_gives_up_when_no_slice_can_be_made(launch):
     done, calls = launch("spot_loop.sh", *RUN)  # describe fails for ever
     assert (done.returncode, done.stderr) == (2, "spot_loop.sh: error: no slice after 3 tries\n")
@@ -242,10 +370,11 @@ def test_a_sweep_gives_each_slice_its_share_and_deletes_it(launch, codes, code):
     assert deleted == ["slice-1", "slice-2"]
 
 
-def test_a_sweep_on_a_cluster_is_a_workload_each(launch):
-    done, calls = launch("sweep.sh", *SWEEP, env={**GKE, "BY": "gke"})
+@pytest.mark.parametrize(("by", "env", "name"), [("gke", GKE, "--workload"), ("gcluster", GCLUSTER, "--name")])
+def test_a_sweep_on_a_cluster_is_a_workload_each(launch, by, env, name):
+    done, calls = launch("sweep.sh", *SWEEP, env={**env, "BY": by})
     assert done.returncode == 0, done.stdout
-    assert sorted(call[6] for call in calls) == ["--workload=w-1", "--workload=w-2"]
+    assert sorted(call[6] for call in calls) == [f"{name}=w-1", f"{name}=w-2"]
     assert {call[-1][-4:] for call in calls} == {"=1/2", "=2/2"}
 
 
@@ -316,8 +445,10 @@ def test_a_stopped_worker_saves_and_starts_again(worker):
 
 
 def test_scripts_are_short_and_shellcheck_finds_nothing():
-    names = {"tpu_vm.sh", "gke.sh", "spot_loop.sh", "sweep.sh", "worker.sh", "mount.sh", "lib.sh"}
-    assert {path.name for path in SCRIPTS} == names
-    assert all(len(path.read_text().splitlines()) <= 40 for path in SCRIPTS)
+    slices, clusters = {"tpu_vm.sh", "gce.sh", "spot_loop.sh", "worker.sh", "mount.sh"}, {"gke.sh", "gcluster.sh"}
+    assert {path.name for path in SCRIPTS} == {*slices, *clusters, "sweep.sh", "lib.sh"}
+    assert all(
+        len(path.read_text().splitlines()) <= (90 if path.name in ("gce.sh", "lib.sh") else 40) for path in SCRIPTS
+    )
     done = subprocess.run([Path(sys.executable).with_name("shellcheck"), *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from initial import write_joined, write_random
 
@@ -164,8 +163,6 @@ def _train_stage(
         seed=stage.training.seed,
         epochs=None,
         drop_remainder=True,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         threads=2,
         sizes=sizes if stage.text_share else None,
         group_by="modality_length" if stage.text_share else "none",

@@ -11,10 +11,8 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.families import templates
 
-# Options of `train_batches`: whole batches in random order, for one process.
-ORDERED: dict[str, Any] = {
-    "batch_size": 4, "seed": 3, "drop_remainder": True, "process_index": 0, "process_count": 1
-}  # fmt: skip
+# Options of `train_batches`: whole batches in random order.
+ORDERED: dict[str, Any] = {"batch_size": 4, "seed": 3, "drop_remainder": True}
 
 
 def golden_records(goldens: Path) -> list[Record]:

@@ -15,7 +15,8 @@ from vlmprune_jax.cli.main import COMMANDS, _command
 PAGES = ("README.md", "launch/README.md", "docs/**/*.md", "configs/*.py", "configs/sweeps/*.py")
 VARIABLES = {
     "BUCKET": "bucket", "PROJECT": "p", "ZONE": "z", "TPU_NAME": "t", "ACCELERATOR": "v5litepod-64", "RUNTIME": "r",
-    "CLUSTER": "c", "WORKLOAD": "w", "TPU_TYPE": "v5litepod-64", "IMAGE": "i",
+    "CLUSTER": "c", "WORKLOAD": "w", "TPU_TYPE": "v5litepod-64", "IMAGE": "i", "TOPOLOGY": "2x2x2",
+    "BLUEPRINT": "b.yaml",
 }  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def test_process_slices_join_to_the_global_batch(samples: list[Record], encoder:
     options = {**TRAIN, "epochs": 2, "drop_remainder": drop_remainder}
     whole = list(train_batches(samples, encoder, **options))
     parts = [
-        list(train_batches(samples, encoder, **{**options, "process_index": index, "process_count": 2}))
-        for index in range(2)
+        list(train_batches(samples, encoder, **options, mine=mine))
+        for mine in np.split(np.arange(options["batch_size"]), 2)
     ]
     assert [len(part) for part in parts] == [len(whole)] * 2
     for number, batch in enumerate(whole):
@@ -149,8 +149,8 @@ def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
     one_slot = dataclasses.replace(encoder, max_images=1)
     with pytest.raises(UserError, match="record two: 2 images, over max_images 1"):
         next(iter(train_batches(samples[-1:], one_slot, **{**TRAIN, "batch_size": 1})))
-    with pytest.raises(UserError, match="batch size 4 must be a positive multiple of the 3 processes"):
-        train_batches(samples, encoder, **{**TRAIN, "process_count": 3})
+    with pytest.raises(UserError, match="batch size 0 must be at least 1"):
+        train_batches(samples, encoder, **{**TRAIN, "batch_size": 0})
     with pytest.raises(UserError, match="do not fill one batch of 8"):
         train_batches(samples, encoder, **{**TRAIN, "batch_size": 8})
     with pytest.raises(UserError, match="no records to batch"):

@@ -152,12 +152,12 @@ def test_batches_have_the_smallest_bucket(samples: list[Record], encoder: Encode
 def test_processes_join_to_the_global_batch_and_resume(samples: list[Record], encoder: Encoder, group_by: str) -> None:
     options = {**TRAIN, "sizes": sizes_of(samples, encoder), "group_by": group_by, "epochs": None}
 
-    def stream(**place: int) -> Any:
+    def stream(**place: Any) -> Any:
         return iter(train_batches(samples, encoder, **{**options, **place}))
 
     running = stream()
     whole = [next(running) for _ in range(20)]
-    parts = [stream(process_index=index, process_count=2) for index in range(2)]
+    parts = [stream(mine=mine) for mine in np.split(np.arange(options["batch_size"]), 2)]
     for batch in whole:
         halves = [next(part) for part in parts]
         names = tuple(name for half in halves for name in half.record_ids)
@@ -245,8 +245,7 @@ def test_skipped_records_are_padding_in_their_places(broken: Path, encoder: Enco
         assert np.array_equal(batch.arrays["attention_mask"].any(1), ~empty)
         assert (batch.arrays["labels"][empty] == -100).all()
         assert not batch.arrays["pixel_values"][empty].any()
-    parts = [list(train_batches(records, encoder, **{**options, "process_index": i, "process_count": 5}))
-             for i in range(5)]  # fmt: skip
+    parts = [list(train_batches(records, encoder, **options, mine=np.array([row]))) for row in range(5)]
     for number, batch in enumerate(batches):
         assert tuple(part[number].record_ids[0] for part in parts) == batch.record_ids
         assert {part[number].arrays["input_ids"].shape for part in parts} == {(1, 160)}

@@ -26,8 +26,6 @@ TRAIN: dict[str, Any] = {
     "batch_size": 2,
     "epochs": 1,
     "drop_remainder": False,
-    "process_index": 0,
-    "process_count": 1,
     "threads": 1,
 }
 
@@ -125,7 +123,7 @@ def test_a_batch_of_several_sizes(golden: Golden) -> None:
         (2, 1, 5 * merge, values),
         (2, 1, 15 * merge, values),
     ]
-    parts = [list(train_batches(records, encoder, **{**TRAIN, "process_index": i, "process_count": 2})) for i in (0, 1)]
+    parts = [list(train_batches(records, encoder, **TRAIN, mine=np.array([row]))) for row in range(TRAIN["batch_size"])]
     sized = train_batches(records, encoder, **TRAIN, sizes=measure(records, encoder, on_error="stop", threads=1))
     for number, batch in enumerate(batches):
         for name, array in batch.arrays.items():

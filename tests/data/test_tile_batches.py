@@ -21,8 +21,6 @@ TRAIN: dict[str, Any] = {
     "batch_size": 3,
     "epochs": 1,
     "drop_remainder": False,
-    "process_index": 0,
-    "process_count": 1,
     "threads": 1,
 }
 
@@ -89,26 +87,26 @@ def test_two_images_share_tiles_and_follow_each_other(samples: list[Record], enc
 def test_processes_agree_on_the_slots(samples: list[Record], encoder: Encoder) -> None:
     chosen = [samples[i] for i in (2, 4, 0, 2, 11, 4, 1)]
 
-    def batches(**changes: int) -> list[Any]:
+    def batches(**changes: Any) -> list[Any]:
         return list(train_batches(chosen, encoder, **{**TRAIN, "batch_size": 4, **changes}))
 
     whole = batches()
-    parts = [batches(process_index=index, process_count=2) for index in range(2)]
+    parts = [batches(mine=mine) for mine in (np.array([0, 2]), np.array([1, 3]))]
     assert [batch.arrays["pixel_values"].shape[1] for batch in whole] == [7, 4]
     for number, batch in enumerate(whole):
         for name, array in batch.arrays.items():
-            assert np.array_equal(np.concatenate([part[number].arrays[name] for part in parts]), array)
+            assert np.array_equal(np.concatenate([part[number].arrays[name] for part in parts]), array[[0, 2, 1, 3]])
 
 
 def test_other_processes_images_are_not_decoded(samples: list[Record], encoder: Encoder, tmp_path: Path) -> None:
     whole = samples[0].images[0].read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     broken = dataclasses.replace(samples[0], id="broken", images=(tmp_path / "half.png",))
-    options = {**TRAIN, "batch_size": 2, "process_count": 2}
-    first = next(iter(train_batches([samples[2], broken], encoder, **options)))
+    options = {**TRAIN, "batch_size": 2}
+    first = next(iter(train_batches([samples[2], broken], encoder, **options, mine=np.array([0]))))
     assert first.arrays["pixel_values"].shape[1] == 7  # the header of the other row was enough
     with pytest.raises(UserError, match=r"half\.png \(record broken\): not a readable image"):
-        next(iter(train_batches([samples[2], broken], encoder, **{**options, "process_index": 1})))
+        next(iter(train_batches([samples[2], broken], encoder, **options, mine=np.array([1]))))
 
 
 def test_collator_of_internvl(goldens: Path, samples: list[Record], encoder: Encoder) -> None:

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from prune_cases import config
 
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed import mesh
+from vlmprune_jax.recovery.step import place_rows
 
 
 @pytest.fixture
@@ -178,3 +181,33 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
         "vlmprune: error: JAX_PLATFORMS=cuda: jax cannot start this platform (no such device, or jax is installed "
         "without its plugin): unset it, or install vlmprune-jax[cuda] or vlmprune-jax[tpu] on a machine that has one\n"
     )
+
+
+def test_rows_follow_the_devices_of_the_mesh(monkeypatch):
+    """Of eight devices on four hosts, data 2 x fsdp 2 x tensor 2; hosts lie along `tensor`, or across rows."""
+
+    def rows(hosts, local):
+        devices = np.asarray([f"{host}-{place}" for place, host in enumerate(hosts)]).reshape(2, 2, 2)
+        mine = [device for device in devices.flat if device[0] in local]
+        shape = {"data": 2, "fsdp": 2, "tensor": 2}
+        return mesh.rows_of_process(SimpleNamespace(devices=devices, local_devices=mine, shape=shape), 8).tolist()
+
+    assert [rows("aabbccdd", host) for host in "abcd"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [rows("aabbaabb", host) for host in "ab"] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [rows("abababab", host) for host in "ab"] == [list(range(8))] * 2  # each row is on both
+    assert rows("aabbccdd", "abcd") == list(range(8))  # one process with the devices of all hosts: Pathways
+    assert mesh.rows_of_process(None, 3).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"batch size 6 must be a positive multiple of data x fsdp = 4"):
+        mesh.rows_of_process(mesh.make_mesh(2, 2, 2), 6)
+
+
+def test_under_pathways_the_process_index_decides_nothing(monkeypatch):
+    """One process controls all devices, and jax counts their hosts as processes: this process loads whole batches."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert (mesh.process_number(), mesh.process_count(), mesh.is_main_process()) == (0, 1, True)
+    devices = mesh.make_mesh(4, 2, 1)
+    assert mesh.rows_of_process(devices, 16).tolist() == list(range(16))
+    assert mesh.from_all(lambda: 1) == [1]
+    whole = np.arange(16.0).reshape(16, 1)
+    placed = place_rows({"x": whole}, devices)["x"]
+    assert np.array_equal(mesh.gather_to_host(placed), whole)

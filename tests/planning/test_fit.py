@@ -363,7 +363,7 @@ def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5x:8x8", "'v5x:8x8': unknown TPU .known: v5e, v5p, v6e.: use for example v5e:"),
+        ("v5x:8x8", "'v5x:8x8': unknown TPU .known: v5e, v5p, v6e, tpu7x.: use for example v5e:"),
         ("v5e", "'v5e' is not GENERATION:SIZES: use for example v5e:"),
         ("v5e:3x5", "does not exist .* use one of v5e: 2x2, 2x4"),
     ],

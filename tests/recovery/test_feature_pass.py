@@ -146,11 +146,11 @@ def test_processes_share_pictures_by_size(goldens, tmp_path, monkeypatch):
     pictures = {record.id: Picture(record, 0) for record in records}
     counts = {key: loader.count(picture) for key, picture in pictures.items()}
     names = list(pictures)
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(feature_pass, "process_count", lambda: 3)
     monkeypatch.setattr(feature_pass, "from_all", lambda _: [[counts[k] for k in names[i::3]] for i in range(3)])
     shares = []
     for process in range(3):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(feature_pass, "process_number", lambda process=process: process)
         shares.append(list(feature_pass._share(loader, pictures, "stop")))
     dealt = [shares[turn % 3][turn // 3] for turn in range(4)]
     assert dealt == sorted(names, key=lambda key: -counts[key])

@@ -23,7 +23,9 @@ def define(values: Flags) -> None:
     only_flag(values)
     about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
     absl_flags.DEFINE_string("workdir", None, about, flag_values=values)
-    absl_flags.DEFINE_string("topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8", flag_values=values)
+    absl_flags.DEFINE_string(
+        "topology", None, "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2", flag_values=values
+    )
     absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
     absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
@@ -46,7 +48,7 @@ def run(flags: Any) -> None:
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
     experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
     if not flags.topology:
-        raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8)")
+        raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
     if flags.records is not None and flags.records < 1:
         raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)

@@ -13,7 +13,7 @@ GIGA, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates and memory of one TPU chip.
+    """Peak rates and memory of one TPU device as jax counts them: a chip, or one of the two halves of a TPU7x chip.
 
     Attributes:
       kinds: names that jax gives its devices.
@@ -21,7 +21,8 @@ class Chip:
       hbm: bytes of HBM that a program may use.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s received from other chips, all links together.
-      slices: common topologies, smallest first.
+      slices: common topologies (of chips), smallest first.
+      halves: number of jax devices per chip.
     """
 
     kinds: tuple[str, ...]
@@ -30,11 +31,12 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     slices: tuple[str, ...]
+    halves: int = 1
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
         """Return the seconds that compute, memory traffic and interconnect traffic would each take alone.
 
-        `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other chips) are per chip. The
+        `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other devices) are per device. The
         roofline is the maximum of the three, since they overlap.
         """
         return {
@@ -47,12 +49,14 @@ class Chip:
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# Google's "TPU v5e", "TPU v5p" and "TPU v6e" pages (docs.cloud.google.com/tpu/docs): peak compute per chip (bf16), HBM
-# bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction of all links.
+# Google's "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" pages (docs.cloud.google.com/tpu/docs): peak compute per chip
+# (bf16), HBM bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction of all
+# links. TPU7x: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 1,200 GB/s in both directions per chip, split over its halves.
 CHIPS = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819 * GIGA, 1600 * GIGA / 8, _FLAT),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765 * GIGA, 4800 * GIGA / 8, _CUBES),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640 * GIGA, 3200 * GIGA / 8, _FLAT),
+    "tpu7x": Chip(("TPU7x",), 2307e12 / 2, 94.75 * GIB, 3690 * GIGA, 600 * GIGA / 2, _CUBES, halves=2),
 }
 
 
@@ -78,7 +82,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def slice_of(name: str) -> tuple[Chip, int]:
-    """Return the chip type and the number of chips of a slice, such as "v5e:8x8".
+    """Return the chip type and the number of jax devices of a slice, such as "v5e:8x8" (64) or "tpu7x:2x2x1" (8).
 
     Raises UserError if the generation is unknown, or the sizes are not numbers.
     """
@@ -88,4 +92,5 @@ def slice_of(name: str) -> tuple[Chip, int]:
         raise UserError(f"topology {name!r}: unknown TPU (known: {', '.join(CHIPS)}): use for example {examples}")
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
         raise UserError(f"topology {name!r} is not GENERATION:SIZES: use for example {examples}")
-    return CHIPS[generation], math.prod(map(int, grid.split("x")))
+    chip = CHIPS[generation]
+    return chip, chip.halves * math.prod(map(int, grid.split("x")))

@@ -99,8 +99,7 @@ def train_batches(
     seed: int | None = None,
     epochs: int | None = 1,
     drop_remainder: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: np.ndarray | None = None,
     sizes: np.ndarray | None = None,
     group_by: str = "none",
     on_error: str = "stop",
@@ -109,9 +108,9 @@ def train_batches(
     """Return an iterator over this process's rows of every global batch of `batch_size` rows.
 
     The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
-    epochs=None the batches never end; batches continue across epoch borders. Process p takes rows [p, p + 1) *
-    batch_size / process_count, which together are the batch that a single process would read. A last short batch is
-    dropped or filled with padding rows. The iterator's state resumes exactly.
+    epochs=None the batches never end; batches continue across epoch borders. `mine` int[local] are this process's rows
+    (`mesh.rows_of_process`; None: all); those of all processes are the batch that a single process would read. A last
+    short batch is dropped or filled with padding rows. The iterator's state resumes exactly.
 
     `sizes` int[records, 3] (`encoding.measure`) must be equal on all processes and decide the shape of each batch. They
     are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which replaces
@@ -123,14 +122,14 @@ def train_batches(
         raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
     if not records:
         raise UserError("no records to batch: check the data file")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size} must be a positive multiple of the {process_count} processes")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} must be at least 1")
     if drop_remainder and epochs is not None and len(records) * epochs < batch_size:
         raise UserError(
             f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"
         )
-    local = batch_size // process_count
-    check_memory(local, encoder.least_shape, encoder, PREFETCH)
+    mine = np.arange(batch_size) if mine is None else mine
+    check_memory(len(mine), encoder.least_shape, encoder, PREFETCH)
     indices, order = grain.MapDataset.range(len(records)), None
     if sizes is not None and group_by != "none":
         grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed or 0)
@@ -142,13 +141,13 @@ def train_batches(
         _load_rows,
         records=records,
         encoder=encoder,
-        mine=slice(process_index * local, (process_index + 1) * local),
+        mine=mine,
         sizes=sizes,
         skip=on_error == "skip",
         teacher=teacher,
     )
     batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH))
-    return TrainBatches(batches, rows, encoder, sizes, teacher, local)
+    return TrainBatches(batches, rows, encoder, sizes, teacher, len(mine))
 
 
 def _load_rows(
@@ -156,7 +155,7 @@ def _load_rows(
     *,
     records: Sequence[Record],
     encoder: Encoder,
-    mine: slice,
+    mine: np.ndarray,
     sizes: np.ndarray | None,
     skip: bool,
     teacher: TeacherRows | None,
@@ -164,7 +163,7 @@ def _load_rows(
     """Return this process's rows (`mine`) of a global batch of record indices, padded to the batch's shape."""
     real = batch[batch != _PADDING_ROW]
     shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
-    check_memory(mine.stop - mine.start, shape, encoder, 0)
+    check_memory(len(mine), shape, encoder, 0)
     rows, names, skipped = [], [], []
     for index in batch[mine].tolist():
         row, name = None, ""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
@@ -34,7 +34,7 @@ from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.distributed.mesh import from_all
+from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, rows_of_process
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 
@@ -340,7 +340,7 @@ def training_rows(
 
 
 def recovery_batches(
-    rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None
+    rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None, mesh: Mesh | None
 ) -> TrainBatches:
     """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to the rows."""
     return train_batches(
@@ -350,8 +350,7 @@ def recovery_batches(
         seed=seed,
         epochs=None,
         drop_remainder=True,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        mine=rows_of_process(mesh, batch_size),
         threads=data.threads,
         sizes=rows.sizes,
         group_by=data.group_by,
@@ -363,7 +362,7 @@ def recovery_batches(
 @functools.lru_cache(maxsize=2)
 def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int, bar: Bar) -> np.ndarray:
     """Return the sizes of all records (see `measure`); each process measures a share, and all skip the same records."""
-    mine = records[jax.process_index() :: jax.process_count()]
+    mine = records[process_number() :: process_count()]
     with bar("measure records", len(mine)) as progress:
         shares = from_all(
             lambda: measure(mine, encoder, on_error=on_error, threads=threads, progress=progress).tolist()

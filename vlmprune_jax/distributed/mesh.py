@@ -56,7 +56,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
         raise UserError(f"{where}: cannot join the other processes ({reason(error)}): start all processes") from error
     if process_count() > 1:
-        failure.watch(jax.process_index(), jax.process_count())
+        failure.watch(process_number(), process_count())
 
 
 def start_devices() -> None:
@@ -193,9 +193,14 @@ def process_count() -> int:
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
+def process_number() -> int:
+    """Return this process's number in the run; 0 if it is the only one, as under Pathways."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
 def is_main_process() -> bool:
     """Return True in process 0, which writes exports, logs and progress; does not start the accelerator."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    return process_number() == 0
 
 
 def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
@@ -247,7 +252,7 @@ def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException 
     except UserError as error:
         return {"error": str(error)}, None
     except BaseException as error:  # otherwise the others would wait for ever
-        return {"error": f"process {jax.process_index()} failed ({type(error).__name__}: {error})"}, error
+        return {"error": f"process {process_number()} failed ({type(error).__name__}: {error})"}, error
 
 
 def _encoded(result: dict[str, Any]) -> np.ndarray:
@@ -276,3 +281,20 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
     """Return the number of device groups that a batch's rows are split over: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Return which of the `count` rows of a global batch this process loads, int[local], ascending.
+
+    They are the rows of its devices in the mesh: all rows if one process controls all devices (Pathways), and the same
+    rows for processes that share a row group along `tensor`. Raises UserError if the mesh does not divide the rows.
+    """
+    ways = row_ways(mesh)
+    if count < 1 or count % ways:
+        raise UserError(f"batch size {count} must be a positive multiple of data x fsdp = {ways}, which split its rows")
+    if mesh is None:
+        return np.arange(count)
+    local = set(mesh.local_devices)
+    groups = mesh.devices.reshape(ways, -1)
+    own = [group for group in range(ways) if not local.isdisjoint(groups[group])]
+    return np.arange(count).reshape(ways, -1)[own].ravel()

@@ -108,7 +108,7 @@ def planned_step(found: Estimate, n_records: int | None) -> PlannedStep:
     case, config = found.case, found.case.config
     return PlannedStep(
         topology=case.slice.name,
-        chips=len(case.slice.devices),
+        chips=len(case.slice.devices) // case.slice.chip.halves,
         mesh=dict(case.make_mesh().shape),
         student=_size(case.cfg),
         teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),

@@ -41,13 +41,13 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
-    once, split evenly over the slice's chips, without communication. `decode_ms` is interpolated over the parameter
+    once, split evenly over the slice's devices, without communication. `decode_ms` is interpolated over the parameter
     counts of measured models. Raises UserError for a workload that this model cannot have, an unknown slice or dtype.
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
     one_of("budget uneven", budget.uneven, UNEVEN)
     with error_context("prune.budget.slice"):
-        chip, n_chips = slice_of(budget.slice)
+        chip, devices = slice_of(budget.slice)
     images = budget.images if cfg.vision is not None else 0
     if ("flops" in budget.limits or budget.image_tokens) and images * cfg.tokens_per_image > budget.context:
         raise UserError(
@@ -67,7 +67,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
         weights = _total(now, sizes, text) + head // 2
         flops = 2 * _total(now, products, text) + head + _attention_of_token(now.text, context)
         traffic = itemsize * (weights + budget.batch * _cache(now.text, context))
-        seconds = chip.seconds(budget.batch * flops / n_chips, traffic / n_chips, 0)
+        seconds = chip.seconds(budget.batch * flops / devices, traffic / devices, 0)
         return 1000 * max(seconds.values())
 
     def on_disk(now: ModelConfig) -> int:

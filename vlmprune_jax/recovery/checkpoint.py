@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from vlmprune_jax.core.errors import UserError, differences, reason
 from vlmprune_jax.core.files import checked, open_file, reading
-from vlmprune_jax.distributed.mesh import from_all, on_process_zero
+from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count, process_number
 from vlmprune_jax.recovery.step import TrainState
 
 STATE, META = "state", "meta"
@@ -133,12 +133,12 @@ class Checkpointer:
         Streams over global batches (`data.batching`) have the same position on every process, so any number of
         processes can continue them.
         """
-        if len(states) != jax.process_count() and len(set(states)) > 1:
+        if len(states) != process_count() and len(set(states)) > 1:
             raise UserError(
                 f"{self.folder}/{step}: saved by {len(states)} processes at different positions in their data, now "
-                f"there are {jax.process_count()}: continue with {len(states)} processes"
+                f"there are {process_count()}: continue with {len(states)} processes"
             )
-        return _decode(states[jax.process_index() if len(states) == jax.process_count() else 0])
+        return _decode(states[process_number() if len(states) == process_count() else 0])
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         with reading(f"{self.folder}/{step}", _REMEDY):

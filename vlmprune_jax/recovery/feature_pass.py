@@ -18,7 +18,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.images import GRIDS
-from vlmprune_jax.distributed.mesh import from_all, on_process_zero
+from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count, process_number, rows_of_process
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.features import tower_features
@@ -100,14 +100,14 @@ def compute_features(
       UserError: an image cannot be read, the disk is full, or the processes see different folders.
     """
     mine = _share(loader, pictures, on_error)
-    queue, local = _Queue(loader, mine, on_error, threads), batch_size // jax.process_count()
+    queue, local = _Queue(loader, mine, on_error, threads), len(rows_of_process(mesh, batch_size))
     compute, cast = _make_compute(cfg, mesh), jax.tree.map(lambda x: x.astype(loader.dtype), tower)
     try:
         while True:
             shares = from_all(lambda: queue.advance(local))
             if not any(in_progress for in_progress, _ in shares):
                 break
-            progress(len(pictures) - min(queue.left * jax.process_count(), len(pictures)))
+            progress(len(pictures) - min(queue.left * process_count(), len(pictures)))
             tiles = queue.take(local)
             batch = _batch(loader, tiles, local, max(tokens for _, tokens in shares))
             states = local_rows(compute(cast, batch))
@@ -210,7 +210,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
     """Return the pictures that this process computes; those of any size are sorted, to get batches of similar size."""
-    keys, turns = list(pictures), slice(jax.process_index(), None, jax.process_count())
+    keys, turns = list(pictures), slice(process_number(), None, process_count())
 
     def count() -> list[int]:
         return [_attempt(functools.partial(loader.count, pictures[key]), 0, on_error) for key in keys[turns]]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.errors import Stopped, UserError
 from vlmprune_jax.data.batching import Kind
+from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
@@ -213,7 +214,7 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: the training data ended after {step} steps: set fewer steps, or pass more epochs of data"
         )
-    rows = config.batch_size // jax.process_count()
+    rows = len(rows_of_process(run.mesh, config.batch_size))
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
         raise UserError(

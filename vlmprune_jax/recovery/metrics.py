@@ -18,7 +18,7 @@ from vlmprune_jax.core.chips import peak_flops
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, checked, read_json_lines, replacing
 from vlmprune_jax.core.links import check_links
-from vlmprune_jax.distributed.mesh import from_all, is_main_process
+from vlmprune_jax.distributed.mesh import from_all, is_main_process, process_number
 from vlmprune_jax.recovery.loggers import LOGGERS, Logger
 
 METRICS_FILE = "metrics.jsonl"
@@ -65,7 +65,7 @@ class Recorder:
         self._steady: float | None = None
         self._file, self._loggers = None, list[Logger]()
         self._skipped = 0
-        self._skipped_file = None if folder is None else folder / f"skipped-{jax.process_index()}.jsonl"
+        self._skipped_file = None if folder is None else folder / f"skipped-{process_number()}.jsonl"
         if folder is not None:
             check_links(folder)  # TensorBoard writes through them
         if self._skipped_file is not None:
@@ -170,7 +170,7 @@ class Recorder:
         listed = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more" if len(ids) > LISTED_IDS else "")
         where = ""
         if self._folder is not None:
-            path = self._folder / f"nonfinite-{jax.process_index()}.json"
+            path = self._folder / f"nonfinite-{process_number()}.json"
             metrics = {name: str(value) for name, value in values.items()}
             with replacing(path) as file:
                 file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())

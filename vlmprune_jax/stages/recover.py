@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import msgspec
 import numpy as np
 
@@ -25,7 +24,7 @@ from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
-from vlmprune_jax.distributed.mesh import on_process_zero, row_ways
+from vlmprune_jax.distributed.mesh import on_process_zero, row_ways, rows_of_process
 from vlmprune_jax.experiment.arguments import recover_config
 from vlmprune_jax.experiment.spec import RecoverSpec, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
@@ -172,7 +171,9 @@ def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
     student = recovery.student.load(parts)
     model, summary = recover(
         student,
-        inputs.recovery_batches(rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught),
+        inputs.recovery_batches(
+            rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught, mesh=recovery.mesh
+        ),
         config,
         teacher=recovery.teacher.load(parts) if ready.runs_teacher else None,
         plan=recovery.plan,
@@ -267,29 +268,26 @@ def cached_teacher(
     if not todo:
         return rows
     on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
+    mine = rows_of_process(recovery.mesh, size)
     batches = train_batches(
         [training.records[number] for number in todo],
         training.encoder,
         batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        mine=mine,
         threads=data.threads,
         sizes=None if training.sizes is None else training.sizes[todo],
         on_error=data.on_error,
     )
-    local, teacher = (
-        size // jax.process_count(),
-        trim_vocabulary(recovery.teacher.load(parts), recovery.plan.vocabulary),
-    )
+    teacher = trim_vocabulary(recovery.teacher.load(parts), recovery.plan.vocabulary)
     found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=recovery.mesh)
     try:
         with recovery.context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
             for done, (batch, ids, logprobs) in enumerate(found, start=1):
-                first = (done - 1) * size + jax.process_index() * local
+                first = (done - 1) * size
                 for place, name in enumerate(batch.record_ids):
                     if name:
                         row = {key: array[place] for key, array in batch.arrays.items()}
-                        rows.keep(training.records[todo[first + place]], row, ids[place], logprobs[place])
+                        rows.keep(training.records[todo[first + mine[place]]], row, ids[place], logprobs[place])
                 progress(done)
     except Stopped:
         cache.publish()
