@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from vlmprune_jax.core.errors import UserError, differences
 from vlmprune_jax.core.files import read_json, reading, replacing
 from vlmprune_jax.core.weight_files import FILE_DTYPES, Entry, read_header
-from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count
+from vlmprune_jax.distributed.mesh import from_all, is_main_process, on_process_zero, process_count
 
 IDENTITY, SUFFIX = "cache.json", ".safetensors"
 VERSION = 1  # of the file layout
@@ -96,6 +96,18 @@ class ArrayCache:
                 self._open(shards, process)
 
         from_all(open_all)
+
+    def recorded(self, keys: Collection[str], compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return `compute()`, arrays under `keys` and the same on all processes, or the cached ones if all are there.
+
+        Every process must call it in step; process 0 writes.
+        """
+        if self.missing(keys):
+            arrays = compute()
+            if is_main_process():
+                self.add(arrays)
+            self.publish()
+        return {key: self[key] for key in keys}
 
     def _begin(self) -> list[str]:
         """Check the cache folder, or create it, and return the names of its shards (process 0)."""

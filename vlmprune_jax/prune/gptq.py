@@ -5,7 +5,7 @@ With G = R^T R, R upper triangular, columns are rounded from the last to the fir
 those rounded before it: column j is rounded at w_j + sum_k>j R_jk (w_k - q_k) / R_jj. (Babai's nearest plane, which
 equals GPTQ without an inverse.) Columns with the largest weight come first.
 
-Layer by layer, the stream of the model rounded so far is on the host, and one layer and a batch on the device, as in
+Layer by layer, the stream of the model rounded so far is on the hosts, and one layer and a batch on the devices, as in
 `reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
 weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
 
@@ -30,7 +30,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
+from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
@@ -40,7 +42,7 @@ from vlmprune_jax.models.block import READERS, WRITERS
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
-from vlmprune_jax.prune.layers import Given, Layer, run_block
+from vlmprune_jax.prune.layers import Given, Layer, run_block, streamed, to_devices
 from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
 
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
@@ -80,6 +82,7 @@ def gptq(
     symmetric: bool = True,
     dtype: str = "bfloat16",
     progress: Callable[[int], None] | None = None,
+    cache: ArrayCache | None = None,
     **options: Any,
 ) -> Rounded:
     """Quantise a decoder's matrices by GPTQ (error compensation); pass the result to `save(..., storage=...)`.
@@ -89,6 +92,7 @@ def gptq(
       batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
       quantize, group_size, symmetric, dtype: as in `save`.
       progress: called with the number of finished layers.
+      cache: keeps the codes of finished layers, to continue after an interruption.
       weights: weights of the calibration tokens; `options` override single ones.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
@@ -104,7 +108,7 @@ def gptq(
 
     def round_layer(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
         held = [parts for parts in by_key(slots).values() if storage.holds(parts[0].name, parts[0].hf_shape)]
-        found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype])
+        found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype], cache)
         codes.update(found)
         return dataclasses.replace(layer, params=layer.params | params)
 
@@ -118,6 +122,7 @@ def importance(
     weights: TokenWeights | None = None,
     *,
     progress: Callable[[int], None] | None = None,
+    cache: ArrayCache | None = None,
     **options: Any,
 ) -> Importance:
     """Return the mean squared inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
@@ -128,7 +133,14 @@ def importance(
     sums: dict[str, np.ndarray] = {}
 
     def add_squares(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
-        found = finite_sums(_squares, layer, steps, "importance")
+        keys = {f"{layer.number}/{name}": name for name in READERS}
+
+        def compute() -> dict[str, np.ndarray]:
+            sums = finite_sums(_squares, layer, steps, "importance")
+            return {key: sums[name] for key, name in keys.items()}
+
+        arrays = compute() if cache is None else cache.recorded(keys, compute)
+        found = {name: arrays[key] for key, name in keys.items()}
         sums.update({slot.name: found[layer.block.reader_of(inside(slot))] for slot in slots})
         return layer
 
@@ -159,8 +171,9 @@ def _pass_layers(
         for number in range(len(cfg.text.layers)):
             matrices = [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
             layer = visit(Layer.of(model, "text", number), matrices, steps)
-            for step in steps:
-                step.ours, step.shared_ours = layer.run(step.ours, step.given(number))
+            after = streamed(lambda step: layer.run(step.ours, step.given(number)), steps)  # noqa: B023
+            for step, (x, shared) in zip(steps, after, strict=True):
+                step.ours, step.shared_ours = x, shared
             if progress is not None:
                 progress(number + 1)
     return steps
@@ -172,29 +185,41 @@ def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) 
     checked = list(calibration_batches(batches, model.cfg, labels=False))
     steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
     positive(len(steps))
-    for step in steps:
-        step.ours, step.added_ours = embedded(step, model)
+    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, model), steps), strict=True):
+        step.ours, step.added_ours = x, added
     return steps
 
 
 def _round_layer(
-    layer: Layer, held: Sequence[Sequence[Slot]], steps: Sequence[Step], storage: CompressedTensors, dtype: np.dtype
+    layer: Layer,
+    held: Sequence[Sequence[Slot]],
+    steps: Sequence[Step],
+    storage: CompressedTensors,
+    dtype: np.dtype,
+    cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
     """Quantise a layer's matrices; return (tensors by path, the layer's new parameters)."""
-    sums = finite_sums(_sums, layer, steps, "gptq")
+    by_input = {tap: [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap] for tap in READERS}
+    # matrices with one input share its sums: one factor, one pass over the columns
+    slots_of = {tap: [slot for parts in matrices for slot in parts] for tap, matrices in by_input.items() if matrices}
+
+    def compute() -> dict[str, np.ndarray]:
+        sums, arrays = finite_sums(_sums, layer, steps, "gptq"), dict[str, np.ndarray]()
+        for tap, slots in slots_of.items():
+            values = np.concatenate(
+                [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
+            )
+            scale, zeros = storage.grid(values, dtype)
+            parts = compensated(values, sums[tap], storage, scale, zeros), scale, zeros
+            arrays |= dict(zip(_keys(layer, tap), parts, strict=True))
+        return arrays
+
+    keys = [key for tap in slots_of for key in _keys(layer, tap)]
+    arrays = compute() if cache is None else cache.recorded(keys, compute)
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for tap in READERS:
-        matrices = [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap]
-        if not matrices:
-            continue
-        # matrices with one input share its sums: one factor, one pass over the columns
-        slots = [slot for parts in matrices for slot in parts]
-        values = np.concatenate(
-            [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
-        )
-        scale, zeros = storage.grid(values, dtype)
-        found = compensated(values, sums[tap], storage, scale, zeros)
-        size = values.shape[1] // scale.shape[1]
+    for tap in slots_of:
+        matrices, (found, scale, zeros) = by_input[tap], (arrays[key] for key in _keys(layer, tap))
+        size = found.shape[1] // scale.shape[1]
         values = (found - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
         end = 0
         for parts in matrices:
@@ -205,6 +230,10 @@ def _round_layer(
                 new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
                 params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
     return codes, params
+
+
+def _keys(layer: Layer, tap: str) -> tuple[str, str, str]:
+    return f"{layer.number}/{tap}/codes", f"{layer.number}/{tap}/scale", f"{layer.number}/{tap}/zeros"
 
 
 def compensated(
@@ -254,7 +283,7 @@ def _sums(
         weighted = read * jnp.where(weight > 0, scale(name), 0.0)[..., None]
         return jnp.einsum("bsi,bsj->ij", weighted, read, precision="highest")
 
-    return {name: gram(name) for name in READERS}
+    return {name: constrain(gram(name), ()) for name in READERS}
 
 
 def finite_sums(
@@ -265,12 +294,15 @@ def finite_sums(
     Raises UserError if the sums of a row are not finite.
     """
     totals: dict[str, np.ndarray] = {}
-    for step in steps:
-        placed, given = place_batch({"x": step.ours, "weight": step.weight}, layer.mesh), step.given(layer.number)
-        for name, one in sums(
-            layer.params, **placed, given=given.placed(layer.mesh), stack=layer.stack, cfg=layer.cfg
-        ).items():
-            own = np.asarray(gather_to_host(one), np.float64)
+
+    def of_rows(step: Step) -> dict[str, jax.Array]:
+        weight = place_batch({"weight": step.weight}, layer.mesh)["weight"]
+        given = step.given(layer.number).placed(layer.mesh)
+        return sums(layer.params, to_devices(step.ours), weight, given, stack=layer.stack, cfg=layer.cfg)
+
+    for step, found in zip(steps, streamed(of_rows, steps), strict=True):
+        for name, one in found.items():
+            own = np.asarray(one, np.float64)
             if not np.isfinite(own).all():
                 raise UserError(
                     f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
@@ -290,4 +322,4 @@ def _squares(
         read = values[name].reshape(*x.shape[:2], -1)
         return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
 
-    return {name: of(name) for name in READERS}
+    return {name: constrain(of(name), ()) for name in READERS}

@@ -1,12 +1,16 @@
-"""One layer of a stack at a time, in float32: its effect on the residual stream, and the same with other weights."""
+"""One layer of a stack at a time, in float32: its effect on the residual stream, and the same with other weights.
+
+Between layers the streams are in the memory of the hosts of their devices, each host with its devices' rows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +19,44 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.stack import Stack, runs
 from vlmprune_jax.distributed.mesh import gather_to_host
+from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import KEYS, WRITERS, Block
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
 
 Shared = Mapping[int, tuple[Any, Any]]  # window -> keys and values for layers that have none
+T = TypeVar("T")
+R = TypeVar("R")
+_AHEAD = 2  # results that are on the devices at a time, besides the one that is computed
+
+
+def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `compute(item)`, arrays on the devices, moved to host memory.
+
+    Copies overlap with the arithmetic of the following items. All processes call it in step.
+    """
+    pending = deque[R]()
+    for item in items:
+        pending.append(jax.tree.map(to_hosts, compute(item)))
+        if len(pending) > _AHEAD:
+            yield jax.block_until_ready(pending.popleft())
+    while pending:
+        yield jax.block_until_ready(pending.popleft())
+
+
+def to_hosts(x: jax.Array) -> jax.Array:
+    """Return the array in the memory of its devices' hosts, without waiting; on CPUs the array itself."""
+    if jax.default_backend() == "cpu":
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+
+def to_devices(x: Any) -> jax.Array:
+    """Return the array in the memory of its devices (undoes `to_hosts`); one of numpy on the default device."""
+    if isinstance(x, np.ndarray):
+        return jnp.asarray(x)
+    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 class Given(NamedTuple):
@@ -36,12 +72,8 @@ class Given(NamedTuple):
 
     def placed(self, mesh: Mesh | None) -> Given:
         """Return a copy on the device, or split over a mesh."""
-
-        def put(array: Any) -> Any:
-            return place_batch({"x": array}, mesh)["x"]
-
-        keys = {size: (put(k), put(v)) for size, (k, v) in self.shared.items()}
-        return Given(place_batch(self.arrays, mesh), put(self.added), keys)
+        keys = {size: (to_devices(k), to_devices(v)) for size, (k, v) in self.shared.items()}
+        return Given(place_batch(self.arrays, mesh), None if self.added is None else to_devices(self.added), keys)
 
 
 class Streams(NamedTuple):
@@ -92,21 +124,16 @@ class Layer:
         """NNX module that computes the layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
-    def run(self, x: np.ndarray, given: Given) -> tuple[np.ndarray, Shared]:
+    def run(self, x: jax.Array, given: Given) -> tuple[jax.Array, Shared]:
         """Return the residual stream after the layer, and the keys and values for layers that follow."""
-        found = self._pass(x, given)
-        after, keys = jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), (found.after, found.shared))
-        return after, {**given.shared, **keys}
+        found = self.streams(x, given)
+        return found.after, found.shared
 
-    def streams(self, x: np.ndarray, given: Given) -> Streams:
+    def streams(self, x: jax.Array, given: Given) -> Streams:
         """Return the residual stream after the layer, and between its attention and MLP."""
-        found = jax.tree.map(lambda leaf: np.array(gather_to_host(leaf)), self._pass(x, given))
+        placed, sizes = given.placed(self.mesh), {"stack": self.stack, "cfg": self.cfg, "shares": self.shares}
+        found = _streams(self.params, to_devices(x), placed, **sizes)
         return found._replace(shared={**given.shared, **found.shared})
-
-    def _pass(self, x: np.ndarray, given: Given) -> Streams:
-        placed = place_batch({"x": x}, self.mesh)["x"]
-        placed_given = given.placed(self.mesh)
-        return _streams(self.params, placed, placed_given, stack=self.stack, cfg=self.cfg, shares=self.shares)
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
         """Return a copy with a correction float32[in (+ 1 with a bias), embed] added to a projection into the stream.
@@ -170,7 +197,8 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
     norms = {name: block.norm_after(name) for name in WRITERS}
     statistics = {name: norm.statistics(values[f"{name}_out"]) for name, norm in norms.items() if norm is not None}
     keys: dict[int, Any] = {cfg.layers[0].window or 0: values[KEYS]} if shares else {}
-    return Streams(after, values["middle"], statistics, keys)
+    found = Streams(after, values["middle"], statistics, keys)
+    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), found)
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:

@@ -20,7 +20,7 @@ import optax
 from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.models.vlm import place_batch
-from vlmprune_jax.prune.layers import Given, Layer, run_block
+from vlmprune_jax.prune.layers import Given, Layer, run_block, to_devices
 from vlmprune_jax.prune.steps import Step
 
 RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # 1e-3 is harmful
@@ -55,6 +55,9 @@ def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
     """Return a step's rows in parts of `size`: streams, token weights and the layer's other inputs."""
     arrays = {"x": step.ours, "target": step.dense, "weight": step.weight, "given": step.given(place)}
     count = len(step.weight)
+    if size >= count:
+        return [arrays] if step.weight.any() else []
+    arrays = jax.tree.map(np.asarray, arrays)  # on a CPU without a copy
     parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + size], arrays) for at in range(0, count, size)]
     return [part for part in parts if part["weight"].any()]
 
@@ -75,8 +78,12 @@ def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.nda
     total, stack, cfg = EPOCHS * len(fitted), layer.stack, layer.cfg
 
     def placed(part: dict[str, Any]) -> dict[str, Any]:
-        arrays = place_batch({name: part[name] for name in ("x", "target", "weight")}, layer.mesh)
-        return {**arrays, "given": part["given"].placed(layer.mesh)}
+        streams = {name: to_devices(part[name]) for name in ("x", "target")}
+        return {
+            **streams,
+            **place_batch({"weight": part["weight"]}, layer.mesh),
+            "given": part["given"].placed(layer.mesh),
+        }
 
     def held_out_error(params: Any) -> float:
         return sum(float(_error(params, **placed(part), stack=stack, cfg=cfg)) for part in held) / tokens
@@ -104,6 +111,6 @@ def replaced(layer: Layer, vector: np.ndarray) -> Layer:
     params, at = dict[str, jax.Array](), 0
     for path in sorted(layer.params):
         old = layer.params[path]
-        new = jnp.asarray(vector[at : at + old.size].reshape(old.shape)).astype(layer.dtype).astype(jnp.float32)
+        new = vector[at : at + old.size].reshape(old.shape).astype(layer.dtype).astype(np.float32)
         params[path], at = jax.device_put(new, old.sharding), at + old.size
     return dataclasses.replace(layer, params=params, changed_paths=tuple(params))

@@ -18,8 +18,8 @@ import numpy as np
 from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.models.vlm import place_batch
-from vlmprune_jax.prune.layers import Given, Layer, run_block
-from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
+from vlmprune_jax.prune.layers import Given, Layer, run_block, streamed, to_devices
+from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.steps import Step
 
@@ -45,7 +45,7 @@ def can_read(layer: Layer, reader: str) -> bool:
 
 
 def reader_change(
-    layer: Layer, reader: str, steps: Sequence[Step], dense: Sequence[np.ndarray], place: int, *, refit: bool
+    layer: Layer, reader: str, steps: Sequence[Step], dense: Sequence[jax.Array], place: int, *, refit: bool
 ) -> tuple[np.ndarray, float] | None:
     """Return (D, float32[embed, embed], its ridge) for `Layer.reading`; None if none lowers the held-out error.
 
@@ -54,15 +54,20 @@ def reader_change(
       place: the layer's number among those that are left.
       refit: solve again on all rows after the ridge is chosen.
     """
-    totals = dict[bool, Sums]()
-    for step, target in zip(steps, dense, strict=True):
-        placed = place_batch({"x": step.ours, "dense": target, "weight": step.weight}, layer.mesh)
-        given = step.given(place).placed(layer.mesh)
-        sums = _sums(layer.params, **placed, given=given, stack=layer.stack, cfg=layer.cfg, reader=reader)
-        known = totals.get(step.held_out)
-        totals[step.held_out] = sums if known is None else jax.tree.map(jnp.add, known, sums)
-    fit, held = totals[False], totals[True]
-    errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
+    totals = dict[bool, Any]()
+
+    def add(pair: tuple[Step, jax.Array]) -> jax.Array:
+        step, (x, target) = pair[0], map(to_devices, (pair[0].ours, pair[1]))
+        weight, given = place_batch({"weight": step.weight}, layer.mesh)["weight"], step.given(place).placed(layer.mesh)
+        sums = _sums(layer.params, x, target, weight, given, stack=layer.stack, cfg=layer.cfg, reader=reader)
+        known, parts = totals.get(step.held_out), (sums.gram, sums.cross)
+        totals[step.held_out] = parts if known is None else add_into(known, parts)
+        return sums.energy
+
+    for _ in streamed(add, zip(steps, dense, strict=True)):
+        pass
+    fit, held = (Sums(gram, cross, np.float32(0)) for gram, cross in (totals[False], totals[True]))
+    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
     best = int(np.nanargmin(np.append(errors, 0.0)))
     if best == len(RIDGES):
         return None

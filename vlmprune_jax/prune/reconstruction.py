@@ -14,9 +14,10 @@ is an affine map, which scales x and r. The reported error is always that of the
 The tower is reconstructed before the decoder, over the positions of all images with equal weight; the decoder then
 reads the features of the reconstructed tower, and its dense stream those of the dense tower.
 
-The residual streams of the dense and of the pruned model are on the host, float32[rows, seq, embed] each, of a tower
+The residual streams of the dense and of the pruned model are on the hosts, float32[rows, seq, embed] each, of a tower
 float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer to
-whose output features of the tower are added (Qwen3-VL: three). On the device are one layer of either model, the
+whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums are
+reduced over the mesh. On the device are one layer of either model, the
 activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed],
 of fitted and held-out rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the
 next norm: otherwise the few tokens with a massive residual would dominate.
@@ -46,11 +47,11 @@ from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.kept import KeptStack
-from vlmprune_jax.prune.layers import Layer, run_block, with_layers
+from vlmprune_jax.prune.layers import Layer, Streams, run_block, streamed, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
-from vlmprune_jax.prune.ridge import RIDGES, Sums, held_out_errors
+from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
@@ -127,11 +128,12 @@ def reconstruct(
 
 def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
     """Compute the inputs of a stack's first layer, and deepstack additions, for the unpruned and the pruned model."""
-    for step in steps:
-        step.dense, step.added_dense = embedded(step, teacher)
-        step.ours, ours = embedded(step, pruned)
-        same = step.added_dense is not None and ours is not None and np.array_equal(step.added_dense, ours)
-        step.added_ours = step.added_dense if same else ours  # of one tower: in memory once
+    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, teacher), steps), strict=True):
+        step.dense, step.added_dense = x, added
+    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, pruned), steps), strict=True):
+        pairs = zip(step.added_dense, added, strict=True)
+        same = all(bool(jnp.array_equal(to_devices(dense), to_devices(ours))) for dense, ours in pairs)
+        step.ours, step.added_ours = x, step.added_dense if same else added  # of one tower: in memory once
 
 
 def _solve(
@@ -147,10 +149,10 @@ def _solve(
     """Return the new parameters of a stack's layers, by number and path, and a report per weight."""
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
     reads = _reads(config, kept)
-    _advance(steps, teacher, stack, range(kept.kept_layers[0]))
+    _advance(steps, teacher, stack, range(kept.kept_layers[0]), middle=False)
     for number, (first, end) in enumerate(_spans(kept)):
         before = [step.dense for step in steps] if reads else []
-        _advance(steps, teacher, stack, range(first, end))
+        _advance(steps, teacher, stack, range(first, end), middle=reads or "o_proj" in _modules(kept, number))
         layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
         for module in WRITERS:
             key, lost = f"{stack}/{number}/{module}", module in _modules(kept, number)
@@ -175,8 +177,9 @@ def _solve(
                 layer = replaced(layer, vector)
         if layer.changed_paths:
             solved[number] = layer.written
-        for step in steps:
-            step.ours, step.shared_ours = layer.run(step.ours, step.given(number))
+        after = streamed(lambda step: layer.run(step.ours, step.given(number)), steps)  # noqa: B023
+        for step, (x, shared) in zip(steps, after, strict=True):
+            step.ours, step.shared_ours = x, shared
         tick()
     return solved, report
 
@@ -192,7 +195,7 @@ def _read(
     layer: Layer,
     module: str,
     steps: Sequence[Step],
-    dense: Sequence[np.ndarray],
+    dense: Sequence[jax.Array],
     place: int,
     *,
     lost: bool,
@@ -243,16 +246,19 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     return [module for module in WRITERS if lost[module]]
 
 
-def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range) -> None:
-    """Run the unpruned model's streams through these layers, and store the stream in the middle of the first."""
+def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:
+    """Run the unpruned model's streams through these layers, and store the first's statistics and perhaps `middle`."""
     for number in layers:
-        layer = Layer.of(teacher, stack, number)
-        for step in steps:
-            given = step.given(number, dense=True)
-            if number == layers.start:
-                step.dense, step.middle, step.statistics, step.shared_dense = layer.streams(step.dense, given)
-            else:
-                step.dense, step.shared_dense = layer.run(step.dense, given)
+        layer, first = Layer.of(teacher, stack, number), number == layers.start
+
+        def passed(step: Step, layer: Layer = layer, middle: bool = first and middle) -> Streams:
+            streams = layer.streams(step.dense, step.given(layer.number, dense=True))
+            return streams if middle else streams._replace(middle=None)
+
+        for step, streams in zip(steps, streamed(passed, steps), strict=True):
+            step.dense, step.shared_dense = streams.after, streams.shared
+            if first:
+                step.middle, step.statistics = streams.middle, streams.statistics
 
 
 class _Store:
@@ -267,14 +273,16 @@ class _Store:
         """Return (weight correction or None, its report), cached or just solved; every process must call it."""
         if self._cache is None:
             return solve()
-        if self._cache.missing([key]):
+
+        def arrays() -> dict[str, np.ndarray]:
             change, told = solve()
             facts = [math.nan if told["ridge"] is None else told["ridge"], told["error_before"], told["error_after"]]
-            self._cache.add({key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change})
-            self._cache.publish()
-        ridge, before, after = self._cache[key].tolist()
+            return {key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change}
+
+        found = self._cache.recorded([key, f"{key}/change"], arrays)
+        ridge, before, after = found[key].tolist()
         told = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
-        return (None if told["ridge"] is None else self._cache[f"{key}/change"]), told
+        return (None if told["ridge"] is None else found[f"{key}/change"]), told
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))
@@ -318,7 +326,7 @@ def solve_for(
     fitted, held_out = ([one for one in steps if one.held_out == out] for out in (False, True))
     fit, held = (_total(layer, module, part, place) for part in (fitted, held_out))
     stream = layer.cfg.hidden_size * float(sum(one.weight.sum() for one in held_out))
-    errors = np.asarray(held_out_errors(fit, held, jnp.asarray(RIDGES, jnp.float32)), np.float64)
+    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
     best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
     unchanged = {"ridge": None, "error_before": before, "error_after": before}
     if best == len(RIDGES):
@@ -335,20 +343,28 @@ def solve_for(
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
     """Return the least-squares sums over all rows of these steps (see `ridge.Sums`)."""
-    totals = None
-    for step in steps:
-        target = step.middle if module == "o_proj" else step.dense
-        arrays = {"x": step.ours, "target": target, "weight": step.weight, "statistics": step.statistics.get(module)}
-        placed, given = place_batch(arrays, layer.mesh), step.given(place).placed(layer.mesh)
-        sums = _sums(layer.params, **placed, given=given, stack=layer.stack, cfg=layer.cfg, module=module)
-        energy = np.asarray(sums.energy)
+    totals, energies = None, np.float32(0)
+
+    def add(step: Step) -> jax.Array:
+        nonlocal totals
+        streams = (step.ours, step.middle if module == "o_proj" else step.dense, step.statistics.get(module))
+        x, target, statistics = jax.tree.map(to_devices, streams)
+        weight, given = place_batch({"weight": step.weight}, layer.mesh)["weight"], step.given(place).placed(layer.mesh)
+        sums = _sums(
+            layer.params, x, target, weight, statistics, given, stack=layer.stack, cfg=layer.cfg, module=module
+        )
+        parts = sums.gram, sums.cross
+        totals = parts if totals is None else add_into(totals, parts)
+        return sums.energy
+
+    for step, sums_of_rows in zip(steps, streamed(add, steps), strict=True):
+        energy = np.asarray(sums_of_rows)
         wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:
             raise UserError(
                 f"reconstruct: activations behind {module} of layer {layer.number} are not finite in "
                 f"{', '.join(sorted(wrong)[:5])} of the calibration batches: check these records and the weights"
             )
-        sums = sums._replace(energy=jnp.asarray(energy.sum()))
-        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+        energies += energy.sum()
     assert totals is not None
-    return totals
+    return Sums(*totals, energies)

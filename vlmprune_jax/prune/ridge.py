@@ -8,6 +8,7 @@ entries.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,13 @@ class Sums(NamedTuple):
 
     gram: jax.Array
     cross: jax.Array
-    energy: jax.Array
+    energy: Any
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_into(totals: Any, parts: Any) -> Any:
+    """Return the sum of two trees of arrays, in the memory of the first."""
+    return jax.tree.map(jnp.add, totals, parts)
 
 
 @jax.jit

@@ -1,4 +1,7 @@
-"""Calibration rows on their way through a stack layer by layer: a few at a time, between layers on the host."""
+"""Calibration rows on their way through a stack layer by layer: a few at a time, between layers on the hosts.
+
+Every process has the inputs of all rows; the streams of a row are where its devices are (`layers.to_hosts`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
@@ -25,14 +27,13 @@ from vlmprune_jax.prune.layers import Given, Shared
 
 @dataclasses.dataclass
 class Step:
-    """Rows processed together on the device, and the streams of both models: float32[rows, seq, embed] on the host.
+    """Rows processed together on the devices, and the streams of both models: float32[rows, seq, embed].
 
     `inputs`: ids and images that the models embed. `context`: arrays for `BlockStack.context_of`. `weight`:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
     where there is none. `middle`, `statistics`: of the dense model's layer at work, see `layers.Streams`.
-    `added_dense`, `added_ours`: float32[n, rows, seq, embed], added to the outputs of the first n layers of either
-    model, whatever their number in the other, or the layers' own inputs. `shared_dense`, `shared_ours`: keys and values
-    of the layers so far.
+    `added_dense`, `added_ours`: added to the outputs of the first layers of either model, whatever their number in the
+    other, or the layers' own inputs. `shared_dense`, `shared_ours`: keys and values of the layers so far.
     """
 
     inputs: dict[str, Any]
@@ -41,19 +42,19 @@ class Step:
     names: list[str]
     held_out: bool
     labels: np.ndarray | None = None
-    dense: np.ndarray = dataclasses.field(init=False)
-    ours: np.ndarray = dataclasses.field(init=False)
-    middle: np.ndarray = dataclasses.field(init=False)
-    statistics: dict[str, np.ndarray] = dataclasses.field(init=False)
-    added_dense: np.ndarray | None = dataclasses.field(init=False, default=None)
-    added_ours: np.ndarray | None = dataclasses.field(init=False, default=None)
+    dense: jax.Array = dataclasses.field(init=False)
+    ours: jax.Array = dataclasses.field(init=False)
+    middle: jax.Array = dataclasses.field(init=False)
+    statistics: dict[str, jax.Array] = dataclasses.field(init=False)
+    added_dense: tuple[jax.Array, ...] = ()
+    added_ours: tuple[jax.Array, ...] = ()
     shared_dense: Shared = dataclasses.field(init=False, default_factory=dict)
     shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
         """Return the inputs besides the stream for layer `place` of the pruned (or with `dense` the unpruned) model."""
         added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
-        return Given(self.context, None if added is None or place >= len(added) else added[place], shared)
+        return Given(self.context, added[place] if place < len(added) else None, shared)
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
@@ -183,15 +184,14 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tu
 STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": image_steps}
 
 
-def embedded(step: Step, model: Model) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (stream before the first layer, deepstack additions or None) for a step's rows or images."""
+def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return (stream before the first layer, deepstack additions per layer) for a step's rows or images."""
     placed = place_batch(step.inputs, mesh_of(model.params))
-    x, added = _embed(model.params, placed, cfg=model.cfg)
-    return np.array(gather_to_host(x)), None if added is None else np.array(gather_to_host(added))
+    return _embed(model.params, placed, cfg=model.cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _embed(params: Any, inputs: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
+def _embed(params: Any, inputs: Any, *, cfg: ModelConfig) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     module, added = to_nnx(Model(params, cfg)), None
     if "input_ids" not in inputs:
         dtype = jax.tree.leaves(params["vision"])[0].dtype
@@ -199,6 +199,6 @@ def _embed(params: Any, inputs: Any, *, cfg: ModelConfig) -> tuple[jax.Array, ja
     else:
         grid = inputs["image_grid_thw"]
         x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
-    if added is not None:
-        added = constrain(added.astype(jnp.float32), (None, *STREAM))
-    return constrain(x.astype(jnp.float32), STREAM), added
+    parts = () if added is None else tuple(added)
+    x, *rest = (constrain(part.astype(jnp.float32), STREAM) for part in (x, *parts))
+    return x, tuple(rest)

@@ -9,6 +9,7 @@ import msgspec
 
 from vlmprune_jax.core.files import Finite
 from vlmprune_jax.data import inputs
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import export_options, image_tokens
@@ -88,8 +89,11 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 
 
 def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
-    """Compute a calibration on the records of section `reconstruct`, with its token weights."""
+    """Compute a calibration on the records of section `reconstruct`; an interrupted one continues at the next layer."""
     batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
+    settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
+    made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
+    cache = ArrayCache(work.folder / ".calibrated.parts", made_from)
     with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
         function = CALIBRATIONS[calibration.function]
-        return function(model, batches, repair, progress=progress, **calibration.settings)
+        return function(model, batches, repair, progress=progress, cache=cache, **calibration.settings)

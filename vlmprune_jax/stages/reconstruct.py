@@ -55,7 +55,7 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
             batches,
             spec,
             progress=progress,
-            cache=ArrayCache(work.folder / ".reconstructed.parts", {"settings": settings, "mesh": vars(work.mesh)}),
+            cache=ArrayCache(work.folder / ".reconstructed.parts", {"settings": settings}),
         )
     work.save(model)
     modules = msgspec.convert(reports, list[Repaired])

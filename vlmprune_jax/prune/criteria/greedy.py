@@ -1,7 +1,7 @@
 """Whole layers by greedy search: each round removes the layer without which the labels are predicted best.
 
 Each round runs the calibration rows from the layer on trial to the end; the inputs of every kept layer stay on the
-host, float32[rows, seq, embed]. After the first round only the layers that cost least at their last trial are tried
+hosts, float32[rows, seq, embed]. After the first round only the layers that cost least at their last trial are tried
 again, since removing one layer seldom makes another cheaper. `solved` closes every trial cut as `reconstruct` would
 (least squares in the layer before it), and so searches for the best model after reconstruction.
 """
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
@@ -26,12 +27,12 @@ from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
-from vlmprune_jax.prune.layers import Layer, Shared
+from vlmprune_jax.prune.layers import Layer, Shared, streamed, to_devices
 from vlmprune_jax.prune.reconstruction import solve_for
 from vlmprune_jax.prune.steps import Step, embedded, row_steps
 
 _CHUNK = 256  # positions whose float32 logits exist at once
-States = list[tuple[np.ndarray, Shared]]  # of the steps: stream float32[rows, seq, embed], keys for later layers
+States = list[tuple[jax.Array, Shared]]  # of the steps: stream float32[rows, seq, embed], keys for later layers
 
 
 def greedy_loss(
@@ -42,6 +43,7 @@ def greedy_loss(
     solved: bool,
     candidates: int,
     search: int | None,
+    cache: ArrayCache | None,
 ) -> Parts:
     """Return float64[n_layers], the order in which greedily removing layers raises the cross-entropy least.
 
@@ -51,6 +53,7 @@ def greedy_loss(
       solved: close every cut by least squares before it is judged.
       candidates: number of layers tried in each round but the first, those with the lowest cost at their last trial.
       search: number of layers to search for, default half; the others follow by their last cost.
+      cache: keeps the loss of every trial, for an interrupted search to continue from.
 
     Raises:
       UserError: options out of range, too few rows to solve for, or a loss that is not finite.
@@ -72,7 +75,7 @@ def greedy_loss(
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
             for layer in tried:
-                costs[layer] = cut.loss_without(layer) - loss
+                costs[layer] = _recorded(cache, f"{done}/{layer}", functools.partial(cut.loss_without, layer)) - loss
                 if progress is not None:
                     progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
             cheapest = min(tried, key=lambda layer: costs[layer])
@@ -89,6 +92,12 @@ def greedy_loss(
     return {"importance": importance}
 
 
+def _recorded(cache: ArrayCache | None, key: str, compute: Callable[[], float]) -> float:
+    if cache is None:
+        return compute()
+    return float(cache.recorded([key], lambda: {key: np.asarray(compute())})[key])
+
+
 class _Cut:
     """The model without the layers removed so far, and the cached input of each kept layer."""
 
@@ -96,8 +105,8 @@ class _Cut:
         self.kept = list(range(len(model.cfg.text.layers)))
         self._model, self._steps, self._solved = model, steps, solved
         self._changed = dict[int, Layer]()
-        for step in steps:
-            step.ours, step.added_ours = embedded(step, model)
+        for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, model), steps), strict=True):
+            step.ours, step.added_ours = x, added
         self._before = dict[int, States]()
         self._fill(0, [(step.ours, {}) for step in steps])
         self._dense = dict(self._before) if solved else {}
@@ -163,17 +172,21 @@ class _Cut:
 
     def _run(self, layer: Layer, at: int, x: States) -> States:
         """Return the streams after a layer with the inputs of number `at`, see `_at`."""
-        return [
-            layer.run(one, step.given(at)._replace(shared=shared))
-            for (one, shared), step in zip(x, self._steps, strict=True)
-        ]
+
+        def run(pair: tuple[tuple[jax.Array, Shared], Step]) -> tuple[jax.Array, Shared]:
+            (one, shared), step = pair
+            return layer.run(one, step.given(at)._replace(shared=shared))
+
+        return list(streamed(run, zip(x, self._steps, strict=True)))
 
     def _loss(self, x: States) -> float:
-        mesh, total = mesh_of(self._model.params), 0.0
-        for (one, _), step in zip(x, self._steps, strict=True):
-            placed = place_batch({"x": one, "labels": step.labels}, mesh)
-            total += float(_loss(self._model.params, placed["x"], placed["labels"], cfg=self._model.cfg))
-        return total
+        model = self._model
+
+        def loss(pair: tuple[tuple[jax.Array, Shared], Step]) -> jax.Array:
+            labels = place_batch({"labels": pair[1].labels}, mesh_of(model.params))["labels"]
+            return _loss(model.params, to_devices(pair[0][0]), labels, cfg=model.cfg)
+
+        return sum(map(float, streamed(loss, zip(x, self._steps, strict=True))))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -188,4 +201,5 @@ GREEDY_LOSS = Criterion(
     function=greedy_loss,
     options={"solved": False, "candidates": 6, "search": None},
     counts="layers",
+    journals=True,
 )
