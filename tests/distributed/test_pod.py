@@ -20,6 +20,7 @@ from repository import ROOT, WORKERS
 
 from vlmprune_jax.core.weight_files import read_header
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.prune import make_plan, prune_folder, score
@@ -210,6 +211,57 @@ def test_both_end_when_one_cannot_read_an_image(experiment, pruned, goldens):
     told = [[line.removeprefix("vlmprune: error: ") for line in log if line.startswith("vlmprune: ")] for log in told]
     assert f"record r{record}" in told[1][0]
     assert told == [[f"process 1 failed: {told[1][0]}"], [told[1][0]]]
+
+
+REPAIR = (
+    "--config.score.depth=greedy_loss", "--config.score.width=l2", "--config.score.samples=24",
+    "--config.score.options={'solved': True, 'search': 1}", "--config.prune.method=hybrid",
+    "--config.prune.layers_removed=1", "--config.data.fraction=1.0", "--config.reconstruct.method=least_squares",
+    "--config.reconstruct.samples=24", "--config.reconstruct.batch_size=8", "--config.export.quantize=w8a16",
+    "--config.export.rounding=gptq", "--config.recover.method=none",
+)  # fmt: skip
+REPAIRS = "score,prune,reconstruct,export"
+
+
+def repaired(workdir: Path) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(load(workdir / "reconstructed").params).items()}
+
+
+def files_of(workdir: Path) -> dict[str, bytes]:
+    names = ("scores.npz", "plan.json", "reconstructed/model.safetensors", "export/model.safetensors")
+    return {name: (workdir / name).read_bytes() for name in names}
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_repair_and_round_the_same(experiment):
+    """Greedy search, reconstruction and GPTQ: equal plans and codes, weights within 1e-5; killed runs end the same."""
+    for count in (1, 2, 4):
+        finish(experiment, f"repair{count}", REPAIRS, count, *REPAIR)
+    one, two, four = (experiment / f"repair{count}" for count in (1, 2, 4))
+    expected, plan = repaired(one), json.loads((one / "plan.json").read_text())
+    for other in (two, four):
+        assert json.loads((other / "plan.json").read_text()) == plan
+        found = repaired(other)
+        assert max(float(np.abs(found[path] - leaf).max()) for path, leaf in expected.items()) <= 1e-5
+        rounded = [Checkpoint(workdir / "export").tensors for workdir in (one, other)]
+        codes = [(rounded[0][key].array(), rounded[1][key].array()) for key in rounded[0] if key.endswith("_packed")]
+        assert codes
+        assert np.mean([np.mean(a == b) for a, b in codes]) > 0.99
+    report = json.loads((two / ".stages/reconstruct.json").read_text())["facts"]["modules"]
+    assert any(module["ridge"] is not None for module in report)
+
+    for journal in (".scores.npz.parts", ".reconstructed.parts", ".calibrated.parts"):
+        killed, written = experiment / f"killed{journal}", f"{journal}/*.safetensors"
+        processes = start(experiment, killed.name, REPAIRS, 2, *REPAIR)
+        while len(list(killed.glob(written))) < 2:
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.002)
+        for process in processes[::-1]:
+            process.kill()
+            process.wait()
+        finish(experiment, killed.name, REPAIRS, 2, *REPAIR)
+        assert files_of(killed) == files_of(two)
+        assert not list(killed.glob(journal))
 
 
 # --- what the processes are handed ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """GPTQ against the published algorithm in float64, and folders that it writes against nearest rounding."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from prune_cases import on_mesh
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.prune import gptq
 from vlmprune_jax.prune.gptq import compensated
 
 TEXT = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -81,11 +85,39 @@ def test_a_folder_is_nearer_to_the_model(tmp_path, name):
     storage = vp.gptq(model, rows(model), quantize="w4a16", dtype="float32", image_weight=1.0)
     vp.save(model, tmp_path / "gptq", source_dir=source, dtype="float32", storage=storage)
     vp.save(model, tmp_path / "nearest", source_dir=source, dtype="float32", quantize="w4a16")
-    gptq, nearest = (Checkpoint(tmp_path / one).tensors for one in ("gptq", "nearest"))
-    assert {k: (v.dtype, v.shape) for k, v in gptq.items()} == {k: (v.dtype, v.shape) for k, v in nearest.items()}
+    rounded, nearest = (Checkpoint(tmp_path / one).tensors for one in ("gptq", "nearest"))
+    assert {k: (v.dtype, v.shape) for k, v in rounded.items()} == {k: (v.dtype, v.shape) for k, v in nearest.items()}
     errors = [divergence(model, vp.load(tmp_path / one), rows(model)) for one in ("gptq", "nearest")]
     assert errors[0] < 0.7 * errors[1]
     assert "compressed-tensors (int4" in (tmp_path / "gptq" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [("gptq", {"quantize": "w4a16", "symmetric": False}), ("importance", {})]
+)
+def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, function, options):
+    model = vp.load(make_folder(tmp_path / "source", TEXT))
+    run = functools.partial(getattr(gptq, function), model, rows(model, 4), **options)
+    expected, visited, finite_sums = run(), [], gptq.finite_sums
+
+    def seen(sums, layer, *rest):
+        visited.append(layer.number)
+        return finite_sums(sums, layer, *rest)
+
+    monkeypatch.setattr(gptq, "finite_sums", seen)
+
+    def stop(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop, cache=ArrayCache(tmp_path / "parts", {}))
+    found = run(cache=ArrayCache(tmp_path / "parts", {}))
+    assert visited == [0, 1, 2]
+    name = "codes" if function == "gptq" else "means"
+    ours, theirs = (jax.tree.flatten(getattr(one, name)) for one in (found, expected))
+    assert ours[1] == theirs[1]
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(ours[0], theirs[0], strict=True))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
-from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything
+from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, reconstruction
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
 
@@ -167,6 +167,41 @@ def test_an_interrupted_pass_continues_to_the_byte(tmp_path):
     assert again == told
     pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
+    """As on accelerators, where only a few steps are on the devices; more steps than may be there at a time."""
+    teacher = model(config(EQUAL))
+    plan, batches = hybrid(teacher), [{name: one[at : at + 1] for name, one in batch.items()}
+                                      for batch in rows() for at in range(2)]  # fmt: skip
+    pruned = apply_plan(teacher, plan)
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+    kinds, moved = set(), layers.to_devices
+
+    def to_hosts(x):
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    def to_devices(x):
+        kinds.add(x.sharding.memory_kind)
+        return moved(x)
+
+    monkeypatch.setattr(layers, "to_hosts", to_hosts)
+    for module in (layers, reconstruction):
+        monkeypatch.setattr(module, "to_devices", to_devices)
+    found, again = reconstruct(pruned, plan, teacher, batches)
+    assert (again, kinds) == (told, {"pinned_host"})
+    pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_copies_are_a_few_steps_behind(monkeypatch):
+    """The third step is computed before the first is waited for, in any number of steps; results keep their order."""
+    events = []
+    monkeypatch.setattr(layers, "to_hosts", lambda x: events.append(f"copy {x}") or x)
+    monkeypatch.setattr(layers.jax, "block_until_ready", lambda x: events.append(f"wait {x}") or x)
+    assert list(layers.streamed(lambda x: x, range(4))) == [0, 1, 2, 3]
+    assert events == ["copy 0", "copy 1", "copy 2", "wait 0", "copy 3", *(f"wait {x}" for x in (1, 2, 3))]
+    assert list(layers.streamed(lambda x: x, [])) == []
 
 
 def test_images_count_less(monkeypatch):

@@ -8,6 +8,7 @@ from prune_cases import EQUAL, config, model, on_mesh
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.models.vocabulary import cross_entropy
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, reconstruct, score
@@ -72,6 +73,25 @@ def test_what_a_layer_cost_before_other_cuts_is_not_taken_for_what_it_costs(monk
     found = score(model(config(EQUAL)), batches(), criterion="greedy_loss", candidates=candidates, search=3)
     assert list(map(int, np.argsort(found.layers)))[:3] == [0, 1, 2]
     assert tried == [0, 1, 2, 3, 4, *([1, 2] if candidates == 1 else [1, 2, 3, 4, 2, 3])]
+
+
+def test_an_interrupted_search_continues_with_its_trials(monkeypatch, tmp_path):
+    teacher, data = model(config(EQUAL)), batches()
+    options = {"criterion": "greedy_loss", "solved": True, "candidates": 2, "search": 2}
+    expected = score(teacher, data, **options)
+    tried, loss_without = [], greedy._Cut.loss_without
+    monkeypatch.setattr(greedy._Cut, "loss_without", lambda cut, i: tried.append(i) or loss_without(cut, i))
+
+    def stop(done):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(teacher, data, **options, progress=stop, cache=ArrayCache(tmp_path, {"of": 1}))
+    first = len(tried)
+    found = score(teacher, data, **options, cache=ArrayCache(tmp_path, {"of": 1}))
+    assert (first, len(tried)) == (len(teacher.cfg.text.layers), first + 2)
+    assert np.array_equal(found.layers, expected.layers)
 
 
 @pytest.mark.slow

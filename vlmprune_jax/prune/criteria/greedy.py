@@ -95,7 +95,7 @@ def greedy_loss(
 def _recorded(cache: ArrayCache | None, key: str, compute: Callable[[], float]) -> float:
     if cache is None:
         return compute()
-    return float(cache.recorded([key], lambda: {key: np.asarray(compute())})[key])
+    return cache.recorded([key], lambda: {key: np.asarray([compute()])})[key].item()
 
 
 class _Cut:
