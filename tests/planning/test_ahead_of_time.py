@@ -50,7 +50,21 @@ HloModule jit_step, is_scheduled=true
 %shared.1 (p.6: f32[4]) -> f32[4] {
   ROOT %next = f32[4]{0} collective-permute(%p.6), channel_id=10, source_target_pairs={{0,1},{1,0}}
 }
+%ring.condition (p.8: (bf16[1,8], u32[], u32[])) -> pred[] {
+  %bound.2 = u32[]{:T(128)} constant(8)
+  %i.2 = u32[]{:T(128)} get-tuple-element(%p.8), index=1
+  ROOT %less.2 = pred[]{:T(512)} compare(%i.2, %bound.2), direction=LT
+}
+%ring.body (p.9: (bf16[1,8], u32[], u32[])) -> (bf16[1,8], u32[], u32[]) {
+  %two.2 = u32[]{:T(128)} constant(2)
+  %i.3 = u32[]{:T(128)} get-tuple-element(%p.9), index=1
+  %i.4 = u32[]{:T(128)} add(%i.3, %two.2)
+  %here = bf16[1,8]{1,0} collective-permute(%w.1), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  %there = bf16[1,8]{1,0} collective-permute(%here), channel_id=12, source_target_pairs={{0,1},{1,0}}
+  ROOT %state = (bf16[1,8], u32[], /*index=2*/u32[]) tuple(%there, %i.4, %rest)
+}
 ENTRY %main.1 (p.5: bf16[4,8]) -> bf16[4,8] {
+  %ring = (bf16[1,8], u32[], u32[]) while(%tuple.2), condition=%ring.condition, body=%ring.body
   %once = f32[4]{0} call(%a), to_apply=%shared.1
   %twice = f32[4]{0} call(%once), to_apply=%shared.1
   %loop = (s32[], bf16[4,8]) while(%tuple), condition=%condition.1, body=%body.1
@@ -63,7 +77,7 @@ def test_collectives_count_as_often_as_their_loop_runs():
     assert collective_bytes(HLO) == {
         "all-gather": 5 * 4 * 8 * 2 * 3 // 4,  # in two fusions, which are one
         "all-reduce": 5 * 2 * (16 * 4 + 4 * 2) * 3 // 4,
-        "collective-permute": 2 * 4 * 4,  # called from two places
+        "collective-permute": 2 * 4 * 4 + 4 * 2 * 8 * 2,  # called from two places, and a ring unrolled by two
         "reduce-scatter": 6 * 4,
     }
 

@@ -244,11 +244,13 @@ def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, mon
     assert (batch["teacher_logprobs"].shape, batch["teacher_logprobs"].dtype) == ((8, 128, 17), jnp.bfloat16)
 
 
-@pytest.mark.parametrize(("topology", "size"), [("v5e:2x2", 9), ("v5p:2x2x1", 50), ("v6e:2x2", 17)])
+@pytest.mark.parametrize(
+    ("topology", "size"), [("v5e:2x2", 9), ("v5p:2x2x1", 50), ("v6e:2x2", 17), ("tpu7x:2x2x1", 50)]
+)
 def test_a_program_that_does_not_fit_says_by_how_much(topology, size):
     """Argument and result of `size` GiB each; the compiler knows what a program may take of the chip's memory."""
     target = make_slice(topology)
-    mesh = make_mesh(1, 4, 1, devices=target.devices)
+    mesh = make_mesh(1, -1, 1, devices=target.devices)
     array = jax.ShapeDtypeStruct((size * 2**18, 2**10), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     with pytest.raises(DoesNotFit, match=r"needs \d+\.\d\d GiB of HBM per chip, \d\.\d\d GiB more") as caught:
         compile_for_tpu(jax.jit(lambda x: x + 1), array)

@@ -172,6 +172,8 @@ _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_BODY = re.compile(r"body=%([\w.\-]+)")
+_NAMED = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = ")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
@@ -217,12 +219,12 @@ def computations_of(hlo: str) -> dict[str, list[str]]:
 
 
 def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """Return how often each computation runs; a while loop runs up to the constant in its condition."""
+    """Return how often each computation runs (see `_trip_count` for loops)."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
-            condition = _CONDITION.search(line)
-            times = _trip_count(computations[condition[1]]) if condition else 1
+            condition, body = _CONDITION.search(line), _BODY.search(line)
+            times = _trip_count(computations[condition[1]], computations[body[1]]) if condition and body else 1
             for group in _CALLED.findall(line):
                 calls[name] += [(called.strip().lstrip("%"), times) for called in group.split(",")]
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
@@ -235,8 +237,32 @@ def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
     return runs
 
 
-def _trip_count(condition: Sequence[str]) -> int:
-    return max((int(number) for line in condition for number in re.findall(r" constant\((\d+)\)", line)), default=1)
+def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
+    """Return how often a while loop runs: the largest constant in its condition, divided by the counter's step.
+
+    The compiler for TPUs turns a gather and the product that reads it into a ring of permutations, and unrolls it: its
+    counter advances by two.
+    """
+    most = max((int(number) for line in condition for number in re.findall(r" constant\((\d+)\)", line)), default=1)
+    counter = next(
+        (found[1] for line in condition if (found := re.search(r"32\[\].* get-tuple-element\(.*index=(\d+)", line))),
+        None,
+    )
+    return -(-most // (1 if counter is None else _step(body, int(counter))))
+
+
+def _step(body: Sequence[str], counter: int) -> int:
+    """Return by how much a loop's body advances the integer at this place of its state; 1 if it does not say."""
+    lines = {found[1]: line for line in body if (found := _NAMED.match(line))}
+    root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+    state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
+    advanced = (
+        re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", lines.get(state[counter], "")) if counter < len(state) else None
+    )
+    constants = (
+        [re.search(r" constant\((\d+)\)", lines.get(name, "")) for name in advanced.groups()] if advanced else []
+    )
+    return next((int(found[1]) for found in constants if found and int(found[1])), 1)
 
 
 def _second(result: str) -> str:
