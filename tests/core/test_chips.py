@@ -14,6 +14,7 @@ def test_a_chip_of_tpu7x_is_two_devices():
     assert chip.seconds(2307e12, 0, 0)["compute"] == 2  # a chip's second of arithmetic on one of its halves
     assert peak_flops("TPU7x") == 2307e12 / 2
     assert slice_of("v5p:2x2x2") == (CHIPS["v5p"], 8)
+    assert slice_of("v5e:8x8:2") == (CHIPS["v5e"], 128)  # two slices
 
 
 def test_unknown_slices_are_refused():

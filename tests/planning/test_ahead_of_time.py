@@ -4,9 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.models.attention import splash_attention
-from vlmprune_jax.planning.ahead_of_time import collective_bytes, executed_flops
+from vlmprune_jax.planning.ahead_of_time import collective_bytes, executed_flops, make_slice
 
 
 def test_kernels_count_their_grid():
@@ -96,3 +99,26 @@ ENTRY %main.2 (p.7: bf16[4,8]) -> bf16[4,8] {
         "all-reduce": (16 + 4) * 4,
         "collective-permute": 4 * 8 * 2,
     }
+
+
+def test_what_crosses_slices_is_listed_apart():
+    """Two slices of four devices: along `data` (first), in any notation of groups."""
+    line = "  %x = f32[16]{0} all-reduce(%y), channel_id=1, replica_groups="
+    inside = ("mesh['data'=2,'fsdp'=4] {'fsdp'}", "[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}", "[4,2]<=[8]")
+    across = ("mesh['data'=2,'fsdp'=4] {'data'}", "[4,2]<=[2,4]T(1,0)", "{{0,4},{1,5},{2,6},{3,7}}", "[1,8]<=[8]")
+    for groups in (*inside, *across):
+        found = collective_bytes(f"ENTRY %main (p: f32[16]) -> f32[16] {{\n{line}{groups}, to_apply=%add\n}}", slices=2)
+        assert [*found] == ["all-reduce" if groups in inside else "all-reduce between slices"], groups
+    ring = "  %x = f32[16]{0} collective-permute(%y), channel_id=1, source_target_pairs="
+    for pairs, kind in (("{{0,1},{1,0},{4,5},{5,4}}", ""), ("{{3,4},{7,0}}", " between slices")):
+        text = f"ENTRY %main (p: f32[16]) -> f32[16] {{\n{ring}{pairs}\n}}"
+        assert collective_bytes(text, slices=2) == {f"collective-permute{kind}": 64}
+
+
+def test_slices_lie_along_data():
+    target = make_slice("v5e:2x2:2")
+    mesh = make_mesh(2, 2, 2, devices=target.devices)
+    assert (target.count, mesh.shape["data"]) == (2, 2)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(UserError, match="mesh data=1: must be a multiple of the 2 slices"):
+        make_mesh(1, -1, 1, devices=target.devices)

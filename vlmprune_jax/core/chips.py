@@ -82,7 +82,9 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def slice_of(name: str) -> tuple[Chip, int]:
-    """Return the chip type and the number of jax devices of a slice, such as "v5e:8x8" (64) or "tpu7x:2x2x1" (8).
+    """Return the chip type and the number of jax devices of a slice, or of several.
+
+    "v5e:8x8" has 64 devices, "v5e:8x8:2" (two slices) 128, "tpu7x:2x2x1" 8.
 
     Raises UserError if the generation is unknown, or the sizes are not numbers.
     """
@@ -90,7 +92,9 @@ def slice_of(name: str) -> tuple[Chip, int]:
     examples = ", ".join(f"{key}:{chip.slices[-3]}" for key, chip in CHIPS.items())
     if generation not in CHIPS:
         raise UserError(f"topology {name!r}: unknown TPU (known: {', '.join(CHIPS)}): use for example {examples}")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+", grid):
-        raise UserError(f"topology {name!r} is not GENERATION:SIZES: use for example {examples}")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})+(:[1-9]\d?)?", grid):
+        raise UserError(
+            f"topology {name!r} is not GENERATION:SIZES or GENERATION:SIZES:SLICES: use for example {examples}"
+        )
     chip = CHIPS[generation]
-    return chip, chip.halves * math.prod(map(int, grid.split("x")))
+    return chip, chip.halves * math.prod(map(int, re.findall(r"\d+", grid)))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import msgspec
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vlmprune_jax.core.chips import chip_of
@@ -139,9 +139,11 @@ def mesh_of(sizes: MeshSpec) -> Mesh | None:
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh `(data, fsdp, tensor)` over `devices`, or all devices of all processes.
 
-    One size may be -1: the remaining devices. Raises UserError if the sizes do not multiply to the number of devices.
+    One size may be -1: the remaining devices. Slices that a network connects lie along `data`, so that only gradients
+    cross it. Raises UserError if the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
-    sizes, n_devices = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    sizes, n_devices = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
     product = math.prod(size for size in sizes if size != -1)
@@ -153,8 +155,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} needs {product} devices but there are {n_devices}: "
             "choose sizes with this product (-1 for one size: the remaining devices)"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh data={sizes[0]}: must be a multiple of the {slices} slices, between which only gradients should move"
+        )
     # Auto: the compiler propagates shardings from parameters and pinned activations (distributed/rules.py)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=kinds, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Sequence[int] = ()) -> Mesh | None:

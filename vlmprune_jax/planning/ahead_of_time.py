@@ -32,11 +32,16 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """TPU slice to compile for: name ("v5e:8x8"), chip generation and devices."""
+    """TPU slice to compile for, or several: name ("v5e:8x8", two: "v5e:8x8:2"), chip generation and devices."""
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of slices, which a network connects."""
+        return len({getattr(device, "slice_index", 0) for device in self.devices})
 
 
 def make_slice(name: str) -> Slice:
@@ -51,7 +56,9 @@ def make_slice(name: str) -> Slice:
     for variable, value in _ELSEWHERE.items():
         os.environ.setdefault(variable, value)
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        generation, grid, *slices = name.split(":")
+        several = {"num_slices": int(slices[0])} if slices else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{grid}", **several).devices
     except jax.errors.JaxRuntimeError as error:
         sizes = ", ".join(chip.slices)
         reason = str(error).splitlines()[0]
@@ -90,8 +97,8 @@ class DoesNotFit(UserError):
         self.needed, self.capacity = needed, capacity
 
 
-def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
-    """Compile a jitted function for a TPU slice, from abstract arguments and without the hardware.
+def compile_for_tpu(program: Any, *arguments: Any, slices: int = 1) -> Compiled:
+    """Compile a jitted function for TPU slices, from abstract arguments and without the hardware.
 
     Raises:
       DoesNotFit: the program needs more HBM than a chip has.
@@ -111,7 +118,7 @@ def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
         memory.argument_size_in_bytes,
         # outputs beyond the donated arguments are temporary as well
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collective_bytes(text),
+        collective_bytes(text, slices),
         executed_flops(traced.jaxpr.jaxpr),
         seconds,
         text,
@@ -178,17 +185,19 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
-def collective_bytes(hlo: str) -> dict[str, int]:
+def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
     """Return {collective operation: bytes that each chip receives in one run} for a compiled program.
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
-    reduction twice as many, and a permutation n.
+    reduction twice as many, and a permutation n. With several slices, along which devices are numbered, collectives that
+    involve more than one are listed apart, as "KIND between slices".
     """
     computations = computations_of(hlo)
     runs = executions(hlo, computations)
     # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
+    crossing = set[tuple[str, str]]()
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             found = _INSTRUCTION.search(line)
@@ -199,9 +208,11 @@ def collective_bytes(hlo: str) -> dict[str, int]:
             # The start of an all-reduce names only its result, other starts (operands, results, ...).
             result = _second(found[1]) if found[3] and found[2] != "all-reduce" else found[1]
             largest[key] = max(largest[key], runs[name] * _received(found[2], result, line))
+            if slices > 1 and _crosses(line, slices):
+                crossing.add(key)
     total: dict[str, int] = defaultdict(int)
-    for (kind, _), count in largest.items():
-        total[kind] += count
+    for key, count in largest.items():
+        total[f"{key[0]} between slices" if key in crossing else key[0]] += count
     return dict(sorted(total.items()))
 
 
@@ -294,13 +305,33 @@ def width_of(dtype: str) -> float:
 
 
 def _group_size(line: str) -> int:
-    """Return the number of chips in a replica group, written in any of XLA's three notations."""
+    """Return the number of chips in a replica group."""
+    groups = _groups(line)
+    return len(groups[0]) if len(groups) and "source_target_pairs" not in line else 2
+
+
+def _crosses(line: str, slices: int) -> bool:
+    """Return True if devices of different slices take part in one collective."""
+    groups = np.asarray(_groups(line))
+    per_slice = (groups.max(initial=0) + 1) // slices
+    return bool(len(groups) and per_slice and (groups // per_slice != groups[:, :1] // per_slice).any())
+
+
+def _groups(line: str) -> np.ndarray:
+    """Return the replica groups of a collective, or its pairs of source and target, int[groups, n], in any notation."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along, names = re.findall(r"'(\w+)'", mesh[2]), [*sizes]
+        order = [*(name for name in names if name not in along), *along]
+        every = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        return every.transpose([names.index(name) for name in order]).reshape(-1, math.prod(sizes[n] for n in along))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if iota:
-        return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return len(listed[1].split(",")) if listed else 2
+        dims = [int(size) for size in iota[3].split(",")]
+        order = [int(axis) for axis in iota[4].split(",")] if iota[4] else [*range(len(dims))]
+        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line)
+    return np.asarray(
+        [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
+    )

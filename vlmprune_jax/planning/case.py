@@ -227,7 +227,7 @@ def estimate(case: Case) -> Estimate:
     )
     arguments = _arguments(case, program, mesh)
     with step_context(mesh, config.compute_dtype):
-        compiled = compile_for_tpu(program.step, *arguments)
+        compiled = compile_for_tpu(program.step, *arguments, slices=case.slice.count)
     model = step_flops(
         program.cfg,
         case.teacher_cfg,
