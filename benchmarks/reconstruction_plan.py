@@ -5,8 +5,9 @@
 The programs of one layer at its true widths, 30 % of the parameters gone by width (heads kept): the stream behind a
 layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time,
 float32. Bytes are of one chip. The least time is of 65,536 tokens to fit to and as many held out (an eighth of them,
-padded), all layers, by the programs' arithmetic; and of both streams between host and chips, which each layer reads and
-writes. 6 passes of the bf16 unit stand for a float32 product.
+padded), all layers, by the programs' arithmetic; and of both streams between hosts and chips, which each layer reads and
+writes, every host those of its chips. Both overlap, so that a pass takes at least the longer. 6 passes of the bf16 unit
+stand for a float32 product.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def row(family: str, topology: str) -> str:
         n_layers * steps * (2 * found["dense"].flops + found["ours"].flops + found["sums"].flops) / len(target.devices)
     )
     alone = n_layers * (found["errors"].flops + found["change"].flops)  # every chip solves for itself
-    moved = n_layers * steps * rows * length * width * 4 * 10 / HOST  # 4 runs in, 3 out, and sums read 3
+    hosts = len({device.process_index for device in target.devices})
+    moved = n_layers * steps * rows * length * width * 4 * 6 / HOST / hosts  # both models in and out, and sums read 2
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
     cells = [
         f"{family}, {mlp:,} of {dense.text.layers[0].mlp:,} neurons",
