@@ -190,8 +190,8 @@ def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
-    reduction twice as many, and a permutation n. With several slices, along which devices are numbered, collectives that
-    involve more than one are listed apart, as "KIND between slices".
+    reduction twice as many, and a permutation n. With several slices, along which devices are numbered, collectives
+    over more than one are listed apart, as "KIND between slices".
     """
     computations = computations_of(hlo)
     runs = executions(hlo, computations)
