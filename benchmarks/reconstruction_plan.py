@@ -6,8 +6,8 @@ The programs of one layer at its true widths, 30 % of the parameters gone by wid
 layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time,
 float32. Bytes are of one chip. The least time is of 65,536 tokens to fit to and as many held out (an eighth of them,
 padded), all layers, by the programs' arithmetic; and of both streams between hosts and chips, which each layer reads
-and writes, every host those of its chips. Both overlap, so that a pass takes at least the longer. 6 passes of the bf16 unit
-stand for a float32 product.
+and writes, every host those of its chips. Both overlap, so that a pass takes at least the longer. 6 passes of the bf16
+unit stand for a float32 product.
 """
 
 from __future__ import annotations
