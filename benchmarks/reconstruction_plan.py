@@ -84,7 +84,9 @@ def row(family: str, topology: str) -> str:
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
             found[name] = compile_for_tpu(
-                jax.jit(lambda p, x, m, text=text: layers._streams(p, x, given(m), stack="text", cfg=text)),
+                jax.jit(
+                    lambda p, x, m, text=text: layers._streams(p, x, given(m), stack="text", cfg=text, shares=False)
+                ),
                 params,
                 stream,
                 mask,

@@ -180,7 +180,7 @@ def test_layer_by_layer_is_the_forward(goldens, family):
         layer, last = Layer.of(model, "text", number), number + 1 == len(model.cfg.text.layers)
         sums, gram, squares = gptq.finite_sums(gptq._sums, layer, steps, "test"), 0.0, 0.0
         for step, tapped, count in zip(steps, taps, counts, strict=True):
-            step.ours = layer.run(step.ours, step.given(number))
+            step.ours, _ = layer.run(step.ours, step.given(number))
             found = normed(model, step.ours) if last else step.ours
             np.testing.assert_allclose(
                 found[step.context["attention_mask"] == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5
