@@ -23,12 +23,8 @@ def define(values: Flags) -> None:
     only_flag(values)
     about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
     absl_flags.DEFINE_string("workdir", None, about, flag_values=values)
-    absl_flags.DEFINE_string(
-        "topology",
-        None,
-        "TPU slice, as v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:2x2x2; two slices as v5e:8x8:2",
-        flag_values=values,
-    )
+    about = "TPU slice: v5e:8x8, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x2; two of them: v5e:8x8:2"
+    absl_flags.DEFINE_string("topology", None, about, flag_values=values)
     absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
     absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
