@@ -206,7 +206,8 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
     layers = dict(model.params[stack]["layers"])
     for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])
-        for path in {path for number in range(start, start + length) for path in changed.get(number, ())}:
+        # sorted: all processes must place the same array at a time
+        for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):
             own = np.array(gather_to_host(flat[path]))
             for number in range(start, start + length):
                 own[number - start] = changed.get(number, {}).get(path, own[number - start])
