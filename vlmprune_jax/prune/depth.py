@@ -67,8 +67,8 @@ def choose_layers(
 def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:
     """Return why transformers or `loads_in` cannot load a model without these layers, if it can the whole; or None."""
     shapes = [shape for i, shape in enumerate(cfg.stack(stack).layers) if i not in gone]
-    if not shapes:
-        return ""  # a layer must be left
+    if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
+        return ""  # a layer must be left, and one for each level of deepstack features
     left = cfg.with_layers(shapes, stack)
     if layer_problem(cfg.text) is None and (problem := layer_problem(left.text)) is not None:
         return problem
