@@ -21,6 +21,7 @@ def get_config():
     config.data.max_length = 256
     config.score.samples = 2
     config.prune.layers_removed = 2
+    config.recover.control = False
     config.recover.trainable = "projector"
     config.recover.batch_size = 2
     config.recover.steps = 3

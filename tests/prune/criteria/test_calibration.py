@@ -113,5 +113,5 @@ def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(CRITERIA, "own", own)
     assert score(model(CFG), [batch(CFG)], criterion="own").by_kind == {}
-    with pytest.raises(UserError, match="splits=True needs sums over tokens"):
+    with pytest.raises(UserError, match="splits=True needs tokens"):
         dataclasses.replace(CRITERIA["l1"], splits=True)
