@@ -59,9 +59,9 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
         "  evaluate teacher and every model: questions (6 questions)",
         "  score: 6 of 6 records (score.samples=64 is more than there are)",
         "  prune",
+        "  recover: 4 of 6 records, 2 steps of 2 rows (few steps: raise recover.epochs or data.fraction, which is 0.7)",
         "  control/recover: 4 of 6 records, 2 steps of 2 rows (the unpruned model, for comparison: "
         "recover.control=False leaves it out)",
-        "  recover: 4 of 6 records, 2 steps of 2 rows (few steps: raise recover.epochs or data.fraction, which is 0.7)",
         "  export as huggingface, reloaded and compared in torch",
     ]
     assert not (tmp_path / "w").exists()

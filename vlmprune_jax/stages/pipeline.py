@@ -56,7 +56,7 @@ class Pipeline:
     def steps(self) -> Iterator[Step]:
         """Yield the steps of every prune variant, each followed by those of its recovery variants.
 
-        A recovery's control comes before the first model that is recovered in this way.
+        A recovery's control comes after the first model that is recovered in this way.
         """
         controls = dict[str, Step]()
         for pruned in prune_runs(self.experiment, self.context.workdir):
@@ -67,9 +67,9 @@ class Pipeline:
                 recovery = dataclasses.replace(self, experiment=run.experiment)
                 named = (run.name, run.experiment.recover.name)
                 known, control = len(controls), recovery._control(run, controls)
+                yield from recovery._chain("recovery", named, pruned.folder, run.folder, shared, control=control)
                 if control is not None and len(controls) > known:
                     yield control
-                yield from recovery._chain("recovery", named, pruned.folder, run.folder, shared, control=control)
 
     def _control(self, run: RecoverRun, known: dict[str, Step]) -> Step | None:
         """Return the step that trains the unpruned model as this recovery trains the pruned one; None without.
@@ -166,19 +166,21 @@ class Pipeline:
     def make_models(self) -> Result:
         """Run every stage of every variant except the export; return the result without an `export`."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
-        controls, found = list[Control](), dict[Path | None, dict[str, Evaluated]]()
+        controls, found = list[Control](), dict[Step, dict[str, Evaluated]]()
         check_speed(work, spec.speed)
         teacher = self.evaluate_teacher()
         self.note_steps()
         for step in self.steps():
             finished[step] = step.run()
             if step.makes_model and step.evaluated:
-                evaluations = found[step.work.out] = step.evaluate()
-                evaluation = compare(evaluations, teacher, found.get(step.work.control))
-                if step.work.pruned:
-                    runs.append(as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
-                else:
-                    controls.append(as_control(step, finished[step], evaluation))
+                found[step] = step.evaluate()
+        by_folder: dict[Path | None, dict[str, Evaluated]] = {step.work.out: of for step, of in found.items()}
+        for step, evaluations in found.items():
+            evaluation = compare(evaluations, teacher, by_folder.get(step.work.control))
+            if step.work.pruned:
+                runs.append(as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
+            else:
+                controls.append(as_control(step, finished[step], evaluation))
         sets, original = describe_sets(teacher, found.values()), unpruned_of(teacher).evaluation
         runs, controls = compare_alike(runs, original, sets), compare_alike(controls, original, sets)
         best = best_run(runs, sets).name
