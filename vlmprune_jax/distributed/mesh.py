@@ -193,10 +193,12 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
 
 
 def _memory_of(device: jax.Device) -> float | None:
-    """Return a device's memory in bytes; None if unknown (CPUs)."""
+    """Return a device's memory in bytes, the same on all processes; None if unknown (CPUs)."""
     chip = chip_of(device.device_kind)
-    statistics = None if chip is not None else device.memory_stats()
-    return (statistics or {}).get("bytes_limit") if chip is None else chip.hbm
+    if chip is not None:
+        return chip.hbm
+    # the device may be another process's, which has no statistics here
+    return on_process_zero(lambda: (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
 
 
 def process_count() -> int:
