@@ -91,7 +91,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     out = capsys.readouterr().out
     assert "depth/prune: unchanged, skipped" in out
     assert "Loading weights" not in out
-    facts = json.loads((workdir / ".stages/control.sft_l2.recover.json").read_text())["facts"]
+    facts = json.loads((workdir / ".stages/depth.sft_l2.recover.json").read_text())["facts"]
     assert facts["resumed_from"] == 2
     assert facts["steps"] == 4
 

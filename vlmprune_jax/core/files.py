@@ -39,6 +39,7 @@ MAX_COPY_BYTES = 2**30
 _SMALL = 2**26
 # Numbers in schemas: integers that a float64 represents exactly, and finite floats.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 # Formats that Pillow decodes by itself; others start programs (EPS: Ghostscript) or open files that they refer to.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
@@ -171,18 +171,21 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
     dynamic = bool(fields["dynamic_image_size"])
     mean, std = PIXELS["internvit"]
-    return TilingConfig(
-        size=whole_number(size, "force_image_size", where),
-        min_tiles=whole_number(fields["min_dynamic_patch"], "min_dynamic_patch", where) if dynamic else 1,
-        max_tiles=whole_number(fields["max_dynamic_patch"], "max_dynamic_patch", where) if dynamic else 1,
-        thumbnail=dynamic and bool(fields["use_thumbnail"]),
-        # the reference pads after tiling, and tiles are square already
-        pad=bool(config.get("pad2square")) and not dynamic,
-        mean=mean,
-        std=std,
-        resample=BICUBIC,
-        shares=True,
-    )
+    side = whole_number(size, "force_image_size", where)
+    numbers = {"min_tiles": "min_dynamic_patch", "max_tiles": "max_dynamic_patch"}
+    tiles = {name: whole_number(fields[field], field, where) if dynamic else 1 for name, field in numbers.items()}
+    with error_context(where):
+        return TilingConfig(
+            size=side,
+            **tiles,
+            thumbnail=dynamic and bool(fields["use_thumbnail"]),
+            # the reference pads after tiling, and tiles are square already
+            pad=bool(config.get("pad2square")) and not dynamic,
+            mean=mean,
+            std=std,
+            resample=BICUBIC,
+            shares=True,
+        )
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 Values = dict[str, float]
@@ -68,7 +68,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     groups: dict[str, Group] = {}
     counted: Literal["questions", "tokens"]
     count: Count
-    parameters: Count
+    parameters: Positive
     seconds: float
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
 from vlmprune_jax.workdir.speed import MedianSpeed
@@ -112,7 +112,7 @@ class Unpruned(Part, frozen=True, kw_only=True):
     after the feature layer: `num_parameters()` of transformers counts them too.
     """
 
-    parameters: Annotated[int, Meta(ge=1, le=2**53)]
+    parameters: Positive
     carried: Count = 0
     evaluation: ModelEvaluation
     costs: Costs | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.core.markup import cell
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
@@ -31,7 +31,7 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
     """Entry of an unpruned model of the sweep, evaluated with at most `image_tokens` tokens per image."""
 
     image_tokens: Count | None = None
-    parameters: Count
+    parameters: Positive
     bytes: Count
     forward_flops: Finite
     evaluation: ModelEvaluation
