@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from vlmprune_jax.core.files import Count, Finite, Positive
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 Values = dict[str, float]
@@ -68,7 +69,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     groups: dict[str, Group] = {}
     counted: Literal["questions", "tokens"]
     count: Count
-    parameters: Positive
+    parameters: Count
     seconds: float
     model_seconds: float = 0.0
     mean_generated_tokens: Finite | None = None
@@ -129,10 +130,12 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
-    """Return {set: evaluation} of the model `name`."""
+    """Return {set: evaluation} of the model `name`. Raises UserError if a file is damaged."""
     found = {}
     for path in sorted((folder / "eval").glob(f"{name}*.json")):
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")
         if path == evaluation_file(folder, name, key):
             found[key] = read_evaluated(path)
+            if not found[key].parameters:  # unknown of served models alone
+                raise UserError(f"{path}: is of a model without parameters: run `vlmprune evaluate` again")
     return found
