@@ -75,10 +75,10 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     assert sweep(1) == 0
     out = capfd.readouterr().out
     assert "1 of 3 runs are done and unchanged, skipped" in out
-    facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/control.recover.json").read_text())["facts"]
+    facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/recover.json").read_text())["facts"]
     assert (facts["resumed_from"], facts["steps"]) == (2, 4)
     assert out.count("taken from another run") == 3
-    begun = ["control/recover", "control/evaluate", "recover", "evaluate"]
+    begun = ["recover", "evaluate", "control/recover", "control/evaluate"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == begun * 2
 
     found = read_sweep(workdir)
