@@ -88,7 +88,7 @@ def main() -> None:
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.planning.ahead_of_time import make_slice
-    from vlmprune_jax.planning.case import estimate, make_case, preparation_of
+    from vlmprune_jax.planning.case import estimate, make_case, preparation_of, read_shapes
     from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
     from vlmprune_jax.planning.fit import planned_step
     from vlmprune_jax.workdir.artefact import to_json
@@ -123,7 +123,7 @@ def main() -> None:
             }
             experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()
-            step = planned_step(estimate(make_case(experiment, None, args.topology)), None)
+            step = planned_step(estimate(make_case(experiment, read_shapes(experiment, None), args.topology)), None)
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 

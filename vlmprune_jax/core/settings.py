@@ -160,6 +160,29 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, off
     return dataclasses.replace(spec, **changes)
 
 
+def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert {"a.b.c": value} to the nested mapping that `override` takes; other entries of mappings in `spec` stay.
+
+    Raises UserError for an unknown section, a value that is no section, or a setting inside a mapping that is set too.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        at, section, (*parts, last) = found, spec, name.split(".")
+        for number, part in enumerate(parts):
+            where = ".".join(["config", *parts[:number]])
+            known = section if isinstance(section, Mapping) else hints_of(section)
+            if part not in known:
+                raise UserError(f"{where} has no {part!r}{suggest(part, known)}")
+            section = section[part] if isinstance(section, Mapping) else getattr(section, part)
+            if not (isinstance(section, Mapping) or dataclasses.is_dataclass(section)):
+                raise UserError(f"config.{name}: {where}.{part} is a value, not a section")
+            at = at.setdefault(part, dict(section) if isinstance(section, Mapping) else {})
+            if not isinstance(at, dict):
+                raise UserError(f"config.{name}: config.{'.'.join(parts)} is set as well: sweep only one of them")
+        at[last] = value
+    return found
+
+
 def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> Any:
     """Return a nested section, given as an instance or as a mapping of settings that replace those of `current`."""
     if isinstance(value, type(current)):

@@ -113,24 +113,30 @@ class Estimate:
         return self.model.total / (self.step_seconds * len(self.case.slice.devices) * self.case.slice.chip.flops)
 
 
-def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Case:
-    """Return the planning inputs of a config; reads only JSON files of the model folder.
+@dataclass(frozen=True)
+class Shapes:
+    """Folder and config of an unpruned model, and the plan that prunes it."""
 
-    `folder`: workdir of the prune stage with plan.json; if there is none, the shapes are predicted from the config.
+    folder: Path
+    cfg: ModelConfig
+    plan: PrunePlan
+
+
+def make_case(experiment: Experiment, shapes: Shapes, topology: str) -> Case:
+    """Return the planning inputs of a recovery of the pruned model.
 
     Raises:
-      UserError: the topology is unknown, or the settings do not determine the shapes.
+      UserError: the topology is unknown, or the settings do not determine the shapes of rows.
     """
     target = make_slice(topology)
-    model = experiment.model
-    hf_dir, cfg, plan = read_shapes(experiment, folder)
+    cfg, plan = shapes.cfg, shapes.plan
     config = recover_config(experiment.recover)
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError(
             "data.max_length: not set, but planning needs the tokens per row: add --config.data.max_length=2048"
         )
-    slots, image_tokens = _image_slots(experiment.data, cfg, hf_dir)
+    slots, image_tokens = _image_slots(experiment.data, cfg, shapes.folder)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -140,7 +146,7 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
         teacher_cfg=teacher if needs_teacher(config.losses) else None,
         kept_layers=plan.kept_layers,
         config=config,
-        dtype=model.dtype,
+        dtype=experiment.model.dtype,
         mesh=dataclasses.astuple(experiment.mesh),
         lengths=lengths,
         slots=slots,
@@ -149,14 +155,14 @@ def make_case(experiment: Experiment, folder: Path | None, topology: str) -> Cas
     )
 
 
-def read_shapes(experiment: Experiment, folder: Path | None) -> tuple[Path, ModelConfig, PrunePlan]:
-    """Return the unpruned model's folder and config, and the plan in `folder` (None, or no plan: a predicted one)."""
+def read_shapes(experiment: Experiment, folder: Path | None) -> Shapes:
+    """Read the unpruned model's JSON files, and the plan in `folder` (None, or no plan.json: predict a plan)."""
     model = experiment.model
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
     file = None if folder is None else folder / "plan.json"
     plan = predict_plan(experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
-    return hf_dir, cfg, plan
+    return Shapes(hf_dir, cfg, plan)
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +15,12 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.block import CACHE_AXES
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.generate import decode, prefill
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
-from vlmprune_jax.planning.ahead_of_time import Slice, compile_for_tpu, make_slice
-from vlmprune_jax.planning.case import preparation_of, read_shapes
+from vlmprune_jax.planning.ahead_of_time import Slice, compile_for_tpu
 from vlmprune_jax.planning.traffic import hbm_bytes
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedEvaluation, PlannedModel
 
@@ -87,22 +84,6 @@ class EvaluationCase:
         found = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
         assert found is not None
         return found
-
-
-def evaluation_case(experiment: Experiment, folder: Path | None, topology: str) -> EvaluationCase:
-    """Return the planning inputs for evaluating the model that an experiment prunes.
-
-    `folder`: workdir of the prune stage with plan.json; if there is none, the shapes are predicted from the config.
-    """
-    hf_dir, cfg, plan = read_shapes(experiment, folder)
-    return EvaluationCase(
-        cfg=plan.apply_to(cfg),
-        dtype=experiment.model.dtype,
-        slice=make_slice(topology),
-        preparation=preparation_of(experiment.data, cfg, hf_dir),
-        rows=experiment.evaluate.batch_size,
-        mesh=experiment.evaluate.mesh,
-    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
-from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case
-from vlmprune_jax.planning.evaluation import evaluation_case, plan_evaluation
+from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case, preparation_of, read_shapes
+from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
 from vlmprune_jax.recovery.config import REMAT
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.workdir.tpu_plan import (
@@ -184,8 +184,9 @@ def fit_all(
     """
     recoveries, evaluations = dict[str, Planned](), dict[str, PlannedEvaluation]()
     for pruned in prune_runs(experiment, workdir or Path()):
+        shapes = read_shapes(pruned.experiment, None if workdir is None else pruned.folder)
         for run in recover_runs(pruned):
-            case = make_case(run.experiment, None if workdir is None else pruned.folder, topology)
+            case = make_case(run.experiment, shapes, topology)
             records = count_records(run.experiment.data) if n_records is None else n_records
             reporter.say(f"{run.name}: compiling for {topology} ...")
             recoveries[run.name] = plan_recovery(case, records, search, reporter.say)
@@ -196,8 +197,16 @@ def fit_all(
                 )
         if evaluation:
             reporter.say(f"{pruned.name}, evaluation: compiling for {topology} ...")
-            folder = None if workdir is None else pruned.folder
-            evaluations[pruned.name] = plan_evaluation(evaluation_case(pruned.experiment, folder, topology))
+            spec = pruned.experiment
+            case_of_evaluation = EvaluationCase(
+                cfg=shapes.plan.apply_to(shapes.cfg),
+                dtype=spec.model.dtype,
+                slice=make_slice(topology),
+                preparation=preparation_of(spec.data, shapes.cfg, shapes.folder),
+                rows=spec.evaluate.batch_size,
+                mesh=spec.evaluate.mesh,
+            )
+            evaluations[pruned.name] = plan_evaluation(case_of_evaluation)
             for what, value in evaluation_rows(evaluations[pruned.name]):
                 reporter.say(f"  {what:<13} {value}")
     if not recoveries and not evaluations:

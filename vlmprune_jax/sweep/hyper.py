@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError, differences, error_context
-from vlmprune_jax.core.settings import hints_of, override
+from vlmprune_jax.core.settings import nested, override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prefer_explicit
 
@@ -129,30 +128,10 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
         overrides = _flat(point)
         name, group = _name(parts), _name({label: value for label, value in parts.items() if not _is_seed(label)})
         with error_context(f"run {name}"):
-            experiment = prefer_explicit(override(base, _nested(base, overrides)), overrides, "config.")
+            experiment = prefer_explicit(override(base, nested(base, overrides)), overrides, "config.")
         runs.append(SweepRun(name, group, parts, overrides, experiment))
     _check_names(runs)
     return runs
-
-
-def _nested(base: Experiment, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert {"a.b.c": value} to nested mappings; keeps other entries of the experiment's mappings."""
-    nested: dict[str, Any] = {}
-    for setting, value in overrides.items():
-        at, spec, (*parts, last) = nested, base, setting.split(".")
-        for number, part in enumerate(parts):
-            where = ".".join(["config", *parts[:number]])
-            known = spec if isinstance(spec, Mapping) else hints_of(spec)
-            if part not in known:
-                raise UserError(f"{where} has no {part!r}{suggest(part, known)}")
-            spec = spec[part] if isinstance(spec, Mapping) else getattr(spec, part)
-            if not (isinstance(spec, Mapping) or hasattr(spec, "__dataclass_fields__")):
-                raise UserError(f"config.{setting}: {where}.{part} is a value, not a section")
-            at = at.setdefault(part, dict(spec) if isinstance(spec, Mapping) else {})
-            if not isinstance(at, dict):
-                raise UserError(f"config.{setting}: config.{'.'.join(parts)} is set as well: sweep only one of them")
-        at[last] = value
-    return nested
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:
