@@ -76,19 +76,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "qk_normalization": False, "norm_type": "layer_norm",
         },
     },
-    "gemma4": {  # E4B without its audio tower
-        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "image_token_id": 258880,
-        "video_token_id": 258884, "audio_token_id": 258881, "boi_token_id": 255999, "eoi_token_id": 258882,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "gemma4_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42,
-            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512,
-            "num_kv_shared_layers": 18, "hidden_size_per_layer_input": 256, "vocab_size": 262144,
-            "vocab_size_per_layer_input": 262144, "sliding_window": 512, "final_logit_softcapping": 30.0,
-            "max_position_embeddings": 131072, "tie_word_embeddings": True, "eos_token_id": 1, "pad_token_id": 0,
-        },
-        "vision_config": {"model_type": "gemma4_vision", "use_clipped_linears": True},  # others: the class's defaults
-    },
     "internvl3.5": {
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": 151671,
         "image_seq_length": 256, "downsample_ratio": 0.5, "projector_hidden_act": "gelu", "vision_feature_layer": -1,

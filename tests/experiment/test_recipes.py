@@ -60,7 +60,7 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
 )
 def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     """Three quarters of the tokens are a third of the parameters; the stock class holds what is left."""
-    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["gemma4"]))
+    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["gemma4_e4b"]))
     _, cfg = read_config(tmp_path)
     experiment = read_experiment(loaded(ROOT / "configs/gemma4_e4b.py").get_config(variant))
     check_experiment(experiment, tmp_path)
