@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def load(
     *,
     vision_dir: str | Path | None = None,
     dtype: str = "float32",
-    mesh: Mesh | None = None,
+    mesh: Mesh | Callable[[ModelConfig], Mesh | None] | None = None,
     parts: Collection[str] = PARTS,
 ) -> Model:
     """Load the model in a Hugging Face folder or with a hub id.
@@ -62,7 +62,8 @@ def load(
       vision_dir: folder of the vision tower (CLIP, SigLIP) for an original-layout LLaVA or Bunny; it takes precedence
         over a tower in `hf_dir`.
       dtype: data type of all parameters: "float32", "bfloat16" or "float16".
-      mesh: device mesh; parameters are split by `distributed.rules`. None uses the default device.
+      mesh: device mesh, or a function that chooses it for the model's config; parameters are split by
+        `distributed.rules`. None uses the default device.
       parts: parts to load, of "text", "projector" and "vision". Without "vision" the model takes image features.
 
     Raises:
@@ -74,12 +75,13 @@ def load(
     folder = resolve(hf_dir)
     tower = None if vision_dir is None else resolve(vision_dir)
     family, cfg = read_config(folder, tower)
-    if mesh is not None:
-        check_divides(cfg, mesh)
+    devices = mesh if mesh is None or isinstance(mesh, Mesh) else mesh(cfg)
+    if devices is not None:
+        check_divides(cfg, devices)
     slots = make_slots(cfg, family)
     sources = find_weights(slots, cfg, family, folder, tower)
     read = [slot for slot in slots if slot.path.split("/")[0] in parts]
-    params = read_params(cfg, read, sources, DTYPES[dtype], mesh)
+    params = read_params(cfg, read, sources, DTYPES[dtype], devices)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts))
 
 

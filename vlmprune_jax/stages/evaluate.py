@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import msgspec
+from jax.sharding import Mesh
 
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import Count, Finite, read_text, reading
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import settings_of
@@ -37,7 +40,7 @@ from vlmprune_jax.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.models.vlm import Model, mesh_of
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.evaluation import evaluation_file
@@ -139,15 +142,18 @@ def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
     """Ask the model all questions of a set or task, or score a text; write one line per answer or batch."""
-    work = dataclasses.replace(work, mesh=_decoding_mesh(work, spec))
     name, key = part_of(work)
     path, task = evaluation_file(work.folder, name, key), key in spec.tasks
+    model = work.load(work.start, choose_mesh=functools.partial(_decoding_mesh, work.devices, work.model.dtype, spec))
+    mesh = mesh_of(model.params)
+    if mesh is not None:  # the journal's
+        work = dataclasses.replace(work, mesh=MeshSpec(**mesh.shape))
     asking = Asking(
-        model=work.load(work.start),
+        model=model,
         tokens=work.tokens,
         data=data,
         spec=spec,
-        rows=row_ways(work.devices),
+        rows=row_ways(mesh),
         phase=functools.partial(work.phase, f"evaluate {work.part}"),
         journal=functools.partial(work.journal, answers_file(path) if task else path),
     )
@@ -157,14 +163,12 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
         of = evaluation_sets(data, spec)[key]
         lines, facts = (_ask if of.text is None else _read_text)(asking, of)
     write_answers(path, lines)
-    return AnswerFacts(parameters=count_params(asking.model.cfg), **facts)
+    return AnswerFacts(parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)), **facts)
 
 
-def _decoding_mesh(work: Work, spec: EvaluateSpec) -> MeshSpec:
-    """Return the sizes of the mesh on which the model at `work.start` is evaluated."""
-    cfg = work.config(work.start)
-    found = decoding_mesh(cfg, work.devices, count_params(cfg) * DTYPES[work.model.dtype].itemsize, spec.mesh)
-    return work.mesh if found is None else MeshSpec(**found.shape)
+def _decoding_mesh(devices: Mesh | None, dtype: str, spec: EvaluateSpec, cfg: ModelConfig) -> Mesh | None:
+    """Return the mesh for evaluating a model of this config on the devices of the run's mesh."""
+    return decoding_mesh(cfg, devices, count_params(cfg) * DTYPES[dtype].itemsize, spec.mesh)
 
 
 def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

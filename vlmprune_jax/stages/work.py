@@ -149,12 +149,17 @@ class Work(Context):
             return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))
         return PrunePlan.from_json(self.variant / "plan.json")
 
-    def load(self, folder: Path, parts: Collection[str] = PARTS) -> Model:
-        """Load a model folder, or parts of the model, in the experiment's dtype and on its mesh."""
-        shared = {} if self.loaded is None else self.loaded
+    def load(
+        self,
+        folder: Path,
+        parts: Collection[str] = PARTS,
+        choose_mesh: Callable[[ModelConfig], Mesh | None] | None = None,
+    ) -> Model:
+        """Load a model folder, or parts of the model, in the experiment's dtype and on its mesh, or the one chosen."""
+        shared, mesh = {} if self.loaded is None else self.loaded, choose_mesh or self.devices
         if folder not in shared:
             dtype, tower = self.model.dtype, self.model.vision_dir
-            shared[folder] = load(folder, vision_dir=tower, dtype=dtype, mesh=self.devices, parts=parts)
+            shared[folder] = load(folder, vision_dir=tower, dtype=dtype, mesh=mesh, parts=parts)
         return shared[folder]
 
     def open_model(self, folder: Path) -> Model:
