@@ -31,9 +31,8 @@ TRAININGS = {
 }
 SEEDS = tuple(range(1, 13))
 RECONSTRUCTED = {"reconstruct.method": "least_squares"}
-# Speed depends only on shapes, so it is measured once per plan, without recovery; use --jobs=1 for exact numbers.
 WITHOUT_RECOVERY = {
-    "none": {"recover.method": "none", "speed.rounds": 5},
+    "none": {"recover.method": "none"},
     "reconstruct": {"recover.method": "none", **RECONSTRUCTED},
 }
 LOSSES = {"sft": {"ce": 1.0}, "sft_kl": {"ce": 0.5, "kl": 0.5}, "sft_l2": {"ce": 0.5, "l2": 0.5}}
@@ -54,7 +53,7 @@ def get_config(most: str = "100") -> ConfigDict:
     config.prune_variants = config.recover_variants = {}
     config.recover.epochs = 1.0
     config.recover.log_every = 20
-    config.speed.rounds = 0
+    config.speed.rounds = 0  # runs side by side would disturb it
     config.evaluate.unrecovered = False  # these are separate runs of the sweep
     return config
 
