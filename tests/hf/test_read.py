@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.hf import read
 from vlmprune_jax.hf.read import load
 
 
@@ -113,6 +114,15 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
     refused(folder, "pytorch_model.bin", "state dict", vision_dir=tower)
     torch.save({"step": 3}, path)
     refused(folder, "step is a int", "maps names to plain tensors", vision_dir=tower)
+
+
+def test_threads_share_the_rows_of_a_tensor(goldens, monkeypatch):
+    """Parts of few rows give the same arrays, whole and sliced over a mesh."""
+    folder, mesh = goldens / "ckpt/llava_hf", make_mesh(1, 4, 2)
+    whole, sliced = load(folder), load(folder, mesh=mesh)
+    monkeypatch.setattr(read, "_PART", 100)
+    assert_equal(load(folder), whole)
+    assert_equal(load(folder, mesh=mesh), sliced)
 
 
 # Dtypes and placement -------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent
+from vlmprune_jax.core.files import open_file
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent, advise
 from vlmprune_jax.hf.disk.storage import StoredWeight
 from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
@@ -88,6 +89,13 @@ class FileArray:
                 rows = chosen[np.searchsorted(chosen, start) : np.searchsorted(chosen, stop)] - start
                 first = first.take(rows, 0)
             yield replace(first, picks=(*first.picks, *inner)).read()
+            first.forget()
+
+    def forget(self) -> None:
+        """Drop the weight's bytes from the page cache, where they cost a large file's surgery half of its time."""
+        if extent := self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize):
+            with open_file(extent.file) as file:
+                advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read only the values at these index arrays."""

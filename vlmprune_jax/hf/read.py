@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from vlmprune_jax.models.vlm import Model, Params
 _NOT_FINITE = {"float32": (0x7F800000, 0xFF800000), "bfloat16": (0x7F80, 0xFF80), "float16": (0x7C00, 0xFC00)}
 # XLA on CPU uses a host buffer of this alignment without a copy.
 _ALIGNMENT = 64
+_PART = 2**26  # elements of a tensor that one thread reads
 _PIECE = 2**18  # elements of a tensor that are read, checked and distributed at a time
 # Reading waits for the disk; copying and checking release Python's lock.
 _THREADS = min(4, os.cpu_count() or 1)
@@ -218,15 +219,24 @@ def _read_param(
     slices = [(slice(None),) * len(shape)] if where is None else where.addressable_devices_indices_map(shape).values()
     # Devices that hold the same slice share one buffer.
     blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
-    list(pool.map(lambda slot: _fill(slot, sources[slot.key], blocks), slots))  # list: raises what a thread raised
+    parts = [(slot, rows) for slot in slots for rows in _parts(slot)]
+    filled = pool.map(lambda part: _fill(part[0], part[1], sources[part[0].key], blocks), parts)
+    list(filled)  # raises what a thread raised
     if where is None:
         (whole,) = blocks.values()
         return jax.device_put(whole)
     return jax.make_array_from_callback(shape, where, lambda index: blocks[bounds(index)])
 
 
-def _fill(slot: Slot, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
-    """Copy a tensor of a file into its parameter's blocks, in pieces that fit the processor's cache.
+def _parts(slot: Slot) -> Iterator[range]:
+    """Yield row ranges of a tensor that threads read at the same time; a table of embeddings has many."""
+    step = max(1, _PART // math.prod(slot.shape[1:]))
+    for begin in range(0, slot.shape[0], step):
+        yield range(begin, min(begin + step, slot.shape[0]))
+
+
+def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
+    """Copy rows of a tensor in a file into its parameter's blocks, in pieces that fit the processor's cache.
 
     Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
     """
@@ -241,7 +251,10 @@ def _fill(slot: Slot, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray])
     if not targets:
         return
     where, dtype = f"{source.file.parent}: tensor {source.key}", targets[0][2].dtype
-    start, stop = min(rows[0] for rows, _, _ in targets), max(rows[1] for rows, _, _ in targets)
+    start = max(part.start, min(rows[0] for rows, _, _ in targets))
+    stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
+    if start >= stop:
+        return
     row = math.prod(slot.shape[1:])
     step = max(1, _PIECE // row)
     rows = [*range(start, stop, step), stop]
