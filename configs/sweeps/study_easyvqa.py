@@ -7,8 +7,9 @@
 {depth, width, hybrid} x {15, 30, 45, 60 % of the decoder} x {none, reconstruct} with 12 seeds, as runs without training
 take seconds; x {projector, SFT, SFT + KL, SFT + L2, reconstruct + SFT + L2} on 5 % of the data with 6 seeds; and
 SFT + L2 at 45 % on 20 and 100 % with 3 seeds: 666 runs. A seed is that of calibration, data and training. Runs share
-the controls, the unpruned model after each recovery. All answer the first 2,000 test questions. An epoch of 5 % has 60 steps, of 20 % 241 and of 100 % 1,205.
-Cheap runs come first, then seed by seed, so that an interrupted sweep, which continues, has complete tables.
+the controls, the unpruned model after each recovery. All answer the first 2,000 test questions. An epoch of 5 % has
+60 steps, of 20 % 241 and of 100 % 1,205. Cheap runs come first, then seed by seed, so that an interrupted sweep, which
+continues, has complete tables.
 """
 
 from pathlib import Path
