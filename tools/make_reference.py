@@ -31,16 +31,16 @@ SETTINGS = """\
 
 This page lists every setting of a config. It is generated: `make docs` writes it.
 
-Set them in a config file (`config.recover.losses.kl = 0.5`) or on the command line (`--config.recover.losses.kl=0.5`).
-`None` unsets a setting. `vlmprune help kl` also prints the type, the bounds and the stages that run again.
-`config.prune_variants` and `config.recover_variants` hold partial configs by name, combined in one workdir.
+Set a setting in a config file (`config.recover.losses.kl = 0.5`) or as a flag (`--config.recover.losses.kl=0.5`).
+`None` unsets a setting. `vlmprune help kl` also prints the type, bounds, and stages that run again after a change.
+`config.prune_variants` and `config.recover_variants` hold partial configs by name, and one run tries all combinations.
 """
 COMMAND_PAGE = """\
 # Commands
 
 This page shows `vlmprune COMMAND --help` for every command. It is generated: `make docs` writes it.
 
-The flag `--debug` of all commands shows the traceback of an error. Stage commands also take:
+The flag `--debug` of all commands prints the traceback of an error. Commands that run a stage also have these flags:
 """
 FILES = """\
 # Files of a workdir
@@ -50,7 +50,7 @@ This page lists the files that a run writes. It is generated: `make docs` writes
 |file|written by|content|
 |---|---|---|
 |`scores.npz`, `scores_vision.npz`|`score`|importance of layers, heads and neurons|
-|`plan.json`|`prune`|kept indices of every stack, and the fingerprint of the model|
+|`plan.json`|`prune`|original indices of kept layers, heads and neurons; the model's fingerprint|
 |`pruned/`, `reconstructed/`, `recovered/`|`prune`, `reconstruct`, `recover`|Hugging Face checkpoints|
 |`training/`|`recover`|checkpoints, `metrics.jsonl`, TensorBoard events|
 |`eval/`|`evaluate`|answers, scores of every question, samples for the report|
@@ -58,11 +58,11 @@ This page lists the files that a run writes. It is generated: `make docs` writes
 |`result.json`, `speed.json`|`run`|accuracy, retention, costs and speed of all models|
 |`report.html`, `report.png`|`report`|one page, one figure|
 |`tpu_plan.json`|`plan`|memory and step time on a TPU slice|
-|`.stages/`|every stage|hashes of the inputs and settings that the outputs were made from|
+|`.stages/`|every stage|hashes of inputs and settings, to skip unchanged stages|
 
-With variants, the files lie in folders of their names, for example `width/sft/recovered/`.
-JSON files have a number `format`; a version of vlmprune reads one format of each file.
-The tables below list their fields; a field with `=` may be absent.
+A config with variants has a folder per variant: `width/sft/recovered/` is the model of `width` recovered with `sft`.
+JSON files have a format number, `format`; each vlmprune version reads one format per file.
+The tables below list the fields of the JSON files; a field marked `=` is optional.
 """
 API = """\
 # Python API

@@ -52,9 +52,8 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None) -> st
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"The {len(points)} models of {of} were pruned by the paper's criteria."
-    metric = f"Their score is the {markdown(measured(sweep))}."
-    lines = [f"{_HEADING}{name}", "", about, metric, "", *retention_lines(points)]
+    about = f"The score of the {len(points)} pruned models ({of}) is the {markdown(measured(sweep))}."
+    lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     return "\n".join([*lines, *insight_lines(conclude(points)), *perplexity_lines(sweep)])
 
 
@@ -119,7 +118,7 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         return []
     heads = [markdown(recovery) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = [
-        "Cells have the retained score (%), as mean ± half of its 95 % interval over seeds.",
+        "Retained score (%): mean ± half of the 95 % interval over seeds.",
         "",
     ]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]

@@ -221,7 +221,7 @@ def test_perplexities_stand_in_a_table_over_seeds():
     of_text = replace(found.sets["questions"], name="perplexity", main="perplexity", full=None)
     found = replace(found, sets={**found.sets, "text": of_text})
     found.unpruned["models/teacher"].evaluation.scores["text"] = {"perplexity": 10.0}
-    assert "\nTheir score is the accuracy of questions.\n" in as_markdown("study", found)
+    assert "\nThe score of the 4 pruned models (2 seeds) is the accuracy of questions.\n" in as_markdown("study", found)
     found.models.append(text(row("width", 0.45, "none", 60.0), 1e6))
     found.models.append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
     table = (

@@ -1,7 +1,7 @@
-"""vlmprune bench --model=DIR_OR_GGUF [--against=DIR_OR_GGUF,...]: speed and memory of models on this processor.
+"""vlmprune bench --model=DIR_OR_GGUF [--against=DIR_OR_GGUF,...]: measure speed and memory of models on this processor.
 
-Prefill and decoding (tokens/s), time to the first token, peak memory and size on disk: in our JAX forward pass, and if
-installed in transformers (folders) and llama.cpp (GGUF files), in turns, each in a process of its own.
+Measures prefill and decode speed (tokens/s), time to first token, peak memory and file size in vlmprune's JAX forward
+pass, transformers (folders) and llama.cpp (GGUF files), alternately, in one process per model and engine.
   vlmprune bench --model=DIR --against=runs/llava/export --backends=jax,transformers --threads=4 --json=bench.json
 """
 
@@ -28,10 +28,10 @@ def define(values: Flags) -> None:
         default, about = settings[name].default, settings[name].sentence
         absl_flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
     absl_flags.DEFINE_bool("image", True, settings["image"].sentence, flag_values=values)
-    absl_flags.DEFINE_integer("threads", None, "cores per engine; default: all", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_integer("threads", None, "threads per engine (default: all)", lower_bound=1, flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
-    absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of weights of folders", flag_values=values)
-    text("json", None, "write the numbers of every round to this file, FILE.json", flag_values=values)
+    absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of folders' weights", flag_values=values)
+    text("json", None, "file FILE.json for the measurements of every round", flag_values=values)
 
 
 def run(flags: Any) -> None:

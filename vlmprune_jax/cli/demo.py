@@ -1,8 +1,8 @@
-"""vlmprune demo --workdir=runs/demo: the whole run on bundled real data, on a CPU, in about three minutes.
+"""vlmprune demo --workdir=runs/demo: run the whole pipeline on a bundled model and real data, in 3 minutes on a CPU.
 
-The same as `vlmprune run --config=demo`: easy-VQA (1,000 test images, 9,673 questions) and a small LLaVA teacher that
-comes with the package, pruned by depth and by width by 30 % (56 % of the decoder), recovered with 5 % of the training
-questions and hidden-state distillation, evaluated, exported and compared. `--config=demo:full` has more recoveries.
+The same as `vlmprune run --config=demo`: removes 30 % of a small LLaVA (56 % of its decoder) by depth and by width,
+trains it on 5 % of easy-VQA with hidden-state distillation, evaluates it on 9,673 questions and exports it.
+`--config=demo:full` has more recoveries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""vlmprune diff A B: how much of what two plans keep is the same, layer by layer.
+"""vlmprune diff A B: compare the heads and neurons that two plans for one model keep, layer by layer.
 
-A and B are plans of one model: plan.json files, or workdirs and model folders that hold one. Shares are of what either
-keeps of a layer's heads and neurons (Jaccard); the last row is of all layers.
+A and B are plan.json files, or folders that contain one. Prints the Jaccard index of the kept heads and neurons per
+layer and, in the last row, over all layers.
 """
 
 from __future__ import annotations

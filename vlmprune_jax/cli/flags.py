@@ -26,26 +26,26 @@ _UNSET = re.compile(r"--config\.\S+=None")
 def config_flag(values: Flags) -> None:
     """Define the flag --config, unless `values` already has it."""
     if "config" not in values:
-        text = "config: FILE.py or FILE.py:VARIANT, or the name of a shipped one, such as demo or llava15_7b:depth,0.3"
+        text = "config file (FILE.py or FILE.py:VARIANT), or a shipped config such as demo or llava15_7b:depth,0.3"
         flags.DEFINE_string("config", None, text, flag_values=values)
 
 
 def only_flag(values: Flags) -> None:
     """Define the flag --only, which selects variants or runs by name."""
-    text = "only variants (sweep: only runs) whose names fit a pattern, as 'width*'; several variants with commas"
+    text = "run only variants (in a sweep: runs) whose names match a pattern such as 'width*'; several: with commas"
     flags.DEFINE_string("only", "", text, flag_values=values)
 
 
 def common(values: Flags) -> None:
     """Define the flags that all stage commands have."""
     config_flag(values)
-    flags.DEFINE_string("workdir", None, "folder for everything this experiment makes", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder for all files of this run", flag_values=values)
     only_flag(values)
-    flags.DEFINE_bool("overwrite", False, "replace outputs that were made from other inputs", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "check everything, say what would be done, and stop", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no TPU slice tells", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "how many processes run this command together", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "the number of this process, from 0", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace outputs whose inputs or settings have changed", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "check everything and print the steps without running them", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (TPU slices know it)", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "number of processes that run this command", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=values)
 
 
 def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
@@ -232,5 +232,5 @@ def help_of(name: str, command: Any) -> str:
         shown = f"--{flag}" if values[flag].boolean else f"--{flag}=..."
         lines.append(f"  {shown:<18} {values[flag].help}")
     if "config" in values:
-        lines.append(f"  {'--config.x.y=...':<18} change one setting of the config, None to unset it")
+        lines.append(f"  {'--config.x.y=...':<18} value of the setting x.y of the config (None = unset)")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
-"""vlmprune inspect HF_DIR: family, layout, shapes, where the parameters are, what can be pruned, what export can do.
+"""vlmprune inspect HF_DIR: print a model's family, layout, shapes and parameters, and what can be pruned and exported.
 
-Reads configs and tensor headers only. An original LLaVA folder whose vision tower is elsewhere takes --vision_dir.
-With --config=FILE.py the families that the file adds are known as well.
+Reads configs and tensor headers only. --config=FILE.py makes the model families that the file registers available.
 """
 
 from __future__ import annotations

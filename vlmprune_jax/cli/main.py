@@ -27,18 +27,18 @@ from vlmprune_jax.distributed.failure import end, joined
 
 # The other commands: modules of this folder, which load when they are called, so that help stays fast.
 OTHERS = {
-    "sweep": "run many such experiments, sharing equal stages, and compare them -> sweep.json, sweep.csv, sweep.html",
-    "plan": "compile the recovery step for a TPU slice on this machine, and print what it needs",
+    "sweep": "run a config with many combinations of settings and compare the results -> sweep.json, sweep.html",
+    "plan": "compile the recovery step for a TPU slice, without a TPU, and print its memory and minimum time",
     "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
     "chat": "ask models a question about an image, for example before and after pruning",
-    "bench": "measure speed, memory and size of models here, by jax, transformers and llama.cpp, in turns",
+    "bench": "measure speed, memory and size of models on this machine in jax, transformers and llama.cpp",
     "diff": "compare two plans layer by layer",
     "env": "print versions, devices and installed packages, for a bug report",
-    "help": "explain a setting, as `vlmprune help kl`: default, choices, effect",
-    "inspect": "print what a Hugging Face folder holds and what can be pruned, from its headers",
-    "vocabulary": "print what a smaller vocabulary saves and costs, before anything is written",
-    "tfds": "convert LLaVA records and their images to a tensorflow-datasets data set",
-    "demo": "run the whole pipeline on bundled real data, on a CPU",
+    "help": "explain a setting (`vlmprune help kl`): meaning, default, choices",
+    "inspect": "print the parts of a Hugging Face model that can be pruned, without reading weights",
+    "vocabulary": "print what smaller vocabularies save and cost, without writing files",
+    "tfds": "pack records and images into a tensorflow-datasets data set",
+    "demo": "run the whole pipeline on a bundled model and real data, on a CPU",
 }
 COMMANDS = {**commands(), **OTHERS}
 OVERVIEW = """\

@@ -1,11 +1,9 @@
-"""vlmprune plan --config=FILE.py --topology=v5e:8x8: what recovery needs on a TPU slice, compiled here without a TPU.
+"""vlmprune plan --config=FILE.py --topology=v5e:8x8: memory and minimum time of recovery on a TPU slice, without a TPU.
 
-Compiles the real training step, student and teacher, for every variant of the experiment (a minute or two each), and
-prints memory, FLOPs, communication and the least time. Needs the model's config.json, not its weights; takes
-plan.json from --workdir where it is there, else predicts the pruned shapes. With length or tile buckets it is the step
-of the largest. The report of --workdir shows the numbers. --search also looks for the cheapest remat
-and the largest batch that fit, and for the smallest slice; each try is another compilation. --evaluation compiles
-prefill and decoding as well: memory, traffic of a token, and the least time of 1,000 questions of nine benchmarks.
+Compiles the real training step of student and teacher for every variant (1 to 2 minutes each), for the largest length
+and tile buckets. Prints memory, FLOPs, communication and minimum time; the report of --workdir shows them as well.
+Reads config.json but no weights. Pruned shapes come from plan.json in --workdir, or are predicted.
+--evaluation also compiles prefill and decoding, and prints the minimum time for 1,000 questions of each benchmark.
 """
 
 from __future__ import annotations
@@ -21,14 +19,17 @@ def define(values: Flags) -> None:
     """Define the flags of this command."""
     config_flag(values)
     only_flag(values)
-    about = "folder whose plan.json files say what is pruned, and whose report shows the numbers"
+    about = "workdir of the run: its plan.json files are read, and its report shows the numbers"
     absl_flags.DEFINE_string("workdir", None, about, flag_values=values)
-    about = "TPU slice: v5e:8x8, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x2; two of them: v5e:8x8:2"
+    about = "TPU slice, such as v5e:8x8, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x2; two slices: v5e:8x8:2"
     absl_flags.DEFINE_string("topology", None, about, flag_values=values)
-    absl_flags.DEFINE_integer("records", None, "training records, where data.train is not here", flag_values=values)
-    absl_flags.DEFINE_bool("search", False, "also find remat, batch and slice that fit", flag_values=values)
+    about = "number of training records, if data.train is not on this machine"
+    absl_flags.DEFINE_integer("records", None, about, flag_values=values)
+    about = "also find the cheapest remat, the largest batch and the smallest slice that fit"
+    absl_flags.DEFINE_bool("search", False, about, flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
-    absl_flags.DEFINE_string("save", None, "JSON file for the numbers (else WORKDIR/tpu_plan.json)", flag_values=values)
+    about = "JSON file for the results (default: WORKDIR/tpu_plan.json)"
+    absl_flags.DEFINE_string("save", None, about, flag_values=values)
 
 
 def run(flags: Any) -> None:

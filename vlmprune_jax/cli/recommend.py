@@ -1,9 +1,9 @@
-"""vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: what to cut and how to recover it, and why.
+"""vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-The decision guide of arXiv 2604.24380 as rules, with the numbers behind each, the paper's and this project's, the
-places where it contradicts itself, and a config that does what is advised. Reads the model's config.json, no weights.
+Prints rules from the decision guide of arXiv 2604.24380, the measurements behind them (the paper's and this project's),
+contradictions, and a config. Reads the model's config.json, no weights.
   vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
-  vlmprune recommend --model=DIR --ratio=0.2 --speed --bench=bench.json    # with what this machine was measured at
+  vlmprune recommend --model=DIR --ratio=0.2 --speed --bench=bench.json    # with speeds measured on this machine
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def define(values: Flags) -> None:
     text("model", None, "Hugging Face folder or hub id of the model to prune", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     text("ratio", None, "share of all parameters to remove, as 0.3 or 30%", flag_values=values)
-    text("bytes", None, "or what the bfloat16 weights may have, as 2e9, 2GB, 2GiB", flag_values=values)
-    text("data", "5%", "share of the training data that is there, as 5%, 0.05 or none", flag_values=values)
-    text("compute", "full", "none: no training; projector: it alone; full: adapters, with teacher", flag_values=values)
-    absl_flags.DEFINE_bool("speed", False, "the pruned model's speed matters as well", flag_values=values)
-    text("bench", None, "what `vlmprune bench --json=FILE` measured here, to be told as well", flag_values=values)
-    text("guide", None, "a guide with rows of your own", flag_values=values)
-    text("save", None, "write the config there, FILE.py, instead of printing it", flag_values=values)
+    text("bytes", None, "maximum size of the bfloat16 weights, instead of --ratio: 2e9, 2GB, 2GiB", flag_values=values)
+    text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
+    text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
+    absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
+    text("bench", None, "file of `vlmprune bench --json=FILE` with speeds to show as well", flag_values=values)
+    text("guide", None, "guide file with your own measurements", flag_values=values)
+    text("save", None, "file FILE.py for the config (default: print it)", flag_values=values)
 
 
 def run(flags: Any) -> None:

@@ -12,12 +12,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.stages.registry import STAGES
 
 RUN = """\
-Results made from the same inputs are skipped, and an interrupted run continues.
+Stages with unchanged inputs are skipped, and an interrupted run continues.
   vlmprune run --config=configs/demo.py --workdir=runs/demo
   vlmprune run --config=configs/llava15_7b.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ..."""
 REPORT = """\
-One file without external resources: tables, scores against size, sample questions with every model's answer, cost and
-speed, what was removed, training curves, provenance. For an unfinished run it names the commands that are missing."""
+The page has accuracy against size, example questions with every model's answer, costs and speed, the removed parts,
+training curves and provenance. For an unfinished run, the page lists the commands that complete it."""
 
 
 def commands() -> dict[str, str]:
@@ -25,7 +25,7 @@ def commands() -> dict[str, str]:
     return {
         "run": "run all stages and report -> result.json, report.html",
         **{name: stage.help for name, stage in STAGES.items()},
-        "report": "write one page of the results, of a finished run or not -> report.html, report.png",
+        "report": "write the results of a finished or unfinished run as one page -> report.html, report.png",
     }
 
 
@@ -43,11 +43,11 @@ class StageCommand:
         """Define the flags of this command."""
         common(values)
         if self.name == "prune":
-            absl_flags.DEFINE_bool("explain", False, "print what each layer lost and why", flag_values=values)
+            absl_flags.DEFINE_bool("explain", False, "print what each layer loses and why", flag_values=values)
         if self.name == "evaluate":
-            about = "tasks of lmms-eval, in place of evaluate.tasks"
+            about = "lmms-eval tasks to run, instead of those in evaluate.tasks"
             absl_flags.DEFINE_list("tasks", None, about, flag_values=values)
-            about = "address of an OpenAI-compatible server (http://HOST:8000/v1): evaluate the model that it serves"
+            about = "evaluate the model behind this OpenAI-compatible server, for example http://HOST:8000/v1"
             absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
     def run(self, flags: Any) -> None:
@@ -63,7 +63,7 @@ class StageCommand:
 
 def _details(name: str) -> str:
     stage = STAGES[name]
-    return f"{stage.details}\nSettings: {', '.join(('model', *stage.sections))} (`vlmprune help SECTION`).".lstrip()
+    return f"{stage.details}\nConfig sections: {', '.join(('model', *stage.sections))}.".lstrip()
 
 
 def run_command(name: str, flags: Any) -> None:

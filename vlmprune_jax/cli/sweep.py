@@ -1,15 +1,15 @@
-"""vlmprune sweep --config=FILE.py --workdir=W: the runs that a config file lists, what they share made once; one page.
+"""vlmprune sweep --config=FILE.py --workdir=W: run a config with many combinations of settings and compare the results.
 
-FILE.py has, beside get_config(), `def get_hyper(hyper)` that returns what each run overrides:
+Besides get_config(), FILE.py has a function get_hyper(hyper) that returns the settings of each run:
   return hyper.product([hyper.sweep("config.prune.ratio", [0.1, 0.3]), hyper.sweep("config.recover.seed", range(3))])
-There are hyper.zipit, chainit, fixed, and named("recovery", {"sft": {...}, "none": {...}}); or return a list of dicts.
+Also: hyper.zipit, chainit, fixed, named("recovery", {"sft": {...}, "none": {...}}), or a list of dicts.
 
-Each run is a workdir, W/runs/NAME; W/sweep.json, sweep.csv and sweep.html compare them. What is done is skipped, what
-was interrupted continues, what failed is listed (exit code 2) and tried again by the next call.
+Each run has a workdir W/runs/NAME; sweep.json, sweep.csv and sweep.html in W compare the runs. Finished runs are
+skipped, interrupted runs continue, and failed runs (exit code 2) are repeated by the next call.
   vlmprune sweep --config=configs/sweeps/demo_cut.py --workdir=runs/cut --jobs=2
-  vlmprune sweep --config=FILE.py --workdir=W --dry_run            # the runs, and which share what
-  vlmprune sweep --config=FILE.py --workdir=W --only='*seed=1*'    # these first
-  vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # every eighth run from the second: one of 8 pods
+  vlmprune sweep --config=FILE.py --workdir=W --dry_run            # list the runs and the stages that they share
+  vlmprune sweep --config=FILE.py --workdir=W --only='*seed=1*'    # only runs with these names
+  vlmprune sweep --config=FILE.py --workdir=W --shard=2/8          # on the second of eight machines
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vlmprune_jax.cli.flags import Flags, common
 def define(values: Flags) -> None:
     """Define the flags of this command."""
     common(values)
-    absl_flags.DEFINE_integer("jobs", 1, "runs at once on this machine, each in a process", flag_values=values)
-    absl_flags.DEFINE_string("shard", "1/1", "i/n: only every n-th run from the i-th", flag_values=values)
+    absl_flags.DEFINE_integer("jobs", 1, "number of runs at a time on this machine", flag_values=values)
+    absl_flags.DEFINE_string("shard", "1/1", "i/n: only the share of machine i of n", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Do the runs of a sweep, and compare their results."""
+    """Run a sweep and compare the results of its runs."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing

@@ -1,6 +1,6 @@
-"""vlmprune tfds --data=FILE.json --images=DIR --out=DIR: records and their images as a tensorflow-datasets data set.
+"""vlmprune tfds --data=FILE.json --images=DIR --out=DIR: pack records and images into a tensorflow-datasets data set.
 
-A few large ArrayRecord files instead of many small images, without TensorFlow; --config.data.train=tfds:DIR reads them.
+Writes a few large ArrayRecord files, without TensorFlow. --config.data.train=tfds:DIR reads the data set.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from vlmprune_jax.cli.flags import Flags
 
 def define(values: Flags) -> None:
     """Define the flags of this command."""
-    absl_flags.DEFINE_string("data", None, "LLaVA records, a JSON or JSON-lines file", flag_values=values)
-    absl_flags.DEFINE_string("images", None, "the folder that their images are in", flag_values=values)
-    absl_flags.DEFINE_string("out", None, "the new folder", flag_values=values)
+    absl_flags.DEFINE_string("data", None, "JSON or JSON-lines file of records in LLaVA's format", flag_values=values)
+    absl_flags.DEFINE_string(
+        "images", None, "folder to which image paths in the records are relative", flag_values=values
+    )
+    absl_flags.DEFINE_string("out", None, "folder to write", flag_values=values)
 
 
 def run(flags: Any) -> None:

@@ -1,7 +1,6 @@
-"""vlmprune vocabulary --model=DIR --sources=FILE,... --sizes=16k,32k,64k: what a smaller vocabulary saves and costs.
+"""vlmprune vocabulary --model=DIR --sources=FILE,... --sizes=16k,32k: print what smaller vocabularies save and cost.
 
-Nothing is written. Sources are records as data.train takes them, text files, or JSON lists of texts or of token ids; a
-tenth of their texts, or those of --held_out, choose no token and are measured.
+Writes no files. Flags are settings of prune.vocabulary (`vlmprune help prune.vocabulary`).
   vlmprune vocabulary --model=DIR --sources=train.json,captions.txt --sizes=16k,32k,64k --multiple=128
 """
 
@@ -18,14 +17,15 @@ from vlmprune_jax.prune.config import VocabularyConfig
 
 def define(values: Flags) -> None:
     """Define the flags of `vlmprune vocabulary`."""
-    text, several, settings = absl_flags.DEFINE_string, absl_flags.DEFINE_list, settings_of(VocabularyConfig())
+    text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_list
     text("model", None, "Hugging Face folder or hub id of the model", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
-    several("sources", [], settings["sources"].sentence, flag_values=values)
-    several("held_out", [], settings["held_out"].sentence, flag_values=values)
+    several("sources", [], "files with texts whose tokens are kept", flag_values=values)
+    several("held_out", [], "files with texts to measure (default: a tenth of the sources)", flag_values=values)
     several("sizes", ["16k", "32k", "64k"], "numbers of tokens, as 16384 or 16k (x 1,024)", flag_values=values)
-    multiple = settings["multiple"]
-    absl_flags.DEFINE_integer("multiple", multiple.default, multiple.sentence, lower_bound=1, flag_values=values)
+    multiple = settings_of(VocabularyConfig())["multiple"].default
+    about = "round each size up to a multiple of this number"
+    absl_flags.DEFINE_integer("multiple", multiple, about, lower_bound=1, flag_values=values)
 
 
 def run(flags: Any) -> None:

@@ -1,4 +1,4 @@
-"""Cost limits of a pruned model, given in place of a ratio, and the workload that they refer to; no jax."""
+"""Cost limits of a pruned model, set instead of a ratio, and the workload for which costs are computed; no jax."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decod
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the cost of the pruned model, in place of a ratio; a plan satisfies all limits that are set.
-
-    `dtype`, `layout` and `uneven` are those of the export. `disk_bytes` counts the weights of the model; with
-    `source_dir` also those that `save` copies from there (and not those that it leaves out): `other_bytes`.
-    """
+    """Upper limits on the cost of the pruned model, instead of a ratio; the plan satisfies all limits that are set."""
 
     parameters: float | None = prune_setting(
         None, "Maximum number of parameters of the whole model.", unit="parameters", above=0
@@ -56,8 +52,8 @@ class Budget:
     )
     context: int = prune_setting(
         4096,
-        "Row length, image tokens included, for which memory, FLOPs and time are computed. With a `max_image_tokens`, "
-        "the images have that many tokens and the row is shorter by the difference.",
+        "Row length, image tokens included, for which memory, FLOPs and time are computed. If `max_image_tokens` "
+        "lowers the tokens per image, the row is shorter by the same number.",
         unit="tokens",
         least=1,
         most=2**31,
@@ -66,7 +62,9 @@ class Budget:
         1, "Number of rows decoded together, for which memory and time are computed.", unit="rows", least=1, most=2**31
     )
     images: int = prune_setting(1, "Number of images (or tiles) in the prompt.", unit="images", least=0, most=10_000)
-    image_tokens: int = setting(0, "Tokens per image (0 = a typical number).", unit="tokens", least=0, offered=False)
+    image_tokens: int = setting(
+        0, "Number of tokens per image (0 = typical for the model).", unit="tokens", least=0, offered=False
+    )
     slice: str = prune_setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.")
     dtype: str = setting(
         "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
@@ -88,12 +86,11 @@ class Budget:
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False
     )
-    other_bytes: int = setting(
-        0, "Size of exported weights that are never used in a forward pass.", unit="bytes", offered=False
-    )
+    other_bytes: int = setting(0, "Size of exported weights that no forward pass uses.", unit="bytes", offered=False)
     curve: tuple[tuple[float, float], ...] = setting(
         (),
-        "Measured pairs (number of parameters, milliseconds per token), in place of the file `bench`.",
+        "Measured decode times as pairs (number of parameters, milliseconds per token), instead of those in the file "
+        "that the setting `bench` names.",
         offered=False,
     )
 

@@ -22,7 +22,7 @@ class ModelSpec:
     )
     dtype: str = setting(
         "float32",
-        "Data type of the weights in memory and in every model folder that a stage before the export writes.",
+        "Data type of the model weights in memory and in the checkpoints of all stages before the export.",
         affects=STAGES,
         choices="core.weight_files:DTYPES",
     )
@@ -38,7 +38,8 @@ class MeshSpec:
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
         1,
-        "Number of devices that share one copy of the model: they split its weights (residual width) and rows.",
+        "Number of devices that share one copy of the model (each holds a slice of every weight and processes a part "
+        "of the rows).",
         unit="devices",
     )
     tensor: int = setting(1, "Number of devices over which heads, neurons and vocabulary are split.", unit="devices")
@@ -68,7 +69,7 @@ class LoraConfig:
 
     rank: int = setting(128, "Rank of the LoRA update.", affects=("recover",), least=1)
     alpha: float = setting(
-        256.0, "Scale of the LoRA update, which is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
+        256.0, "Scale of the LoRA update: it is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
     )
     dropout: float = setting(
         0.05, "Dropout rate of LoRA adapter inputs in training.", affects=("recover",), least=0, below=1

@@ -44,10 +44,9 @@ class DataSpec:
     train: str | None = training_setting(
         None,
         "Training records: a JSON or JSON-lines file (LLaVA's format, OpenAI's `messages`, or questions), InternVL's "
-        'JSON file that names several such files, "tfds:FOLDER" (written by `vlmprune tfds`; may be in a bucket, '
-        '"tfds:gs://BUCKET/DIR"), "datasets:FOLDER" (written by `save_to_disk` of Hugging Face datasets), or '
-        '"hub:ORG/NAME:SPLIT", which is stored in the workdir ("hub:ORG/NAME/CONFIG:SPLIT[:5000]" streams the first '
-        "5,000 rows of a configuration).",
+        'JSON list of such files, "tfds:FOLDER" or "tfds:gs://BUCKET/DIR" (written by `vlmprune tfds`), '
+        '"datasets:FOLDER" (written by `save_to_disk`), or "hub:ORG/NAME[/CONFIG]:SPLIT[:5000]" (a Hugging Face hub '
+        "data set, all rows or the first 5,000).",
         by_content=True,
     )
     eval: str | None = evaluate_setting(None, "Evaluation records, in the same formats as `train`.", by_content=True)

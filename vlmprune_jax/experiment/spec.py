@@ -106,9 +106,9 @@ class RecoverSpec(RecoverConfig):
     name: str = setting("recovered", "Name of this recovery setup in tables and reports.")
     control: bool = setting(
         True,
-        "Also train the unpruned model in the same way if the loss uses labels, and report retention relative to it: "
-        "gains from training on the task are then not counted as gains of recovery. Costs one more training, which "
-        "all prune variants, and all runs of a sweep, share.",
+        "If the loss uses labels, also train the unpruned model in the same way, and report retention relative to "
+        "this control, which excludes gains from training on the task. Costs one more training, shared by all prune "
+        "variants and all runs of a sweep.",
     )
     save_adapter: bool = recover_setting(
         False,
@@ -117,8 +117,8 @@ class RecoverSpec(RecoverConfig):
     )
     teacher_cache: str | None = setting(
         None,
-        "Folder for a cache of the teacher's top-k logits at all positions in the loss; missing logits are computed "
-        "first, then training runs without the teacher. Several runs may share it. Needs "
+        "Folder for a cache of the teacher's top-k logits at all positions in the loss; vlmprune computes missing "
+        "logits, then trains without the teacher. Several runs may share the folder. Needs "
         '`losses.teacher_inputs="own"`, and no loss `l2` or `cosine`.',
     )
     teacher_top_k: int = setting(

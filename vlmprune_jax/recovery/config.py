@@ -46,12 +46,12 @@ class _Weights(dict[str, float]):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, and options for computing them.
+    """Weights of the loss terms, and options for computing the terms.
 
-    `reference_compat` computes the losses as the paper's trainers do: distillation terms average over all positions,
-    padding at the right included; KL terms are divided by the batch size only; and `l2_layers` index the hidden states
-    of teacher and student separately. Padding is zero embeddings in LLaVA's and Bunny's trainers
-    (`teacher_inputs="student"`), and token ids at position 0 in InternVL's ("own").
+    `reference_compat` computes the losses as the paper's trainers do: distillation losses are averaged over all
+    positions including padding, KL losses are divided by the batch size only, and `l2_layers` index the hidden states
+    of teacher and student separately. LLaVA's and Bunny's trainers pad with zero embeddings
+    (`teacher_inputs="student"`), and InternVL's trainer with token ids at position 0 ("own").
     """
 
     ce: float = recover_setting(

@@ -58,8 +58,8 @@ STAGES = Registry(
             per="model",
             version=2,
             details="""\
-Answers are kept, so another metric needs no model. --tasks=pope,mme runs tasks of lmms-eval.
-A result.json in the workdir is brought up to date.""",
+After a change of metric, stored answers are scored again. --tasks=pope,mme runs tasks of lmms-eval.
+The command also updates result.json, if the workdir has one.""",
         ),
         "speed": Stage(
             "measure the speed of the unpruned model and of every pruned shape, in turns -> speed.json",
@@ -78,7 +78,7 @@ A result.json in the workdir is brought up to date.""",
             journals=(".calibrated.parts",),
             files="stages.export:export_files",
             per="run",
-            details="The export is reloaded and its logits are compared.",
+            details="vlmprune reloads the export and compares its logits with those of the model in memory.",
         ),
     },
 )

@@ -22,8 +22,8 @@ TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name,
 class MetricInfo(Part, frozen=True, kw_only=True):
     """Settings for displaying and comparing a metric's values (`Metric.describe`).
 
-    `main` is the name of the value that is compared. A value times `scale`, then `unit`, is shown. `full` is the value
-    of a perfect model, None if there is none. `grouped_by` says what the groups are, None without groups.
+    `main` names the value to compare. Values are shown times `scale`, with `unit`. `full` is the value of a perfect
+    model, if there is one. `grouped_by` describes the groups of questions (None = no groups).
     """
 
     name: str
@@ -54,12 +54,11 @@ class Group(Part, frozen=True, kw_only=True):
 class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     """Evaluation of one model on one set: a file `eval/*.json`.
 
-    `scores` holds one number per question for each score of the metric, None where a question has none. `answers` is
-    the name of the file beside it that holds the answers. `retained_interval` is the 95 % interval of the retained
-    percentage (paired bootstrap); None for the unpruned model, or if it would take long or the unpruned model scores 0.
-    `control_interval` is the same relative to the model's control, the unpruned model after the same recovery.
-    `joules` is the energy of the machine while it answered, by the named `counters`; None without counters, or if the
-    answers took several attempts or machines.
+    `scores` has one number per question (or None) for each score of the metric. `answers` names the file with the
+    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage (paired bootstrap);
+    None for the unpruned model, if the unpruned model scores 0, or if the interval would take long to compute.
+    `control_interval` is the interval of the percentage relative to the control. `joules` is the energy that the
+    machine used for answering, according to `counters`; None without counters or after an interruption.
     """
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"

@@ -1,4 +1,4 @@
-"""`result.json`: all models of a run beside the unpruned one; what is computed of them to compare them."""
+"""`result.json`: comparison of all models of a run with the unpruned model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModelEvaluation(Part, frozen=True, kw_only=True):
 class OfControl(Part, frozen=True, kw_only=True):
     """Retention of a recovered model relative to its control, the unpruned model after the same recovery.
 
-    `scores` are the control's metric values by set and name; the others mean the same as in `RunEvaluation`.
+    `scores` are the control's metric values by set and name; other fields are as in `RunEvaluation`.
     """
 
     scores: dict[str, Values]
@@ -65,11 +65,11 @@ class OfControl(Part, frozen=True, kw_only=True):
 class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
     """Metric values of a pruned model, and retention relative to the unpruned model and to its control.
 
-    `retained` is 100 * value / the unpruned model's value by set, inverted where lower is better; None where that is 0.
-    `retained_interval`: see `Evaluated`; only sets that have one. `mean_of_ratios` is the mean of `retained`, and
-    `paper_average` AVG-% of arXiv 2604.24380: 100 * sum of value / full over the same sum of the unpruned model. Both
-    are over the sets whose metric has a full score (perplexity only without any such set) and on which the unpruned
-    model does not score 0; None over no set. `control` is None without training, or if no control was trained.
+    `retained` is 100 * value / the unpruned model's value, by set (inverted if lower is better; None if that is 0).
+    `retained_interval`: see `Evaluated`. `mean_of_ratios` is the mean of `retained`; `paper_average` is AVG-% of
+    arXiv 2604.24380: 100 * sum of value / full over the same sum of the unpruned model. Both use sets whose metric has
+    a full score (perplexity only if no set has one) and on which the unpruned model does not score 0; None if there is
+    no such set. `control` is None if no control was trained.
     """
 
     retained: dict[str, float | None]
@@ -94,10 +94,7 @@ class Costs(Part, frozen=True, kw_only=True):
 
 
 class Workload(Part, frozen=True, kw_only=True):
-    """Row for which `Costs` are computed: its tokens and images, and the dtype of cache and file.
-
-    With `image_tokens` each image has that many tokens, and the row is shorter or longer by the difference.
-    """
+    """Prompt for which `Costs` are computed: tokens, images, tokens per image, and data type of cache and file."""
 
     length: Count
     images: Count
@@ -108,8 +105,8 @@ class Workload(Part, frozen=True, kw_only=True):
 class Unpruned(Part, frozen=True, kw_only=True):
     """Entry of the unpruned model: evaluation, costs and speed.
 
-    `parameters` are those that a forward pass uses. `carried` are the others of the checkpoint, such as tower layers
-    after the feature layer: `num_parameters()` of transformers counts them too.
+    `parameters` counts the parameters that a forward pass uses; `carried` counts all others of the checkpoint, such as
+    vision tower layers after the feature layer.
     """
 
     parameters: Positive
@@ -120,7 +117,7 @@ class Unpruned(Part, frozen=True, kw_only=True):
 
 
 class Control(Part, frozen=True, kw_only=True):
-    """Entry of an unpruned model that was trained as pruned ones are; fields are those of `Run`."""
+    """Entry of a control: an unpruned model that was trained like the pruned ones. Fields are as in `Run`."""
 
     name: str
     recovery: str
@@ -140,12 +137,12 @@ class Control(Part, frozen=True, kw_only=True):
 
 
 class Run(Part, frozen=True, kw_only=True):
-    """Entry of one model: how it was made, and its scores. Paths are relative to the workdir.
+    """Entry of one pruned model: how it was made, and its scores. Paths are relative to the workdir.
 
-    `ratio_asked`, `ratio_reached` and `decoder_ratio` are shares of parameters to remove, removed of the whole model,
-    and removed of the decoder. `plan`, `scores`, `metrics` and `path` are the plan, the importance files, the training
-    curve and the model's folder. `recovery` is the recovery's name, "none" without training. `loss_terms` maps the
-    losses in `metrics` to their titles. `seconds` are of scoring, pruning and training.
+    `ratio_asked` and `ratio_reached` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
+    is the removed share of the decoder. `scores` are the importance files, `metrics` the training curve, and `path` the
+    model's folder. `recovery` is the recovery's name ("none" without training). `loss_terms` maps losses in `metrics`
+    to titles. `seconds` is the time of scoring, pruning and training.
     """
 
     name: str

@@ -54,7 +54,7 @@ def spread(speeds: Sequence[float]) -> float:
 
 
 class Pair(Part, frozen=True, kw_only=True):
-    """One pruned shape measured in turns with the unpruned model; `models` names the runs of that shape."""
+    """One pruned shape, measured alternately with the unpruned model; `models` names the runs with this shape."""
 
     models: Annotated[list[str], Meta(min_length=1)]
     unpruned: Measurement
@@ -62,7 +62,7 @@ class Pair(Part, frozen=True, kw_only=True):
 
 
 class BenchWorkload(Part, frozen=True, kw_only=True):
-    """The prompt of all models, and the number of rounds."""
+    """Prompt that all models receive, and number of rounds."""
 
     rounds: Count
     prompt_tokens: Count
@@ -72,13 +72,13 @@ class BenchWorkload(Part, frozen=True, kw_only=True):
 
 
 class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
-    """Workload of the stage `speed`: `BenchWorkload` with several rows at once."""
+    """Workload of the stage `speed`: a `BenchWorkload` with several rows per batch."""
 
     batch_size: Count
 
 
 class Speed(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `speed.json`; `load` is the machine's load average in the minute before."""
+    """File `speed.json`; `load` is the machine's load average of the last minute before the measurement."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or remove the file"
     processor: str
@@ -104,7 +104,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `bench.json`: models measured in turns, each in all engines that read it."""
+    """File `bench.json`: models measured alternately, each in all engines that can load it."""
 
     HINT: ClassVar[str] = "measure again with `vlmprune bench --json`, or remove the file"
     processor: str

@@ -1,4 +1,4 @@
-"""`sweep.json`, `sweep.csv` and each run's `run.json` and `error.json`: what the runs of a sweep found."""
+"""`sweep.json`, `sweep.csv` and each run's `run.json` and `error.json`: results of the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
 
 
 class SweptModel(Part, frozen=True, kw_only=True):
-    """Entry of an evaluated model of a run; fields that `result.json` also has mean the same.
+    """Entry of an evaluated model of a run; fields mean the same as in `result.json`.
 
-    `model` is the folder of the unpruned model, and `image_tokens` is `data.max_image_tokens`. `bytes` are of the
-    exported weights, `forward_flops` of the prompt of `speed`. `seconds` are of all stages that made the model, in
-    whichever run of the sweep. Speeds and speed-ups are there if they were measured: once for each shape, in turns with
-    the unpruned model. `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
+    `model` is the folder of the unpruned model, and `image_tokens` is `data.max_image_tokens`. `bytes` is the size of
+    the exported weights, and `forward_flops` the cost of the prompt of `speed`. `seconds` is the time of all stages
+    that made the model, in any run. `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
     """
 
     model: str
@@ -72,16 +71,16 @@ class SweptModel(Part, frozen=True, kw_only=True):
 
     @property
     def unpruned(self) -> str:
-        """Key of the unpruned model that it is compared with in `SweepResult.unpruned`."""
+        """Key in `SweepResult.unpruned` of the unpruned model that this model is compared with."""
         return unpruned_key(self.model, self.image_tokens)
 
 
 class Entry(Part, frozen=True, kw_only=True):
-    """One model of a sweep, or a run without one: it failed with `error`, or has not run.
+    """One model of a sweep, or a run without a model (failed with `error`, or not yet run).
 
-    `name` is unique: the run's, or "RUN/pruned" for a model that is not the run's last. `group` is the name without
-    seeds. `labels` are the parts of the name, `overrides` the settings of the run. `seed` is the run's seed if it sets
-    one, and only one. A model that several runs share is listed under the first.
+    `name` is the run's name, or "RUN/pruned" for a model before the last stage; models shared by several runs appear
+    under the first run. `group` is the name without seeds. `labels` are the parts of the name, `overrides` the settings
+    of the run. `seed` is the run's seed, if it sets exactly one.
     """
 
     name: str
@@ -100,7 +99,7 @@ class Entry(Part, frozen=True, kw_only=True):
 
 
 class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `sweep.json`. `config` is the config file with its variant; `unpruned` is by `unpruned_key`."""
+    """File `sweep.json`. `config` is the config file with its variant; keys of `unpruned` are from `unpruned_key`."""
 
     HINT: ClassVar[str] = "run `vlmprune sweep` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
@@ -110,7 +109,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
     models: Annotated[list[Entry], Meta(min_length=1, max_length=100_000)]
 
     def problems(self, folder: Path) -> str | None:
-        """Return an error that types cannot express: a missing unpruned model or value of a set; None if valid."""
+        """Return a message if an unpruned model or a set's value is missing; None if the file is consistent."""
         for entry in self.models:
             if (found := entry.found) is not None:
                 missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
@@ -125,7 +124,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `run.json`: results of one run; `made_from` is the hash of everything that they depend on."""
+    """File `run.json`: results of one run; `made_from` is the hash of all its settings and inputs."""
 
     made_from: str
     sets: dict[str, Set]
@@ -159,7 +158,7 @@ class Group:
 
     @property
     def first(self) -> SweptModel:
-        """First model of the group, for properties that all share."""
+        """First model of the group, for properties that all models of the group share."""
         return self.models[0]
 
     def mean(self, field: str) -> float:

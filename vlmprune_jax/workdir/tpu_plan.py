@@ -1,4 +1,4 @@
-"""`tpu_plan.json`: memory, FLOPs and least time of the recovery step on a TPU slice (`vlmprune plan`), and in words."""
+"""`tpu_plan.json`: memory, FLOPs and minimum time of the recovery step on a TPU slice (`vlmprune plan`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Hbm(Part, frozen=True, kw_only=True):
 
 
 class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a step on all chips: executed ones, model FLOPs, and the latter by part."""
+    """FLOPs of a step on all chips: executed FLOPs, model FLOPs, and model FLOPs by part."""
 
     executed: Finite
     model: Finite
@@ -53,7 +53,7 @@ class StepSeconds(Part, frozen=True, kw_only=True):
 
 
 class PlannedStep(Part, frozen=True, kw_only=True):
-    """A recovery step that fits. `received`: bytes per chip by collective operation; throughput is of all chips."""
+    """A recovery step that fits in memory. `received`: bytes per chip, by collective operation."""
 
     topology: str
     chips: Count
