@@ -11,6 +11,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def llama_cpp(
     greedy: int = 0,
     image: np.ndarray | None = None,
     prompt: str = "",
+    image_tokens: tuple[int, int] = (-1, -1),
     context: int = 1024,
 ) -> dict[str, Any]:
     """What llama.cpp makes of the GGUF files in a folder.
@@ -36,7 +38,8 @@ def llama_cpp(
     Returns: `logits` of each row of token ids float[tokens, words], `losses` float[tokens - 1] of each row that is
     `scored` (nats), `ids` of each text with the marks that it gets, `tokens`, the next `greedy` of each of the prompts
     (rows of ids); and of an image uint8[height, width, 3] its `features` float[tokens, embed] and the `answer`
-    float[words], the logits behind a prompt with `MARKER`.
+    float[words], the logits behind a prompt with `MARKER`; `image_tokens` are --image-min-tokens and
+    --image-max-tokens (-1: llama.cpp's own).
     """
     job = {
         "model": str(next(path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))),
@@ -47,6 +50,7 @@ def llama_cpp(
         "texts": list(texts),
         "greedy": greedy,
         "prompt": prompt,
+        "image_tokens": image_tokens,
         "context": context,
         "image": None if image is None else str(folder / "image.npy"),
     }
@@ -155,10 +159,12 @@ class _Llama:
             last = self.logits(made[-1:], len(tokens) + i)[-1]
         return np.array(made, np.int32)
 
-    def see(self, mmproj: str, image: np.ndarray, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    def see(self, mmproj: str, image: np.ndarray, prompt: str, limits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         lib = self.lib
         self.forget()
-        tower = ctypes.c_void_p(lib.mtmd_init_from_file(mmproj.encode(), self.model, lib.mtmd_context_params_default()))
+        parameters = lib.mtmd_context_params_default()
+        parameters.values[12], parameters.values[13] = (limit % 2**32 for limit in limits)
+        tower = ctypes.c_void_p(lib.mtmd_init_from_file(mmproj.encode(), self.model, parameters))
         assert tower, f"llama.cpp does not load {mmproj}"
         height, width, _ = image.shape
         bitmap = ctypes.c_void_p(
@@ -201,7 +207,9 @@ def _run(job: dict[str, Any]) -> dict[str, np.ndarray]:
     for i, text in enumerate(job["texts"]):
         found[f"ids_{i}"] = llama.ids(text)
     if job["image"] is not None:
-        found["features"], found["answer"] = llama.see(job["mmproj"], np.load(job["image"]), job["prompt"])
+        found["features"], found["answer"] = llama.see(
+            job["mmproj"], np.load(job["image"]), job["prompt"], job["image_tokens"]
+        )
     return found
 
 

@@ -80,6 +80,14 @@ def test_layers_of_unequal_width(tmp_path, capsys):
     assert "unequal width already" in out
 
 
+def test_unequal_widths_that_no_export_holds(goldens, capsys):
+    assert main(["inspect", str(goldens / "families/gemma4_dense/ckpt")]) == 0
+    out = capsys.readouterr().out
+    assert "unequal widths: refused: its class has one width for all layers: prune them alike" in out
+    assert "format=gguf: llama.cpp's gemma4; fewer heads at true size (gemma4); tower: all heads" in out
+    assert "uneven=per_layer" not in out
+
+
 def sparse_folder(config, folder):
     """A folder with true headers, whose shards of 5 GB are holes."""
     folder.mkdir()

@@ -63,6 +63,21 @@ def test_the_same_is_computed(tmp_path, name, cells):
     assert "sides that are multiples of" in (tmp_path / "out/README.md").read_text()
 
 
+def test_limits_of_tokens_are_options(tmp_path):
+    """Files of llama.cpp have no limits of tokens per image; with the command on the card it has the processor's."""
+    source, model = make_qwen(tmp_path, "qwen3_vl")
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=20)
+    assert "-f32.gguf --image-min-tokens 2 --image-max-tokens 20\n" in (tmp_path / "out/README.md").read_text()
+    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    loader = load_image_processor(
+        source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0, max_image_tokens=20, slot_tokens=1
+    )
+    (shape,) = loader.shapes([tmp_path / "image.png"], "r")
+    found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(2, 20))
+    assert len(found["features"]) == shape.tokens <= 20
+
+
 def pruned(model, how):
     shapes = model.cfg.vision.layers
     if how == "layers":

@@ -17,6 +17,8 @@ from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.export.gguf_check import check_gguf
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.write import save
+from vlmprune_jax.hf.disk.gguf import read_gguf_header
+from vlmprune_jax.hf.lazy import FileArray
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import KeptLayer
 
@@ -117,6 +119,39 @@ def test_images(models, tmp_path, name):
     remarks = (tmp_path / "out/README.md").read_text()
     assert ("answers about images differ" in remarks) == (name == "gemma4")
     assert check_gguf(model, tmp_path / "out", source_dir=source, uneven="per_layer")["backend"] == "llama.cpp"
+
+
+def test_the_budget_of_tokens_is_an_option(models, tmp_path):
+    """Files of llama.cpp have no limit of tokens per image; with the command on the card it has the processor's."""
+    source, model = models("gemma4_dense")
+    save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32", max_image_tokens=140)
+    assert "-f32.gguf --image-max-tokens 140\n" in (tmp_path / "out/README.md").read_text()
+    tower = read_gguf_header(next((tmp_path / "out").glob("mmproj-*"))).fields
+    assert tower["clip.vision.image_size"] == model.cfg.vision.image_size  # the image of `vlmprune bench`
+    noise = np.random.default_rng(0).integers(0, 256, (100, 150, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    loader = load_image_processor(
+        source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0, max_image_tokens=140, slot_tokens=1
+    )
+    (shape,) = loader.shapes([tmp_path / "image.png"], "r")
+    found = llama_cpp(tmp_path / "out", image=noise, prompt=MARKER, image_tokens=(-1, 140))
+    assert len(found["features"]) == shape.tokens <= 140
+
+
+def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
+    """Embedding and per-layer table, cut and whole, read from files: the same bytes as from memory."""
+    source, whole = models("gemma4")
+    model, plan = keep_layers(whole, [0, 2, 3, 4, 5, 7])
+    monkeypatch.setattr("vlmprune_jax.hf.lazy.BLOCK", 4000)
+    monkeypatch.setattr("vlmprune_jax.export.gguf_model._CHUNK", 3000)
+    options = {"format": "gguf", "quantize": "q8_0", "dtype": "float16"}
+    save(model, tmp_path / "memory", source_dir=source, plan=plan, **options)
+    read, seen = FileArray.read, []
+    monkeypatch.setattr(FileArray, "read", lambda one: seen.append((one.source.key, read(one))) or seen[-1][1])
+    vp.prune_folder(source, plan, tmp_path / "files", **options)
+    assert max(part.nbytes for key, part in seen if "embed_tokens" in key) <= 4000
+    for path in (tmp_path / "memory").glob("*.gguf"):
+        assert path.read_bytes() == (tmp_path / "files" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,20 @@ def test_towers_compute_the_same(golden, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_limits_of_image_tokens(golden, tmp_path):
+    """The file holds the number of tiles, so llama.cpp makes as many tokens of an image; it always adds an overview."""
+    source, model = golden("internvl3")
+    tokens, options = model.cfg.tokens_per_image, {"source_dir": source, "format": "gguf", "dtype": "float32"}
+    save(model, tmp_path / "out", **options, max_image_tokens=3 * tokens)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 170, 3)).astype(np.uint8)
+    assert len(llama_cpp(tmp_path / "out", image=noise, prompt=MARKER)["features"]) == 3 * tokens
+    for name, most in (("internvl3", 2 * tokens), ("smolvlm", 19)):
+        source, model = (source, model) if name == "internvl3" else golden(name)
+        with pytest.raises(UserError, match=r"images have one tile, but llama\.cpp adds an overview"):
+            save(model, tmp_path / "none", **{**options, "source_dir": source}, max_image_tokens=most)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_orig", "internvl"])
 def test_rolled_positions(golden, tmp_path, name):
     """Where the class token comes last, a rolled table gives every patch its own position."""

@@ -108,3 +108,4 @@ def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):
     for target in ("transformers", "vllm"):
         assert [found[target]["text"][kind] for kind in ("fewer layers", "neurons")] == [None, None]
     assert "last two layers with their own" in found["gguf"]["text"]["neurons"]
+    assert "one width for all layers" in found["gguf"]["text"]["unequal widths"]  # llama.cpp has it, but no plan

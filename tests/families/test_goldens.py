@@ -20,9 +20,10 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.families import detect
-from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.params import flatten, unstack_layers
 from vlmprune_jax.models.patch_rows import in_cells
 from vlmprune_jax.models.vlm import to_nnx
+from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups
 
 FAMILIES = ("internvl3", "smolvlm", "gemma3")
 PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
@@ -182,6 +183,45 @@ def test_layers_by_block_influence(golden):
         logits, _ = vp.forward(shorter, **golden.inputs(case))
         expected = golden.arrays[f"{case}_logits_without_1_3"]
         np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    ["gemma4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gemma4_dense"))],
+    indirect=True,
+)
+def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
+    """Taylor scores of decoder and tower against |weight x gradient| of stock transformers."""
+    types = "mm_token_type_ids" if golden.positioned else "token_type_ids"
+    batch, shared = golden.batch("right"), golden.model.cfg
+    inputs = {**batch, types: golden.arrays[f"batch_right_{types}"]}
+    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+    found = torch_outputs(golden.ckpt, inputs, **auto, want=("gradients",))
+    saved = {names["saved_by_5.24"]: name for name, names in golden.keys.items()}
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    edit_weights(
+        tmp_path / "model",
+        lambda held: {key: found.get(saved[key], np.zeros_like(tensor)) for key, tensor in held.items()},
+    )
+    gradient = vp.load(tmp_path / "model")
+    for stack in ("text", "vision"):
+        axes = {name: axis for group in coupled(shared, stack) for name, axis in group.items()}
+        layers = [unstack_layers(one.params, shared, stack)[0] for one in (golden.model, gradient)]
+        for variant in ("param_first", "vectorize"):
+            scores = vp.score(golden.model, [batch], criterion="taylor", variant=variant, gqa="groups", stack=stack)
+            channels = [
+                {name: _saliency(variant, w[name] * g[name], axis) for name, axis in axes.items() if name in w}
+                for w, g in zip(*layers, strict=True)
+            ]
+            expected = reduce_groups(channels, shared, reduction="sum", gqa="groups", stack=stack)
+            for mine, theirs in zip(scores.heads + scores.mlp, expected["heads"] + expected["mlp"], strict=True):
+                atol = 1e-4 * theirs.max() if variant == "vectorize" else 0  # its sums cancel
+                np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=atol, err_msg=f"{stack} {variant}")
+
+
+def _saliency(variant, products, axis):
+    products = np.asarray(products, np.float64)
+    return np.abs(products.sum(axis)) if variant == "vectorize" else np.abs(products).sum(axis)
 
 
 def test_there_and_back(golden, tmp_path):

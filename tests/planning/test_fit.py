@@ -375,6 +375,12 @@ def test_unknown_topologies_suggest_known_ones(topology, message):
         make_slice(topology)
 
 
+def test_a_limit_on_images_of_one_size_is_refused(experiment_file, capsys):
+    flags = [f"--config={experiment_file}", "--topology=v5e:2x2", "--config.data.max_image_tokens=64"]
+    assert main(["plan", *flags]) == 2
+    assert "data.max_image_tokens=64: every image of this model has 4 tokens" in capsys.readouterr().err
+
+
 def test_a_mesh_that_leaves_chips_idle_is_refused(experiment_file, capsys):
     assert main(["plan", f"--config={experiment_file}", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]) == 2
     assert "needs 2 devices but there are 4" in capsys.readouterr().err

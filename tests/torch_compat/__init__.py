@@ -83,7 +83,8 @@ class TorchOutputs:
         """Run one folder: {"logits": float32[batch, seq, vocab], "nll": float64[batch, seq - 1], "tokens": int64[...]}.
 
         `inputs` are int `input_ids` and optionally `attention_mask` and float `pixel_values`. `want` chooses among
-        "logits" and "nll" (negative log likelihood of each next input id, in nats); `max_new_tokens` adds "tokens",
+        "logits" and "nll" (negative log likelihood of each next input id, in nats), or is ("gradients",) alone: of the
+        mean cross-entropy over `labels`, by name of the parameter. `max_new_tokens` adds "tokens",
         int64[batch, max_new_tokens], decoded greedily with eos ignored. `adapter` is a peft folder to put on the model.
         Weights and arithmetic have `dtype`, attention is eager.
         `save_to` is a folder for save_pretrained. Code in the folder runs only with `trust_remote_code`.

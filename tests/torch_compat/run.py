@@ -1,11 +1,11 @@
 """Answer jobs, each a line of JSON, with what stock transformers and torch compute; one JSON line each.
 
 A job: {"folder": HF folder, "class": name in transformers, "inputs": npz path, "output": npz path to write,
-"want": subset of ["logits", "nll"], "max_new_tokens": int or null, "adapter": peft folder or null, "dtype": "float32"
-or "float64", "trust_remote_code": bool, "save_to": a folder for save_pretrained, or null}. Or a chat: {"folder",
-"output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what the processor makes of it and, with
-max_new_tokens, the answer of an image-text-to-text pipeline as "text". Or code: {"folder", "code": Python that makes a
-`model` in that folder, "inputs", "output"}: its float32 logits. Answers: {"error": str or null,
+"want": subset of ["logits", "nll"] or ["gradients"], "max_new_tokens": int or null, "adapter": peft folder or null,
+"dtype": "float32" or "float64", "trust_remote_code": bool, "save_to": a folder for save_pretrained, or null}. Or a
+chat: {"folder", "output", "chat": messages, "max_new_tokens", "trust_remote_code"}: what the processor makes of it and,
+with max_new_tokens, the answer of an image-text-to-text pipeline as "text". Or code: {"folder", "code": Python that
+makes a `model` in that folder, "inputs", "output"}: its float32 logits. Answers: {"error": str or null,
 "transformers": version}.
 By hand: echo '{"folder": ...}' | PYTHONPATH=.compat/transformers-4.57 python tests/torch_compat/run.py
 """
@@ -69,6 +69,15 @@ def read_inputs(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype if tensor.is_floating_point() else torch.long) for name, tensor in tensors.items()}
 
 
+@torch.enable_grad()
+def gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """{parameter: gradient} of the mean cross-entropy over all `labels`; parameters without one are left out."""
+    labels = inputs.pop("labels")
+    logits = model(**inputs, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
 @torch.no_grad()
 def run_job(job: dict) -> None:
     """Load, compute what the job wants, write it."""
@@ -82,7 +91,9 @@ def run_job(job: dict) -> None:
     if "mm_token_type_ids" not in takes:  # version 4 finds images by their ids
         inputs.pop("mm_token_type_ids", None)
     outputs = {}
-    if job["want"]:
+    if "gradients" in job["want"]:
+        outputs = gradients(model, inputs)
+    elif job["want"]:
         logits = model(**inputs, use_cache=False).logits
         if "logits" in job["want"]:
             outputs["logits"] = logits

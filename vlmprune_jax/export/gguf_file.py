@@ -15,7 +15,7 @@ from vlmprune_jax.export.format import Importance
 from vlmprune_jax.export.gguf_model import GgufFile, fit, under_names
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import family_of
-from vlmprune_jax.hf.disk.tensors import Tensor
+from vlmprune_jax.hf.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.params import count_params
@@ -27,15 +27,13 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file with one tensor in memory at a time; every block is read back and compared."""
+    """Write a GGUF file with one tensor (or part of one) in memory at a time; every block is read back and compared."""
     with CheckedFile(folder / content.name) as file:
         header = _header(content, folder)
         file.write(header + bytes(-len(header) % _ALIGNMENT))
         for tensor in content.tensors:
-            data = tensor.fetch()
-            assert data.nbytes == tensor.n_bytes, f"{tensor.key}: {data.nbytes} bytes, {tensor.n_bytes} announced"
-            file.write(data)
-            file.write(bytes(-data.nbytes % _ALIGNMENT))
+            write_tensor(tensor, file)
+            file.write(bytes(-tensor.n_bytes % _ALIGNMENT))
 
 
 def _header(content: GgufFile, folder: Path) -> bytes:
@@ -65,7 +63,7 @@ def _header(content: GgufFile, folder: Path) -> bytes:
 def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
     """Return the card's section "Loading"; `cfg` is the unpadded model, `imatrix` the importance file or None."""
     text, tower = files[0], files[1] if len(files) > 1 else None
-    names = f"-m {text.name}" + (f" --mmproj {tower.name}" if tower else "")
+    names = f"-m {text.name}" + (f" --mmproj {tower.name}{tower.options}" if tower else "")
     rows = [f"| `{file.name}` | {file.architecture} | {_types(file)} |" for file in files]
     parts = [
         f"```\nllama-server {names}\n```",

@@ -14,15 +14,18 @@ from vlmprune_jax.data.image_processor import checked_processor, processor_setti
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
+from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture, full_attention_period
-from vlmprune_jax.families.gguf_towers import IMAGE_TOKENS
+from vlmprune_jax.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.families.table import JsonDict
+from vlmprune_jax.families.tiles import TilingConfig
 from vlmprune_jax.families.towers import PIXELS, projector_of, vision_of
 from vlmprune_jax.hf.read import read_fields
 
 _BLOCK = 32  # values of a row per block in kernels of llama.cpp
+_PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
 
 
 def file_type(label: str) -> JsonDict:
@@ -112,21 +115,54 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or number of tiles, for families that cut images into tiles."""
+    """Return GGUF metadata that limits image size or number of tiles, for families that cut images into tiles.
+
+    Raises UserError if images have only one tile.
+    """
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
     if family.tiling is not None:
         where = str(source / "config.json")
-        tiling = family.tiling(read_fields(source / "config.json"), where)
-        return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+        return _tiles(family.tiling(read_fields(source / "config.json"), where))
     processor = None if family.images in ("whole", "crops", "budget") else _processor(source)
     if processor is None:
         return {}
     if family.images == "splits":
-        return {"vision_preproc_image_size": splitting_from_processor(*processor).longest}
-    tiling = tiling_from_processor(*processor)
+        splitting = splitting_from_processor(*processor)
+        if splitting.most(1) == 1:
+            raise _one_tile()
+        return {"vision_preproc_image_size": splitting.longest}
+    return _tiles(tiling_from_processor(*processor))
+
+
+def _tiles(tiling: TilingConfig) -> JsonDict:
+    if tiling.max_tiles == 1:
+        raise _one_tile()
     return {"vision_preproc_min_tiles": tiling.min_tiles, "vision_preproc_max_tiles": tiling.max_tiles}
+
+
+def _one_tile() -> UserError:
+    return UserError(
+        'format "gguf": images have one tile, but llama.cpp adds an overview to it: allow more tiles '
+        "(export.max_image_tokens)"
+    )
+
+
+def image_options(family: Family, source: Path) -> str:
+    """Return options for llama.cpp's programs with the processor's limits of image tokens, which its files cannot hold.
+
+    Tokens of an image that see each other must also be in one of its physical batches.
+    """
+    if family.images == "patches":
+        patching = _patching(source)
+        area = (patching.patch * patching.merge) ** 2
+        return f" --image-min-tokens {-(-patching.min_pixels // area)} --image-max-tokens {patching.max_pixels // area}"
+    processor = _processor(source) if family.images == "budget" else None
+    if processor is None:
+        return ""
+    most = token_budget_from_processor(*processor).tokens
+    return f" --image-max-tokens {most}" + (f" --ubatch-size {most}" if most > _PHYSICAL_BATCH else "")
 
 
 def _patching(source: Path) -> Patching:
@@ -191,10 +227,11 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
         )
     vision, template = vision_of(cfg), family_of(cfg).templates[0]
     if projector_of(cfg).pools and vision.any_size:
-        side, (least, most) = vision.merge * vision.patch_size, IMAGE_TOKENS
+        side = vision.merge * vision.patch_size
         advice = (
-            f"sides that are multiples of {side} pixels and give {least} to {most} tokens need no resizing; smaller "
-            "images are not enlarged to the token budget of the processor. The audio tower is left out."
+            f"sides that are multiples of {side} pixels and give {LEAST_TOKENS} tokens up to the maximum need no "
+            "resizing; smaller images are not enlarged to the token budget of the processor. The audio tower is left "
+            "out."
         )
         if cfg.text.sees_images != "windows":
             remarks.append(
@@ -206,6 +243,8 @@ def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
         advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
     else:
         advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
+    if vision.any_size:
+        remarks.append("The file cannot hold the limits of tokens per image: use the options above in every program.")
     remarks.append(
         f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vlmprune_jax.export.card import TAGS, languages_of, license_of
 from vlmprune_jax.export.gguf_metadata import (
     cut,
     file_type,
+    image_options,
     pixels,
     text_fields,
     text_remarks,
@@ -30,7 +31,7 @@ from vlmprune_jax.export.gguf_metadata import (
 from vlmprune_jax.export.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.export.uneven import pad_tensor, padded
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.decoders import decoder_of
+from vlmprune_jax.families.decoders import decoder_of, uneven_problem
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.gguf_towers import (
     TOWER,
@@ -45,7 +46,7 @@ from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.tensors import Tensor
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
-from vlmprune_jax.hf.lazy import origin, to_host
+from vlmprune_jax.hf.lazy import blocks_of, origin, to_host
 from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.layers import inverse_frequencies
 from vlmprune_jax.models.params import flatten
@@ -69,6 +70,7 @@ class GgufFile:
       fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
       layers: widths of the layers in the file.
       remarks: differences in llama.cpp that users must know.
+      options: options for llama.cpp's programs that the file needs, each after a space.
     """
 
     name: str
@@ -77,6 +79,7 @@ class GgufFile:
     tensors: list[Tensor]
     layers: tuple[LayerShape, ...]
     remarks: tuple[str, ...] = ()
+    options: str = ""
 
     @property
     def unquantised(self) -> tuple[str, ...]:
@@ -149,16 +152,16 @@ def _tower(
     if rolled and vision.class_token:  # the first row of the position table, of the class token, moves to the end
         place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
         table = tensors[place]
-        tensors[place] = dataclasses.replace(
-            table, fetch=lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))
-        )
+        rolled_table = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
+        tensors[place] = dataclasses.replace(table, fetch=rolled_table, parts=None)
     if vision.channels_last:
         tensors = [_channels_first(one, vision.channels) if one.key == _FILTERS else one for one in tensors]
     if vision.temporal > 1:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     fields |= _size_label(tensors)
-    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, tower_remarks(wide, rolled))
+    about_tower = tower_remarks(wide, rolled), image_options(family, source)
+    return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, *about_tower)
 
 
 def _copies(filters: Tensor) -> list[Tensor]:
@@ -181,7 +184,7 @@ def _channels_first(filters: Tensor, channels: int) -> Tensor:
         parts = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
         return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(-1)
 
-    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch)
+    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch, parts=None)
 
 
 def copy_of(number: int) -> str:
@@ -237,7 +240,8 @@ def support(cfg: ModelConfig) -> str:
     able = [candidate for candidate in decoder_of(cfg.text.decoder).gguf if candidate.lacks(cfg.text) is None]
     wide = next((candidate.name for candidate in able if candidate.per_layer), None)
     heads = next((candidate.name for candidate in able if candidate.free_heads), None)
-    return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}, unequal widths {_held(wide)}" + (
+    unequal = "" if uneven_problem(cfg.text) else f", unequal widths {_held(wide)}"
+    return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}{unequal}" + (
         "; tower: all heads, or uneven=pad" if cfg.vision is not None else ""
     )
 
@@ -347,10 +351,18 @@ def _tensor(
             array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
         return spelled(array, after, new, architecture)
 
-    shape = pairs[0][1].hf_shape or (1,)
-    array, index = flat[pairs[0][0].path], pairs[0][0].index
-    what = f"{origin(array, index) or key}, to be written as {kind},"
-    return _encoded(key, kind, shape, lambda: join_tensor([fetch_part(*pair) for pair in pairs]), what)
+    before, after = pairs[0]
+    array, whole = (flat[before.path], before.index), len(pairs) == 1 and before.shape == after.shape
+    blocks = blocks_of(*array) if whole else None
+
+    def pieces() -> Iterator[np.ndarray]:
+        if blocks is None:
+            yield join_tensor([fetch_part(*pair) for pair in pairs])
+        else:
+            yield from (spelled(block, after, new, architecture) for block in blocks())
+
+    what = f"{origin(*array) or key}, to be written as {kind},"
+    return _encoded(key, kind, after.hf_shape or (1,), pieces, what)
 
 
 def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
@@ -360,24 +372,23 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(heads, *halves, *rest).swapaxes(1, 2)).reshape(array.shape)
 
 
-def _encoded(key: str, kind: str, shape: tuple[int, ...], fetch: Callable[[], np.ndarray], what: str) -> Tensor:
-    """Return a tensor whose rows are encoded in groups, so that little of it is in memory as floats."""
+def _encoded(
+    key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[np.ndarray]], what: str
+) -> Tensor:
+    """Return a tensor from pieces of whole rows, which are encoded and written in groups, so that memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    rows, width = int(np.prod(shape[:-1])), shape[-1]
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    size = rows * (width // block * block_bytes)
+    width, (block, block_bytes) = shape[-1], GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
 
-    def encode() -> np.ndarray:
-        values, encoded = fetch().reshape(rows, width), np.empty(size, np.uint8)
-        check_finite(values, what=what)
+    def encode() -> Iterator[np.ndarray]:
         step = max(1, _CHUNK // width)
-        for start in range(0, rows, step):
-            piece = _encode(values[start : start + step], kind, what)
-            encoded[start * (size // rows) :][: piece.size] = piece
-        return encoded
+        for piece in pieces():
+            values = piece.reshape(-1, width)
+            check_finite(values, what=what)
+            yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
 
-    return Tensor(key, kind, shape, size, encode)
+    size = math.prod(shape) // block * block_bytes
+    return Tensor(key, kind, shape, size, lambda: np.concatenate([*encode()]), parts=encode)
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
@@ -405,7 +416,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
         arrays["rope_factors_short.weight"] = np.asarray(text.rope.short_factors, np.float32)
     if architecture.own_head and not text.head_bias:
         arrays["output.bias"] = np.zeros(text.vocab_size, np.float32)
-    constants = [_encoded(key, "F32", x.shape, functools.partial(np.asarray, x), key) for key, x in arrays.items()]
+    constants = [_encoded(key, "F32", x.shape, functools.partial(iter, [x]), key) for key, x in arrays.items()]
     if architecture.own_head and text.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.key == "token_embd.weight")
         constants.append(dataclasses.replace(embedding, key="output.weight"))

@@ -89,7 +89,7 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
         return str(error)
-    return why_not(changed, target)
+    return layer_problem(changed.text) or why_not(changed, target)
 
 
 # Copies with the least removed -----------------------------------------------------------------------------

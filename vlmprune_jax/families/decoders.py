@@ -31,6 +31,13 @@ def layer_problem(text: TextConfig) -> str | None:
     return own[-1].problem(text) if own else None
 
 
+def uneven_problem(text: TextConfig) -> str | None:
+    """Return why no export can hold layers of unequal width of this decoder; None if some can."""
+    first, *others = text.layers
+    q_heads, kv_heads, mlp = first.widths
+    return layer_problem(text.with_layers([first.with_widths(q_heads, kv_heads, mlp + 1), *others]))
+
+
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     """Return the TextConfig of a decoder's config dictionary; absent fields take the defaults of transformers."""
     return decoder_of(config.get("model_type", "llama")).from_hf(config)

@@ -66,7 +66,7 @@ _GELU = ("gelu", *TANH_GELU)
 _NORM_EPS = 1e-5  # of the projector's norm
 # Constants of Qwen's graphs: image copies per patch (also patches per side of a token), rotary base, window side (px).
 _PATCHES, _ROPE_BASE, _WINDOW = 2, 10000.0, 112
-_POOLED_ROPE_BASE, IMAGE_TOKENS = 100.0, (40, 280)  # constants of Gemma 4's graph: rotary base, tokens per image
+_POOLED_ROPE_BASE, LEAST_TOKENS = 100.0, 70  # constants of Gemma 4's graph: rotary base, minimum tokens per image
 
 
 def _graph(cfg: ModelConfig) -> str:
@@ -168,7 +168,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     `cut`: further metadata about the tiles or pieces that images are cut into.
     """
     vision, projector = _vision_and_projector(cfg)
-    size = vision.position_size if vision.any_size and vision.table else vision.image_size
+    size = (vision.any_size and vision.table and vision.position_size) or vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
         "clip_projector_type": _graph(cfg),

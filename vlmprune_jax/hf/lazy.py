@@ -196,9 +196,9 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:
-    """Return a function that yields a large weight that is cut in its file in parts; None for all others."""
+    """Return a function that yields a large weight in a file in parts; None for all others."""
     stored = _in_file(array, index)
-    small = stored is None or not stored.picks or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
+    small = stored is None or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
     return None if small or stored is None else stored.blocks
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import image_buckets, length_buckets, tile_buckets, within_row
-from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.data.preparation import Preparation, fixed_size
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
@@ -196,7 +196,12 @@ def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocab
 
 def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
     """Return how a model's images are cut into tiles or patches; None if they are not."""
-    if cfg.vision is None or family_of(cfg).images == "whole":
+    if cfg.vision is None:
+        return None
+    if family_of(cfg).images == "whole":
+        if data.max_image_tokens is not None:
+            with error_context(f"data.max_image_tokens={data.max_image_tokens}"):
+                raise fixed_size(cfg.tokens_per_image)
         return None
     tiling = {name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")}
     return load_image_processor(

@@ -14,6 +14,7 @@ from vlmprune_jax.export.gguf_model import support
 from vlmprune_jax.export.loads import what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import Family, target_of
+from vlmprune_jax.families.decoders import uneven_problem
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots, match_keys
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
@@ -118,12 +119,13 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
     heads = loader if stock else "this package, and where no head is missing in the hub's own code"
-    found = {
-        "depth": f"true size, loads in {loader}",
-        "equal widths": f"true size, loads in {heads}",
-        "uneven=per_layer": f"true size, loads in {_per_layer(stock)}",
-        "uneven=pad": f"zeros up to the widest layer, loads in {heads}",
-    }
+    found = {"depth": f"true size, loads in {loader}", "equal widths": f"true size, loads in {heads}"}
+    problem = uneven_problem(cfg.text)
+    if problem is None:
+        found["uneven=per_layer"] = f"true size, loads in {_per_layer(stock)}"
+        found["uneven=pad"] = f"zeros up to the widest layer, loads in {heads}"
+    else:
+        found["unequal widths"] = f"refused: {problem}"
     if target is not None and target.stock is not None:
         found["layout=transformers"] = f"a stock {target.stock.name} with its tower"
     if family.separate_vision:

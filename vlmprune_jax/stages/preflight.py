@@ -17,11 +17,13 @@ from vlmprune_jax.distributed.machine import free_memory, processor
 from vlmprune_jax.distributed.mesh import on_process_zero, process_count, row_ways, start_devices
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
-from vlmprune_jax.experiment.arguments import evaluation_sets, recover_config
+from vlmprune_jax.experiment.arguments import evaluation_sets, image_tokens, recover_config
 from vlmprune_jax.export.card import license_of, model_name
 from vlmprune_jax.export.config import ExportSpec
+from vlmprune_jax.export.gguf_metadata import cut
 from vlmprune_jax.export.hub import check_upload
 from vlmprune_jax.export.processor import limited_images
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
@@ -52,7 +54,7 @@ def preflight(pipeline: Pipeline, command: str) -> None:
     for step in steps:
         lines += _about(step)
     if "export" in stages:
-        lines.append(_export(work, pipeline.experiment.export))
+        lines.append(_export(work, pipeline.experiment.data, pipeline.experiment.export))
     for line in dict.fromkeys(lines):
         work.say(f"  {line}")
     if {*stages} != {"prune"}:
@@ -152,10 +154,12 @@ def _check_sample(records: Any, encoder: Any) -> None:
             raise UserError(f"data.train: {problem}")
 
 
-def _export(work: Work, spec: ExportSpec) -> str:
+def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
     """Return a line on the export, after checking its limit of tokens per image, and that it can be uploaded."""
-    with limited_images(work.teacher, spec.max_image_tokens, work.config(work.teacher)):
-        pass
+    cfg = work.config(work.teacher)
+    with limited_images(work.teacher, image_tokens(data, spec), cfg) as files:
+        if spec.format == "gguf" and cfg.vision is not None:
+            cut(family_of(cfg), files)
     checked = "in torch" if importlib.util.find_spec("torch") else "in JAX (for PyTorch install torch)"
     about = f"export as {spec.format}, reloaded and compared {checked}"
     if spec.push_to_hub is None:

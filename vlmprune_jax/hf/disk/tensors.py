@@ -153,9 +153,14 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
     for tensor in tensors:
         if tensor.extent is not None:
             file.copy(tensor.extent, tensor.look)
-            continue
-        written = 0
-        for data in [tensor.fetch()] if tensor.parts is None else tensor.parts():
-            file.write(data)
-            written += data.nbytes
-        assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"
+        else:
+            write_tensor(tensor, file)
+
+
+def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
+    """Append the bytes of a tensor to a file."""
+    written = 0
+    for data in [tensor.fetch()] if tensor.parts is None else tensor.parts():
+        file.write(data)
+        written += data.nbytes
+    assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"
