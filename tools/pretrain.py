@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from initial import write_joined, write_random
+from pretraining_data import write_pretraining_data
 
 from vlmprune_jax.cli.config_files import to_workdir
 from vlmprune_jax.cli.flags import Flags, common
@@ -37,7 +38,6 @@ from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.topics import topic_records
 from vlmprune_jax.distributed.mesh import initialize
 from vlmprune_jax.export.write import save
@@ -111,7 +111,7 @@ def pretrain(
     """
     if (architecture is None) == (joined is None):
         raise UserError("pretraining starts from an architecture or from two joined folders: give one of them")
-    files = write_dataset(workdir / "easyvqa")
+    files = write_pretraining_data(workdir / "easyvqa")
     folder = workdir / "initial"
     if joined is not None:
         write_joined(folder, *joined, seed=seed)

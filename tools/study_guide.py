@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from insights import Point, points_of
 from study_page import measured
@@ -15,7 +17,7 @@ from vlmprune_jax.cli.config_files import read_experiment, shipped_config
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.planning.guide import FILE, Evidence, Guide, Source, as_json, read_guide
+from vlmprune_jax.planning.guide import FILE, Evidence, Guide, Source, read_guide
 from vlmprune_jax.workdir.sweep import SweepResult
 
 
@@ -102,3 +104,22 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
             )
         )
     return rows
+
+
+def as_json(guide: Guide) -> str:
+    """Return the guide as the text of `guide.json`, with one line per rule and evidence row."""
+    parts = []
+    for name, value in msgspec.to_builtins(guide).items():
+        if isinstance(value, dict):
+            inner, ends = [f"{json.dumps(key)}: {_json_line(one)}" for key, one in value.items()], "{}"
+        elif isinstance(value, list | tuple):
+            inner, ends = [_json_line(one) for one in value], "[]"
+        else:
+            parts.append(f" {json.dumps(name)}: {_json_line(value)}")
+            continue
+        parts.append(f" {json.dumps(name)}: {ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

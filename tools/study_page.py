@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.core.markup import markdown
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.report.comparison_plots import DECODER, curves_figure, drawable, series_of, way_of
+from vlmprune_jax.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.style import write_png
 from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
@@ -25,6 +25,7 @@ BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
 PAPER = "paper"  # a source that no sweep may be called
 PERPLEXITY = "perplexity"
 _HEADING = "### "
+DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
 _SHARE = f", {100 * SMALL:g} % of the data"
 
 

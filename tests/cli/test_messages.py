@@ -164,8 +164,11 @@ BAD_CONFIGS = {
     "exit": ("import sys; sys.exit(3)", "cannot be loaded (SystemExit(3))"),
     "panic": ("class P(BaseException): pass\ndef get_config(_): raise P", "cannot be loaded (P())"),
     "deep": ("def f(): f()\ndef get_config(_): f()", "cannot be loaded (maximum recursion depth exceeded)"),
-    "escapes": ("def get_config(_): raise ValueError('\\x1b[31mred \\u202e')", r"(ValueError: \x1b[31mred \u202e)"),
-    "number": ("def get_config(_): return 3", "cannot be loaded ('int' object has no attribute 'keys')"),
+    "escapes": ("def get_config(_): raise ValueError('\\x1b[31mred \\u202e')", r"(\x1b[31mred \u202e)"),
+    "number": (
+        "def get_config(_): return 3",
+        "cannot be loaded (get_config() gives a int, not what experiment_config()",
+    ),
     "fifo": (None, "fifo.py: is a FIFO, expected a file"),
 }
 

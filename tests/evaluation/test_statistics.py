@@ -141,10 +141,3 @@ def test_holm_raises_every_p_and_keeps_their_order():
     assert holm([0.2, 0.9]) == pytest.approx([0.4, 0.9])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-def test_mcnemar_is_of_right_and_wrong():
-    with pytest.raises(UserError, match=r"McNemar's test: scores must be 0 or 1, got 0\.5"):
-        mcnemar([1, 0.5], [1, 0])
-    with pytest.raises(UserError, match="1 and 2 answers"):
-        mcnemar([1], [1, 0])

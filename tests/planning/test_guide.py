@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 from paper_tables import TABLES
 from repository import ROOT
-from study_guide import settings_of_config
+from study_guide import as_json, settings_of_config
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.planning.guide import FILE, as_json, read_guide
+from vlmprune_jax.planning.guide import FILE, read_guide
 
 GUIDE = read_guide()
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pretraining_data import write_pretraining_data
 from vocabulary import make_tokenizer
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record, read_records
-from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.families import templates
 
 BARE = dataclasses.replace(templates()["llava_v1"], system="")
@@ -23,7 +23,7 @@ BARE = dataclasses.replace(templates()["llava_v1"], system="")
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_dataset(tmp_path_factory.mktemp("data") / "easyvqa")
+    return write_pretraining_data(tmp_path_factory.mktemp("data") / "easyvqa")
 
 
 @pytest.fixture(scope="module")

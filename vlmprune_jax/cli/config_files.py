@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.cli.flags import file_of, importing_beside, locate
+from vlmprune_jax.cli.flags import load_file, locate
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.links import check_links
 from vlmprune_jax.core.settings import hints_of, override
@@ -147,7 +146,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
 def read_hyper(config: str) -> Any:
     """Return the list of runs that the function `get_hyper(hyper)` in a config file FILE.py:VARIANT returns."""
-    module = load_file(config)
+    module = load_file(config)[0]
     if not hasattr(module, "get_hyper"):
         raise UserError(
             f"--config={config}: has no get_hyper(hyper), which lists the runs of a sweep (see configs/sweeps/): add "
@@ -162,23 +161,9 @@ def read_hyper(config: str) -> Any:
         raise UserError(f"--config={config}: get_hyper(hyper) failed ({told}); --debug shows more") from error
 
 
-def load_file(config: str) -> types.ModuleType:
-    """Import a config file FILE.py:VARIANT and return its module; criteria, metrics etc. in it are then registered."""
-    file, variant = file_of(config), config.partition(".py:")[2]
-    with importing_beside(config):
-        spec = importlib.util.spec_from_file_location(f"{file.stem}_config", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.get_config(*([variant] if variant else []))
-    return module
-
-
 def shipped_config(name: str) -> ConfigDict:
     """Return a config that comes with vlmprune, NAME or NAME:VARIANT; config files use it as a starting point."""
-    module, (_, colon, variant) = load_file(locate(name)), name.partition(":")
-    return module.get_config(*([variant] if colon else []))
+    return load_file(locate(name))[1]
 
 
 def to_workdir(text: str) -> Path:

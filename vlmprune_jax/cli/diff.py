@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.cli.flags import Flags
-
 TAKES_ARGUMENTS = True
-
-
-def define(values: Flags) -> None:
-    """Define no flags: this command only takes positional arguments."""
 
 
 def run(flags: Any) -> None:

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.cli.flags import Flags
-
 _REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "safetensors",
              "huggingface_hub", "numpy")  # fmt: skip
 _OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "compressed-tensors", "lmms_eval", "datasets",
              "gcsfs", "easy-vqa", "wandb", "trackio")  # fmt: skip
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "HF_HUB_OFFLINE", "HF_HOME", "VLMPRUNE_")
-
-
-def define(values: Flags) -> None:
-    """Define no flags: this command has none of its own."""
 
 
 def run(flags: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
+import importlib.util
 import inspect
 import os
 import re
 import sys
-import warnings
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from vlmprune_jax.core.files import open_file
 
 Flags = flags.FlagValues
 _UNSET = re.compile(r"--config\.\S+=None")
+# Positional arguments, settings given as --config.x.y, and the path of the config file.
+_HIDDEN = ("args", "explicit", "config_file")
 
 
 def config_flag(values: Flags) -> None:
@@ -54,20 +58,22 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
-    default, unset = getattr(command, "CONFIG", None), list[str]()
-    if value_of(argv, "config") is None and default is not None:
-        argv = [f"--config={default}", *argv]
-    argv = given = _located(argv)
-    values, config = _define(command), value_of(argv, "config")
+    values, loaded, unset = _define(command), None, list[str]()
+    explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]
+    config, others = split_flag(argv, "config")
+    config = getattr(command, "CONFIG", None) if config is None else config
     if "config" in values and config is not None:
-        _check_overrides(argv, config)
-        unset = [arg for arg in argv if _UNSET.fullmatch(arg)]
-        argv = [arg for arg in argv if arg not in unset]
-        values = _define(command, [name, *argv])
-    elif "config" in values and any(arg.startswith("--config.") for arg in argv):
+        config = locate(config)
+        loaded = _loaded(config)
+        for setting in explicit:
+            _check_path(setting.split("."), loaded)
+        unset = [arg for arg in others if _UNSET.fullmatch(arg)]
+        argv = [arg for arg in others if arg not in unset]
+    elif "config" in values and explicit:
         raise UserError("--config.x=value changes a config: give the file as well, --config=FILE.py")
     try:
-        rest = _parse(values, [name, *argv])
+        values = _define(command, loaded, argv)
+        rest = values([name, *argv])[1:]
         for arg in unset:  # ml_collections reads None as a text
             values.config.update_from_flattened_dict({arg.removeprefix("--config.").removesuffix("=None"): None})
     except flags.UnrecognizedFlagError as error:
@@ -76,29 +82,15 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{error}") from None
-    values["args"].value = rest[1:]
-    values["explicit"].value = [setting for arg in given if (setting := _setting_of(arg)) is not None]
-    if rest[1:] and not getattr(command, "TAKES_ARGUMENTS", False):
-        raise UserError(f"vlmprune {name} takes no argument {rest[1]!r}: settings begin with --, as --config.{rest[1]}")
+    values["args"].value, values["explicit"].value, values["config_file"].value = rest, explicit, config
+    if rest and not getattr(command, "TAKES_ARGUMENTS", False):
+        raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: settings begin with --, as --config.{rest[0]}")
     return values
 
 
-def _parse(values: Flags, argv: list[str]) -> list[str]:
-    """Parse the flags and return the positional arguments, without ml_collections' deprecation warnings."""
-    with warnings.catch_warnings(), importing_beside(value_of(argv, "config")):
-        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-        rest = list(values(argv))
-        if "config" in values:
-            values.config  # noqa: B018 (loads the file)
-    return rest
-
-
 @contextlib.contextmanager
-def importing_beside(config: str | None) -> Iterator[None]:
+def _importing_beside(config: str) -> Iterator[None]:
     """Let a config file import Python files from its own folder, for example the user's criteria and metrics."""
-    if config is None:
-        yield
-        return
     folder = str(file_of(config).resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -130,56 +122,56 @@ def locate(config: str) -> str:
     return f"{known[name]}{colon}{variant}"
 
 
-def _located(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the names of shipped configs replaced by the paths of their files."""
-    found = list(argv)
-    for i, config in _values_of(argv, "config"):
-        found[i] = f"{found[i].partition('=')[0]}={locate(config)}" if found[i] != config else locate(config)
-    return found
-
-
 def file_of(config: str) -> Path:
     """Return the path of the file in FILE.py:VARIANT."""
     file, mark, _ = config.partition(".py:")
     return Path(f"{file}.py" if mark else config)
 
 
-def _define(command: Any, argv: list[str] | None = None) -> Flags:
-    """Define the command's flags; if the arguments are passed, also a flag for every field of the config file."""
-    values = Flags()
-    if argv is not None:
-        config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
-    flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
-    flags.DEFINE_list("args", [], "positional arguments", flag_values=values)
-    flags.DEFINE_list("explicit", [], "settings given as --config.x.y", flag_values=values)
-    command.define(values)
-    return values
+def load_file(config: str) -> tuple[types.ModuleType, Any]:
+    """Import a config file FILE.py:VARIANT; return its module, and what its `get_config` returns.
+
+    Criteria, metrics etc. in it are then registered.
+    """
+    file, (_, mark, variant) = file_of(config), config.partition(".py:")
+    loader = importlib.machinery.SourceFileLoader(f"{file.stem}_config", str(file))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    with _importing_beside(config):
+        loader.exec_module(module)
+        return module, module.get_config(*([variant] if mark else []))
 
 
-def _check_overrides(argv: Sequence[str], config: str) -> None:
-    """Refuse, in one line, a config file that cannot be loaded, or a flag `--config.x.y` for an unknown setting."""
+def _loaded(config: str) -> ConfigDict:
+    """Return the config in a file; refuse, in one line, a file that cannot be loaded."""
     file = file_of(config)
     if os.path.lexists(file):  # a FIFO would be waited for
         open_file(file).close()
-    values = Flags()
-    alone = ["vlmprune", f"--config={config}"]
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=alone)
     try:
-        _parse(values, alone)
-        loaded = values.config
-        loaded.keys()  # a file that failed to load says so at its first use
+        loaded = load_file(config)[1]
         if not isinstance(loaded, ConfigDict):
             raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
+        return loaded
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever a config file may raise
         lines = str(error).strip().splitlines()
         told = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
         raise UserError(f"--config={config}: cannot be loaded ({told}); --debug shows more") from error
-    for arg in argv:
-        setting = _setting_of(arg)
-        if setting is not None:
-            _check_path(setting.split("."), loaded)
+
+
+def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
+    """Define the command's flags; with a config, also a flag for every field of it that the arguments name."""
+    values = Flags()
+    if config is not None:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
+    flags.DEFINE_bool("debug", False, "show the traceback of an error", flag_values=values)
+    for name in _HIDDEN:
+        flags.DEFINE_list(name, [], "", flag_values=values)
+    if hasattr(command, "define"):  # it has flags of its own
+        command.define(values)
+    return values
 
 
 def _setting_of(arg: str) -> str | None:
@@ -199,20 +191,18 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
         at, where = at[bare], f"{where}.{part}"
 
 
-def value_of(argv: Sequence[str], name: str) -> str | None:
-    """Return the last value of the flag `--name=value` or `--name value`, or None, without parsing other flags."""
-    return next((value for _, value in reversed(_values_of(argv, name))), None)
-
-
-def _values_of(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
-    """Return pairs (index of the argument, value) for every `--name=value` and `--name value`."""
-    found = []
-    for i, arg in enumerate(argv):
-        if arg in (f"--{name}", f"-{name}") and i + 1 < len(argv):
-            found.append((i + 1, argv[i + 1]))
-        elif arg.startswith((f"--{name}=", f"-{name}=")):
-            found.append((i, arg.split("=", 1)[1]))
-    return found
+def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Return the last value of the flag `--name=value` or `--name value`, or None, and the other arguments."""
+    value, others, left = None, list[str](), iter(argv)
+    for arg in left:
+        flag, equals, text = arg.partition("=")
+        if flag not in (f"--{name}", f"-{name}"):
+            others.append(arg)
+        elif equals:
+            value = text
+        else:
+            value = next(left, value)
+    return value, others
 
 
 def switch(argv: Sequence[str], name: str) -> bool:
@@ -221,7 +211,7 @@ def switch(argv: Sequence[str], name: str) -> bool:
 
 
 def _names(values: Flags) -> list[str]:
-    return sorted(name for name in values if name not in ("args", "explicit", "help"))
+    return sorted(name for name in values if name not in (*_HIDDEN, "help"))
 
 
 def help_of(name: str, command: Any) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from vlmprune_jax.cli import env
-from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, switch, value_of
+from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, split_flag, switch
 from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.cli.stages import StageCommand, commands
 from vlmprune_jax.core.checks import line_of_users, suggest
@@ -165,7 +165,7 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
     """
     command = " ".join(("vlmprune", *argv[:1]))
     if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
-        where = error.filename or value_of(argv, "workdir") or command
+        where = error.filename or split_flag(argv, "workdir")[0] or command
         where = os.fsdecode(where) if isinstance(where, bytes) else where
         todo = "make room or mend the disk, and run the same command"
         return printable(f"{where}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
@@ -232,7 +232,7 @@ def _command(name: str, *rest: str) -> ModuleType | StageCommand:
     """Return the command with this name; with --config, an unknown name may be a stage that the config file adds."""
     if name in OTHERS:
         return importlib.import_module(f"vlmprune_jax.cli.{name}")
-    if name not in COMMANDS and value_of(rest, "config") is None:
+    if name not in COMMANDS and split_flag(rest, "config")[0] is None:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
     return StageCommand(name)
 

@@ -10,7 +10,8 @@ from typing import Any
 from absl import logging
 from transformers.utils.logging import disable_progress_bar
 
-from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
+from vlmprune_jax.cli.config_files import placed, read_experiment, read_hyper, to_experiment, to_workdir
+from vlmprune_jax.cli.flags import load_file
 from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.core.errors import UserError
@@ -46,12 +47,11 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     base = read_experiment(flags.config, explicit=flags.explicit)
     if not flags.workdir:
         raise UserError("no workdir given: --workdir=DIR, for the runs and their comparison")
-    config = flags["config"].config_filename
-    runs = sweep_runs(base, read_hyper(config))
+    runs = sweep_runs(base, read_hyper(flags.config_file))
     for setting in flags.explicit:
         if any(setting in run.overrides for run in runs):
             raise UserError(f"--config.{setting}: the sweep sets it for every run: leave it out, or change get_hyper")
-    return runs, Sweep(to_workdir(flags.workdir), config, flags.overwrite), reporter
+    return runs, Sweep(to_workdir(flags.workdir), flags.config_file, flags.overwrite), reporter
 
 
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:

@@ -6,7 +6,6 @@ contradictions between sources. `tools/study_guide.py` adds the rows of a sweep;
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,22 +175,3 @@ def _problems(guide: Guide) -> Iterator[str]:
             yield f"no rule for compute {compute!r} covers all ratios"
     if any(name not in guide.conflicts for name in ALWAYS):
         yield f"conflicts must include {', '.join(ALWAYS)}"
-
-
-def as_json(guide: Guide) -> str:
-    """Return the guide as the text of `guide.json`, with one line per rule and evidence row."""
-    parts = []
-    for name, value in msgspec.to_builtins(guide).items():
-        if isinstance(value, dict):
-            inner, ends = [f"{json.dumps(key)}: {_json_line(one)}" for key, one in value.items()], "{}"
-        elif isinstance(value, list | tuple):
-            inner, ends = [_json_line(one) for one in value], "[]"
-        else:
-            parts.append(f" {json.dumps(name)}: {_json_line(value)}")
-            continue
-        parts.append(f" {json.dumps(name)}: {ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -61,7 +61,6 @@ class Cost:
 
 
 REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.ratio_reached)
-DECODER = Cost("", "decoder's parameters removed (%)", lambda model: 100 * model.decoder_ratio)
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 

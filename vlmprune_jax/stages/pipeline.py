@@ -25,7 +25,7 @@ from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
 from vlmprune_jax.stages.step import Step, as_control, as_run
 from vlmprune_jax.stages.work import Context, Work, teacher_folder
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import benchmark_rows, best_run, compare, compare_alike, describe_sets, unpruned_of
+from vlmprune_jax.workdir.comparison import benchmark_rows, best_run, compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated
 from vlmprune_jax.workdir.ledger import Finished, Job, differs_only_in
@@ -175,14 +175,13 @@ class Pipeline:
             if step.makes_model and step.evaluated:
                 found[step] = step.evaluate()
         by_folder: dict[Path | None, dict[str, Evaluated]] = {step.work.out: of for step, of in found.items()}
+        sets = describe_sets(teacher, found.values())
         for step, evaluations in found.items():
-            evaluation = compare(evaluations, teacher, by_folder.get(step.work.control))
+            evaluation = compare(evaluations, teacher, by_folder.get(step.work.control), sets)
             if step.work.pruned:
                 runs.append(as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
             else:
                 controls.append(as_control(step, finished[step], evaluation))
-        sets, original = describe_sets(teacher, found.values()), unpruned_of(teacher).evaluation
-        runs, controls = compare_alike(runs, original, sets), compare_alike(controls, original, sets)
         best = best_run(runs, sets).name
         on_process_zero(lambda: write_samples(self.context.workdir, spec.data, spec.evaluate, runs))
         models = {run.name: self.context.workdir / run.path for run in runs}
@@ -286,17 +285,15 @@ def _renew(
         context.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
         return
     by_folder = {step.work.out: evaluations for step, evaluations in found.values()}
+    sets = describe_sets(teacher, by_folder.values())
 
     def renewed_of(path: str) -> RunEvaluation:
         step, evaluations = found[path]
-        return compare(evaluations, teacher, by_folder.get(step.work.control) if step.work.control else None)
+        return compare(evaluations, teacher, by_folder.get(step.work.control) if step.work.control else None, sets)
 
     runs = [replace(run, evaluation=renewed_of(run.path)) for run in result.runs]
     controls = [replace(one, evaluation=renewed_of(one.path)) for one in result.controls]
-    sets = describe_sets(teacher, by_folder.values())
     unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed, result.teacher.carried)
-    runs = compare_alike(runs, unpruned.evaluation, sets)
-    controls = compare_alike(controls, unpruned.evaluation, sets)
     renewed = replace(result, sets=sets, teacher=unpruned, runs=runs, controls=controls)
     if renewed != result:
         write_artefact(context.workdir / RESULT, renewed)

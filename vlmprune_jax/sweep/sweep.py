@@ -112,14 +112,21 @@ def run_sweep(
       UserError: some runs failed.
     """
     digest_once.cache_clear()  # files may have changed since another command of this process
-    mine, pages = shard_of(runs_named(runs, only), shard), _Pages(runs, sweep, page)
+    mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
     left = _left(mine, sweep)
+
+    def update_page() -> None:
+        nonlocal written
+        if time.monotonic() - written > PAGE_SECONDS and is_main_process():
+            write_sweep(runs, sweep, page)
+            written = time.monotonic()
+
     if len(left) < len(mine):
         reporter.say(f"{len(mine) - len(left)} of {len(mine)} runs are done and unchanged, skipped")
     if jobs > 1:
-        _run_in_processes(left, sweep, reporter, pages, jobs, start)
+        _run_in_processes(left, sweep, reporter, update_page, jobs, start)
     else:
-        _run_here(left, sweep, reporter, pages)
+        _run_here(left, sweep, reporter, update_page)
     if is_main_process():
         found = write_sweep(runs, sweep, page)
         if found.done:
@@ -127,30 +134,22 @@ def run_sweep(
         _finish(found, mine, sweep, reporter)
 
 
-class _Pages:
-    """Writer that updates the comparison from time to time while a sweep runs."""
-
-    def __init__(self, runs: Sequence[SweepRun], sweep: Sweep, page: Page):
-        self._runs, self._sweep, self._page, self._written = runs, sweep, page, time.monotonic()
-
-    def maybe(self) -> None:
-        """Write the comparison if the last one is old enough."""
-        if time.monotonic() - self._written > PAGE_SECONDS and is_main_process():
-            write_sweep(self._runs, self._sweep, self._page)
-            self._written = time.monotonic()
-
-
-def _run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, pages: _Pages) -> None:
+def _run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, update_page: Callable[[], None]) -> None:
     for number, run in enumerate(runs, start=1):
         reporter.say(f"run {number} of {len(runs)}: {run.name}")
         line = attempt(run, sweep, reporter)
         if line is not None:
             reporter.say(f"  failed: {line}")
-        pages.maybe()
+        update_page()
 
 
 def _run_in_processes(
-    runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, pages: _Pages, jobs: int, start: Callable[[], Work]
+    runs: Sequence[SweepRun],
+    sweep: Sweep,
+    reporter: Reporter,
+    update_page: Callable[[], None],
+    jobs: int,
+    start: Callable[[], Work],
 ) -> None:
     left = len(runs)
 
@@ -160,7 +159,7 @@ def _run_in_processes(
         if line is not None:  # a process that was killed has not recorded it
             note_error(item[1], sweep, line)
         reporter.say(f"[{item[0]}] {'done' if line is None else f'failed: {line}'}; {left} of {len(runs)} runs left")
-        pages.maybe()
+        update_page()
 
     for number, run in enumerate(runs, start=1):
         reporter.say(f"[{number}] {run.name}")

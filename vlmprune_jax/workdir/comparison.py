@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
 from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.workdir.evaluation import Group, MetricInfo, Values
 from vlmprune_jax.workdir.result import (
-    Control,
     Costs,
     Evaluations,
     ModelEvaluation,
@@ -27,7 +25,6 @@ from vlmprune_jax.workdir.result import (
 from vlmprune_jax.workdir.speed import MedianSpeed
 
 MOST_GROUPS = 40  # of a set; more stay in eval/*.json
-_Entry = TypeVar("_Entry", Control, Run)
 
 
 def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
@@ -55,29 +52,35 @@ def unpruned_of(
     return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
 
 
-def compare(evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None) -> RunEvaluation:
-    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets."""
-    sets, scores = describe_sets(teacher, [evaluations]), _values(evaluations)
-    intervals = {name: of.retained_interval for name, of in evaluations.items() if of.retained_interval is not None}
+def compare(
+    evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None, sets: Sets | None = None
+) -> RunEvaluation:
+    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets.
+
+    `sets`: of all models that are compared (see `describe_sets`); None: of these alone.
+    """
+    sets, scores = describe_sets(teacher, [evaluations]) if sets is None else sets, _values(evaluations)
+    of_control = None
+    if control is not None and control.keys() == teacher.keys():
+        alike = _compared(scores, _values(control), sets)
+        of_control = OfControl(
+            scores=_values(control),
+            retained=alike["retained"],
+            retained_interval=_intervals(evaluations, "control_interval"),
+            mean_of_ratios=alike["mean_of_ratios"],
+        )
     return RunEvaluation(
         scores=scores,
         groups=_groups(evaluations),
-        retained_interval=intervals,
+        retained_interval=_intervals(evaluations, "retained_interval"),
         seconds=round(sum(of.seconds for of in evaluations.values()), 2),
         **_compared(scores, _values(teacher), sets),
-        control=None if control is None or control.keys() != teacher.keys() else _of_control(evaluations, control),
+        control=of_control,
     )
 
 
-def _of_control(evaluations: Evaluations, control: Evaluations) -> OfControl:
-    found = compare(evaluations, control)
-    intervals = {name: of.control_interval for name, of in evaluations.items() if of.control_interval is not None}
-    return OfControl(
-        scores=_values(control),
-        retained=found.retained,
-        retained_interval=intervals,
-        mean_of_ratios=found.mean_of_ratios,
-    )
+def _intervals(evaluations: Evaluations, name: str) -> dict[str, tuple[float, float]]:
+    return {key: ends for key, of in evaluations.items() if (ends := getattr(of, name)) is not None}
 
 
 def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -> RunEvaluation:
@@ -87,11 +90,6 @@ def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -
         anew = _compared(model.scores, control.scores, sets)
         control = msgspec.structs.replace(control, retained=anew["retained"], mean_of_ratios=anew["mean_of_ratios"])
     return msgspec.structs.replace(model, **_compared(model.scores, unpruned.scores, sets), control=control)
-
-
-def compare_alike(models: Sequence[_Entry], unpruned: ModelEvaluation, sets: Sets) -> list[_Entry]:
-    """Return the entries of models, compared by the same main values (see `describe_sets`)."""
-    return [msgspec.structs.replace(one, evaluation=compare_again(one.evaluation, unpruned, sets)) for one in models]
 
 
 def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets: Sets) -> dict[str, Any]:
@@ -105,6 +103,23 @@ def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets
         "mean_of_ratios": mean_of_ratios(ours, theirs) if theirs else None,
         "paper_average": paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
     }
+
+
+def mean_of_ratios(scores: Mapping[str, float], original: Mapping[str, float]) -> float:
+    """Return the mean retained percentage over the benchmarks of the unpruned model, all with equal weight."""
+    return sum(100.0 * scores[name] / value for name, value in original.items()) / len(original)
+
+
+def paper_average(
+    scores: Mapping[str, float], original: Mapping[str, float], full: Mapping[str, float]
+) -> float | None:
+    """Return the paper's AVG-% (arXiv 2604.24380): 100 x sum of normalised scores / sum of those of the unpruned model.
+
+    A score is normalised by the full score (800 for MME cognition, 2000 for MME perception), so benchmarks with high
+    scores have more weight than in `mean_of_ratios`.
+    """
+    ours, theirs = (sum(side[name] / full[name] for name in original) for side in (scores, original))
+    return 100.0 * ours / theirs if theirs else None
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
@@ -136,7 +151,7 @@ def _retained(values: Values, original: Values, metric: MetricInfo) -> float | N
     ours, theirs = values[metric.main], original[metric.main]
     if not metric.higher_is_better:
         ours, theirs = theirs, ours
-    return retained(ours, theirs) if theirs else None  # JSON has no NaN
+    return 100.0 * ours / theirs if theirs else None
 
 
 def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:

@@ -79,11 +79,6 @@ class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
     seconds: float
     control: OfControl | None = None
 
-    @property
-    def main_retention(self) -> float | None:
-        """Mean retention relative to the control, or to the unpruned model if there is no control."""
-        return self.mean_of_ratios if self.control is None else self.control.mean_of_ratios
-
 
 class Costs(Part, frozen=True, kw_only=True):
     """Costs of a model computed from its shapes (`prune.cost.costs_of`)."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import msgspec
-
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
-from vlmprune_jax.workdir.comparison import compare, compare_alike, describe_sets, unpruned_of
-from vlmprune_jax.workdir.evaluation import TEACHER, Evaluated, evaluations_of
-from vlmprune_jax.workdir.result import Control, Result, Run
-from vlmprune_jax.workdir.speed import read_speed
+from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
+from vlmprune_jax.workdir.evaluation import TEACHER, evaluations_of
+from vlmprune_jax.workdir.result import Control, Result, Run, RunEvaluation
+from vlmprune_jax.workdir.speed import MedianSpeed, read_speed
 
 STEPS = ".stages/steps.json"
 _PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
@@ -136,14 +134,12 @@ def read_unfinished(workdir: Path) -> Unfinished:
     if sets:
         measured = read_speed(workdir)
         speeds = {} if measured is None else measured.medians()
-        known = [step for step in models if evaluations[step.path]]
-        runs = [_run(step, evaluations[step.path], sets, workdir) for step in known if not step.control]
-        runs = [msgspec.structs.replace(run, speed=speeds.get(run.name)) for run in runs]
+        known = [(step, {key: of[key] for key in sets}) for step in models if (of := evaluations[step.path])]
+        described = describe_sets(sets, [of for _, of in known])
+        compared = [(step, compare(of, sets, sets=described)) for step, of in known]
+        runs = [_run(step, of, speeds.get(step.name), workdir) for step, of in compared if not step.control]
+        controls = [_control(step, of, workdir) for step, of in compared if step.control]
         unpruned = unpruned_of(sets, speed=speeds.get(""))
-        controls = [_control(step, evaluations[step.path], sets, workdir) for step in known if step.control]
-        described = describe_sets(sets, [evaluations[step.path] for step in known])
-        runs = compare_alike(runs, unpruned.evaluation, described)
-        controls = compare_alike(controls, unpruned.evaluation, described)
         result = Result(sets=described, teacher=unpruned, runs=runs, controls=controls, best="")
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
     missing = [(what, _COMMAND.format(name, workdir)) for what, name in _missing(steps, bool(teacher), left, workdir)]
@@ -166,20 +162,18 @@ def _metrics(step: StepRecord, workdir: Path) -> str | None:
     return metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None
 
 
-def _control(
-    step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[str, Evaluated], workdir: Path
-) -> Control:
+def _control(step: StepRecord, evaluation: RunEvaluation, workdir: Path) -> Control:
     return Control(
         name=step.name,
         recovery=step.recovery,
         seconds=None,
         metrics=_metrics(step, workdir),
         path=step.path.as_posix(),
-        evaluation=compare({key: evaluations[key] for key in sets}, sets),
+        evaluation=evaluation,
     )
 
 
-def _run(step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[str, Evaluated], workdir: Path) -> Run:
+def _run(step: StepRecord, evaluation: RunEvaluation, speed: MedianSpeed | None, workdir: Path) -> Run:
     path = Path(step.variant) / "plan.json"
     plan = PrunePlan.from_json(workdir / path)
     return Run(
@@ -196,7 +190,8 @@ def _run(step: StepRecord, evaluations: Mapping[str, Evaluated], sets: Mapping[s
         scores=_scores(step, workdir),
         metrics=_metrics(step, workdir),
         path=step.path.as_posix(),
-        evaluation=compare({key: evaluations[key] for key in sets}, sets),
+        evaluation=evaluation,
+        speed=speed,
     )
 
 

@@ -1,13 +1,10 @@
 """What pruning retained: both averages, against the paper's tables."""
 
-import math
-
 import numpy as np
 import pytest
 from paper_tables import BENCHMARKS, TABLES
 
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.evaluation.averages import mean_of_ratios, paper_average, retained
+from vlmprune_jax.workdir.comparison import mean_of_ratios, paper_average
 
 # A perfect model's score: MME cognition counts to 800 and perception to 2000, all others are in percent.
 FULL = {name: {"MME-C": 800.0, "MME-P": 2000.0}.get(name, 100.0) for name in BENCHMARKS}
@@ -49,12 +46,3 @@ def test_the_two_averages_differ():
     assert mean_of_ratios(scores(rows[0][0]), scores(original)) == pytest.approx(89.21, abs=0.01)
     ratios = [100 * a / b for a, b in zip(rows[0][0], original, strict=True)]
     assert mean_of_ratios(scores(rows[0][0]), scores(original)) == pytest.approx(np.mean(ratios), rel=1e-12)
-
-
-def test_averages_need_the_same_benchmarks():
-    with pytest.raises(UserError, match="retained percentages: GQA scored for one model only"):
-        paper_average({"MMMU": 1.0}, {"MMMU": 1.0, "GQA": 2.0}, FULL)
-    with pytest.raises(UserError, match="MMMU: the unpruned model scores 0"):
-        mean_of_ratios({"MMMU": 1.0}, {"MMMU": 0.0})
-    assert retained(0.5, 0.8) == pytest.approx(62.5)
-    assert math.isnan(retained(0.5, 0.0))
