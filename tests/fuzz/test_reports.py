@@ -22,14 +22,14 @@ from vlmprune_jax.report.vocabulary import vocabulary_section
 from vlmprune_jax.stages import answers
 from vlmprune_jax.stages.evaluate import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
-from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import best_run
 from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import read_result
-from vlmprune_jax.workdir.samples import Picture, Sample, SampleAnswer, Samples, SampleSet, read_samples
-from vlmprune_jax.workdir.speed import read_bench, read_speed
+from vlmprune_jax.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
+from vlmprune_jax.workdir.speed import Bench, Speed
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
-from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows, read_tpu_plan
+from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
 from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
@@ -111,7 +111,7 @@ def test_tpu_plans(tmp_path):
     whole = saved(path, TpuPlan(recoveries={"depth": fits, "width": Planned(problem="too large")}))
 
     def shown():
-        return [as_rows(planned) for planned in read_tpu_plan(tmp_path).values()]
+        return [as_rows(planned) for planned in read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()]
 
     assert len(shown()) == 2
 
@@ -208,7 +208,7 @@ def test_bench(tmp_path):
     path = tmp_path / "bench.json"
 
     def shown():
-        measured = read_bench(path)
+        measured = read_artefact(path, Bench)
         return bench_tables(measured), bench_notes(measured)
 
     whole = saved(path, BENCH)
@@ -226,7 +226,7 @@ def test_speed(tmp_path):
     path = tmp_path / "speed.json"
 
     def shown():
-        measured = read_speed(tmp_path)
+        measured = read_artefact(tmp_path / "speed.json", Speed)
         return speed_tables(measured, {}), speed_notes(measured, {}), measured.medians()
 
     whole = saved(path, SPEED)
@@ -273,7 +273,9 @@ def test_samples(tmp_path):
     whole = saved(path, Samples(sets={"questions": SampleSet(questions=2, counts={"broken": 1}, samples=samples)}))
 
     def pictures():
-        parts = [part for of in read_samples(tmp_path).values() for _, part in shown_samples(of, {})]
+        parts = [
+            part for of in read_artefact(tmp_path / SAMPLES, Samples).sets.values() for _, part in shown_samples(of, {})
+        ]
         return [image.uri for part in parts for one in part for image in one.images if image.uri]
 
     assert pictures() == [image.uri]

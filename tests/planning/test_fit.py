@@ -37,7 +37,8 @@ from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.step import TrainState, step_context
-from vlmprune_jax.workdir.tpu_plan import read_tpu_plan
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, TpuPlan
 
 ROWS, LENGTH = 8, 12
 
@@ -204,7 +205,7 @@ def test_a_small_step_compiles_for_tpus(topology, experiment_file, tmp_path, cap
     said = capsys.readouterr().out
     assert "GiB free" in said
     assert "10 steps" in said
-    [planned] = read_tpu_plan(tmp_path).values()
+    [planned] = read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()
     told = planned.step
     assert (told.chips, told.student.layers, told.teacher.layers) == (4, 2, 3)
     teacher = 2 * told.teacher.parameters / 4  # bytes per chip, less what is not split
@@ -232,7 +233,7 @@ def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, mon
     told = []
     for more in ([], ["--config.recover.teacher_cache=somewhere", "--config.recover.teacher_top_k=16"]):
         assert main(["plan", *flags, *more]) == 0
-        told += [planned.step for planned in read_tpu_plan(tmp_path).values()]
+        told += [planned.step for planned in read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()]
     beside, cached = told
     assert beside.flops.teacher > cached.flops.teacher == 0
     assert beside.flops.executed > 1.3 * cached.flops.executed
@@ -337,7 +338,7 @@ def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, caps
     assert re.search(
         r"micro-batch of 4096 rows: needs \d+\.\d\d GiB of HBM per chip, \d+\.\d\d GiB more than it has", said
     )
-    [told] = read_tpu_plan(tmp_path).values()
+    [told] = read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()
     assert told.search == dict.fromkeys(("remat", "batch", "slice"), told.step)
 
 
@@ -395,6 +396,6 @@ def test_images_of_any_size_are_planned_by_their_largest_bucket(goldens, tmp_pat
     flags = [f"--config={path}", "--topology=v5e:2x2", "--records=80", f"--workdir={tmp_path}"]
     with jax.default_matmul_precision("default"):
         assert main(["plan", *flags, "--config.data.max_image_tokens=64"]) == 0
-    [told] = read_tpu_plan(tmp_path).values()
+    [told] = read_artefact(tmp_path / TPU_PLAN, TpuPlan).recoveries.values()
     assert told.step.image_tokens_buckets[-1] > 60
     assert told.step.flops.vision > 0

@@ -20,10 +20,10 @@ from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.figures import importance_figure
 from vlmprune_jax.report.tables import tables_of
-from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import best_run
 from vlmprune_jax.workdir.result import read_result
-from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan, as_rows, read_tpu_plan
+from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_mutants_of_metrics_and_of_what_was_planned(workdir):
     told = json.loads(path.read_text())
 
     def shown():
-        return [as_rows(planned) for planned in read_tpu_plan(workdir).values()]
+        return [as_rows(planned) for planned in read_artefact(workdir / TPU_PLAN, TpuPlan).recoveries.values()]
 
     counts = refused_or_done(told, lambda v: path.write_text(json.dumps(v)), shown, path, 0.2)
     assert min(counts.values()) > 20

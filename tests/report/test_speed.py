@@ -6,10 +6,10 @@ from report_cases import BENCH, SPEED, write_several, write_workdir
 
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.speed import bench_tables, speed_notes, speed_tables
-from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import benchmark_rows
 from vlmprune_jax.workdir.result import Costs, Workload, read_result
-from vlmprune_jax.workdir.speed import read_bench, read_speed
+from vlmprune_jax.workdir.speed import Bench, Speed
 
 LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
 
@@ -28,7 +28,7 @@ def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):
     page = build_report(workdir).read_text()
     assert "Speed was not measured" not in page
     assert "Measured on Some &lt;b&gt;CPU (load 0.5 before) in float32: 1 row(s) of 640 tokens, an image first" in page
-    times, table = speed_tables(read_speed(workdir), LABELS)
+    times, table = speed_tables(read_artefact(workdir / "speed.json", Speed), LABELS)
     unpruned, pruned = table.rows
     assert unpruned == ("unpruned", "100 (90 to 110)", "20 (19 to 21)", "200 (100 to 300)", "1.0")
     assert pruned[:2] == ("depth 30 % (and 1 of its shape)", "150 (140 to 165)")
@@ -63,7 +63,7 @@ def test_a_bench_in_the_workdir_is_told(workdir):
     page = build_report(workdir).read_text()
     assert "Times as fast, round by round" in page
     assert "Measured on Some &lt;b&gt;CPU, 2 thread(s), load 0.5 before: one prompt" in page
-    times = bench_tables(read_bench(workdir / "bench.json"))[2]
+    times = bench_tables(read_artefact(workdir / "bench.json", Bench))[2]
     assert times.rows[0][:4] == ("pruned", "llama_cpp", "teacher", "1.50 (1.50 to 1.56)")
 
 

@@ -9,9 +9,10 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.result import Workload, read_result
-from vlmprune_jax.workdir.samples import read_samples
-from vlmprune_jax.workdir.speed import read_speed
+from vlmprune_jax.workdir.samples import SAMPLES, Samples
+from vlmprune_jax.workdir.speed import SPEED, Speed
 
 GRID = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -136,10 +137,10 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     for model in (result.teacher, *result.runs):
         assert min(model.speed.prefill, model.speed.decode, model.speed.first_token) > 0
         assert model.costs.file_bytes == 4 * model.parameters
-    assert [pair.models for pair in read_speed(workdir).pairs] == [
+    assert [pair.models for pair in read_artefact(workdir / SPEED, Speed).pairs] == [
         ["depth", "depth-sft_l2"], ["width", "width-reconstructed", "width-sft_l2"]
     ]  # fmt: skip
-    chosen = read_samples(workdir)["questions"]
+    chosen = read_artefact(workdir / SAMPLES, Samples).sets["questions"]
     assert sum(chosen.counts.values()) == chosen.questions == 10
     sample = chosen.samples[0]
     assert [answer.model for answer in sample.answers] == ["unpruned", *(run.name for run in result.runs)]

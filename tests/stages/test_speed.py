@@ -11,7 +11,8 @@ from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
 from vlmprune_jax.stages import speed as stage
 from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context, Work
-from vlmprune_jax.workdir.speed import read_speed
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.speed import Speed
 from vlmprune_jax.workdir.store import Store
 
 
@@ -35,7 +36,7 @@ def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
         context = Context(workdir=workdir, reporter=QUIET, store=Store(tmp_path / "shared"))
         work = Pipeline(experiment, context).work(models={f"depth-{number}": workdir / "pruned"})
         stage.speed_stage(work, spec)
-        assert read_speed(workdir).pairs[0].models == [f"depth-{number}"]
+        assert read_artefact(workdir / "speed.json", Speed).pairs[0].models == [f"depth-{number}"]
     assert measured == [640, 100]
 
 

@@ -10,8 +10,8 @@ from sample_cases import RUNS, answered, write_records
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.workdir import samples
-from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.samples import Samples, make_samples, read_samples
+from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
+from vlmprune_jax.workdir.samples import SAMPLES, Samples, make_samples
 
 
 @pytest.fixture
@@ -73,4 +73,4 @@ def test_pictures_from_elsewhere_are_refused(tmp_path, records):
         file = Samples(sets={"questions": replace(found, samples=[sample])})
         write_artefact(tmp_path / "eval/samples.json", file)
         with pytest.raises(UserError, match=r"samples\.json: .*run `vlmprune evaluate` again"):
-            read_samples(tmp_path)
+            read_artefact(tmp_path / SAMPLES, Samples)

@@ -17,7 +17,8 @@ from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
 from vlmprune_jax.export.config import CardOptions, ExportSpec
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
-from vlmprune_jax.workdir.speed import read_bench
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.speed import Bench
 
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
@@ -29,7 +30,8 @@ def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: Expor
         return spec
     dtype, uneven, curve = export_dtype(model, export), export.uneven, budget.curve
     if budget.bench is not None:
-        curve = tuple((size, 1000 / rate) for size, rate in read_bench(Path(budget.bench)).decode_rates().items())
+        rates = read_artefact(Path(budget.bench), Bench).decode_rates()
+        curve = tuple((size, 1000 / rate) for size, rate in rates.items())
     tokens = image_tokens(data, export) or 0
     budget = dataclasses.replace(budget, dtype=dtype, uneven=uneven, bench=None, curve=curve, image_tokens=tokens)
     return dataclasses.replace(spec, budget=budget)

@@ -29,7 +29,8 @@ from vlmprune_jax.planning.case import predict_plan
 from vlmprune_jax.planning.guide import SOLVED, Guide
 from vlmprune_jax.planning.rules import LIKE, Recommendation, Target, merge, recommend
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.workdir.speed import Bench, read_bench
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.speed import Bench
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
@@ -123,7 +124,7 @@ def advise(
     """
     if (ratio is None) == (most_bytes is None):
         raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
-    measured = None if bench is None else read_bench(bench)
+    measured = None if bench is None else read_artefact(bench, Bench)
     folder = resolve(hf_dir)
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
     whole = count_params(cfg) * DTYPES["bfloat16"].itemsize

@@ -16,11 +16,12 @@ from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
 from vlmprune_jax.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.report.vocabulary import vocabulary_section
+from vlmprune_jax.workdir.artefact import find_artefact, read_artefact
 from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
-from vlmprune_jax.workdir.samples import read_samples
-from vlmprune_jax.workdir.speed import BENCH, read_bench, read_speed
+from vlmprune_jax.workdir.samples import SAMPLES, Samples
+from vlmprune_jax.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.workdir.tpu_plan import NOTES as PLAN_NOTES
-from vlmprune_jax.workdir.tpu_plan import as_rows, read_tpu_plan
+from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
 from vlmprune_jax.workdir.unfinished import Variant, read_unfinished
 
 NOTES = (
@@ -103,9 +104,9 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
     yield from figures.kinds_section(workdir, variants)
     if result is not None:
         yield from figures.loss_section(workdir, result)
-    planned = read_tpu_plan(workdir)
-    if planned:
-        facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.items())
+    planned = find_artefact(workdir / TPU_PLAN, TpuPlan)
+    if planned is not None and planned.recoveries:
+        facts = tuple((printable(name), tuple(as_rows(recovery))) for name, recovery in planned.recoveries.items())
         yield Section("Recovery on a TPU slice", facts=facts, notes=(PLAN_NOTES,))
     if finished and result is not None:
         yield from advice_section(result)
@@ -132,7 +133,8 @@ def _notes(result: Result) -> tuple[str, ...]:
 
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
     """Yield one section of sample questions per evaluation set; the first group of the first set is expanded."""
-    sets = read_samples(workdir)
+    found = find_artefact(workdir / SAMPLES, Samples)
+    sets = {} if found is None else found.sets
     title = "Questions and what every model answers"
     if not sets and finished:
         command = COMMAND.format(workdir, "").replace(" run ", " evaluate ")
@@ -146,7 +148,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
     """Yield the report section with costs by shape and measured speed."""
-    measured, tables, notes = read_speed(workdir), list[Table](), list[str]()
+    measured, tables, notes = find_artefact(workdir / SPEED, Speed), list[Table](), list[str]()
     labels = None if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:
         workload = result.workload
@@ -160,7 +162,7 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
         tables += speed_tables(measured, labels)
         notes += speed_notes(measured, labels)
     if os.path.lexists(workdir / BENCH):
-        bench = read_bench(workdir / BENCH)
+        bench = read_artefact(workdir / BENCH, Bench)
         tables += bench_tables(bench)
         notes += bench_notes(bench)
     if tables or finished:

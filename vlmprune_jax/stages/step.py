@@ -15,11 +15,7 @@ from vlmprune_jax.stages.score import criteria_of
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.evaluation import Evaluated
 from vlmprune_jax.workdir.ledger import Finished, Job
-from vlmprune_jax.workdir.result import (
-    Control,
-    Run,
-    RunEvaluation,
-)
+from vlmprune_jax.workdir.result import Control, Run, RunEvaluation
 from vlmprune_jax.workdir.unfinished import StepRecord
 
 
@@ -83,12 +79,19 @@ class Step:
         )
 
 
-def _training(step: Step, trained: RecoverFacts | None) -> dict[str, Any]:
-    """Return the fields of a model's entry in `result.json` that describe its training; {} without training."""
+def _entry(step: Step, seconds: float, evaluation: RunEvaluation, trained: RecoverFacts | None) -> dict[str, Any]:
+    """Return the fields of a model's entry in `result.json` that controls and pruned models have."""
+    entry = {
+        "name": step.name,
+        "recovery": step.recovery,
+        "seconds": seconds,
+        "path": step.path,
+        "evaluation": evaluation,
+    }
     if trained is None:
-        return {}
+        return entry
     metrics = step.work.folder.relative_to(step.work.workdir) / "training" / "metrics.jsonl"
-    return {
+    return entry | {
         "data_fraction": step.sections["data"].fraction,
         "training_records": trained.records,
         "training_steps": trained.steps,
@@ -99,14 +102,7 @@ def _training(step: Step, trained: RecoverFacts | None) -> dict[str, Any]:
 
 def as_control(step: Step, done: Finished, evaluation: RunEvaluation) -> Control:
     """Return the entry in `result.json` of an unpruned model that was trained."""
-    return Control(
-        name=step.name,
-        recovery=step.recovery,
-        seconds=done.seconds,
-        path=step.path,
-        evaluation=evaluation,
-        **_training(step, done.facts),
-    )
+    return Control(**_entry(step, done.seconds, evaluation, done.facts))
 
 
 def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) -> Run:
@@ -115,8 +111,9 @@ def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) 
     plan, settings = facts["prune"], step.sections
     scores, variant = criteria_of(settings["score"], settings["prune"]), step.work.variant
     variant = variant.relative_to(step.work.workdir)
+    seconds = round(sum(done.seconds for done in finished), 2)
     return Run(
-        name=step.name,
+        **_entry(step, seconds, evaluation, facts.get("recover")),
         method=plan.method,
         criterion=plan.criterion,
         ratio_asked=plan.ratio_asked,
@@ -125,11 +122,6 @@ def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) 
         parameters=plan.parameters,
         removed_layers=plan.removed_layers,
         reconstruct=settings["reconstruct"].method,
-        recovery=step.recovery,
-        seconds=round(sum(done.seconds for done in finished), 2),
         plan=(variant / "plan.json").as_posix(),
         scores=[(variant / name).as_posix() for name in scores],
-        path=step.path,
-        evaluation=evaluation,
-        **_training(step, facts.get("recover")),
     )

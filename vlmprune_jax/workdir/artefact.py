@@ -65,6 +65,11 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
     return read
 
 
+def find_artefact(path: Path, kind: type[_A]) -> _A | None:
+    """Read a file as `read_artefact` does; None if there is no such file."""
+    return read_artefact(path, kind) if path.is_file() else None
+
+
 def to_json(value: Any) -> Any:
     """Convert a Struct to JSON values, and NumPy numbers to Python numbers."""
     return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())

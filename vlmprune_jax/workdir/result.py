@@ -111,8 +111,8 @@ class Unpruned(Part, frozen=True, kw_only=True):
     speed: MedianSpeed | None = None
 
 
-class Control(Part, frozen=True, kw_only=True):
-    """Entry of a control: an unpruned model that was trained like the pruned ones. Fields are as in `Run`."""
+class Trained(Part, frozen=True, kw_only=True):
+    """Fields of every entry but the unpruned model's; see `Run`."""
 
     name: str
     recovery: str
@@ -125,13 +125,17 @@ class Control(Part, frozen=True, kw_only=True):
     path: str
     evaluation: RunEvaluation
 
+
+class Control(Trained, frozen=True, kw_only=True):
+    """Entry of a control: an unpruned model that was trained like the pruned ones."""
+
     @property
     def label(self) -> str:
         """Readable name of the model, such as "unpruned, SFT"."""
         return f"{UNPRUNED}, {recovery_label(self.recovery, reconstructed=False)}"
 
 
-class Run(Part, frozen=True, kw_only=True):
+class Run(Trained, frozen=True, kw_only=True):
     """Entry of one pruned model: how it was made, and its scores. Paths are relative to the workdir.
 
     `ratio_asked` and `ratio_reached` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
@@ -140,7 +144,6 @@ class Run(Part, frozen=True, kw_only=True):
     to titles. `seconds` is the time of scoring, pruning and training.
     """
 
-    name: str
     method: str
     criterion: str
     ratio_asked: Finite | None
@@ -149,17 +152,8 @@ class Run(Part, frozen=True, kw_only=True):
     parameters: Count
     removed_layers: list[Count] = []
     reconstruct: str = "none"
-    recovery: str
-    data_fraction: Finite = 0.0
-    training_records: Count | None = None
-    training_steps: Count | None = None
-    loss_terms: dict[str, str] = {}
-    seconds: float | None
     plan: str
     scores: list[str]
-    metrics: str | None = None
-    path: str
-    evaluation: RunEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
 

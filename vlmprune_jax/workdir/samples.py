@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
 from vlmprune_jax.data.images import thumbnail
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record
-from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.artefact import Artefact, Part
 from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import Run
 
@@ -75,12 +74,6 @@ class Samples(Artefact, frozen=True, kw_only=True, tag=1):
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
     MAX_BYTES: ClassVar[int] = 2**26
     sets: dict[str, SampleSet]
-
-
-def read_samples(workdir: Path) -> dict[str, SampleSet]:
-    """Return {set: samples}; {} if the file does not exist."""
-    path = workdir / SAMPLES
-    return read_artefact(path, Samples).sets if path.is_file() else {}
 
 
 def make_samples(

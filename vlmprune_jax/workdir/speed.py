@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -12,7 +11,7 @@ from msgspec import Meta
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.distributed.machine import cpu
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
-from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.artefact import Artefact, Part
 
 SPEED, BENCH = "speed.json", "bench.json"
 
@@ -127,14 +126,3 @@ def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, 
     given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
     workload = BenchWorkload(**given, dtype=dtype)
     return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))
-
-
-def read_bench(path: Path) -> Bench:
-    """Read a file written by `vlmprune bench --json`."""
-    return read_artefact(path, Bench)
-
-
-def read_speed(workdir: Path) -> Speed | None:
-    """Read `speed.json`; None if it does not exist."""
-    path = workdir / SPEED
-    return read_artefact(path, Speed) if path.is_file() else None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 from vlmprune_jax.core.files import Count, Finite
-from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.artefact import Artefact, Part
 
 TPU_PLAN = "tpu_plan.json"
 NOTES = (
@@ -132,12 +131,6 @@ class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
     HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
     recoveries: dict[str, Planned]
     evaluations: dict[str, PlannedEvaluation] = {}
-
-
-def read_tpu_plan(workdir: Path) -> dict[str, Planned]:
-    """Return {name: recovery planned by `vlmprune plan`} in a workdir; {} if there are none."""
-    path = workdir / TPU_PLAN
-    return read_artefact(path, TpuPlan).recoveries if path.is_file() else {}
 
 
 def as_rows(planned: Planned) -> list[tuple[str, str]]:

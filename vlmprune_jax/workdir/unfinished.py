@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
+from vlmprune_jax.workdir.artefact import Artefact, Part, find_artefact
 from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import TEACHER, evaluations_of
 from vlmprune_jax.workdir.result import Control, Result, Run, RunEvaluation
-from vlmprune_jax.workdir.speed import MedianSpeed, read_speed
+from vlmprune_jax.workdir.speed import SPEED, MedianSpeed, Speed
 
 STEPS = ".stages/steps.json"
 _PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
@@ -76,12 +76,6 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
         return None
 
 
-def read_steps(workdir: Path) -> list[StepRecord]:
-    """Return the steps of a run; an empty list if it has not begun."""
-    path = workdir / STEPS
-    return read_artefact(path, Steps).steps if path.is_file() else []
-
-
 @dataclass(frozen=True)
 class Variant:
     """One prune variant, with its existing plan and scores files (paths relative to the workdir)."""
@@ -119,7 +113,8 @@ def read_unfinished(workdir: Path) -> Unfinished:
         workdir.stat()
     except FileNotFoundError:  # any other error is reported as it is, as a link that leads back to itself
         raise UserError(f"{workdir}: no such folder: run `vlmprune run` first") from None
-    teacher, steps = evaluations_of(workdir, TEACHER), read_steps(workdir)
+    teacher, listed = evaluations_of(workdir, TEACHER), find_artefact(workdir / STEPS, Steps)
+    steps = [] if listed is None else listed.steps
     if not teacher and not any(step.is_done(workdir) for step in steps):
         raise UserError(f"{workdir}: nothing of a run is here: run `vlmprune run` first")
     planned = [
@@ -132,13 +127,13 @@ def read_unfinished(workdir: Path) -> Unfinished:
         sets = {key: of for key, of in sets.items() if key in found}
     result = None
     if sets:
-        measured = read_speed(workdir)
+        measured = find_artefact(workdir / SPEED, Speed)
         speeds = {} if measured is None else measured.medians()
         known = [(step, {key: of[key] for key in sets}) for step in models if (of := evaluations[step.path])]
         described = describe_sets(sets, [of for _, of in known])
         compared = [(step, compare(of, sets, sets=described)) for step, of in known]
         runs = [_run(step, of, speeds.get(step.name), workdir) for step, of in compared if not step.control]
-        controls = [_control(step, of, workdir) for step, of in compared if step.control]
+        controls = [Control(**_entry(step, of, workdir)) for step, of in compared if step.control]
         unpruned = unpruned_of(sets, speed=speeds.get(""))
         result = Result(sets=described, teacher=unpruned, runs=runs, controls=controls, best="")
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]
@@ -157,40 +152,33 @@ def _variant(step: StepRecord, workdir: Path) -> Variant:
     return Variant(name=step.name, method=method, plan=path, scores=_scores(step, workdir))
 
 
-def _metrics(step: StepRecord, workdir: Path) -> str | None:
+def _entry(step: StepRecord, evaluation: RunEvaluation, workdir: Path) -> dict[str, Any]:
+    """Return the fields that the entries of controls and pruned models have."""
     metrics = Path(step.folder) / "training" / "metrics.jsonl"
-    return metrics.as_posix() if step.stage == "recover" and (workdir / metrics).is_file() else None
-
-
-def _control(step: StepRecord, evaluation: RunEvaluation, workdir: Path) -> Control:
-    return Control(
-        name=step.name,
-        recovery=step.recovery,
-        seconds=None,
-        metrics=_metrics(step, workdir),
-        path=step.path.as_posix(),
-        evaluation=evaluation,
-    )
+    there = step.stage == "recover" and (workdir / metrics).is_file()
+    return {
+        "name": step.name,
+        "recovery": step.recovery,
+        "seconds": None,
+        "metrics": metrics.as_posix() if there else None,
+        "path": step.path.as_posix(),
+        "evaluation": evaluation,
+    }
 
 
 def _run(step: StepRecord, evaluation: RunEvaluation, speed: MedianSpeed | None, workdir: Path) -> Run:
     path = Path(step.variant) / "plan.json"
     plan = PrunePlan.from_json(workdir / path)
     return Run(
-        name=step.name,
+        **_entry(step, evaluation, workdir),
         method=plan.method,
         criterion=plan.criterion,
         ratio_asked=plan.asked,
         ratio_reached=plan.reached,
         parameters=plan.parameters_after,
         removed_layers=list(plan.removed_layers),
-        recovery=step.recovery,
-        seconds=None,
         plan=path.as_posix(),
         scores=_scores(step, workdir),
-        metrics=_metrics(step, workdir),
-        path=step.path.as_posix(),
-        evaluation=evaluation,
         speed=speed,
     )
 

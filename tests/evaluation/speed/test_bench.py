@@ -21,7 +21,8 @@ from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.report.speed import bench_notes, bench_tables
-from vlmprune_jax.workdir.speed import make_bench, read_bench
+from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.speed import Bench, make_bench
 
 
 def side(model, backend):
@@ -171,7 +172,7 @@ def test_every_engine(tmp_path, capsys, make):
     out = tmp_path / "bench.json"
     assert main(["bench", f"--model={folder}", f"--against={tmp_path / 'gguf'}", f"--json={out}", *flags]) == 0
     assert "llama_cpp" in capsys.readouterr().out
-    sides = read_bench(out).sides
+    sides = read_artefact(out, Bench).sides
     assert [one.backend for one in sides] == ["jax", "transformers", "llama_cpp"]
     for one in sides:
         assert one.image
