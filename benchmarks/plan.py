@@ -90,7 +90,6 @@ def main() -> None:
     from vlmprune_jax.planning.ahead_of_time import make_slice
     from vlmprune_jax.planning.case import estimate, make_case, preparation_of, read_shapes
     from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
-    from vlmprune_jax.planning.fit import planned_step
     from vlmprune_jax.workdir.artefact import to_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +122,7 @@ def main() -> None:
             }
             experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()
-            step = planned_step(estimate(make_case(experiment, read_shapes(experiment, None), args.topology)), None)
+            step = estimate(make_case(experiment, read_shapes(experiment, None), args.topology))
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 

@@ -186,3 +186,10 @@ def write_several(workdir):
     models = [found(0.4, 1200.0, 2.0), found(0.6, 1350.0, 1.25), found(0.2, 1500.0, 1e9)]
     runs = [replace(run, evaluation=compare(model, teacher)) for run, model in zip(result.runs, models, strict=True)]
     write_artefact(workdir / "result.json", result_of(teacher, runs, "depth-sft", export=EXPORT))
+
+
+def change(workdir, run, **changes):
+    """Replace fields of a run of the result, by its number."""
+    result = read_result(workdir)
+    result.runs[run] = replace(result.runs[run], **changes)
+    write_artefact(workdir / "result.json", result)

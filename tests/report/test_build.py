@@ -13,30 +13,15 @@ import matplotlib
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from report_cases import PLANNED, SIZE, SPEED, evaluated, write_several, write_workdir
+from report_cases import PLANNED, change
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
-from vlmprune_jax.report import plots
 from vlmprune_jax.report.build import build_report
-from vlmprune_jax.report.tables import key_numbers, lead, tables_of
+from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.comparison import compare
-from vlmprune_jax.workdir.result import Control, Costs, Workload, read_result
+from vlmprune_jax.workdir.result import Workload, read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    write_workdir(tmp_path)
-    return tmp_path
-
-
-def change(workdir, run, **changes):
-    """Replace fields of a run of the result, by its number."""
-    result = read_result(workdir)
-    result.runs[run] = replace(result.runs[run], **changes)
-    write_artefact(workdir / "result.json", result)
 
 
 def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
@@ -161,21 +146,6 @@ def test_the_same_result_gives_the_same_page(workdir):
     assert build_report(workdir).read_bytes() == first
 
 
-def test_table(workdir):
-    change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"])
-    (table,) = tables_of(read_result(workdir))
-    assert table.header[:3] == ("model", "retained, %", "size, %")
-    assert table.header[: table.first] == ("model", "retained, %", "size, %", "decoding, x")
-    assert all(len(row) == len(table.header) for row in table.rows)
-    unpruned, depth, recovered, _ = (dict(zip(table.header, row, strict=True)) for row in table.rows)
-    assert (unpruned["accuracy, %"], unpruned["retained, %"], unpruned["size, %"]) == ("80.00", "100.00", "100.0")
-    assert (depth["model"], depth["data, %"], depth["accuracy, %"]) == ("depth 30 %", "", "25.00")
-    assert depth["retained, %"] == "31.25"
-    assert (recovered["model"], recovered["data, %"], recovered["retained, %"]) == ("depth 30 %, SFT", "5", "95.00")
-    assert recovered["decoding, x"] == "0.98"
-    assert recovered["removed, % (of decoder)"].endswith(" (40.0)")
-
-
 def test_a_model_that_two_variants_share_is_shown_once(workdir):
     """Width before reconstruction is the same model as width: one row, one answer, one figure."""
     result = read_result(workdir)
@@ -194,68 +164,6 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
     assert [run.name for run in best.runs] == ["depth", "depth-sft", "width_solved"]
 
 
-def test_retention_beside_a_control(workdir):
-    """The unpruned model was trained as well: its row, and what the recovered model retains of it."""
-    result, evaluations = read_result(workdir), {"questions": evaluated(0.95)}
-    teacher = {"questions": evaluated(0.8)}
-    control = Control(
-        name="control-sft", recovery="sft", data_fraction=0.05, seconds=9.5, path="control/sft/recovered",
-        evaluation=compare(evaluations, teacher),
-    )  # fmt: skip
-    recovered = compare({"questions": evaluated(0.76)}, teacher, evaluations)
-    runs = [replace(run, evaluation=recovered) if run.name == "depth-sft" else run for run in result.runs]
-    result = replace(result, controls=[control], runs=runs)
-    write_artefact(workdir / "result.json", result)
-    (table,) = tables_of(result)
-    place = table.header.index("of control, %")
-    cells = {row[0]: (row[1], row[place]) for row in table.rows}
-    assert cells["unpruned"] == ("100.00", "")
-    assert cells["unpruned, SFT"] == ("118.75", "")
-    assert cells["depth 30 %, SFT"] == ("95.00", "80.00")
-    assert "retains 80.00 % of the score of the unpruned model after the same recovery, and 95.00 % of the" in lead(
-        result
-    )
-    assert ("of control", "80.00 %") in key_numbers(result)
-    page = build_report(workdir).read_text()
-    assert "Of control: share of the score of the unpruned model after the same recovery" in page
-
-
-def test_the_headline_has_retention_size_and_speed(workdir):
-    costs = Costs(forward_flops=1e9, kv_bytes_per_token=10, file_bytes=2_000_000)
-    change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"], costs=costs)
-    result = read_result(workdir)
-    teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), carried=1000)
-    write_artefact(workdir / "result.json", replace(result, teacher=teacher))
-    told = lead(read_result(workdir))
-    assert "depth 30 %, SFT (trained on 5 % of the data) retains 95.00 % of the unpruned score" in told
-    assert "40.0 % of the decoder; 3 to 2 MB)" in told
-    assert told.endswith("It decodes 0.98 times and reads prompts 1.50 times as fast.")
-    page = build_report(workdir).read_text()
-    assert re.findall(r"<dt>(.*?)</dt>", page) == ["retained", "size", "decoding speed", "prompt speed"]
-    assert f"also counts 1,000 in tower layers after the feature layer ({SIZE + 1000:,} unpruned)" in page
-
-
-# --- several evaluation sets, with metrics that nothing here has ever heard of ----------------------------------------
-
-
-@pytest.fixture
-def several(workdir):
-    write_several(workdir)
-    return workdir
-
-
-def test_tables_of_several_sets(several):
-    summary, scores, kept = tables_of(read_result(several))
-    assert summary.header[:4] == ("model", "retained, %", "size, %", "paper avg, %")
-    # docs 50 %, mme 80 %; in the paper's average 0.4 + 0.6 of 0.8 + 0.75
-    assert [(row[1], row[3]) for row in summary.rows[:2]] == [("100.00", "100.00"), ("65.00", "64.52")]
-    assert scores.ascending == ("wiki",)
-    assert scores.title == "docs: anls in %, mme: perception, wiki: bits in bit"
-    assert scores.rows[1] == ("depth 30 %", "40.00", "1200.00", "2.00")
-    assert kept.rows[0] == ("depth 30 %", "50.00", "80.00", "50.00")
-    assert kept.header == ("model", "docs", "mme", "wiki")
-
-
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
     assert page.count("<svg") == 9  # the average, three sets, what two plans removed, two importances, losses
@@ -267,23 +175,6 @@ def test_page_of_several_sets(several):
     assert "accuracy" not in page.lower().split("<summary>")[0]
 
 
-def test_figures_separate_models(several):
-    """Rows are in the order of retention, and 99.0, 99.8 and 99.9 % are apart on an axis that has 26 % as well."""
-    runs = read_result(several)
-    kept = [100.0, 99.8, 99.9, 26.0]
-    measured = plots.Measured("Retained", "t", "retained (%)", kept, [None, None, (99.7, 100.0), None], retention=True)
-    points, rows = plots.score_figure(runs, measured).axes
-    places = [points.transData.transform((1.0, value))[1] for value in (99.0, 99.8, 99.9, 100.0)]
-    height = points.bbox.height
-    assert min(np.diff(places)) > 0.04 * height
-    assert points.get_ylim()[0] < 26 < 100 < points.get_ylim()[1]
-    assert [text.get_text() for text in rows.texts] == ["99.90", "99.80", "26.00"]
-    values = plots.Measured("Bits", "t", "bits (bit)", [1.0, 2.0, 1.25, np.inf])
-    points, rows = plots.score_figure(runs, values).axes
-    assert points.get_ylim()[0] > 0.9  # as far as there are values
-    assert rows.texts[-1].get_text() == "inf"
-
-
 def test_no_ratio_and_nothing_retained(workdir):
     evaluation = replace(read_result(workdir).runs[0].evaluation, mean_of_ratios=None)
     change(workdir, 0, ratio_asked=None, evaluation=evaluation)
@@ -291,33 +182,6 @@ def test_no_ratio_and_nothing_retained(workdir):
     assert table.rows[1][0] == "depth 34 %"  # by what was reached
     assert table.rows[1][1] == ""
     build_report(workdir)
-
-
-def test_importance_figures_mark_what_goes(workdir):
-    scores = Scores.load(workdir / "depth" / "scores.npz")
-    figure = plots.layer_importance_figure("t", scores.importance, [4, 3])
-    kept, removed = figure.axes[0].containers
-    assert [round(bar.get_center()[0]) for bar in removed] == [3, 4]
-    assert [bar.get_height() for bar in removed] == pytest.approx([0.2, 0.1])
-    assert len(kept) == 3
-    heads = [np.array([1.0, 2.0]), np.array([4.0, 1.0])]
-    figure = plots.width_importance_figure("t", heads, {0: ({1}, 6, 12), 1: ({0, 1}, 12, 12)})
-    crosses = [(line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[0].lines if len(line.get_xdata())]
-    assert crosses == [(0, 0)]
-    assert [bar.get_height() for bar in figure.axes[1].patches] == [50.0, 100.0]
-
-
-def test_loss_figure():
-    titles = {"ce": "cross-entropy", "l2": "hidden states", "mine": "of my own"}
-    assert plots.loss_figure({"a": [{"step": 1, "grad_norm": 2.0}]}, titles) is None
-    one, two = [{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}], [{"step": 1, "mine": 1.0}]
-    figure = plots.loss_figure({"a": one, "b": two}, titles)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "cross-entropy, training batches",
-        "of my own, training batches",
-    ]
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [2.0, 1.0])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

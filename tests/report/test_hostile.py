@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from hostile import mutants
-from report_cases import CFG, PLANNED, write_several, write_workdir
+from report_cases import CFG, PLANNED, write_several
 from rich.console import Console
 
 from vlmprune_jax.core import console
@@ -24,12 +24,6 @@ from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import best_run
 from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    write_workdir(tmp_path)
-    return tmp_path
 
 
 def printed(workdir):

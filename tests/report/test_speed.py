@@ -1,8 +1,7 @@
 """What the report says of measured speed, and of cost by shape."""
 
-import pytest
 from msgspec.structs import replace
-from report_cases import BENCH, SPEED, write_several, write_workdir
+from report_cases import BENCH, SPEED, write_several
 
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.speed import bench_tables, speed_notes, speed_tables
@@ -12,12 +11,6 @@ from vlmprune_jax.workdir.result import Costs, Workload, read_result
 from vlmprune_jax.workdir.speed import Bench, Speed
 
 LABELS = {"depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    write_workdir(tmp_path)
-    return tmp_path
 
 
 def test_speed_is_told_with_its_range_and_where_it_was_measured(workdir):

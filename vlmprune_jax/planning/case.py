@@ -25,7 +25,7 @@ from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
+from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
 from vlmprune_jax.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig
 from vlmprune_jax.prune.criteria.weights import random_scores
@@ -33,11 +33,13 @@ from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.select import Trim, plan_beside
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import check_frozen
-from vlmprune_jax.recovery.flops import StepFlops, step_flops
+from vlmprune_jax.recovery.flops import StepFlops as ModelFlops
+from vlmprune_jax.recovery.flops import step_flops
 from vlmprune_jax.recovery.objective import needs_teacher
 from vlmprune_jax.recovery.program import Program, make_program
 from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_context
 from vlmprune_jax.stages.work import teacher_folder
+from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Case:
     """Inputs for planning one recovery on one TPU slice: student, teacher, training settings and row shapes.
 
     `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
-    (empty unless images are of any size), ascending. The planned step uses the largest of each.
+    (empty unless images are of any size), ascending. The planned step uses the largest of each. `records`: number of
+    training records; None if unknown.
     """
 
     cfg: ModelConfig
@@ -58,6 +61,7 @@ class Case:
     slots: tuple[int, ...]
     slice: Slice
     image_tokens: tuple[int, ...] = ()
+    records: int | None = None
 
     @property
     def length(self) -> int:
@@ -80,40 +84,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Compiled cost and model FLOPs of one training step; times are lower bounds."""
-
-    case: Case
-    compiled: Compiled
-    model: StepFlops
-
-    @property
-    def free(self) -> float:
-        """HBM that stays free during the step, in bytes per chip."""
-        return self.case.slice.chip.hbm - self.compiled.arguments - self.compiled.temporaries
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Lower bounds of the step time in seconds, from arithmetic, memory traffic and links between chips.
-
-        Memory traffic: arguments are read once; temporaries and received data are written and read once.
-        """
-        received = sum(self.compiled.received.values())
-        traffic = self.compiled.arguments + 2 * (self.compiled.temporaries + received)
-        return self.case.slice.chip.seconds(self.compiled.flops / len(self.case.slice.devices), traffic, received)
-
-    @property
-    def step_seconds(self) -> float:
-        """Roofline estimate of the step time in seconds: the largest of the three lower bounds."""
-        return max(self.seconds.values())
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation: model FLOPs / (peak FLOP/s of all chips x step time)."""
-        return self.model.total / (self.step_seconds * len(self.case.slice.devices) * self.case.slice.chip.flops)
-
-
-@dataclass(frozen=True)
 class Shapes:
     """Folder and config of an unpruned model, and the plan that prunes it."""
 
@@ -122,7 +92,7 @@ class Shapes:
     plan: PrunePlan
 
 
-def make_case(experiment: Experiment, shapes: Shapes, topology: str) -> Case:
+def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: int | None = None) -> Case:
     """Return the planning inputs of a recovery of the pruned model.
 
     Raises:
@@ -152,6 +122,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str) -> Case:
         slots=slots,
         slice=target,
         image_tokens=within_row(image_tokens, lengths[-1]),
+        records=records,
     )
 
 
@@ -223,7 +194,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
     return tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
 
 
-def estimate(case: Case) -> Estimate:
+def estimate(case: Case) -> PlannedStep:
     """Compile the training step for these planning inputs and return its cost.
 
     Raises:
@@ -249,7 +220,52 @@ def estimate(case: Case) -> Estimate:
         images=config.batch_size * case.images,
         image_tokens=case.tokens_per_image,
     )
-    return Estimate(case, compiled, model)
+    return planned_step(case, compiled, model)
+
+
+def planned_step(case: Case, compiled: Compiled, model: ModelFlops) -> PlannedStep:
+    """Return the cost of a compiled step: bytes per chip, FLOPs and throughput of all chips.
+
+    The step time is a roofline estimate, from arithmetic, memory traffic and links between chips. Memory traffic:
+    arguments are read once; temporaries and received data are written and read once. MFU: model FLOPs / (peak FLOP/s of
+    all chips x step time).
+    """
+    config, chip, devices = case.config, case.slice.chip, len(case.slice.devices)
+    received = sum(compiled.received.values())
+    traffic = compiled.arguments + 2 * (compiled.temporaries + received)
+    seconds = chip.seconds(compiled.flops / devices, traffic, received)
+    step = max(seconds.values())
+    free = int(chip.hbm - compiled.arguments - compiled.temporaries)
+    known = config.steps is not None or case.records is None
+    return PlannedStep(
+        topology=case.slice.name,
+        chips=devices // chip.halves,
+        mesh=dict(case.make_mesh().shape),
+        student=_size(case.cfg),
+        teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        remat=config.remat,
+        tokens_per_row=case.length,
+        images_per_row=case.images,
+        tokens_buckets=list(case.lengths),
+        images_buckets=list(case.slots),
+        image_tokens_buckets=list(case.image_tokens),
+        feature_cache=not case.cfg.tower,
+        teacher_top_k=config.losses.teacher_top_k,
+        hbm=Hbm(arguments=compiled.arguments, temporaries=compiled.temporaries, free=free),
+        flops=StepFlops(executed=compiled.flops, model=model.total, **dataclasses.asdict(model)),
+        received=dict(compiled.received),
+        seconds=StepSeconds(step=step, **seconds),
+        mfu=model.total / (step * devices * chip.flops),
+        tokens_per_second=config.batch_size * case.length / step,
+        steps=config.steps if known else config.num_steps(case.records or 0),
+        compile_seconds=compiled.seconds,
+    )
+
+
+def _size(cfg: ModelConfig) -> PlannedModel:
+    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:

@@ -9,50 +9,45 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.inputs import count_records
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
-from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
-from vlmprune_jax.planning.case import Case, Estimate, estimate, make_case, preparation_of, read_shapes
+from vlmprune_jax.planning.case import Case, estimate, make_case, preparation_of, read_shapes
 from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
 from vlmprune_jax.recovery.config import REMAT
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.workdir.tpu_plan import (
     GIB,
-    Hbm,
     Planned,
     PlannedEvaluation,
-    PlannedModel,
     PlannedStep,
-    StepFlops,
-    StepSeconds,
     TpuPlan,
     as_rows,
     evaluation_rows,
 )
 
-Attempts = dict[Case, Estimate | UserError]
+Attempts = dict[Case, PlannedStep | UserError]
 
 
-def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, Estimate]:
+def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, PlannedStep]:
     """Search by compilation for training settings whose step fits in the slice's memory.
 
     Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
     settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
     """
-    found: dict[str, Estimate] = {}
+    found: dict[str, PlannedStep] = {}
     cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
     if cheapest is not None:
         found["remat"] = found["batch"] = cheapest
-        while (larger := _doubled(found["batch"].case)) is not None:
+        larger = _doubled(_with(case, remat=cheapest.remat))
+        while larger is not None:
             best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say, tried)
             if best is None:
                 break
-            found["batch"] = best
+            found["batch"], larger = best, _doubled(larger)
     generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
     names = [f"{generation}:{grid}" for grid in case.slice.chip.slices]
     slices = [case.slice if name == case.slice.name else make_slice(name) for name in names]
@@ -63,17 +58,17 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     return found
 
 
-def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tried: Attempts) -> Estimate | None:
+def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tried: Attempts) -> PlannedStep | None:
     for what, case in cases:
         found = tried[case] = tried.get(case) or _attempt(case)
-        if isinstance(found, Estimate):
-            say(f"  {what}: fits, {found.free / GIB:.2f} GiB free")
+        if isinstance(found, PlannedStep):
+            say(f"  {what}: fits, {found.hbm.free / GIB:.2f} GiB free")
             return found
         say(f"  {what}: {found}")
     return None
 
 
-def _attempt(case: Case) -> Estimate | UserError:
+def _attempt(case: Case) -> PlannedStep | UserError:
     """Return the estimate for these settings, or the error if the step is too large or sizes do not divide."""
     try:
         return estimate(case)
@@ -103,41 +98,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
     return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter rows'}")
 
 
-def planned_step(found: Estimate, n_records: int | None) -> PlannedStep:
-    """Convert an estimate to a `PlannedStep`: bytes per chip, FLOPs and throughput of all chips."""
-    case, config = found.case, found.case.config
-    return PlannedStep(
-        topology=case.slice.name,
-        chips=len(case.slice.devices) // case.slice.chip.halves,
-        mesh=dict(case.make_mesh().shape),
-        student=_size(case.cfg),
-        teacher=None if case.teacher_cfg is None else _size(case.teacher_cfg),
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        remat=config.remat,
-        tokens_per_row=case.length,
-        images_per_row=case.images,
-        tokens_buckets=list(case.lengths),
-        images_buckets=list(case.slots),
-        image_tokens_buckets=list(case.image_tokens),
-        feature_cache=not case.cfg.tower,
-        teacher_top_k=config.losses.teacher_top_k,
-        hbm=Hbm(arguments=found.compiled.arguments, temporaries=found.compiled.temporaries, free=int(found.free)),
-        flops=StepFlops(executed=found.compiled.flops, model=found.model.total, **dataclasses.asdict(found.model)),
-        received=dict(found.compiled.received),
-        seconds=StepSeconds(step=found.step_seconds, **found.seconds),
-        mfu=found.mfu,
-        tokens_per_second=config.batch_size * case.length / found.step_seconds,
-        steps=config.steps if config.steps is not None or n_records is None else config.num_steps(n_records),
-        compile_seconds=found.compiled.seconds,
-    )
-
-
-def _size(cfg: ModelConfig) -> PlannedModel:
-    return PlannedModel(layers=len(cfg.text.layers), parameters=count_params(cfg))
-
-
-def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Callable[[str], None]) -> Planned:
+def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Planned:
     """Plan one recovery step and print the result; with `searching`, also search for settings that fit.
 
     Raises:
@@ -149,8 +110,8 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
             say(f"  {what:<13} {value}")
 
     first = _attempt(case)
-    if isinstance(first, Estimate):
-        planned = Planned(step=planned_step(first, n_records))
+    if isinstance(first, PlannedStep):
+        planned = Planned(step=first)
     elif isinstance(first, DoesNotFit):
         problem = too_large(case, first)
         if not searching:
@@ -160,7 +121,7 @@ def plan_recovery(case: Case, n_records: int | None, searching: bool, say: Calla
         raise first
     say_rows(planned)
     if searching:
-        found = {what: planned_step(fit, n_records) for what, fit in search(case, say, {case: first}).items()}
+        found = search(case, say, {case: first})
         say_rows(Planned(search=found))
         planned = replace(planned, search=found)
     return planned
@@ -186,10 +147,10 @@ def fit_all(
     for pruned in prune_runs(experiment, workdir or Path()):
         shapes = read_shapes(pruned.experiment, None if workdir is None else pruned.folder)
         for run in recover_runs(pruned):
-            case = make_case(run.experiment, shapes, topology)
             records = count_records(run.experiment.data) if n_records is None else n_records
+            case = make_case(run.experiment, shapes, topology, records)
             reporter.say(f"{run.name}: compiling for {topology} ...")
-            recoveries[run.name] = plan_recovery(case, records, search, reporter.say)
+            recoveries[run.name] = plan_recovery(case, search, reporter.say)
             if run.experiment.recover.control and uses_labels(case.config.losses):
                 reporter.say(
                     "  control       the unpruned model trains in the same way, once for all prune variants, with more "

@@ -1,0 +1,110 @@
+"""Config files: every setting is there, recipes and shipped configs load, and what is wrong is told."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.cli.config_files import experiment_config, to_experiment
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.arguments import plan_config, recover_config
+from vlmprune_jax.experiment.recipes import recipe, recipes
+from vlmprune_jax.experiment.spec import Experiment, RecoverSpec
+from vlmprune_jax.experiment.variants import prune_runs
+
+
+def test_hub_ids_become_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr("vlmprune_jax.hf.read.resolve", lambda name: tmp_path / name)
+    config = experiment_config()
+    config.model.hf_dir, config.model.vision_dir = "org/model", "org/tower"
+    model = to_experiment(config, str(tmp_path / "w"))[0].model
+    assert (model.hf_dir, model.vision_dir) == (str(tmp_path / "org/model"), str(tmp_path / "org/tower"))
+    config = experiment_config()
+    assert to_experiment(config, str(tmp_path / "w"))[0].model == Experiment().model
+
+
+def test_config_holds_every_setting_and_comes_back():
+    assert override(Experiment(), experiment_config().to_dict()) == Experiment()
+
+
+def test_a_dictionary_changes_a_section_of_a_config():
+    """At any depth, as a ConfigDict too; other settings stay, variants are no section, and a typo is refused."""
+    config = experiment_config(recipe="llava")
+    config.recover.losses = {"kl": 0.5}
+    config.recover = {"lora": {"rank": 4}, "epochs": 2}
+    config["mesh"] = {"fsdp": 8}
+    config.data = experiment_config().data
+    changes = {"recover": {"losses": {"kl": 0.5}, "lora": {"rank": 4}, "epochs": 2.0}, "mesh": {"fsdp": 8}}
+    expected = override(override(Experiment(), recipe("llava") | {"data": {}}), changes)
+    assert override(Experiment(), config.lock().to_dict()) == expected
+    for name in ("one", "two"):
+        config.recover_variants = {name: {"recover": {"epochs": 1.0}}}
+    assert config.recover_variants.to_dict() == {"two": {"recover": {"epochs": 1.0}}}
+    config = experiment_config()
+    config.recover.losses = {"kll": 0.5}
+    with pytest.raises(UserError, match=r"config.recover.losses has no 'kll'; did you mean 'kl'"):
+        override(Experiment(), config.to_dict())
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_where_a_config_starts(name):
+    """Every setting is written out, so that it is recorded, and what is set afterwards wins."""
+    config = experiment_config(recipe=name)
+    config.recover.learning_rate = 3e-3
+    experiment = override(Experiment(), config.to_dict())
+    assert experiment == override(override(Experiment(), recipe(name)), {"recover": {"learning_rate": 3e-3}})
+    built = recover_config(experiment.recover)
+    assert built.learning_rate == 3e-3
+    facts = (built.lora.rank, built.lora.alpha, built.weight_decay, built.projector_learning_rate)
+    assert facts == ((16, 32.0, 0.05, None) if name == "internvl" else (128, 256.0, 0.0, 2e-5))
+    assert built.losses.teacher_inputs == ("own" if name == "internvl" else "student")
+    assert (built.schedule, built.warmup_ratio, built.epochs, built.batch_size) == ("cosine", 0.03, 1.0, 128)
+    with pytest.raises(UserError, match=f"no recipe '{name}x'; did you mean '{name}'"):
+        experiment_config(recipe=f"{name}x")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_shipped_configs_are_experiments(file):
+    text = file.read_text()
+    assert "vlmprune " in text.split('"""')[1]  # the docstring has the command
+    space: dict = {}
+    exec(compile(text, str(file), "exec"), space)
+    experiment = override(Experiment(), space["get_config"]().to_dict())
+    for run in prune_runs(experiment, Path("W")):
+        plan_config(run.experiment.prune, run.experiment.model, run.experiment.data, run.experiment.export).check()
+    for values in list(experiment.recover_variants.values()) or [{}]:
+        recover_config(override(experiment, values).recover)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prune": {"ratoi": 1}}, "config.prune has no 'ratoi'; did you mean 'ratio'?"),
+        ({"prune": 3}, "config.prune=3: is a section: set its settings by name"),
+        ({"prune": {"ratio": "a"}}, "config.prune.ratio='a' must be a number or None"),
+        ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),
+        ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets='q_proj' must be a tuple"),
+        ({"score": {"reference_compat": 1}}, "must be True or False"),
+        ({"score": {"samples": -1}}, "score.samples=-1 must be at least 1"),
+        ({"data": {"threads": -1}}, "data.threads=-1 must be at least 0"),
+        ({"data": {"max_length": 0}}, "data.max_length=0 must be at least 1"),
+        ({"evaluate": {"questions": 0}}, "evaluate.questions=0 must be at least 1"),
+        ({"prune": {"steps": 0}}, "prune.steps=0 must be at least 1"),
+        ({"recover": {"seed": -1}}, "recover.seed=-1 must be at least 0 and below 2**32"),
+    ],
+)
+def test_wrong_settings(values, message):
+    with pytest.raises(UserError) as error:
+        override(Experiment(), values)
+    assert message in str(error.value)
+
+
+def test_settings_reach_the_library():
+    spec = override(RecoverSpec(), {"steps": 7, "losses": {"l2": 0.5, "l2_layers": [-1, 2]}, "learning_rate": 1})
+    built = recover_config(spec)
+    assert (built.steps, built.num_steps(1000), built.losses.l2_layers, built.adapters.rank) == (7, 7, (-1, 2), 128)
+    assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
+    cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
+    assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment

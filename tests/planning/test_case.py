@@ -1,0 +1,36 @@
+"""Planning inputs: predicted shapes are those of any scores."""
+
+from __future__ import annotations
+
+import pytest
+import recover_cases as cases
+
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.planning import case as tpu_case
+from vlmprune_jax.prune import Scores, make_plan
+from vlmprune_jax.prune.criteria.weights import random_scores
+from vlmprune_jax.prune.fingerprint import shape_digest
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("depth", {"ratio": 0.3}),
+        ("depth", {"layers_removed": 3}),
+        ("width", {"ratio": 0.25, "attn_layers": [1, 5], "mlp_layers": [2, 6]}),
+        ("hybrid", {"ratio": 0.4, "neurons_multiple": 4}),
+    ],
+)
+def test_predicted_shapes_are_those_of_any_scores(method, changes):
+    cfg = cases.config(layers=8)
+    cfg = cfg.with_layers([cfg.text.layers[0]] * 8)
+    experiment = override(Experiment(), {"prune": {"method": method, **changes}})
+    predicted = tpu_case.predict_plan(experiment, cfg)
+    scores = Scores("random", shape_digest(cfg), {"gqa": "groups"}, **random_scores(cfg, seed=5, gqa="groups"))
+    plan = make_plan((scores, scores) if method == "hybrid" else scores, cfg, method=method, **changes)
+    assert plan.layers != predicted.layers
+    assert predicted.parameters_after == plan.parameters_after
+    assert len(predicted.layers) == len(plan.layers)
+    if method == "width":
+        assert predicted.apply_to(cfg) == plan.apply_to(cfg)
