@@ -1,6 +1,5 @@
 """The report page: what it says, that it is one file, and what it does with a damaged workdir."""
 
-import dataclasses
 import html
 import html.parser
 import os
@@ -10,17 +9,15 @@ import subprocess
 import sys
 
 import matplotlib
-import numpy as np
 import pytest
 from msgspec.structs import replace
 from report_cases import PLANNED, change
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune import Scores
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.result import Workload, read_result
+from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
 
 
@@ -79,27 +76,6 @@ def test_page_tells_the_numbers_and_is_one_file(workdir):
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<b>" not in page
     assert list(workdir.glob(".*")) == [workdir / ".stages"]
-
-
-def test_kinds_of_tokens_and_what_serves_vision(workdir):
-    assert "by kind of token" not in build_report(workdir).read_text()
-    path = workdir / "depth" / "scores.npz"
-    of = {
-        kind: {"importance": np.array(v)} for kind, v in (("image", [1, 1, 6, 1, 1.0]), ("prompt", [2, 2, 2, 2, 2.0]))
-    }
-    dataclasses.replace(Scores.load(path), by_kind=of).save(path)
-    page = build_report(workdir).read_text()
-    assert page.count("<svg") == 7
-    assert "Serve vision most: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
-    path = workdir / "width" / "scores.npz"
-    scores = Scores.load(path)
-    weighted = tuple(h * (1 + 9 * (i == 3)) for i, h in enumerate(scores.heads))
-    parts = {"heads": scores.heads, "mlp": scores.mlp}
-    dataclasses.replace(scores, by_kind={"image": {**parts, "heads": weighted}, "answer": parts}).save(path)
-    told = re.search(
-        r"width/scores.npz. Serve vision most: layers none; heads (.*?)\. In", build_report(workdir).read_text()
-    )
-    assert [one.split()[0][0] for one in told.group(1).split(", ")] == ["3"] * 4
 
 
 def test_what_was_planned_for_a_slice_is_shown(workdir):
@@ -192,16 +168,3 @@ def test_damaged_result(workdir, text, message):
     (workdir / "result.json").write_text(text)
     with pytest.raises(UserError, match=message):
         build_report(workdir)
-
-
-def test_it_says_what_the_guide_recommends_for_the_cut_of_the_best_run(workdir):
-    change(workdir, 1, ratio_reached=0.27, decoder_ratio=0.3, data_fraction=0.05)
-    result = read_result(workdir)
-    workload = Workload(length=640, images=1, dtype="bfloat16")
-    write_artefact(workdir / "result.json", replace(result, workload=workload))
-    text = re.sub(r"<[^>]+>", " ", build_report(workdir).read_text())
-    told = text.partition("What the guide recommends")[2]
-    assert "27 % of all parameters (30 % of the decoder), with the data it was trained on" in told
-    assert "Recommended: remove whole layers by Block Influence; then train adapters and projector" in told
-    write_artefact(workdir / "result.json", result)
-    assert "What the guide recommends" not in build_report(workdir).read_text()

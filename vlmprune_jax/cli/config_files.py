@@ -12,7 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.cli.flags import load_file, locate
-from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.checks import blaming
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.links import check_links
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.data.hub import fetch_dataset, is_hub
@@ -152,13 +153,8 @@ def read_hyper(config: str) -> Any:
             f"--config={config}: has no get_hyper(hyper), which lists the runs of a sweep (see configs/sweeps/): add "
             "it, or use `vlmprune run`"
         )
-    try:
+    with blaming(f"--config={config}: get_hyper(hyper)", module.get_hyper):
         return module.get_hyper(Hyper())
-    except UserError:
-        raise
-    except Exception as error:
-        told = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"--config={config}: get_hyper(hyper) failed ({told}); --debug shows more") from error
 
 
 def shipped_config(name: str) -> ConfigDict:

@@ -38,7 +38,6 @@ OTHERS = {
     "inspect": "print the parts of a Hugging Face model that can be pruned, without reading weights",
     "vocabulary": "print what smaller vocabularies save and cost, without writing files",
     "tfds": "pack records and images into a tensorflow-datasets data set",
-    "demo": "run the whole pipeline on a bundled model and real data, on a CPU",
 }
 COMMANDS = {**commands(), **OTHERS}
 OVERVIEW = """\

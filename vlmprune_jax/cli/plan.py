@@ -24,7 +24,7 @@ def define(values: Flags) -> None:
     about = "TPU slice, such as v5e:8x8, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x2; two slices: v5e:8x8:2"
     absl_flags.DEFINE_string("topology", None, about, flag_values=values)
     about = "number of training records, if data.train is not on this machine"
-    absl_flags.DEFINE_integer("records", None, about, flag_values=values)
+    absl_flags.DEFINE_integer("records", None, about, lower_bound=1, flag_values=values)
     about = "also find the cheapest remat, the largest batch and the smallest slice that fit"
     absl_flags.DEFINE_bool("search", False, about, flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
@@ -49,8 +49,6 @@ def run(flags: Any) -> None:
     experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
     if not flags.topology:
         raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
-    if flags.records is not None and flags.records < 1:
-        raise UserError(f"--records={flags.records} must be at least 1")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
     found = fit_all(
         experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, flags.evaluation

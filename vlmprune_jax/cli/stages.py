@@ -1,4 +1,4 @@
-"""The commands that take an experiment: one of every stage, and `run` and `report`."""
+"""The commands that take an experiment: one of every stage, and `run`, `report` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ RUN = """\
 Stages with unchanged inputs are skipped, and an interrupted run continues.
   vlmprune run --config=configs/demo.py --workdir=runs/demo
   vlmprune run --config=configs/llava15_7b.py --workdir=W --config.model.hf_dir=DIR --config.data.train=FILE.json ..."""
+DEMO = """\
+The same as `vlmprune run --config=demo`, in 3 minutes: removes 30 % of a small LLaVA (56 % of its decoder) by depth and
+by width, trains it on 5 % of easy-VQA with hidden-state distillation, evaluates it on 9,673 questions and exports it.
+`--config=demo:full` has more recoveries."""
 REPORT = """\
 The page has accuracy against size, example questions with every model's answer, costs and speed, the removed parts,
 training curves and provenance. For an unfinished run, the page lists the commands that complete it."""
@@ -26,22 +30,26 @@ def commands() -> dict[str, str]:
         "run": "run all stages and report -> result.json, report.html",
         **{name: stage.help for name, stage in STAGES.items()},
         "report": "write the results of a finished or unfinished run as one page -> report.html, report.png",
+        "demo": "run the whole pipeline on a bundled model and real data, on a CPU",
     }
 
 
 class StageCommand:
-    """Command-line command of one stage, or `run` or `report`; its docstring is the help text."""
+    """Command-line command of one stage, or `run`, `report` or `demo`; its docstring is the help text."""
 
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
-        details = {"run": RUN, "report": REPORT}.get(name, "" if stage is None else _details(name))
-        config = "" if name == "report" else "--config=FILE.py "
+        details = {"run": RUN, "report": REPORT, "demo": DEMO}.get(name, "" if stage is None else _details(name))
+        config = "" if name in ("report", "demo") else "--config=FILE.py "
+        self.CONFIG = "demo" if name == "demo" else None  # the default
         about = commands().get(name, "")
         self.__doc__ = f"vlmprune {name} {config}--workdir=DIR\n\n{about[:1].upper()}{about[1:]}.\n{details}"
 
     def define(self, values: Flags) -> None:
         """Define the flags of this command."""
         common(values)
+        if self.name == "demo":
+            values["workdir"].value = "runs/demo"
         if self.name == "prune":
             absl_flags.DEFINE_bool("explain", False, "print what each layer loses and why", flag_values=values)
         if self.name == "evaluate":
@@ -58,7 +66,7 @@ class StageCommand:
         """
         if self.name not in commands():
             raise UserError(f"no command {self.name!r}{suggest(self.name, commands())}")
-        run_command(self.name, flags)
+        run_command("run" if self.name == "demo" else self.name, flags)
 
 
 def _details(name: str) -> str:

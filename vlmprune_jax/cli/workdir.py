@@ -26,11 +26,7 @@ from vlmprune_jax.sweep.workers import Work
 
 
 def prepare(flags: Any) -> tuple[Experiment, Context]:
-    """Return the experiment and the context (workdir and reporter) of a stage command.
-
-    Raises:
-      UserError: see `initialize`, `to_experiment` and `check_experiment`.
-    """
+    """Return the experiment and the context (workdir and reporter) of a stage command."""
     reporter = _join(flags)
     experiment, workdir = to_experiment(flags.config, flags.workdir, only=flags.only, explicit=flags.explicit)
     check_experiment(experiment, workdir)

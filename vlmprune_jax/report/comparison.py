@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,7 +186,7 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
         shares = {_asked(group): _removed([group]) for group in some}
-        figure = plots.curves_figure(some, functools.partial(_panel_title, shares), way_of, DATA, "log")
+        figure = plots.curves_figure(some, lambda group, shares=shares: shares[_asked(group)], way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
         figures.append(figure_of(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
     yield Section("Over the training data", figures=tuple(figures))
@@ -225,10 +224,6 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         "Models are trained and evaluated at the same limit; retention is relative to the unpruned model at that limit."
     )
     yield Section("Over the tokens per image", figures=tuple(figures), notes=(note,))
-
-
-def _panel_title(shares: Mapping[Any, str], group: Group) -> str:
-    return shares[_asked(group)]
 
 
 def _removed(groups: Sequence[Group]) -> str:

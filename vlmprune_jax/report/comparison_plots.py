@@ -227,11 +227,8 @@ def curves_figure(
             for name in names:
                 if name in lines:
                     _curve(axes, lines[name], x, styles[name])
-            axes.set_xscale(scale)
             if scale == "log":
-                ticks = sorted({round(x.of(group.first), 6) for group in groups})
-                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-                axes.xaxis.set_minor_locator(NullLocator())
+                _log_ticks(axes, sorted({round(x.of(group.first), 6) for group in groups}), "g")
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
             retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
@@ -247,9 +244,20 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
             mean, *interval = group.retained if len(group.models) > 1 else (group.retained[0], np.nan, np.nan)
             rows.append((float(np.mean([x.of(model) for model in group.models])), mean, *interval))
     places, means, lows, highs = np.transpose(sorted(rows))
-    # The band ends before a place of one seed, which says nothing of others.
+    _band(axes, places, means, lows, highs, look)  # it ends before a place of one seed, which says nothing of others
+
+
+def _band(axes: Axes, places: Sequence[float], means: Any, lows: Any, highs: Any, look: Mapping[str, Any]) -> None:
+    """Draw a line through the means, and a band between the ends of their intervals."""
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
+
+
+def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
+    """Scale the x axis logarithmically, with these ticks alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]], label: str) -> Figure:
@@ -260,12 +268,8 @@ def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]],
         figure, [axes] = _panels(1, 3.6)
         for name, points in lines.items():
             tokens, (means, lows, highs) = sorted(points), np.transpose([points[at] for at in sorted(points)])
-            axes.fill_between(tokens, lows, highs, color=styles[name]["color"], alpha=0.18, linewidth=0)
-            axes.plot(tokens, means, marker="o", markersize=4, linewidth=1.4, **styles[name])
-        axes.set_xscale("log")
-        ticks = sorted({at for points in lines.values() for at in points})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+            _band(axes, tokens, means, lows, highs, styles[name])
+        _log_ticks(axes, sorted({at for points in lines.values() for at in points}), ",")
         axes.set_xlabel("maximum number of tokens per image")
         axes.set_ylabel(legible(label))
         _add_legend(figure, [Line2D([], [], marker="o", markersize=4, label=legible(n), **styles[n]) for n in lines])

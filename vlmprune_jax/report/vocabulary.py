@@ -26,11 +26,7 @@ def vocabulary_size(folder: Path) -> int | None:
 
 
 def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield a section on trimmed vocabularies, one table per variant, if any plan trims one.
-
-    Raises:
-      UserError: a file is damaged.
-    """
+    """Yield a section on trimmed vocabularies, one table per variant, if any plan trims one."""
     tables = []
     for folder in dict.fromkeys((workdir / variant.plan).parent for variant in variants if variant.plan):
         if not os.path.lexists(folder / VOCABULARY):

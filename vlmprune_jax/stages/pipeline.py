@@ -21,7 +21,7 @@ from vlmprune_jax.stages.evaluate import parts_of
 from vlmprune_jax.stages.job import make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
 from vlmprune_jax.stages.registry import STAGES
-from vlmprune_jax.stages.speed import check_speed, costs_of_folder, workload_of
+from vlmprune_jax.stages.speed import costs_of_folder, workload_of
 from vlmprune_jax.stages.step import Step, as_control, as_run
 from vlmprune_jax.stages.work import Context, Work, teacher_folder
 from vlmprune_jax.workdir.artefact import write_artefact
@@ -167,7 +167,8 @@ class Pipeline:
         """Run every stage of every variant except the export; return the result without an `export`."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
         controls, found = list[Control](), dict[Step, dict[str, Evaluated]]()
-        check_speed(work, spec.speed)
+        if spec.speed.rounds:  # prompts that do not fit the model would otherwise fail after all other stages
+            spec.speed.check(work.config(work.teacher))
         teacher = self.evaluate_teacher()
         self.note_steps()
         for step in self.steps():

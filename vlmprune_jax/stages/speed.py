@@ -38,15 +38,6 @@ def costs_of_folder(work: Work, folder: Path, workload: Workload, export: Export
     return Costs(**costs_of(work.config(folder), uneven=export.uneven, **asdict(workload)))
 
 
-def check_speed(work: Work, spec: SpeedSpec) -> None:
-    """Refuse, at the start, prompts that do not fit the model, which otherwise fail after all other stages.
-
-    Raises UserError as `SpeedConfig.check` does.
-    """
-    if spec.rounds:
-        spec.check(work.config(work.teacher))
-
-
 def _shapes(work: Work) -> list[list[str]]:
     """Group the names of models by shape, since speed does not depend on the values of weights."""
     shapes: dict[ModelConfig, list[str]] = {}

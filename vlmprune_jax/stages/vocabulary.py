@@ -83,11 +83,7 @@ def parse_size(text: str) -> int:
 
 
 def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
-    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens.
-
-    Raises:
-      UserError: see `read_sample` and `choose_tokens`.
-    """
+    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens."""
     source = Source.of(folder, cfg)
     sample, whole, rows = read_sample(source, config), count_params(cfg), list[list[str]]()
     before = max(sum(map(len, source.tokens(sample.held_out))), 1)
