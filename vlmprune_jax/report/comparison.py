@@ -183,10 +183,10 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
     if len({group.first.data_fraction for group in trained}) < 2:
         return
     series, figures = series_of(groups), []
+    shares = {(series[group.name], _asked(group)): _removed([group]) for group in trained}
     for name in list(dict.fromkeys(series[group.name] for group in trained))[:MOST_FIGURES]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
-        shares = {_asked(group): _removed([group]) for group in some}
-        figure = plots.curves_figure(some, lambda group, shares=shares: shares[_asked(group)], way_of, DATA, "log")
+        figure = plots.curves_figure(some, lambda group: shares[series[group.name], _asked(group)], way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
         figures.append(figure_of(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
     yield Section("Over the training data", figures=tuple(figures))
