@@ -24,7 +24,8 @@ def lines_of(page):
     """Return the lines of a Python file, or of the code blocks of a page; a backslash joins lines."""
     text = (ROOT / page).read_text(encoding="utf-8")
     if page.endswith(".md"):
-        text = "\n".join(re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+        text = "\n".join(block for language, block in blocks if language in ("", "bash"))
     return re.sub(r"\\\n\s*", " ", text).splitlines()
 
 
