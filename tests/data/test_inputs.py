@@ -139,6 +139,18 @@ def test_images_of_any_size(goldens: Path) -> None:
     ]
 
 
+def test_budgets_of_tokens(goldens: Path) -> None:
+    """Every budget of Gemma 4 shapes training and evaluation rows alike."""
+    model = ModelSpec(hf_dir=str(goldens / "families/gemma4/ckpt"))
+    _, gemma = read_config(Path(model.hf_dir), None)
+    for budget in (70, 140, 280, 560, 1120):
+        loaded = load_inputs(model, data(goldens, max_image_tokens=budget), gemma)
+        for encoder in (loaded.encoder(gemma, 10), loaded.training_encoder(gemma)):
+            assert encoder.image_buckets == (budget,)
+        (shape,) = loaded.image_loader.shapes([goldens / "data/images/img1.png"], "r")
+        assert budget / 2 < shape.tokens <= budget
+
+
 def test_bunny_folders(goldens: Path, tmp_path: Path, cfg: ModelConfig) -> None:
     assert cfg.vision is not None
     vision = dataclasses.replace(cfg.vision, image_size=45)

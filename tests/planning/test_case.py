@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import recover_cases as cases
+from vlm_cases import gemma3_config
 
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.planning import case as tpu_case
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.criteria.weights import random_scores
@@ -34,3 +38,13 @@ def test_predicted_shapes_are_those_of_any_scores(method, changes):
     assert len(predicted.layers) == len(plan.layers)
     if method == "width":
         assert predicted.apply_to(cfg) == plan.apply_to(cfg)
+
+
+def test_heads_that_must_stay_are_predicted_to_stay(tmp_path):
+    """Of 10/5 heads transformers loads 2/1 in this Gemma 3: plans keep all, and so do predicted ones."""
+    config = gemma3_config()
+    config["text_config"] |= {"hidden_size": 50, "num_attention_heads": 10, "num_key_value_heads": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, cfg = read_config(tmp_path, None)
+    plan = tpu_case.predict_plan(override(Experiment(), {"prune": {"method": "width", "ratio": 0.2}}), cfg)
+    assert {shape.q_heads for shape in plan.apply_to(cfg).text.layers} == {10}

@@ -23,6 +23,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.export.loads import keeps_heads
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params, param_axes, param_shapes, unflatten
@@ -147,7 +148,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     gqa = experiment.score.gqa
     scores = Scores("none", f"{shape_digest(cfg)}-", {"gqa": gqa}, **random_scores(cfg, seed=0, gqa=gqa))
     pair = (scores, scores) if config.method == "hybrid" else scores
-    if config.heads == "auto":
+    if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")
     return plan_beside(Trim.of(_typical_vocabulary(config.vocabulary, cfg), cfg), pair, cfg, config)
 
