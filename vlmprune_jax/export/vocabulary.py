@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, copy_file, copy_folder, read_bytes, read_json, read_text, reading
 from vlmprune_jax.data.tokenizer_files import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG
-from vlmprune_jax.export.sentencepiece import trim_pieces
 from vlmprune_jax.export.tokenizer import read_tokenizer, token_ids, vocabulary_digest
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.table import JsonDict
@@ -123,6 +122,33 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
         if os.path.lexists(source / name):
             _write(folder / name, _without(read_json(source / name), dropped, vocabulary.new_ids))
+
+
+def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], where: str) -> bytes:
+    """Return a SentencePiece `tokenizer.model` with only the kept pieces; their order, scores and types are unchanged.
+
+    `kept` are old ids; those beyond the pieces are added tokens of other files. `new_ids`: old id -> new id; a special
+    token that is dropped gets id -1 ("none"). `where`: name of the file, for messages.
+    """
+    from google.protobuf.message import DecodeError
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise UserError(f"{where}: is no SentencePiece model, or is damaged: restore it from its source") from None
+    pieces = [piece for number, piece in enumerate(model.pieces) if number in kept]
+    if not pieces:
+        raise UserError(f"{where}: contains none of the tokens that the plan keeps: restore it from its source")
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    if model.HasField("trainer_spec"):
+        model.trainer_spec.vocab_size = len(pieces)
+        for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+            setattr(model.trainer_spec, name, new_ids.get(getattr(model.trainer_spec, name), -1))
+    trimmed: bytes = model.SerializeToString()
+    return trimmed
 
 
 def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
