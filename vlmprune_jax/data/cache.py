@@ -97,18 +97,6 @@ class ArrayCache:
 
         from_all(open_all)
 
-    def recorded(self, keys: Collection[str], compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return `compute()`, arrays under `keys` and the same on all processes, or the cached ones if all are there.
-
-        Every process must call it in step; process 0 writes.
-        """
-        if self.missing(keys):
-            arrays = compute()
-            if is_main_process():
-                self.add(arrays)
-            self.publish()
-        return {key: self[key] for key in keys}
-
     def _begin(self) -> list[str]:
         """Check the cache folder, or create it, and return the names of its shards (process 0)."""
         try:
@@ -166,3 +154,20 @@ class ArrayCache:
     def _write(self, name: str, content: bytes) -> None:
         with replacing(self.folder / name, writer=f".{socket.gethostname()}-{os.getpid()}") as file:
             file.write(content)
+
+
+def recorded(
+    cache: ArrayCache | None, keys: Collection[str], compute: Callable[[], Mapping[str, np.ndarray]]
+) -> Mapping[str, np.ndarray]:
+    """Return `compute()`, arrays under `keys` and the same on all processes, or the cached ones if all are there.
+
+    Every process must call it in step; process 0 writes. Without a cache it always computes.
+    """
+    if cache is None:
+        return compute()
+    if cache.missing(keys):
+        arrays = compute()
+        if is_main_process():
+            cache.add(arrays)
+        cache.publish()
+    return {key: cache[key] for key in keys}

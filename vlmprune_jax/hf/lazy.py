@@ -20,6 +20,7 @@ from vlmprune_jax.hf.disk.storage import StoredWeight
 from vlmprune_jax.hf.layout import Slot, make_slots
 from vlmprune_jax.hf.read import Sources, find_weights, read_config
 from vlmprune_jax.models.params import unflatten
+from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model
 
 BLOCK = 2**25  # bytes that are read at a time from a large weight
@@ -167,14 +168,14 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array if index is None else array[index]
     if is_split(array):
-        part = array if index is None else _entry(array, index)
+        part = array if index is None else at_layer(array, index)
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     if array.is_fully_replicated:
         # On CPU this is a view of the device buffer.
         host = np.asarray(array.addressable_data(0))
         return host if index is None else host[index]
     # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
-    part = array if index is None else _entry(array, index)
+    part = array if index is None else at_layer(array, index)
     host = np.empty(part.shape, part.dtype)
     for shard in part.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
@@ -211,8 +212,3 @@ def origin(array: Any, index: int | None) -> str | None:
 def _in_file(array: Any, index: int | None) -> FileArray | None:
     entry = array[index] if isinstance(array, FileStack) and index is not None else array
     return entry if isinstance(entry, FileArray) else None
-
-
-@jax.jit
-def _entry(stack: jax.Array, index: Any) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, index, axis=0, keepdims=False)

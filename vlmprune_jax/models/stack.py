@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -152,7 +153,7 @@ def _with_remat(
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        own = None if extra is None else at_layer(extra, index)
+        own = at_layer(extra, index)
         return apply(state, x, ctx._replace(dropout_key=key, layer_input=own), cache, want)
 
     if remat not in REMAT_POLICIES:
@@ -160,9 +161,10 @@ def _with_remat(
     return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
 
-def at_layer(added: jax.Array, index: Any) -> jax.Array:
-    """Return entry `index` of float[n, batch, seq, embed], which is added to the stream after a block."""
-    return jax.lax.dynamic_index_in_dim(added, index, keepdims=False)
+@functools.partial(jax.jit, inline=True)
+def at_layer(stacked: Any, index: Any) -> Any:
+    """Return entry `index` of every array in a tree."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:

@@ -119,10 +119,11 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
     heads = loader if stock else "this package, and where no head is missing in the hub's own code"
+    per_layer = "this package" + (", and in transformers by the PyTorch file it ships" if stock else "")
     found = {"depth": f"true size, loads in {loader}", "equal widths": f"true size, loads in {heads}"}
     problem = uneven_problem(cfg.text)
     if problem is None:
-        found["uneven=per_layer"] = f"true size, loads in {_per_layer(stock)}"
+        found["uneven=per_layer"] = f"true size, loads in {per_layer}"
         found["uneven=pad"] = f"zeros up to the widest layer, loads in {heads}"
     else:
         found["unequal widths"] = f"refused: {problem}"
@@ -141,10 +142,6 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
     return found
 
 
-def _per_layer(stock: bool) -> str:
-    return "this package, and in transformers by the PyTorch file it ships" if stock else "this package"
-
-
 def _images(found: dict[str, Any]) -> str:
     vision, tokens = found["vision"], found["tokens_per_image"]
     patch, side = vision["patch_size"], vision["merge"]
@@ -156,7 +153,7 @@ def _images(found: dict[str, Any]) -> str:
 def as_lines(found: dict[str, Any]) -> list[str]:
     """Return the result of `describe` as lines of text."""
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
-    total = parts["total"]
+    total, carried = parts["total"], parts["total"] + found["carried"]
     lines = [
         f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
@@ -164,7 +161,11 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
-        *_carried(found),
+        *(
+            [f"              num_parameters() of transformers: {carried:,}, with tower layers that are not computed"]
+            if found["carried"]
+            else []
+        ),
         f"  decoder     {text['layers']} layers: {_runs(text)}",
         f"              hidden size {text['hidden_size']}, heads of {text['head_dim']}, vocabulary "
         f"{text['vocab_size']:,}{' (tied)' if text['tied_embeddings'] else ''}, {text['max_positions']:,} positions",
@@ -187,13 +188,6 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + [f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets]
         + ([f"  on TPUs     {on_tpus}"] if on_tpus else [])
     )
-
-
-def _carried(found: dict[str, Any]) -> list[str]:
-    if not found["carried"]:
-        return []
-    total = found["parameters"]["total"] + found["carried"]
-    return [f"              num_parameters() of transformers: {total:,}, with tower layers that are not computed"]
 
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:

@@ -30,7 +30,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
-from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.export.folder import make_storage
@@ -139,7 +139,7 @@ def importance(
             sums = finite_sums(_squares, layer, steps, "importance")
             return {key: sums[name] for key, name in keys.items()}
 
-        arrays = compute() if cache is None else cache.recorded(keys, compute)
+        arrays = recorded(cache, keys, compute)
         found = {name: arrays[key] for key, name in keys.items()}
         sums.update({slot.name: found[layer.block.reader_of(inside(slot))] for slot in slots})
         return layer
@@ -215,7 +215,7 @@ def _round_layer(
         return arrays
 
     keys = [key for tap in slots_of for key in _keys(layer, tap)]
-    arrays = compute() if cache is None else cache.recorded(keys, compute)
+    arrays = recorded(cache, keys, compute)
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
     for tap in slots_of:
         matrices, (found, scale, zeros) = by_input[tap], (arrays[key] for key in _keys(layer, tap))

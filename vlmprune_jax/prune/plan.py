@@ -32,19 +32,12 @@ class _VersionJson(TypedDict):
     format: int
 
 
-class _LayerJson(TypedDict):
-    index: _Index
-    q_heads: list[_Index]
-    kv_heads: list[_Index]
-    neurons: list[_Index]
-
-
 class _StackJson(TypedDict):
     """JSON form of a pruned stack; `kept_layers` repeats the indices of `layers` for readers."""
 
     kept_layers: NotRequired[list[_Index]]
     layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
-    layers: Annotated[list[_LayerJson], _FEW]
+    layers: Annotated[list[KeptLayer], _FEW]
 
 
 class _VocabularyJson(TypedDict):
@@ -271,13 +264,7 @@ def _as_json(kept: KeptStack) -> str:
 
 
 def _stack_from_dict(data: _StackJson) -> KeptStack:
-    stack = KeptStack(
-        layers_before=tuple(LayerShape(*shape) for shape in data["layers_before"]),
-        layers=tuple(
-            KeptLayer(one["index"], tuple(one["q_heads"]), tuple(one["kv_heads"]), tuple(one["neurons"]))
-            for one in data["layers"]
-        ),
-    )
+    stack = KeptStack(tuple(LayerShape(*shape) for shape in data["layers_before"]), tuple(data["layers"]))
     if data.get("kept_layers", [*stack.kept_layers]) != [*stack.kept_layers]:
         raise UserError(f"prune plan: kept_layers disagree with layers: {_TODO}")
     return stack
@@ -288,16 +275,8 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
     if known not in READS:
         todo = "upgrade vlmprune-jax" if known > FORMAT else _TODO
         raise UserError(f"plan of format {known}, this version reads {FORMAT}: {todo}")
-    checked(data, _PlanJson, where, _TODO)
-    return PrunePlan(
-        fingerprint=data["fingerprint"],
-        method=data["method"],
-        criterion=data["criterion"],
-        stacks={name: _stack_from_dict(one) for name, one in data["stacks"].items()},
-        parameters_before=data["parameters_before"],
-        parameters_after=data["parameters_after"],
-        parameters_total=data["parameters_total"],
-        asked=data["asked"],
-        options=data["options"],
-        vocabulary=_vocabulary_from_dict(data.get("vocabulary")),
-    )
+    fields = msgspec.convert(checked(data, _PlanJson, where, _TODO), _PlanJson)
+    stacks = {name: _stack_from_dict(one) for name, one in fields["stacks"].items()}
+    vocabulary = _vocabulary_from_dict(fields.get("vocabulary"))
+    stated: dict[str, Any] = {name: value for name, value in fields.items() if name not in ("format", "reached")}
+    return PrunePlan(**{**stated, "stacks": stacks, "vocabulary": vocabulary})

@@ -38,7 +38,7 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import WRITERS
@@ -114,13 +114,13 @@ def reconstruct(
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
-    store, report, done = _Store(cache), list[SolveReport](), itertools.count(1)
+    report, done = list[SolveReport](), itertools.count(1)
     with use_mesh(mesh):
         for stack in _stacks(plan):
             steps = STEPS[stack](checked, settings, names, pruned.cfg)
             _enter(steps, teacher, pruned)
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
-            solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, store, config, tick)
+            solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)
             report += [{"stack": stack, **one} for one in told]
     return pruned, report
@@ -142,7 +142,7 @@ def _solve(
     teacher: Model,
     pruned: Model,
     steps: Sequence[Step],
-    store: _Store,
+    cache: ArrayCache | None,
     config: ReconstructConfig,
     tick: Callable[[], None],
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
@@ -159,19 +159,20 @@ def _solve(
             if reads and can_read(layer, READER_OF[module]):
                 dense = before if module == "o_proj" else [step.middle for step in steps]
                 read = functools.partial(_read, layer, module, steps, dense, number, lost=lost, refit=config.refits)
-                change, told = store.change(f"{key}/reader", read)
+                change, told = _recorded(cache, f"{key}/reader", read)
                 report.append({"layer": first, "module": READER_OF[module], **told, **_counts(layer, module, steps)})
                 if change is not None:
                     layer, lost = layer.reading(READER_OF[module], change), True
             if lost:
                 solve = functools.partial(solve_for, layer, module, steps, number, refit=config.refits)
-                change, told = store.change(key, solve)
+                change, told = _recorded(cache, key, solve)
                 report.append({"layer": first, "module": module, **told, **_counts(layer, module, steps)})
                 if change is not None:
                     layer = layer.changed(module, change)
         trains = trains or (config.trains_layers and end - first > 1)
         if trains:
-            vector, told = store.change(f"{stack}/{number}/layer", functools.partial(train_layer, layer, steps, number))
+            train = functools.partial(train_layer, layer, steps, number)
+            vector, told = _recorded(cache, f"{stack}/{number}/layer", train)
             report.append({"layer": first, "module": "layer", **told, **_counts(layer, "down_proj", steps)})
             if vector is not None:
                 layer = replaced(layer, vector)
@@ -261,28 +262,20 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *
                 step.middle, step.statistics = streams.middle, streams.statistics
 
 
-class _Store:
-    """Cache of reconstructed weights by module, from which an interrupted pass continues."""
+def _recorded(
+    cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
+) -> tuple[np.ndarray | None, SolveReport]:
+    """Return (weight correction or None, its report), cached or just solved; every process must call it."""
 
-    def __init__(self, cache: ArrayCache | None):
-        self._cache = cache
+    def arrays() -> dict[str, np.ndarray]:
+        change, told = solve()
+        facts = [math.nan if told["ridge"] is None else told["ridge"], told["error_before"], told["error_after"]]
+        return {key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change}
 
-    def change(
-        self, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
-    ) -> tuple[np.ndarray | None, SolveReport]:
-        """Return (weight correction or None, its report), cached or just solved; every process must call it."""
-        if self._cache is None:
-            return solve()
-
-        def arrays() -> dict[str, np.ndarray]:
-            change, told = solve()
-            facts = [math.nan if told["ridge"] is None else told["ridge"], told["error_before"], told["error_after"]]
-            return {key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change}
-
-        found = self._cache.recorded([key, f"{key}/change"], arrays)
-        ridge, before, after = found[key].tolist()
-        told = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
-        return (None if told["ridge"] is None else found[f"{key}/change"]), told
+    found = recorded(cache, [key, f"{key}/change"], arrays)
+    ridge, before, after = found[key].tolist()
+    told = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
+    return (None if told["ridge"] is None else found[f"{key}/change"]), told
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))

@@ -45,6 +45,7 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     layers = {layer.index: layer for layer in kept.layers}
     depth, width = None if plan.method == "width" else scores[0], None if plan.method == "depth" else scores[-1]
     header = ["layer", "heads", "neurons", "parameters lost", "share"]
+    order = [] if depth is None else np.argsort(depth.layers, kind="stable").tolist()
     header += [] if depth is None else ["score", "rank"]
     header += [] if width is None else ["heads' score lost", "neurons'"]
     shapes = cfg.stack(name).layers
@@ -52,8 +53,10 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     left = {i: cost(shapes[i].with_widths(*layer.shape.widths)) for i, layer in layers.items()}
     for i, shape in enumerate(kept.layers_before):
         layer = layers.get(i)
-        row = [str(i), *_counts(layer, shape), *_loss(before[i], left.get(i, 0))]
-        row += [] if depth is None else _rank(depth, i)
+        heads, neurons = (len(layer.q_heads), len(layer.neurons)) if layer else (0, 0)
+        row = [str(i), f"{heads} of {shape.q_heads}", f"{neurons:,} of {shape.mlp:,}"]
+        row += _loss(before[i], left.get(i, 0))
+        row += [] if depth is None else [f"{depth.layers[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
         row += [] if width is None else _scores_lost(width, i, layer)
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(left.values()))
@@ -62,20 +65,8 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     return f"{name}: what each layer lost ({plan.method} by {plan.criterion}{rounds})", [*header, "why"], rows
 
 
-def _counts(layer: KeptLayer | None, shape: LayerShape) -> list[str]:
-    if layer is None:
-        return [f"0 of {shape.q_heads}", f"0 of {shape.mlp:,}"]
-    return [f"{len(layer.q_heads)} of {shape.q_heads}", f"{len(layer.neurons):,} of {shape.mlp:,}"]
-
-
 def _loss(before: int, after: int) -> list[str]:
     return [f"{before - after:,}", f"{100 * (before - after) / before:.1f} %"]
-
-
-def _rank(scores: Scores, index: int) -> list[str]:
-    """Return table cells with a layer's score and its rank, lowest first."""
-    order = np.argsort(scores.layers, kind="stable").tolist()
-    return [f"{scores.layers[index]:.4g}", f"{order.index(index) + 1} of {len(order)}"]
 
 
 def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[str]:

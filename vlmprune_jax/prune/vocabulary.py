@@ -102,12 +102,9 @@ class Subwords:
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= {self.unknown} if self.unknown is not None else set()
-        return frozenset(self.ids[text] for text in texts if text in self.ids) | (frozenset(self.added) - self._unused)
-
-    @functools.cached_property
-    def _unused(self) -> frozenset[int]:
-        """Added tokens that are reserved and occur in no text."""
-        return frozenset(i for i, text in self.added.items() if text.startswith(("<unused", "<|reserved_")))
+        reserved = ("<unused", "<|reserved_")  # added, but in no text
+        added = frozenset(i for i, text in self.added.items() if not text.startswith(reserved))
+        return added | frozenset(self.ids[text] for text in texts if text in self.ids)
 
     def derivation(self, text: str) -> Iterator[tuple[str, str]]:
         """Yield, in order, the merges by which BPE builds a token from its characters."""

@@ -60,14 +60,10 @@ def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, 
     return reduce_inputs(scores, model.cfg, gqa=gqa, stack=stack)
 
 
-def _root_mean_square(mean: np.ndarray, of_squares: np.ndarray) -> np.ndarray:
-    return np.sqrt(of_squares)
-
-
-def _variance(mean: np.ndarray, of_squares: np.ndarray) -> np.ndarray:
-    return np.maximum(of_squares - mean**2, 0)
-
-
+_MOMENTS: tuple[tuple[Moments, int], ...] = (
+    (lambda mean, of_squares: np.sqrt(of_squares), 1),
+    (lambda mean, of_squares: np.maximum(of_squares - mean**2, 0), 2),
+)
 ACTIVATION, FLUCTUATION = (
     Criterion(
         scores=("widths",),
@@ -78,5 +74,5 @@ ACTIVATION, FLUCTUATION = (
         stacks=STACKS,
         splits=True,
     )
-    for moment, power in ((_root_mean_square, 1), (_variance, 2))
+    for moment, power in _MOMENTS
 )

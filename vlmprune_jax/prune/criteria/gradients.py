@@ -76,7 +76,7 @@ def gradient_channels(
       UserError: no label at all.
     """
     data = _stack(batches, 1 if squares else rows_per_step)
-    labels = _label_counts(data["labels"])
+    labels = (data["labels"][..., 1:] != IGNORED).sum(axis=-1)  # int[steps, rows]; the first position is not predicted
     if labels.sum() == 0:
         raise UserError(
             f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
@@ -131,7 +131,7 @@ def _backward(
         sums = _no_sums(layer, cfg, squares, ways)
         for at, micro in enumerate(steps):
             x, products = states[at]
-            inputs = (micro, _at(own[at], number), _used(shared[at], text))
+            inputs = (micro, at_layer(own[at], number), _used(shared[at], text))
             if products is None:
                 products = _block(layer, x, inputs, text=text, produces=produces)[1]
             states[at] = None
@@ -216,11 +216,6 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
 
 
-def _label_counts(labels: np.ndarray) -> np.ndarray:
-    """Return the number of predicted labels per row, int[steps, rows]; the first position is not predicted."""
-    return (labels[..., 1:] != IGNORED).sum(axis=-1)
-
-
 def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
     """Yield the inputs of one step, with positions and targets of the loss in place of labels.
 
@@ -270,7 +265,7 @@ def _forward(
         layer, text = _layer_of(model, number)
         produces, states = number in model.cfg.text.producers, list[Any]()
         for at, micro in enumerate(steps):
-            inputs = (micro, _at(own[at], number), _used(shared[at], text))
+            inputs = (micro, at_layer(own[at], number), _used(shared[at], text))
             (y, keys), products = _block(layer, xs[at], inputs, text=text, produces=produces)
             shared[at] |= keys
             states.append((xs[at], budget.kept(products)))
@@ -278,10 +273,6 @@ def _forward(
             xs[at] = y if features is None or number >= len(features) else _add(y, features, number)
         stream.append(states)
     return [*stream, xs], shared, own
-
-
-def _at(own: jax.Array | None, number: int) -> jax.Array | None:
-    return None if own is None else at_layer(own, number)
 
 
 def _used(shared: Shared, text: TextConfig) -> Shared:
@@ -295,13 +286,8 @@ def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
     for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
         if number < start + length:
             stacked = model.params["text"]["layers"][str(run)]
-            return _slice(stacked, number - start), model.cfg.text.with_layers((shape,))
+            return at_layer(stacked, number - start), model.cfg.text.with_layers((shape,))
     raise AssertionError(number)
-
-
-@jax.jit
-def _slice(stacked: Any, index: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
@@ -72,10 +72,13 @@ def greedy_loss(
         cut = _Cut(model, row_steps(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
         # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
+        trial = lambda key, layer: {key: np.asarray([cut.loss_without(layer)])}  # noqa: E731
         for done in range(rounds):
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
             for layer in tried:
-                costs[layer] = _recorded(cache, f"{done}/{layer}", functools.partial(cut.loss_without, layer)) - loss
+                key = f"{done}/{layer}"
+                found = recorded(cache, [key], functools.partial(trial, key, layer))
+                costs[layer] = found[key].item() - loss
                 if progress is not None:
                     progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
             cheapest = min(tried, key=lambda layer: costs[layer])
@@ -90,12 +93,6 @@ def greedy_loss(
     importance = np.empty(n_layers)
     importance[order] = np.arange(n_layers)
     return {"importance": importance}
-
-
-def _recorded(cache: ArrayCache | None, key: str, compute: Callable[[], float]) -> float:
-    if cache is None:
-        return compute()
-    return cache.recorded([key], lambda: {key: np.asarray([compute()])})[key].item()
 
 
 class _Cut:
