@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import SquarePieces, check_steps, sides
+from vlmprune_jax.data.image_processor import check_steps, pixel_fields, sides
+from vlmprune_jax.data.preparation import SquarePieces
 from vlmprune_jax.families.tiles import ImageShape
 
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
-_HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class
 _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, and least ratio of sides
 
 
@@ -46,7 +46,6 @@ class Cropping(SquarePieces):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image."""
         return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
@@ -67,7 +66,6 @@ class Cropping(SquarePieces):
         return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels in all slots of an image."""
         return self.image_shape(width, height, sharing).slots * self.size**2
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
@@ -100,14 +98,11 @@ def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
     height, width = sides(config.get("size") or 224, where)
     if height != width:
         raise UserError(f"{where}: size {height} x {width} must be a square for Gemma 3: restore it")
-    resample = config.get("resample")
     return Cropping(
         size=height,
         crops=bool(config.get("do_pan_and_scan")),
         least_side=config.get("pan_and_scan_min_crop_size") or _LEAST,
         most_crops=config.get("pan_and_scan_max_num_crops") or _MOST,
         least_ratio=config.get("pan_and_scan_min_ratio_to_activate") or _RATIO,
-        mean=tuple(config.get("image_mean") or _HALF),
-        std=tuple(config.get("image_std") or _HALF),
-        resample=_BILINEAR if resample is None else resample,
+        **pixel_fields(config, resample=_BILINEAR),
     )

@@ -175,15 +175,11 @@ def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _image_columns(schema: pa.Schema) -> list[str]:
     """Return the names of columns that hold images or lists of images (feature type `Image`)."""
-    return [field.name for field in schema if _is_image(field.type) or _is_list_of_images(field.type)]
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
-
-
-def _is_list_of_images(kind: pa.DataType) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_image(kind.value_type)
+    kinds = {field.name: field.type for field in schema}
+    lists = pa.types.is_list, pa.types.is_large_list
+    items = {name: kind.value_type if any(one(kind) for one in lists) else kind for name, kind in kinds.items()}
+    structs = {name: kind for name, kind in items.items() if pa.types.is_struct(kind)}
+    return [name for name, kind in structs.items() if {field.name for field in kind} == {"bytes", "path"}]
 
 
 def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,14 @@ from PIL import Image
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import checked, read_json, reading
 from vlmprune_jax.families import FAMILIES
-from vlmprune_jax.families.tiles import MAX_SIDE
+from vlmprune_jax.families.tiles import BICUBIC, MAX_SIDE
 
 # Values of `Family.images` for which the transformers classes are not used.
 _CUT = ("tiles", "splits", "crops", "budget", "patches")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 # Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that many classes have by default
 _TODO = "restore it from the model's source"
 
 _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
@@ -101,33 +101,6 @@ _USED_FIELDS = (
 )  # fmt: skip
 
 
-class DataclassPreparation:
-    """Mixin for preparations that derives settings and maximum slots from the dataclass fields."""
-
-    @property
-    def settings(self: Any) -> dict[str, Any]:
-        return {type(self).__name__.lower(): dataclasses.asdict(self)}
-
-    def most(self: Any, images: int) -> int:
-        return images * self.usual[-1]
-
-
-class SquarePieces(DataclassPreparation):
-    """Mixin for preparations that `cut` an image into pieces of `size` x `size` pixels, normalised by `mean`, `std`."""
-
-    merge, image_buckets, turns = 0, (), False
-
-    @property
-    def shape(self: Any) -> tuple[int, ...]:
-        """Shape (channels, height, width) of one piece."""
-        return (3, self.size, self.size)
-
-    def prepare(self: Any, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[pieces, 3, size, size] of an RGB image that is one of `sharing` images in its record."""
-        pieces = np.stack([np.asarray(piece) for piece in self.cut(image, sharing)])
-        return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
-
-
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
     """Return an image processor's settings after refusing unsupported ones.
 
@@ -137,17 +110,18 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
     return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
 
 
-def processor_settings(folder: Path) -> tuple[Any, str] | None:
-    """Return a folder's image processor settings (unchecked) and their file name; None without settings.
+def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """Return a folder's image processor settings and their file name; None without settings.
 
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
+    Raises UserError as `checked_processor`.
     """
     for name, key in PROCESSOR_FILES:
         path = folder / name
         config = read_json(path) if os.path.lexists(path) else None
         config = config if key is None or config is None else config.get(key)
         if config is not None:
-            return config, str(path)
+            return checked_processor(config, str(path)), str(path)
     return None
 
 
@@ -158,6 +132,18 @@ def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalize
             raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
         raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported for {images}: set 1/255")
+
+
+def pixel_fields(
+    config: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF, resample: int = BICUBIC
+) -> dict[str, Any]:
+    """Return `mean`, `std` and `resample` of a preparation: a processor's settings, or else these, its class's."""
+    chosen = config.get("resample")
+    return {
+        "mean": tuple(config.get("image_mean") or mean),
+        "std": tuple(config.get("image_std") or std),
+        "resample": resample if chosen is None else chosen,
+    }
 
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

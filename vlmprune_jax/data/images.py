@@ -24,18 +24,21 @@ from vlmprune_jax.data.cropping import cropping_from_processor
 from vlmprune_jax.data.image_processor import (
     PROCESSOR_FILES,
     checked_processor,
+    make_processor,
     processor_settings,
+    sides,
     way_of,
 )
 from vlmprune_jax.data.patching import patching_from_processor
-from vlmprune_jax.data.preparation import ASPECT_RATIOS, Preparation, WholeImage, fixed_size
+from vlmprune_jax.data.preparation import Preparation, fixed_size
 from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
-from vlmprune_jax.data.tiling import Tiling, tiling_from_processor
+from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.families import find
 from vlmprune_jax.families.tiles import ImageShape
 
+ASPECT_RATIOS = ("auto", "pad", "square")
 GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot
 _CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
@@ -44,6 +47,52 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+class WholeImage:
+    """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's image processor.
+
+    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" passes it on
+    unchanged.
+    """
+
+    shares, usual, merge, image_buckets, turns = False, (1,), 0, (), False
+
+    def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
+        if aspect_ratio not in ASPECT_RATIOS[1:]:
+            raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
+        self._processor = make_processor(config, where)
+        self._pad = aspect_ratio == "pad"
+        self.limit_fields: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
+        crops = getattr(self._processor, "do_center_crop", None)
+        if not (crops or self._processor.do_resize):
+            raise UserError(f"{where}: do_resize and do_center_crop are off, so images differ in size: restore one")
+        self._resized = sides(self._processor.size, where)
+        self._short_side = "shortest_edge" in dict(self._processor.size)
+        self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
+
+    def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
+        return ImageShape()
+
+    def most(self, images: int) -> int:
+        return images
+
+    def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
+        height_after, width_after = self._resized
+        if self._pad:
+            return max(max(width, height) ** 2, height_after * width_after)
+        if self._short_side:
+            return height_after * width_after * max(width, height) // min(width, height)
+        return height_after * width_after
+
+    def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
+        if self._pad:
+            image = pad_to_square(image, tuple(self._processor.image_mean))
+        return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> WholeImage:
+        raise fixed_size(slot_tokens)
 
 
 class ImageLoader:
@@ -279,7 +328,7 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
         return Tiling(**vars(family.tiling(model, str(model_path)))), str(model_path)
     settings = processor_settings(folder)
     if settings is not None:
-        config, where = checked_processor(*settings), settings[1]
+        config, where = settings
         way = way_of(config)
         if way != "whole":
             return _PREPARATIONS[way](config, where), where

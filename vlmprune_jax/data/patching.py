@@ -12,15 +12,16 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps, normalize
-from vlmprune_jax.families.tiles import BICUBIC, ImageShape
+from vlmprune_jax.data.image_processor import check_steps, normalize, pixel_fields
+from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.families.tiles import ImageShape
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
 _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 
 @dataclass(frozen=True)
-class Patching(DataclassPreparation):
+class Patching(Preparation):
     """Division of an image into patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
@@ -37,11 +38,10 @@ class Patching(DataclassPreparation):
     std: tuple[float, ...]
     resample: int
 
-    shares, usual, turns = False, (1,), True
+    shares, turns = False, True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape (values,) of one patch."""
         return (3 * self.temporal * self.patch**2,)
 
     @property
@@ -62,7 +62,6 @@ class Patching(DataclassPreparation):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image, in old and new spelling."""
         least, most = self.min_pixels, self.max_pixels
         return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
@@ -71,7 +70,6 @@ class Patching(DataclassPreparation):
 
         Raises UserError if images of `min_pixels` have more tokens.
         """
-        del slot_tokens
         pixels = tokens * (self.patch * self.merge) ** 2
         if pixels < self.min_pixels:
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
@@ -82,17 +80,14 @@ class Patching(DataclassPreparation):
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the patch grid of an image. Raises UserError if the image is too thin."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels in all patches of an image. Raises UserError if the image is too thin."""
         rows, columns = self._grid(width, height)
         return rows * columns * self.temporal * self.patch**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[1, patches, values] of an RGB image; patches that form one token are adjacent."""
         rows, columns = self._grid(*image.size)
         resized = image.resize((columns * self.patch, rows * self.patch), self.resample)
         pixels = normalize(np.asarray(resized), self.mean, self.std)
@@ -139,17 +134,14 @@ def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
     missing = [name for name, value in fields.items() if value is None]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} missing: restore the file from the model's source")
-    least, most, patch, temporal, merge, mean, std = fields.values()
+    least, most, patch, temporal, merge, *_ = fields.values()
     if least > most:
         raise UserError(f"{where}: min_pixels {least} is above max_pixels {most}: restore them")
-    resample = config.get("resample")
     return Patching(
         patch=patch,
         temporal=temporal,
         merge=merge,
         min_pixels=least,
         max_pixels=most,
-        mean=tuple(mean),
-        std=tuple(std),
-        resample=BICUBIC if resample is None else resample,
+        **pixel_fields(config),
     )

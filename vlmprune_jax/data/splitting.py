@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import SquarePieces, check_steps, crop_grid
+from vlmprune_jax.data.image_processor import check_steps, crop_grid, pixel_fields
+from vlmprune_jax.data.preparation import SquarePieces
 from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES, ImageShape
 
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS
-_HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of the class
 _SIDE = 364  # default pixels per side of a sub-image; the default longest side is four of them
 
 
@@ -50,7 +50,6 @@ class Splitting(SquarePieces):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image."""
         return {"size": {"longest_edge": self.longest}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
@@ -70,7 +69,6 @@ class Splitting(SquarePieces):
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels of the largest intermediate image."""
         rows, columns = self._grid(width, height)
         first_width, first_height = self._resized(width, height)
         return max(rows * columns * self.size**2, first_width * first_height)
@@ -122,14 +120,11 @@ def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting
     off, a size is not of the longest edge, or images have too many sub-images.
     """
     check_steps(config, where, "split images (SmolVLM)")
-    resample = config.get("resample")
     splitting = Splitting(
         size=_longest_edge(config, "max_image_size", _SIDE, where),
         longest=_longest_edge(config, "size", 4 * _SIDE, where),
         splits=config.get("do_image_splitting") is not False,
-        mean=tuple(config.get("image_mean") or _HALF),
-        std=tuple(config.get("image_std") or _HALF),
-        resample=_LANCZOS if resample is None else resample,
+        **pixel_fields(config, resample=_LANCZOS),
     )
     if splitting.most(1) > MAX_TILES:
         raise UserError(

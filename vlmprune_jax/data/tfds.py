@@ -104,7 +104,10 @@ def write_tfds(
         raise UserError(f"{out_dir}: exists already: remove it or choose another folder")
     if not records:
         raise UserError(f"{out_dir}: no records to write: check the data file")
-    names = {image: _name(image, image_root) for record in records for image in record.images}
+    names = {image: str(image) for record in records for image in record.images}
+    for image in names:
+        if isinstance(image, Path) and image_root is not None and image.is_relative_to(image_root):
+            names[image] = str(image.relative_to(image_root))
     numbers = {image: number for number, image in enumerate(names)}
     building = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
     try:
@@ -133,12 +136,6 @@ def _features(name: str) -> Any:
             "others": text,
         }
     )
-
-
-def _name(image: Path | StoredImage, root: Path | None) -> str:
-    if isinstance(image, Path) and root is not None and image.is_relative_to(root):
-        return str(image.relative_to(root))
-    return str(image)
 
 
 def _example(record: Record, names: Mapping[Any, str], numbers: Mapping[Any, int]) -> dict[str, Any]:

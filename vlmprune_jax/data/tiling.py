@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import SquarePieces, check_steps, crop_grid, sides
-from vlmprune_jax.families.tiles import BICUBIC, ImageShape, TilingConfig, whole_number
+from vlmprune_jax.data.image_processor import check_steps, crop_grid, pixel_fields, sides
+from vlmprune_jax.data.preparation import SquarePieces
+from vlmprune_jax.families.tiles import ImageShape, TilingConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,6 @@ class Tiling(TilingConfig, SquarePieces):
         return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
 
     def most(self, images: int) -> int:
-        """Return the maximum number of tiles for a record with up to `images` images."""
-
         def tiles(sharing: int) -> int:
             most = self._most_tiles(sharing)
             return sharing * (most + (self.thumbnail and most != 1))
@@ -50,7 +49,6 @@ class Tiling(TilingConfig, SquarePieces):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image."""
         return {"max_patches": self.max_tiles}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Tiling:
@@ -66,7 +64,6 @@ class Tiling(TilingConfig, SquarePieces):
         return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels of the largest intermediate image."""
         columns, rows = self.grid(width, height, sharing)
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
@@ -133,12 +130,10 @@ def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
 
     return Tiling(
         size=height,
-        min_tiles=whole_number(config.get("min_patches", 1), "min_patches", where),
-        max_tiles=whole_number(config.get("max_patches", 12), "max_patches", where),
+        min_tiles=config.get("min_patches") or 1,
+        max_tiles=config.get("max_patches") or 12,
         thumbnail=True,
         pad=False,
-        mean=tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
-        std=tuple(config.get("image_std") or OPENAI_CLIP_STD),
-        resample=whole_number(config.get("resample", BICUBIC), "resample", where, least=0),
         shares=False,
+        **pixel_fields(config, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     )

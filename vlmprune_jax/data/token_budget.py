@@ -12,14 +12,15 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import DataclassPreparation, check_steps
+from vlmprune_jax.data.image_processor import check_steps
+from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was trained with
 
 
 @dataclass(frozen=True)
-class TokenBudget(DataclassPreparation):
+class TokenBudget(Preparation):
     """Resizing of an image to at most `tokens` tokens, each of `merge` x `merge` patches of `patch` x `patch` pixels.
 
     Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
@@ -31,11 +32,10 @@ class TokenBudget(DataclassPreparation):
     tokens: int
     resample: int
 
-    shares, usual, turns = False, (1,), False
+    shares = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape (values,) of one patch."""
         return (3 * self.patch**2,)
 
     @property
@@ -45,30 +45,22 @@ class TokenBudget(DataclassPreparation):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image."""
         return {"max_soft_tokens": self.tokens}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
         """Return a copy with this budget. Raises UserError if the model was not trained with it."""
-        del slot_tokens
         if tokens not in BUDGETS:
             raise UserError(f"must be one of the model's budgets ({', '.join(map(str, BUDGETS))}): choose one")
         return dataclasses.replace(self, tokens=tokens)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the patch grid of an image. Raises UserError if the image is too thin."""
-        del sharing
         rows, columns = self._cells(width, height)
         return ImageShape(rows * self.merge, columns * self.merge, tokens=rows * columns)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels in all patches."""
-        del width, height, sharing
         return self.tokens * (self.merge * self.patch) ** 2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return float32[1, patches, values] of an RGB image; patches that form one token are adjacent."""
-        del sharing
         (rows, columns), m, p = self._cells(*image.size), self.merge, self.patch
         size = (columns * m * p, rows * m * p)
         resized = image if image.size == size else image.resize(size, self.resample)

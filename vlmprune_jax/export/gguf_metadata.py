@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.image_processor import checked_processor, processor_settings
+from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import tiling_from_processor
@@ -108,7 +107,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
     if family.images == "budget":  # the tower centres them
         return {"vision_image_mean": [0.0] * 3, "vision_image_std": [1.0] * 3}
     mean, std = PIXELS[vision_of(cfg).kind]
-    processor = None if family.tiling is not None else _processor(source)
+    processor = None if family.tiling is not None else processor_settings(source)
     if processor is not None:
         mean, std = (processor[0].get(name) or default for name, default in (("image_mean", mean), ("image_std", std)))
     return {"vision_image_mean": [float(x) for x in mean], "vision_image_std": [float(x) for x in std]}
@@ -125,7 +124,7 @@ def cut(family: Family, source: Path) -> JsonDict:
     if family.tiling is not None:
         where = str(source / "config.json")
         return _tiles(family.tiling(read_fields(source / "config.json"), where))
-    processor = None if family.images in ("whole", "crops", "budget") else _processor(source)
+    processor = None if family.images in ("whole", "crops", "budget") else processor_settings(source)
     if processor is None:
         return {}
     if family.images == "splits":
@@ -158,7 +157,7 @@ def image_options(family: Family, source: Path) -> str:
         patching = _patching(source)
         area = (patching.patch * patching.merge) ** 2
         return f" --image-min-tokens {-(-patching.min_pixels // area)} --image-max-tokens {patching.max_pixels // area}"
-    processor = _processor(source) if family.images == "budget" else None
+    processor = processor_settings(source) if family.images == "budget" else None
     if processor is None:
         return ""
     most = token_budget_from_processor(*processor).tokens
@@ -167,16 +166,10 @@ def image_options(family: Family, source: Path) -> str:
 
 def _patching(source: Path) -> Patching:
     """Return the patch settings of a folder whose images have any size."""
-    processor = _processor(source)
+    processor = processor_settings(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
     return patching_from_processor(*processor)
-
-
-def _processor(source: Path) -> tuple[Mapping[str, Any], str] | None:
-    """Return the settings of a folder's image processor and their file; None without an image processor."""
-    settings = processor_settings(source)
-    return None if settings is None else (checked_processor(*settings), settings[1])
 
 
 def title(name: str, tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.markup import yaml
-from vlmprune_jax.data.image_processor import checked_processor, processor_settings
+from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.decoders import decoder_of
@@ -53,7 +53,7 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
         values["limit-mm-per-prompt"] = json.dumps({"image": 1, **({"video": 0} if tower.any_size else {})})
         settings = processor_settings(folder) if tower.any_size else None
         if settings is not None:  # an image takes at most half of the tokens
-            most = patching_from_processor(checked_processor(*settings), settings[1]).max_pixels
+            most = patching_from_processor(*settings).max_pixels
             pixels = min(most, tokens // 2 * (tower.patch_size * tower.merge) ** 2)
             values["mm-processor-kwargs"] = json.dumps({"max_pixels": pixels})
     lines = [f"{name}: {yaml(value) if isinstance(value, str) else value}" for name, value in values.items()]
