@@ -61,7 +61,12 @@ def tower_case(mesh: Mesh) -> tuple[Callable[..., Any], list[Any]]:
     cfg = ModelConfig("internvl", "source", TEXT, TOWER, projector, image_token_id=0)
     size = TOWER.image_size
     pixels = _abstract(mesh, (CHIPS * TILES, TOWER.channels, size, size), ("batch", None, None, None))
-    return lambda pixels, params: to_nnx(Model(params, cfg)).image_features(pixels), [pixels, _params(mesh, cfg)]
+
+    def features(pixels: Any, params: Any) -> Any:
+        module = to_nnx(Model(params, cfg))
+        return module.projector(module.vision_features(pixels))
+
+    return features, [pixels, _params(mesh, cfg)]
 
 
 def _params(mesh: Mesh, cfg: ModelConfig) -> Any:

@@ -290,7 +290,8 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
         levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
         expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
         np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
-        features = to_nnx(golden.model).image_features(expected[None], grid=jnp.asarray(grid))
+        module = to_nnx(golden.model)
+        features = module.projector(module.vision_features(expected[None], grid=jnp.asarray(grid)))
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 

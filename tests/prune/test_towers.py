@@ -45,7 +45,8 @@ def source(request, tmp_path):
 def features(model, seed=0):
     side = model.cfg.vision.image_size
     pixels = np.random.default_rng(seed).standard_normal((2, 3, side, side), np.float32)
-    return np.asarray(to_nnx(model).image_features(pixels))
+    module = to_nnx(model)
+    return np.asarray(module.projector(module.vision_features(pixels)))
 
 
 def masked(model, layers):

@@ -11,8 +11,9 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.shapes import vlm_token_ids
-from vlmprune_jax.families.table import JsonDict, Stock, Weight
+from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
 from vlmprune_jax.families.towers import equal_shape, first_axes, projector_of, vision_of
 
 EPS = 1e-6  # of all norms in both towers, fixed in their code
@@ -201,6 +202,18 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
     )
 
 
-def stock_class(name: str) -> Stock:
-    """Return the `Stock` entry of a Qwen-VL class in transformers."""
-    return Stock(name, "AutoModelForImageTextToText", image_start=("vision_start_token_id", 151652))
+def patch_family(name: str, decoder: Decoder, **own: Any) -> Family:
+    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `own` are further fields."""
+    return Family(
+        name=name,
+        layout="transformers",
+        model_types=(name,),
+        text_section="text_config",
+        ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
+        image_processors=("Qwen2VL",),
+        images="patches",
+        recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
+        decoder=decoder,
+        stock=Stock(decoder.stock_class, "AutoModelForImageTextToText", image_start=("vision_start_token_id", 151652)),
+        **own,
+    )

@@ -12,8 +12,8 @@ from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 
-# Defaults of the config class in transformers.
-_DEFAULTS: JsonDict = {
+# Defaults of the config class in transformers, here and for Qwen3.
+DEFAULTS: JsonDict = {
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "max_position_embeddings": 32768,
@@ -23,7 +23,7 @@ _DEFAULTS: JsonDict = {
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_DEFAULTS, **config}
+    config = {**DEFAULTS, **config}
     windows = windows_from_hf(config, int(config["num_hidden_layers"]))
     return llama_like(config, "qwen2", windows=windows, qkv_bias=True)
 

@@ -10,11 +10,10 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.patch_towers import (
     check_out_size,
     model_from_hf,
-    stock_class,
+    patch_family,
     tower_from_hf,
     tower_to_hf,
     tower_weights,
@@ -24,7 +23,7 @@ from vlmprune_jax.families.patch_towers import (
     with_sections,
 )
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
-from vlmprune_jax.families.table import Decoder, Family, JsonDict
+from vlmprune_jax.families.table import Decoder, JsonDict
 from vlmprune_jax.families.templates import QWEN2_5_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
@@ -133,25 +132,9 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
 
 
-QWEN2_5_VL = Family(
-    name="qwen2_5_vl",
-    layout="transformers",
-    model_types=("qwen2_5_vl",),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
-    text_section="text_config",
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
-    ),
-    # in files of transformers 4 and 5, and in memory in transformers 5
-    renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
-    modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
-    ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
-    templates=(TEMPLATE,),
-    image_processors=("Qwen2VL",),
-    images="patches",
-    recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
-    decoder=Decoder(
+QWEN2_5_VL = patch_family(
+    "qwen2_5_vl",
+    Decoder(
         _DECODER,
         "Qwen2_5_VLForConditionalGeneration",
         _text_from_hf,
@@ -160,6 +143,14 @@ QWEN2_5_VL = Family(
         derives_head_dim=("transformers", "vllm", "vllm_tpu"),
         gguf=(gguf.QWEN2VL,),
     ),
-    stock=stock_class("Qwen2_5_VLForConditionalGeneration"),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.", "lm_head.weight") + tower_weights(cfg, "visual.", ("ln_q", "mlp.0", "mlp.2"))
+    ),
+    # in files of transformers 4 and 5, and in memory in transformers 5
+    renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
+    templates=(TEMPLATE,),
     vllm_tpu="jax",
 )

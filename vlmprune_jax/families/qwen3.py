@@ -9,22 +9,13 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.qwen2 import DEFAULTS
 from vlmprune_jax.families.shapes import layers_to_hf, windows_from_hf
-from vlmprune_jax.families.table import Decoder, JsonDict
-
-# Defaults of the config class in transformers.
-_DEFAULTS: JsonDict = {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "num_hidden_layers": 32,
-    "head_dim": 128,
-}
+from vlmprune_jax.families.table import Decoder
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_DEFAULTS, **config}
+    config = {**DEFAULTS, "head_dim": 128, **config}
     windows, bias = windows_from_hf(config, int(config["num_hidden_layers"])), bool(config.get("attention_bias", False))
     return llama_like(config, "qwen3", windows=windows, qkv_bias=bias, out_bias=bias, qk_norm=True)
 

@@ -9,12 +9,11 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.patch_towers import (
     check_out_size,
     model_from_hf,
+    patch_family,
     square_side,
-    stock_class,
     tower_from_hf,
     tower_to_hf,
     tower_weights,
@@ -22,7 +21,7 @@ from vlmprune_jax.families.patch_towers import (
     with_sections,
 )
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings
-from vlmprune_jax.families.table import Decoder, Family, JsonDict
+from vlmprune_jax.families.table import Decoder, JsonDict
 from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
@@ -93,23 +92,9 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
 
 
-QWEN3_VL = Family(
-    name="qwen3_vl",
-    layout="transformers",
-    model_types=("qwen3_vl",),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
-    text_section="text_config",
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
-    ),
-    ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
-    templates=(TEMPLATE,),
-    image_processors=("Qwen2VL",),
-    images="patches",
-    recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
-    decoder=Decoder(
+QWEN3_VL = patch_family(
+    "qwen3_vl",
+    Decoder(
         _DECODER,
         "Qwen3VLForConditionalGeneration",
         _text_from_hf,
@@ -117,6 +102,12 @@ QWEN3_VL = Family(
         llama_like_weights,
         gguf=(gguf.QWEN3VL,),
     ),
-    stock=stock_class("Qwen3VLForConditionalGeneration"),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
+    ),
+    templates=(TEMPLATE,),
     vllm_tpu="torchax",
 )

@@ -68,11 +68,10 @@ class TilingConfig:
             )
 
 
-def whole_number(value: Any, name: str, where: str, least: int = 1) -> int:
-    """Return `value` if it is a whole number of at least `least`; otherwise raise a UserError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def whole_number(value: Any, name: str, where: str) -> int:
+    """Return `value` if it is a whole number of at least 1; otherwise raise a UserError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(
-            f"{where}: {name} is {value!r}, expected a whole number of at least {least}: restore it from the model's "
-            "source"
+            f"{where}: {name} is {value!r}, expected a whole number of at least 1: restore it from the model's source"
         )
-    return int(value)
+    return value

@@ -71,9 +71,9 @@ class Norm(nnx.Module):
         else:
             full = full if self.bias is None else full - jnp.mean(full, axis=-1, keepdims=True)
             full = full * self._rate(full)
-        gain = _broadcast(self.gain, x.ndim)
+        gain = broadcast(self.gain, x.ndim)
         y = (full * gain).astype(x.dtype) if self.offset else full.astype(x.dtype) * gain
-        return y if self.bias is None else y + _broadcast(self.bias.get_value(), x.ndim)
+        return y if self.bias is None else y + broadcast(self.bias.get_value(), x.ndim)
 
     @property
     def gain(self) -> jax.Array:
@@ -104,7 +104,8 @@ class Leaf(nnx.Module):
         self.weight = declare(sizes, axes)
 
 
-def _broadcast(x: jax.Array, ndim: int) -> jax.Array:
+def broadcast(x: jax.Array, ndim: int) -> jax.Array:
+    """Return x with leading axes of size 1, as many as make it `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
@@ -148,7 +149,7 @@ class Projection(nnx.Module):
         """Return the projected inputs; `dropout_mask` is True for inputs that adapter dropout keeps (None: all)."""
         y = self.product(self._bounded(x, "input"), self.weight.get_value(), self.n_in)
         if self.bias is not None:
-            y = y + _broadcast(self.bias.get_value(), y.ndim)
+            y = y + broadcast(self.bias.get_value(), y.ndim)
         if self.lora is not None:
             # Scaled where it is narrow: scaling `x` or `y` is a pass over the widest arrays, here and in the gradient.
             scale = self.lora.alpha / self.lora.rank

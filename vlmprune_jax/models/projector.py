@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, unit_rms
+from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, broadcast, unit_rms
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
@@ -86,7 +86,7 @@ class Projector(nnx.Module):
     def _normalized(self, x: jax.Array) -> jax.Array:
         x = x if self.pool_scale == 1 else x * self.pool_scale
         if self.std_bias is not None and self.std_scale is not None:
-            bias, scale = (_wide(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
+            bias, scale = (broadcast(leaf.weight.get_value(), x.ndim) for leaf in (self.std_bias, self.std_scale))
             x = (x - bias) * scale
         if self.pool_eps is not None:
             return unit_rms(x, self.pool_eps)
@@ -98,10 +98,6 @@ class Projector(nnx.Module):
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
         return jnp.stack([self.deepstack[str(i)](level) for i, level in enumerate(levels)])
-
-
-def _wide(x: jax.Array, ndim: int) -> jax.Array:
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projection | Leaf:

@@ -87,12 +87,6 @@ class VisionLanguageModel(nnx.Module):
         assert self.cfg.vision is not None
         return features_of(self.vision, self.cfg, pixels, mask, grid)
 
-    def image_features(
-        self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
-    ) -> jax.Array:
-        """Return projected features float[images, tokens, embed] for the image positions of the decoder input."""
-        return self.projector(self.vision_features(pixels, mask, grid))
-
     def embed(
         self,
         input_ids: jax.Array,
