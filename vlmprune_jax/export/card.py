@@ -220,7 +220,11 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
                 'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
             )
     if written.layout != cfg.layout:
-        parts.append(_converted(cfg, written))
+        words = written.text.vocab_size - cfg.text.vocab_size
+        more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
+        parts.append(
+            f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"
+        )
     if written.vision is not None and not written.vision.whole_heads:
         parts.append(
             "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads, and some "
@@ -260,9 +264,3 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
         f"In the hub's layout: `{name}` of {where} loads it. For stock transformers, export with "
         '`layout="transformers"`.'
     )
-
-
-def _converted(cfg: ModelConfig, written: ModelConfig) -> str:
-    words = written.text.vocab_size - cfg.text.vocab_size
-    more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
-    return f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"

@@ -25,7 +25,7 @@ from vlmprune_jax.families import Family, family_of
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
-from vlmprune_jax.hf.disk.storage import Storage, StoredWeight
+from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.layout import (
     Slot,
@@ -161,10 +161,6 @@ def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
         return array.astype(WEIGHT_DTYPES[dtype], copy=False)
 
 
-def _converted(key: str, entry: StoredWeight, dtype: str) -> Tensor:
-    return weight(key, dtype, entry.shape, lambda: _as_dtype(entry.array(), dtype))
-
-
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     """Return weights that the stock tower class declares but never uses; loading needs them."""
     tensors = []
@@ -195,7 +191,8 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
             extent = entry.extent(0, entry.n_bytes)
             tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
         else:
-            tensors.append(_converted(key, entry, stored))
+            fetch = lambda entry=entry, stored=stored: _as_dtype(entry.array(), stored)  # noqa: E731
+            tensors.append(weight(key, stored, entry.shape, fetch))
     return tensors
 
 

@@ -166,18 +166,14 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
     found = dict(config)
     for name, value in config.items():
         if name.endswith("special_tokens") and isinstance(value, list):
-            found[name] = [token for token in value if _text_of(token) not in dropped]
+            texts = [token.get("content") if isinstance(token, dict) else token for token in value]
+            found[name] = [token for token, text in zip(value, texts, strict=True) if text not in dropped]
     listed = found.get("added_tokens_decoder")
     if isinstance(listed, dict):
         found["added_tokens_decoder"] = {
             str(new_ids[int(i)]): token for i, token in listed.items() if int(i) in new_ids
         }
     return found
-
-
-def _text_of(token: Any) -> Any:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:

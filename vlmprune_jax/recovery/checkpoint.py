@@ -155,9 +155,9 @@ def _prepare(folder: Path) -> None:
             open_file(path).close()
 
 
-def _discard(path: Path, patience_s: float = 10.0) -> None:
+def _discard(path: Path) -> None:
     """Remove an incomplete checkpoint; retry while a failed save still writes files to it."""
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + 10
     while True:
         try:
             return shutil.rmtree(path)

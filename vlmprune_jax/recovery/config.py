@@ -31,7 +31,6 @@ PRESETS: dict[str, Rules] = {
 REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-STRATEGIES = ("kl", "rkl", "l2", "l2+kl", "l2+rkl")
 WEIGHT = "weight"  # unit of the settings that are weights of loss terms
 
 teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"))
@@ -130,19 +129,6 @@ class LossConfig:
         """Return {name of the loss term: weight}."""
         found = settings_of(self).items()
         return {n: getattr(self, n) for n, about in found if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
-
-
-def from_alpha(strategy: str, alpha: float, *, kl_norm: float = 1.0, **options: Any) -> LossConfig:
-    """Return the loss settings for the options of the paper's trainers (`dist_strategy`, `dist_alpha`, `dist_norm`).
-
-    The loss is alpha * distillation + (1 - alpha) * cross-entropy.
-    """
-    one_of("distillation strategy", strategy, STRATEGIES)
-    if not 0 <= alpha <= 1 or kl_norm <= 0:
-        raise UserError(f"distillation: alpha={alpha} must be between 0 and 1 and kl_norm={kl_norm} above 0")
-    parts = strategy.split("+")
-    weights: dict[str, Any] = {name: alpha / (1.0 if name == "l2" else kl_norm) for name in parts}
-    return LossConfig(ce=1 - alpha, **weights, **options)
 
 
 @dataclass(frozen=True)
