@@ -19,7 +19,8 @@ from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
-from vlmprune_jax.export.gguf_model import copy_of, fit, spelled, under_names
+from vlmprune_jax.export.gguf_fit import fit
+from vlmprune_jax.export.gguf_model import copy_of, spelled, under_names
 from vlmprune_jax.export.reload import TOLERANCE, random_inputs
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.gguf import NAME, WHEEL

@@ -12,7 +12,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.export.format import Importance
-from vlmprune_jax.export.gguf_model import GgufFile, fit, under_names
+from vlmprune_jax.export.gguf_fit import fit
+from vlmprune_jax.export.gguf_model import GgufFile, under_names
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.tensors import Tensor, write_tensor

@@ -12,7 +12,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import LayerShape, Stack
-from vlmprune_jax.export.gguf_model import fit
+from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.decoders import decoder_of, layer_problem

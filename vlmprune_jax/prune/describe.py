@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.stack import LayerShape, Stack, describe_layers, runs
-from vlmprune_jax.export.gguf_model import support
+from vlmprune_jax.export.gguf_fit import support
 from vlmprune_jax.export.loads import what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import Family, target_of

@@ -1,0 +1,84 @@
+"""The llama.cpp architecture that can hold a model, and with what padding; or why none can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.export.uneven import padded
+from vlmprune_jax.families.decoders import decoder_of, uneven_problem
+from vlmprune_jax.families.gguf import Architecture
+from vlmprune_jax.families.gguf_towers import tower_lacks, tower_misfit
+
+
+def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
+    """Return the llama.cpp architecture that can hold a model, and the model (zero-padded if `uneven` is "pad")."""
+    decoder = decoder_of(cfg.text.decoder)
+    if not decoder.gguf:
+        raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")
+    able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
+    if not able:
+        first = decoder.gguf[0]
+        raise UserError(
+            f"llama.cpp's {first.name} has no {first.lacks(cfg.text)}: this model cannot be exported to GGUF"
+        )
+    misplaced = None if able[0].windows is None else able[0].windows(cfg.text)
+    if misplaced is not None:
+        raise UserError(f"llama.cpp's {able[0].name} has no {misplaced}")
+    if cfg.vision is not None:
+        lacks = tower_lacks(cfg)
+        if lacks is not None or not cfg.tower:
+            raise UserError(
+                f"llama.cpp has no {lacks or 'models without their tower'}: this model cannot be exported to GGUF"
+            )
+    text, vision = cfg.text, cfg.vision
+    if uneven == "pad":
+        text = _padded_text(text, able[0])
+        if vision is not None:
+            heads = vision.hidden_size // vision.head_dim
+            vision = vision.with_layers([LayerShape(heads, heads, s.mlp, s.window) for s in vision.layers])
+    chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
+    problem = None if vision is None else tower_misfit(vision)
+    if chosen is None or (uneven == "refuse" and not text.even):
+        problem = able[0].misfit(text)
+    if problem is not None:
+        raise UserError(
+            f"llama.cpp's {able[0].name} has no {problem}: prune all layers alike and keep the heads, or "
+            'export with uneven="pad" (zeros: the same function, no savings)'
+        )
+    assert chosen is not None
+    return chosen, dataclasses.replace(cfg, text=text, vision=vision)
+
+
+def support(cfg: ModelConfig) -> str:
+    """Describe which pruned copies of a model llama.cpp can load."""
+    try:
+        architecture, _ = fit(cfg, "pad")
+    except UserError as error:
+        return str(error)
+    able = [candidate for candidate in decoder_of(cfg.text.decoder).gguf if candidate.lacks(cfg.text) is None]
+    wide = next((candidate.name for candidate in able if candidate.per_layer), None)
+    heads = next((candidate.name for candidate in able if candidate.free_heads), None)
+    unequal = "" if uneven_problem(cfg.text) else f", unequal widths {_held(wide)}"
+    return f"llama.cpp's {architecture.name}; fewer heads {_held(heads)}{unequal}" + (
+        "; tower: all heads, or uneven=pad" if cfg.vision is not None else ""
+    )
+
+
+def _held(name: str | None) -> str:
+    return "with uneven=pad only" if name is None else f"at true size ({name})"
+
+
+def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
+    if architecture.misfit(text) is None:
+        return text
+    whole = None if architecture.free_heads else text.hidden_size // text.head_dim
+    wide = text.with_layers(padded(text.layers, whole))
+    if architecture.misfit(wide) is not None:
+        raise UserError(
+            f"llama.cpp's {architecture.name} has no {architecture.misfit(text)}, and no number of zero heads makes "
+            f"{whole} equal groups: keep the heads"
+        )
+    return wide
