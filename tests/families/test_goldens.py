@@ -282,16 +282,15 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
     (tmp_path / "processor_config.json").write_text(json.dumps(config))
     images = load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, patches=(12, 3))
     for facts in golden.facts["images"]:
-        (shape,) = images.shapes([golden.folder / facts["file"]], "record")
-        expected = facts["budgets"][str(budget)]
+        (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
         assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
     if budget in (140, 280):
         pixels = images.load(golden.folder / "images/0.png", "record")[0]
         levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
         expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
         np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
-        module = to_nnx(golden.model)
-        features = module.projector(module.vision_features(expected[None], grid=jnp.asarray(grid)))
+        module, grid = to_nnx(golden.model), jnp.asarray(grid)
+        features = module.projector(module.vision_features(expected[None], grid=grid))
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
 
