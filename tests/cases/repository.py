@@ -1,6 +1,16 @@
-"""Where this checkout lies, and the scripts that tests start as processes of their own."""
+"""Where this checkout lies, the scripts that tests start as processes of their own, and what benchmarks have."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WORKERS = Path(__file__).parent
+
+
+def full_size_models() -> dict[str, dict[str, Any]]:
+    """Return the configs of models at their true sizes, by the names that benchmarks give them."""
+    spec = importlib.util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.MODELS

@@ -10,6 +10,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.models import decoder
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.params import init_params
 from vlmprune_jax.models.vlm import Model, forward
@@ -55,6 +56,14 @@ def test_text_only_and_grouped_queries(llava, goldens):
     prompt = golden["input_ids"][0][golden["attention_mask"][0] == 1]
     tokens = generate(load(goldens / "ckpt/llama_gqa"), prompt[None], max_new_tokens=8, eos_token_ids=())
     np.testing.assert_array_equal(tokens[0], golden["gen_tokens"])
+
+
+def test_a_cache_padded_as_on_tpus_gives_the_same_tokens(llava, goldens, monkeypatch):
+    golden, compiled_for = np.load(goldens / "forward/llava.npz"), []
+    monkeypatch.setattr(decoder, "for_tpu", lambda: compiled_for.append("tpu") or True)
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=7, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"][:7])
+    assert compiled_for  # no other test has compiled for as many tokens
 
 
 def test_shared_prefix_equals_whole_prompts(llava, goldens):

@@ -1,20 +1,29 @@
-"""Planning inputs: predicted shapes are those of any scores."""
+"""Planning inputs: predicted shapes are those of any scores. A compiled step: what its chips send each other."""
 
 from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 import recover_cases as cases
+from repository import full_size_models
 from vlm_cases import gemma3_config
 
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning import case as tpu_case
+from vlmprune_jax.planning.ahead_of_time import make_slice
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.recovery.config import LossConfig
+
+SIZES = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+         "num_key_value_heads": 8, "vocab_size": 2048}  # fmt: skip
+CHIPS = 4
 
 
 @pytest.mark.parametrize(
@@ -48,3 +57,27 @@ def test_heads_that_must_stay_are_predicted_to_stay(tmp_path):
     _, cfg = read_config(tmp_path, None)
     plan = tpu_case.predict_plan(override(Experiment(), {"prune": {"method": "width", "ratio": 0.2}}), cfg)
     assert {shape.q_heads for shape in plan.apply_to(cfg).text.layers} == {10}
+
+
+@pytest.mark.slow
+def test_a_step_receives_little_more_than_its_weights(tmp_path):
+    """Each chip gathers student and teacher; the student's layers a second time, to recompute them. Bar: 2.5 times."""
+    (tmp_path / "config.json").write_text(json.dumps({**full_size_models()["llama"], **SIZES}))
+    _, cfg = read_config(tmp_path)
+    plan = tpu_case.predict_plan(override(Experiment(), {"prune": {"layers_removed": 1}}), cfg)
+    settings = {"trainable": "lora", "compute_dtype": "bfloat16", "remat": "full", "losses": LossConfig(ce=0.5, l2=0.5)}
+    case = tpu_case.Case(
+        cfg=plan.apply_to(cfg),
+        teacher_cfg=cfg,
+        kept_layers=plan.kept_layers,
+        config=cases.settings(**settings),
+        dtype="bfloat16",
+        mesh=(1, CHIPS, 1),
+        lengths=(128,),
+        slots=(0,),
+        slice=make_slice("v5e:2x2"),
+    )
+    with jax.default_matmul_precision("default"):
+        received = tpu_case.estimate(case).received
+    weights = 2 * (count_params(case.cfg) + count_params(cfg)) * (CHIPS - 1) / CHIPS
+    assert weights < sum(received.values()) < 2.5 * weights, received

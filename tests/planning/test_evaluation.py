@@ -9,7 +9,7 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.planning import evaluation
 from vlmprune_jax.planning.ahead_of_time import Compiled, make_slice
-from vlmprune_jax.planning.evaluation import BENCHMARKS, EvaluationCase, plan_evaluation
+from vlmprune_jax.planning.evaluation import BENCHMARKS, EvaluationCase, Questions, plan_evaluation
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.tpu_plan import TpuPlan
 
@@ -27,14 +27,19 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_decoding_touches_little_more_than_weights_and_cache():
-    """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip."""
-    widths = {"hidden_size": 1024, "head_dim": 128, "rotary_dim": 128, "vocab_size": 4096, "max_positions": 2048}
-    cfg = config((LayerShape(8, 8, 4096),) * 3, **widths)
+@pytest.mark.parametrize("head", [96, 128])
+def test_decoding_touches_little_more_than_weights_and_cache(head, monkeypatch):
+    """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip. The cache is not copied."""
+    real, compiled = evaluation.compile_for_tpu, []
+    monkeypatch.setattr(evaluation, "compile_for_tpu", lambda *of: compiled.append(real(*of)) or compiled[-1])
+    monkeypatch.setattr(evaluation, "BENCHMARKS", {"long": Questions(0, 0, text=4096, answer=16)})
+    widths = {"hidden_size": 1024, "head_dim": head, "rotary_dim": head, "vocab_size": 4096, "max_positions": 8192}
+    cfg = config((LayerShape(8, 8, 16384),) * 3, **widths)
     with jax.default_matmul_precision("default"):
         planned = plan_evaluation(EvaluationCase(cfg, "bfloat16", make_slice("v5e:2x2"), None, 32, (2, 1, 2)))
     assert (planned.read + planned.received) / planned.resident < 1.25
     assert 0 < planned.received < 0.05 * planned.read
+    assert compiled[1].temporaries < 0.1 * planned.resident
 
 
 @pytest.fixture

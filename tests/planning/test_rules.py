@@ -1,13 +1,12 @@
 """The rules of the decision guide at the true shapes of the paper's models, and evidence of the same model."""
 
 import dataclasses
-import importlib.util
 import json
 
 import numpy as np
 import prune_cases
 import pytest
-from repository import ROOT
+from repository import full_size_models
 from scipy.special import stdtrit
 
 from vlmprune_jax.cli.config_files import read_experiment, shipped_config
@@ -26,13 +25,10 @@ GUIDE = read_guide()
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """The configs of the paper's models, by family."""
-    spec = importlib.util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     found = {}
     for name in ("llava", "bunny", "internvl", "llama"):
         folder = tmp_path_factory.mktemp(name)
-        (folder / "config.json").write_text(json.dumps(benchmark.MODELS[name]))
+        (folder / "config.json").write_text(json.dumps(full_size_models()[name]))
         found[name] = read_config(folder)[1]
     return found
 

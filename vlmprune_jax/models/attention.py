@@ -18,7 +18,7 @@ from vlmprune_jax.distributed.rules import spec
 from vlmprune_jax.models.layers import SAVEABLE, saveable
 
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
-_LANES, _LARGEST_BLOCK = 128, 512
+LANES, _LARGEST_BLOCK = 128, 512
 # A score that softmax turns to 0, finite so that a query that sees no key has an arbitrary finite output.
 _HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
 
@@ -36,19 +36,22 @@ def for_tpu() -> bool:
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Return softmax attention with scores in float32.
 
-    `mask`: bool[batch, 1, queries, keys], true where a query sees a key.
+    `mask`: bool[batch, 1, queries, keys], true where a query sees a key. Heads of `k` and `v` may end with zeros, the
+    padding of a cache.
 
     The narrow arrays are scaled and transposed, so that no pass but softmax goes over the scores: jax.nn's attention
     has XLA:CPU transpose them, forward and backward (6 % of a step of SmolLM2-135M).
     """
     batch, queries, heads, head = q.shape
     scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
+    if k.shape[-1] > head:
+        scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - head),))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkgth,bksh->bkgts", scaled, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
+    return saveable(mixed[..., :head].transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
 
 
 def splash_attention(
@@ -110,7 +113,7 @@ def splash_attention(
 
 def _block(n: int) -> int:
     """Return the tile size for `n` slots: equal tiles, multiples of a register's lanes."""
-    return -(-n // (-(-n // _LARGEST_BLOCK) * _LANES)) * _LANES
+    return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
 
 
 def _kernel(

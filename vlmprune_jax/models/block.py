@@ -47,7 +47,8 @@ FIXED_POINT_STEPS = 16
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
 # (keys, values) of one run: [layer, slots, kv_heads, batch, head] each, the order in which TPUs read them for a token
-# (in another, XLA copies the cache before and after the loop). A block also gets its place on the first axis.
+# (in another, XLA copies the cache before and after the loop; on TPUs `head` is padded, see `Decoder.empty_cache`). A
+# block also gets its place on the first axis.
 RunCache = tuple[jax.Array, jax.Array]
 Cache = dict[str, RunCache]
 LayerCache = tuple[jax.Array, jax.Array, jax.Array]
@@ -179,6 +180,7 @@ class Attention(nnx.Module):
             segments = None if ctx.segments is None else ctx.segments[self.window]
             valid = None if ctx.valid is None else ctx.valid[:, :seen]
             keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
+            keys, values = keys[..., : q.shape[-1]], values[..., : q.shape[-1]]
             mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window, segments=segments)
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window))
@@ -190,14 +192,17 @@ def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple
 
     Only the new slots are written: a loop over layers and tokens then updates the cache in place.
     """
-    stacks = tuple(
-        constrain(
-            jax.lax.dynamic_update_slice(stack, x.transpose(1, 2, 0, 3)[None], (layer, slot, 0, 0, 0)), CACHE_AXES
-        )
-        for stack, x in zip(cache, new, strict=True)
-    )
-    own = tuple(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).transpose(2, 0, 1, 3) for stack in stacks)
-    return (stacks[0], stacks[1]), (own[0], own[1])
+    head = new[0].shape[-1]
+
+    def written(stack: jax.Array, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x.transpose(1, 2, 0, 3)[None], ((0, 0),) * 4 + ((0, stack.shape[-1] - head),))
+        return constrain(jax.lax.dynamic_update_slice(stack, x, (layer, slot, 0, 0, 0)), CACHE_AXES)
+
+    def own(stack: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).transpose(2, 0, 1, 3)
+
+    keys, values = map(written, cache, new)
+    return (keys, values), (own(keys), own(values))
 
 
 class Mlp(nnx.Module):

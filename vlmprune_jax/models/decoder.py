@@ -13,7 +13,7 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.core.stack import runs
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.attention import attention_mask, windowed
+from vlmprune_jax.models.attention import LANES, attention_mask, for_tpu, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
 from vlmprune_jax.models.rounding import rounded_product
@@ -173,10 +173,15 @@ class Decoder(BlockStack):
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
-        """Return a key/value cache filled with zeros."""
+        """Return a key/value cache filled with zeros.
+
+        TPUs pad the last axis to their lanes. Unpadded, the compiler stores the cache in another order than the one in
+        which tokens read it, and copies it before and after them.
+        """
         cache: Cache = {}
         for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
-            size = (length, slots, shape.kv_heads, batch, self.cfg.head_dim_of(shape))
+            head = self.cfg.head_dim_of(shape)
+            size = (length, slots, shape.kv_heads, batch, -(-head // LANES) * LANES if for_tpu() else head)
             if not shape.shared:
                 cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
         return cache

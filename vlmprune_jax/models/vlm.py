@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -344,5 +345,9 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.A
             placed[name] = None if array is None else jnp.asarray(array)
             continue
         axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
-        placed[name] = jax.device_put(array, sharding(mesh, axes + (None,) * (array.ndim - 1)))
+        where = sharding(mesh, axes + (None,) * (array.ndim - 1))
+        if isinstance(array, np.ndarray):  # device_put would first compare all of it between the processes
+            placed[name] = jax.make_array_from_callback(array.shape, where, array.__getitem__)
+        else:
+            placed[name] = jax.device_put(array, where)
     return placed

@@ -16,6 +16,7 @@ from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.models.attention import LANES
 from vlmprune_jax.models.block import CACHE_AXES
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.generate import decode, prefill
@@ -88,11 +89,15 @@ class EvaluationCase:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes per chip: all weights, those that every token reads, and the cache of one row and token."""
+    """Bytes per chip: all weights, those that every token reads, and the cache of one row and token.
+
+    `padded`: that cache with each head padded to a multiple of 128 channels, as TPUs hold it.
+    """
 
     weights: float
     read: float
     cache: float
+    padded: float
 
 
 def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
@@ -137,11 +142,11 @@ def _seconds(case: EvaluationCase, asked: Questions, memory: _Memory, row: float
     """Return the least seconds of 1,000 questions in the largest batch that fits; `row`, `received`: bytes per row."""
     cfg, chip, chips = case.cfg, case.slice.chip, len(case.slice.devices)
     length, image = case.shape(asked)
-    rows = min(1000, max(1, int((chip.hbm - memory.weights) / (memory.cache * (length + asked.answer)))))
+    rows = min(1000, max(1, int((chip.hbm - memory.weights) / (memory.padded * (length + asked.answer)))))
     per_token = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
     prompt = length * per_token + causal_flops(cfg, length) + vision_flops(cfg, (), image.slots, image.tokens)
     first = max(chip.seconds(rows * prompt / chips, memory.weights, 0).values())
-    traffic = memory.read + rows * memory.cache * (length + asked.answer / 2)
+    traffic = memory.read + rows * memory.padded * (length + asked.answer / 2)
     step = max(chip.seconds(rows * per_token / chips, traffic, received * rows).values())
     return 1000 / rows * (first + asked.answer * step)
 
@@ -190,6 +195,8 @@ def _memory(case: EvaluationCase, mesh: Mesh, params: Any) -> _Memory:
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    kept = [shape for shape in cfg.text.layers if not shape.shared]
-    cache = sum(2 * shape.kv_heads * cfg.text.head_dim_of(shape) for shape in kept) * size / mesh.size
-    return _Memory(sum(flat.values()), read, cache)
+    heads = [(shape.kv_heads, cfg.text.head_dim_of(shape)) for shape in cfg.text.layers if not shape.shared]
+    cache, padded = (
+        sum(2 * count * -(-head // lanes) * lanes for count, head in heads) * size / mesh.size for lanes in (1, LANES)
+    )
+    return _Memory(sum(flat.values()), read, cache, padded)
