@@ -82,7 +82,7 @@ def test_shipped_configs_are_experiments(file):
     ("values", "message"),
     [
         ({"prune": {"ratoi": 1}}, "config.prune has no 'ratoi'; did you mean 'ratio'?"),
-        ({"prune": 3}, "config.prune=3: is a section: set its settings by name"),
+        ({"prune": 3}, "config.prune=3: is a section of settings: set each of its settings by name"),
         ({"prune": {"ratio": "a"}}, "config.prune.ratio='a' must be a number or None"),
         ({"recover": {"lora": {"rank": 2.5}}}, "config.recover.lora.rank=2.5 must be a whole number"),
         ({"recover": {"lora": {"targets": "q_proj"}}}, "config.recover.lora.targets='q_proj' must be a tuple"),

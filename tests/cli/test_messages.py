@@ -187,11 +187,11 @@ def test_config_files_that_do_not_load(capsys, tmp_path, name):
 @pytest.mark.parametrize(
     ("workdir", "line"),
     [
-        ("file", "file: is a file, give a folder"),
+        ("file", "file: is a file, expected a folder"),
         ("file/below", "Not a directory"),
         ("x" * 300, "File name too long: give a shorter name"),
-        ("a\0b", "--workdir=a\\x00b: holds a NUL character, which no path can"),
-        ("fifo", "fifo: is a file, give a folder"),
+        ("a\0b", "--workdir=a\\x00b: contains a NUL character, which paths cannot contain"),
+        ("fifo", "fifo: is a file, expected a folder"),
         ("loop", "remove the link that leads back to itself"),
         (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J: no such folder: run `vlmprune run` first"),
     ],

@@ -23,7 +23,9 @@ def test_a_workdir_leads_nowhere_else(tmp_path, link, target):
     place = tmp_path / "w" / link
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match=rf"w/{link}: is a link to .*{target}, through which .*: replace it by a copy"):
+    with pytest.raises(
+        UserError, match=rf"w/{link}: is a symbolic link to .*{target}, and vlmprune .*: replace it by a copy"
+    ):
         to_workdir(str(tmp_path / "w"))
 
 

@@ -93,7 +93,7 @@ def test_a_dtype_of_the_future_can_be_copied_but_not_read(path):
     header(path, dtype="F6_E3M2")
     entry = read_header(path)["name"]
     assert entry.raw().tolist() == [0] * 8
-    with pytest.raises(UserError, match=r"tensor name has dtype F6_E3M2, whose values cannot be read \(known: F64"):
+    with pytest.raises(UserError, match=r"tensor name has the unsupported dtype F6_E3M2 \(supported: F64"):
         entry.array()
 
 

@@ -77,7 +77,7 @@ def test_a_file_is_listed_once_and_has_its_bytes(tmp_path):
     folder = write_split(tmp_path / "set", [{"question": "A dog?", "answer": "yes"}])
     (path,) = folder.glob("*.arrow")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}] * 2}))
-    with pytest.raises(UserError, match="names a file twice"):
+    with pytest.raises(UserError, match="lists a file twice"):
         read_datasets(folder)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
     os.truncate(path, 2**40)  # zeros after the end of the stream

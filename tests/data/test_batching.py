@@ -123,13 +123,13 @@ def test_longest_row_chooses_max_length(samples: list[Record], encoder: Encoder)
     fitting = dataclasses.replace(encoder, max_length=length)
     assert len(list(train_batches(samples, fitting, **TRAIN))) == 1
     short = dataclasses.replace(encoder, max_length=length - 1)
-    with pytest.raises(UserError, match=f"{length} tokens with images, over max_length {length - 1}"):
+    with pytest.raises(UserError, match=f"{length} tokens with its images, more than the maximum length {length - 1}"):
         list(train_batches(samples, short, **{**TRAIN, "drop_remainder": False}))
 
 
 def test_long_rows_name_their_record(samples: list[Record], encoder: Encoder) -> None:
     short = dataclasses.replace(encoder, max_length=140)
-    with pytest.raises(UserError, match="record 000004: 141 tokens"):
+    with pytest.raises(UserError, match="record 000004: has 141 tokens"):
         next(iter(train_batches(samples[2:3], short, **{**TRAIN, "batch_size": 1})))
 
 
@@ -141,13 +141,13 @@ def test_truncation_cuts_at_the_right(samples: list[Record], encoder: Encoder) -
         assert np.array_equal(row[name], full[name][:152])
     assert (row["labels"] != IGNORED).any()
     inside_image = dataclasses.replace(encoder, max_length=110, truncate=True)
-    with pytest.raises(UserError, match=r"record 000000: an image ends at token .*, beyond max_length 110"):
+    with pytest.raises(UserError, match=r"record 000000: an image ends at token .*, beyond the maximum length 110"):
         inside_image.training_row(samples[0])
 
 
 def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
     one_slot = dataclasses.replace(encoder, max_images=1)
-    with pytest.raises(UserError, match="record two: 2 images, over max_images 1"):
+    with pytest.raises(UserError, match=r"record two: has 2 images, more than data\.max_images=1"):
         next(iter(train_batches(samples[-1:], one_slot, **{**TRAIN, "batch_size": 1})))
     with pytest.raises(UserError, match="batch size 0 must be at least 1"):
         train_batches(samples, encoder, **{**TRAIN, "batch_size": 0})

@@ -95,7 +95,7 @@ def test_identity_is_readable_and_another_one_is_refused(tmp_path):
     filled(tmp_path, [1])
     assert json.loads((tmp_path / "cache.json").read_text()) == {"version": 1, **MADE_FROM}
     with pytest.raises(
-        UserError, match=r'cache of other inputs \(tower.weights was "a1", now "b2"\): use another fold'
+        UserError, match=r'computed from other inputs \(tower.weights was "a1", now "b2"\): use another fold'
     ):
         ArrayCache(tmp_path, {**MADE_FROM, "tower": {"weights": "b2", "layers": 3}})
     with pytest.raises(UserError, match=r'\(dtype was "float32", now "bfloat16"; tiles was null, now 4\)'):
@@ -183,7 +183,7 @@ def test_strange_files(tmp_path):
         ArrayCache(tmp_path, MADE_FROM)
     (tmp_path / "cache.json").unlink()
     (tmp_path / "cache.json").write_text('{"a":' * 900 + "1" + "}" * 900)
-    with pytest.raises(UserError, match=r"cache\.json: .*deep|cache of other inputs"):
+    with pytest.raises(UserError, match=r"cache\.json: .*deep|computed from other inputs"):
         ArrayCache(tmp_path, MADE_FROM)
 
 

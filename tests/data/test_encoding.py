@@ -153,21 +153,25 @@ def test_truncation_spares_images_and_their_closing_marks(samples: list[Record],
     assert np.array_equal(row["input_ids"], ids[: close + 30])
     assert (row["labels"] != IGNORED).any()
     for length in (close - 3, close):  # inside the image, and before the mark that closes it
-        with pytest.raises(UserError, match=f"record 000001: an image ends at token .*, beyond max_length {length}"):
+        with pytest.raises(
+            UserError, match=f"record 000001: an image ends at token .*, beyond the maximum length {length}"
+        ):
             dataclasses.replace(cut, max_length=length).training_row(record)
     assert dataclasses.replace(cut, max_length=close + 1).training_row(record)["input_ids"][-1] == 392
-    with pytest.raises(UserError, match=r"record 000001: \d+ tokens with images, over max_length 200"):
+    with pytest.raises(
+        UserError, match=r"record 000001: has \d+ tokens with its images, more than the maximum length 200"
+    ):
         dataclasses.replace(encoder, max_length=200).training_row(record)
 
 
 def test_too_many_tiles_or_images_name_their_record(samples: list[Record], encoder: Encoder) -> None:
     few = dataclasses.replace(encoder, tile_buckets=(1, 5))
-    with pytest.raises(UserError, match="record 000000: 7 tiles are over the largest bucket of 5"):
+    with pytest.raises(UserError, match="record 000000: needs 7 image tiles, more than the largest bucket"):
         next(iter(train_batches([samples[4], samples[0]], few, **TRAIN)))
     three = dataclasses.replace(
         samples[0], turns=(("human", "<image>" * 3), ("gpt", "x")), images=samples[0].images * 3
     )
-    with pytest.raises(UserError, match="record 000000: 3 images, over max_images 2"):
+    with pytest.raises(UserError, match=r"record 000000: has 3 images, more than data\.max_images=2"):
         next(iter(train_batches([three], encoder, **TRAIN)))
 
 

@@ -67,7 +67,7 @@ def test_questions_with_choices_and_without_images():
     [
         (
             {"messages": [{"role": "system", "content": "Be brief."}, USER]},
-            "has a system message: set data.system for all",
+            "has a system message: remove it, and set data.system",
         ),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
@@ -82,7 +82,7 @@ def test_questions_with_choices_and_without_images():
         ({"messages": []}, "'conversations' must be a non-empty list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "image": "b.png"},
-            "name every image in its message, or all of them in 'images'",
+            "some images are in messages, others in 'images'",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}, "'image' must be a path"),
         (

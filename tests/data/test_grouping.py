@@ -272,7 +272,9 @@ def test_stopping_names_the_record(broken: Path, encoder: Encoder) -> None:
         with pytest.raises(UserError, match=rf"\(record {name}\)"):
             next(iter(train_batches([records[name]], encoder, **{**TRAIN, "batch_size": 1}, sizes=sizes)))
     uncut = dataclasses.replace(encoder, max_length=100, truncate=False)
-    with pytest.raises(UserError, match=r"record good1: \d+ tokens with images, over max_length 100"):
+    with pytest.raises(
+        UserError, match=r"record good1: has \d+ tokens with its images, more than the maximum length 100"
+    ):
         sizes_of([records["good1"]], uncut)
     assert not sizes_of([records["good1"]], uncut, "skip").any()
 
@@ -280,7 +282,7 @@ def test_stopping_names_the_record(broken: Path, encoder: Encoder) -> None:
 def test_refused_settings(samples: list[Record], encoder: Encoder) -> None:
     plain = dataclasses.replace(encoder, length_buckets=None)
     for changed, options in ((plain, {"group_by": "length"}), (plain, {"on_error": "skip"}), (encoder, {})):
-        with pytest.raises(UserError, match="need sizes=measure"):
+        with pytest.raises(UserError, match="need record sizes: pass sizes=measure"):
             train_batches(samples, changed, **TRAIN, **options)
     for name in ("group_by", "on_error"):
         with pytest.raises(UserError, match=f"{name} 'lenght' is not one of"):

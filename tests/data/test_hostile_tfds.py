@@ -65,7 +65,7 @@ def test_a_class_that_a_file_names_is_not_imported(
     text = file.read_text()
     file.write_text(text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil_features.Text", 1))
     assert file.read_text() != text
-    assert "features.json: describes other features than `vlmprune tfds` writes: write it again" in refused(folder)
+    assert "features.json: describes features that `vlmprune tfds` does not write: write it again" in refused(folder)
     assert not (tmp_path / "ran").exists()
     assert "evil_features" not in sys.modules
 

@@ -52,10 +52,10 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (CLIP | {"resample": "bicubic"}, "$.resample"),
         (CLIP | {"do_resize": "yes"}, "$.do_resize"),
         (CLIP | {"do_normalize": 1}, "$.do_normalize"),
-        (CLIP | {"do_resize": False, "do_center_crop": False}, "do_resize and do_center_crop are off"),
+        (CLIP | {"do_resize": False, "do_center_crop": False}, "do_resize and do_center_crop are false"),
         (CLIP | {"image_processor_type": ["CLIPImageProcessor"]}, "$.image_processor_type"),
         (TILES | {"size": {"height": 28, "width": 28.5}}, "$.size.width"),
-        (TILES | {"size": {"height": 28, "width": 14}}, "must be a square"),
+        (TILES | {"size": {"height": 28, "width": 14}}, "must be square"),
         (TILES | {"image_mean": [float("nan")] * 3}, "$.image_mean["),
         (TILES | {"rescale_factor": "x"}, "$.rescale_factor"),
         (TILES | {"max_patches": 10**30}, "max_tiles"),
@@ -68,7 +68,7 @@ TILES = {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 28,
         (PATCHES | {"temporal_patch_size": 0}, "$.temporal_patch_size"),
         (PATCHES | {"merge_size": "2"}, "$.merge_size"),
         (PATCHES | {"merge_size": None, "image_mean": None}, "merge_size, image_mean"),
-        ({name: value for name, value in PATCHES.items() if name != "size"}, "min_pixels, max_pixels missing"),
+        ({name: value for name, value in PATCHES.items() if name != "size"}, "has no min_pixels, max_pixels"),
         (PATCHES | {"do_resize": False}, "do_resize false"),
         (PATCHES | {"rescale_factor": 0.5}, "rescale_factor 0.5"),
     ],
@@ -96,23 +96,29 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
 ) -> None:
     monkeypatch.setattr(images.WholeImage, "prepare", None)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"preprocessor_config.json: the image processor makes .* tower takes 56 x 56"):
+    with pytest.raises(
+        UserError, match=r"preprocessor_config.json: the image processor returns .* tower takes 56 x 56"
+    ):
         load_image_processor(tmp_path, aspect_ratio="pad", max_pixels=10**6, cache_bytes=0, image_size=56)
 
 
 @pytest.mark.parametrize(
     ("settings", "sizes", "words"),
     [
-        (PATCHES, {"patches": (1536, 2)}, "makes patches of 1176 values, 2 per side of a token, but the .* of 1536"),
+        (PATCHES, {"patches": (1536, 2)}, "returns patches of 1176 values, 2 per side of a token, but the .* of 1536"),
         (PATCHES, {"patches": (1176, 3)}, "but the vision tower takes patches of 1176 values, 3 per side of a token"),
-        (PATCHES, {"image_size": 56}, "makes patches of .* tower takes 56 x 56 pixels"),
-        (TILES, {"patches": (1176, 2)}, "makes 28 x 28 pixels, but the vision tower takes patches of 1176"),
-        (TILES, {"patches": (28, 28)}, "makes 28 x 28 pixels, but the vision tower takes patches of 28"),
-        (PATCHES, {"tiling": {"max_tiles": 3}}, "data.max_tiles set, but this model does not cut images into tiles"),
+        (PATCHES, {"image_size": 56}, "returns patches of .* tower takes 56 x 56 pixels"),
+        (TILES, {"patches": (1176, 2)}, "returns 28 x 28 pixels, but the vision tower takes patches of 1176"),
+        (TILES, {"patches": (28, 28)}, "returns 28 x 28 pixels, but the vision tower takes patches of 28"),
+        (
+            PATCHES,
+            {"tiling": {"max_tiles": 3}},
+            "this model does not cut images into tiles by their aspect ratio: unset data.max_tiles",
+        ),
         (
             TILES,
             {"max_image_tokens": 9, "slot_tokens": 10},
-            r"data.max_image_tokens=9: must be at least 10 \(10 tokens",
+            r"data.max_image_tokens=9: must be at least 10, since a tile has 10 tokens",
         ),
     ],
 )

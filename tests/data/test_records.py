@@ -129,7 +129,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "image": "../outside.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "sub/../a.png", "conversations": TALK}, "below the image root"),
         ({"id": "r1", "image": "/etc/passwd", "conversations": TALK}, "below the image root"),
-        ({"id": "r1", "image": "link_out.png", "conversations": TALK}, "link out of the image root"),
+        ({"id": "r1", "image": "link_out.png", "conversations": TALK}, "outside the image root"),
         ({"id": "r1", "image": "a/" * 4000, "conversations": TALK}, "does not exist"),
         (
             {"id": "r1", "image": "data:image/png;base64," + "A" * 9999, "conversations": TALK},
@@ -179,7 +179,7 @@ def test_malformed_record_names_file_and_record(tmp_path: Path, root: Path, entr
         ('[{"id": "", "conversations": []}]', "d.json", "record 0: id ''"),
         ('[{"id": true, "conversations": []}]', "d.json", "record 0: id True"),
         ('[{"id": "\\ud83d", "conversations": []}]', "d.json", "record 0: id '\\ud83d' must be"),
-        ("{}", "d.json", "its data sets yield no records"),
+        ("{}", "d.json", "the data sets in this file have no records"),
         ("[" * 100_000, "d.json", "not valid JSON"),
     ],
 )
@@ -265,7 +265,7 @@ def test_the_sets_that_internvl_lists(tmp_path: Path, root: Path, monkeypatch: p
         ({"annotation": "none.jsonl"}, "none.jsonl: no such file"),
         ({"repeat_time": 1.5}, "set seen: repeat_time 1.5"),
         ({"repeat_time": True}, "set seen: repeat_time True"),
-        ({"repeat_time": float("inf")}, "set seen: repeat_time inf must be a whole number up to 1000"),
+        ({"repeat_time": float("inf")}, "set seen: repeat_time inf must be an integer up to 1000"),
         ({"repeat_time": float("nan")}, "set seen: repeat_time nan"),
         ({"repeat_time": 1e308}, "set seen: repeat_time 1e+308"),
         ({"repeat_time": 10**9}, "set seen: repeat_time 1000000000"),

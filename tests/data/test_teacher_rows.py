@@ -42,7 +42,7 @@ def test_a_teachers_rows_of_another_shape(tmp_path: Path, ids: np.ndarray, logpr
     rows = TeacherRows(
         cache(tmp_path, **{f"{key}.ids": ids, f"{key}.logprobs": logprobs}), 3, "all", np.dtype("f4"), 100
     )
-    with pytest.raises(UserError, match=r"record r1: .* does not have its top 3 tokens: remove"):
+    with pytest.raises(UserError, match=r"record r1: .* does not have the teacher's top 3 tokens: remove"):
         rows.fill(dict(ROW), RECORD)
 
 
@@ -52,7 +52,9 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, wrong: int) -> None:
     ids[2, 1] = wrong
     arrays = {f"{key}.ids": ids, f"{key}.logprobs": np.zeros((4, 4), np.float32)}
     rows = TeacherRows(cache(tmp_path, **arrays), 3, "all", np.dtype("f4"), 100)
-    with pytest.raises(UserError, match=rf"record r1: .* {wrong}.*, the vocabulary has 0 to 99: remove that folder"):
+    with pytest.raises(
+        UserError, match=rf"record r1: .* {wrong}.*, but the vocabulary has 0 to 99: remove that folder"
+    ):
         rows.fill(dict(ROW), RECORD)
 
 

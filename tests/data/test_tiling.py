@@ -157,7 +157,7 @@ def test_headers_are_enough_to_count(goldens: Path, tmp_path: Path) -> None:
     [
         ({"force_image_size": None, "vision_config": {}}, "force_image_size is None"),
         ({"force_image_size": "448"}, "force_image_size is '448'"),
-        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected a whole number of at least 1"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0, expected an integer of at least 1"),
         ({"min_dynamic_patch": 9, "max_dynamic_patch": 4}, "config.json: image tiles: min_tiles 9 and max_tiles 4"),
         ({"max_dynamic_patch": 10**9}, "must be 1 <= min <= max <= 1000"),
     ],
@@ -173,8 +173,8 @@ def test_bad_chat_configs(goldens: Path, tmp_path: Path, change: dict[str, Any],
     ("change", "words"),
     [
         ({"do_normalize": False}, "do_normalize false is not supported"),
-        ({"size": {"height": 28, "width": 56}}, "must be a square"),
-        ({"size": {"shortest_edge": 28}}, "must be a square"),
+        ({"size": {"height": 28, "width": 56}}, "must be square"),
+        ({"size": {"shortest_edge": 28}}, "must be square"),
         ({"rescale_factor": 0.1}, "rescale_factor 0.1 is not supported"),
         ({"max_patches": "many"}, "Expected `int | null`, got `str` - at `$.max_patches`"),
     ],
@@ -187,5 +187,5 @@ def test_bad_tile_processors(tmp_path: Path, change: dict[str, Any], words: str)
 
 
 def test_tile_options_of_a_model_without_tiles(goldens: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.max_tiles set, but this model does not cut images into tiles"):
+    with pytest.raises(UserError, match=r"does not cut images into tiles by their aspect ratio: unset data\.max_tiles"):
         load(goldens / "ckpt/clip_tower", tiling={"max_tiles": 3, "thumbnail": None})

@@ -103,7 +103,7 @@ def test_named_processes_are_joined(joined, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (("host:1", 2, None), "set all of --coordinator=HOST:PORT"),
+        (("host:1", 2, None), "set --coordinator=HOST:PORT"),
         ((None, None, 0), "num_processes None, process_id 0"),
         (("host", 2, 0), "coordinator 'host' must be HOST:PORT"),
         (("host:port", 2, 0), "coordinator 'host:port' must be HOST:PORT"),
@@ -197,7 +197,7 @@ def test_rows_follow_the_devices_of_the_mesh(monkeypatch):
     assert [rows("abababab", host) for host in "ab"] == [list(range(8))] * 2  # each row is on both
     assert rows("aabbccdd", "abcd") == list(range(8))  # one process with the devices of all hosts: Pathways
     assert mesh.rows_of_process(None, 3).tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match=r"batch size 6 must be a positive multiple of data x fsdp = 4"):
+    with pytest.raises(UserError, match=r"batch size 6 must be a positive multiple of mesh.data x mesh.fsdp = 4"):
         mesh.rows_of_process(mesh.make_mesh(2, 2, 2), 6)
 
 

@@ -57,5 +57,5 @@ def test_wrong_arguments(goldens, folder, capsys, argv, message):
 
 
 def test_a_loaded_model_needs_its_folder(folder):
-    with pytest.raises(vp.UserError, match="a loaded model has no tokenizer: pass source_dir="):
+    with pytest.raises(vp.UserError, match="a model in memory has no tokenizer: pass source_dir="):
         vp.answer(vp.load(folder), None, QUESTION)

@@ -112,7 +112,9 @@ def test_an_interrupted_pass_continues(stand_in, tmp_path):
         return repeat(body) if len(count) <= 4 else sent({"error": "busy"}, status=503)(body)
 
     stand_in.replies[CHAT] = fails_later
-    with pytest.raises(UserError, match=r'chat/completions: HTTP error 503 \({"error": "busy"}\): check the server'):
+    with pytest.raises(
+        UserError, match=r'chat/completions: the server returned HTTP error 503 \({"error": "busy"}\): check its log'
+    ):
         ask(stand_in, records, Journal(tmp_path / "j", {"batches": 3}))
     stand_in.replies[CHAT], before = repeat, len(stand_in.asked)
     replies = ask(stand_in, records, Journal(tmp_path / "j", {"batches": 3}))
@@ -147,7 +149,9 @@ def test_servers_that_cannot_be_asked(stand_in):
     for url in ("file:///etc/passwd", "localhost:8000", "http://"):
         with pytest.raises(UserError, match="must be an address such as"):
             Server.connect(url)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/v1/models: no answer \(.*refused.*\): start the server"):
+    with pytest.raises(
+        UserError, match=r"127\.0\.0\.1:1/v1/models: the server does not answer \(.*refused.*\): start it"
+    ):
         Server.connect("http://127.0.0.1:1/v1")
     stand_in.replies[MODELS] = sent({"data": [{"id": "a"}, {"id": "b"}]})
     with pytest.raises(UserError, match="lists 2 models, expected 1"):

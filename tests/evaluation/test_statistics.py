@@ -109,7 +109,7 @@ def test_a_users_aggregate_is_worked_out_for_every_sample():
 
 def test_no_interval_where_the_unpruned_model_may_score_nothing():
     assert retained_interval(ACCURACY, rights([1, 0]), rights([1, 0]), questions(2)) is None
-    with pytest.raises(UserError, match="1 and 2 answers: both models must answer the same questions"):
+    with pytest.raises(UserError, match="1 and 2 answers: both must answer the same questions"):
         retained_interval(ACCURACY, rights([1]), rights([1, 0]), questions(2))
     with pytest.raises(UserError, match="0 and 0 answers"):
         retained_interval(ACCURACY, [], [], [])

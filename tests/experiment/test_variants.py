@@ -34,13 +34,15 @@ def ratios(experiment, folder):
 def test_variants_that_set_it_too_are_named(config):
     with pytest.raises(
         UserError,
-        match=r"^--config.prune.ratio: the variants depth, width set prune.ratio as well: set "
+        match=r"^--config.prune.ratio: the variants depth, width also set prune.ratio: set "
         r"prune_variants.NAME.prune.ratio, or --only=NAME$",
     ):
         read_experiment(config, explicit=["prune.ratio"])
-    with pytest.raises(UserError, match=r"--config.reconstruct.method: the variants width set"):
+    with pytest.raises(UserError, match=r"--config.reconstruct.method: the variants width also set"):
         read_experiment(config, explicit=["reconstruct.method"])
-    with pytest.raises(UserError, match=r"recover.losses.ce: the variants sft set .* recover_variants.NAME.recover"):
+    with pytest.raises(
+        UserError, match=r"recover.losses.ce: the variants sft also set .* recover_variants.NAME.recover"
+    ):
         read_experiment(config, explicit=["recover.losses.ce"])
     read_experiment(config, explicit=["prune.protect", "recover.losses.l2", "prune_variants.depth.prune.ratio"])
 
@@ -57,27 +59,30 @@ def test_variants_are_chosen_by_pattern(config, tmp_path):
     (pruned,) = prune_runs(read_experiment(config, only="width,sft"), tmp_path)
     assert [run.name for run in recover_runs(pruned)] == ["width-sft"]
     assert len(prune_runs(read_experiment(config, only="sft"), tmp_path)) == 2
-    with pytest.raises(UserError, match="--only=widht: fits no variant; did you mean 'width'"):
+    with pytest.raises(UserError, match="--only=widht: matches no variant; did you mean 'width'"):
         read_experiment(config, only="depth,widht")
-    with pytest.raises(UserError, match=r"--only=a: fits no variant .this config has no variants"):
+    with pytest.raises(UserError, match=r"--only=a: matches no variant .this config has no variants"):
         read_experiment(experiment_config(), only="a")
 
 
 def test_a_sweep_does_not_set_what_variants_set(config):
-    with pytest.raises(UserError, match=r"config.prune.ratio: the variants depth, width set prune.ratio as well"):
+    with pytest.raises(UserError, match=r"config.prune.ratio: the variants depth, width also set prune.ratio"):
         sweep_runs(read_experiment(config), [{"config.prune.ratio": 0.2}])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.prune.ratio=0.1"], "--config.prune.ratio: the variants depth, width_reconstructed set prune.ratio"),
-        (["--config.prune.ratio=None"], "--config.prune.ratio: the variants depth, width_reconstructed set"),
+        (
+            ["--config.prune.ratio=0.1"],
+            "--config.prune.ratio: the variants depth, width_reconstructed also set prune.ratio",
+        ),
+        (["--config.prune.ratio=None"], "--config.prune.ratio: the variants depth, width_reconstructed also set"),
         (["--config.prune.ratio=30"], "prune.ratio=30.0 must be at least 0 and below 1 (0.3 is 30 %)"),
         (["--config.prune.ratio=-0.1"], "prune.ratio=-0.1 must be at least 0 and below 1"),
         (["--config.prune.method=deep"], "prune.method 'deep' is not one of depth, width, hybrid; did you mean"),
         (["--config.prune_variants.depth.prune.ratio=3"], "prune.ratio=3.0 must be at least 0 and below 1"),
-        (["--only=dept"], "--only=dept: fits no variant; did you mean 'depth'"),
+        (["--only=dept"], "--only=dept: matches no variant; did you mean 'depth'"),
     ],
 )
 def test_the_demo_refuses_at_its_start(flags, message, tmp_path, capsys):

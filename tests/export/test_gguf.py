@@ -220,7 +220,7 @@ def test_what_llama_cpp_does_not_compute(tmp_path):
     refused("qwen3 has no biases .qkv_bias, out_bias.", load(source), tmp_path / "out", source_dir=source)
     source = byte_tokenizer(make_folder(tmp_path / "c", {**PHI, "vocab_size": 260, "hidden_act": "gelu_new"}))
     # 6 heads of 12 channels in 48
-    refused("no number of zero heads makes 4", load(source), tmp_path / "out", source_dir=source, uneven="pad")
+    refused("no zero padding makes 4", load(source), tmp_path / "out", source_dir=source, uneven="pad")
     silu = {**LLAVA["text_config"], "hidden_act": "silu"}
     source = make_folder(tmp_path / "d", {**LLAVA, "text_config": silu})
     refused("projector with activation relu", load(source), tmp_path / "out", source_dir=source)
@@ -239,7 +239,7 @@ def test_options_that_do_not_fit(tmp_path, models):
         layout="transformers",
     )
     refused('no layers of unequal width.*uneven="pad"', prune(model, UNEVEN), out, source_dir=source, uneven="refuse")
-    with pytest.raises(UserError, match="quantize 'q8_0' is not for format 'huggingface'"):
+    with pytest.raises(UserError, match="quantize 'q8_0' is not supported by format 'huggingface'"):
         save(model, out, source_dir=source, quantize="q8_0")
     with pytest.raises(UserError, match="format 'onnx' is not one of huggingface, compressed-tensors, gguf"):
         save(model, out, source_dir=source, format="onnx")
@@ -247,7 +247,7 @@ def test_options_that_do_not_fit(tmp_path, models):
     refused("exists already", model, out, source_dir=source)
     save(model, out, source_dir=source, format="gguf", overwrite=True)
     for place in (out, next(out.glob("*.gguf"))):
-        with pytest.raises(UserError, match=r"is for llama\.cpp .GGUF.: give the Hugging Face folder"):
+        with pytest.raises(UserError, match=r"is a GGUF file for llama\.cpp: name the Hugging Face folder"):
             load(place)
 
 
@@ -267,5 +267,5 @@ def test_a_damaged_file_is_no_export(tmp_path, models):
     source, model = models("llama")
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     other = model.replace(params=unflatten({k: v[..., ::-1] for k, v in flatten(model.params).items()}))
-    with pytest.raises(UserError, match="read back its logits differ"):
+    with pytest.raises(UserError, match="logits of the GGUF file differ"):
         check_gguf(other, tmp_path / "out", source_dir=source, uneven="per_layer")

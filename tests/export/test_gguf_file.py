@@ -90,7 +90,7 @@ def test_padded_channels_weigh_nothing(tmp_path):
     ):
         sums = found[f"blk.1.{tensor}.weight.in_sum2"]
         assert (sums.size, np.count_nonzero(sums)) == (width, real)
-    with pytest.raises(UserError, match="the importance is not of this model"):
+    with pytest.raises(UserError, match="the importance matrix belongs to another model"):
         vp.save(whole, tmp_path / "no", source_dir=source, format="gguf", imatrix=weighed)
     with pytest.raises(UserError, match=r"needs a GGUF file without quantisation.*not 'q8_0'"):
         vp.save(model, tmp_path / "no", source_dir=source, format="gguf", quantize="q8_0", imatrix=weighed)

@@ -140,9 +140,9 @@ def refused(source, tmp_path, part):
 
 def test_folders_without_a_fitting_tokenizer(tmp_path):
     source = make_folder(tmp_path / "source", {**LLAMA, "hidden_act": "silu"})
-    refused(source, tmp_path, r"has no tokenizer, which llama\.cpp needs")
+    refused(source, tmp_path, r"has no tokenizer files, which llama\.cpp needs")
     byte_tokenizer(source)
-    refused(source, tmp_path, "has token id 259, but the model has 97 words")
+    refused(source, tmp_path, "has token id 259, but the vocabulary has 97 rows")
     content = json.loads((source / "tokenizer.json").read_text())
     content["model"] = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
     (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": []}))

@@ -66,14 +66,22 @@ def test_the_license_of_the_source_comes_along(exported, tmp_path):
 @pytest.mark.parametrize(
     ("options", "repository", "message"),
     [
-        ({"license": "mit"}, "me/x", r"the metadata lacks base_model: set export\.base_model=ORG/NAME"),
-        ({"name": "org/base"}, "me/x", r"the metadata lacks license: set export\.license=NAME"),
+        (
+            {"license": "mit"},
+            "me/x",
+            r"the metadata of the model card lacks base_model: set export\.base_model=ORG/NAME",
+        ),
+        ({"name": "org/base"}, "me/x", r"the metadata of the model card lacks license: set export\.license=NAME"),
         (
             {"name": "org/base", "license": "mit"},
             "x",
-            "push to the hub, x: it has no organisation or user: give ORG/NAME",
+            r"x: cannot upload to the hub \(it has no organisation or user\): give ORG/NAME",
         ),
-        ({"name": "org/base", "license": "mit"}, "me/a b", "push to the hub, me/a b: Repo id must use alphanumeric"),
+        (
+            {"name": "org/base", "license": "mit"},
+            "me/a b",
+            "me/a b: cannot upload to the hub .Repo id must use alphanumeric",
+        ),
     ],
 )
 def test_what_cannot_be_uploaded(exported, options, repository, message):
@@ -83,7 +91,7 @@ def test_what_cannot_be_uploaded(exported, options, repository, message):
 
 def test_without_a_network_it_is_one_line(exported):
     """The tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(vp.UserError, match=r"push to the hub, me/x: .*offline.*: give ORG/NAME, log in by"):
+    with pytest.raises(vp.UserError, match=r"me/x: cannot upload to the hub .*offline.*: give ORG/NAME, log in by"):
         vp.push(exported(name="org/base", license="mit"), "me/x")
 
 
@@ -91,7 +99,7 @@ def test_a_malformed_card_is_not_uploaded(exported):
     out = exported(name="org/base", license=": [")  # in quotes in the card
     assert vp.push(out, "me/x", dry_run=True).files
     (out / "README.md").write_text("---\nbase_model: org/base\nlicense: : [\n---\n")
-    with pytest.raises(vp.UserError, match=r"README\.md: its metadata is malformed"):
+    with pytest.raises(vp.UserError, match=r"README\.md: the metadata of the model card is malformed"):
         vp.push(out, "me/x", dry_run=True)
 
 
@@ -99,5 +107,5 @@ def test_nothing_outside_is_uploaded(exported, tmp_path):
     out = exported(name="org/base", license="mit")
     (tmp_path / "key").write_text("secret")
     (out / "key").symlink_to(tmp_path / "key")
-    with pytest.raises(vp.UserError, match=r"key: is a link to .*, through which"):
+    with pytest.raises(vp.UserError, match=r"key: is a symbolic link to .*, and vlmprune"):
         vp.push(out, "me/pruned", dry_run=True)

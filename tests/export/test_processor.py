@@ -114,13 +114,13 @@ def test_refusals(goldens):
     with pytest.raises(UserError, match=f"data.{limit}"):
         load_image_processor(tower, **OPTIONS, max_image_tokens=9, slot_tokens=cfg.tokens_per_image)
     _, text = read_config(goldens / "ckpt/llama_gqa", None)
-    with pytest.raises(UserError, match="takes no images: unset it"), limited_images(source, 9, text):
+    with pytest.raises(UserError, match="takes no images: unset the limit"), limited_images(source, 9, text):
         pass
     for name, most, told in (
-        ("gemma4", 100, r"must be one of the model's budgets \(70, 140, 280, 560, 1120\)"),
-        ("internvl3", 8, r"must be at least 9 \(9 tokens per tile\)"),
-        ("smolvlm", 3, "must be at least 4, the tokens of an image that is not split"),
-        ("gemma3", 15, "must be at least 16, the tokens of an image without crops"),
+        ("gemma4", 100, r"must be one of the model's token budgets \(70, 140, 280, 560, 1120\)"),
+        ("internvl3", 8, r"must be at least 9, since a tile has 9 tokens"),
+        ("smolvlm", 3, "must be at least 4, the number of tokens of an image that is not split"),
+        ("gemma3", 15, "must be at least 16, the number of tokens of an image without crops"),
     ):
         folder = goldens / "families" / name / "ckpt"
         _, cfg = read_config(folder, None)

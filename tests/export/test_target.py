@@ -38,7 +38,7 @@ def refused(source, name, said):
 def test_links_out_of_the_folder(source, name, target):
     (source / name).parent.mkdir(parents=True, exist_ok=True)
     (source / name).symlink_to(target.format(tmp=source.parent))
-    said = "is a link out of the folder" if os.path.exists(source / name) else "which does not exist"
+    said = "outside the folder" if os.path.exists(source / name) else "which does not exist"
     refused(source, name, said)
 
 
@@ -46,7 +46,7 @@ def test_a_linked_folder_of_templates(source):
     (source.parent / "private").mkdir()
     (source.parent / "private/a.jinja").write_text("private")
     (source / TEMPLATES).symlink_to("../private")
-    refused(source, TEMPLATES, "is a link out of the folder")
+    refused(source, TEMPLATES, "outside the folder")
     (source / TEMPLATES).unlink()
     (source / TEMPLATES).mkdir()
     (source / TEMPLATES / "more").symlink_to("../../private")
@@ -72,7 +72,7 @@ def test_a_fifo_and_a_huge_file(source):
     (source / "LICENSE").unlink()
     with (source / "LICENSE").open("wb") as file:
         file.truncate(2**40)
-    refused(source, "LICENSE", r"has 1,099,511,627,776 bytes, over the maximum")
+    refused(source, "LICENSE", r"has 1,099,511,627,776 bytes, more than the maximum")
 
 
 def test_what_is_copied(source):

@@ -59,7 +59,7 @@ def test_file_surgery_is_surgery_in_memory(tmp_path, sources):
     save(apply_plan(model, plan), tmp_path / "memory", source_dir=source, plan=plan, dtype="float32")
     for file in sorted((tmp_path / "files").iterdir()):
         assert file.read_bytes() == (tmp_path / "memory" / file.name).read_bytes(), file.name
-    with pytest.raises(UserError, match="its vocabulary has 640 rows, the model's 440: pass the plan"):
+    with pytest.raises(UserError, match="has a vocabulary of 640 rows, but the model has 440: pass the plan"):
         save(apply_plan(model, plan), tmp_path / "again", source_dir=source)
 
 
@@ -137,11 +137,11 @@ def test_without_tokenizer_json(tmp_path, goldens):
             lambda folder: (folder / "tokenizer.json").write_text(
                 (folder / "tokenizer.json").read_text().replace('"<pad>"', '"<else>"')
             ),
-            "its tokenizer is not the one that the plan was made with",
+            "its tokenizer differs from the one that the plan was made with",
         ),
         (
             lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 599}'),
-            "generation_config.json: eos_token_id is token 599, which the plan does not keep|drops token 599",
+            "generation_config.json: eos_token_id is token 599, which the plan removes|removes token 599",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_ids_in_configs():
         "token_count": 3,
     }
     assert ids_in(config) == {2: "eos_token_id", 7: "eos_token_id", -1: "pad_token_id"}
-    with pytest.raises(UserError, match=r"config\.json: bos_token_id is token 1, which the plan does not keep"):
+    with pytest.raises(UserError, match=r"config\.json: bos_token_id is token 1, which the plan removes"):
         trim_config({"bos_token_id": 1}, KEPT, "config.json")
 
 

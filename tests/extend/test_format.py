@@ -72,7 +72,7 @@ def test_the_printed_format_is_written_checked_and_described(command, tmp_path, 
         ("format=jax_parametres", "did you mean 'jax_parameters'?"),
         ("dtype=source", "export.dtype 'source' is not one of float32, bfloat16, float16"),
         ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
-        ("quantize=q8_0", "quantize 'q8_0' is not for format 'jax_parameters' (there is none)"),
+        ("quantize=q8_0", "quantize 'q8_0' is not supported by format 'jax_parameters' (supported: none)"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(command, tmp_path, capsys, flag, message):

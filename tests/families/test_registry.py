@@ -54,7 +54,7 @@ def test_a_conversion_to_what_takes_no_models(tmp_path, to):
     model = vp.load(make_vlm_folder(tmp_path / "chat", internvl_chat_config("qwen2") | {"force_image_size": 24}))
     conversion = Conversion(to=to, new_token="<x>", marks_images=False)
     FAMILIES["internvl-original"] = dataclasses.replace(FAMILIES["internvl-original"], conversion=conversion)
-    with pytest.raises(UserError, match=f"internvl: conversion.to='{to}' accepts no .*use one of llava, internvl"):
+    with pytest.raises(UserError, match=f"internvl: conversion.to='{to}' names a layout .*use one of llava, internvl"):
         vp.save(model, tmp_path / "out", source_dir=tmp_path / "chat", layout="transformers")
 
 
@@ -64,7 +64,7 @@ def test_limits_of_the_class_that_takes_a_model(tmp_path):
     model = vp.load(make_vlm_folder(tmp_path / "chat", config))
     llava = Conversion(to="llava", new_token="<image>", marks_images=True)
     FAMILIES["internvl-original"] = dataclasses.replace(FAMILIES["internvl-original"], conversion=llava)
-    with pytest.raises(UserError, match=r'its internvl class has no pixel shuffle: use layout "source"'):
+    with pytest.raises(UserError, match=r'internvl class does not support pixel shuffle: use layout "source"'):
         vp.save(model, tmp_path / "out", source_dir=tmp_path / "chat", layout="transformers")
     assert not (tmp_path / "out").exists()
 

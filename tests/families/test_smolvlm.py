@@ -78,7 +78,7 @@ def test_positions_are_those_of_the_formula(model):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pixel_attention_mask": np.ones((1, 2, 24, 23))}, r"mask has shape \[1, 2, 24, 23\], but pixel_values \["),
+        ({"pixel_attention_mask": np.ones((1, 2, 24, 23))}, r"mask has shape \[1, 2, 24, 23\] and pixel_values \["),
         ({"pixel_values": np.zeros((2, 2, 3, 24, 24), np.float32)}, r"for 1 rows with up to 4 image positions"),
         ({"input_ids": np.full((1, 12), 350)}, r"up to 12 image positions: a row has room for 8 \(4 per image\)"),
         ({"pixel_values": np.zeros((1, 2, 3, 21, 24), np.float32)}, r"expected \[images, 3, 24, 24\]"),
@@ -91,7 +91,7 @@ def test_arrays_that_do_not_fit(model, row, change, words):
 
 def test_scores_are_of_whole_images(model, row):
     batch = row | {"attention_mask": np.ones_like(row["input_ids"])}
-    with pytest.raises(UserError, match="hides parts of images, but scoring takes whole images"):
+    with pytest.raises(UserError, match="hides parts of images, but scoring needs whole images"):
         vp.score(model, [batch], criterion="block_influence")
 
 
@@ -99,7 +99,7 @@ def test_a_mask_for_a_tower_that_has_no_use_for_it(goldens):
     model = vp.load(goldens / "families/internvl3/ckpt")
     pixels, mask = np.zeros((1, 3, 30, 30), np.float32), np.tri(30, dtype=int)[None]
     ids = np.full((1, 9), model.cfg.image_token_id)
-    with pytest.raises(UserError, match="this model's tower takes whole images only"):
+    with pytest.raises(UserError, match="this model's vision tower takes only whole images"):
         vp.forward(model, ids, pixel_values=pixels, pixel_attention_mask=mask)
 
 
@@ -184,7 +184,7 @@ def test_a_position_table_with_impossible_cells(folder, tmp_path):
         shutil.copy(path, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     for change, words in (
-        ({"scale_factor": 3}, "cannot be downsampled by 3"),
+        ({"scale_factor": 3}, "are not divisible by the downsampling factor 3"),
         ({"scale_factor": 0}, "scale_factor"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -230,10 +230,10 @@ def test_rows_and_buckets(goldens, folder, model):
         assert np.abs(row["pixel_values"][slots:]).max(initial=0) == 0
         prompt = encoder.prompt_ids(record)
         assert row["input_ids"][: len(prompt)].tolist() == prompt.tolist()
-    with pytest.raises(UserError, match=r"record two: \d+ tokens with images, over max_length 50"):
+    with pytest.raises(UserError, match=r"record two: has \d+ tokens with its images, more than the maximum length 50"):
         dataclasses.replace(encoder, max_length=50, truncate=False).training_row(records[3])
-    with pytest.raises(UserError, match="record two: 8 tiles are over the largest bucket of 5"):
+    with pytest.raises(UserError, match="record two: needs 8 image tiles, more than the largest bucket"):
         dataclasses.replace(encoder, tile_buckets=(1, 5)).shape_of(records)
     fewer = dataclasses.replace(records[3], images=records[3].images[:1])
-    with pytest.raises(UserError, match="record two: its text contains <image>, the token of image positions"):
+    with pytest.raises(UserError, match="record two: its text contains <image>, the placeholder token of images"):
         encoder.training_row(fewer)

@@ -87,7 +87,11 @@ def test_fields_that_cannot_be(capsys, folder, plan, changes, said):
 
 def test_ratios_of_the_pixel_shuffle(goldens, tmp_path):
     folder = copy_golden(goldens, "internvl", tmp_path / "folder")
-    for ratio, said in ((5e-324, "expected a number above 0"), (0.3, "1 / a whole number"), (2.0, "1 / a whole")):
+    for ratio, said in (
+        (5e-324, "expected a number above 0"),
+        (0.3, "1 divided by an integer"),
+        (2.0, "1 divided by an"),
+    ):
         edit_config(folder, downsample_ratio=ratio)
         with pytest.raises(UserError, match=f"config.json: downsample_ratio.*{said}"):
             read_config(folder)
@@ -101,7 +105,7 @@ def test_a_thousand_layers_in_seconds(capsys, folder, plan, widths):
     shapes = [[4, 4, 80 + number % widths] for number in range(layers)]
     edit_config(folder, text_config={**config["text_config"], "num_hidden_layers": layers, "per_layer_shapes": shapes})
     before = time.monotonic()
-    refused_by_all(capsys, folder, plan, "has shape [48, 48], config.json says", "more: use a complete")
+    refused_by_all(capsys, folder, plan, "has shape [48, 48], config.json says", "more): use a complete")
     assert time.monotonic() - before < 20
 
 
@@ -235,6 +239,6 @@ def test_no_weights_at_all(capsys, tmp_path):
     source = make_folder(tmp_path / "source", LLAMA)
     plan = keep_layers(vp.load(source), [1])[1]
     (source / "model.safetensors").unlink()
-    refused_by_all(capsys, source, plan, f"{source}: no weights", "model.safetensors")
+    refused_by_all(capsys, source, plan, f"{source}: contains no weights", "model.safetensors")
     save_file({}, source / "model.safetensors")
     refused_by_all(capsys, source, plan, f"{source}: ", "missing key model.embed_tokens.weight")

@@ -48,7 +48,7 @@ def test_a_file_and_its_entries_are_the_same_rows(goldens: Path, entries: list[d
         ({"max_lenght": 3}, "max_length"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"images": None}, "there is no image folder"),
-        ({"max_length": 3, "truncate": False}, "over max_length 3"),
+        ({"max_length": 3, "truncate": False}, "more than the maximum length 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(goldens: Path, entries: list[dict], change: dict, message: str) -> None:

@@ -243,7 +243,7 @@ def test_parameters_of_mini_internvl(goldens, tmp_path):
         ("internvl", {"vision_config": {"norm_type": "rms_norm"}}, "norm_type"),
         ("internvl", {"downsample_ratio": 0.3}, "downsample_ratio"),
         ("internvl", {"ps_version": "v3"}, "ps_version"),
-        ("internvl", {"force_image_size": 70}, "cannot be downsampled"),
+        ("internvl", {"force_image_size": 70}, "are not divisible by the downsampling factor"),
         ("internvl", {"llm_config": {"model_type": "internlm2"}}, "internlm2"),
         ("bunny", {"mm_projector_type": "linear"}, "mm_projector_type"),
         ("bunny", {"use_s2": True}, "use_s2"),

@@ -113,7 +113,7 @@ def test_damaged_or_unsafe_bin(goldens, tmp_path):
     torch.save({"model.norm.weight": pytest.approx(1)}, path)  # an object that must not be unpickled
     refused(folder, "pytorch_model.bin", "state dict", vision_dir=tower)
     torch.save({"step": 3}, path)
-    refused(folder, "step is a int", "maps names to plain tensors", vision_dir=tower)
+    refused(folder, "step is a int", "contains only plain tensors", vision_dir=tower)
 
 
 def test_threads_share_the_rows_of_a_tensor(goldens, monkeypatch):
@@ -306,7 +306,7 @@ def test_index_naming_a_key_that_its_shard_does_not_hold(goldens, tmp_path):
     def edit(folder, index):
         index["weight_map"]["language_model.model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00002.safetensors"
 
-    refused(sharded(goldens, tmp_path, edit), "layers.9.mlp.up_proj", "does not hold it")
+    refused(sharded(goldens, tmp_path, edit), "layers.9.mlp.up_proj", "does not contain it")
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, {"a": "../other/model.safetensors"}])
@@ -378,7 +378,7 @@ def test_weights_that_are_not_finite(llama, stored, value):
         return tensors
 
     edit_weights(llama, edit)
-    refused(llama, KEY, "holds 1 NaN or infinite")
+    refused(llama, KEY, "has 1 NaN or infinite")
 
 
 def test_weights_too_large_for_the_dtype(llama):

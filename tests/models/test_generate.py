@@ -150,7 +150,7 @@ def test_sliding_window_across_a_shared_prefix():
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"attention_mask": np.zeros((1, 3), int)}, "row 0 of the prompts is all padding"),
+        ({"attention_mask": np.zeros((1, 3), int)}, "row 0 of the prompts contains only padding"),
         ({"input_ids": np.array([[1, 2, 99999]])}, "outside the vocabulary of 416"),
         ({"input_ids": np.array([[1, IMAGE, 2]])}, "pixel_values is missing"),
     ],

@@ -34,10 +34,10 @@ ROWS = np.array([[1, IMAGE, IMAGE, 1, 1], [1, 1, IMAGE, IMAGE, IMAGE]])
 @pytest.mark.parametrize(
     ("grids", "said"),
     [
-        (None, r"row 0 holds 2 image tokens, but its image_grid_thw \[\] make 0"),
-        ([[1, 2, 4], [1, 4, 4]], "row 1 holds 3 image tokens, .* make 4"),
-        ([[1, 2, 4], [1, 2, 6], [1, 2, 2]], "row 1 holds 3 image tokens, .* make 4"),
-        ([[[1, 2, 4]], [[0, 0, 0]]], "row 1 holds 3 image tokens, .* make 0"),
+        (None, r"row 0 has 2 image tokens, but its image_grid_thw \[\] need 0"),
+        ([[1, 2, 4], [1, 4, 4]], "row 1 has 3 image tokens, .* need 4"),
+        ([[1, 2, 4], [1, 2, 6], [1, 2, 2]], "row 1 has 3 image tokens, .* need 4"),
+        ([[[1, 2, 4]], [[0, 0, 0]]], "row 1 has 3 image tokens, .* need 0"),
         ([[1, 2, 4], [1, 3, 4]], r"\[1, 3, 4\]: .* multiples of 2"),
         ([[1, 2, 4], [3, 2, 2]], r"\[3, 2, 2\] has several frames"),
         ([[2, 4], [2, 6]], r"has shape \[2, 2\]"),

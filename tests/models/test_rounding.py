@@ -84,5 +84,7 @@ def test_a_model_trained_through_the_rounding_is_better_rounded(tmp_path):
 
 
 def test_adapters_are_refused():
-    with pytest.raises(UserError, match=r'recover.quantize="w4a16" rounds whole weights, .* set recover.trainable to'):
+    with pytest.raises(
+        UserError, match=r'recover.quantize="w4a16" rounds the decoder.s weights, .* set recover.trainable to'
+    ):
         RecoverConfig(quantize="w4a16")

@@ -167,7 +167,7 @@ def test_cached_features_take_the_tower_out_of_the_plan(experiment_file, monkeyp
     assert (features.shape, features.dtype) == ((8, 1, 4, 64), jnp.bfloat16)
     flags += ["--config.data.feature_cache=features", "--config.recover.trainable=all"]
     assert main(["plan", *flags]) == 2
-    assert "trains the vision tower, whose features then change" in capsys.readouterr().err
+    assert "trains the vision tower, which changes its features" in capsys.readouterr().err
 
 
 def test_a_search_doubles_rows_and_shrinks_the_slice(experiment_file, monkeypatch):

@@ -98,11 +98,11 @@ def test_bytes_are_kept_to(folder, tmp_path, capsys):
         plan = predict_plan(experiment_of(path), cfg)
         assert 0.7 * whole < 2 * plan.parameters_after <= 0.8 * whole
         assert "asked: 20 % of all parameters" in out
-    assert f"the weights need only {whole:,} bytes in bfloat16: no pruning is needed" in failing(
+    assert f"the unpruned weights have only {whole:,} bytes in bfloat16, so no pruning is needed" in failing(
         capsys, f"--model={folder}", "--bytes=2GB"
     )
     err = failing(capsys, f"--model={folder}", "--bytes=1000")
-    assert "--bytes: prune.budget.disk_bytes=1,000: cannot be reached within these settings, the nearest is" in err
+    assert "--bytes: prune.budget.disk_bytes=1,000: cannot be reached with these settings (nearest:" in err
 
 
 def test_words(folder, capsys):
@@ -165,7 +165,7 @@ def test_names_and_values_of_a_guide_are_literals_in_the_config(folder, tmp_path
 
 def test_what_is_refused(folder, tmp_path, capsys):
     model, ratio = f"--model={folder}", "--ratio=0.2"
-    assert "no model given: --model=DIR" in failing(capsys, ratio)
+    assert "no model given: add --model=DIR" in failing(capsys, ratio)
     assert "nowhere" in failing(capsys, f"--model={tmp_path / 'nowhere'}", ratio)
     both = "give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)"
     assert both in failing(capsys, model)

@@ -89,7 +89,7 @@ def test_layers_with_features_stay(goldens):
             vp.make_plan(lowest, model.cfg, method="depth", **options)
     with pytest.raises(UserError, match=r"decoder has 1 layers, but .* first 2"):
         keep_layers(model, [4])
-    with pytest.raises(UserError, match=r"blocks of this vision tower cannot be removed"):
+    with pytest.raises(UserError, match=r"layers of this vision tower cannot be removed"):
         vp.make_plan(
             vp.score(model, [batch], criterion="block_influence", stack="vision"),
             model.cfg, method="depth", layers_removed=1,

@@ -36,17 +36,17 @@ def test_stacks_refuse(layers, message):
 def test_a_vocabulary_trimmed_twice_is_one_vocabulary_in_original_ids():
     first, second = KeptVocabulary(10, (0, 2, 3, 7), "first"), KeptVocabulary(4, (1, 3), "second")
     assert first.then(second) == KeptVocabulary(10, (2, 7), "first")
-    with pytest.raises(UserError, match="the second is for another vocabulary than the first leaves"):
+    with pytest.raises(UserError, match="the second plan is for another vocabulary than the first plan leaves"):
         first.then(first)
 
 
 @pytest.mark.parametrize("kept", [(), (3, 2), (700,)])
 def test_vocabularies_refuse(kept):
-    with pytest.raises(UserError, match=r"kept tokens .* are not increasing ids below 640"):
+    with pytest.raises(UserError, match=r"kept tokens .* are not ascending ids below 640"):
         KeptVocabulary(640, kept, "")
 
 
 def test_a_vocabulary_of_another_size_is_refused():
     cfg = config(EQUAL)
-    with pytest.raises(UserError, match=f"its vocabulary has 9 rows, this model's {cfg.text.vocab_size}"):
+    with pytest.raises(UserError, match=f"the plan's vocabulary has 9 rows, this model's {cfg.text.vocab_size}"):
         KeptVocabulary(9, (1, 2), "").apply_to(cfg)

@@ -36,5 +36,5 @@ def test_layers_behind_a_cut_come_nearer_to_the_dense_stream(tmp_path, monkeypat
 def test_a_plan_without_removed_layers_is_refused():
     teacher = model(config(EQUAL))
     plan = narrow(teacher, 6)
-    with pytest.raises(UserError, match="removes no layer"):
+    with pytest.raises(UserError, match="needs a plan that removes layers"):
         reconstruct(apply_plan(teacher, plan), plan, teacher, rows(), method="layerwise")

@@ -224,9 +224,9 @@ def test_bad_input():
     teacher = model(config(EQUAL))
     plan = hybrid(teacher)
     pruned = apply_plan(teacher, plan)
-    with pytest.raises(UserError, match="plan of another model: same shapes, other weights"):
+    with pytest.raises(UserError, match="plan of another model: shapes are equal, but fingerprints differ"):
         reconstruct(pruned, plan, model(config(EQUAL), seed=1), rows())
-    with pytest.raises(UserError, match="is not made by this plan from this teacher"):
+    with pytest.raises(UserError, match="was not made with this plan from this teacher"):
         reconstruct(teacher, plan, teacher, rows())
     with pytest.raises(UserError, match="at least 2 calibration rows"):
         reconstruct(pruned, plan, teacher, rows(1, batch=1))
@@ -238,5 +238,5 @@ def test_bad_input():
     flat["text/embed_tokens/weight"][int(rows()[0]["input_ids"][2, 1])] = np.nan
     broken = teacher.replace(params=unflatten(flat))
     own = dataclasses.replace(plan, fingerprint=fingerprint(broken))
-    with pytest.raises(UserError, match=r"o_proj of layer 0 are not finite in row 2 of"):
+    with pytest.raises(UserError, match=r"o_proj in layer 0 are not finite in row 2 of"):
         reconstruct(apply_plan(broken, own), own, broken, rows()[:1])

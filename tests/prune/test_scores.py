@@ -67,7 +67,7 @@ def test_load_refuses(tmp_path):
     with pytest.raises(UserError, match=r"other.npz: cannot be read \('meta' is missing\): score again"):
         Scores.load(tmp_path / "other.npz")
     np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
-    with pytest.raises(UserError, match=r"new.npz: scores of format 9, this version reads 1"):
+    with pytest.raises(UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 1"):
         Scores.load(tmp_path / "new.npz")
 
 
@@ -80,18 +80,22 @@ ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
     [
         ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
         ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
-        ({"layers": 2}, {}, "its arrays are not those of 2 layers"),
-        ({"layers": 0}, {}, "its arrays are not those of 0 layers"),
+        ({"layers": 2}, {}, "its arrays do not match the 2 layers"),
+        ({"layers": 0}, {}, "its arrays do not match the 0 layers"),
         ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
         ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
         ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
         ({"format": True}, {}, "Expected `int`, got `bool`"),
-        ({}, {"mlp_0": np.ones((3, 1))}, r"mlp_0 is float64\[3, 1\], not a row of numbers: score again"),
-        ({}, {"mlp_0": np.ones(3, complex)}, r"mlp_0 is complex128\[3\], not a row"),
-        ({}, {"mlp_0": np.array(["a"])}, r"mlp_0 is <U1\[1\], not a row"),
-        ({}, {"mlp_0": np.ones(0)}, r"mlp_0 is float64\[0\], not a row"),
-        ({}, {"mlp_0": np.array([np.nan])}, r"hostile.npz: l1 scores mlp_0 hold NaN"),
-        ({}, {"extra": np.ones(1)}, "its arrays are not those of 1 layers"),
+        (
+            {},
+            {"mlp_0": np.ones((3, 1))},
+            r"mlp_0 is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
+        ),
+        ({}, {"mlp_0": np.ones(3, complex)}, r"mlp_0 is complex128\[3\], expected a one-dim"),
+        ({}, {"mlp_0": np.array(["a"])}, r"mlp_0 is <U1\[1\], expected a one-dim"),
+        ({}, {"mlp_0": np.ones(0)}, r"mlp_0 is float64\[0\], expected a one-dim"),
+        ({}, {"mlp_0": np.array([np.nan])}, r"hostile.npz: l1 scores mlp_0 contain NaN"),
+        ({}, {"extra": np.ones(1)}, "its arrays do not match the 1 layers"),
     ],
 )
 def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
@@ -105,12 +109,12 @@ def test_scores_of_other_widths_plan_nothing():
     cfg = config(UNEQUAL)
     mlp = tuple(np.ones(shape.mlp) for shape in cfg.text.layers)
     scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, heads=(np.ones(1),) * len(mlp), mlp=mlp)
-    with pytest.raises(UserError, match="do not fit the text stack: layers or widths differ"):
+    with pytest.raises(UserError, match="do not match the text stack of this model"):
         make_plan(scores, cfg, method="width", ratio=0.1)
 
 
 def test_nan_scores_are_refused():
-    with pytest.raises(UserError, match="l1 scores importance hold NaN: check weights and calibration data"):
+    with pytest.raises(UserError, match="l1 scores importance contain NaN: check weights and calibration records"):
         Scores("l1", "a-b", {}, importance=np.array([1.0, np.nan]))
 
 
@@ -161,7 +165,10 @@ def test_fingerprint_sees_one_layer_and_the_shapes():
         ({"criterion": "l2", "gqa": "heads"}, r"gqa 'heads' is not one of groups, q_heads; did you mean 'q_heads'\?"),
         ({"criterion": "random", "gqa": "head"}, "gqa 'head' is not one of groups, q_heads"),
         ({"criterion": "taylor", "variant": "param"}, "taylor variant 'param' is not one of vectorize, param_first"),
-        ({"criterion": "taylor", "variant": "param_mix", "rows_per_step": 2}, "rows_per_step=2: taylor param_mix"),
+        (
+            {"criterion": "taylor", "variant": "param_mix", "rows_per_step": 2},
+            "rows_per_step=2 must be 1 for taylor param_mix",
+        ),
         ({"criterion": "angular"}, "criterion 'angular' needs layers_removed="),
         ({"criterion": "angular", "layers_removed": 5}, "layers_removed=5 must be between 1 and 4 for 5 layers"),
         ({"criterion": "block_influence", "batches": None}, "criterion 'block_influence' needs calibration batches"),
@@ -180,7 +187,10 @@ def test_score_refuses(request_, message):
     [
         ({"attention_mask": None}, r"calibration batch 1: a batch lacks attention_mask \(found input_ids,"),
         ({"labels": None}, "calibration batch 1: a batch lacks labels"),
-        ({"labels": np.zeros((4, 3))}, r"calibration batch 1: labels has shape \(4, 3\) but input_ids \(4, 9\)"),
+        (
+            {"labels": np.zeros((4, 3))},
+            r"calibration batch 1: labels has shape \(4, 3\), but input_ids has shape \(4, 9\)",
+        ),
         (
             {"labels": np.full((4, 9), 62)},
             r"calibration batch 1: labels\[0, 0\] = 62 is neither -100 \(ignored\) nor below 62",
@@ -191,11 +201,11 @@ def test_score_refuses(request_, message):
         ),
         (
             {"pixel_values": np.zeros((4, 3, 6, 6))},
-            "calibration batch 1: pixel_values passed to a model without a vision",
+            "calibration batch 1: pixel_values is not for a model without a vision",
         ),
         (
             {"pixel_values": np.zeros((4, 1, 3, 6, 6))},
-            "calibration batch 1: pixel_values passed to a model without a vision",
+            "calibration batch 1: pixel_values is not for a model without a vision",
         ),
     ],
 )
@@ -210,15 +220,15 @@ def test_calibration_batches_refuse(change, message):
 def test_no_label_and_no_token_are_refused():
     cfg = config(EQUAL)
     blank = {**batch(cfg), "labels": np.full((4, 9), -100)}
-    with pytest.raises(UserError, match="have no label: every one is -100"):
+    with pytest.raises(UserError, match="have no labels"):
         score(model(cfg), [blank], criterion="taylor")
     empty = {**batch(cfg), "attention_mask": np.zeros((4, 9), int)}
-    with pytest.raises(UserError, match="have no real token: every attention_mask is 0"):
+    with pytest.raises(UserError, match="contain only padding: every attention_mask is 0"):
         score(model(cfg), [empty], criterion="block_influence")
 
 
 def test_lora_models_must_be_merged_for_widths():
     cfg = dataclasses.replace(config(EQUAL), lora=LoraConfig(2, 4.0, 0.0, ("q_proj",)))
-    with pytest.raises(UserError, match="criterion 'l1' scores plain weights: merge the LoRA adapters first"):
+    with pytest.raises(UserError, match="criterion 'l1' needs a model without LoRA adapters"):
         score(model(cfg), criterion="l1")
     assert score(model(cfg), [batch(cfg)], criterion="block_influence").importance.shape == (5,)

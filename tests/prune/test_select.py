@@ -66,7 +66,7 @@ def test_angular_plans_remove_the_nearest_free_block():
     )
     assert make_plan(scores, cfg, method="depth", layers_removed=2).removed_layers == (1, 2)
     assert make_plan(scores, cfg, method="depth", layers_removed=2, protect=(2,)).removed_layers == (0, 1)
-    with pytest.raises(UserError, match=r"no 2 consecutive layers are free of the protected ones \[1, 3\]"):
+    with pytest.raises(UserError, match=r"there are no 2 consecutive layers without the protected layers \[1, 3\]"):
         make_plan(scores, cfg, method="depth", layers_removed=2, protect=(1, 3))
     for request in ({"layers_removed": 3}, {"ratio": 0.2}):
         with pytest.raises(UserError, match="angular scores are for removing 2 consecutive layers"):
@@ -86,7 +86,7 @@ def test_angular_plans_remove_the_nearest_free_block():
         ({"layers_removed": 5}, r"layers_removed=5 must be between 0 and 4 \(5 layers, 0 protected\)"),
         ({}, "needs exactly one of ratio, layers_removed and budget, got none"),
         ({"ratio": 0.1, "layers_removed": 1}, "needs exactly one of .*, got ratio and layers_removed"),
-        ({"ratio": 0.1, "protect": (7,)}, r"protect=\[7\] names layers that do not exist: there are 5"),
+        ({"ratio": 0.1, "protect": (7,)}, r"protect=\[7\] contains layers that do not exist: the model has 5 layers"),
         ({"ratio": 0.1, "rounding": "up"}, "rounding 'up' is not one of nearest, at_least"),
         ({"ratio": 0.1, "protekt": (1,)}, r"make_plan has no 'protekt'; did you mean 'protect'\?"),
         ({"ratio": 0.1, "method": "dept"}, r"method 'dept' is not one of depth, width, hybrid; did you mean 'depth'\?"),
@@ -100,7 +100,7 @@ def test_depth_plans_refuse(request_, message):
 
 def test_scores_of_another_model_or_kind_are_refused():
     cfg = config(EQUAL)
-    with pytest.raises(UserError, match="scores of another model: their shapes differ"):
+    with pytest.raises(UserError, match="these scores are for another model"):
         make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
     widths = Scores("l1", shape_digest(cfg) + "-x", {}, heads=(np.ones(2),) * 5, mlp=(np.ones(12),) * 5)
     with pytest.raises(UserError, match="l1 does not score layers: for depth pruning, score with block_influence"):

@@ -183,7 +183,7 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
         ),
         (
             {"snap_for": "tpu"},
-            r"snap_for='tpu': heads_multiple=4 is more than the 2 heads of layer 0: keep them \(heads='keep'\)",
+            r"snap_for='tpu': heads_multiple=4 is more than the 2 heads of layer 0: keep all heads \(heads='keep'\)",
         ),
         (
             {"snap_for": "int4", "tensor_parallel": 16, "heads": "keep"},

@@ -249,16 +249,17 @@ def test_plans_of_other_models_are_refused():
     one = model(config(EQUAL))
     plan = plan_for(one, [KeptLayer.whole(i, EQUAL[0]) for i in range(4)])
     with pytest.raises(
-        UserError, match=r"plan of another model: same shapes, other weights .* score and plan this model"
+        UserError,
+        match=r"plan of another model: shapes are equal, but fingerprints differ .* score and plan this model",
     ):
         apply_plan(model(config(EQUAL), seed=1), plan)
     with pytest.raises(UserError, match=r"text stack has 5 layers \(5 x 4/2 heads, 12 neurons\), this model's 4"):
         apply_plan(apply_plan(one, plan), plan)
     seeing = model(CFG)
     tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
-    with pytest.raises(UserError, match=r"its vision stack has 4 layers \(2 x 2/2 .*\), this model's 1 layers"):
+    with pytest.raises(UserError, match=r"the plan's vision stack has 4 layers \(2 x 2/2 .*\), this model's 1 layers"):
         apply_plan(apply_plan(seeing, tower), tower)
-    with pytest.raises(UserError, match=r"its vision stack has 4 layers .*, this model's no layers"):
+    with pytest.raises(UserError, match=r"the plan's vision stack has 4 layers .*, this model's no layers"):
         apply_plan(model(config(UNEQUAL)), tower)
     wider = config((LayerShape(4, 2, 13),) * 5)
     with pytest.raises(

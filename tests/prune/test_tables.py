@@ -85,7 +85,7 @@ def test_what_a_layer_was_spared_for_is_said():
         "neurons_multiple=2",
         "heads out of range, neurons_multiple=2",
     ]
-    with pytest.raises(UserError, match="this plan is of another model than the config"):
+    with pytest.raises(UserError, match="this plan is for another model than the config's"):
         explain(plan, config(EQUAL[:3]), spec, [width])
 
 
@@ -100,7 +100,7 @@ def test_overlaps_of_plans_and_plans_that_have_none(tmp_path, capsys):
     for name, plan in (("a", plans[0]), ("b", keep_everything(cfg, "another", 9))):
         plan.to_json(tmp_path / name / "plan.json")
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "these plans are of different models (fingerprints" in capsys.readouterr().err
+    assert "these plans are for different models (fingerprints" in capsys.readouterr().err
     assert main(["diff", str(tmp_path / "a")]) == 2
     assert "diff takes two plans: vlmprune diff A B" in capsys.readouterr().err
     assert main(["diff", str(tmp_path / "a"), str(tmp_path)]) == 2

@@ -138,7 +138,7 @@ def test_both_stacks_in_one_plan(source, tmp_path):
 @pytest.mark.parametrize("uneven", ["per_layer", "refuse"])
 def test_unequal_layers_are_refused(source, tmp_path, uneven):
     plan = prune(vp.load(source), CUTS["uneven"], "vision")[1]
-    with pytest.raises(UserError, match="the layers of the vision tower have unequal widths, which no class loads: "):
+    with pytest.raises(UserError, match="have unequal widths, which no transformers class can load: "):
         vp.prune_folder(source, plan, tmp_path / "out", uneven=uneven)
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +175,7 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     assert "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads" in card
     assert check_export(pruned, tmp_path / "out")["backend"] == "jax"
     edit_config(tmp_path / "out", vision_config={**tower_of(tmp_path / "out")[0], "head_dim": None})
-    with pytest.raises(UserError, match=r"the weights do not fit config.json: .*q_proj"):
+    with pytest.raises(UserError, match=r"the weights do not match config.json .*q_proj"):
         vp.load(tmp_path / "out")
 
 

@@ -122,7 +122,7 @@ def test_sizes_and_ids_are_checked():
     assert {0, 1, 2, 300, 301} <= {*kept}
     with pytest.raises(UserError, match="token id 9999 is not in the tokenizer"):
         choose_tokens(subwords, {9999})
-    with pytest.raises(UserError, match=r"vocabulary.size=64: 2.. tokens must stay .* ask for at least 320"):
+    with pytest.raises(UserError, match=r"vocabulary.size=64: 2.. tokens must stay .* set at least 320"):
         choose_tokens(subwords, {300}, size=64)
     with pytest.raises(UserError, match="tokenizers of type 'Magic' cannot be trimmed"):
         Subwords.of({"model": {"type": "Magic", "vocab": {"a": 0}}}, "tokenizer.json")

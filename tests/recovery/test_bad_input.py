@@ -89,11 +89,14 @@ def refused(root, capsys, *settings):
             ["mesh.tensor=8", "recover.batch_size=8"],
             "= 4; kv_heads of vision layer 1 = 4 …: use data=2 fsdp=1 tensor=4 or prune to widths",
         ),
-        (["mesh.data=8"], "2 rows (batch_size / accumulation) must be a multiple of data x fsdp = 8 devices"),
+        (["mesh.data=8"], "2 rows (batch_size / accumulation) must be a multiple of mesh.data x mesh.fsdp = 8 devices"),
         (["data.fraction=0"], "data.fraction=0.0 must be above 0 and at most 1"),
         (["data.train={root}/empty.json"], "empty.json: contains no records: check that it is a list"),
-        (["data.max_length=10"], "beyond max_length 10: raise"),
-        (["data.max_length=10", "data.truncate=False"], "tokens with images, over max_length 10: raise max_length"),
+        (["data.max_length=10"], "beyond the maximum length 10: raise"),
+        (
+            ["data.max_length=10", "data.truncate=False"],
+            "tokens with its images, more than the maximum length 10: raise data.max_length",
+        ),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
 )
@@ -118,7 +121,7 @@ def test_checkpoint_of_another_config(root, capsys, monkeypatch):
     said = refused(root, capsys, "recover.weight_decay=0.1", "recover.losses.cosine=0.5")
     assert "w/training/checkpoints was made from other inputs" in said
     assert "recover.losses.cosine was 0.0, now 0.5; recover.weight_decay was 0.0, now 0.1" in said
-    assert "use --overwrite to replace it, or another --workdir" in said
+    assert "add --overwrite to replace it, or use another --workdir" in said
     shutil.rmtree(root / "w/training")
 
 
@@ -131,5 +134,5 @@ def test_another_teacher(root, capsys):
     losses = ["recover.losses.l2=0.0", "recover.losses.kl=0.5", "recover.losses.teacher_inputs=own"]
     for settings in ([], [*losses, f"recover.teacher_cache={root / 'cache'}"]):
         said = refused(root, capsys, f"model.hf_dir={other}", *settings)
-        assert "plan of another model: same shapes, other weights" in said
+        assert "plan of another model: shapes are equal, but fingerprints differ" in said
     assert not (root / "cache").exists()

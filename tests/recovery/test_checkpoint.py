@@ -130,7 +130,9 @@ def test_other_batches_do_not_resume(uninterrupted):
 )
 def test_another_run_does_not_resume(uninterrupted, changes, message):
     changes = dict(changes)
-    with pytest.raises(UserError, match=rf"checkpoint of another run \(.*{message}.*use another workdir"):
+    with pytest.raises(
+        UserError, match=rf"is a checkpoint of a run with other settings \(.*{message}.*use another workdir"
+    ):
         train(mid_epoch_stream(), uninterrupted[2], changes.pop("config", SETTINGS), **changes)
 
 
@@ -163,7 +165,8 @@ def test_data_states_of_other_processes(uninterrupted, tmp_path):
     assert train(mid_epoch_stream(), tmp_path)[1]["resumed_from"] == 6
     file.write_text(json.dumps({**meta, "data": [own, own, "jnull"]}))
     with pytest.raises(
-        UserError, match="saved by 3 processes at different positions in their data, now there are 1: continue with 3"
+        UserError,
+        match="was saved by 3 processes at different positions in their data, but now there are 1: continue with 3",
     ):
         train(mid_epoch_stream(), tmp_path)
 
@@ -199,7 +202,8 @@ def test_a_save_that_fails_ends_the_run(uninterrupted, tmp_path, at):
     config = dataclasses.replace(SETTINGS, log_every=100)
     try:
         with pytest.raises(
-            UserError, match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: free or repair the disk"
+            UserError,
+            match=rf"checkpoints: cannot save a checkpoint \(.*last .* step {at}: free disk space or repair the disk",
         ):
             train(Full(mid_epoch_stream(), at, tmp_path), tmp_path, config)
     finally:
@@ -221,7 +225,7 @@ def test_a_save_that_failed_in_the_background_ends_the_next_step(tmp_path, monke
 
     monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", look)
     with pytest.raises(
-        UserError, match=r"cannot save a checkpoint \(No space .*no complete checkpoint: free or repair"
+        UserError, match=r"cannot save a checkpoint \(No space .*no complete checkpoint: free disk space or repair"
     ):
         recover(cases.model(cfg), cases.Stream(cfg), cases.settings(), workdir=tmp_path, progress=False)
     assert [line["step"] for line in _metrics(tmp_path)] == [1]
@@ -298,7 +302,7 @@ def _fifo(path: Path) -> None:
         ("state/_METADATA", _junk(b"\xff{"), r"/6: cannot be read \("),
         ("state/_METADATA", _junk(b'{"tree_metadata": {}}'), r"/6: cannot be read \("),
         ("state/manifest.ocdbt", Path.unlink, r"/6: cannot be read \("),
-        ("state/d/*", _flipped, r"/6: (cannot be read \(|the arrays differ from those that were saved)"),
+        ("state/d/*", _flipped, r"/6: (cannot be read \(|the arrays differ from the saved ones)"),
     ],
 )  # fmt: skip
 def test_damage_of_any_file_of_a_checkpoint(uninterrupted, tmp_path, file, damage, message):
@@ -318,7 +322,10 @@ def test_folders_of_absurd_names_are_no_checkpoints(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted[2] / "checkpoints", tmp_path, dirs_exist_ok=True)
     for name in ("-1", "0x", "1.5", "²", "a\nb"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="/6: checkpoint of another run"), Checkpointer(tmp_path, {}, 3) as saver:
+    with (
+        pytest.raises(UserError, match="/6: is a checkpoint of a run with other settings"),
+        Checkpointer(tmp_path, {}, 3) as saver,
+    ):
         saver.restore(None)
 
 

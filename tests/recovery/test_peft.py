@@ -193,7 +193,7 @@ def test_what_an_adapter_cannot_be(pruned, tmp_path):
     model, trained = trained_model(base)
     with pytest.raises(UserError, match="the model has no LoRA adapters to write"):
         write_adapter(merge_lora(model), tmp_path / "adapter", base_dir=folder, trained=trained)
-    with pytest.raises(UserError, match=r"cannot hold a trained vision tower \(vision/class_embedding/weight\)"):
+    with pytest.raises(UserError, match=r"cannot contain a trained vision tower \(vision/class_embedding/weight\)"):
         write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=[*trained, "vision/class_embedding/weight"])
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(UserError, match=r"recover.trainable='projector' trains no adapter"):

@@ -125,5 +125,5 @@ def test_what_is_no_term(terms):
         check_losses(vp.LossConfig(kl=1.0, extra={"mine": 1.0}, teacher_top_k=3, teacher_inputs="own"))
     terms["tokens"] = vp.LossTerm(lambda x: x[..., 0], needs=("logits",), counts="labels")
     config = cases.settings(steps=1, losses=vp.LossConfig(extra={"tokens": 1.0}))
-    with pytest.raises(UserError, match="tokens is the name of a metric"):
+    with pytest.raises(UserError, match="tokens is also the name of a training metric"):
         recover(cases.model(CFG), cases.Stream(CFG), config, progress=False)

@@ -92,7 +92,7 @@ def test_a_set_more_repeats_no_other(evaluate):
     code, lines = evaluate("questions+short", "--config.evaluate.sets.short.prompt_suffix=?")
     assert code == 2
     assert "evaluate teacher short: " in lines[-1]
-    assert '(evaluate.sets.short.prompt_suffix was " Say it.", now "?"): use --overwrite' in lines[-1]
+    assert '(evaluate.sets.short.prompt_suffix was " Say it.", now "?"): add --overwrite' in lines[-1]
 
 
 def test_another_metric_asks_nothing(evaluate, monkeypatch):
@@ -135,7 +135,7 @@ def test_records_that_a_metric_cannot_use_are_refused_before_the_model_is_asked(
     code, lines = evaluate("questions", "--config.evaluate.metric=pope")
     assert code == 2
     assert lines[-1].endswith(
-        "metric \"f1\": record r0: no field 'category', which the metric needs: add it, or choose another metric"
+        "metric \"f1\": record r0: has no field 'category', which the metric needs: add it, or choose another metric"
     )
     assert not evaluate.folder.exists() or os.listdir(evaluate.folder) == []
 
@@ -195,17 +195,17 @@ def test_a_set_has_its_own_settings_or_those_of_all():
         ({"sets": {"a": {"metirc": "x"}}}, "config.evaluate.sets.a has no 'metirc'; did you mean 'metric'?"),
         ({"sets": {"a": 3}}, "config.evaluate.sets.a=3: is a section"),
         ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
-        ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set is either a text (t) or questions"),
-        ({"sets": {"a/b": {}}}, "the name 'a/b' becomes a file's: use letters, digits, _ and -"),
+        ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set cannot have both a text (t) and questions"),
+        ({"sets": {"a/b": {}}}, "the name 'a/b' is used as a file name: use only letters, digits, _ and -"),
         ({"sets": {"a": {"metric": "exact"}}}, "evaluate.sets.a.metric 'exact' is not one of exact_match, "),
-        ({"sets": {"a": {"metric": "perplexity"}}}, "metric perplexity is of running text, but the set has questions"),
+        ({"sets": {"a": {"metric": "perplexity"}}}, "metric perplexity scores a text, but the set has questions"),
         (
             {"sets": {"a": {"text": "t", "metric": "exact_match"}}},
-            "metric exact_match is of answers, but the set has a text",
+            "metric exact_match scores answers to questions, but the set has a text",
         ),
         (
             {"text": "t", "sets": {"text": {}}},
-            "evaluate.text is the evaluation set 'text', which evaluate.sets has as well",
+            "evaluate.text defines the set 'text', which evaluate.sets also defines",
         ),
     ],
 )
@@ -219,9 +219,9 @@ def test_wrong_sets(evaluate, message):
     ("tasks", "installed", "message"),
     [
         (("pope",), False, "lmms-eval is not installed: pip install 'vlmprune-jax.eval.'"),
-        (("pope", "mme", "pope"), True, "'pope' comes twice"),
-        (("a",), True, "'a' comes twice, or evaluate.sets has it as well"),
-        (("../x",), True, "the name '../x' becomes a file's"),
+        (("pope", "mme", "pope"), True, "'pope' is listed twice"),
+        (("a",), True, "'a' is listed twice, or is also a set of evaluate.sets"),
+        (("../x",), True, "the name '../x' is used as a file name"),
     ],
 )
 def test_wrong_tasks(monkeypatch, tasks, installed, message):
@@ -242,7 +242,7 @@ def test_variants_are_compared_on_the_same_sets(tmp_path):
     config = experiment_config()
     config.data.eval = "e.json"
     config.prune_variants = {"a": {"evaluate": {"batch_size": 2}}, "b": {"evaluate": {"questions": 3}}}
-    with pytest.raises(UserError, match="variant b-recovered is evaluated on other sets"):
+    with pytest.raises(UserError, match="variant b-recovered has other evaluation sets"):
         check_experiment(override(Experiment(), config.to_dict()), tmp_path)
 
 

@@ -62,7 +62,10 @@ def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
     card = ["--config.export.license=llama2", "--config.export.base_model=llava-hf/llava-1.5-7b-hf"]
     upload = [*command, "--config.export.format=huggingface", "--config.export.push_to_hub=me/pruned"]
     assert main(upload) == 2
-    assert "push_to_hub=me/pruned: the card lacks base_model: set export.base_model=ORG/NAME" in capsys.readouterr().err
+    assert (
+        "push_to_hub=me/pruned: the model card has no base_model: set export.base_model=ORG/NAME"
+        in capsys.readouterr().err
+    )
     assert main([*upload, *card]) == 0
     assert "  uploaded to https://huggingface.co/me/pruned: " in capsys.readouterr().out
     assert sent == ["llava-hf/llava-1.5-7b-hf", "me/pruned"]
@@ -79,7 +82,7 @@ def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
         (
             "format=compressed-tensors --config.export.quantize=w4a16 --config.export.rounding=gptq "
             "--config.export.uneven=pad",
-            'rounding="gptq" rounds the widths that the model has, and uneven="pad" writes wider layers',
+            'rounding="gptq" cannot round the zeros that uneven="pad" adds',
         ),
         ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
     ],

@@ -133,9 +133,9 @@ def test_inputs_of_a_model_without_its_tower():
     ids = np.full((2, 5), cases.IMAGE)
     check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
     for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((1, 1, *cfg.feature_shape))):
-        with pytest.raises(UserError, match=r"vision_features has shape .*: a model without its tower takes \[2, im"):
+        with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
             check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
-    with pytest.raises(UserError, match="another one pixel_values"):
+    with pytest.raises(UserError, match="otherwise pass pixel_values"):
         check_inputs(cases.config(), ids, None, np.zeros((2, 1, *cfg.feature_shape)))
 
 
@@ -160,8 +160,8 @@ def test_what_is_refused(llava, goldens, tmp_path):
     for changes, reason in (
         ({"recover": {"trainable": "all"}}, "recover.trainable='all' trains the vision tower"),
         ({"recover": {"trainable": "tower"}}, "recover.trainable='tower' trains the vision tower"),
-        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* must be a multiple of data x fsdp = 8 devices"),
-        ({"recover": {"compute_dtype": "bfloat16"}}, 'cache of other inputs .dtype was "float32", now "bfloat16"'),
+        ({"mesh": {"data": 8}}, "a micro-batch of 2 rows .* must be a multiple of mesh.data x mesh.fsdp = 8 devices"),
+        ({"recover": {"compute_dtype": "bfloat16"}}, 'computed from other inputs .dtype was "float32", now "bfloat16"'),
         ({"model": {"dtype": "bfloat16"}}, 'weights.dtype was "float32", now "bfloat16"'),
         ({"data": {"aspect_ratio": "pad"}}, 'images.aspect_ratio was "square", now "pad"'),
     ):
@@ -172,7 +172,7 @@ def test_what_is_refused(llava, goldens, tmp_path):
     shutil.copy(root / "plan.json", tmp_path)
     for file in (tmp_path / "pruned").glob("*.safetensors"):
         edit_weights(tmp_path / "pruned", _other_tower, file.name)
-    with pytest.raises(UserError, match="have different vision towers: leave feature_cache out"):
+    with pytest.raises(UserError, match="have different vision towers: unset feature_cache"):
         prepared(experiment, tmp_path, cache)
     with pytest.raises(UserError, match=r'weights.digest was "\w+", now "\w+"'):
         prepared(experiment, tmp_path, cache, recover={"losses": {"teacher_inputs": "student"}})

@@ -64,7 +64,7 @@ def asked(folder: Path, cfg: ModelConfig, spec: EvaluateSpec, **changes: Any) ->
 
 
 def test_a_record_that_is_too_long_for_the_model_is_named(folder: Path, cfg: ModelConfig) -> None:
-    said = rf"record long: \d+ tokens with images, the maximum for this model is {cfg.longest_row}"
+    said = rf"record long: has \d+ tokens with its images, more than the model's maximum of {cfg.longest_row}"
     with pytest.raises(UserError, match=said):
         calibrated(folder, cfg, 2)
     with pytest.raises(UserError, match=said):
@@ -135,7 +135,7 @@ def test_batches_that_do_not_fit_this_machine(folder: Path, cfg: ModelConfig, mo
 
 
 def test_what_xla_cannot_allocate_is_one_line() -> None:
-    said = r"^score: needs more memory than there is \(RESOURCE_EXHAUSTED.*\): lower its batch_size"
+    said = r"^score: needs more memory than the device has \(RESOURCE_EXHAUSTED.*\): lower its batch_size"
     for error in (
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\nline\n"),
         MemoryError("RESOURCE_EXHAUSTED"),

@@ -160,7 +160,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert main(["run", *experiment, "--config.prune.ratio=0.25"]) == 2
     line = capsys.readouterr().err
     assert "depth/prune: " in line
-    assert "(prune.ratio was 0.2, now 0.25): use --overwrite" in line
+    assert "(prune.ratio was 0.2, now 0.25): add --overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("model.safetensors")} == before
 
     # Another metric: nothing is asked, and the export is made again unasked, for its card tells the scores.

@@ -87,7 +87,7 @@ def test_scores_of_another_stack_are_not_taken(experiment, tmp_path, capsys):
     assert main(["score", *experiment]) == 0
     (tmp_path / "w/scores.npz").rename(tmp_path / "w/scores_vision.npz")
     assert main(["prune", *tower]) == 2
-    assert "scores_vision.npz: scores of the text stack, not of the vision stack" in capsys.readouterr().err
+    assert "scores_vision.npz: has scores for the text stack, expected the vision stack" in capsys.readouterr().err
     assert main(["prune", *tower, "--config.prune.stack=audio"]) == 2
     assert "audio" in capsys.readouterr().err
 
@@ -101,9 +101,9 @@ def test_what_is_not_one_stack_is_refused(experiment, tmp_path, goldens, capsys)
     both = [*experiment, "--config.prune.stack=both"]
     assert main(["score", *both]) == 0
     assert main(["prune", *both]) == 2
-    assert 'several steps prune one stack only: set prune.stack to "text" or "vision"' in capsys.readouterr().err
+    assert 'cannot prune both stacks at once: set prune.stack to "text" or "vision"' in capsys.readouterr().err
     assert main(["prune", *both, "--config.prune.steps=1", "--config.prune.mlp_layers=(0,2)"]) == 2
-    assert "mlp_layers: refers to layers of one stack: prune the stacks one after the other" in capsys.readouterr().err
+    assert "mlp_layers: cannot be used for both stacks at once" in capsys.readouterr().err
     assert main(["score", *both, f"--config.model.hf_dir={goldens}/ckpt/llama_gqa", f"--workdir={tmp_path}/v"]) == 2
     assert "this model has no stack of layers 'vision' (it has text)" in capsys.readouterr().err
 

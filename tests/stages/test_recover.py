@@ -53,7 +53,9 @@ def test_few_records_make_smaller_batches_that_train(flags, tmp_path, capsys):
     """Before, 5 records made one batch of 128 repeated rows, whose one step was warm-up at rate 0."""
     assert main(["recover", *flags]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    line = "batches of 5 rows instead of recover.batch_size=128: there are 5 training records, in 2 epochs"
+    line = (
+        "batches have 5 rows instead of recover.batch_size=128, because there are only 5 training records in 2 epochs"
+    )
     assert line in said
     lines = [json.loads(line) for line in (tmp_path / "w/training/metrics.jsonl").read_text().splitlines()]
     assert (lines[-1]["step"], lines[-1]["learning_rate"]) == (2, pytest.approx(2e-4))

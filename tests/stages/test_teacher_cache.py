@@ -262,7 +262,7 @@ def test_a_cache_of_something_else_is_refused(experiment, straight, capsys, flag
     capsys.readouterr()
     assert main(["recover", *experiment("refused", "straight", *flags, "--overwrite")]) == 2
     line = capsys.readouterr().err.strip()
-    assert f"{straight}: cache of other inputs" in line
+    assert f"{straight}: computed from other inputs" in line
     assert field in line
     assert "\n" not in line
     assert sorted(path.name for path in straight.iterdir()) == before
@@ -283,12 +283,12 @@ def test_another_teacher_is_refused(experiment, straight, capsys):
     ("flags", "message"),
     [
         (["--config.recover.losses.l2=0.5"], "l2 cannot be computed from cached top-k logits of a teacher"),
-        (["--config.recover.losses.teacher_inputs=student"], 'set teacher_inputs="own"'),
+        (["--config.recover.losses.teacher_inputs=student"], 'needs teacher_inputs="own"'),
         (["--config.recover.teacher_top_k=0"], "recover.teacher_top_k=0 must be at least 1"),
         (["--config.recover.teacher_top_k=417"], "teacher_top_k=417 must be at most the vocabulary size, 416"),
         (
             ["--config.mesh.data=8"],
-            "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of data x fsdp",
+            "a micro-batch of 4 rows (batch_size / accumulation) must be a multiple of mesh.data x mesh.fsdp",
         ),
         (["--config.recover.teacher_cache={root}/teacher"], "teacher: is neither empty nor a cache"),
         (["--config.recover.teacher_cache={root}/records.json"], "records.json: "),

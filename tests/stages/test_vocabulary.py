@@ -104,9 +104,9 @@ def test_a_vocabulary_alone_needs_no_scores(root, capsys):
     tokens = {"size": 448, "sources": (str(root / "sources.json"),), "multiple": 8, "source_dir": str(root / "teacher")}
     assert vp.make_plan(None, teacher, vocabulary=tokens).vocabulary == plan.vocabulary
     for model, options in ((teacher.cfg, {"vocabulary": tokens}), (teacher, {"ratio": 0.1})):
-        with pytest.raises(vp.UserError, match="scores=None is for trimming only the vocabulary of a model"):
+        with pytest.raises(vp.UserError, match="scores=None is allowed only if nothing but the vocabulary"):
             vp.make_plan(None, model, **options)
-    with pytest.raises(vp.UserError, match=r"as with another vocabulary \(this model has 448 tokens, the plan's 640\)"):
+    with pytest.raises(vp.UserError, match=r"perhaps the vocabulary \(this model has 448 tokens, the plan's 640\)"):
         vp.apply_plan(pruned, plan)
     capsys.readouterr()
     whole = dataclasses.replace(plan, vocabulary=None)

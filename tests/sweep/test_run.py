@@ -71,13 +71,13 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     monkeypatch.undo()
     out = capfd.readouterr().out
     assert "run 2 of 3: recovery=sft,seed=1" in out
-    assert out.count("taken from another run") == 3  # the unpruned model's answers, scores, and the pruned model
+    assert out.count("linked from another run") == 3  # the unpruned model's answers, scores, and the pruned model
     assert sweep(1) == 0
     out = capfd.readouterr().out
     assert "1 of 3 runs are done and unchanged, skipped" in out
     facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/recover.json").read_text())["facts"]
     assert (facts["resumed_from"], facts["steps"]) == (2, 4)
-    assert out.count("taken from another run") == 3
+    assert out.count("linked from another run") == 3
     begun = ["recover", "evaluate", "control/recover", "control/evaluate"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == begun * 2
 
@@ -98,6 +98,6 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     out = capfd.readouterr().out
     assert "3 of 4 runs are done and unchanged, skipped" in out
     assert "[1]   prune ..." in out
-    assert "[1]   control/recover: taken from another run" in out
+    assert "[1]   control/recover: linked from another run" in out
     assert "[1] done; 0 of 1 runs left" in out
     assert [one.status for one in read_sweep(workdir).models] == ["done"] * 4

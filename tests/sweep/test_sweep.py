@@ -173,7 +173,7 @@ def test_runs_are_chosen_by_their_names(sweep, capsys):
             "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]",
             "its evaluation sets differ from those of",
         ),
-        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: the sweep sets it for every run"),
+        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting for every run"),
         (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
         (("--shard=5",), BODY, "--shard=5: must be i/n"),
         (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
@@ -192,9 +192,9 @@ def test_a_config_without_runs(sweep, tmp_path, capsys):
     assert main(["sweep", f"--config={file}", f"--workdir={sweep.workdir}"]) == 2
     assert "has no get_hyper(hyper), which lists the runs of a sweep" in capsys.readouterr().err
     assert main(["sweep", f"--workdir={sweep.workdir}"]) == 2
-    assert "no experiment given: --config=FILE.py" in capsys.readouterr().err
+    assert "no config given: add --config=FILE.py" in capsys.readouterr().err
     assert main(["sweep", f"--config={file}"]) == 2
-    assert "no workdir given: --workdir=DIR" in capsys.readouterr().err
+    assert "no workdir given: add --workdir=DIR" in capsys.readouterr().err
 
 
 def test_a_dry_run_tells_what_is_shared(sweep, capsys):

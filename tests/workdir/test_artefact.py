@@ -42,7 +42,7 @@ def test_it_is_read_back_as_written(tmp_path):
             {"format": 3, "name": "a"},
             "written by a newer vlmprune (format 3, this version reads 2): upgrade vlmprune-jax",
         ),
-        ({"format": 2}, "holds something else than it should (Object missing required field `name`): count again"),
+        ({"format": 2}, "does not have the expected content (Object missing required field `name`): count again"),
         ({"format": 2, "name": "", "values": []}, "has no name: count again"),
         ([], "count again"),
     ],

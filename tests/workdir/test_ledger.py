@@ -80,7 +80,7 @@ def test_other_inputs_are_refused_unless_overwritten(work, change, message):
     with pytest.raises(UserError) as error:
         work(**settings)
     assert message in str(error.value)
-    assert "use --overwrite to replace it, or another --workdir" in str(error.value)
+    assert "add --overwrite to replace it, or use another --workdir" in str(error.value)
     assert work.runs == 1
     assert work(overwrite=True, **settings).facts.number == 2
     assert work(**settings).facts.number == 2
@@ -113,7 +113,7 @@ def test_two_runs_of_a_stage_at_once(work, monkeypatch):
         work.body = body
         for settings in ({}, {"ratio": 0.4}):
             with pytest.raises(
-                UserError, match=r"depth/prune: another run works on it in .*: wait for its end"
+                UserError, match=r"depth/prune: another run is computing this stage in .*: wait"
             ) as error:
                 work(overwrite=True, **settings)
             refused.append(error)
@@ -133,7 +133,7 @@ def test_a_run_waits_for_the_end_of_the_one_it_replaces(work, monkeypatch):
     monkeypatch.setattr(ledger.time, "sleep", lambda seconds: waited.append(seconds) or held.close())
     assert work().facts.number == 1
     assert waited == [1.0]
-    assert "another run works on it, waiting up to 100 s for its end" in work.said[0]
+    assert "waiting up to 100 s for another run to finish it" in work.said[0]
 
 
 def test_a_new_input_is_named(work):
@@ -152,7 +152,7 @@ def test_a_missing_output_is_made_again(work):
 
 def test_output_of_unknown_origin_is_refused(work):
     (work.folder / "out.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"out.txt exists and was not made by this stage: use --overwrite"):
+    with pytest.raises(UserError, match=r"out.txt exists and was not made by this stage: add --overwrite"):
         work()
     assert (work.folder / "out.txt").read_text() == "mine"
 
@@ -170,7 +170,7 @@ def test_a_damaged_record_is_no_reason_to_trust_an_output(work):
         except UserError as error:
             refused.append(str(error))
         assert (work.runs, (work.folder / "out.txt").read_text()) == (1, "run 1"), where
-    assert all("use --overwrite to replace it" in line for line in refused)
+    assert all("add --overwrite to replace it" in line for line in refused)
     assert min(taken, len(refused)) > 2
     record.write_text("{")
     with pytest.raises(UserError, match=r"out.txt exists, but its record .*depth.prune.json is damaged, or of another"):
@@ -237,7 +237,7 @@ def test_a_failure_after_the_output_was_written_leaves_the_record(work):
             work()
         assert json.loads((work.folder / ".stages/depth.prune.json").read_text())["done"] is False
     work.body = body
-    with pytest.raises(UserError, match=r"out.txt was made from other inputs \(ratio was 0.3, now 0.4\): use --overw"):
+    with pytest.raises(UserError, match=r"out.txt was made from other inputs \(ratio was 0.3, now 0.4\): add --overw"):
         work(ratio=0.4)
     assert work().facts.number == 3
     assert work().facts.number == 3

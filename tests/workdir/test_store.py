@@ -60,7 +60,7 @@ def test_a_second_run_takes_what_the_first_one_made(sweep):
     first = sweep("a")
     assert sweep("b") == first
     assert sweep.made == ["a"]
-    assert sweep.said == ["recover: taken from another run"]
+    assert sweep.said == ["recover: linked from another run"]
     for path in ("out.txt", "model/inner/weights"):
         assert os.path.samefile(sweep.folder / "a" / path, sweep.folder / "b" / path)
     assert sweep("b") == first  # from its own ledger
@@ -146,7 +146,7 @@ def test_one_makes_it_while_another_one_waits(sweep):
     for thread in threads:
         thread.join()
     assert len(sweep.made) == 1
-    assert "recover: another run makes it, waiting" in sweep.said
+    assert "recover: waiting for another run to compute it" in sweep.said
     assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
 
 
@@ -176,5 +176,5 @@ def test_hidden_files_are_no_part_of_a_result(sweep):
 
 def test_links_are_not_linked(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="a: is a link, in a folder of results"):
+    with pytest.raises(UserError, match="a: is a symbolic link, which a results folder"):
         stores._link(tmp_path / "a", tmp_path / "b")

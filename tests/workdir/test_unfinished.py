@@ -99,7 +99,7 @@ def test_models_in_the_workdir_itself(workdir):
 
 
 def test_nothing_of_a_run(tmp_path, capsys):
-    with pytest.raises(UserError, match="nothing of a run is here: run `vlmprune run` first"):
+    with pytest.raises(UserError, match="contains no run: run `vlmprune run` first"):
         build_report(tmp_path)
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -45,7 +45,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.workdir.speed import make_bench
 
     if not flags.model:
-        raise UserError("no model given: --model=DIR_OR_GGUF")
+        raise UserError("no model given: add --model=DIR_OR_GGUF")
     threads = flags.threads or cores()
     check_bench(threads, flags.json)
     config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})

@@ -93,7 +93,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
         `prefer_explicit`.
     """
     if config is None:
-        raise UserError("no experiment given: --config=FILE.py (see configs/)")
+        raise UserError("no config given: add --config=FILE.py (examples are in configs/)")
     experiment = choose_variants(override(Experiment(), config.to_dict()), only)
     experiment = prefer_explicit(experiment, explicit, "--config.")
     for pruned in prune_runs(experiment, Path()):  # what variants set is checked as well
@@ -107,7 +107,7 @@ def to_experiment(
     """Return the experiment of a config, with hub ids replaced by local folders, and the path of its workdir."""
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
-        raise UserError("no workdir given: --workdir=DIR, for everything this experiment makes")
+        raise UserError("no workdir given: add --workdir=DIR, a folder for all files of this run")
     folder = to_workdir(workdir)
     return placed(experiment, folder), folder
 
@@ -166,9 +166,9 @@ def to_workdir(text: str) -> Path:
     """Return the path of a workdir, which may not exist yet; refuse a folder with links to places outside it."""
     folder = Path(text)
     if "\0" in text:
-        raise UserError(f"--workdir={text}: holds a NUL character, which no path can")
+        raise UserError(f"--workdir={text}: contains a NUL character, which paths cannot contain")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir={text}: is a file, give a folder")
+        raise UserError(f"--workdir={text}: is a file, expected a folder: choose another path")
     check_links(folder)
     return folder
 

@@ -18,7 +18,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.prune.tables import compare, read_plan
 
     if len(flags.args) != 2:
-        raise UserError("diff takes two plans: vlmprune diff A B (plan.json files, or folders that hold one)")
+        raise UserError("diff takes two plans: vlmprune diff A B (plan.json files, or folders that contain one)")
     reporter = make_reporter(True)
     for table in compare(*map(read_plan, flags.args)):
         reporter.table(*table)

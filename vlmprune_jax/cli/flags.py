@@ -70,7 +70,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         unset = [arg for arg in others if _UNSET.fullmatch(arg)]
         argv = [arg for arg in others if arg not in unset]
     elif "config" in values and explicit:
-        raise UserError("--config.x=value changes a config: give the file as well, --config=FILE.py")
+        raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
     try:
         values = _define(command, loaded, argv)
         rest = values([name, *argv])[1:]
@@ -84,7 +84,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         raise UserError(f"{error}") from None
     values["args"].value, values["explicit"].value, values["config_file"].value = rest, explicit, config
     if rest and not getattr(command, "TAKES_ARGUMENTS", False):
-        raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: settings begin with --, as --config.{rest[0]}")
+        raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: write settings with --, as --config.{rest[0]}")
     return values
 
 
@@ -184,7 +184,7 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
     at, where = config, "config"
     for part in parts:
         if not isinstance(at, Mapping) and not hasattr(at, "keys"):
-            raise UserError(f"--{where}.{part}: {where} is a value, not a section")
+            raise UserError(f"--{where}.{part}: {where} is a setting, not a section of settings")
         bare = part.split("[")[0]
         if bare not in at:
             raise UserError(f"--{where}.{part}: {where} has no {bare!r}{suggest(bare, list(at.keys()))}")

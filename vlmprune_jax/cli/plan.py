@@ -48,7 +48,7 @@ def run(flags: Any) -> None:
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, there may be no TPU and it stays free
     experiment = read_experiment(flags.config, only=flags.only, explicit=flags.explicit)
     if not flags.topology:
-        raise UserError("no slice given: --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
+        raise UserError("no TPU slice given: add --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
     found = fit_all(
         experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, flags.evaluation

@@ -41,7 +41,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.report.advice import tell
 
     if not flags.model:
-        raise UserError("no model given: --model=DIR")
+        raise UserError("no model given: add --model=DIR")
     saved_as(flags.save)
     found = advise(
         flags.model,

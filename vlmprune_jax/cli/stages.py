@@ -113,7 +113,7 @@ def _report(flags: Any) -> None:
     from vlmprune_jax.stages.work import Context
 
     if not flags.workdir:
-        raise UserError("no workdir given: --workdir=DIR of `vlmprune run`, finished or not")
+        raise UserError("no workdir given: add --workdir=DIR, the workdir of a finished or unfinished `vlmprune run`")
     finish(Context(workdir=to_workdir(flags.workdir), reporter=make_reporter(True), overwrite=flags.overwrite))
 
 

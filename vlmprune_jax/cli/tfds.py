@@ -31,10 +31,10 @@ def run(flags: Any) -> None:
     from vlmprune_jax.data.tfds import write_tfds
 
     if not flags.data or not flags.out:
-        raise UserError("tfds needs --data=FILE.json and --out=DIR (and --images=DIR where records have images)")
+        raise UserError("tfds needs --data=FILE.json and --out=DIR (and --images=DIR if records have images)")
     if "://" in flags.out:
         raise UserError(
-            f"--out={flags.out}: give a local folder, and copy it there: gcloud storage cp -r DIR {flags.out}"
+            f"--out={flags.out}: must be a local folder: write DIR, then run gcloud storage cp -r DIR {flags.out}"
         )
     root = None if flags.images is None else Path(flags.images)
     records = read_records(Path(flags.data), root, image_lead=True)  # whether a mark may be missing, the template says

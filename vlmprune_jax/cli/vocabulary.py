@@ -38,7 +38,7 @@ def run(flags: Any) -> None:
     from vlmprune_jax.stages.vocabulary import parse_size, trade
 
     if not flags.model:
-        raise UserError("no model given: --model=DIR")
+        raise UserError("no model given: add --model=DIR")
     sizes = [parse_size(size) for size in flags.sizes]
     folder = resolve(flags.model)
     cfg = read_config(folder, None if flags.vision_dir is None else resolve(flags.vision_dir))[1]
@@ -47,4 +47,4 @@ def run(flags: Any) -> None:
     )
     reporter = make_reporter(True)
     reporter.table(*trade(Path(folder), cfg, config, sizes))
-    reporter.say("apply one: --config.prune.vocabulary.size=N --config.prune.vocabulary.sources=\"('FILE',)\"")
+    reporter.say("to apply a size: --config.prune.vocabulary.size=N --config.prune.vocabulary.sources=\"('FILE',)\"")

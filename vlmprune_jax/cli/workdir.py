@@ -42,11 +42,13 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     reporter = _join(flags)
     base = read_experiment(flags.config, explicit=flags.explicit)
     if not flags.workdir:
-        raise UserError("no workdir given: --workdir=DIR, for the runs and their comparison")
+        raise UserError("no workdir given: add --workdir=DIR, a folder for all runs of the sweep")
     runs = sweep_runs(base, read_hyper(flags.config_file))
     for setting in flags.explicit:
         if any(setting in run.overrides for run in runs):
-            raise UserError(f"--config.{setting}: the sweep sets it for every run: leave it out, or change get_hyper")
+            raise UserError(
+                f"--config.{setting}: get_hyper sets this setting for every run: remove the flag, or change get_hyper"
+            )
     return runs, Sweep(to_workdir(flags.workdir), flags.config_file, flags.overwrite), reporter
 
 

@@ -97,11 +97,14 @@ class Budget:
     def __post_init__(self) -> None:
         check_settings("prune.budget", self)
         if not all(0 < value < float("inf") for point in self.curve for value in point):
-            raise UserError(f"prune.budget.curve={self.curve!r} must be pairs (parameters, milliseconds) above 0")
+            raise UserError(
+                f"prune.budget.curve={self.curve!r} must be pairs of positive numbers (parameters, milliseconds per "
+                "token)"
+            )
         if self.decode_ms is not None and self.bench is None and not self.curve:
             raise UserError(
-                "prune.budget.decode_ms: needs measured speeds: run `vlmprune bench --model=DIR --against=PRUNED "
-                "--json=FILE.json`, where PRUNED is a smaller copy, and set prune.budget.bench to that file"
+                "prune.budget.decode_ms needs measured decode times: run `vlmprune bench --model=DIR --against=PRUNED "
+                "--json=FILE.json`, where PRUNED is any pruned copy, and set prune.budget.bench to FILE.json"
             )
 
     @property

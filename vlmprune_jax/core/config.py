@@ -60,12 +60,12 @@ class TextConfig(Stack):
     mlp_kind: str = field(default="gated", kw_only=True)
 
     def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the head dimension (channels) of a layer of this shape."""
+        """Return the number of channels per attention head in a layer of this shape."""
         return self.head_dim if shape.window is not None else self.full_head_dim or self.head_dim
 
     @property
     def even(self) -> bool:
-        """True if all layers have the widths that stock transformers derives from single numbers in config.json."""
+        """True if single numbers in config.json describe the widths of all layers."""
         full = [shape for shape in self.layers if shape.window is None]
         own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
         wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
@@ -80,12 +80,15 @@ class TextConfig(Stack):
             raise UserError(f"rotary_dim {self.rotary_dim} must be even (pairs) and at most head_dim {self.head_dim}")
         self.rope.check(self.rotary_dim)
         if self.head_bias and self.tie_embeddings:
-            raise UserError("tie_word_embeddings: an output head with a bias cannot be tied: set it to false")
+            raise UserError(
+                "tie_word_embeddings is true, but an output head with a bias cannot share the embedding: set it to "
+                "false"
+            )
 
 
 @dataclass(frozen=True)
 class VisionConfig(Stack):
-    """Configuration of a vision transformer; `layers` are the blocks up to the feature layer, later ones never run.
+    """Configuration of a vision transformer; `layers` ends at the layer whose features the projector reads.
 
     `n_layers_total` is the number of blocks in the checkpoint; those above the feature layer are neither loaded nor
     run. `kind` names the weight table (families/towers.py); the fields after it describe the differences between
@@ -132,7 +135,7 @@ class VisionConfig(Stack):
         last, ascending = self.n_layers_total - 1, sorted(set(self.deepstack))
         if ascending != list(self.deepstack) or not set(ascending) <= set(range(len(self.layers))):
             raise UserError(
-                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending block numbers "
+                f"vision tower: deepstack_visual_indexes {list(self.deepstack)} must be ascending layer numbers "
                 f"from 0 to {last}"
             )
 
@@ -162,17 +165,17 @@ class VisionConfig(Stack):
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return a copy of the tower with these layers, the last of which is the feature layer."""
+        """Return a copy of the vision tower with these layers; the projector reads the last layer's features."""
         layers = tuple(layers)
         if self.deepstack and len(layers) != len(self.layers):
             raise UserError(
-                "vision tower: its blocks cannot be removed, since their features enter several decoder layers "
-                "(deepstack): prune its widths, or the decoder"
+                "layers of this vision tower cannot be removed, because their features enter several decoder layers "
+                "(deepstack): prune heads and neurons of the tower, or prune the decoder"
             )
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """Return a copy of the tower with only this block."""
+        """Return a copy of the vision tower with only this layer."""
         return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
 
@@ -206,7 +209,9 @@ class ModelConfig:
             return
         grid, factor = self.vision.grid, self.projector.downsample
         if grid % factor:
-            raise UserError(f"vision tower: {grid} patches per side cannot be downsampled by {factor}: not divisible")
+            raise UserError(
+                f"vision tower: {grid} patches per side are not divisible by the downsampling factor {factor}"
+            )
         if len(self.text.layers) < self.deepstack:
             raise UserError(
                 f"decoder has {len(self.text.layers)} layers, but the vision tower has features for the first "
@@ -215,7 +220,7 @@ class ModelConfig:
 
     @property
     def deepstack(self) -> int:
-        """Number of leading decoder layers whose outputs receive tower features at image tokens (deepstack)."""
+        """Number of first decoder layers to whose outputs vision features are added at image tokens (deepstack)."""
         return 0 if self.vision is None else len(self.vision.deepstack)
 
     @property
@@ -225,7 +230,7 @@ class ModelConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Decoder positions per image or tile (0 without a tower; those of a typical image if sizes vary)."""
+        """Number of decoder positions per image or tile (0 without a vision tower; a typical number if sizes vary)."""
         if self.vision is None:
             return 0
         positions = self.vision.grid**2 + self.vision.class_token - (self.feature_select == "patch")
@@ -233,7 +238,7 @@ class ModelConfig:
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """(tokens, features) of one image or tile before the projector; (0, 0) without a vision tower."""
+        """Shape (tokens, width) of the vision features of one image or tile; (0, 0) without a vision tower."""
         if self.vision is None or self.projector is None:
             return 0, 0
         width = self.vision.hidden_size * (1 if self.projector.pools else self.projector.downsample**2)

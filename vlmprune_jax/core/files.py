@@ -129,7 +129,9 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
             _SMALL < size <= (most or size)
             and sum(end - start for start, end in written(file.fileno(), size)) < size / 2
         ):
-            raise UserError(f"{path}: most of its {size:,} bytes were never written: restore it from its source")
+            raise UserError(
+                f"{path}: is a sparse file (most of its {size:,} bytes were never written): restore it from its source"
+            )
         content = b"" if most is not None and size > most else file.read(size)
         if file.peek(1):  # files in /proc are longer than their reported size
             content += file.read() if most is None else file.read(most + 1)
@@ -233,7 +235,7 @@ def _nesting_depth(value: Any) -> int:
 
 
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
-    """Return `value` if it fits the type `kind` (see `read_json`).
+    """Return `value` after checking that it has the type `kind` (see `read_json`).
 
     Raises UserError if the value has another type; the message names the place in it.
     """
@@ -283,7 +285,9 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
         if claimed > MAX_ARRAYS_BYTES:
-            raise UserError(f"{path}: unpacks to {claimed:,} bytes, over the maximum of {MAX_ARRAYS_BYTES:,}: {todo}")
+            raise UserError(
+                f"{path}: unpacks to {claimed:,} bytes, more than the maximum of {MAX_ARRAYS_BYTES:,}: {todo}"
+            )
         for member in members:
             name = member.filename.removesuffix(".npy")
             if name in arrays:
@@ -293,14 +297,16 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
 
 
 def _array(content: bytes, where: str, todo: str) -> np.ndarray:
-    """Parse an array in numpy's format; its claimed size is compared with the bytes present before allocation."""
+    """Parse an array in numpy's format, after comparing the size in its header with the bytes in the file."""
     file = io.BytesIO(content)
     major, _ = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, order, dtype = header(file)
     size, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
     if dtype.hasobject or dtype.names is not None or size != there or min(shape, default=0) < 0:
-        raise UserError(f"{where}: {dtype}{list(shape)} does not match its {there:,} bytes of data: {todo}")
+        raise UserError(
+            f"{where}: an array {dtype}{list(shape)} does not have the {there:,} bytes that are stored: {todo}"
+        )
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if order else "C")
 
 
@@ -355,7 +361,10 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
         check_inside(source, folder)
         size = os.fstat(file.fileno()).st_size
         if size > MAX_COPY_BYTES:
-            raise UserError(f"{source}: has {size:,} bytes, over the maximum of {MAX_COPY_BYTES:,} beside weights")
+            raise UserError(
+                f"{source}: has {size:,} bytes, more than the maximum of {MAX_COPY_BYTES:,} for files other than "
+                "weights"
+            )
         with target.open("wb") as copy, reading(source, "check the disk and its free space"):
             shutil.copyfileobj(file, copy)
 

@@ -22,8 +22,8 @@ def check_links(folder: Path) -> None:
                 inside = Path(os.path.realpath(entry)).is_relative_to(home) if entry.is_symlink() else True
                 if not inside or (entry.is_symlink() and os.path.isdir(entry)):
                     raise UserError(
-                        f"{entry.path}: is a link to {os.readlink(entry)}, through which this command would read or "
-                        "write elsewhere: replace it by a copy, or use another folder"
+                        f"{entry.path}: is a symbolic link to {os.readlink(entry)}, and vlmprune does not read or "
+                        "write through links: replace it by a copy, or use another folder"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
@@ -37,4 +37,6 @@ def check_inside(source: Path, folder: Path) -> None:
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and real.parent != blobs:
-        raise UserError(f"{source}: is a link out of the folder, to {real}: replace it by a copy or remove it")
+        raise UserError(
+            f"{source}: is a symbolic link to {real}, outside the folder: replace it by a copy, or remove it"
+        )

@@ -50,7 +50,7 @@ class RopeConfig:
             )
 
     def check(self, rotary_dim: int) -> None:
-        """Refuse scaling factors or M-RoPE sections whose number does not fit the `rotary_dim` / 2 frequencies."""
+        """Refuse scaling factors or M-RoPE sections unless their number matches the `rotary_dim` / 2 frequencies."""
         frequencies, sections = rotary_dim // 2, self.sections
         if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies):
             raise UserError(
@@ -59,6 +59,6 @@ class RopeConfig:
         for factors in (self.short_factors, self.long_factors):
             if self.kind == "longrope" and len(factors) != frequencies:
                 raise UserError(
-                    f"longrope: short_factor and long_factor in config.json need one number per frequency, "
-                    f"{frequencies} (found {len(factors)})"
+                    f"longrope: short_factor and long_factor in config.json have {len(factors)} numbers, expected "
+                    f"{frequencies} (one per rotary frequency)"
                 )

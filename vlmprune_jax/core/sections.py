@@ -50,7 +50,7 @@ class MeshSpec:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Rounding of the decoder's matrices in training: `bits`, values that share a scale (0 = a row), inputs to 8 bits.
+    """Settings of quantisation-aware training: bits, group size (0 = the whole row), and rounding of inputs to 8 bits.
 
     The fields are those of `CompressedTensors`, without zero points.
     """

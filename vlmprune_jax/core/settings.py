@@ -175,10 +175,12 @@ def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError(f"{where} has no {part!r}{suggest(part, known)}")
             section = section[part] if isinstance(section, Mapping) else getattr(section, part)
             if not (isinstance(section, Mapping) or dataclasses.is_dataclass(section)):
-                raise UserError(f"config.{name}: {where}.{part} is a value, not a section")
+                raise UserError(f"config.{name}: {where}.{part} is a setting, not a section of settings")
             at = at.setdefault(part, dict(section) if isinstance(section, Mapping) else {})
             if not isinstance(at, dict):
-                raise UserError(f"config.{name}: config.{'.'.join(parts)} is set as well: sweep only one of them")
+                raise UserError(
+                    f"config.{name}: config.{'.'.join(parts)} is set as well: sweep over only one of the two"
+                )
         at[last] = value
     return found
 
@@ -188,7 +190,7 @@ def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> A
     if isinstance(value, type(current)):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}={value!r}: is a section: set its settings by name")
+        raise UserError(f"{where}={value!r}: is a section of settings: set each of its settings by name")
     return override(current, value, where, offered=offered)
 
 

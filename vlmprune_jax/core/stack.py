@@ -29,7 +29,9 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         if min(*self.widths, 1 if self.window is None else self.window) < 1:
-            raise UserError(f"{self}: every width of a layer and its window must be at least 1")
+            raise UserError(
+                f"{self}: numbers of heads, channels and neurons, and the attention window, must be at least 1"
+            )
         if self.q_heads % self.kv_heads:
             raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
 
@@ -53,7 +55,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Stack:
-    """Transformer blocks on one residual stream ("text": decoder, "vision": tower), with one layer shape per block.
+    """Layers of the decoder ("text") or of the vision tower ("vision"), with one shape per layer.
 
     The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
     each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
@@ -90,10 +92,10 @@ class Stack:
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} of a block is not one of {', '.join(known)}")
+                raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
 
     def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer whose keys and values `shared` layers like this one reuse, or None."""
+        """Return the number of the layer whose keys and values this layer would reuse; None if there is none."""
         found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
         return found[-1] if found else None
 
@@ -132,7 +134,7 @@ def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...
 
 
 def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
-    """Return the widths of the layers as text, "3 x (6/2 heads, 64 neurons), ...", equal neighbours together.
+    """Return the widths of the layers as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
 
     Only the first `most` groups of equal neighbours are listed, with the number of all layers.
     """

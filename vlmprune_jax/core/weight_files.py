@@ -89,7 +89,7 @@ class Entry:
     def _kind(self) -> np.dtype:
         if self.dtype not in FILE_DTYPES:
             raise UserError(
-                f"{self.file}: tensor {self.key} has dtype {self.dtype}, whose values cannot be read (known: "
+                f"{self.file}: tensor {self.key} has the unsupported dtype {self.dtype} (supported: "
                 f"{', '.join(FILE_DTYPES)})"
             )
         return FILE_DTYPES[self.dtype]
@@ -114,7 +114,7 @@ class Entry:
         return values
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the values between consecutive flat indices in `cuts` (ascending); an array is valid until the next.
+        """Yield the values between consecutive flat indices in `cuts`; each array is only valid until the next one.
 
         The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
         would kill the process.

@@ -119,7 +119,9 @@ def train_batches(
     one_of("group_by", group_by, GROUPINGS)
     one_of("on_error", on_error, ON_ERROR)
     if sizes is None and (group_by, on_error, encoder.length_buckets) != ("none", "stop", None):
-        raise UserError("group_by, length buckets and on_error='skip' need sizes=measure(records, encoder, ...)")
+        raise UserError(
+            "group_by, length buckets and on_error='skip' need record sizes: pass sizes=measure(records, encoder, ...)"
+        )
     if not records:
         raise UserError("no records to batch: check the data file")
     if batch_size < 1:

@@ -64,7 +64,9 @@ class ArrayCache:
         Raises UserError if the array is not in the cache, or the file has been removed.
         """
         if key not in self._entries:
-            raise UserError(f"{self.folder}: has no array for {key}: run the same command again to compute it")
+            raise UserError(
+                f"{self.folder}: the cache has no array for {key}: run the same command again to compute it"
+            )
         return self._entries[key].array()
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -79,7 +81,7 @@ class ArrayCache:
             self._flush()
 
     def publish(self) -> None:
-        """Write all added arrays and make those of all processes readable; every process must call it in step.
+        """Write the added arrays so that all processes can read them; all processes must call it together.
 
         Raises UserError if a shard cannot be written, or a process does not see what another one wrote.
         """
@@ -118,11 +120,14 @@ class ArrayCache:
         with reading(self.folder / IDENTITY, _OTHER_FOLDER):
             different = differences(recorded, self._made_from)
         if different:
-            raise UserError(f"{self.folder}: cache of other inputs ({'; '.join(different[:4])}): {_OTHER_FOLDER}")
+            raise UserError(
+                f"{self.folder}: this cache was computed from other inputs ({'; '.join(different[:4])}): "
+                f"{_OTHER_FOLDER}"
+            )
         return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
-        """Read the headers of the shards that `process` listed or wrote; by name, as network disks list files late."""
+        """Read the headers of these shards, which `process` wrote (network disks may list new files late)."""
         for name in names:
             path = self.folder / name
             if not path.exists():
@@ -159,7 +164,7 @@ class ArrayCache:
 def recorded(
     cache: ArrayCache | None, keys: Collection[str], compute: Callable[[], Mapping[str, np.ndarray]]
 ) -> Mapping[str, np.ndarray]:
-    """Return `compute()`, arrays under `keys` and the same on all processes, or the cached ones if all are there.
+    """Return the cached arrays `keys`, or cache and return `compute()` if one is missing; equal on all processes.
 
     Every process must call it in step; process 0 writes. Without a cache it always computes.
     """

@@ -86,7 +86,7 @@ def adds_begin(tokenizer: Any) -> bool:
 
 
 def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
-    """Return the prompt that the folder's chat template makes of `QUESTION` (after an image if the model takes images).
+    """Return `QUESTION` as formatted by the folder's chat template, after an image if the model takes images.
 
     None without a chat template, or if it does not accept such a chat or needs too much time or memory.
     """

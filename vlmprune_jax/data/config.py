@@ -33,7 +33,7 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Records for calibration, recovery and evaluation, and how they are encoded as rows of tokens."""
+    """Records for calibration, recovery and evaluation, and settings for encoding them as rows of tokens."""
 
     source: str = setting(
         "files",
@@ -157,4 +157,4 @@ class DataSpec:
         for name in ("length_buckets", "tile_buckets", "image_buckets"):
             buckets = getattr(self, name)
             if buckets and (buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
-                raise UserError(f"data.{name}={buckets} must be positive and ascending")
+                raise UserError(f"data.{name}={buckets} must be positive numbers in ascending order")

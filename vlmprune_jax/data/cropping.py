@@ -55,7 +55,7 @@ class Cropping(SquarePieces):
         """
         crops = tokens // slot_tokens - 1
         if crops < 0:
-            raise UserError(f"must be at least {slot_tokens}, the tokens of an image without crops: raise it")
+            raise UserError(f"must be at least {slot_tokens}, the number of tokens of an image without crops: raise it")
         if crops < 2:  # an image is cut into at least two
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
@@ -97,7 +97,7 @@ def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
     check_steps(config, where, "Gemma 3")
     height, width = sides(config.get("size") or 224, where)
     if height != width:
-        raise UserError(f"{where}: size {height} x {width} must be a square for Gemma 3: restore it")
+        raise UserError(f"{where}: image size {height} x {width} must be square for Gemma 3: restore the file")
     return Cropping(
         size=height,
         crops=bool(config.get("do_pan_and_scan")),

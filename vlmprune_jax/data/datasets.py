@@ -95,9 +95,9 @@ class _Split:
         self._files = [folder / file["filename"] for file in state["_data_files"]]
         outside = [file.name for file in self._files if file.parent != folder]
         if len(set(self._files)) < len(self._files):
-            raise UserError(f"{folder / _STATE}: names a file twice: {_TODO}")
+            raise UserError(f"{folder / _STATE}: lists a file twice: {_TODO}")
         if outside:
-            raise UserError(f"{folder / _STATE}: names {outside[0]!r}, which is not a file of this folder: {_TODO}")
+            raise UserError(f"{folder / _STATE}: lists {outside[0]!r}, which is not a file of this folder: {_TODO}")
         self._firsts: list[int] = []  # row of each batch
         self._places: list[tuple[Path, int]] = []  # file and offset of each batch
         self._schemas: dict[Path, pa.Schema] = {}

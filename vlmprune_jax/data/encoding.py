@@ -112,7 +112,9 @@ class Encoder:
             counted = loader.arrays(1, image.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
             for pixels in loader.load(path, record.id, len(record.images)):
                 if slot == len(array) or (image.tokens and not len(pixels) == counted <= len(array[slot])):
-                    raise UserError(f"record {record.id}: its images changed since they were measured: run again")
+                    raise UserError(
+                        f"record {record.id}: its image files have changed since this command started: run it again"
+                    )
                 if image.tokens:
                     array[slot, : len(pixels)], arrays[GRIDS][slot] = pixels, image.grid
                 else:
@@ -134,7 +136,8 @@ class Encoder:
             raise UserError(f"record {record.id}: has an image but the model has no vision tower: drop the record")
         if len(record.images) > self.max_images:
             raise UserError(
-                f"record {record.id}: {len(record.images)} images, over max_images {self.max_images}: raise max_images"
+                f"record {record.id}: has {len(record.images)} images, more than data.max_images={self.max_images}: "
+                "raise it"
             )
         return self.image_loader.shapes(record.images, record.id)
 
@@ -188,13 +191,13 @@ class Encoder:
         needed, most = slots_of(images), self.tile_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
-                f"record {record.id}: {needed} tiles are over the largest bucket of {most[-1]}: raise "
+                f"record {record.id}: needs {needed} image tiles, more than the largest bucket ({most[-1]}): raise "
                 "data.tile_buckets or lower data.max_tiles"
             )
         needed, most = largest(images), self.image_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
-                f"record {record.id}: an image of {needed} tokens is over the largest bucket of {most[-1]}: raise "
+                f"record {record.id}: an image has {needed} tokens, more than the largest bucket ({most[-1]}): raise "
                 "data.image_buckets or lower data.max_image_tokens"
             )
 
@@ -224,8 +227,8 @@ class Encoder:
             if record.images and self._cuts_image(ids):
                 last = int(np.flatnonzero(ids == self.image_token_id)[-1])
                 raise UserError(
-                    f"record {record.id}: an image ends at token {last + 1}, beyond max_length {limit}: raise "
-                    "max_length, or shrink the images"
+                    f"record {record.id}: an image ends at token {last + 1}, beyond the maximum length {limit}: raise "
+                    "data.max_length, or shrink the images"
                 )
         return ids[:limit], labels[:limit]
 
@@ -250,8 +253,8 @@ class Encoder:
     def _check_longest(self, ids: np.ndarray, record: Record) -> None:
         if 0 < self.longest < len(ids):
             raise UserError(
-                f"record {record.id}: {len(ids)} tokens with images, the maximum for this model is {self.longest}: "
-                "drop the record, or set data.max_length to cut it in training"
+                f"record {record.id}: has {len(ids)} tokens with its images, more than the model's maximum of "
+                f"{self.longest}: drop the record, or set data.max_length to truncate it in training"
             )
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
@@ -285,7 +288,8 @@ def check_length(length: int, record: Record, limit: int) -> None:
     """Raise UserError naming the record if it has more tokens than a limit."""
     if length > limit:
         raise UserError(
-            f"record {record.id}: {length} tokens with images, over max_length {limit}: raise max_length or drop it"
+            f"record {record.id}: has {length} tokens with its images, more than the maximum length {limit}: raise "
+            "data.max_length, or drop the record"
         )
 
 

@@ -62,7 +62,7 @@ class FeatureLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the grid of each image of a record; see `ImageLoader.shapes`."""
+        """Return the tile or patch grid of each image of a record; see `ImageLoader.shapes`."""
         return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
@@ -72,7 +72,7 @@ class FeatureLoader:
         sizes = features.shape[len(open_axes) :]
         if (sizes, features.dtype) != (self.shape, self.dtype):
             raise UserError(
-                f"{path} (record {record}): {self.cache.folder} has {features.dtype}{list(features.shape)}, "
+                f"{path} (record {record}): the cache {self.cache.folder} has {features.dtype}{list(features.shape)}, "
                 f"expected {self.dtype}[{', '.join(map(str, (*open_axes, *self.shape)))}]: remove that folder"
             )
         if len(features):
@@ -101,7 +101,7 @@ class FeatureLoader:
         return self.images.load(picture.image, picture.record.id, len(picture.record.images))
 
     def shape_of(self, picture: Picture) -> ImageShape:
-        """Return the grid of a picture. Raises UserError naming the file and the record."""
+        """Return the tile or patch grid of an image. Raises UserError naming the file and the record."""
         return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
 
     def count(self, picture: Picture) -> int:

@@ -29,7 +29,7 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     for number, message in enumerate(messages if isinstance(messages, list) else [None]):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role == "system":
-            raise UserError(f"{where}: has a system message: set data.system for all records, and remove it")
+            raise UserError(f"{where}: has a system message: remove it, and set data.system for all records")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         texts = [_part(part, names) for part in parts]
         if role not in SPEAKERS or None in texts:
@@ -41,7 +41,10 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     rest = {name: value for name, value in entry.items() if name != "messages"}
     if any(name is not None for name in names):
         if None in names or any(rest.get(name) is not None for name in ("image", "images")):
-            raise UserError(f"{where}: name every image in its message, or all of them in 'images'")
+            raise UserError(
+                f"{where}: some images are in messages, others in 'images': put all paths into messages, or all into "
+                "'images'"
+            )
         rest["images"] = names
     elif turns and not any(IMAGE_TOKEN in turn["value"] for turn in turns):
         images = rest.get("images") or rest.get("image") or []
@@ -69,7 +72,7 @@ def from_question(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, A
 
 
 def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Convert a table row, with images by column, to a data file's entry; a row without a conversation is a question.
+    """Convert a table row and its images to an entry of a JSON data file; without a conversation, it is a question.
 
     The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
     `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
@@ -91,7 +94,7 @@ def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, 
 
 
 def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Return the text with an `<image>` mark for each image, and the images in the order of their marks."""
+    """Return the text with one `<image>` placeholder per image, and the images in the order of the placeholders."""
     marked = {f"image_{number}" for number in _MARK.findall(text)}
     before = [name for column, names in images.items() if column not in marked for name in names]
     marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)

@@ -84,7 +84,7 @@ class _Areas(TypedDict, total=False):
 
 
 class PatchFile(_Steps, total=False):
-    """Fields that are read for images of any size; `size` is two area limits, which older files name separately."""
+    """Fields that are read for images of any size; `size` has both area limits, which older files name separately."""
 
     size: _Areas | None
     min_pixels: _Area
@@ -162,7 +162,7 @@ def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
 
 
 def way_of(config: Mapping[str, Any]) -> str:
-    """Return the kind of image preparation that these processor settings need (`Family.images`); "whole" if unknown."""
+    """Return which image preparation (`Family.images`) these processor settings need; "whole" if unknown."""
     return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
@@ -201,7 +201,7 @@ def sides(size: Any, where: str) -> tuple[int, int]:
         side = min(size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
         return side, side
     if "height" not in size or "width" not in size:
-        raise UserError(f"{where}: size {size} needs height and width, or the shortest edge: {_TODO}")
+        raise UserError(f"{where}: size {size} must have height and width, or shortest_edge: {_TODO}")
     return size["height"], size["width"]
 
 

@@ -152,7 +152,7 @@ class ImageLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the grid of each image of a record; reads file headers only if grids depend on image sizes.
+        """Return the tile or patch grid of each image of a record; reads file headers only if grids depend on sizes.
 
         Raises UserError naming the file and the record.
         """
@@ -172,7 +172,7 @@ class ImageLoader:
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
                 raise UserError(
                     f"{path}: image of {width}x{height} pixels exceeds the limit of {self._max_pixels} pixels after "
-                    "preparation: shrink it or raise max_image_pixels"
+                    "preparation: shrink it or raise data.max_image_pixels"
                 )
             yield image
 
@@ -189,7 +189,7 @@ def thumbnail(
         if width * height > max_pixels:
             raise UserError(
                 f"{image}: image of {width}x{height} pixels exceeds the limit of {max_pixels} pixels: shrink it or "
-                "raise max_image_pixels"
+                "raise data.max_image_pixels"
             )
         opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
         small = _to_rgb(opened)
@@ -282,7 +282,8 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
     takes = described(*(patches or (image_size, image_size)), patches is not None)
     if makes != takes:
         raise UserError(
-            f"{where}: the image processor makes {makes}, but the vision tower takes {takes}: use the model's processor"
+            f"{where}: the image processor returns {makes}, but the vision tower takes {takes}: use the model's "
+            "processor"
         )
 
 
@@ -292,8 +293,8 @@ def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path
         return preparation
     if not isinstance(preparation, Tiling):
         raise UserError(
-            f"{folder}: data.{', data.'.join(changes)} set, but this model does not cut images into "
-            "tiles by their aspect ratio: unset it"
+            f"{folder}: this model does not cut images into tiles by their aspect ratio: unset "
+            f"data.{', data.'.join(changes)}"
         )
     return dataclasses.replace(preparation, **changes)
 
@@ -320,7 +321,7 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
-    """Return the image preparation that a folder describes, and the name of the file that describes it."""
+    """Return the image preparation that a model folder describes, and the file that describes it."""
     model_path = folder / "config.json"
     model = read_json(model_path) if os.path.lexists(model_path) else {}
     family = find(model)

@@ -115,7 +115,7 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return the ascending image buckets that an image in a row of `length` tokens can use."""
+    """Return the image buckets (token counts) that fit in a row of `length` tokens, ascending."""
     return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
 
 
@@ -176,7 +176,7 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
-    """Yield a warning if the run's prompts differ from those of the folder's chat template."""
+    """Yield a warning if the prompts of this run differ from prompts by the folder's chat template."""
     mine = prompt_of(template, has_image=has_image)
     if chat is not None and with_marks(chat, template) != mine:
         yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
@@ -379,5 +379,5 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
 
 
 def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
-    """Return the encoder, with the longest record's length as `max_length` if none is set."""
+    """Return the encoder; if it has no `max_length`, with the length of the longest record."""
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))

@@ -74,8 +74,8 @@ class Patching(Preparation):
         if pixels < self.min_pixels:
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
             raise UserError(
-                f"must be at least {least}, the tokens of the model's smallest images ({self.min_pixels} pixels): "
-                "raise it"
+                f"must be at least {least}, the number of tokens of the smallest image that the model takes "
+                f"({self.min_pixels} pixels): raise it"
             )
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
@@ -100,7 +100,8 @@ class Patching(Preparation):
         """Return (rows, columns) of an image in patches, both multiples of `merge`."""
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
-                f"image of {width}x{height} pixels: long side over {_THINNEST} times the short side (limit): crop it"
+                f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
+                "crop it"
             )
         side = self.patch * self.merge
         # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
@@ -133,10 +134,12 @@ def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
     }
     missing = [name for name, value in fields.items() if value is None]
     if missing:
-        raise UserError(f"{where}: {', '.join(missing)} missing: restore the file from the model's source")
+        raise UserError(f"{where}: has no {', '.join(missing)}: restore the file from the model's source")
     least, most, patch, temporal, merge, *_ = fields.values()
     if least > most:
-        raise UserError(f"{where}: min_pixels {least} is above max_pixels {most}: restore them")
+        raise UserError(
+            f"{where}: min_pixels {least} is above max_pixels {most}: restore the file from the model's source"
+        )
     return Patching(
         patch=patch,
         temporal=temporal,

@@ -14,7 +14,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 
 class Preparation(Protocol):
-    """Conversion of a decoded image to arrays for the tower; `sharing` is the number of images in the same record.
+    """Conversion of a decoded image to arrays for the vision tower; `sharing` is the number of images in the record.
 
     Attributes:
       merge: patch-merge factor n (n x n patches become one token) if images have any size; 0 if the size is fixed.
@@ -28,7 +28,7 @@ class Preparation(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tower's input: (channels, height, width), or (values,) of a patch if images have any size."""
+        """Shape of the vision tower's input: (channels, height, width), or (values,) per patch (any size)."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Preparation(Protocol):
 
     @property
     def settings(self: Any) -> dict[str, Any]:
-        """Settings that change the arrays, as JSON values."""
+        """Settings on which the prepared arrays depend, as JSON values."""
         return {type(self).__name__.lower(): dataclasses.asdict(self)}
 
     @property
@@ -84,8 +84,9 @@ class SquarePieces(Preparation, Protocol):
 
 
 def fixed_size(slot_tokens: int) -> UserError:
-    """Return the error about a limit on image tokens for a model whose images have one size."""
+    """Return the error message for a limit on image tokens if all images of the model have one size."""
     return UserError(
-        f"every image of this model has {slot_tokens} tokens, whatever its size: unset it, or use a model with tiles, "
-        "patches or a token budget (InternVL, SmolVLM, Qwen-VL, Gemma)"
+        f"every image of this model has {slot_tokens} tokens, whatever its size: unset this limit, or use a model "
+        "whose "
+        "images differ in tokens (InternVL, SmolVLM, Qwen-VL, Gemma)"
     )

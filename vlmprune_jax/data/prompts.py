@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
             _mark_every_piece(tokenizer)
         if not tokenizer.is_fast:
-            raise UserError(f"{folder}: the tokenizer is slow, without tokenizer.json: convert it to a fast one")
+            raise UserError(f"{folder}: has no tokenizer.json: convert its slow tokenizer to a fast one")
         tokenizer.model_max_length = sys.maxsize  # long records raise errors elsewhere; no warning
         # the first call switches off stored truncation and padding, before several threads use the tokenizer
         tokenizer("A word, 1 é\n")
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _mark_every_piece(tokenizer: Any) -> None:
-    """Make the tokenizer put a space mark before every piece of text, as SentencePiece with `legacy` does (Phi-3).
+    """Make the tokenizer put a space symbol before every piece of text, as SentencePiece with `legacy` (Phi-3).
 
     transformers 5's LlamaTokenizer omits the mark before a piece that begins with a space: `<img> z` loses one.
     """
@@ -86,7 +86,7 @@ def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: b
 
 
 def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Return the turns with an image placeholder in the first one (reference: InternVL `multi_modal_get_item`).
+    """Return the turns with an image placeholder in the first turn (reference: InternVL `multi_modal_get_item`).
 
     Applies to records with one image; a placeholder in a later turn is then plain text.
     """
@@ -142,7 +142,7 @@ def tokenize_training(
 
 
 def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
-    """Return the texts that `tokenize_training` tokenises, which are separated by `<image>` placeholders."""
+    """Return the texts of a prompt that `tokenize_training` tokenises: those between `<image>` placeholders."""
     return _pieces(_training_prompt(record, template, images), record, template)
 
 
@@ -207,7 +207,9 @@ def _write_images(prompt: str, record: Record, template: Template, images: Seque
     first, *rest = prompt.split(IMAGE_TOKEN, len(record.images))
     context = template.image_tokens[1]
     if any(context in text for text in (first, *rest)):
-        raise UserError(f"record {record.id}: its text contains {context}, the token of image positions: remove it")
+        raise UserError(
+            f"record {record.id}: its text contains {context}, the placeholder token of images: remove it from the text"
+        )
     if template.videos is not None and template.videos in prompt:
         raise UserError(
             f"record {record.id}: its text contains {template.videos}, but videos are not supported: drop the record"
@@ -218,7 +220,7 @@ def _write_images(prompt: str, record: Record, template: Template, images: Seque
 def _repeats(
     is_image: np.ndarray, tokens_per_image: int, template: Template, images: Sequence[ImageShape]
 ) -> np.ndarray:
-    """Return how many decoder positions each token takes (image tokens are repeated)."""
+    """Return the number of decoder positions of each token (image tokens are repeated)."""
     repeats = np.ones(len(is_image), np.int64)
     counts = [(template.context_tokens(image), image.positions(tokens_per_image)) for image in images]
     per_token = [positions // tokens for tokens, positions in counts for _ in range(tokens)]

@@ -54,7 +54,7 @@ class StoredImage:
 
 
 def image_key(image: Path | StoredImage) -> str:
-    """Return an image's key in caches: path and file size, or for images inside a data set their number."""
+    """Return the cache key of an image: path and file size, or its number in a data set."""
     if isinstance(image, StoredImage):
         return f"{image.store.identity()}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
@@ -148,7 +148,7 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
         named = [replace(record, id=f"{name}/{record.id}") for record in read]
         records += named[: int(len(read) * repeat)] if repeat < 1 else named * int(repeat)
     if not records:
-        raise UserError(f"{path}: its data sets yield no records: add sets, or raise repeat_time")
+        raise UserError(f"{path}: the data sets in this file have no records: add data sets, or raise repeat_time")
     return records
 
 
@@ -167,8 +167,8 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
         fits = isinstance(repeat, int | float) and (0 < repeat < 1 or repeat in range(1, MAX_REPEATS + 1))
         if isinstance(repeat, bool) or not fits:
             raise UserError(
-                f"{path}, set {name}: repeat_time {_shown(repeat)} must be a whole number up to {MAX_REPEATS}, or "
-                "between 0 and 1"
+                f"{path}, set {name}: repeat_time {_shown(repeat)} must be an integer up to {MAX_REPEATS}, or "
+                "a number between 0 and 1"
             )
         if entry.get("data_augment") or entry.get("max_dynamic_patch") is not None:
             raise UserError(
@@ -264,7 +264,8 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
     if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
         raise UserError(
-            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one each"
+            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
+            "placeholder per image"
         )
     answers = _answers(entry.get("answers"), where)
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
@@ -339,7 +340,7 @@ def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
 
 
 class _ImageRoot:
-    """Image lookup below one folder; results are remembered, since many records share an image."""
+    """Image lookup in one folder; results are cached, since many records share an image."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -365,6 +366,8 @@ class _ImageRoot:
             problem = "is not a file" if os.path.lexists(path) else "does not exist"
             raise UserError(f"{where}: image {self._folder / shown} {problem}: check the image root and the path")
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
-            raise UserError(f"{where}: image {path} is a link out of the image root {self._folder}: copy it inside")
+            raise UserError(
+                f"{where}: image {path} is a link to a file outside the image root {self._folder}: replace it by a copy"
+            )
         self._paths[name] = path
         return path

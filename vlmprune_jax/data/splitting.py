@@ -59,7 +59,9 @@ class Splitting(SquarePieces):
         """
         slots = tokens // slot_tokens
         if not slots:
-            raise UserError(f"must be at least {slot_tokens}, the tokens of an image that is not split: raise it")
+            raise UserError(
+                f"must be at least {slot_tokens}, the number of tokens of an image that is not split: raise it"
+            )
         along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
 
@@ -74,7 +76,7 @@ class Splitting(SquarePieces):
         return max(rows * columns * self.size**2, first_width * first_height)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the sub-images row by row, then the whole image; resizes up to three times, as the reference code."""
+        """Return the sub-images row by row, then the whole image, resized as in the reference code."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)
@@ -129,7 +131,7 @@ def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting
     if splitting.most(1) > MAX_TILES:
         raise UserError(
             f"{where}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
-            f"sub-images per image, the maximum is {MAX_TILES}: restore them from the model's source"
+            f"sub-images per image, the maximum is {MAX_TILES}: restore the file from the model's source"
         )
     return splitting
 
@@ -140,5 +142,5 @@ def _longest_edge(config: Mapping[str, Any], name: str, default: int, where: str
         return default
     edge = size.get("longest_edge") if isinstance(size, Mapping) else None
     if edge is None:
-        raise UserError(f"{where}: {name} {size} has no longest_edge: restore it from the model's source")
+        raise UserError(f"{where}: {name} {size} has no longest_edge: restore the file from the model's source")
     return int(edge)

@@ -32,7 +32,7 @@ class TeacherRows:
     vocab_size: int
 
     def has(self, record: Record) -> bool:
-        """Return True if the cache holds this record."""
+        """Return True if the cache has the teacher's outputs for this record."""
         return not self.cache.missing(_keys(record))
 
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
@@ -68,23 +68,24 @@ class TeacherRows:
         counted, (ids, logprobs) = self._counted(row), (self.cache[key] for key in _keys(record))
         if ids.shape[1:] != (self.top_k,) or logprobs.shape != (len(ids), self.top_k + 1) or ids.dtype.kind not in "iu":
             raise UserError(
-                f"record {record.id}: {self.cache.folder} does not have its top {self.top_k} tokens: remove that "
-                "folder, or use another recover.teacher_cache"
+                f"record {record.id}: the cache {self.cache.folder} does not have the teacher's top {self.top_k} "
+                "tokens: remove that folder, or use another recover.teacher_cache"
             )
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise UserError(
-                f"record {record.id}: {self.cache.folder} has token ids from {ids.min()} to {ids.max()}, the "
-                f"vocabulary has 0 to {self.vocab_size - 1}: remove that folder, or use another recover.teacher_cache"
+                f"record {record.id}: the cache {self.cache.folder} has token ids from {ids.min()} to {ids.max()}, but "
+                f"the vocabulary has 0 to {self.vocab_size - 1}: remove that folder, or use another "
+                "recover.teacher_cache"
             )
         if len(ids) != counted.sum():
             raise UserError(
-                f"record {record.id}: {self.cache.folder} has {len(ids)} positions, expected {counted.sum()}: remove "
-                "that folder, or use another recover.teacher_cache"
+                f"record {record.id}: the cache {self.cache.folder} has {len(ids)} positions, expected "
+                f"{counted.sum()}: remove that folder, or use another recover.teacher_cache"
             )
         row["teacher_ids"][counted], row["teacher_logprobs"][counted] = ids, logprobs
 
     def _counted(self, row: Row) -> np.ndarray:
-        """Return bool[tokens]: True where a position contributes to the loss (position t predicts label t + 1)."""
+        """Return bool[tokens], True at positions that contribute to the loss (position t predicts label t + 1)."""
         if self.positions == "all":
             return row["attention_mask"] == 1
         return np.append(row["labels"][1:] != IGNORED, False)

@@ -18,7 +18,7 @@ _PART = 2000  # characters of a text file per text, cut at the end of a line
 
 
 class Texts(NamedTuple):
-    """Texts that choose a vocabulary, and token ids that a file lists directly."""
+    """Texts whose tokens a trimmed vocabulary keeps, and token ids that a file lists directly."""
 
     texts: list[str]
     ids: list[int]
@@ -56,7 +56,7 @@ def read_texts(source: str, template: Template) -> Texts:
 
 
 class _Unopened:
-    """Image lookup that returns names as paths without opening files."""
+    """Image lookup that returns image names as paths, without opening files."""
 
     def find(self, name: str, where: str) -> Path:
         """Return the image name as a path."""

@@ -77,7 +77,7 @@ def tfds_folder(text: str) -> Path | epath.Path:
 
 
 def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a short text that changes whenever a folder's records are rewritten; "" if it has no records."""
+    """Return a short text that changes whenever the records in a folder are rewritten; "" without records."""
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
         if not info.is_file():
@@ -165,7 +165,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
     base: Any = tfds.core.GeneratorBasedBuilder
 
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
-        """TFDS builder of one of the folder's two data sets (records, images); examples keep their order."""
+        """TFDS builder of one data set of the folder (records or images); examples keep their order."""
 
         code_path = None  # no checksums to look up, which would need another package
         VERSION = tfds.core.Version(VERSION)
@@ -189,7 +189,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
 
 
 class ImageStore:
-    """Image data set of a folder; opened at the first read and safe to use from several threads."""
+    """Store of a folder's images, opened at the first read and safe to use from several threads."""
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
@@ -221,7 +221,7 @@ class ImageStore:
 
 
 class _Source:
-    """Random access to the examples of one of a folder's two data sets; images are not decoded.
+    """Random access to the examples of one data set (records or images) of a folder; images are not decoded.
 
     Raises UserError if the data set was not written by `write_tfds`.
     """
@@ -238,7 +238,7 @@ class _Source:
             file = place / _FEATURES
             # the form that tfds writes; no class is looked up by a name in the file
             if parse_json(_text(file), str(file), _TODO) != MessageToDict(self._features.to_proto()):
-                raise UserError(f"{file}: describes other features than `vlmprune tfds` writes: {_TODO}")
+                raise UserError(f"{file}: describes features that `vlmprune tfds` does not write: {_TODO}")
             lengths = _shard_lengths(place, name)
             shards = [f"{place}/{name}-{SPLIT}.{FILE_FORMAT}-{i:05}-of-{len(lengths):05}" for i in range(len(lengths))]
             if isinstance(place, Path):
@@ -311,7 +311,7 @@ def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
 
 @contextlib.contextmanager
 def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
-    """Yield the folder, or a local copy of a bucket's records (reading them remotely costs one request each)."""
+    """Yield the folder, or a local copy of the records in a bucket (remote reading needs a request per record)."""
     if isinstance(folder, Path):
         yield folder
         return

@@ -18,7 +18,7 @@ from vlmprune_jax.families.tiles import ImageShape, TilingConfig
 
 @dataclass(frozen=True)
 class Tiling(TilingConfig, SquarePieces):
-    """A `TilingConfig` with the methods that apply it to images."""
+    """Tiling of images: a `TilingConfig` with the methods that cut images."""
 
     @property
     def usual(self) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class Tiling(TilingConfig, SquarePieces):
         tiles = slots - (self.thumbnail and slots > 1)
         if tiles < self.min_tiles:
             least = (self.min_tiles + (self.thumbnail and self.min_tiles > 1)) * slot_tokens
-            raise UserError(f"must be at least {least} ({slot_tokens} tokens per tile): raise it")
+            raise UserError(f"must be at least {least}, since a tile has {slot_tokens} tokens: raise it")
         return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
@@ -125,7 +125,7 @@ def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
     size = config.get("size") or 384
     height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, where)
     if height != width or height is None:
-        raise UserError(f"{where}: size {size} must be a square for InternVL tiles: restore it")
+        raise UserError(f"{where}: image size {size} must be square for InternVL's tiles: restore the file")
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     return Tiling(

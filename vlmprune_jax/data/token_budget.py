@@ -40,7 +40,7 @@ class TokenBudget(Preparation):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded: only the budget, which most images nearly fill."""
+        """Token counts to which images are padded: only the token budget, which most images nearly fill."""
         return (self.tokens,)
 
     @property
@@ -48,9 +48,9 @@ class TokenBudget(Preparation):
         return {"max_soft_tokens": self.tokens}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
-        """Return a copy with this budget. Raises UserError if the model was not trained with it."""
+        """Return a copy with this token budget. Raises UserError if the model was not trained with this budget."""
         if tokens not in BUDGETS:
-            raise UserError(f"must be one of the model's budgets ({', '.join(map(str, BUDGETS))}): choose one")
+            raise UserError(f"must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})")
         return dataclasses.replace(self, tokens=tokens)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
@@ -69,12 +69,14 @@ class TokenBudget(Preparation):
         return np.ascontiguousarray(cells.reshape(1, rows * columns * m * m, -1))
 
     def _cells(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns) of an image in tokens."""
+        """Return the numbers of rows and columns of an image in tokens."""
         side = self.merge * self.patch
         factor = math.sqrt(self.tokens * side**2 / (height * width))
         rows, columns = (math.floor(factor * length / side) for length in (height, width))
         if not rows and not columns:
-            raise UserError(f"image of {width}x{height} pixels: too small for a budget of {self.tokens} tokens")
+            raise UserError(
+                f"image of {width}x{height} pixels is too small for a budget of {self.tokens} tokens: enlarge it"
+            )
         if not rows:
             return 1, min(width // height, self.tokens)
         return (rows, columns) if columns else (min(height // width, self.tokens), 1)
@@ -88,10 +90,15 @@ def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenB
     """
     check_steps(config, where, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):
-        raise UserError(f"{where}: do_normalize true is not supported for Gemma 4, whose tower centres pixels itself")
+        raise UserError(
+            f"{where}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
+            "set it to false"
+        )
     tokens, resample = config.get("max_soft_tokens") or 280, config.get("resample")
     if tokens not in BUDGETS:
-        raise UserError(f"{where}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore it")
+        raise UserError(
+            f"{where}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore the file"
+        )
     return TokenBudget(
         patch=config.get("patch_size") or 16,
         merge=config.get("pooling_kernel_size") or 3,

@@ -56,7 +56,7 @@ class TokenizerConfig(TypedDict):
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder whose tokenizer files are malformed, or have rules that take forever on plain text.
+    """Refuse a folder whose tokenizer files are malformed, or have rules that take too long on plain text.
 
     Raises UserError if a file is unreadable or malformed, or its rules run away on plain text.
     """

@@ -23,7 +23,7 @@ _place: tuple[int, int] | None = None  # own number, number of processes
 
 
 def watch(number: int, count: int) -> None:
-    """End this process too if any of `count` processes fails (calls `end`); every process calls this function once."""
+    """End this process if another of the `count` processes fails; every process calls this function once."""
     global _place
     _place = number, count
     thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
@@ -96,7 +96,7 @@ def _watch(store: Any, number: int, count: int) -> None:
 
 
 def _leave_together(store: Any, number: int, count: int) -> None:
-    """Wait until all processes know of the failure; process 0 exits last, since it hosts the store.
+    """Wait until all processes have read the failure; process 0 ends last, because it hosts the key-value store.
 
     Otherwise the others would report a broken connection, and jax aborts processes that lose the store.
     """

@@ -43,7 +43,7 @@ class Journal:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def cut(self, number: int) -> None:
-        """Keep the first `number` entries and drop the rest, which are damaged."""
+        """Keep the first `number` entries and remove all later ones, which are damaged."""
         del self.entries[number:]
         if is_main_process():
             self._write([self._made_from, *self.entries])
@@ -63,7 +63,7 @@ def continued(
     journal: Journal | None,
     fits: Callable[[T, Any], bool] = lambda batch, entry: True,
 ) -> Iterator[Any]:
-    """Yield `compute(batch)` for every batch (JSON values); batches that the journal holds are not computed again.
+    """Yield `compute(batch)` (JSON values) for every batch, from the journal if it has the batch.
 
     Results are computed again from the first entry that does not fit its batch, which may be damaged.
     """
@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Return True if a journal entry has this type (see `core.files`)."""
+    """Return True if a journal entry has the type `kind` (see `core.files`)."""
     try:
         checked(entry, kind, "", "")
     except UserError:

@@ -77,7 +77,7 @@ def start_devices() -> None:
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """Return (host:port, number of processes, own number) from arguments or environment; None if none is set."""
+    """Return (host:port, number of processes, number of this process) from arguments or environment; None if unset."""
     arguments = (coordinator, num_processes, process_id)
     values = [os.environ.get(name) if value is None else str(value)
               for name, value in zip(VARIABLES, arguments, strict=True)]  # fmt: skip
@@ -86,8 +86,9 @@ def _named_place(coordinator: str | None, num_processes: int | None, process_id:
     address, count, number = values
     if not (address and count and number):
         raise UserError(
-            f"several processes: got coordinator {address}, num_processes {count}, process_id {number}: set all of "
-            f"--coordinator=HOST:PORT, --num_processes and --process_id (or {', '.join(VARIABLES)})"
+            f"several processes need all three flags (found coordinator {address}, num_processes {count}, "
+            f"process_id {number}): set "
+            f"--coordinator=HOST:PORT, --num_processes and --process_id (or the variables {', '.join(VARIABLES)})"
         )
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII):
@@ -130,7 +131,7 @@ def _slice_has_workers() -> bool:
 
 
 def mesh_of(sizes: MeshSpec) -> Mesh | None:
-    """Return a device mesh of these sizes, or None if one device suffices."""
+    """Return a device mesh of these sizes; None if all sizes are 1."""
     if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
@@ -145,7 +146,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     devices = jax.devices() if devices is None else devices
     sizes, n_devices = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes are positive, and at most one is -1")
+        raise UserError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: sizes must be positive, and at most one may be -1"
+        )
     product = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and n_devices % product == 0:
         sizes[sizes.index(-1)] = n_devices // product
@@ -158,7 +161,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise UserError(
-            f"mesh data={sizes[0]}: must be a multiple of the {slices} slices, between which only gradients should move"
+            f"mesh.data={sizes[0]} must be a multiple of the number of TPU slices ({slices}), because only gradients "
+            "should be exchanged between slices"
         )
     # Auto: the compiler propagates shardings from parameters and pinned activations (distributed/rules.py)
     kinds = (AxisType.Auto,) * 3
@@ -169,7 +173,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 
 
 def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Sequence[int] = ()) -> Mesh | None:
-    """Return the mesh for generation on the devices of `mesh`: each chip keeps its share of the weights.
+    """Return the mesh for generation on the devices of `mesh`: each chip permanently holds a slice of the weights.
 
     An `fsdp` axis would gather all weights for every token. `tensor` is the smallest size with which the weights,
     `n_bytes`, take a quarter of a chip's memory, as far as heads, neurons and vocabulary divide; rows are split over
@@ -217,7 +221,7 @@ def is_main_process() -> bool:
 
 
 def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
-    """Return process 0's `compute()` (a JSON value) on every process; all processes must call it in step.
+    """Return the JSON value `compute()` of process 0 on every process; all processes must call it together.
 
     Workdir files are read and written by process 0 alone, since other processes could see them before a change.
 
@@ -241,7 +245,7 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
 
 
 def from_all(compute: Callable[[], Any]) -> list[Any]:
-    """Return every process's `compute()` (JSON values), ordered by process, on all; all must call it in step.
+    """Return the JSON values `compute()` of all processes on every process; all processes must call it together.
 
     Raises SharedError on every process, if `compute` raised a UserError on any.
     """
@@ -287,7 +291,7 @@ def gather_to_host(array: jax.Array) -> np.ndarray:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which `rules.constrain` shards activations over `mesh`; without effect if `mesh` is None."""
+    """Return a context in which `rules.constrain` shards activations over `mesh` (no effect if `mesh` is None)."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -304,7 +308,7 @@ def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
     """
     ways = row_ways(mesh)
     if count < 1 or count % ways:
-        raise UserError(f"batch size {count} must be a positive multiple of data x fsdp = {ways}, which split its rows")
+        raise UserError(f"batch size {count} must be a positive multiple of mesh.data x mesh.fsdp = {ways}")
     if mesh is None:
         return np.arange(count)
     local = set(mesh.local_devices)

@@ -16,7 +16,7 @@ _calls = itertools.count(1)  # calls of `noticed` over all phases, by which proc
 
 
 def noticed() -> bool:
-    """Return True if any process of the run received SIGTERM; all processes must call it in step.
+    """Return True if any process of the run received SIGTERM; all processes must call it together.
 
     Once processes have joined, `jax.distributed` catches the signal, so that it does not kill them.
     """
@@ -48,5 +48,5 @@ class StopSignal:
         self._flag.set()
 
     def requested(self) -> bool:
-        """Return True if the run should save and stop now; every process of a pod must ask, in step."""
+        """Return True if the run should save and stop now; all processes of a pod must call it together."""
         return self._flag.is_set() or noticed()

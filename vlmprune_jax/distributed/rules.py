@@ -31,7 +31,7 @@ WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
-    """Return the PartitionSpec for these named axes; a mesh axis is used only by the first axis that maps to it.
+    """Return the PartitionSpec for these named axes; each mesh axis splits only the first axis that maps to it.
 
     `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE`, which are replicated without.
     """

@@ -27,7 +27,7 @@ def questions(
     prompt_suffix: str = "",
     **settings: Any,
 ) -> ArrangedQuestions:
-    """Return batches of questions for `vp.evaluate`; an image with several questions is encoded once.
+    """Return batches of questions for `vp.evaluate`; an image is encoded once for all of its questions.
 
     Args:
       hf_dir, images, vision_dir, settings: as for `vp.batches`.
@@ -71,7 +71,9 @@ def answer(
     """
     folder = source_dir if isinstance(model, Model) else model
     if folder is None:
-        raise UserError("answer: a loaded model has no tokenizer: pass source_dir=, the folder that it came from")
+        raise UserError(
+            "answer: a model in memory has no tokenizer: pass source_dir=, the folder that the model was loaded from"
+        )
     pictures = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
     cfg, inputs = open_inputs(folder, vision_dir, None, {"max_images": max(1, len(pictures)), **settings})
     loaded = model if isinstance(model, Model) else load(folder, vision_dir=vision_dir)

@@ -11,7 +11,7 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """One evaluation set reads questions (`data`, `images`) or a `text` file; None takes the value in `evaluate`."""
+    """Settings of one evaluation set: questions (`data`, `images`) or a text; None takes the value in `evaluate`."""
 
     data: str | None = evaluate_setting(
         None, "Evaluation records of this set, as `data.eval` takes them (None = `data.eval`).", by_content=True
@@ -36,17 +36,17 @@ class EvaluationSetSpec:
         check_settings("evaluate.sets", self)
         if self.text is not None and (self.data or self.images or self.prompt_suffix or self.questions):
             raise UserError(
-                f"evaluate.sets: a set is either a text ({self.text}) or questions: remove text, or data, images, "
-                "prompt_suffix and questions"
+                f"evaluate.sets: a set cannot have both a text ({self.text}) and questions: remove text, or data, "
+                "images, prompt_suffix and questions"
             )
 
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Evaluation of each model: greedy answers to questions, and perplexity of a text.
+    """Evaluation of each model by greedy answers to questions and the perplexity of a text.
 
-    `sets` holds evaluation sets by name; a setting of a set replaces the setting of the same name here. Without `sets`,
-    the set "questions" is `data.eval`, and the set "text" is the `text` file.
+    `sets` has evaluation sets by name, whose settings replace those of `evaluate`. Without `sets`, the set "questions"
+    is `data.eval`, and the set "text" is the file `evaluate.text`.
     """
 
     batch_size: int = evaluate_setting(32, "Number of questions per batch.", unit="rows", least=1, most=MAX_ROWS)
@@ -75,8 +75,8 @@ class EvaluateSpec:
     text_window: int = evaluate_setting(512, "Context window for perplexity.", unit="tokens", least=2)
     mesh: tuple[int, ...] = setting(
         (),
-        "Sizes (data, fsdp, tensor) of the device mesh for evaluation. () chooses them for generation, on the devices "
-        "of `mesh`: weights are split over `tensor` only, and no chip gathers them.",
+        "Sizes (data, fsdp, tensor) of the device mesh for evaluation (() = a mesh for generation on the devices of "
+        "`mesh`: weights are split over `tensor` only, so that no chip gathers weights).",
         unit="devices",
         least=-1,
     )

@@ -58,7 +58,7 @@ class _Beginning:
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions of one batch and its padded shape: size and number of the beginnings, length of the endings."""
+    """Questions of one batch, and its padded shape: length and number of shared beginnings, length of endings."""
 
     questions: tuple[_Question, ...]
     shape: Shape
@@ -68,7 +68,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class ArrangedQuestions:
-    """Questions arranged into batches with shared beginnings, which every evaluated model reads again."""
+    """Questions in batches with shared beginnings; every evaluated model reads the same batches."""
 
     records: Sequence[Record]
     encoder: Encoder
@@ -176,7 +176,7 @@ def _groups(
     multiple: int,
     by_length: bool,
 ) -> tuple[_Group, ...]:
-    """Group neighbouring questions into batches of limited rows and beginnings; each length bucket has one shape.
+    """Group neighbouring questions into batches; batches of a length bucket have the same padded shape.
 
     A batch holds only beginnings with the same number of image slots, so a small image is not padded to twelve tiles.
     Batches of equal shape follow each other, so each program is compiled once.

@@ -98,7 +98,7 @@ def evaluate(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Evaluation:
-    """Score a model's greedy answers with a metric (by default: the share that equal a reference answer).
+    """Score a model's greedy answers with a metric (default: share of answers that equal a reference answer).
 
     Args:
       model, batches, max_new_tokens, progress, journal: see `ask`.
@@ -215,7 +215,8 @@ def check_answered(records: Iterable[Record]) -> None:
     for record in records:
         if not any(text.strip() for text in record.references):
             raise UserError(
-                f"record {record.id}: no reference answer (the last turn is not from gpt): add one or drop it"
+                f"record {record.id}: has no reference answer (the last turn is not from gpt): add an answer, or "
+                "drop the record"
             )
 
 
@@ -270,7 +271,8 @@ def log_likelihoods(
     ids = np.asarray(token_ids, np.int32).reshape(-1)
     if len(ids) < 2 or window < 2 or batch_size < 1:
         raise UserError(
-            f"perplexity: {len(ids)} tokens, window {window}, batch size {batch_size}: must be at least 2, 2 and 1"
+            f"perplexity needs at least 2 tokens, a window of 2 and a batch size of 1 (got {len(ids)}, {window} and "
+            f"{batch_size})"
         )
     if ids.min() < 0 or ids.max() >= model.cfg.text.vocab_size:
         raise UserError(

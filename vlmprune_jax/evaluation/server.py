@@ -59,7 +59,7 @@ class _Completion(msgspec.Struct):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error, since it could send the key and the images elsewhere."""
+    """Handler that treats redirects as errors, because they could send API key and images to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -85,7 +85,7 @@ class Server:
         url = url.rstrip("/")
         names = [one.id for one in _request(f"{url}/models", None, _Models).data]
         if len(names) != 1:
-            raise UserError(f"{url}/models: lists {len(names)} models, expected 1: serve one model alone")
+            raise UserError(f"{url}/models: the server lists {len(names)} models, expected 1: serve one model")
         return cls(url, names[0])
 
     def answer(self, record: Record, suffix: str, max_new_tokens: int) -> tuple[str, int]:
@@ -163,7 +163,7 @@ def _data_url(image: Path | StoredImage) -> str:
 
 
 def _request(url: str, body: Any, kind: Any) -> Any:
-    """Send JSON (None: only ask), and return the answer as an instance of `kind`; time and bytes are bounded."""
+    """Send a request (POST with JSON, or GET), and return the response as a `kind`; time and size are limited."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {key}"
@@ -177,9 +177,11 @@ def _request(url: str, body: Any, kind: Any) -> Any:
     except urllib.error.HTTPError as error:
         with error:
             said = reason(Exception(error.read(1000).decode(errors="replace")))
-        raise UserError(f"{url}: HTTP error {error.code} ({said}): check the server's log") from error
+        raise UserError(f"{url}: the server returned HTTP error {error.code} ({said}): check its log") from error
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: no answer ({reason(error)}): start the server; the same command continues") from error
+        raise UserError(
+            f"{url}: the server does not answer ({reason(error)}): start it, then repeat this command to continue"
+        ) from error
     todo = "use a server with OpenAI's chat completions"
     return msgspec.convert(checked(parse_json(content, url, todo), kind, url, todo), kind)
 

@@ -49,7 +49,8 @@ def retained_interval(
     """
     if len(scores) != len(original) or not scores:
         raise UserError(
-            f"retained interval: {len(scores)} and {len(original)} answers: both models must answer the same questions"
+            f"retained interval: the models have {len(scores)} and {len(original)} answers: both must answer the "
+            "same questions"
         )
     random = np.random.Generator(np.random.PCG64(seed))
     with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
@@ -65,7 +66,7 @@ def retained_interval(
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
-    """Return True if an interval is fast to compute; otherwise the metric must aggregate every bootstrap sample."""
+    """Return True if intervals of this metric are fast to compute (no aggregation of every bootstrap sample)."""
     return metric.drawn is not None or _is_mean(metric, scores)
 
 
@@ -74,7 +75,7 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
 
 
 def _drawn_sums(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return each model's score sum in every bootstrap sample: float[models, draws]; equal records are drawn as one."""
+    """Return the sum of scores of each model in every bootstrap sample, float[models, draws]."""
     pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
@@ -97,7 +98,8 @@ def _drawn_values(
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
-    """Return main values float[draws]; `times` int[answers, draws] says how often a sample contains an answer."""
+    """Return the main value of each bootstrap sample, float[draws]; `times` counts how often it contains each "
+    "answer."""
     if metric.drawn is not None:
         return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []

@@ -38,7 +38,7 @@ def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: Expor
 
 
 def image_tokens(data: DataSpec, export: ExportSpec) -> int | None:
-    """Return the maximum number of tokens per image of the exported model; None = what its processor files say."""
+    """Return the exported model's maximum number of tokens per image; None if only its processor files limit it."""
     return data.max_image_tokens if export.max_image_tokens is None else export.max_image_tokens
 
 
@@ -83,7 +83,9 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
         sets[QUESTIONS] = EvaluationSetSpec()
     if spec.text is not None:
         if TEXT in sets:
-            raise UserError(f"evaluate.text is the evaluation set {TEXT!r}, which evaluate.sets has as well: drop one")
+            raise UserError(
+                f"evaluate.text defines the set {TEXT!r}, which evaluate.sets also defines: remove one of the two"
+            )
         sets[TEXT] = EvaluationSetSpec(text=spec.text)
     return {name: _resolved(name, given, data, spec) for name, given in sets.items()}
 
@@ -93,9 +95,13 @@ def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
     tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise UserError(f"evaluate.tasks: the name {name!r} becomes a file's: use letters, digits, _ and -")
+            raise UserError(
+                f"evaluate.tasks: the name {name!r} is used as a file name: use only letters, digits, _ and -"
+            )
         if name in tasks[:place] or name in sets:
-            raise UserError(f"evaluate.tasks: {name!r} comes twice, or evaluate.sets has it as well: drop one")
+            raise UserError(
+                f"evaluate.tasks: {name!r} is listed twice, or is also a set of evaluate.sets: remove one of the two"
+            )
     if tasks and importlib.util.find_spec("lmms_eval") is None:
         raise UserError(
             "evaluate.tasks: lmms-eval is not installed: pip install 'vlmprune-jax[eval]', or leave the tasks out"
@@ -104,7 +110,7 @@ def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
 
 def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: EvaluateSpec) -> EvaluationSetSpec:
     if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-        raise UserError(f"evaluate.sets: the name {name!r} becomes a file's: use letters, digits, _ and -")
+        raise UserError(f"evaluate.sets: the name {name!r} is used as a file name: use only letters, digits, _ and -")
     defaults: dict[str, Any] = {"metric": "perplexity", "text_window": spec.text_window}
     if given.text is None:
         shared = ("metric", "prompt_suffix", "max_new_tokens", "questions")
@@ -114,6 +120,9 @@ def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: Evaluat
     resolved = EvaluationSetSpec(**defaults | own)
     of_text = metric_named(resolved.metric or "", f"evaluate.sets.{name}.metric").score is None
     if of_text != (resolved.text is not None):
-        is_of, has = ("running text", "questions") if of_text else ("answers", "a text")
-        raise UserError(f"evaluate.sets.{name}: metric {resolved.metric} is of {is_of}, but the set has {has}")
+        scored, has = ("a text", "questions") if of_text else ("answers to questions", "a text")
+        raise UserError(
+            f"evaluate.sets.{name}: metric {resolved.metric} scores {scored}, but the set has {has}: choose another "
+            "metric"
+        )
     return resolved

@@ -56,7 +56,7 @@ class ScoreSpec(ScoreConfig):
 
 @dataclass(frozen=True)
 class PruneSpec(PlanConfig):
-    """Pruning: how much to remove, and from which parts of the model."""
+    """Pruning method, amount to remove, and parts of the model to prune."""
 
     stack: str = prune_setting(
         "text",
@@ -70,7 +70,7 @@ class PruneSpec(PlanConfig):
 
 @dataclass(frozen=True)
 class ReconstructSpec(ReconstructConfig):
-    """Least-squares repair of the pruned weights before recovery; no training."""
+    """Least-squares repair of the pruned weights before recovery, without training."""
 
     SECTION: ClassVar[str] = "reconstruct"
 
@@ -132,7 +132,7 @@ class RecoverSpec(RecoverConfig):
 
 @dataclass(frozen=True)
 class SpeedSpec(SpeedConfig):
-    """Speed measurement of the unpruned and pruned models in turns, on this machine and in `model.dtype`.
+    """Speed measurement of unpruned and pruned models, alternately, on this machine and in `model.dtype`.
 
     The report's FLOPs are for the same prompt.
     """

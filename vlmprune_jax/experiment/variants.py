@@ -64,7 +64,7 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             known = suggest(pattern, names) if names else " (this config has no variants)"
-            raise UserError(f"--only={pattern}: fits no variant{known}")
+            raise UserError(f"--only={pattern}: matches no variant{known}")
     changes: dict[str, Any] = {}
     for kind in kinds:
         variants = getattr(experiment, kind)
@@ -74,7 +74,7 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
 
 
 def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
-    """Return the experiment with explicitly given settings replacing those of its variants.
+    """Return the experiment in which settings from the command line also replace those of the variants.
 
     Args:
       settings: full names, such as `prune.ratio`; their values are in the experiment already.
@@ -92,7 +92,7 @@ def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by:
                 continue
             if len(variants) > 1:
                 raise UserError(
-                    f"{given_by}{setting}: the variants {', '.join(names)} set {setting} as well: set "
+                    f"{given_by}{setting}: the variants {', '.join(names)} also set {setting}: set "
                     f"{kind}.NAME.{setting}{', or --only=NAME' if given_by == '--config.' else ''}"
                 )
             variants = {name: _without(values, path) for name, values in variants.items()}
@@ -138,7 +138,7 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 def _checked(name: str) -> str:
     """Return a variant's name after checking that it can be a folder name."""
     if name in _TAKEN or set(name) & set("/\\\0"):
-        raise UserError(f"variant name {name!r} cannot be a folder of the workdir: use another")
+        raise UserError(f"variant name {name!r} cannot be the name of a folder in the workdir: choose another name")
     return name
 
 
@@ -165,7 +165,7 @@ def _check_target(config: PruneSpec) -> None:
 
 
 def _check_rounding(quantize: str, export: ExportSpec) -> None:
-    """Refuse an export whose rounding is not the one that the recovery trains through."""
+    """Refuse an export whose rounding differs from the rounding in training (`recover.quantize`)."""
     same = export.quantize == quantize and export.group_size is None and export.symmetric
     if quantize != "none" and export.quantize != "none" and not same:
         raise UserError(
@@ -176,7 +176,7 @@ def _check_rounding(quantize: str, export: ExportSpec) -> None:
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
-    """Refuse, at the start, settings that a stage of any variant would refuse hours later.
+    """Refuse settings at the start of a run that a stage would otherwise refuse hours later.
 
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.
@@ -190,7 +190,8 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
                 check_settings(name, section, elsewhere=True)
         if spec.prune.steps > 1 and spec.prune.method != "width":
             raise UserError(
-                f"prune.steps={spec.prune.steps} is for prune.method='width': depth and hybrid prune in one step"
+                f"prune.steps={spec.prune.steps} is only for prune.method='width': remove it, since depth and "
+                "hybrid pruning take one step"
             )
         _check_criteria(spec.score)
         _check_target(plan_config(spec.prune, spec.model, spec.data, spec.export))
@@ -200,4 +201,7 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
             recover_config(changed.recover)
             _check_rounding(changed.recover.quantize, changed.export)
             if evaluation_sets(changed.data, changed.evaluate) != sets or changed.evaluate.tasks != tasks:
-                raise UserError(f"variant {run.name} is evaluated on other sets: give all models the same questions")
+                raise UserError(
+                    f"variant {run.name} has other evaluation sets than the first variant: use the same sets in all "
+                    "variants"
+                )

@@ -69,7 +69,7 @@ def license_of(source: Path) -> dict[str, str]:
 
 
 def languages_of(source: Path) -> list[str]:
-    """Return the language codes in the metadata of a folder's model card."""
+    """Return the language codes that a folder's model card lists."""
     found = re.search(r"^languages?:((?: [^\n]*)?(?:\n *- [^\n]*)*)", _metadata(source), re.M)
     return [] if found is None else re.findall(r"\b[a-z]{2,3}(?:-[A-Za-z]{2,8})?\b", found[1])[:_MAX_LANGUAGES]
 
@@ -114,7 +114,9 @@ def write_card(
     try:
         removed, table = _removed(plan), _table(cfg, plan)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: plan.json is not a prune plan ({error!r}): move it away") from error
+        raise UserError(
+            f"{name}: plan.json is not a prune plan ({error!r}): move this file out of the folder"
+        ) from error
     tower = cfg.vision if plan is not None and "vision" in plan["stacks"] else None
     layers = f"Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}."
     layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."

@@ -26,7 +26,7 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Return the number of vocabulary rows needed to hold the new token ids."""
+    """Return the number of vocabulary rows that the export needs, new token ids included."""
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
@@ -87,7 +87,9 @@ def _check(cfg: ModelConfig, missing: str | None) -> None:
     elif missing is None and cfg.text.head_bias:
         missing = "a bias in its output head (none)"
     if missing is not None:
-        raise UserError(f'layout "transformers": its {cfg.family} class has no {missing}: use layout "source"')
+        raise UserError(
+            f'layout "transformers": transformers\' {cfg.family} class does not support {missing}: use layout "source"'
+        )
 
 
 def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:

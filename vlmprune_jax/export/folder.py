@@ -46,7 +46,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the content of the folder `target`; `storage` encodes the weights that it can hold, others stay plain."""
+    """Return the content of the folder `target`; weights that `storage` cannot encode are stored unencoded."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if origin.tpu_chips and isinstance(storage, CompressedTensors):
         check_storage(target.cfg, storage, origin.tpu_chips)
@@ -95,7 +95,7 @@ def make_tensors(
     missing = [slot for name, slot in before.items() if name not in placed]
     if missing:
         key = missing[0].key
-        raise UserError(f"{source.folder}: has no tensor {key}: pass the folder that the model came from")
+        raise UserError(f"{source.folder}: has no tensor {key}: pass the folder that the model was loaded from")
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
         after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
@@ -108,7 +108,9 @@ def make_tensors(
                 continue  # the tower stays in its own folder
             source_tensor = (key, file_name(flat[first.path].dtype.name))
         if source_tensor is None:
-            raise UserError(f"{source.folder}: has no tensor {first.key}: pass the folder that the model came from")
+            raise UserError(
+                f"{source.folder}: has no tensor {first.key}: pass the folder that the model was loaded from"
+            )
         if target.converts:
             spelled, stored = stock_tower_key(key, vision_of(target.cfg)), source_tensor[1]
         else:
@@ -135,7 +137,7 @@ def _weight(
     new: ModelConfig,
     flat: Mapping[str, Any],
 ) -> Tensor:
-    """Return one tensor of the new folder, made from its parameters (pairs of slots in the model and in the folder)."""
+    """Return one tensor of the new folder, joined from the model's parameters (pairs of slots in model and folder)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -224,7 +226,8 @@ def make_storage(
         group_size = largest or GROUPS[-1]
         if all(width % group_size for width in widths.values()):
             raise UserError(
-                f"w4a16: no row of this model divides by {group_size}: use w8a16, which has one scale per row"
+                f"w4a16: no row length of this model is a multiple of {group_size}: use w8a16, which has one scale "
+                "per row"
             )
     return CompressedTensors(bits, group_size or 0, symmetric, activations)
 
@@ -252,6 +255,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the slots of all weight matrices in decoder layers."""
+    """Return the slots (locations in the files) of all weight matrices in decoder layers."""
     slots = make_slots(cfg, family)
     return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

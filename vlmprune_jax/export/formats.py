@@ -41,7 +41,7 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
         chosen = next((extension for extension in extensions if quantize in extension.quantizations), base)
     if quantize != "none" and quantize not in chosen.quantizations:
         known = dict.fromkeys(known for f in (base, *extensions) for known in f.quantizations)
-        raise UserError(f"quantize {quantize!r} is not for format {name!r} (there is {', '.join(known)})")
+        raise UserError(f"quantize {quantize!r} is not supported by format {name!r} (supported: {', '.join(known)})")
     own = settings_of(chosen.options)
     for option, value in values.items():
         if option not in own:
@@ -59,6 +59,6 @@ def _check_foreign(option: str, value: Any, name: str, own: tuple[str, ...]) -> 
         raise UserError(f"format {name!r} has no option {option!r}{suggest(option, own)}")
     if value not in homes.values():
         raise UserError(
-            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r} with the "
-            "quantisation chosen: leave it out, or choose another format or quantize"
+            f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r} with this "
+            "quantisation: leave it out, or choose another format or quantize"
         )

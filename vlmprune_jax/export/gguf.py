@@ -67,7 +67,7 @@ def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
     if isinstance(options.imatrix, Importance):
         imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
     elif options.imatrix:
-        raise UserError("imatrix=True needs calibration: pass imatrix=vp.importance(model, batches)")
+        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.importance(model, batches)")
     files = models if imatrix is None else [*models, imatrix]
 
     def write(folder: Path) -> None:

@@ -108,7 +108,8 @@ def _compare(
     tolerance = max(TOLERANCE, _ROUNDING[kind] * largest)
     if not difference <= tolerance:
         raise UserError(
-            f"{folder}: read back its logits differ from the model's by {difference:.2g} (tolerance {tolerance:.2g}): "
+            f"{folder}: logits of the GGUF file differ from the model's by {difference:.2g} (tolerance "
+            f"{tolerance:.2g}): "
             "do not use these files, and report the error with the model's config.json"
         )
     if importlib.util.find_spec(WHEEL) is None:
@@ -131,14 +132,14 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
     difference = max(gaps)
     if not difference <= tolerance:
         raise UserError(
-            f"{path}: in llama.cpp log-probabilities differ from the model's by {difference:.2g} (tolerance "
+            f"{path}: log-probabilities of llama.cpp differ from the model's by {difference:.2g} (tolerance "
             f"{tolerance:.2g}): do not use this file, and report the error"
         )
     return {"backend": NAME, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
 def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
-    """Return {text: token ids} of sample texts, shortened to the model's context."""
+    """Return {text: token ids} of texts for the comparison, shortened to the model's context."""
     text, architecture = cfg.text, fit(cfg, "per_layer")[0]
     longest, tokens = min(_CONTEXT, architecture.context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:
@@ -153,19 +154,19 @@ def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
 
 
 def _gap(logprobs: dict[int, float], reference: dict[int, float]) -> float:
-    """Return the largest log-probability difference from `reference` over its likeliest tokens; 0.0 if it is empty."""
+    """Return the largest log-probability difference over the likeliest tokens of `reference`; 0.0 if it is empty."""
     return max((abs(logprobs.get(k, -np.inf) - value) for k, value in [*reference.items()][:_LIKELIEST]), default=0.0)
 
 
 def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
-    """Return the likeliest next tokens by llama.cpp for each prompt, a text or a list of token ids."""
+    """Return llama.cpp's likeliest next tokens for each prompt (a text or a list of token ids)."""
     command, request = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
     process = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS)
     lines = process.stdout.decode(errors="replace").strip().splitlines()
     if process.returncode or not lines:
         errors = process.stderr.decode(errors="replace").strip().splitlines()
         problem = errors[-1] if errors else f"exit code {process.returncode}"
-        raise UserError(f"{path}: llama.cpp does not load it ({problem}): do not use this file, and report the error")
+        raise UserError(f"{path}: llama.cpp cannot load this file ({problem}): do not use it, and report the error")
     answers = parse_json(lines[-1], f"{path}: answer of llama.cpp", "report the error")
     return [(count, {number: logprob for number, logprob in likeliest}) for count, likeliest in answers]
 

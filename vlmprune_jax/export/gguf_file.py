@@ -38,7 +38,7 @@ def write_gguf(content: GgufFile, folder: Path) -> None:
 
 
 def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return all bytes before the tensors (the gguf library can only write them to a file, without verification)."""
+    """Return the bytes of a GGUF file before its tensors, as the gguf library writes them."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -125,7 +125,8 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
         mean = importance.means.get(after.name)
         if mean is None or mean.shape != (before[after.name].hf_shape[1],):
             raise UserError(
-                f"{after.name}: the importance is not of this model: compute it for the model that is saved"
+                f"{after.name}: the importance matrix belongs to another model: compute it for the model that you "
+                "save (vp.importance)"
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
         tensors.append(_tensor(f"{key}.in_sum2", sums[None]))
@@ -141,7 +142,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:
-    """Return the mean squared inputs of a padded matrix, with zeros for its padded channels."""
+    """Return the mean squared inputs of a zero-padded matrix, with zeros for the padded channels."""
     if before.shape == after.shape:
         return mean
     assert before.layer is not None

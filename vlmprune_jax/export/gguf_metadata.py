@@ -28,7 +28,7 @@ _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
 
 
 def file_type(label: str) -> JsonDict:
-    """Return the GGUF metadata that names the type of most tensors."""
+    """Return the GGUF metadata field that names the data type of most tensors."""
     from gguf import LlamaFileType
 
     name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
@@ -80,7 +80,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
 
 
 def _window_fields(text: TextConfig) -> JsonDict:
-    """Return GGUF metadata of decoders whose layers have windows, share keys or have inputs of their own."""
+    """Return GGUF metadata for sliding windows, shared keys and per-layer embeddings."""
     windows = [shape.window for shape in text.layers if shape.window is not None]
     fields: JsonDict = {
         "sliding_window": max(windows, default=text.max_positions),
@@ -173,14 +173,14 @@ def _patching(source: Path) -> Patching:
 
 
 def title(name: str, tokenizer: Any) -> str:
-    """Return the model's name; it contains "Phi-3" exactly if the tokenizer strips spaces as Phi-3's does."""
+    """Return the model's name for GGUF; llama.cpp strips spaces as Phi-3's tokenizer does if it contains "Phi-3"."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
-    """Return remarks for the card: how llama.cpp's decoder differs from the model."""
+    """Return remarks for the model card on how llama.cpp's decoder differs from the model's."""
     remarks = []
     longest = architecture.context_length(text)
     if longest < text.max_positions:
@@ -208,7 +208,7 @@ _FAULT = "builds of llama.cpp that put the class token after the patches (#25814
 
 
 def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
-    """Return remarks for the card: how llama.cpp's tower differs; `rolled` is the setting `rolled_positions`."""
+    """Return remarks for the model card on how llama.cpp's vision tower differs from the model's."""
     remarks = []
     if vision_of(cfg).class_token and rolled:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")

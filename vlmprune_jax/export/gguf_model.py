@@ -132,7 +132,7 @@ def _name_parts(name: str) -> JsonDict:
 
 
 def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
-    """Return the metadata "size_label", a file's weights in short, as "1.3B"."""
+    """Return the metadata "size_label", the number of weights in a file in short form, such as "1.3B"."""
     from gguf.utility import size_label
 
     return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
@@ -203,7 +203,7 @@ def _tensors(
     quantize: str = "none",
     architecture: Architecture | None = None,
 ) -> list[Tensor]:
-    """Return the tensors of one part of the model under llama.cpp's names, padded to the widths of `wide`."""
+    """Return the tensors of one part of the model under llama.cpp's names, zero-padded to the widths of `wide`."""
     flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
@@ -216,7 +216,7 @@ def _tensors(
 def spelled(
     array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
 ) -> np.ndarray:
-    """Return a parameter as llama.cpp stores it: rotary pairs interleaved, norms multiplied by their weight alone.
+    """Return a parameter as llama.cpp stores it: rotary pairs interleaved, norm weights with their offset added.
 
     `back=True` undoes this. `architecture`: of the decoder, for its parameters.
     """
@@ -269,7 +269,7 @@ def _tensor(
     flat: Mapping[str, Any],
     architecture: Architecture | None,
 ) -> Tensor:
-    """Return one GGUF tensor, made from its parameters (pairs of slots in the model and in the file)."""
+    """Return one GGUF tensor, joined from the model's parameters (pairs of slots in model and file)."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -332,7 +332,7 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that llama.cpp needs and the model lacks as parameters: rotary factors, an untied head."""
+    """Return tensors that llama.cpp needs but that are no parameters of the model: rotary factors, an untied head."""
     arrays: dict[str, np.ndarray] = {}
     if text.rope.kind in ("llama3", "proportional"):
         plain, dim = dataclasses.replace(text.rope, kind="default"), text.full_head_dim or text.rotary_dim

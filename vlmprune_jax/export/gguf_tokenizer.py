@@ -66,7 +66,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "
       UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
     """
     if not any(os.path.lexists(folder / name) for name in (TOKENIZER, *SLOW)):
-        raise UserError(f"{folder}: has no tokenizer, which llama.cpp needs: add its files")
+        raise UserError(f"{folder}: has no tokenizer files, which llama.cpp needs: add them")
     fast, rows = load_tokenizer(folder), cfg.text.vocab_size
     # normalised by the library, whatever version wrote the file
     content = parse_json(
@@ -101,13 +101,14 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "
 
 
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
-    """Return the text and type of every id; ids without a token are unused embedding rows."""
+    """Return the text and type of the token with each id; ids without a token are unused embedding rows."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
     added = {token["id"]: token for token in content.get("added_tokens") or ()}
     texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
     if max(texts) >= rows:
         raise UserError(
-            f"{where}: the tokenizer has token id {max(texts):,}, but the model has {rows:,} words: use the model's own"
+            f"{where}: the tokenizer has token id {max(texts):,}, but the vocabulary has {rows:,} rows: use the "
+            "model's tokenizer"
         )
     unknown, tokens, kinds = content["model"].get("unk_token"), [], []
     for number in range(rows):
@@ -154,7 +155,7 @@ def _check_spaced(content: JsonDict, where: str) -> bool:
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
-    """Yield the pre-tokenizer's steps as texts, to compare with llama.cpp's; unknown steps as their JSON."""
+    """Yield the steps of the pre-tokenizer as texts for comparison with llama.cpp's; unknown steps as JSON."""
     kind = None if step is None else step.get("type")
     if step is None:
         yield "none"
@@ -224,7 +225,8 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) 
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:
         raise UserError(
-            f"{where}: {outside[0]} {ids[outside[0]]} is outside the vocabulary ({cfg.text.vocab_size:,} words)"
+            f"{where}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
+            "use the model's tokenizer"
         )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     adds = {(): (False, False), (bos,): (True, False), (bos, ids["eos_token_id"]): (True, True)}
@@ -248,7 +250,7 @@ def drops_white_space(tokenizer: Any) -> bool:
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
-    """Return the chat template of a transformers folder, or else the family's, without image tokens.
+    """Return the chat template of a transformers folder (otherwise that of the family), without image tokens.
 
     llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
     """

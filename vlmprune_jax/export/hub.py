@@ -18,7 +18,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload to the hub: its address, and names and bytes of the files; `done` is False for a dry run."""
+    """Upload to the hub: address, file names and sizes; `done` is False for a dry run."""
 
     url: str
     files: tuple[str, ...]
@@ -57,7 +57,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload by vlmprune-jax")
     except Exception as error:  # the hub client raises its own, its transport's and OS errors
         todo = "give ORG/NAME, log in by `hf auth login`, and check the connection"
-        raise UserError(f"push to the hub, {repo_id}: {reason(error)}: {todo}") from error
+        raise UserError(f"{repo_id}: cannot upload to the hub ({reason(error)}): {todo}") from error
     return upload
 
 
@@ -70,7 +70,7 @@ def check_upload(repo_id: str, base_model: str | None, license: str | None) -> N
         raise UserError(f"export.push_to_hub={repo_id}: {why}: log in by `hf auth login`, or leave push_to_hub out")
     for name, value in (("base_model", base_model), ("license", license)):
         if value is None:
-            raise UserError(f"export.push_to_hub={repo_id}: the card lacks {name}: set {_NEEDED[name]}")
+            raise UserError(f"export.push_to_hub={repo_id}: the model card has no {name}: set {_NEEDED[name]}")
 
 
 def check_card(folder: Path) -> str:
@@ -83,8 +83,8 @@ def check_card(folder: Path) -> str:
     try:
         card = ModelCard(read_text(path, MAX_JSON_BYTES))
     except Exception as error:  # yaml's own, ValueError of malformed results
-        raise UserError(f"{path}: its metadata is malformed ({reason(error)}): correct it") from error
+        raise UserError(f"{path}: the metadata of the model card is malformed ({reason(error)}): correct it") from error
     missing = [f"{name}: set {todo}" for name, todo in _NEEDED.items() if not getattr(card.data, name, None)]
     if missing:
-        raise UserError(f"{path}: the metadata lacks {'; '.join(missing)}")
+        raise UserError(f"{path}: the metadata of the model card lacks {'; '.join(missing)}")
     return card.content

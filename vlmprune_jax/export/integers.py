@@ -48,8 +48,8 @@ class IntegerOptions(FolderOptions):
             check_scheme(self.quantize, self.group_size, self.symmetric)
         if self.rounding == "gptq" and self.uneven == "pad":
             raise UserError(
-                'rounding="gptq" rounds the widths that the model has, and uneven="pad" writes wider layers: use '
-                'uneven="per_layer" (the same if all layers are equal), or rounding="nearest"'
+                'rounding="gptq" cannot round the zeros that uneven="pad" adds: use uneven="per_layer" (no difference '
+                'if all layers are equal), or rounding="nearest"'
             )
 
 
@@ -59,7 +59,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     from vlmprune_jax.export.target import make_target
 
     if options.rounding == "gptq" and options.storage is None:
-        raise UserError('rounding="gptq" needs calibration: pass storage=vp.gptq(model, batches, quantize=...)')
+        raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
     target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
     storage = options.storage or make_storage(
         target.cfg, target.family, options.quantize, options.group_size, options.symmetric

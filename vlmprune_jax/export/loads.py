@@ -51,7 +51,7 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if transformers or one of the targets can load the model, but not with fewer heads in this stack."""
+    """Return True if an engine can load the model, but not with fewer heads in this stack."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     if layer_problem(cfg.text) is None and layer_problem(fewer.text) is not None:
         return True
@@ -63,7 +63,7 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
     for target in targets:
         reason = why_not(cfg, target)
         if reason is not None:
-            raise UserError(f"loads_in={target!r}: the pruned model would not load: {reason}")
+            raise UserError(f"loads_in={target!r}: this engine could not load the pruned model: {reason}")
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
@@ -84,7 +84,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
-    """Return why a target cannot load the model with other layers, or why such a model cannot exist; None if it can."""
+    """Return why a target cannot load the model with these layers, or why it cannot exist; None if it loads."""
     try:
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
@@ -96,7 +96,7 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
 
 
 def _fewer_layers(stack: Stack) -> list[LayerShape]:
-    """Return the layers without the last that the class of the decoder can do without."""
+    """Return the layers without the last layer that the decoder's class allows to remove."""
     cuts = [[*stack.layers[:i], *stack.layers[i + 1 :]] for i in reversed(range(len(stack.layers)))]
     fits = (left for left in cuts if left and _fits(stack, left))
     return next(fits, cuts[0] or [*stack.layers])
@@ -107,7 +107,7 @@ def _fits(stack: Stack, layers: Sequence[LayerShape]) -> bool:
 
 
 def _width(stack: Stack, shape: LayerShape) -> int:
-    """Return the neurons that a layer loses for each that the narrowest layers lose."""
+    """Return how many neurons a layer loses per neuron that the narrowest layers lose."""
     return 2 if isinstance(stack, TextConfig) and stack.double_wide and shape.shared else 1
 
 

@@ -33,7 +33,7 @@ def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator
         return
     with error_context(f"export.max_image_tokens={most}"):
         if cfg.vision is None:
-            raise UserError("the model takes no images: unset it")
+            raise UserError("this model takes no images: unset the limit")
         changed = limited_files(source, most, cfg.tokens_per_image)
     with tempfile.TemporaryDirectory(prefix="vlmprune-") as folder:
         copy_without_weights(source, Path(folder))

@@ -78,27 +78,29 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     difference, allowed = float(differences[worst]), float(tolerance[worst])
     if not difference <= allowed:
         raise UserError(
-            f"{folder}: reloaded in {backend} its logits differ from the model's by {difference:.2g} (tolerance "
+            f"{folder}: after reloading in {backend}, logits differ from the model's by {difference:.2g} (tolerance "
             f"{allowed:.2g}): do not use this folder, and report the error with its config.json"
         )
     return {"backend": backend, "max_abs_logit_difference": difference, "tolerance": allowed}
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
-    """Return float[rows, tokens], the largest logit difference at each position."""
+    """Return the largest difference of any logit at each position, float[rows, tokens]."""
     words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
-        raise UserError(f"{folder}: a padding row of the vocabulary has the largest logit: do not use this folder")
+        raise UserError(
+            f"{folder}: the largest logit belongs to a padding row of the vocabulary: do not use this folder"
+        )
     actual = actual[..., :words]
     if actual.shape != expected.shape:
         shapes = f"{list(actual.shape)} instead of {list(expected.shape)}"
-        raise UserError(f"{folder}: reloaded in {backend} its logits have shape {shapes}: do not use this folder")
+        raise UserError(f"{folder}: after reloading in {backend}, logits have shape {shapes}: do not use this folder")
     differences: list[list[float]] = np.abs(expected - actual).max(-1).tolist()
     return differences
 
 
 def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
-    """Return float[rows, tokens], the largest logit change when the last bit of all weights changes at random.
+    """Return the largest logit change at each position if the last bit of all weights changes at random.
 
     Needs memory for a second copy of the float32 weights.
     """
@@ -187,7 +189,7 @@ def _random_patches(
 
 
 def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
-    """Return the inputs with the folder's image token id, which a converted layout may have changed."""
+    """Return the inputs with the image token id of the folder, which differs in some converted layouts."""
     _, written = read_config(folder, tower)
     if written.image_token_id == cfg.image_token_id:
         return inputs
@@ -196,7 +198,7 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 
 
 def torch_loads(folder: Path, tower: Path | None) -> bool:
-    """Return True if torch is installed, and transformers has a class that computes the folder's model exactly."""
+    """Return True if torch is installed, and transformers has a class that computes this model exactly."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
@@ -216,7 +218,7 @@ def _decodes() -> bool:
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
-    """Return the class that loads a folder with this config: stock transformers', or our copied loader file's."""
+    """Return the class that loads a folder with this config: a stock transformers class, or that of the loader file."""
     import transformers
 
     name = loader_class(config)
@@ -250,7 +252,7 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{name}: {', '.join(sorted(map(str, info[name]))[:3])}" for name in lists if info.get(name)]
     if problems:
-        raise UserError(f"{folder}: transformers does not load it cleanly: {'; '.join(problems)}")
+        raise UserError(f"{folder}: transformers loads this folder with problems: {'; '.join(problems)}")
     if family.stock.by_row and "pixel_values" in inputs:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id

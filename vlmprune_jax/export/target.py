@@ -74,12 +74,15 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         _check_uneven(cfg)
     family, config = family_of(cfg), without_storage(read_fields(source / "config.json"))
     if detect(config, str(source / "config.json")) is not family:
-        raise UserError(f"{source}: not the folder that this {family.name} ({family.layout} layout) model came from")
+        raise UserError(
+            f"{source}: is not the folder from which this {family.name} model ({family.layout} layout) was loaded"
+        )
     rows = family.text_config(config).get("vocab_size", cfg.text.vocab_size)
     if rows != cfg.text.vocab_size:
         raise UserError(
-            f"{source}: its vocabulary has {rows:,} rows, the model's {cfg.text.vocab_size:,}: pass the plan that "
-            "trimmed it (plan=), or the folder that this model came from"
+            f"{source}: has a vocabulary of {rows:,} rows, but the model has {cfg.text.vocab_size:,}: pass the plan "
+            "that "
+            "trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
     wide = padded_stacks(cfg) if uneven == "pad" else cfg
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
@@ -121,7 +124,7 @@ def _check_uneven(cfg: ModelConfig) -> None:
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
-    """Return config.json with the weights' dtype, in the field that it already uses (`torch_dtype` or `dtype`)."""
+    """Return config.json with this data type of the weights, in its existing field (`torch_dtype` or `dtype`)."""
     if dtype == "source":
         return config
     result = dict(config)
@@ -145,7 +148,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
 
 
 def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
-    """Copy licence files, and write plan.json: the plan passed, or else a copy of the source's."""
+    """Copy licence files, and write plan.json from `plan` (otherwise copy the source folder's plan.json)."""
     _copy_files(source, folder, _ALWAYS)
     if plan is not None:
         plan.to_json(folder / "plan.json")

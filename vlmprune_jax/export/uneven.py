@@ -22,7 +22,7 @@ _PREFIX = "PerLayer"
 
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
-    """Return the smallest layer shape that can hold every layer, with equally many query heads per group.
+    """Return the smallest layer shape that every layer can be zero-padded to, with equal groups of query heads.
 
     With `heads`, it has that many query heads if some group size of at least the largest allows it.
     """
@@ -35,13 +35,13 @@ def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape
 
 
 def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
-    """Return all layers padded to the widths of `widest`; each keeps its own sliding window."""
+    """Return the shapes of all layers zero-padded to the widths of `widest`; sliding windows stay."""
     widths = widest(layers, heads).widths
     return tuple(shape.with_widths(*widths) for shape in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """Return the config with all stacks padded to equal widths; a tower gets its full number of heads back."""
+    """Return the config with all stacks zero-padded to equal widths; a vision tower gets all its heads back."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
@@ -77,7 +77,7 @@ def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
-    """Return config.json of a model with unequal layers; it names the class in the loader file that loads it.
+    """Return config.json of a model with unequal layers, which names its class in the loader file.
 
     Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
     factor per frequency of hidden_size / heads. The nominal counts, from which each layer is cut, are the next valid
@@ -99,7 +99,7 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
 
 
 def without_loader(config: JsonDict) -> JsonDict:
-    """Return config.json for the stock class: undoes `with_loader`, other configs stay unchanged."""
+    """Return config.json for the stock class (undoes `with_loader`); other configs stay unchanged."""
     module = LOADER_FILE.removesuffix(".py") + "."
     result = dict(config)
     remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}

@@ -20,7 +20,7 @@ _WIDE = 128  # groups of 4-bit weights from this size on need the MXU of v6e, of
 
 
 def implementation(cfg: ModelConfig) -> str:
-    """Return the family's `vllm_tpu` ("jax", "torchax" or "") for this model as it is written."""
+    """Return which implementation ("jax", "torchax", or "" for none) vLLM on TPUs uses for the exported model."""
     family, text = family_of(cfg), cfg.text
     found = (target_of(family) or family).vllm_tpu
     mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].q_heads
@@ -31,11 +31,11 @@ def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> 
     """Raise UserError if vLLM on TPUs does not load such integer weights with this tensor-parallel size."""
     reason = _problem(cfg, storage, tensor)
     if reason is not None:
-        raise UserError(f"loads_in='vllm_tpu': {storage.name} would not load: {reason}")
+        raise UserError(f"loads_in='vllm_tpu': vLLM on TPUs could not load {storage.name} weights: {reason}")
 
 
 def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
-    """Return tensor-parallel sizes, padding of heads, and integers that load, for `inspect` and model cards."""
+    """Return text on tensor-parallel sizes, head padding and integer formats, for `inspect` and model cards."""
     parts = [f"tensor-parallel sizes {', '.join(map(str, _tensor_sizes(cfg)))}"]
     parts += [f"heads of {size} channels padded to {computed}" for size, computed in _padded(cfg).items()]
     if storage is None:
@@ -70,19 +70,19 @@ def _tensor_sizes(cfg: ModelConfig) -> list[int]:
 
 
 def _padded(cfg: ModelConfig) -> dict[int, int]:
-    """Return {head size of the decoder: the larger size that the kernels compute}, for padded heads."""
+    """Return {head size: size to which the kernels pad it}, for head sizes that are padded."""
     sizes = sorted(set(map(cfg.text.head_dim_of, cfg.text.layers)))
     return {size: -(-size // 128) * 128 for size in sizes if size != 64 and size % 128}
 
 
 def _integers(cfg: ModelConfig) -> str:
-    """Return the quantisations that load, as text."""
+    """Return the quantisations that vLLM on TPUs loads, as text."""
     stored = {name: CompressedTensors(bits, activations=activations) for name, (bits, activations) in SCHEMES.items()}
     return ", ".join(name for name, storage in stored.items() if _scheme_problem(cfg, storage) is None)
 
 
 def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str | None:
-    """Return why integer weights do not load, and what to do; None if they do."""
+    """Return why vLLM on TPUs cannot load these integer weights, and what to do; None if it can."""
     problem, fits = _scheme_problem(cfg, storage), _integers(cfg)
     if problem is not None:
         return f"{problem}: " + (f"use symmetric {fits}" if fits else 'use quantize="none"')

@@ -77,7 +77,7 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
     if content is None:
         raise UserError(f"{source}: has no tokenizer, so its vocabulary cannot be trimmed: add tokenizer.json")
     if vocabulary_digest(content) != vocabulary.tokenizer:
-        raise UserError(f"{source}: its tokenizer is not the one that the plan was made with: plan again")
+        raise UserError(f"{source}: its tokenizer differs from the one that the plan was made with: plan again")
     copy_without_weights(source, folder)
     with reading(f"{source}: its tokenizer"):
         _trim_tokenizer_files(source, folder, content, vocabulary)
@@ -162,7 +162,7 @@ def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
 
 
 def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
-    """Return a tokenizer config with new ids in `added_tokens_decoder` and without dropped special tokens."""
+    """Return a tokenizer config with new ids in `added_tokens_decoder`, without removed special tokens."""
     found = dict(config)
     for name, value in config.items():
         if name.endswith("special_tokens") and isinstance(value, list):
@@ -177,7 +177,7 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
-    """Return a JSON value with every token id replaced by `change(field, id)`.
+    """Return a JSON value of a config file with every token id replaced by `change(field, id)`.
 
     Ids that become None are left out of lists that may name dropped tokens; a sequence of bad words is left out whole.
     """
@@ -203,7 +203,9 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
     def change(name: str, old: int) -> int | None:
         new = vocabulary.new_ids.get(old)
         if new is None and 0 <= old < vocabulary.rows_before and name not in _MAY_DROP:
-            raise UserError(f"{where}: {name} is token {old}, which the plan does not keep: plan again with it")
+            raise UserError(
+                f"{where}: {name} is token {old}, which the plan removes: make a plan that keeps this token"
+            )
         return new if new is not None or name in _MAY_DROP else old
 
     rows = len(vocabulary.kept)
@@ -221,7 +223,7 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
 
 
 def ids_in(config: JsonDict) -> dict[int, str]:
-    """Return {token id: name of its field} for a config file, except ids that may be dropped."""
+    """Return {token id: field that contains it} of a config file, except ids that may be removed."""
     found: dict[int, str] = {}
 
     def note(name: str, i: int) -> int:
@@ -234,7 +236,7 @@ def ids_in(config: JsonDict) -> dict[int, str]:
 
 
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
-    """Return config.json with sizes and ids written out that equal its class's defaults, which no longer hold."""
+    """Return config.json with vocabulary sizes and ids that it omitted because they equalled the class's defaults."""
     changed, section = dict(config), family_of(cfg).text_section
     for name, fields in (
         ("image_token_id", ("image_token_id", "image_token_index")),

@@ -81,7 +81,7 @@ def family_of(cfg: ModelConfig) -> Family:
             return family
     raise UserError(
         f"unknown family {cfg.family!r} in {cfg.layout} layout (known: {', '.join(FAMILIES)}): import the file that "
-        "adds it"
+        "registers this family"
     )
 
 
@@ -96,7 +96,8 @@ def target_of(family: Family) -> Family | None:
     targets = {name: f for name, f in FAMILIES.items() if f.stock is not None and f.stock.processor is not None}
     if family.conversion.to not in targets:
         raise UserError(
-            f"family {family.name}: conversion.to={family.conversion.to!r} accepts no models of other layouts: "
+            f"family {family.name}: conversion.to={family.conversion.to!r} names a layout to which no model can be "
+            "converted: "
             f"use one of {', '.join(targets)}"
         )
     return targets[family.conversion.to]

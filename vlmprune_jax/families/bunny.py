@@ -38,7 +38,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         vision = _HUB_TOWER_CONFIG
     if vision is None:
         raise UserError(
-            f"Bunny: config.json names the vision tower {name!r} (width {width}) without its sizes: "
+            f"Bunny: config.json names the vision tower {name!r} (width {width}) but not its sizes: "
             "set vision_dir (--config.model.vision_dir) to the tower's folder"
         )
     kind = config.get("mm_projector_type", "mlp2x_gelu")
@@ -48,7 +48,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         raise UserError("Bunny with use_s2 (several image scales, Bunny-v1.1) is not supported")
     tower = vision_from_hf(vision, _FEATURE_LAYER, "siglip_vision_model")
     if tower.kind != "siglip":
-        raise UserError(f"Bunny with a {tower.kind} tower is not supported (supported: SigLIP)")
+        raise UserError(f"Bunny with a {tower.kind} vision tower is not supported (supported: SigLIP)")
     if width not in (None, tower.hidden_size):
         raise UserError(f"mm_hidden_size is {width} but the vision tower {name!r} has width {tower.hidden_size}")
     return ModelConfig(

@@ -26,7 +26,7 @@ def decoder_of(model_type: str) -> Decoder:
 
 
 def layer_problem(text: TextConfig) -> str | None:
-    """Return why the decoder's transformers class cannot hold these layers, with advice; None if it can."""
+    """Return why the decoder's transformers class does not support these layers, with advice; None if it does."""
     own = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
     return own[-1].problem(text) if own else None
 
@@ -58,7 +58,7 @@ def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> Json
 
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight lines; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
     return decoder_of(text.decoder).weights(text, prefix, head)
 
 

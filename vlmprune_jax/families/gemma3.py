@@ -123,7 +123,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers cannot hold these layers, with advice; None if it can."""
+    """Return why transformers does not support these layers, with advice; None if it does."""
     heads = {shape.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
     if not wrong:
@@ -151,7 +151,8 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     side = math.isqrt(tokens)
     if side**2 != tokens or grid % side:
         raise UserError(
-            f"mm_tokens_per_image {tokens} must be the square of a divisor of {grid}, the tower's patches per side"
+            f"mm_tokens_per_image {tokens} must be the square of a divisor of {grid}, the vision tower's number of "
+            "patches per side"
         )
     projector = ProjectorConfig(
         activation="gelu",

@@ -90,7 +90,7 @@ _TEMPLATE = Template(
 
 
 def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
-    """Return (head_dim, key/value heads) of full-attention layers; the hub and transformers 5.24 name them apart.
+    """Return (head_dim, key/value heads) of full-attention layers, from the hub's or transformers' field names.
 
     Raises:
       UserError: `per_layer_config` gives layers of one type different heads, as stale entries do.
@@ -104,15 +104,17 @@ def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[i
         own = {**usual, **entries.pop(layer, {})}
         if own.keys() != usual.keys() or (window is not None and own != usual):
             raise UserError(
-                f"per_layer_config gives layer {layer} {own}, a layer with a window: it is stale: remove it and set "
-                "global_head_dim"
+                f"per_layer_config is out of date (it gives layer {layer}, which has windowed attention, {own}): "
+                "remove "
+                "it and set global_head_dim"
             )
         if window is None:
             found.add((int(own["head_dim"]), int(own["num_key_value_heads"])))
     if entries or len(found) > 1:
         raise UserError(
-            f"per_layer_config has {'entries for layers that do not exist' if entries else 'different full layers'}: "
-            "it is stale: remove it and set global_head_dim"
+            "per_layer_config is out of date (it has "
+            f"{'entries for layers that do not exist' if entries else 'different layers with full attention'}): "
+            "remove it and set global_head_dim"
         )
     return found.pop() if found else (usual["head_dim"], kv_heads)
 
@@ -128,7 +130,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     full_head_dim, full_kv_heads = _full_heads(config, windows)
     extra, double = int(config["hidden_size_per_layer_input"] or 0), bool(config.get("use_double_wide_mlp"))
     if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
-        raise UserError("vocab_size_per_layer_input must be vocab_size: trim both tables alike")
+        raise UserError("vocab_size_per_layer_input must equal vocab_size: trim both embedding tables alike")
     text = llama_like(
         {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
         _DECODER,
@@ -161,12 +163,12 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)
     if problem is not None:
-        raise UserError(problem)
+        raise UserError(f"Gemma 4: {problem}")
     return text
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers cannot hold these layers, with advice; None if it can."""
+    """Return why transformers does not support these layers, with advice; None if it does."""
     if text.layers[-1].window is not None:
         return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
     lacking = {shape.window for shape in text.layers} - {shape.window for shape in text.layers if not shape.shared}

@@ -53,7 +53,7 @@ class Architecture:
         return min([text.max_positions, *sizes])
 
     def query_gain(self, text: TextConfig) -> float:
-        """Return the factor on norms of queries that makes llama.cpp's attention scale the model's."""
+        """Return the factor on query norms that makes llama.cpp's attention scale equal the model's."""
         return 1.0 if self.scale is None else (text.query_scale or text.head_dim**-0.5) / self.scale(text)
 
     def lacks(self, text: TextConfig) -> str | None:
@@ -74,7 +74,7 @@ class Architecture:
         return None
 
     def misfit(self, text: TextConfig) -> str | None:
-        """Return the layer widths that this architecture cannot hold without zero-padding; None if all fit."""
+        """Return the layer widths that this architecture supports only with zero padding; None if there are none."""
         if not (text.even or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.head_dim

@@ -100,7 +100,7 @@ def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
-    """Return a feature of tower or projector that llama.cpp does not implement; None if it implements all."""
+    """Return a feature of vision tower or projector that llama.cpp does not implement; None if it implements all."""
     vision, projector = _vision_and_projector(cfg)
     wrong = {
         f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
@@ -158,7 +158,7 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def tower_misfit(vision: VisionConfig) -> str | None:
-    """Return the tower widths that llama.cpp cannot hold without adding zero heads; None if all fit."""
+    """Return the vision tower widths that llama.cpp supports only with zero heads added; None if there are none."""
     return None if vision.whole_heads else "a vision tower whose heads x head_dim differ from its width"
 
 

@@ -96,7 +96,9 @@ def _projector(config: Mapping[str, Any], version: str) -> ProjectorConfig:
     ratio = float(config.get("downsample_ratio", 0.5))
     factor = round(1 / ratio)
     if factor < 1 or factor * ratio != 1:
-        raise UserError(f"downsample_ratio {ratio} is not supported: it must be 1 / a whole number, for example 0.5")
+        raise UserError(
+            f"downsample_ratio {ratio} is not supported: it must be 1 divided by an integer, for example 0.5"
+        )
     return ProjectorConfig(
         activation=config.get("projector_hidden_act", "gelu"),
         bias=True,
@@ -113,7 +115,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
     layer = config.get("select_layer", -1)
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "intern_vit_6b", config.get("force_image_size"))
     if tower.kind != "internvit":
-        raise UserError(f"InternVL-Chat with a {tower.kind} tower is not supported (supported: intern_vit_6b)")
+        raise UserError(f"InternVL-Chat with a {tower.kind} vision tower is not supported (supported: intern_vit_6b)")
     ids = token_ids({**(config.get("llm_config") or {}), **config})
     end = config.get("chat_end_token_id")
     if end is not None and end not in ids["eos_token_ids"]:
@@ -138,7 +140,7 @@ def _native_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None)
         raise UserError(f"InternVL: vision_feature_select_strategy {select!r} is not supported (supported: default)")
     tower = vision_from_hf(config.get("vision_config") or {}, config.get("vision_feature_layer", -1), "internvl_vision")
     if tower.kind != "internvit":
-        raise UserError(f"InternVL with a {tower.kind} tower is not supported (supported: internvl_vision)")
+        raise UserError(f"InternVL with a {tower.kind} vision tower is not supported (supported: internvl_vision)")
     return ModelConfig(
         family="internvl",
         layout="transformers",

@@ -39,8 +39,9 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         return config  # no stock class loads unequal widths anyway
     if biases:
         raise UserError(
-            f"{heads} attention heads do not divide hidden_size {text.hidden_size}, and the Mistral layout cannot "
-            "hold this model's biases: plan with a number of heads that divides hidden_size"
+            f"{heads} attention heads do not divide hidden_size {text.hidden_size}, and Mistral, which allows this, "
+            "has "
+            "no biases: prune to a number of heads that divides hidden_size"
         )
     return as_mistral(text, config)
 

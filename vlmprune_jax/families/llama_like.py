@@ -14,7 +14,7 @@ from vlmprune_jax.families.table import Weight
 def llama_like(
     config: Mapping[str, Any], decoder: str, *, windows: Sequence[int | None] = (), **traits: Any
 ) -> TextConfig:
-    """Return the TextConfig of a config dictionary with Llama's fields.
+    """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
     `vocab_size`, `intermediate_size` and `max_position_embeddings` are required; other absent fields take LlamaConfig's
     defaults. `windows` has the sliding window of each layer (empty: full attention). `traits` override fields of
@@ -41,7 +41,7 @@ def llama_like(
 
 
 def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight lines; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     for name in ("input_layernorm", "post_attention_layernorm"):

@@ -80,7 +80,8 @@ def _hf_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> 
     tower = vision_from_hf(config.get("vision_config") or {}, layer, "clip_vision_model")
     if tower.kind not in ("clip", "siglip"):
         raise UserError(
-            f"LLaVA with a {tower.kind} tower is not supported (supported: clip_vision_model, siglip_vision_model)"
+            f"LLaVA with a {tower.kind} vision tower is not supported (supported: clip_vision_model, "
+            "siglip_vision_model)"
         )
     return ModelConfig(
         family="llava",
@@ -116,7 +117,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
         raise UserError(f"mm_vision_select_feature {select!r} is not one of patch, cls_patch")
     tower = vision_from_hf(vision, config.get("mm_vision_select_layer", -2), "clip_vision_model")
     if tower.kind != "clip":
-        raise UserError(f"LLaVA in original layout with a {tower.kind} tower is not supported (supported: CLIP)")
+        raise UserError(f"LLaVA in original layout with a {tower.kind} vision tower is not supported (supported: CLIP)")
     return ModelConfig(
         family="llava",
         layout="original",

@@ -27,7 +27,7 @@ def square_side(positions: int) -> int:
     """
     side = math.isqrt(positions)
     if side**2 != positions:
-        raise UserError(f"vision tower: num_position_embeddings {positions} is not the square of a whole number")
+        raise UserError(f"vision tower: num_position_embeddings {positions} is not the square of an integer")
     return side
 
 
@@ -61,7 +61,7 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
 
 
 def window_side(config: Mapping[str, Any]) -> int:
-    """Return the side of an attention window, counted in merged cells (one cell is one token).
+    """Return the side length of an attention window in merged patches (one per token).
 
     Raises:
       UserError: a window is smaller than one cell.
@@ -76,7 +76,7 @@ def window_side(config: Mapping[str, Any]) -> int:
 
 
 def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
-    """Return one shape per block: full attention for `fullatt_block_indexes`, windowed attention for the others.
+    """Return one shape per layer: full attention for `fullatt_block_indexes`, windowed attention for all others.
 
     Raises:
       UserError: an index is not a block number.
@@ -84,14 +84,14 @@ def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, .
     depth, whole = int(config["depth"]), set(config["fullatt_block_indexes"])
     if not whole <= set(range(depth)):
         raise UserError(
-            f"vision tower: fullatt_block_indexes {sorted(whole)} must be block numbers from 0 to {depth - 1}"
+            f"vision tower: fullatt_block_indexes {sorted(whole)} must be layer numbers from 0 to {depth - 1}"
         )
     heads, mlp = int(config["num_heads"]), int(config["intermediate_size"])
     return tuple(LayerShape(heads, heads, mlp, None if i in whole else side) for i in range(depth))
 
 
 def typical_size(config: Mapping[str, Any], cells: int) -> int:
-    """Return the side in pixels of an image with `cells` merged cells per side."""
+    """Return the side length in pixels of an image with `cells` merged patches per side."""
     return int(config["patch_size"]) * int(config["spatial_merge_size"]) * max(cells, 1)
 
 
@@ -156,7 +156,7 @@ _MLP = {
 
 
 def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -> list[Weight]:
-    """Return the weight lines of tower and mergers; `merger` names norm and layers of the last merger."""
+    """Return the weight table of vision tower and mergers; `merger` names norm and layers of the last merger."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
     without_bias = without_bias if vision.norm == "rms" else set()
@@ -182,7 +182,7 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
-    """Return the decoder config with M-RoPE; `default` is the `mrope_section` that the class uses by default."""
+    """Return the decoder config with M-RoPE; `default` is the default `mrope_section` of the transformers class."""
     sections = text.rope.sections or default
     return dataclasses.replace(text, rope=dataclasses.replace(text.rope, sections=sections, interleaved=interleaved))
 

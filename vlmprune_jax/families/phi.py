@@ -48,7 +48,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight lines; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     lines = {

@@ -68,7 +68,7 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight lines: those of Llama, with fused query-key-value and gate-up tensors."""
+    """Return the decoder's weight table: that of Llama, with fused query-key-value and gate-up tensors."""
     fused = {part: whole for whole, parts in _FUSED.items() for part in parts}
     table = []
     for line in llama_like_weights(text, prefix, head):

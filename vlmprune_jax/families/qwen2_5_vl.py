@@ -67,7 +67,7 @@ _OUTER = (
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the decoder's TextConfig; the class computes head_dim as hidden_size / heads and ignores the field."""
+    """Return the decoder's TextConfig; head_dim is hidden_size / heads, as the transformers class computes it."""
     config = {**_TEXT, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if hidden % heads:
@@ -83,9 +83,10 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     del config["head_dim"]  # the class does not read it
     if PER_LAYER not in config and config["num_attention_heads"] != heads:
         raise UserError(
-            f"Qwen2.5-VL: its class cannot load {config['num_attention_heads']} of {heads} heads, since it computes "
-            'head_dim from their number: prune neurons or layers (heads="keep"), or export with uneven="pad" (same '
-            "function, no savings in heads)"
+            f"Qwen2.5-VL: transformers cannot load {config['num_attention_heads']} of {heads} heads, because it "
+            "computes "
+            'head_dim from the number of heads: prune with heads="keep", or export with uneven="pad" (same function, '
+            "no savings in heads)"
         )
     return {**config, "num_attention_heads": heads}
 

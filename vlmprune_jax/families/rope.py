@@ -38,7 +38,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     if kind == "yarn":
         unsupported = [name for name in ("mscale", "mscale_all_dim", "truncate") if scaling.get(name)]
         if unsupported:
-            raise UserError(f"yarn rope with {', '.join(unsupported)} is not supported")
+            raise UserError(f"yarn rope with the fields {', '.join(unsupported)} is not supported")
     if "factor" not in scaling:
         raise UserError(f'{kind} rope: "factor" is missing: add it to rope_scaling in config.json')
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
@@ -60,7 +60,7 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: floa
     """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); fields outside the rope dictionary win."""
     missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
     if missing:
-        raise UserError(f"longrope: {', '.join(missing)} missing: add to rope_scaling in config.json")
+        raise UserError(f"longrope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
     max_positions = int(config.get("max_position_embeddings", 4096))
     inside = scaling.get("original_max_position_embeddings")
     default = 4096 if config.get("model_type") == "phi3" else max_positions
@@ -83,14 +83,14 @@ def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: floa
 
 
 def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
-    """Return the number of rotated channels per head: `partial_rotary_factor` of all, rounded down."""
+    """Return the number of rotated channels per head: head_dim x `partial_rotary_factor`, rounded down."""
     nested = config.get("rope_parameters") or {}
     factor = nested.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     return int(head_dim * float(default if factor is None else factor))
 
 
 def for_both_versions(config: JsonDict) -> JsonDict:
-    """Return a decoder config whose `rope_parameters` are repeated in the spelling of transformers 4."""
+    """Return a decoder config that repeats `rope_parameters` under the field names of transformers 4."""
     nested = config.get("rope_parameters")
     if not nested or "rope_theta" in config or "full_attention" in nested:  # by type of layer: only in version 5
         return config
@@ -104,7 +104,7 @@ def for_both_versions(config: JsonDict) -> JsonDict:
 
 
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return LongRoPE's config fields for a class that has no defaults for them."""
+    """Return the LongRoPE fields of a config, for a transformers class without defaults for these fields."""
     fields = {
         "rope_type": "longrope",
         "factor": rope.factor,

@@ -54,7 +54,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     text["tie_word_embeddings"] = tied_embeddings(config, text, default=False)
     tower = vision_from_hf(config.get("vision_config") or {}, -1, _TOWER)
     if tower.kind != "smolvlm":
-        raise UserError(f"SmolVLM with a {tower.kind} tower is not supported (supported: {_TOWER})")
+        raise UserError(f"SmolVLM with a {tower.kind} vision tower is not supported (supported: {_TOWER})")
     projector = ProjectorConfig(
         activation="gelu", bias=False, kind="linear", downsample=int(config.get("scale_factor", 2))
     )

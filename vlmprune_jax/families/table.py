@@ -18,7 +18,7 @@ JsonDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight line: path in `params`, Hugging Face key, and Hugging Face layout in einops notation.
+    """Entry of a weight table: path in `params`, Hugging Face key, and stored layout in einops notation.
 
     `{i}` in path and key is the layer number. Layouts use the named axes that modules declare, for example `"(q_heads
     head) embed"`.
@@ -29,7 +29,7 @@ class Weight:
     layout: str
 
     def at(self, i: int) -> Weight:
-        """Return the weight line with layer number `i` filled in."""
+        """Return the entry with layer number `i` filled in."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
@@ -172,7 +172,7 @@ class Family:
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:
-        """Return a checkpoint key in the spelling of the family's table."""
+        """Return a checkpoint key as the family's weight table spells it."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key

@@ -9,7 +9,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 @dataclass(frozen=True)
 class Template:
-    """Prompt format of a conversation: `start`, the system text, then `role + gap + text + end` for each turn.
+    """Prompt format of a conversation: `start`, the system prompt, then `role + gap + text + end` for each turn.
 
     Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
     `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.

@@ -59,7 +59,8 @@ class TilingConfig:
     def __post_init__(self) -> None:
         if self.size > MAX_SIDE:
             raise UserError(
-                f"image tiles of {self.size} pixels per side, the maximum is {MAX_SIDE}: correct or restore config.json"
+                f"image tiles have {self.size} pixels per side, more than the maximum of {MAX_SIDE}: correct "
+                "config.json"
             )
         if not 1 <= self.min_tiles <= self.max_tiles <= MAX_TILES:
             raise UserError(

@@ -93,7 +93,7 @@ def vision_from_hf(
         raise UserError(f"vision feature layer {feature_layer!r} is not supported: it must be one integer")
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if not 0 < used <= total:
-        raise UserError(f"vision feature layer {feature_layer} does not exist in a tower of {total} layers")
+        raise UserError(f"vision feature layer {feature_layer} does not exist in a vision tower of {total} layers")
     table_size = _side(full["image_size"], "image_size")
     hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
     if "head_dim" not in full and hidden % heads:
@@ -144,14 +144,15 @@ def vision_to_hf(
 
 
 def equal_shape(vision: VisionConfig) -> LayerShape:
-    """Return the one shape that all layers of a tower have, from its vision config.
+    """Return the shape that all layers of a vision tower share, from its config.
 
     Raises:
       UserError: the layers have unequal widths, which no class loads.
     """
     if not vision.even:
         raise UserError(
-            "the layers of the vision tower have unequal widths, which no class loads: prune all layers equally, or "
+            "the layers of the vision tower have unequal widths, which no transformers class can load: prune all "
+            "layers alike, or "
             'export with uneven="pad" (same function, no savings)'
         )
     return vision.layers[0]
@@ -190,7 +191,7 @@ def _check_internvit(config: Mapping[str, Any]) -> None:
 
 
 def _side(size: Any, name: str) -> int:
-    """Return the side of a square size, which a config gives as a number or as a pair."""
+    """Return the side length of a square size, which a config states as a number or as a pair."""
     sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
     if len(sides) != 1:
         raise UserError(f"vision tower: {name} {size} is not square")
@@ -254,12 +255,12 @@ _INTERNVL_KEYS = {
 
 
 def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
-    """Return the weight lines of a CLIP, SigLIP or SmolVLM tower's used part, under key `prefix`."""
+    """Return the weight table of a CLIP, SigLIP or SmolVLM tower up to its feature layer, with key `prefix`."""
     return _tower_weights(vision, prefix, _CLIP_KEYS)
 
 
 def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
-    """Return the weight lines of an InternViT up to its feature layer, with hub or (`native`) transformers' names."""
+    """Return the weight table of an InternViT up to its feature layer; `native`: with transformers' names."""
     return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
 
 
@@ -291,12 +292,12 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
 
 
 def first_axes(layout: str) -> str:
-    """Return a bias's layout, the first axis group of its weight's layout."""
+    """Return the layout of a bias: the first axis group of its weight's layout."""
     return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
 
 
 def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
-    """Return the projector's weight lines; `names` are its layers' names in files, first to last."""
+    """Return the projector's weight table; `names` are its layers' names in the checkpoint, first to last."""
     into = "shuffled" if projector.shuffles else "vision"
     layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
     if projector.kind == "pixel_shuffle":
@@ -356,5 +357,5 @@ def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ..
 
 
 def stock_tower_key(key: str, vision: VisionConfig) -> str:
-    """Return a tower key in a spelling that transformers 4 and 5 both load."""
+    """Return the key of a vision tower weight under a name that transformers 4 and 5 both load."""
     return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

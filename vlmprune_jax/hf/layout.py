@@ -83,14 +83,17 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             if path not in axes:
                 if some:
                     continue
-                raise UserError(f"family {family.name}: line for {line.path}, which is no parameter of this model")
+                raise UserError(
+                    f"family {family.name}: its weight table lists {line.path}, which is not a parameter of this model"
+                )
             names, shape = axes[path], shapes[path]
             if index is not None:
                 names, shape = names[1:], shape[1:]
             unnamed = () if "unit" in tokens else ("unit",)  # numbers without an axis in files
             if [t for t in tokens if t not in "()1"] != [name for name in names if name not in unnamed]:
                 raise UserError(
-                    f"family {family.name}: layout {line.layout!r} of {line.path} does not fit axes {names}"
+                    f"family {family.name}: layout {line.layout!r} of {line.path} does not match the parameter's "
+                    f"axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             hf_shape = _grouped(tokens, size)
@@ -99,12 +102,12 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     slots = _fused(slots)
     missing = sorted(set(shapes) - {slot.path for slot in slots})
     if missing:
-        raise UserError(f"family {family.name}: no line for {', '.join(missing[:3])}")
+        raise UserError(f"family {family.name}: its weight table lacks {', '.join(missing[:3])}")
     return slots
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return the slots, with row ranges that place slots of equal key one after the other in one tensor."""
+    """Return the slots with row ranges, such that slots with the same key follow each other in one tensor."""
     rows: Counter[str] = Counter()
     placed = []
     for slot in slots:
@@ -126,7 +129,7 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the flat elements of a tensor in a file, made from its parameters."""
+    """Return the elements of a checkpoint tensor (flat), joined from its parameters."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 
@@ -148,7 +151,7 @@ def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
 def match_keys(
     slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
 ) -> Match:
-    """Match the keys in files with the slots of some parts of the model; collect problems instead of raising.
+    """Match the keys of a checkpoint with the slots of some parts of the model; return mismatches as problems.
 
     Keys of other parts are ignored: they may come from another checkpoint.
     """
@@ -182,19 +185,19 @@ def match_keys(
 
 
 def refuse(problems: Sequence[str], family: Family, where: object) -> None:
-    """Raise one UserError that lists all problems; do nothing if there are none."""
+    """Raise one UserError that lists all mismatches between checkpoint and config; do nothing if there are none."""
     if not problems:
         return
     order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
     more = f"; and {len(order) - 8} more" if len(order) > 8 else ""
     raise UserError(
-        f"{where}: the weights do not fit config.json: {'; '.join(order[:8])}{more}: use a complete, "
+        f"{where}: the weights do not match config.json ({'; '.join(order[:8])}{more}): use a complete, "
         f"unquantised {family.name} checkpoint in {family.layout} layout"
     )
 
 
 def tied_head(cfg: ModelConfig, family: Family) -> str | None:
-    """Return the canonical key of the output head that tied embeddings make unnecessary; None if they are not tied."""
+    """Return the canonical key of the output head if embeddings are tied, which makes it unnecessary; else None."""
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
@@ -202,7 +205,7 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a key's vision block is used, or lies beyond the tower, so that the key must be known."""
+    """Return True if a key belongs to a layer of the vision tower that is used or does not exist."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total

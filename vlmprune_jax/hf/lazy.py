@@ -28,7 +28,7 @@ BLOCK = 2**25  # bytes that are read at a time from a large weight
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One weight of one layer, still in its file; read on access.
+    """One weight of one layer that is not read from its file before it is accessed.
 
     Attributes:
       stored: shape of the weight in the file.
@@ -62,7 +62,7 @@ class FileArray:
 
     @property
     def extent(self) -> Extent | None:
-        """Byte range in the file; None if it is not contiguous (after selection, or encoded)."""
+        """Byte range of the weight in its file; None if the bytes are not contiguous (pruned or encoded weights)."""
         if self.picks:
             return None
         return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
@@ -116,7 +116,7 @@ class FileArray:
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """One weight of a run of equal layers, still in its files; shaped as in `params`, with a leading layer axis."""
+    """One weight of several equal layers, not read from its files yet; has a leading layer axis as in `params`."""
 
     members: tuple[FileArray, ...]
 
@@ -161,7 +161,7 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
 
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
-    """Return an array, or entry `index` of a stack, in host memory; all processes must call it for split arrays."""
+    """Return an array, or entry `index` of a stack, in host memory; for sharded arrays, all processes must call it."""
     stored = _in_file(array, index)
     if stored is not None:
         return stored.read()
@@ -197,7 +197,7 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:
-    """Return a function that yields a large weight in a file in parts; None for all others."""
+    """Return a function that yields a large weight, which is still in its file, in parts; None for all others."""
     stored = _in_file(array, index)
     small = stored is None or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
     return None if small or stored is None else stored.blocks

@@ -94,7 +94,7 @@ def resolve(name: str | Path) -> Path:
     folder, text = Path(name), str(name)
     inside = folder.glob("*.gguf") if os.path.isdir(folder) and not os.path.lexists(folder / "config.json") else ()
     if any(inside) or (text.endswith(".gguf") and os.path.isfile(folder)):
-        raise UserError(f"{name}: is for llama.cpp (GGUF): give the Hugging Face folder that it was made from")
+        raise UserError(f"{name}: is a GGUF file for llama.cpp: name the Hugging Face folder of the model instead")
     if os.path.isdir(folder):
         return folder
     if folder.is_absolute() or text.startswith(".") or text.count("/") != 1 or os.path.lexists(folder):
@@ -162,7 +162,7 @@ def find_weights(
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
 ) -> Sources:
-    """Return the file weights of some parts of a model; `vision_dir` holds an original LLaVA's or Bunny's tower.
+    """Return the weights of some parts of a model in its files; `vision_dir` has the tower of original LLaVA or Bunny.
 
     Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
     """
@@ -178,7 +178,7 @@ def find_weights(
         if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
             raise UserError(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
-                "set it to false in config.json, or remove the wrong one of the two"
+                "set it to false in config.json, or remove the wrong tensor"
             )
     return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.found.items()}
 
@@ -192,7 +192,7 @@ def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Read the parameters of these slots; each thread needs memory for one more piece of a file."""
+    """Read the parameters of these slots with several threads, each with memory for one piece of a file."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -293,4 +293,4 @@ def check_finite(array: np.ndarray, what: str) -> None:
     bits = array.dtype.itemsize * 8
     if array.view(f"int{bits}").max() >= positive or array.view(f"uint{bits}").max() >= negative:
         count = int(np.sum(~np.isfinite(array)))
-        raise UserError(f"{what} holds {count} NaN or infinite values: damaged weights, or too narrow a dtype")
+        raise UserError(f"{what} has {count} NaN or infinite values: check the weights, or use a wider dtype")

@@ -97,7 +97,7 @@ Tap = Callable[[BlockValues], Any]
 
 
 class Writer(NamedTuple):
-    """Paths of a projection whose output is added to the residual stream, and of the norm and scale applied before."""
+    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale after it."""
 
     projection: str
     norm: str | None
@@ -105,7 +105,7 @@ class Writer(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Parameter names in a stack's blocks: stream axis, norms before attention and MLP, attention's output."""
+    """Parameter names in a stack's blocks: axis of the residual stream, input norms, output projection of attention."""
 
     axis: str
     norms: tuple[str, str]
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
         return k if ctx.ropes is None else rotate(k, *ctx.ropes[self.window], self.parts), v
 
     def _seen_by_kernel(self, queries: int, slots: int, ctx: Context) -> int:
-        """Return how many slots, from the first on, the splash kernel sees; 0 if it cannot compute this attention."""
+        """Return how many leading cache slots the splash kernel attends to; 0 if it cannot compute this attention."""
         if ctx.ahead is not None or queries == 1:
             return 0
         if slots == queries:
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, ctx: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, jax.Array, RunCache | None, tuple[jax.Array, jax.Array]]:
-        """Return (output, input of the output projection, cache, (keys, values))."""
+        """Run attention; return (output, input of the output projection, cache, (keys, values))."""
         out_proj = getattr(self, self.out_name)
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         dropout_masks = _dropout_masks(ctx.dropout_key, x, [one for one in projections if one is not None])
@@ -188,7 +188,7 @@ class Attention(nnx.Module):
 
 
 def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple[RunCache, RunCache]:
-    """Write a layer's new keys and values at `slot` of a run's cache; return the cache, and the layer's part of it.
+    """Write a layer's new keys and values at `slot` of the cache; return the cache and the layer's part.
 
     Only the new slots are written: a loop over layers and tokens then updates the cache in place.
     """
@@ -216,7 +216,7 @@ class Mlp(nnx.Module):
             setattr(self, name, Projection(sizes, out, into, bias=cfg.mlp_bias, lora=adapter, clips=cfg.clips))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Return (output, input of the last projection)."""
+        """Run the MLP; return (output, input of the last projection)."""
         projections = [getattr(self, name) for name in self.names]
         first, *up, down = zip(projections, _dropout_masks(dropout_key, x, projections), strict=True)
         hidden = activation(self.activation)(first[0](x, first[1]))
@@ -227,7 +227,7 @@ class Mlp(nnx.Module):
 
 
 class LayerInput(nnx.Module):
-    """Per-layer embeddings: norm(project(act(gate(x)) * layer input)) is added to the residual stream."""
+    """Per-layer embeddings: add norm(project(act(gate(x)) * layer input)) to the residual stream."""
 
     def __init__(self, cfg: TextConfig, sizes: Mapping[str, int]):
         sizes = {**sizes, "extra": cfg.layer_inputs}
@@ -277,21 +277,21 @@ class Block(nnx.Module):
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """Projections whose outputs are added to the residual stream, by name (see `WRITERS`)."""
+        """Projections of this block whose outputs are added to the residual stream, by name (see `WRITERS`)."""
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return which of the inputs in `READERS` a weight of this block multiplies."""
+        """Return the name of the block input (one of `READERS`) that a weight of this block multiplies."""
         module = path.removesuffix("/weight")
         return {writer.projection: name for name, writer in self.writers.items()}.get(module, module.split("/")[0])
 
     def norm_after(self, name: str) -> Norm | None:
-        """Return the norm that is applied to a writer's output, or None."""
+        """Return the norm that is applied to the output of a projection into the stream (a writer), or None."""
         path = self.writers[name].norm
         return None if path is None else getattr(self, path)
 
     def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return what a writer's output float[batch, seq, embed] adds to the stream, after its norm and scale.
+        """Return what the output of a projection (a writer) adds to the residual stream after its norm and scale.
 
         `statistics`: see `Norm.__call__`.
         """
@@ -300,7 +300,7 @@ class Block(nnx.Module):
         return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
 
     def gain(self, name: str) -> jax.Array | None:
-        """Return the constant factors of a writer's output channels (norm weights, scale); None if there are none.
+        """Return the constant factors on the output channels of a writer (norm weights, scale); None without factors.
 
         float[embed], with a leading axis if the block's parameters are stacked; None: all are 1.
         """
@@ -311,11 +311,11 @@ class Block(nnx.Module):
 
     @property
     def scalar(self) -> jax.Array | None:
-        """Number by which the block's output is multiplied, float[1, 1, 1]; None: 1."""
+        """Factor on the output of the block, float[1, 1, 1]; None means 1."""
         return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
 
     def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
-        """Return the stream behind the MLP that becomes the block's output `y`, float[batch, seq, embed].
+        """Return the residual stream after the MLP, before per-layer embeddings and scale give the block's output `y`.
 
         A fixed point of the per-layer branch, whose size its norm bounds, by iteration from `start`.
         """
@@ -332,7 +332,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         want: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RunCache | None, dict[str, Any]]:
-        """Return (output, the run's cache, values); `want` names any of `VALUES`, or `KEYS` for (keys, values)."""
+        """Run the block; return (output, cache, the values named in `want`: any of `VALUES`, or `KEYS`)."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]
         attention_input = x if norms[0] is None else compute_once(norms[0](x))
@@ -360,7 +360,7 @@ def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
 
 
 def _dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
-    """Return each projection's adapter dropout mask, bool[batch, seq, *inputs]; False where an input is dropped.
+    """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False means dropped.
 
     One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
     copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.

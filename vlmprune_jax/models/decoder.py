@@ -36,13 +36,13 @@ class Table(nnx.Module):
         return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits [..., vocab] of states [..., embed]."""
+        """Return the logits [..., vocab] for hidden states [..., embed]."""
         bias = None if self.bias is None else self.bias.get_value()
         return Head(self.weight.get_value(), bias, self.cap).logits(hidden)
 
 
 class LayerInputs(nnx.Module):
-    """Per-layer embeddings: each layer's extra input, from a token table and from the first layer's input.
+    """Per-layer embeddings: an extra input for each layer, from a token table and the first layer's input.
 
     The tables of all layers are one; surgery cuts their axis `depth` with the layers.
     """
@@ -106,7 +106,7 @@ class Decoder(BlockStack):
         slot: Any = 0,
         dropout_key: jax.Array | None = None,
     ) -> Context:
-        """Return the shared block inputs for queries at int[batch, seq] positions, in cache slots from `slot` on.
+        """Return the inputs that all blocks share, for queries at int[batch, seq] positions, cached from `slot` on.
 
         `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
         the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
@@ -131,7 +131,7 @@ class Decoder(BlockStack):
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared block inputs for a batch with "attention_mask" and perhaps "position_ids"."""
+        """Return the inputs that all blocks share, for a batch with "attention_mask" and perhaps "position_ids"."""
         return self.context(arrays["attention_mask"], arrays.get("position_ids"))
 
     def __call__(
@@ -146,7 +146,7 @@ class Decoder(BlockStack):
         remat: str = "none",
         added: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Run all blocks on float[batch, seq, embed]; return the states after the final norm, and aux values.
+        """Run all blocks on float[batch, seq, embed]; return the hidden states after the final norm, and aux values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
         aux["states"]. `tap` -> aux["tap"], a list with its result for each block; the last block's `after` is the
@@ -169,7 +169,7 @@ class Decoder(BlockStack):
         return passed.last, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits [..., vocab] of states after the final norm."""
+        """Return the logits [..., vocab] for hidden states after the final norm."""
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:

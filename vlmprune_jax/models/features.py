@@ -17,7 +17,7 @@ from vlmprune_jax.models.vision import VisionTower
 def features_of(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the tower's features of the images, which are the projector's input."""
+    """Return the vision features of the images, which are the input of the projector."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -44,7 +44,7 @@ def patches_of(mask: jax.Array, patch: int) -> jax.Array:
 def tower_features(
     tower: dict[str, Any], cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None
 ) -> jax.Array:
-    """Return `VisionLanguageModel.vision_features`, computed from the tower's params alone, in their dtype."""
+    """Return `VisionLanguageModel.vision_features`, computed with the parameters of the vision tower only."""
     vision = cfg.vision
     assert vision is not None
     dtype = jax.tree.leaves(tower)[0].dtype

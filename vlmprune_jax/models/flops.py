@@ -11,7 +11,7 @@ from vlmprune_jax.models.params import param_axes, param_shapes
 
 
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """Return FLOPs per position of all matrix products under a path; `passes`: gradients flow through them."""
+    """Return the FLOPs per position of all matrix products under a path; `passes`: with the backward pass."""
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
         leaf = path.rpartition("/")[2]
@@ -57,7 +57,7 @@ def causal_flops(cfg: ModelConfig, length: int) -> int:
 
 
 def seen(length: int, window: int | None) -> int:
-    """Return the number of pairs (query, visible key) in a row of a causal layer, limited by its window."""
+    """Return the number of pairs (query, visible key) of one row in a causal layer, within its sliding window."""
     full = min(window or length, length)  # from this position on a query sees a whole window
     return full * (full + 1) // 2 + (length - full) * full
 
@@ -81,14 +81,14 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
 
 
 def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
-    """Return the number of tower positions of an image or tile; images of any size have `image_tokens` tokens."""
+    """Return the number of positions of an image or tile in the vision tower (from `image_tokens` for any size)."""
     assert cfg.vision is not None
     assert cfg.projector is not None
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
 def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
-    """Return the number of pairs (query, visible key) in one layer of the tower."""
+    """Return the number of pairs (query, visible key) of one image in one layer of the vision tower."""
     assert cfg.projector is not None
     side = (shape.window or positions) * cfg.projector.downsample
     return positions * min(positions, side**2)

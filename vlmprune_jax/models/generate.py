@@ -27,7 +27,7 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prompt beginnings (usually an image and the text before it) that several rows share; each is computed once.
+    """Prompt beginnings that several rows share (usually an image and the text before it), each computed once.
 
     `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
     """
@@ -97,7 +97,7 @@ def generate(
 
 @dataclass(frozen=True)
 class CompiledGeneration:
-    """`generate` compiled ahead for prompts of one shape; no row ends early (see `compile_generation`).
+    """Compiled `generate` for prompts of one shape, in which no row ends early (see `compile_generation`).
 
     `peak_bytes`: device memory that the larger of both programs takes, weights included.
     """
@@ -162,7 +162,7 @@ def _prompts(
 
 
 def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
-    """Return the program's inputs for images of any size: pixels, grids, positions, offset of later positions."""
+    """Return the compiled program's inputs for images of any size: pixels, grids, positions, position offsets."""
     before = "prefix_" * ("rows" in host)
     made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
     placed = {"pixels": made["pixel_values"], "grid": made["image_grid_thw"]}
@@ -204,17 +204,17 @@ def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Move each row's real tokens to its end, in order, so that all rows continue at the same slot."""
+    """Move the real tokens of each row to its end, so that all rows continue at the same cache slot."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
-        raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts is all padding")
+        raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts contains only padding")
     order = np.argsort(valid, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
 
 
 def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
-    """Return the model on its mesh for generation (see `decoding_mesh`); a sharded model's weights move once.
+    """Return the model resharded onto the mesh for generation (see `decoding_mesh`); other models unchanged.
 
     `sizes`: the mesh's (data, fsdp, tensor), if not to be chosen.
     """
@@ -230,7 +230,7 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
 
 
 class DecodingState(NamedTuple):
-    """State of generation between two tokens, apart from the cache.
+    """State of generation between two tokens, without the key/value cache.
 
     `token`: int32[batch], the last token, not yet in the cache; `ended`: bool[batch]; `slots`: bool[batch, slots], real
     slots of the cache, those of new tokens included; `position`: int32[batch, 1] of the first new token.
@@ -246,7 +246,7 @@ class DecodingState(NamedTuple):
 def prefill(
     params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[Cache, DecodingState]:
-    """Process the prompts and choose every row's first token; return the cache, with room for all new tokens, and this.
+    """Process the prompts and choose the first token of every row; return the cache and the decoding state.
 
     `arrays`: prompts moved to the right end of their rows, their images, and perhaps a shared prefix.
     """
@@ -287,7 +287,7 @@ def _choose(
 def decode(
     params: Params, cfg: ModelConfig, cache: Cache, state: DecodingState, max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    """Generate the tokens after the first, in place in the cache.
+    """Generate all tokens after the first one, updating the cache in place.
 
     Returns: tokens int32[batch, max_new_tokens], bool[batch], True if ended, and the cache.
     """
@@ -315,7 +315,7 @@ def decode(
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
-    """Return each row's cache after its prefix, and int[batch, prefix seq], 1 for real slots of the prefix."""
+    """Return the cache of each row after its prefix, and a mask int[batch, prefix seq] of the prefix."""
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]

@@ -12,7 +12,7 @@ from vlmprune_jax.models.patch_rows import check_patches
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """Return the image mask if it hides part of an image; None if all images are complete or empty.
+    """Return `pixel_attention_mask` if it hides part of an image; None if all images are complete or empty.
 
     Raises:
       UserError: its shape is not that of the pixels, or the tower reads whole images only.
@@ -22,14 +22,16 @@ def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) 
     mask, pixels = np.asarray(pixel_attention_mask), np.shape(pixel_values)
     if mask.shape != (*pixels[:-3], *pixels[-2:]):
         raise UserError(
-            f"pixel_attention_mask has shape {list(mask.shape)}, but pixel_values {list(pixels)}: it is the same "
-            "without the channels"
+            f"pixel_attention_mask has shape {list(mask.shape)} and pixel_values {list(pixels)}: the shapes must be "
+            "equal except for the channel axis"
         )
     hides = mask.reshape(-1, mask.shape[-2] * mask.shape[-1]) == 0
     if not (hides.any(axis=1) & ~hides.all(axis=1)).any():
         return None
     if cfg.vision is None or not cfg.vision.spreads:
-        raise UserError("pixel_attention_mask hides parts of images, but this model's tower takes whole images only")
+        raise UserError(
+            "pixel_attention_mask hides parts of images, but this model's vision tower takes only whole images"
+        )
     return mask
 
 
@@ -53,14 +55,16 @@ def check_inputs(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
     if image_grid_thw is not None and not cfg.any_size:
-        raise UserError("image_grid_thw passed to a model whose images all have one size: leave it out")
+        raise UserError("image_grid_thw is not for this model, whose images all have one size: leave it out")
     if vision_features is not None or not cfg.tower:
         _check_features(cfg, len(ids), np.shape(vision_features))
     elif pixel_values is None:
         if is_image.any():
-            raise UserError(f"input_ids hold {int(is_image.sum())} image positions but pixel_values is missing")
+            raise UserError(
+                f"input_ids have {int(is_image.sum())} image positions, but pixel_values is missing: pass it"
+            )
     elif cfg.vision is None:
-        raise UserError("pixel_values passed to a model without a vision tower: leave it out")
+        raise UserError("pixel_values is not for a model without a vision tower: leave it out")
     elif cfg.any_size:
         check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
     else:
@@ -73,13 +77,13 @@ def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None
         per_image = (shape[2], per_image[1])
     if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (rows, *per_image):
         raise UserError(
-            f"vision_features has shape {list(shape)}: a model without its tower takes "
-            f"[{rows}, images, {per_image[0]}, {per_image[1]}], another one pixel_values"
+            f"vision_features has shape {list(shape)}, expected [{rows}, images, {per_image[0]}, {per_image[1]}] (only "
+            "for a model without its vision tower; otherwise pass pixel_values)"
         )
 
 
 def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse pixels whose images do not fill the image positions exactly ([rows, images, ...]: at least)."""
+    """Refuse pixel_values whose number of images does not match the image positions in input_ids."""
     assert cfg.vision is not None
     wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
     if len(shape) not in (4, 5) or shape[-3:] != wanted:
@@ -92,6 +96,6 @@ def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]
         )
     if len(shape) == 4 and positions not in (0, shape[0] * per_image):
         raise UserError(
-            f"input_ids hold {positions} image positions but the images give {shape[0] * per_image} features "
-            f"({per_image} per image): expand each image to that many ids {cfg.image_token_id}"
+            f"input_ids have {positions} image positions, but the images have {shape[0] * per_image} features: write "
+            f"{per_image} ids {cfg.image_token_id} for each image"
         )

@@ -64,7 +64,7 @@ class Norm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return the norm of x; with `statistics` of another array, x is normalised as that array would be."""
+        """Return normalised x; with `statistics` of another array, x is normalised by these."""
         full = x.astype(jnp.float32)
         if statistics is not None:
             full = (full - statistics[..., :1]) * statistics[..., 1:]
@@ -77,12 +77,12 @@ class Norm(nnx.Module):
 
     @property
     def gain(self) -> jax.Array:
-        """Weights that multiply the channels, in float32 if the norm has an offset."""
+        """Weights of the norm that multiply the channels, offset included."""
         weight = self.weight.get_value()
         return weight.astype(jnp.float32) + self.offset if self.offset else weight
 
     def statistics(self, x: jax.Array) -> jax.Array:
-        """Return float32[..., 2]: the mean that the norm subtracts from x, and the factor that multiplies the rest."""
+        """Return float32[..., 2]: the mean that the norm subtracts from x, and the factor that it multiplies by."""
         full = x.astype(jnp.float32)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
         return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
@@ -98,7 +98,7 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
 
 
 class Leaf(nnx.Module):
-    """Single parameter that belongs to no projection or norm."""
+    """Module with a single parameter that belongs to no projection or norm."""
 
     def __init__(self, sizes: Mapping[str, int], axes: Axes):
         self.weight = declare(sizes, axes)
@@ -177,7 +177,7 @@ def compute_once(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _compute_gradient_once(x: jax.Array) -> jax.Array:
-    """Put only the gradient of `x` behind a barrier; XLA may still fuse the forward computation."""
+    """Put only the gradient of `x` behind an optimisation barrier; XLA may still fuse the forward computation."""
     return x
 
 
@@ -277,7 +277,7 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tupl
 
 
 def section_axes(rope: RopeConfig) -> np.ndarray:
-    """Return int[rotary_dim/2]: which position rotates each frequency in M-RoPE: frame (0), row (1), column (2)."""
+    """Return the M-RoPE position (0: frame, 1: row, 2: column) that rotates each frequency, int[rotary_dim/2]."""
     blocks = np.repeat(np.arange(3), rope.sections)
     if not rope.interleaved:
         return blocks

@@ -40,7 +40,7 @@ def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
-    """Return {path in a layer: named axes}, as `self_attn/q_proj/weight` -> ("q_heads", "head", "embed")."""
+    """Return {path in a layer: named axes}, such as `self_attn/q_proj/weight`: ("q_heads", "head", "embed")."""
     return _of_first_run(param_axes(cfg), stack)
 
 
@@ -65,7 +65,7 @@ def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
 
 
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
-    """Return the places in `params` of a weight line's parameters, for all its layers.
+    """Return the places in `params` of the parameters that an entry of a weight table describes, for all layers.
 
     `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
     `{i}` is the only one, with None for both numbers.

@@ -44,7 +44,7 @@ def patch_rows(
     check_types(cfg, ids, mm_token_type_ids)
     if (pixel_values is None) != (image_grid_thw is None):
         given, absent = ("pixel_values", "image_grid_thw")[:: -1 if pixel_values is None else 1]
-        raise UserError(f"{given} without {absent}: pass both, as the processor emits them")
+        raise UserError(f"{given} needs {absent}: pass both, as the processor returns them")
     placed: dict[str, Any] = {}
     if cfg.text.rope.sections:
         positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
@@ -60,7 +60,7 @@ def patch_rows(
 
 
 def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
-    """Return patches ordered by merged cell, [patches of all images, values], and their grids int[images, 3].
+    """Return patches ordered by merged patch, [patches of all images, values], and their grids int[images, 3].
 
     Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
     as they are.
@@ -74,7 +74,7 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
     if image_grid_thw is not None or pixels.ndim != 3 or places.shape != (*pixels.shape[:2], 2):
         raise UserError(
             f"image_position_ids has shape {list(places.shape)} and pixel_values {list(pixels.shape)}: pass both as "
-            "the processor emits them, without image_grid_thw"
+            "the processor returns them, without image_grid_thw"
         )
     patches, grids = [], []
     for image, at in zip(pixels, places, strict=True):
@@ -83,8 +83,8 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
         order = np.lexsort((at[real, 0], at[real, 1]))
         if real.sum() != rows * columns or rows % merge or columns % merge or rows < 1:
             raise UserError(
-                f"image_position_ids of an image name {int(real.sum())} patches in {rows} rows and {columns} columns: "
-                f"expected a whole grid with multiples of {merge} on both sides"
+                f"image_position_ids of an image have {int(real.sum())} patches in {rows} rows and {columns} columns: "
+                f"expected a full grid whose sides are multiples of {merge}"
             )
         cells = image[real][order].reshape(rows // merge, merge, columns // merge, merge, -1)
         patches.append(cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1))
@@ -127,7 +127,7 @@ def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
     is_image = ids == cfg.image_token_id
     if cfg.video_token_id is not None and (ids == cfg.video_token_id).any():
         row = int(np.argwhere(ids == cfg.video_token_id)[0, 0])
-        raise UserError(f"row {row} of input_ids holds video tokens ({cfg.video_token_id}): only images are supported")
+        raise UserError(f"row {row} of input_ids has video tokens ({cfg.video_token_id}): only images are supported")
     if types is None:
         return
     types = np.asarray(types)
@@ -136,7 +136,7 @@ def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
     if types.shape != ids.shape or ((types == 1) != is_image).any():
         raise UserError(
             f"mm_token_type_ids does not mark the image tokens (id {cfg.image_token_id}) of input_ids: pass both as "
-            "the processor emits them"
+            "the processor returns them"
         )
 
 
@@ -150,8 +150,8 @@ def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: i
     most = int(grids.prod(axis=2).max(initial=0))
     if most > pixels.shape[2] or pixels.shape[2] % _merge(cfg) ** 2:
         raise UserError(
-            f"pixel_values has room for {pixels.shape[2]} patches an image: needs as many as the largest of "
-            f"image_grid_thw, {most}, and a multiple of {_merge(cfg) ** 2}"
+            f"pixel_values has {pixels.shape[2]} patches per image, expected at least {most} (the largest image of "
+            f"image_grid_thw) and a multiple of {_merge(cfg) ** 2}"
         )
 
 
@@ -161,8 +161,8 @@ def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]
     total, values = sum(map(sum, sizes)), _values(cfg)
     if pixels.shape != (total, values):
         raise UserError(
-            f"pixel_values has shape {list(pixels.shape)}, but image_grid_thw and a patch of this model make "
-            f"[{total}, {values}]"
+            f"pixel_values has shape {list(pixels.shape)}, expected [{total}, {values}] (patches of image_grid_thw, "
+            "values per patch)"
         )
     cells = _CELLS * _merge(cfg) ** 2
     room = -(-max((size for row in sizes for size in row), default=1) // cells) * cells

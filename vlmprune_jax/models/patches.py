@@ -23,7 +23,7 @@ class Places(NamedTuple):
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return row and column of the first `patches` patches per image, given int[images, 3] `grid` (0, 0, 0: none)."""
+    """Return row and column of each patch, padded to `patches` per image, given the images' grids int[images, 3]."""
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
     cell, inside = index // merge**2, index % merge**2
@@ -35,7 +35,7 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
 
 
 def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
-    """Return each patch's attention window, int32[images, patches] (-1: padding); `side` merged cells per side.
+    """Return the attention window of each patch, int32[images, patches] (-1 = padding), `side` merged patches wide.
 
     Windows are numbered row by row from the upper left, and cut short at the right and at the bottom.
     """
@@ -85,7 +85,7 @@ def axial_angles(
 
 
 def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
-    """Return int32[batch, seq]: index of each image token's feature in its row's [slots * room] features.
+    """Return the index of each image token's feature among the features of its row, int32[batch, seq].
 
     marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
     `room`. Other positions have an arbitrary index.

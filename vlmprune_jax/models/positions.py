@@ -44,7 +44,7 @@ def mrope_positions(
 
 
 def with_images(positions: Any, input_ids: Any, attention_mask: Any, image_token_id: int | None) -> Any:
-    """Return int32[batch, 2, seq]: each token's position, and the number of its image in the row (0: no image).
+    """Return the position of each token, and the number of its image in the row (0 = none), int32[batch, 2, seq].
 
     Images are runs of int[batch, seq] ids `image_token_id`. Positions int[batch, seq] are counted along the mask by
     default; those that have image numbers are returned as they are.
@@ -84,8 +84,8 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
         made = sum(tokens_of(one, merge) for one in images)
         if made != count:
             raise UserError(
-                f"row {row} holds {count} image tokens, but its image_grid_thw {[one.tolist() for one in images]} "
-                f"make {made} ({merge} x {merge} patches each): expand every image to as many ids as its grid makes"
+                f"row {row} has {count} image tokens, but its image_grid_thw {[one.tolist() for one in images]} need "
+                f"{made} (one per {merge} x {merge} patches): write that many image ids"
             )
     return by_row
 
@@ -119,7 +119,10 @@ def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
         at, first = at + text, first + text
         tokens = int(np.prod(grid))
         if not is_image[at : at + tokens].all():
-            raise UserError(f"the image_grid_thw of an image makes {tokens} tokens, but text tokens interrupt them")
+            raise UserError(
+                f"text tokens interrupt the {tokens} tokens of an image (by image_grid_thw): write its ids without a "
+                "gap"
+            )
         positions[:, at : at + tokens] = first + np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
         at, first = at + tokens, first + int(max(grid[1:]))
     positions[:, at:] = first + np.arange(len(is_image) - at)

@@ -28,7 +28,7 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
 
 
 def merged(x: jax.Array, factor: int) -> jax.Array:
-    """Join `factor`^2 consecutive patches to one feature: [images, patches, vision] -> [images, cells, longer]."""
+    """Concatenate the features of `factor`^2 consecutive patches: [images, patches, n] -> [images, merged, longer]."""
     return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
 
 
@@ -93,7 +93,7 @@ class Projector(nnx.Module):
         return x if self.pool_norm is None else self.pool_norm(x)
 
     def added(self, x: jax.Array) -> jax.Array | None:
-        """Return float[n, ..., embed] to add after the first n decoder layers (deepstack); None if n is 0."""
+        """Return the features float[n, ..., embed] to add after the first n decoder layers (deepstack), or None."""
         if not self.n_deepstack:
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)

@@ -56,7 +56,7 @@ class BlockStack(nnx.Module):
         return False
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared block inputs for a batch with these arrays (named as in `encode`)."""
+        """Return the inputs that all blocks share, for a batch with these arrays (named as in `encode`)."""
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
@@ -149,7 +149,7 @@ class BlockStack(nnx.Module):
 def _with_remat(
     apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str, extra: jax.Array | None
 ) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)` for one block under a remat policy; `extra`: the layers' extra inputs."""
+    """Return `apply(state, x, index, cache)` for one block under a remat policy; `extra`: extra inputs of layers."""
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)

@@ -83,7 +83,7 @@ class VisionTower(BlockStack):
         return self.position_embedding.weight.get_value()
 
     def positions(self, rows: int, columns: int) -> jax.Array:
-        """Return position embeddings float[positions, vision] for rows x columns patches, class token first.
+        """Return the position embeddings of an image of rows x columns patches, class token first.
 
         Raises:
           UserError: the tower was trained on another grid and does not resize its table (only InternViT does).
@@ -93,8 +93,8 @@ class VisionTower(BlockStack):
             return table
         if not cfg.resizes:
             raise UserError(
-                f"an image of {rows} x {columns} patches in a {cfg.kind} tower of {cfg.position_grid} a side: "
-                f"resize images to {cfg.image_size} pixels a side"
+                f"an image has {rows} x {columns} patches, but the {cfg.kind} vision tower takes {cfg.position_grid} "
+                f"per side: resize images to {cfg.image_size} pixels per side"
             )
         patches = table[int(cfg.class_token) :].astype(jnp.float32)
         patches = patches.reshape(cfg.position_grid, cfg.position_grid, -1)
@@ -125,7 +125,7 @@ class VisionTower(BlockStack):
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
-        """Return the shared block inputs for states or patches float[images, positions, ...]; see `tapped`."""
+        """Return the inputs that all blocks share, for float[images, positions, ...]; see `tapped`."""
         if grid is None:
             real = None if patches is None else patches.reshape(len(patches), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
@@ -137,7 +137,7 @@ class VisionTower(BlockStack):
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared block inputs for unpadded images, or images of any size ("image_grid_thw")."""
+        """Return the inputs that all blocks share, for unpadded images or images of any size ("image_grid_thw")."""
         return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
@@ -167,11 +167,11 @@ class VisionTower(BlockStack):
         return constrain(x, ("batch", None, None))
 
     def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """Return the states after the last block and after the final norm; see `tapped`."""
+        """Return the hidden states after the last block and after the final norm; see `tapped`."""
         return self.tapped(pixels, None, patches=patches, grid=grid)[0]
 
     def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
-        """Return states float[images, patches, vision] after the last block, and after each block in `deepstack`."""
+        """Return the states float[images, patches, vision] after the last block and each block in `deepstack`."""
         x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
         passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
         return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])

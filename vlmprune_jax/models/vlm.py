@@ -80,7 +80,7 @@ class VisionLanguageModel(nnx.Module):
     def vision_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """Return the tower's features float[images, tokens, features], selected, shuffled or merged.
+        """Return the vision features float[images, tokens, features], the input of the projector.
 
         `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
         `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
@@ -142,7 +142,7 @@ class VisionLanguageModel(nnx.Module):
 
 
 class Embedded(NamedTuple):
-    """Inputs of the decoder's first layer, with the features inserted.
+    """Inputs of the decoder's first layer, with the image features inserted.
 
     `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
     batch, seq, embed], added to the outputs of the first n layers, or the layers' own inputs (None: nothing).
@@ -169,7 +169,7 @@ def to_nnx(model: Model) -> VisionLanguageModel:
     """Return a new NNX module that holds the model's arrays, for use in your own training loop."""
     graph, state = abstract(model.cfg)
     if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
-        raise UserError("params do not have the structure that cfg describes: change both together")
+        raise UserError("params do not have the structure that cfg describes: change params and cfg together")
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, model.params)
     return nnx.merge(graph, filled)
@@ -226,7 +226,7 @@ def encode(
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
-    """Return the output head, which maps states after the final norm to logits."""
+    """Return the output head, which maps hidden states after the final norm to logits."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
     return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
 

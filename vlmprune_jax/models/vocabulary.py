@@ -26,7 +26,7 @@ class Head:
     cap: float = 0.0
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits [..., vocab] of states [..., embed] after the final norm."""
+        """Return the logits [..., vocab] for hidden states [..., embed] after the final norm."""
         logits = jnp.einsum("...d,vd->...v", hidden, self.weight)
         if self.bias is not None:
             logits = logits + self.bias.reshape((1,) * (logits.ndim - 1) + self.bias.shape)
@@ -80,7 +80,7 @@ def chunk_sums(
     pieces: Tree,
     fixed: Tree,
 ) -> Tree:
-    """Sum `body` over positions with weight, with gradients; logits exist for one chunk at a time.
+    """Sum the losses of `body` over weighted positions, with gradients, and logits for one chunk at a time.
 
     In every row the positions with weight come first, and chunks without any are skipped: most tokens of a question are
     no answer, and their unused logits would be a quarter of the arithmetic of SmolLM2-135M.
@@ -115,7 +115,7 @@ class _Cut(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Return the result of `step(number, carry)` repeated over all chunks in use, from the carry `start`."""
+        """Return the carry after `step(number, carry)` for every chunk that has weighted positions."""
         n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:

@@ -32,7 +32,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """TPU slice to compile for, or several: name ("v5e:8x8", two: "v5e:8x8:2"), chip generation and devices."""
+    """TPU slice (or slices) to compile for: name ("v5e:8x8"; two slices: "v5e:8x8:2"), chip type and devices."""
 
     name: str
     chip: Chip
@@ -160,7 +160,7 @@ def _jaxprs(value: Any) -> list[Any]:
 
 
 def _times(equation: Any) -> int:
-    """Return how many times the inner jaxprs of an equation run."""
+    """Return how often the jaxprs inside an equation run (the length of a scan)."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
         return params["length"]
@@ -263,7 +263,7 @@ def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
 
 
 def _step(body: Sequence[str], counter: int) -> int:
-    """Return by how much a loop's body advances the integer at this place of its state; 1 if it does not say."""
+    """Return by how much a loop's body increments the counter at this place of its state (1 if unknown)."""
     lines = {found[1]: line for line in body if (found := _NAMED.match(line))}
     root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
     state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
@@ -277,7 +277,7 @@ def _step(body: Sequence[str], counter: int) -> int:
 
 
 def _second(result: str) -> str:
-    """Return the second element in the text of an HLO tuple "(first, second, ...)", which may be nested."""
+    """Return the second element of an HLO tuple in text form, "(first, second, ...)", which may be nested."""
     depth, parts = 0, [""]
     for character in result[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -311,7 +311,7 @@ def _group_size(line: str) -> int:
 
 
 def _crosses(line: str, slices: int) -> bool:
-    """Return True if devices of different slices take part in one collective."""
+    """Return True if a collective operation includes devices of different TPU slices."""
     groups = np.asarray(_groups(line))
     per_slice = (groups.max(initial=0) + 1) // slices
     return bool(len(groups) and per_slice and (groups // per_slice != groups[:, :1] // per_slice).any())

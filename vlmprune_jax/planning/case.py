@@ -105,7 +105,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError(
-            "data.max_length: not set, but planning needs the tokens per row: add --config.data.max_length=2048"
+            "data.max_length is not set, but planning needs the length of a row: add --config.data.max_length=2048"
         )
     slots, image_tokens = _image_slots(experiment.data, cfg, shapes.folder)
     if experiment.data.feature_cache is not None:
@@ -167,7 +167,7 @@ def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocab
 
 
 def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
-    """Return how a model's images are cut into tiles or patches; None if they are not."""
+    """Return how the images of a model are cut into tiles or patches; None for uncut images."""
     if cfg.vision is None:
         return None
     if family_of(cfg).images == "whole":
@@ -270,7 +270,7 @@ def _size(cfg: ModelConfig) -> PlannedModel:
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """Return the step's arguments as abstract arrays with shardings."""
+    """Return the arguments of the training step as abstract arrays with shardings."""
 
     def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         axes = param_axes(cfg)

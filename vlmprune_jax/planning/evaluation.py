@@ -30,7 +30,8 @@ _NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
 
 @dataclass(frozen=True)
 class Questions:
-    """Assumed question of a benchmark: image in pixels, tokens of the text, tokens of a batch's longest answer."""
+    """Typical question of a benchmark: image size (pixels), text tokens, and tokens of the longest answer in a "
+    "batch."""
 
     width: int
     height: int
@@ -68,11 +69,11 @@ class EvaluationCase:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
+        """Number of bytes per weight."""
         return jnp.dtype(self.dtype).itemsize
 
     def shape(self, asked: Questions) -> tuple[int, ImageShape]:
-        """Return the tokens of a prompt, and its image (of 0 slots for a decoder)."""
+        """Return the number of prompt tokens, and the shape of the image (0 slots for a decoder)."""
         if self.cfg.vision is None:
             return asked.text, ImageShape(slots=0)
         whole = ImageShape() if self.preparation is None else None
@@ -89,7 +90,7 @@ class EvaluationCase:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes per chip: all weights, those that every token reads, and the cache of one row and token.
+    """Bytes per chip: all weights, the weights that every token reads, and the cache per row and token.
 
     `padded`: that cache with each head padded to a multiple of 128 channels, as TPUs hold it.
     """
@@ -101,7 +102,7 @@ class _Memory:
 
 
 def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
-    """Compile prefill and decoding for the benchmark with the longest prompts; return memory, traffic and least times.
+    """Compile prefill and decoding for the benchmark with the longest prompts; return memory, traffic, minimum times.
 
     Raises:
       DoesNotFit: a batch needs more HBM than a chip has.
@@ -139,7 +140,8 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
 
 
 def _seconds(case: EvaluationCase, asked: Questions, memory: _Memory, row: float, received: float) -> float:
-    """Return the least seconds of 1,000 questions in the largest batch that fits; `row`, `received`: bytes per row."""
+    """Return the minimum seconds for 1,000 questions in the largest batch that fits; `row`, `received`: bytes per "
+    "row."""
     cfg, chip, chips = case.cfg, case.slice.chip, len(case.slice.devices)
     length, image = case.shape(asked)
     rows = min(1000, max(1, int((chip.hbm - memory.weights) / (memory.padded * (length + asked.answer)))))

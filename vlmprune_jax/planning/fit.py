@@ -81,13 +81,13 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """Return planning inputs with a doubled micro-batch, in one micro-batch; None beyond 1,024 rows per chip."""
+    """Return planning inputs with twice the batch size, without accumulation; None beyond 1,024 rows per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
-    """Return the error that the step does not fit, with advice on settings to change."""
+    """Return the error that the training step does not fit in memory, with advice on settings to change."""
     config, chip = case.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
@@ -153,8 +153,8 @@ def fit_all(
             recoveries[run.name] = plan_recovery(case, search, reporter.say)
             if run.experiment.recover.control and uses_labels(case.config.losses):
                 reporter.say(
-                    "  control       the unpruned model trains in the same way, once for all prune variants, with more "
-                    "memory and time than this step (recover.control=False leaves it out)"
+                    "  control       training the unpruned model in the same way, once for all prune variants, needs "
+                    "more memory and time than this step (recover.control=False leaves it out)"
                 )
         if evaluation:
             reporter.say(f"{pruned.name}, evaluation: compiling for {topology} ...")
@@ -171,5 +171,5 @@ def fit_all(
             for what, value in evaluation_rows(evaluations[pruned.name]):
                 reporter.say(f"  {what:<13} {value}")
     if not recoveries and not evaluations:
-        raise UserError('recover.method="none": there is no training to plan: set it to "train"')
+        raise UserError('recover.method is "none", so there is no training to plan: set it to "train"')
     return TpuPlan(recoveries=recoveries, evaluations=evaluations)

@@ -68,18 +68,18 @@ class Evidence:
 
     @property
     def is_trained(self) -> bool:
-        """True if the row is of a model after training."""
+        """True if this evidence is from a model after training."""
         return self.recovery not in ("none", SOLVED)
 
     @property
     def made_by(self) -> list[str]:
-        """Names of the pruning method and the recoveries whose settings reproduce the measured runs."""
+        """Pruning method and recoveries with which the evidence was measured, by name."""
         return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Advice for a training budget `compute`, for decoder ratios up to `up_to` that no earlier rule covers.
+    """Advice for a training budget `compute`, for decoder ratios up to `up_to` without an earlier rule.
 
     `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
     recoveries whose rows predict the outcome; the first that a source has is used. `source`: origin of the advice.
@@ -152,7 +152,7 @@ def read_guide(path: Path = FILE) -> Guide:
 
 
 def _problems(guide: Guide) -> Iterator[str]:
-    """Yield errors in a guide that its schema cannot express: unknown names, ratios that no rule covers."""
+    """Yield errors in the content of a guide: unknown names, ratios without a rule."""
     if guide.version != VERSION:
         yield f"written in format {guide.version}, this version reads {VERSION}"
     if PAPER not in guide.sources:

@@ -132,12 +132,13 @@ def advise(
     if most_bytes is not None:
         if most_bytes >= whole:
             raise UserError(
-                f"--bytes={most_bytes:,.0f}: the weights need only {whole:,} bytes in bfloat16: no pruning is needed"
+                f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in bfloat16, so no "
+                "pruning is needed"
             )
         ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
     assert ratio is not None
     if compute == "projector" and cfg.projector is None:
-        raise UserError("compute='projector': this model has no projector: use none or full")
+        raise UserError("compute='projector': this model has no projector, use none or full")
     decoder_ratio = ratio * count_params(cfg) / count_params(cfg, "text")
     asked = Target(count_params(cfg), cfg.vision is not None, ratio, decoder_ratio)
     found = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
@@ -195,7 +196,7 @@ def advice_lines(found: Recommendation) -> list[str]:
 
 
 def expectation(found: Recommendation) -> str:
-    """Return the expected retention as text: one interval, and which models or seeds it covers."""
+    """Return the expected retention as text, with its interval and the models or seeds that the interval covers."""
     expected = found.expected
     if expected is None:
         return "unknown, as no model of like size was measured"

@@ -42,7 +42,7 @@ class Expected:
 
     @property
     def of_control(self) -> float | None:
-        """Mean retention relative to the control over the rows that have it; None if none has."""
+        """Mean retention relative to the control, over evidence with a control; None without such evidence."""
         known = [row.of_control for row in self.rows if row.of_control is not None]
         return sum(known) / len(known) if known else None
 
@@ -87,7 +87,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
       UserError: an invalid ratio or share, or an unknown `compute`.
     """
     if not fraction("ratio", target.ratio):
-        raise UserError("ratio=0 must be above 0: give the share of parameters to remove")
+        raise UserError("ratio=0 must be above 0: set the share of parameters to remove")
     one_of("compute", compute, COMPUTE)
     if not 0 <= data_fraction <= 1:
         raise UserError(
@@ -141,7 +141,7 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(rule: Rule, method: str) -> list[str]:
-    """Return a rule's settings by name; if both methods are tried, only width pruning is reconstructed."""
+    """Return the settings of a rule by name; if it tries both methods, only width pruning is reconstructed."""
     solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
     return [method, rule.recovery, *([SOLVED] if solved else [])]
 
@@ -151,13 +151,13 @@ def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
 
 
 def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
-    """Return True if an evidence row is of a model of the same kind, within `LIKE` times the target's size."""
+    """Return True if evidence is from a model of the same type and similar size (up to a factor of `LIKE`)."""
     ratio = row.parameters / target.parameters
     return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
 
 
 def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
-    """Return the evidence row that retains most for a model of this shape at this ratio within the budget; or None."""
+    """Return the evidence with the best retention for this model shape, ratio and budget; None without evidence."""
 
     def fits(row: Evidence) -> bool:
         recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
@@ -171,7 +171,7 @@ def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, g
 
 
 def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
-    """Predict the retention of another seed of an evidence row, from the spread over seeds for this setup and shape."""
+    """Predict the retention for another seed, from the spread over seeds of this setup and model shape."""
     rows = [
         row
         for row in guide.evidence
@@ -215,14 +215,14 @@ def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, fl
 
 
 def _seed_half(row: Evidence) -> float:
-    """Return half the width of the 95 % interval for one more seed (Student's t); 0 for a single seed."""
+    """Return half the width of the 95 % prediction interval for another seed (Student's t); 0 for one seed."""
     if row.interval is None or (row.seeds or 1) < 2:
         return 0.0
     return (row.interval[1] - row.interval[0]) / 2 * math.sqrt((row.seeds or 1) + 1)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval for one more model (Student's t); 0 for a single model."""
+    """Return half the width of the 95 % prediction interval for another model (Student's t); 0 for one model."""
     mean, _, high = interval_of_mean(values) if values else (0.0, 0.0, 0.0)
     return (high - mean) * math.sqrt(len(values) + 1)
 
@@ -237,14 +237,14 @@ def _distance(target: Target, row: Evidence) -> float:
 
 
 def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Return the rows whose share of training data is nearest to `used`, and those without training data."""
+    """Return the evidence whose share of training data is nearest to `used`, and evidence without training."""
     shares = [row.data_fraction for row in rows if row.data_fraction is not None]
     nearest = min(shares, key=lambda share: abs(share - used), default=None)
     return [row for row in rows if row.data_fraction in (None, nearest)]
 
 
 def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
-    """Return further evidence rows at a similar ratio: first models of the same kind, then by similarity in size."""
+    """Return further evidence at a similar ratio, first from models of the same type, then from similar sizes."""
     rows = [row for row in guide.evidence if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
     kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
     return sorted(

@@ -82,7 +82,7 @@ def _touched(one: _Instruction, results: Mapping[str, str], parsed: _Computation
 
 
 def _used(parsed: _Computations, body: str, number: int, size: int) -> tuple[int, int]:
-    """Return the bytes that a fused computation reads of an operand of `size` bytes, and those it updates in place.
+    """Return how many bytes of an operand a fused computation reads, and how many it updates in place.
 
     Both are 0 if it passes the operand on.
     """

@@ -40,7 +40,7 @@ _LACKS = {
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Options of the criteria that score layers, heads and neurons; a criterion uses only those it declares."""
+    """Options of the criteria that score layers, heads and neurons; each criterion uses the options it declares."""
 
     variant: str = score_setting(
         "param_first",
@@ -92,7 +92,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Vocabulary trimming: removes tokens from tokenizer, embedding and output head."""
+    """Trimming of the vocabulary: removes tokens from tokenizer, embedding and output head."""
 
     size: int | None = prune_setting(
         None,
@@ -246,18 +246,18 @@ class PlanConfig:
 
     @property
     def only_vocabulary(self) -> bool:
-        """True if the settings trim the vocabulary and have no target for layers, heads and neurons."""
+        """True if these settings only trim the vocabulary, with no target for layers, heads and neurons."""
         targets = (self.ratio, self.layers_removed, self.sparsity)
         return self.vocabulary.size is not None and targets == (None, None, None) and not self.budget.limits
 
     def recorded(self) -> list[str]:
-        """Return the names of settings that a plan of this method depends on, apart from the pruning target."""
+        """Return the names of the settings (without targets) on which plans of this pruning method depend."""
         targets = ("method", "ratio", "layers_removed")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
     def check(self, named: Collection[str] = ()) -> None:
-        """Refuse settings that the method lacks, and no or several targets (none is fine if a vocabulary is trimmed).
+        """Refuse settings that the pruning method lacks, and more or less than one target (except for vocabularies).
 
         `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do. Raises
         UserError with the name of the setting, or the targets.
@@ -335,10 +335,10 @@ class ReconstructConfig(TokenWeights):
 
     @property
     def trains_layers(self) -> bool:
-        """True if each layer is trained after its least-squares repair."""
+        """True if each layer is also trained after its least-squares repair."""
         return self.method == "layerwise"
 
     @property
     def refits(self) -> bool:
-        """True if a weight is solved again on all records after its ridge penalty is chosen."""
+        """True if each weight is repaired again on all records after its ridge penalty is chosen."""
         return not self.trains_layers if self.refit is None else self.refit

@@ -37,7 +37,7 @@ Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the 
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
-    """Return a function from layer widths to the exact costs of that model, which it does not build (1 s at 7B).
+    """Return a function from layer widths to the exact costs of the pruned model, without building the model.
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
@@ -51,8 +51,8 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     images = budget.images if cfg.vision is not None else 0
     if ("flops" in budget.limits or budget.image_tokens) and images * cfg.tokens_per_image > budget.context:
         raise UserError(
-            f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} tokens of "
-            f"prune.budget.images={images}"
+            f"prune.budget.context={budget.context} is less than the {images * cfg.tokens_per_image} image tokens of "
+            f"prune.budget.images={images}: raise it"
         )
     context, slots, slot_tokens = limited_row(cfg, budget.context, images, budget.image_tokens)
     sizes = {name: layer_costs(cfg, name) for name in cfg.stacks}
@@ -87,7 +87,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
 
 def with_other_bytes(budget: Budget) -> Budget:
-    """Return the budget with `other_bytes` computed: weights that an export copies from `source_dir` or leaves out.
+    """Return the budget with `other_bytes` set: size of weights that an export copies from `source_dir` unchanged.
 
     Raises UserError if the folder cannot be read or exported.
     """
@@ -103,13 +103,13 @@ def with_other_bytes(budget: Budget) -> Budget:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse decode measurements unless they cover the model of `whole` parameters and smaller ones."""
+    """Refuse measured decode times unless they include the model of `whole` parameters and a smaller one."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
         told = ", ".join(f"{size:,.0f}" for size in sizes)
         raise UserError(
-            f"prune.budget.decode_ms: models of {told or 'no'} parameters were measured, this one has {whole:,}: "
-            "measure it and a smaller copy (vlmprune bench --model=DIR --against=PRUNED --json=FILE.json)"
+            f"prune.budget.decode_ms: speeds were measured for models of {told or 'no'} parameters, but this model has "
+            f"{whole:,}: measure it and a smaller copy (vlmprune bench --model=DIR --against=PRUNED --json=FILE.json)"
         )
 
 
@@ -144,7 +144,7 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, St
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return how many values per row the key/value cache holds."""
+    """Return the number of values in the key/value cache per row."""
     return sum(
         2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
         for one in text.layers
@@ -159,7 +159,7 @@ def _attention_of_token(text: Stack, context: int) -> int:
 def _forward_of_layers(
     cfg: ModelConfig, products: Mapping[str, Costs], length: int, slots: int, slot_tokens: int
 ) -> int:
-    """Return the part of `forward_flops` that the layers account for."""
+    """Return the FLOPs of the layers in a forward pass, a part of `forward_flops`."""
     total, text = 0, cfg.text
     for one in text.layers:
         attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)
@@ -211,7 +211,7 @@ def least_ratio(
         budgets = ", ".join(f"prune.budget.{name}={amount(limits[name])}" for name in over)
         nearest = " and ".join(f"{amount(cost)} {name}" for name, cost in over.items())
         raise UserError(
-            f"{budgets}: cannot be reached within these settings, the nearest is {nearest}: raise the budget, allow "
+            f"{budgets}: cannot be reached with these settings (nearest: {nearest}): raise the budget, allow "
             "more to be removed (protect, attn_layers, mlp_layers, heads), or use another method"
         )
     return high, best

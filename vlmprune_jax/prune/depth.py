@@ -28,14 +28,14 @@ def choose_layers(
     own = cfg.stack(stack)
     if stack == "vision" and cfg.deepstack:
         raise UserError(
-            f"blocks of this vision tower cannot be removed: features of {cfg.deepstack} of them enter decoder layers "
-            '(deepstack): prune its widths (method "width"), or the decoder'
+            f"layers of this vision tower cannot be removed, because features of {cfg.deepstack} of them enter decoder "
+            'layers (deepstack): use method "width", or prune the decoder'
         )
     shapes, n_layers = own.layers, len(own.layers)
     features = cfg.deepstack if own.causal else 0  # added to the outputs of this many first layers
     protect, layers_removed = set(config.protect), config.layers_removed
     if not protect <= set(range(n_layers)):
-        raise UserError(f"protect={sorted(protect)} names layers that do not exist: there are {n_layers}")
+        raise UserError(f"protect={sorted(protect)} contains layers that do not exist: the model has {n_layers} layers")
     if config.deepstack == "keep":
         protect |= set(range(features))
     if config.producers == "keep" and isinstance(own, TextConfig):
@@ -65,7 +65,7 @@ def choose_layers(
 
 
 def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:
-    """Return why transformers or `loads_in` cannot load a model without these layers, if it can the whole; or None."""
+    """Return why transformers or an engine of `loads_in` cannot load a model without these layers; None if it can."""
     shapes = [shape for i, shape in enumerate(cfg.stack(stack).layers) if i not in gone]
     if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
         return ""  # a layer must be left, and one for each level of deepstack features
@@ -79,7 +79,7 @@ def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collecti
 
 
 def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | None]) -> tuple[list[int], str | None]:
-    """Return the layers that can be removed in this order, and why the first of the others cannot."""
+    """Return the layers that can be removed in this order, and why the first excluded layer cannot."""
     gone, reasons = list[int](), list[str]()
     for layer in order:
         reason = reason_of({*gone, layer})
@@ -91,7 +91,7 @@ def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | No
 
 
 def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
-    """Return how many leading layers to remove; None if all are too few. Ties remove fewer."""
+    """Return how many of these layers to remove (fewer on ties); None if all of them are too few."""
     removed = np.concatenate([[0], np.cumsum(sizes)])
     if removal > removed[-1]:
         return None
@@ -111,7 +111,8 @@ def _block(
     """Return the `size` consecutive layers with the lowest score; `size` was fixed when scoring."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
-            f"{scores.criterion} scores are for removing {size} consecutive layers: plan with layers_removed={size} or "
+            f"these {scores.criterion} scores are for removing {size} consecutive layers: use "
+            f"layers_removed={size}, or "
             "score again"
         )
     reason = None
@@ -122,6 +123,6 @@ def _block(
             if reason is None:
                 return tuple(block)
     raise UserError(
-        f"no {size} consecutive layers are free of the protected ones {sorted(protect)}"
-        + ("" if reason is None else f" and can go: {reason}")
+        f"there are no {size} consecutive layers without the protected layers {sorted(protect)}"
+        + ("" if reason is None else f" that can be removed: {reason}")
     )

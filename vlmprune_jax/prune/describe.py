@@ -92,7 +92,7 @@ def _text(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
-    """Return shares of the whole model: of one unit of a stack, and the maximum that each method can remove.
+    """Return the shares of the model that one layer, head or neuron has, and that each method can remove at most.
 
     The maximum is None if features of a tower's blocks enter the decoder, so that nothing can be removed.
     """
@@ -191,7 +191,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
-    """Return, for each stack, the types of pruning that load at their true size, as text."""
+    """Return the types of pruning after which engines load each stack at its true size, as text."""
     reasons = {why for kinds in stacks.values() for why in kinds.values()}
     if len(reasons) == 1 and (reason := next(iter(reasons))) is not None:
         return f"nothing: {reason}"

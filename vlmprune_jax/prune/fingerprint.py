@@ -52,7 +52,7 @@ def content_digest(model: Model, part: str = "") -> str:
 
 
 def _digested(path: str) -> str:
-    """Return a parameter's name as digests use it, without the tower's run number (older fingerprints lack it)."""
+    """Return the name of a parameter in digests (without the run number of the vision tower)."""
     return re.sub("^vision/layers/0/", "vision/layers/", path)
 
 
@@ -72,7 +72,7 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
 
 
 def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
-    """Return the same samples as `_sample`, read from files."""
+    """Return the weight samples of `_sample` for parameters that are still in files."""
     if isinstance(leaf, FileStack):
         return np.stack([_from_files(one) for one in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
@@ -91,7 +91,7 @@ def _gather(leaves: Flat, stacked: dict[str, bool]) -> Flat:
 
 
 def _indices(shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
-    """Return index arrays of `SAMPLES` evenly spread positions in each layer of a (stacked) tensor."""
+    """Return the indices of `SAMPLES` evenly spread values in each layer of a (stacked) tensor."""
     inner = shape[1:] if stacked else shape
     size = int(np.prod(inner))
     flat = (np.modf(np.arange(1, SAMPLES + 1) * _GOLDEN)[0] * size).astype(np.int64)

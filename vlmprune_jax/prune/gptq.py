@@ -52,12 +52,12 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Rounded(CompressedTensors):
-    """Storage format with integer codes that GPTQ found, for the weights of one model."""
+    """Storage format with the integer codes that GPTQ computed for the weights of one model."""
 
     codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that GPTQ computed for this weight; the values passed are ignored.
+        """Return the tensors that GPTQ computed for this weight, independent of `values`.
 
         Raises UserError if the weight is not the model's.
         """
@@ -66,8 +66,8 @@ class Rounded(CompressedTensors):
             suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
         }:
             raise UserError(
-                f"{name} {list(values.shape)} has no codes in this shape: save the model that gptq rounded, "
-                'without uneven="pad" if its layers are unequal'
+                f"vp.gptq rounded no weight {name} of shape {list(values.shape)}: save the model that was passed to "
+                'vp.gptq, without uneven="pad"'
             )
         return parts | {"_scale": parts["_scale"].astype(values.dtype)}
 
@@ -158,7 +158,7 @@ def _pass_layers(
     visit: Callable[[Layer, Sequence[Slot], Sequence[Step]], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[Step]:
-    """Run the calibration rows through the decoder layer by layer, and return them.
+    """Run the calibration rows through the decoder layer by layer, and return the rows.
 
     `visit(layer, slots of its matrices, rows at its input)` returns the layer that they pass.
     """
@@ -260,7 +260,7 @@ def compensated(
 
 
 def inside(slot: Slot) -> str:
-    """Return a parameter's path within its layer."""
+    """Return the path of a parameter within its layer."""
     return slot.name.split("/", 3)[3]
 
 

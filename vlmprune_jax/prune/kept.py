@@ -36,7 +36,7 @@ class KeptLayer:
         return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
 
     def then(self, second: KeptLayer) -> KeptLayer:
-        """Return one entry that equals this one followed by `second`, which is for the layer that this one leaves."""
+        """Return one entry for pruning a layer by this entry and then by `second`."""
         return KeptLayer(
             self.index,
             _pick(self.q_heads, second.q_heads),
@@ -47,7 +47,7 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class KeptStack:
-    """Kept parts of a stack: shapes of all its layers before pruning, and the entries of the kept `layers`."""
+    """Kept parts of a stack: shapes of all layers before pruning, and one `KeptLayer` per kept layer."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
@@ -80,7 +80,7 @@ class KeptStack:
         return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
 
     def then(self, second: KeptStack) -> KeptStack:
-        """Return one entry that equals this one followed by `second`, which is for the stack that this one leaves."""
+        """Return one entry for pruning a stack by this entry and then by `second`."""
         return KeptStack(self.layers_before, tuple(self.layers[one.index].then(one) for one in second.layers))
 
 
@@ -90,7 +90,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", 
 
 @dataclass(frozen=True)
 class KeptVocabulary:
-    """Kept token ids, ascending, of a vocabulary with `rows_before` rows; a token's new id is its index in `kept`.
+    """Kept token ids (ascending) of a vocabulary with `rows_before` rows; the index in `kept` is the new id.
 
     `tokenizer`: digest of the tokenizer that the ids belong to (`data.tokenizer_files.vocabulary_digest`).
     """
@@ -102,7 +102,7 @@ class KeptVocabulary:
     def __post_init__(self) -> None:
         if not self.kept or not _increasing(self.kept, self.rows_before):
             raise UserError(
-                f"prune plan: kept tokens {_listed(self.kept)} are not increasing ids below {self.rows_before:,}, the "
+                f"prune plan: kept tokens {_listed(self.kept)} are not ascending ids below {self.rows_before:,}, the "
                 "size of the vocabulary: plan again"
             )
 
@@ -113,7 +113,7 @@ class KeptVocabulary:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash (16 hex digits) of the tokenizer and the kept ids, part of cache keys."""
+        """Hash of the tokenizer and the kept ids (16 hex digits), used in cache keys."""
         return hashlib.sha256(f"{self.tokenizer} {self.kept}".encode()).hexdigest()[:16]
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
@@ -124,7 +124,7 @@ class KeptVocabulary:
         """
         if cfg.text.vocab_size != self.rows_before:
             raise UserError(
-                f"plan of another model: its vocabulary has {self.rows_before:,} rows, this model's "
+                f"plan of another model: the plan's vocabulary has {self.rows_before:,} rows, this model's "
                 f"{cfg.text.vocab_size:,}: plan again for this model"
             )
         changes = {name: self._renumbered(name, getattr(cfg, name)) for name in TOKEN_IDS}
@@ -132,9 +132,11 @@ class KeptVocabulary:
         return dataclasses.replace(cfg, text=text, **changes)
 
     def then(self, second: KeptVocabulary) -> KeptVocabulary:
-        """Return one entry that equals this one followed by `second`. Raises UserError if sizes disagree."""
+        """Return one entry for trimming by this entry and then by `second`. Raises UserError if sizes disagree."""
         if second.rows_before != len(self.kept):
-            raise UserError("the plans do not compose: the second is for another vocabulary than the first leaves")
+            raise UserError(
+                "the plans cannot be composed: the second plan is for another vocabulary than the first plan leaves"
+            )
         return dataclasses.replace(self, kept=_pick(self.kept, second.kept))
 
     def _renumbered(self, name: str, ids: Any) -> Any:
@@ -143,7 +145,7 @@ class KeptVocabulary:
         if ids is None or not 0 <= ids < self.rows_before:
             return ids
         if ids not in self.new_ids:
-            raise UserError(f"prune plan: token {ids}, the model's {name}, is not kept: plan again with it")
+            raise UserError(f"prune plan: token {ids}, the model's {name}, is not kept: make a plan that keeps it")
         return self.new_ids[ids]
 
 

@@ -32,7 +32,7 @@ _AHEAD = 2  # results that are on the devices at a time, besides the one that is
 
 
 def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `compute(item)`, arrays on the devices, moved to host memory.
+    """Yield `compute(item)` for every item, moved from the devices to host memory.
 
     Copies overlap with the arithmetic of the following items. All processes call it in step.
     """
@@ -46,14 +46,14 @@ def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def to_hosts(x: jax.Array) -> jax.Array:
-    """Return the array in the memory of its devices' hosts, without waiting; on CPUs the array itself."""
+    """Start copying the array to host memory and return the copy; on CPUs return the array itself."""
     if jax.default_backend() == "cpu":
         return x
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
 def to_devices(x: Any) -> jax.Array:
-    """Return the array in the memory of its devices (undoes `to_hosts`); one of numpy on the default device."""
+    """Return the array in device memory (undoes `to_hosts`); a NumPy array on the default device."""
     if isinstance(x, np.ndarray):
         return jnp.asarray(x)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
@@ -71,7 +71,7 @@ class Given(NamedTuple):
     shared: Shared = MappingProxyType({})
 
     def placed(self, mesh: Mesh | None) -> Given:
-        """Return a copy on the device, or split over a mesh."""
+        """Return a copy of the layer on the device, or sharded over a mesh."""
         keys = {size: (to_devices(k), to_devices(v)) for size, (k, v) in self.shared.items()}
         return Given(place_batch(self.arrays, mesh), None if self.added is None else to_devices(self.added), keys)
 
@@ -136,7 +136,7 @@ class Layer:
         return found._replace(shared={**given.shared, **found.shared})
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
-        """Return a copy with a correction float32[in (+ 1 with a bias), embed] added to a projection into the stream.
+        """Return a copy with a correction float32[in (+ 1 for a bias), embed] added to an output projection.
 
         Of a writer whose output is normalised: added at the norm's present statistics.
         """
@@ -155,7 +155,7 @@ class Layer:
         return dataclasses.replace(self, params=params, changed_paths=paths)
 
     def reading(self, reader: str, change: np.ndarray) -> Layer:
-        """Return a copy whose weights read x + D^T x where they read x, for a change D float32[embed, embed].
+        """Return a copy whose input projections see x + D^T x instead of x, for D float32[embed, embed].
 
         `reader`: the branch, "self_attn" or "mlp"; in a parallel block both branches read the same.
         """
@@ -182,7 +182,7 @@ def run_block(
     given: Given,
     want: tuple[str, ...],
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Run one layer; return (module, stream after it, the requested values of `models.block.VALUES`)."""
+    """Run one layer; return (module, residual stream after the layer, requested values of `models.block.VALUES`)."""
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
     own = given.added if module.per_layer else None
@@ -202,7 +202,7 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
-    """Return the model with these parameters, given by layer number and path, replaced in one stack."""
+    """Return the model with some parameters of one stack replaced, given by layer number and path."""
     layers = dict(model.params[stack]["layers"])
     for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])

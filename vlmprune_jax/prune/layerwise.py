@@ -30,7 +30,7 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95)
 
 
 def _loss(params: Any, x: Any, target: Any, weight: Any, given: Given, stack: str, cfg: Stack) -> jax.Array:
-    """Return the sum over tokens of weight x squared error of the stream, relative to the mean square of the stream."""
+    """Return the weighted squared error of the residual stream, relative to its mean square, summed over tokens."""
     _, after, _ = run_block(stack, cfg, params, x, given, ())
     scale = jnp.where(weight > 0, weight / jnp.mean(target * target, axis=-1), 0.0)
     error = jnp.where(weight[..., None] > 0, target - after, 0.0)
@@ -52,7 +52,7 @@ def _step(
 
 
 def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
-    """Return a step's rows in parts of `size`: streams, token weights and the layer's other inputs."""
+    """Return the rows of a step in parts of `size`: residual streams, token weights and other layer inputs."""
     arrays = {"x": step.ours, "target": step.dense, "weight": step.weight, "given": step.given(place)}
     count = len(step.weight)
     if size >= count:
@@ -63,7 +63,7 @@ def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
 
 
 def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Return the layer's trained parameters as one vector, for `Layer.replaced`; None if the held-out error stays.
+    """Return the trained parameters of a layer as one vector; None if the held-out error does not fall.
 
     All weights and norms train by Adam with a cosine schedule; the epoch of the lowest held-out error is kept.
 

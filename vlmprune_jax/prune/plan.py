@@ -64,7 +64,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Prune plan: what to keep of the model with this fingerprint, and the settings that led to it.
+    """Prune plan: the kept parts of the model with this fingerprint, and the settings of the plan.
 
     `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
     `vocabulary`: kept tokens, None if all are.
@@ -86,7 +86,7 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
-            raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text and perhaps vision")
+            raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text, or text and vision")
 
     def __repr__(self) -> str:
         """Return method, sizes and layers of every pruned stack as text, without the indices."""
@@ -115,7 +115,7 @@ class PrunePlan:
 
     @property
     def reached(self) -> float:
-        """Share of `parameters_total` that the plan removes."""
+        """Share of the parameters (`parameters_total`) that the plan removes."""
         return (self.parameters_before - self.parameters_after) / self.parameters_total
 
     @property
@@ -138,7 +138,7 @@ class PrunePlan:
             cfg = cfg.with_layers(shapes, name)
         problem = layer_problem(cfg.text)
         if problem is not None:
-            raise UserError(f"the pruned model would not load in transformers: {problem}")
+            raise UserError(f"transformers could not load the pruned model: {problem}")
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -183,14 +183,15 @@ class PrunePlan:
 
 
 def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
-    """Refuse plans in which layers that share keys and values keep other heads than the layer that computes them."""
+    """Refuse plans in which a layer keeps other heads than the layer whose keys and values it reuses."""
     kept = [text.layers[layer.index] for layer in layers]
     for layer, shape in zip(layers, kept, strict=True):
         makers = [one for one, s in zip(layers, kept, strict=True) if not s.shared and s.window == shape.window]
         if shape.shared and makers and makers[-1].kv_heads != layer.kv_heads:
             raise UserError(
-                f"layer {layer.index} uses the keys and values of layer {makers[-1].index}, but the plan keeps other "
-                'heads of both: score query heads (gqa="q_heads"), or keep the heads (heads="keep")'
+                f"layer {layer.index} uses the keys and values of layer {makers[-1].index}, but the plan keeps "
+                "different "
+                'heads in these two layers: score query heads (gqa="q_heads"), or keep all heads (heads="keep")'
             )
 
 
@@ -208,14 +209,14 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """Return one plan that equals `first` followed by `second`, which is for the model that `first` leaves.
+    """Return one plan for pruning a model by `first`, and the result by `second`.
 
     Raises UserError if `second` is for other widths than `first` leaves.
     """
     both = first.stacks.keys() & second.stacks.keys()
     follows = all(second.stacks[name].layers_before == first.stacks[name].shapes for name in both)
     if not follows or second.parameters_before != first.parameters_after:
-        raise UserError("the plans do not compose: make the second for the model that the first leaves")
+        raise UserError("the plans cannot be composed: make the second plan for the model that the first plan leaves")
     together = {name: first.stacks[name].then(second.stacks[name]) for name in both}
     stacks = {**first.stacks, **second.stacks, **together}
     vocabulary = first.vocabulary or second.vocabulary
@@ -247,7 +248,7 @@ def _vocabulary_from_dict(data: _VocabularyJson | None) -> KeptVocabulary | None
     if data is None:
         return None
     if sum(max(stop - start, 0) for start, stop in data["kept"]) > data["rows_before"]:
-        raise UserError(f"prune plan: keeps more tokens than the {data['rows_before']:,} of the vocabulary: {_TODO}")
+        raise UserError(f"prune plan: keeps more tokens than the vocabulary has ({data['rows_before']:,}): {_TODO}")
     kept = tuple(itertools.chain.from_iterable(range(*bounds) for bounds in data["kept"]))
     return KeptVocabulary(data["rows_before"], kept, data["tokenizer"])
 
@@ -274,7 +275,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
     known = checked(data, _VersionJson, where, _TODO)["format"]
     if known not in READS:
         todo = "upgrade vlmprune-jax" if known > FORMAT else _TODO
-        raise UserError(f"plan of format {known}, this version reads {FORMAT}: {todo}")
+        raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
     fields = msgspec.convert(checked(data, _PlanJson, where, _TODO), _PlanJson)
     stacks = {name: _stack_from_dict(one) for name, one in fields["stacks"].items()}
     vocabulary = _vocabulary_from_dict(fields.get("vocabulary"))

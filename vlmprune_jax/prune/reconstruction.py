@@ -71,7 +71,7 @@ def reconstruct(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> tuple[Model, list[SolveReport]]:
-    """Repair the projections into the residual stream of pruned layers, by least squares on the unpruned stream.
+    """Repair the output projections of pruned layers by least squares, towards the unpruned model's residual stream.
 
     The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
     of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. If enough
@@ -101,13 +101,15 @@ def reconstruct(
     config = override(ReconstructConfig() if config is None else config, options, "reconstruct")
     if config.trains_layers and not any(kept.removed_layers for kept in plan.stacks.values()):
         raise UserError(
-            'reconstruct.method="layerwise": this plan removes no layer, and training layers one by one gains nothing '
-            'for width pruning: set it to "least_squares"'
+            'reconstruct.method="layerwise" needs a plan that removes layers (training layers one by one gains nothing '
+            'after width pruning): set it to "least_squares"'
         )
     settings = {**config.by_name, "held_out": config.held_out}
     check_plan_is_for(teacher, plan)
     if param_shapes(plan.apply_to(teacher.cfg)) != param_shapes(pruned.cfg):
-        raise UserError("reconstruct: the pruned model is not made by this plan from this teacher: apply the plan")
+        raise UserError(
+            "reconstruct: the pruned model was not made with this plan from this teacher: apply the plan to the teacher"
+        )
     teacher, mesh = trim_vocabulary(teacher, plan.vocabulary), mesh_of(pruned.params)
     if mesh is None:
         pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
@@ -186,7 +188,7 @@ def _solve(
 
 
 def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
-    """Return True if the weights that read the stream are repaired as well: on request, and if enough neurons go."""
+    """Return True if input projections are repaired too: if the settings allow it and enough neurons are removed."""
     left = sum(len(layer.neurons) for layer in kept.layers)
     whole = sum(kept.layers_before[layer.index].mlp for layer in kept.layers)
     return config.readers == "auto" and left < READ_BELOW * whole
@@ -202,7 +204,7 @@ def _read(
     lost: bool,
     refit: bool,
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return the change of what a branch reads; None unless the stream behind its writer comes nearer on held-out rows.
+    """Return the change of a branch's input; None unless it lowers the error after the branch on held-out rows.
 
     Both ways are compared after the writer is solved; without the change only if it `lost` something.
     """
@@ -224,7 +226,7 @@ def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
-    """Return the final count that `progress` reports: all remaining layers of the stacks to reconstruct."""
+    """Return the number of layers to reconstruct, up to which `progress` counts."""
     return sum(len(plan.stacks[stack].layers) for stack in _stacks(plan))
 
 
@@ -235,12 +237,12 @@ def _stacks(plan: PrunePlan) -> list[str]:
 
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
-    """Return (original number of a kept layer, that of the next kept one); the layer also replaces those between."""
+    """Return pairs of original numbers of consecutive kept layers; a layer also replaces removed layers after it."""
     return list(itertools.pairwise((*kept.kept_layers, len(kept.layers_before))))
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
-    """Return the projections of a layer to reconstruct, in the order in which they write to the residual stream."""
+    """Return the output projections of a layer to reconstruct, in the order of the forward pass."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
@@ -248,7 +250,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:
-    """Run the unpruned model's streams through these layers, and store the first's statistics and perhaps `middle`."""
+    """Run the unpruned model's residual streams through these layers, and store statistics of the first layer."""
     for number in layers:
         layer, first = Layer.of(teacher, stack, number), number == layers.start
 
@@ -265,7 +267,7 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *
 def _recorded(
     cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return (weight correction or None, its report), cached or just solved; every process must call it."""
+    """Return (weight correction or None, its report), cached or newly computed; all processes must call it."""
 
     def arrays() -> dict[str, np.ndarray]:
         change, told = solve()
@@ -312,7 +314,7 @@ def _sums(
 def solve_for(
     layer: Layer, module: str, steps: Sequence[Step], place: int, *, refit: bool = True
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return the correction for `Layer.changed`, float32[in (+ 1), embed]; None if none lowers the held-out error.
+    """Return the weight correction for `Layer.changed`; None if no ridge penalty lowers the held-out error.
 
     `place`: the layer's among those that are left. `refit`: solve again on all rows after the ridge is chosen.
     """
@@ -355,7 +357,7 @@ def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums
         wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:
             raise UserError(
-                f"reconstruct: activations behind {module} of layer {layer.number} are not finite in "
+                f"reconstruct: outputs of {module} in layer {layer.number} are not finite in "
                 f"{', '.join(sorted(wrong)[:5])} of the calibration batches: check these records and the weights"
             )
         energies += energy.sum()

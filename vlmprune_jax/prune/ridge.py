@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add_into(totals: Any, parts: Any) -> Any:
-    """Return the sum of two trees of arrays, in the memory of the first."""
+    """Return the sum of two pytrees of arrays, computed in place in the first."""
     return jax.tree.map(jnp.add, totals, parts)
 
 
@@ -47,7 +47,7 @@ def change(sums: Sums, ridge: Any) -> jax.Array:
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
-    """Return how each ridge penalty's fit changes the held-out error, float32[ridges]; NaN if the solve fails."""
+    """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if a solve fails."""
 
     def error(ridge: jax.Array) -> jax.Array:
         changed = change(fit, ridge)

@@ -73,7 +73,9 @@ class Scores:
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
             if np.isnan(values).any():
-                raise UserError(f"{self.criterion} scores {name} hold NaN: check weights and calibration data for NaN")
+                raise UserError(
+                    f"{self.criterion} scores {name} contain NaN: check weights and calibration records for NaN"
+                )
 
     def __repr__(self) -> str:
         """Return criterion, stack and type of scores as text, without the numbers."""
@@ -101,7 +103,7 @@ class Scores:
 
     @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Scores (heads, mlp), for a criterion that scores widths. Raises UserError if it does not."""
+        """Scores of (heads, neurons). Raises UserError if the criterion does not score heads and neurons."""
         if self.heads is None or self.mlp is None:
             raise UserError(
                 f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
@@ -143,15 +145,17 @@ class Scores:
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
         if checked(meta, _Version, f"{path}: meta", _TODO)["format"] != FORMAT:
-            raise UserError(f"{path}: scores of format {meta['format']}, this version reads {FORMAT}: score again")
+            raise UserError(
+                f"{path}: has format {meta['format']}, but this version of vlmprune reads {FORMAT}: score again"
+            )
         checked(meta, _Meta, f"{path}: meta", _TODO)
         names = {f"{kind}_{i}" for kind in ("heads", "mlp") for i in range(meta["layers"])}
         sets = {kind: _below(arrays, f"{kind}/") for kind in ("", *meta.get("kinds", ()))}
         whole = sets.pop("")
         if whole.keys() - {"importance"} != names:
-            raise UserError(f"{path}: its arrays are not those of {meta['layers']} layers, as declared: {_TODO}")
+            raise UserError(f"{path}: its arrays do not match the {meta['layers']} layers that it declares: {_TODO}")
         if any({n: a.shape for n, a in one.items()} != {n: a.shape for n, a in whole.items()} for one in sets.values()):
-            raise UserError(f"{path}: scores by token type have other shapes than the scores: {_TODO}")
+            raise UserError(f"{path}: scores by token type and total scores have different shapes: {_TODO}")
         try:
             return cls(
                 criterion=meta["criterion"],
@@ -177,14 +181,14 @@ class Scores:
 
 
 def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays of one token type, with its prefix removed from names; "/" selects those of all tokens."""
+    """Return the arrays of one token type, without the prefix in their names ("/": arrays for all tokens)."""
     if prefix == "/":
         return {name: array for name, array in arrays.items() if "/" not in name}
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """Return fields of `Scores` from the arrays of a file."""
+    """Return the fields of `Scores` that the arrays of a file contain."""
     found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
     for name in ("heads", "mlp") if layers else ():
         found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
@@ -192,7 +196,9 @@ def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
-    """Check that an array is one row of floats, at most this long."""
+    """Check that an array is a one-dimensional array of floats of at most this length."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
-        raise UserError(f"{where} is {array.dtype}{list(array.shape)}, not a row of numbers: {_TODO}")
+        raise UserError(
+            f"{where} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"
+        )
     return np.asarray(array, np.float64)

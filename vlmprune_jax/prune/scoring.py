@@ -63,9 +63,9 @@ def score(
     model.cfg.stack(stack)
     if stack not in chosen.stacks:
         others = ", ".join(name for name, one in CRITERIA.items() if stack in one.stacks)
-        raise UserError(f"criterion {criterion!r} does not score the {stack} stack: {others} do")
+        raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
     if chosen.scores == ("widths",) and model.cfg.lora is not None:
-        raise UserError(f"criterion {criterion!r} scores plain weights: merge the LoRA adapters first")
+        raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
     if not chosen.journals:
@@ -88,7 +88,7 @@ def _measure(
     journal: Journal | None,
     cache: ArrayCache | None,
 ) -> tuple[Parts, Mapping[str, Parts]]:
-    """Compute the scores, and those by token type (a tower's positions all have one type)."""
+    """Compute total scores, and scores by token type (in a vision tower, all positions have one type)."""
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options), {}

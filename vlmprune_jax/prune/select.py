@@ -63,9 +63,7 @@ def make_plan(
 def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePlan:
     """Return a plan that trims the vocabulary and nothing else."""
     if not config.only_vocabulary or not isinstance(model, Model):
-        raise UserError(
-            "make_plan: scores=None is for trimming only the vocabulary of a model: pass scores of the model"
-        )
+        raise UserError("make_plan: scores=None is allowed only if nothing but the vocabulary is trimmed: pass scores")
     cfg = model.cfg
     whole, stacks = (
         keep_everything(cfg, fingerprint(model), count_params(cfg)),
@@ -79,7 +77,7 @@ def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePla
 
 
 def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Return a plan that trims a vocabulary, and takes the rest of the ratio from layers, heads and neurons."""
+    """Return a plan that trims a vocabulary, and removes the rest of the ratio from layers, heads and neurons."""
     share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
     plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
     check_loads(plan.apply_to(cfg), config.loads_in)
@@ -130,7 +128,7 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class Trim:
-    """A vocabulary to keep, the config after trimming only this, and the number of parameters that trimming removes."""
+    """Kept vocabulary, config after trimming only the vocabulary, and number of parameters that trimming removes."""
 
     vocabulary: KeptVocabulary | None
     cfg: ModelConfig
@@ -138,7 +136,7 @@ class Trim:
 
     @classmethod
     def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return the `Trim` of a kept vocabulary (None: nothing is trimmed)."""
+        """Return the `Trim` for a kept vocabulary (None = nothing is trimmed)."""
         trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
         return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 
@@ -156,7 +154,7 @@ class Trim:
 
 
 def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
-    """Choose the tokens to keep by the settings.
+    """Choose the tokens that a trimmed vocabulary keeps.
 
     Raises:
       UserError: see `choose_vocabulary`; or no folder of a tokenizer is given.
@@ -165,8 +163,8 @@ def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
         return Trim.of(None, cfg)
     if config.source_dir is None:
         raise UserError(
-            'vocabulary.source_dir: name the folder of the model, which has the tokenizer, as in vocabulary={"size": '
-            '16384, "sources": ("train.json",), "source_dir": "DIR"}'
+            'vocabulary.source_dir must name the model folder with the tokenizer, as in vocabulary={"size": 16384, '
+            '"sources": ("train.json",), "source_dir": "DIR"}'
         )
     return Trim.of(choose_vocabulary(config.source_dir, cfg, config), cfg)
 
@@ -184,7 +182,7 @@ def plan_stacks(
     config: PlanConfig | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """Plan several stacks, each with the same share of its layers' parameters removed; one stack as `make_plan`.
+    """Plan several stacks, removing the same share of layer parameters from each; one stack as in `make_plan`.
 
     Args:
       scores: for each stack, as `make_plan` takes them.
@@ -198,7 +196,10 @@ def plan_stacks(
     config = _configured(config, options)
     named = [name for name in OF_ONE_STACK if getattr(config, name)]
     if named:
-        raise UserError(f"{', '.join(named)}: refers to layers of one stack: prune the stacks one after the other")
+        raise UserError(
+            f"{', '.join(named)}: cannot be used for both stacks at once: prune decoder and vision tower one after "
+            "the other"
+        )
     config.check()
     total, trim = config.parameters_total or count_params(cfg), make_trim(config.vocabulary, cfg)
 
@@ -219,7 +220,7 @@ def plan_stacks(
 def _plan_each(
     scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
 ) -> PrunePlan:
-    """Return one plan for several stacks, each with the same share of its layers' parameters removed."""
+    """Return one plan for several stacks that removes the same share of layer parameters from each."""
     stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -238,7 +239,7 @@ def _plan_each(
 
 @dataclass(frozen=True)
 class _Request:
-    """Everything that decides what to remove, apart from the ratio."""
+    """All inputs of a plan except the ratio: scores, config and settings."""
 
     cfg: ModelConfig
     depth: Scores | None
@@ -253,7 +254,7 @@ class _Request:
         return "groups" if self.width is None else self.width.options.get("gqa", "groups")
 
     def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
-        """Return what each kept layer keeps, and the solver's result to record in the plan."""
+        """Return the kept parts of each kept layer, and the solver's result to record in the plan."""
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
@@ -279,7 +280,7 @@ class _Request:
 
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
-        raise UserError("scores of another model: their shapes differ from this config: score this model first")
+        raise UserError("these scores are for another model (their shapes do not match this config): score this model")
     shapes = cfg.stack(stack).layers
     for one in used:
         by_group = one.options.get("gqa", "groups") == "groups"
@@ -288,7 +289,7 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
         heads, neurons = ([*map(len, scored or ())] for scored in (one.heads, one.mlp))
         scored = list(zip(heads, neurons, strict=False))
         if layers != len(shapes) or scored not in ([], widths):
-            raise UserError(f"{one.criterion} scores do not fit the {stack} stack: layers or widths differ")
+            raise UserError(f"{one.criterion} scores do not match the {stack} stack of this model: score this model")
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
@@ -316,15 +317,18 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """Return (depth scores, width scores); None in place of scores that the method does not need."""
+    """Return (depth scores, width scores), with None for scores that the pruning method does not need."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
             raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")
         depth, width = scores
         if depth.fingerprint != width.fingerprint:
-            raise UserError("the depth scores and the width scores are of different models: score the same model")
+            raise UserError("the depth scores and the width scores are for different models: score the same model")
         if depth.stack != width.stack:
-            raise UserError(f"depth scores of the {depth.stack} stack, width scores of the {width.stack} stack")
+            raise UserError(
+                f"the depth scores are for the {depth.stack} stack, the width scores for the {width.stack} stack: "
+                "score the same stack"
+            )
     else:
         if not isinstance(scores, Scores):
             raise UserError(f"method {method!r} needs one Scores, got {type(scores).__name__}")

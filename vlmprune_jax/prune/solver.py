@@ -25,7 +25,7 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
-    """Error: a method cannot remove as many parameters as asked."""
+    """Error: a pruning method cannot remove the requested number of parameters."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Costs:
     kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
 
     def at(self, shape: LayerShape) -> Costs:
-        """Return the costs of layers of this kind (with or without a window, sharing keys and values or not)."""
+        """Return the costs of layers of one type (with or without a window, with or without shared keys and values)."""
         return self.kinds.get((shape.window is None, shape.shared), self)
 
     def of(self, shape: LayerShape) -> int:
@@ -102,7 +102,7 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
 
 
 def reason_of(config: PlanConfig) -> str:
-    """Return the names of the settings that require multiples, for messages."""
+    """Return the names of the settings that require multiples of heads or neurons, for messages."""
     values = {name: getattr(config, name) for name in ("snap_for", "tensor_parallel")}
     return " with ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1))
 
@@ -116,14 +116,14 @@ def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> Non
         for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):
             if size % devices:
                 raise UserError(
-                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: choose one "
-                    "that divides the widths of unpruned layers, or prune them too (attn_layers, mlp_layers, heads)"
+                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: choose a "
+                    "number that divides them, or prune this layer too (attn_layers, mlp_layers, heads)"
                 )
 
 
 @dataclass(frozen=True)
 class Units:
-    """Prunable units of one layer (attention units and neurons), with their cost in parameters.
+    """Prunable units of one layer (attention units and neurons), with their numbers of parameters.
 
     Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
     layer is in range. Neurons
@@ -167,17 +167,19 @@ def units_of(
         )  # fmt: skip
         if unit.prune_heads and step > heads:
             raise UserError(
-                f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep them "
+                f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep all heads "
                 "(heads='keep')"
             )
         if unit.prune_neurons and neurons_multiple > shape.mlp:
-            raise UserError(f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}")
+            raise UserError(
+                f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}: lower it"
+            )
         result.append(unit)
     return result
 
 
 def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many attention units remain at each sparsity, floor((C - int(C (1 - s))) / head_dim) being removed.
+    """Return how many attention units remain at each sparsity s (as in the reference code).
 
     C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
     """
@@ -187,7 +189,7 @@ def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
 
 
 def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many MLP neurons remain at each sparsity: int(C (1 - s))."""
+    """Return how many of C MLP neurons remain at each sparsity s: int(C (1 - s))."""
     return (neurons * (1 - sparsity)).astype(np.int64)
 
 
@@ -218,7 +220,7 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
     heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=0)
     for i, (h, n) in enumerate(zip(heads[0], neurons[0], strict=True)):
         if h < 1 or n < 1:
-            raise UserError(f"sparsity {sparsity:g} would remove all heads or neurons of layer {i}: ask for less")
+            raise UserError(f"sparsity {sparsity:g} would remove all heads or neurons of layer {i}: lower it")
     return Widths(tuple(map(int, heads[0])), tuple(map(int, neurons[0])), sparsity, int(removed[0]))
 
 
@@ -230,7 +232,7 @@ def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> 
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Return the parameters removed if each layer in range keeps one unit (or multiple) of each type."""
+    """Return the number of parameters removed if each layer in range keeps only one unit (or multiple) per type."""
     return sum(
         u.prune_heads * (u.heads - u.head_step) * u.head_cost
         + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
@@ -274,7 +276,7 @@ def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Return the widths at the next lower sparsity of the grid; None if it is 0 already."""
+    """Return the widths at the next lower sparsity on the solver's grid; None if the sparsity is 0."""
     if start.sparsity == 0:
         return None
     sparsity = round(start.sparsity * GRID - 1) / GRID
@@ -299,7 +301,7 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
 def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return neurons left at each fraction, int[fractions, layers], and parameters removed, int[fractions]."""
+    """Return the remaining neurons int[fractions, layers], and removed parameters int[fractions], per fraction."""
     usual = [u.neurons // u.wide for u in units]
     fractions = np.arange(1, max(usual) + 1)
     kept = np.stack(
@@ -313,14 +315,14 @@ def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return `_on_grid` at all sparsities that the solver tries, with no layer emptied."""
+    """Return the result of `_on_grid` for all sparsities that the solver tries; every layer keeps a unit."""
     return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
 
 
 def _on_grid(
     units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return heads and neurons, int[grid, layers], and removed parameters, int[grid]; `smallest=1` empties no layer."""
+    """Return kept heads and neurons int[grid, layers], and removed parameters int[grid], for sparsities on a grid."""
     heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
     for u in units:
         h = np.full(len(sparsity), u.heads)

@@ -27,7 +27,7 @@ from vlmprune_jax.prune.layers import Given, Shared
 
 @dataclasses.dataclass
 class Step:
-    """Rows processed together on the devices, and the streams of both models: float32[rows, seq, embed].
+    """Rows processed together on the devices, and the residual streams of both models: float32[rows, seq, embed].
 
     `inputs`: ids and images that the models embed. `context`: arrays for `BlockStack.context_of`. `weight`:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
@@ -52,7 +52,7 @@ class Step:
     shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """Return the inputs besides the stream for layer `place` of the pruned (or with `dense` the unpruned) model."""
+        """Return the inputs of layer `place` other than the residual stream (`dense`: in the unpruned model)."""
         added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
         return Given(self.context, added[place] if place < len(added) else None, shared)
 
@@ -113,7 +113,7 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
 def image_steps(
     batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
 ) -> list[Step]:
-    """Return the images of all rows, each once, so that no image is both fitted and held out."""
+    """Return steps with each image of the rows once, so that no image is both in the fit and held out."""
     images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
     row = 0
     for arrays in batches:
@@ -171,12 +171,14 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Split items into (items to fit, False) and (held-out items, True). Raises UserError for fewer than two."""
+    """Split items into (items for the fit, False) and (held-out items, True). Raises UserError for fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
     if n_held < 1:
-        raise UserError(f"reconstruct needs at least 2 calibration {what}: one to fit to and one to hold out")
+        raise UserError(
+            f"reconstruct needs at least 2 calibration {what}, one for the fit and one held out: add records"
+        )
     return (chosen[n_held:], False), (chosen[:n_held], True)
 
 
@@ -185,7 +187,7 @@ STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": imag
 
 
 def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return (stream before the first layer, deepstack additions per layer) for a step's rows or images."""
+    """Return the residual stream before the first layer and deepstack additions per layer, for one step."""
     placed = place_batch(step.inputs, mesh_of(model.params))
     return _embed(model.params, placed, cfg=model.cfg)
 

@@ -49,7 +49,7 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 
 def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
-    """Return the model with only the kept tokens, and nothing else removed; already trimmed models are unchanged.
+    """Return the model with only the kept tokens and all layers; already trimmed models are returned unchanged.
 
     Its probabilities are those of the whole model, renormalised over the kept tokens: the teacher of a trimmed student.
     """
@@ -82,18 +82,20 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
         if not others:
             tokens = "" if plan.vocabulary is None else f", the plan's {plan.vocabulary.rows_before:,}"
             raise UserError(
-                "plan of another model: the layers fit, but other weights differ in shape, as with another vocabulary "
-                f"(this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
+                "plan of another model: the layers match, but other weights have different shapes, perhaps the "
+                f"vocabulary (this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
             )
         name, planned, found = others[0]
         raise UserError(
-            f"plan of another model: its {name} stack has {_describe(planned)}, this model's {_describe(found)}: "
+            f"plan of another model: the plan's {name} stack has {_describe(planned)}, this model's "
+            f"{_describe(found)}: "
             "score and plan this model"
         )
     actual = fingerprint(model)
     if plan.fingerprint != actual:
         raise UserError(
-            f"plan of another model: same shapes, other weights (plan {plan.fingerprint}, model {actual}): "
+            f"plan of another model: shapes are equal, but fingerprints differ (plan {plan.fingerprint}, model "
+            f"{actual}): "
             "score and plan this model"
         )
 

@@ -21,7 +21,7 @@ NONE = "-"
 
 
 def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores]) -> list[Table]:
-    """Return one table per pruned stack: what each layer lost, and why.
+    """Return one table per pruned stack that shows what each layer loses, and why.
 
     Args:
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
@@ -33,7 +33,7 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequenc
     tables = []
     for name, kept in plan.stacks.items():
         if kept.layers_before != tuple(LayerShape(*shape.widths) for shape in cfg.stack(name).layers):
-            raise UserError("this plan is of another model than the config: plan again")
+            raise UserError("this plan is for another model than the config's: plan again")
         if kept != KeptStack.whole(kept.layers_before) or len(plan.stacks) == 1:
             own = [one for one in scores if one.stack == name]
             tables.append(_explain_stack(plan, cfg, spec, own, name))
@@ -83,7 +83,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
-    """Return the reason for a layer's widths, if it is something else than its scores."""
+    """Return the reason for a layer's widths, if scores are not the reason; "" otherwise."""
     if layer is None:
         return "goes"
     if index in spec.protect:
@@ -112,8 +112,8 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
     """
     if first.fingerprint != second.fingerprint:
         raise UserError(
-            f"these plans are of different models (fingerprints {first.fingerprint} and {second.fingerprint}): "
-            "compare plans of one"
+            f"these plans are for different models (fingerprints {first.fingerprint} and {second.fingerprint}): "
+            "compare plans for one model"
         )
     tables = [
         _compare_stack(name, first.stacks[name], second.stacks[name]) for name in first.stacks if name in second.stacks
@@ -148,6 +148,6 @@ def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
-    """Return table cells: how many items each plan keeps, and which share both keep (of those that either keeps)."""
+    """Return table cells: numbers of items that each plan keeps, and their overlap (Jaccard index)."""
     a, b = set(first), set(second)
     return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]

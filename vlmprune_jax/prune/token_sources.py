@@ -63,7 +63,8 @@ class Source:
         last = max({*subwords.tokens, *subwords.added})
         if last >= rows:
             raise UserError(
-                f"{folder}: the tokenizer has token id {last:,}, the model {rows:,} rows: use the model's own tokenizer"
+                f"{folder}: the tokenizer has token id {last:,}, but the model has {rows:,} tokens: use the model's "
+                "own tokenizer"
             )
         tokenizer, config = load_tokenizer(folder), read_json(folder / "config.json")
         has_vision = cfg.vision is not None
@@ -82,7 +83,7 @@ class Source:
         return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
 
     def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
-        """Return a kept vocabulary of this size; see `choose_tokens`."""
+        """Choose a kept vocabulary of this size (see `choose_tokens`)."""
         always = {*self.needed, *listed}
         kept = choose_tokens(self.subwords, used, size=size, multiple=multiple, always=always)
         return KeptVocabulary(self.rows, kept, self.digest)
@@ -98,13 +99,14 @@ class Source:
         if missing:
             why = self.needed.get(missing[0], "texts would lose characters or special tokens without it")
             raise UserError(
-                f"prune plan: drops token {missing[0]} ({self._text(missing[0])!r}), {len(missing):,} needed ones in "
-                f"all: {why}: keep it"
+                f"prune plan: removes needed tokens ({len(missing):,} in all; {why}), first token {missing[0]} "
+                f"({self._text(missing[0])!r}): keep them"
             )
         broken = sorted(self.subwords.closure(kept) - kept)
         if broken:
             raise UserError(
-                f"prune plan: drops token {broken[0]} ({self._text(broken[0])!r}), from which kept tokens are merged: "
+                f"prune plan: removes token {broken[0]} ({self._text(broken[0])!r}), from which kept tokens are "
+                "merged: "
                 "choose the tokens with prune.vocabulary, which keeps such tokens"
             )
 
@@ -114,7 +116,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts for trimming a vocabulary: token counts to choose by, and held-out texts that only measure."""
+    """Data for trimming a vocabulary: token counts that choose tokens, and held-out texts for measurements."""
 
     used: Counter[int]
     listed: tuple[int, ...]
@@ -130,12 +132,15 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     from vlmprune_jax.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
 
     if not config.sources:
-        raise UserError("prune.vocabulary.sources: name at least one file of records or texts to keep tokens for")
+        raise UserError("prune.vocabulary.sources: name at least one file of records or texts whose tokens are kept")
     read = [read_texts(name, source.template) for name in config.sources]
     texts, listed = [text for one in read for text in one.texts], [i for one in read for i in one.ids]
     beyond = [i for i in listed if not 0 <= i < source.rows]
     if beyond:
-        raise UserError(f"prune.vocabulary.sources: token id {beyond[0]} is beyond the {source.rows:,} of the model")
+        raise UserError(
+            f"prune.vocabulary.sources: token id {beyond[0]} is outside the model's vocabulary of {source.rows:,} "
+            "tokens"
+        )
     held_out = [text for name in config.held_out for text in read_texts(name, source.template).texts]
     if not config.held_out and len(texts) >= LEAST_TEXTS:
         held_out = texts[HELD_BACK - 1 :: HELD_BACK]
@@ -167,7 +172,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) -> Iterator[tuple[int, str]]:
-    """Yield the token ids that a model's files need, each with the reason."""
+    """Yield the token ids that the files of a model need, each with the reason."""
     for why, texts in (
         ("the chat template uses it", _template_texts(tokenizer.chat_template)),
         (f"the prompt template {template.name} uses it", _prompt_texts(template)),

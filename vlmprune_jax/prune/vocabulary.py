@@ -97,7 +97,7 @@ class Subwords:
 
     @functools.cached_property
     def required(self) -> frozenset[int]:
-        """Tokens that no text can do without: bytes, the unknown token, and SentencePiece's single spaces."""
+        """Tokens that any text may need: bytes, the unknown token, and SentencePiece's single spaces."""
         texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
@@ -161,7 +161,7 @@ def choose_tokens(
     multiple: int = 64,
     always: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """Return sorted token ids to keep: those in the texts by frequency, all that they need, then by merge rank.
+    """Return the sorted ids of tokens to keep: required tokens, then by frequency in texts, then by merge rank.
 
     Args:
       subwords: the tokenizer's subword model.
@@ -185,7 +185,7 @@ def choose_tokens(
     wanted = least if size is None else min(-(-size // multiple) * multiple, max(len(known), len(kept)))
     if len(kept) > wanted:
         raise UserError(
-            f"prune.vocabulary.size={size}: {len(kept):,} tokens must stay (bytes, special tokens, templates): ask for "
+            f"prune.vocabulary.size={size}: {len(kept):,} tokens must stay (bytes, special tokens, templates): set "
             f"at least {least:,}"
         )
     by_count = sorted(counts, key=lambda i: (-counts[i], i))
@@ -199,7 +199,7 @@ def choose_tokens(
 
 
 def _types(step: Any) -> set[str]:
-    """Return the types of a step in tokenizer.json and of the steps inside it."""
+    """Return the types of a step in tokenizer.json and of all steps nested in it."""
     if isinstance(step, list):
         return set().union(*map(_types, step))
     if not isinstance(step, dict):

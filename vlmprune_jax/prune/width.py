@@ -39,7 +39,7 @@ Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") o
 
 @dataclass(frozen=True)
 class Target:
-    """Goal of a width plan: remove `removal` parameters from the kept layers, or the reference's sparsity.
+    """Target of width pruning: remove `removal` parameters from the kept layers, or prune to a sparsity.
 
     `asked` is the ratio that the user set and `total` the count it refers to, for messages.
     """
@@ -60,7 +60,7 @@ def choose_widths(
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return what each layer in `alive` (original numbers) keeps, and the solver's result to record in the plan.
+    """Return the kept parts of each layer in `alive` (original numbers), and the solver's result for the plan.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
     UserError for ranges or multiples that do not fit, or a target out of reach.
@@ -68,7 +68,9 @@ def choose_widths(
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
-        raise UserError(f"base has {len(base.layers)} layers but the model has {n_layers}: only widths may differ")
+        raise UserError(
+            f"base has {len(base.layers)} layers, but the model has {n_layers}: only heads and neurons may differ"
+        )
     if gqa == "groups" and isinstance(base, TextConfig) and base.producers:
         scores = _tied(scores, base, alive)
     costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
@@ -86,7 +88,9 @@ def choose_widths(
         )
     if config.selection == "global":
         if gqa != "groups" or max(snapped.values()) > 1:
-            raise UserError('selection="global" gives every layer its own width: use gqa="groups" and no multiples')
+            raise UserError(
+                'selection="global" needs gqa="groups" and no multiples, because every layer gets its own width'
+            )
         kept, solved = _global(scores, base, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=config.heads == "auto")
@@ -96,7 +100,7 @@ def choose_widths(
 
 
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
-    """Return scores in which layers that share keys and values lose the same heads, those with the lowest sum."""
+    """Return scores with which layers that share keys and values lose the same heads (lowest summed score)."""
     heads = [*scores.widths[0]]
     kept = base.with_layers([base.layers[i] for i in alive])
     for producer in kept.producers:
@@ -179,7 +183,7 @@ class _Pool:
 
 @functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
 def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
-    """Return each layer's pools: one, or for single query heads one per key/value head."""
+    """Return the pools of each layer: one, or one per key/value head if query heads are pruned singly."""
     values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
     within = kind == "heads" and scores.options.get("gqa") == "q_heads"
     parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
@@ -187,7 +191,7 @@ def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[
 
 
 def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
-    """Return {layer: its highest-scoring units}, as many as its widths allow."""
+    """Return {layer: indices of its highest-scoring units}, as many as the layer keeps."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     return {
         i: (
@@ -271,7 +275,7 @@ def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:
 
 
 def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:
-    """Return the count for which `removed(count)` is nearest to `removal`, up to `most`."""
+    """Return the count (at most `most`) for which `removed(count)` is nearest to `removal`."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

@@ -76,7 +76,7 @@ class Checkpointer:
         weights_digest(_tree(state))
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Start saving; returns once the arrays are on the host. One file holds all processes' data positions.
+        """Start saving a checkpoint, and return once the arrays are copied to host memory.
 
         Raises UserError if this save or the previous one cannot be written.
         """
@@ -89,7 +89,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Convert exceptions of orbax and its storage to one line that names the folder."""
+        """Convert exceptions of orbax and tensorstore to a one-line UserError that names the folder."""
         try:
             yield
         except Exception as error:
@@ -97,7 +97,7 @@ class Checkpointer:
             last = f"last complete checkpoint: step {complete[-1]}" if complete else "no complete checkpoint"
             raise UserError(
                 f"{self.folder}: cannot save a checkpoint ({_why(error)}); {last}: "
-                "free or repair the disk, and run the same command"
+                "free disk space or repair the disk, and run the same command"
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
@@ -114,7 +114,8 @@ class Checkpointer:
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
-                f"{self.folder}/{step}: checkpoint of another run ({'; '.join(differs[:5])}): use another workdir, or "
+                f"{self.folder}/{step}: is a checkpoint of a run with other settings ({'; '.join(differs[:5])}): "
+                "use another workdir, or "
                 "remove that folder to start again"
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
@@ -122,20 +123,21 @@ class Checkpointer:
         with reading(where, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
-                raise UserError(f"{where}: holds the state of step {int(state.step)}, not {step}: {_REMEDY}")
+                raise UserError(f"{where}: contains step {int(state.step)}, expected step {step}: {_REMEDY}")
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
-                raise UserError(f"{where}: the arrays differ from those that were saved: {_REMEDY}")
+                raise UserError(f"{where}: the arrays differ from the saved ones: {_REMEDY}")
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
-        """Return the data position of this process, out of those that all processes saved.
+        """Return the data position that this process saved, from the positions of all processes.
 
         Streams over global batches (`data.batching`) have the same position on every process, so any number of
         processes can continue them.
         """
         if len(states) != process_count() and len(set(states)) > 1:
             raise UserError(
-                f"{self.folder}/{step}: saved by {len(states)} processes at different positions in their data, now "
+                f"{self.folder}/{step}: was saved by {len(states)} processes at different positions in their data, "
+                "but now "
                 f"there are {process_count()}: continue with {len(states)} processes"
             )
         return _decode(states[process_number() if len(states) == process_count() else 0])
@@ -174,12 +176,12 @@ def _why(error: Exception) -> str:
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:
-    """Return the leaves of the training state by index, so that their order does not depend on optax's nesting."""
+    """Return {index: leaf} of the training state, which does not depend on the nesting of optax."""
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def _gather(data_state: Any) -> list[str]:
-    """Return every process's data position (bytes or a JSON value) as a string."""
+    """Return the data positions of all processes (bytes or JSON values) as strings."""
     if isinstance(data_state, bytes):
         text = "b" + base64.b64encode(data_state).decode()
     else:
@@ -206,7 +208,7 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def weights_digest(params: Any) -> str:
-    """Return a short text that changes whenever any weight does; takes one pass on the devices."""
+    """Return a short text that changes whenever any weight changes, computed on the devices."""
     sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
     mixed = np.uint64(1469598103934665603)
     for value in sums:

@@ -47,10 +47,10 @@ class _Weights(dict[str, float]):
 class LossConfig:
     """Weights of the loss terms, and options for computing the terms.
 
-    `reference_compat` computes the losses as the paper's trainers do: distillation losses are averaged over all
-    positions including padding, KL losses are divided by the batch size only, and `l2_layers` index the hidden states
-    of teacher and student separately. LLaVA's and Bunny's trainers pad with zero embeddings
-    (`teacher_inputs="student"`), and InternVL's trainer with token ids at position 0 ("own").
+    `reference_compat` computes the losses as the paper's trainers do. Distillation losses are then averaged over all
+    positions including padding. KL losses are divided by the batch size only. `l2_layers` index the hidden states of
+    teacher and student separately. LLaVA's and Bunny's trainers pad with zero embeddings (`teacher_inputs="student"`).
+    InternVL's trainer pads with token ids at position 0 (`teacher_inputs="own"`).
     """
 
     ce: float = recover_setting(
@@ -121,8 +121,8 @@ class LossConfig:
             )
         if self.teacher_top_k and (self.teacher_inputs != "own" or self.reference_compat):
             raise UserError(
-                "recover.losses: a cached teacher was run on its own embeddings, without padding: set "
-                'teacher_inputs="own" and reference_compat=False, or train without teacher_cache'
+                'recover.losses: a cached teacher needs teacher_inputs="own" and reference_compat=False: set both, or '
+                "train without teacher_cache"
             )
 
     def weights(self) -> dict[str, float]:
@@ -206,8 +206,8 @@ class RecoverConfig:
     log_every: int = setting(10, "Number of optimizer steps between lines of metrics.jsonl.", unit="steps", least=1)
     loggers: tuple[str, ...] = setting(
         ("tensorboard",),
-        "Further loggers of training metrics, besides metrics.jsonl; wandb and trackio need the package extra of that "
-        "name.",
+        "Further loggers of training metrics, besides metrics.jsonl; wandb needs vlmprune-jax[wandb], and trackio "
+        "vlmprune-jax[trackio].",
         choices="recovery.loggers:LOGGERS",
     )
 
@@ -216,8 +216,8 @@ class RecoverConfig:
         resolve_rules(self.trainable)
         if self.quantize != "none" and self.adapters is not None:
             raise UserError(
-                f'recover.quantize="{self.quantize}" rounds whole weights, and trainable="lora" trains adapters beside '
-                'them: set recover.trainable to "decoder", "all" or "projector"'
+                f'recover.quantize="{self.quantize}" rounds the decoder\'s weights, which trainable="lora" does not '
+                'train: set recover.trainable to "decoder", "all" or "projector"'
             )
         if self.batch_size % self.accumulation:
             raise UserError(
@@ -226,12 +226,12 @@ class RecoverConfig:
 
     @property
     def adapters(self) -> LoraConfig | None:
-        """LoRA settings if a rule of `trainable` names adapters (lora_a, lora_b); None otherwise."""
+        """LoRA settings if `trainable` includes adapters (lora_a, lora_b); None otherwise."""
         rules, _ = resolve_rules(self.trainable)
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
-        """Return settings with a batch size that this many records can fill, unless `steps` is set.
+        """Return settings with the batch size lowered to what this many records can fill, unless `steps` is set.
 
         `devices`: number of devices that share the rows of a micro-batch. Raises UserError if the records do not fill a
         batch of one row per micro-batch and device.
@@ -256,7 +256,7 @@ class RecoverConfig:
         return max(math.floor(self.epochs * n_records / self.batch_size), 1)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that must equal those in a checkpoint to resume from it; unused ones are None."""
+        """Return the settings that must be unchanged for resuming from a checkpoint; unused settings are None."""
         free = [name for name, about in settings_of(self).items() if not about.affects]
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
@@ -268,7 +268,7 @@ class RecoverConfig:
 
 
 def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
-    """Return the rules of a preset or a list, and True if each must match a parameter (for a user's rules)."""
+    """Return the rules of a preset or of a user's list, and True if each rule must match a parameter (user's list)."""
     if isinstance(trainable, str):
         return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
     for rule in trainable:

@@ -32,24 +32,24 @@ TOWER = "vision"
 
 
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse cached features for a model without a tower, or one whose tower is trained.
+    """Refuse cached features for a model without a vision tower, or if training changes the vision tower.
 
     Raises UserError with the name of the setting.
     """
     if cfg.vision is None:
-        raise UserError("data.feature_cache: this model has no vision tower: leave it out")
+        raise UserError("data.feature_cache: this model has no vision tower: unset feature_cache")
     trained = assign_groups(list(param_shapes(cfg)), config.trainable)
     if any(path.startswith(f"{TOWER}/") for path in trained):
         raise UserError(
-            f"data.feature_cache: recover.trainable={config.trainable!r} trains the vision tower, whose features then "
-            "change: leave feature_cache out, or train less (decoder, lora, projector)"
+            f"data.feature_cache: recover.trainable={config.trainable!r} trains the vision tower, which changes its "
+            "features: unset feature_cache, or train decoder, lora or projector"
         )
 
 
 def feature_identity(
     cfg: ModelConfig, weights: Mapping[str, str], preparation: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Return everything besides the image that cached features depend on.
+    """Return everything on which cached features depend, apart from the image.
 
     That is the tower and its weights (a digest and their dtype), the selected states, the image preprocessing, and the
     dtype of the computation.
@@ -129,7 +129,7 @@ class _Tile(NamedTuple):
 
 
 class _Queue:
-    """Pictures that a process is working on; `finished` holds features of tiles, `left` counts pictures to store."""
+    """Images that a process is working on; `finished` has features of tiles, `left` counts images to store."""
 
     def __init__(self, loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int):
         self.finished, self.left = deque[np.ndarray](), len(pictures)
@@ -137,7 +137,7 @@ class _Queue:
         self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
 
     def advance(self, rows: int) -> tuple[int, int]:
-        """Store finished pictures and read more; return (pictures in progress, tokens of the largest next tile)."""
+        """Store finished images and read more; return (images in progress, tokens of the largest next tile)."""
         loader, waiting = self._loader, self._waiting
         while waiting and waiting[0][1] <= len(self.finished):
             key, count = waiting.popleft()
@@ -151,7 +151,7 @@ class _Queue:
         return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
 
     def take(self, rows: int) -> list[_Tile]:
-        """Return up to this many tiles and remove them from the queue."""
+        """Remove up to this many tiles from the queue and return them."""
         return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
 
 
@@ -184,7 +184,7 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
 def _decoded(
     loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
 ) -> Iterator[tuple[str, list[_Tile]]]:
-    """Yield (key, tiles) of the pictures in order; threads decode ahead."""
+    """Yield (cache key, tiles) of the images in order, which threads decode ahead."""
     if not pictures:
         return iter(())
 
@@ -209,7 +209,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """Return the pictures that this process computes; those of any size are sorted, to get batches of similar size."""
+    """Return the images whose features this process computes; images of any size are sorted by size."""
     keys, turns = list(pictures), slice(process_number(), None, process_count())
 
     def count() -> list[int]:

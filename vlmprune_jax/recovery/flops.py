@@ -85,7 +85,7 @@ def step_flops(
 def batch_flops(
     cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
 ) -> Callable[[Mapping[str, Any]], int]:
-    """Return a function from one process's batch arrays to the FLOPs of a step; the global batch has `rows` rows.
+    """Return a function that computes the FLOPs of a step from one process's batch arrays (`rows`: of all processes).
 
     If losses use only labelled positions, the rows of other processes are assumed to have as many labels.
     """

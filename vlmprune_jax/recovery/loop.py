@@ -88,7 +88,7 @@ def recover(
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
-    """Return the training state and step to start from, and move the batch stream to the same position."""
+    """Return the training state and step to start from, and move the batches to the same position."""
     if saver is None:
         return run.state, 0
     if not (hasattr(stream, "get_state") and hasattr(stream, "set_state")):
@@ -111,7 +111,7 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
 
 @runtime_checkable
 class Foreseen(Protocol):
-    """Interface of batches whose array shapes are known in advance."""
+    """Interface of an iterator over batches whose array shapes are all known in advance."""
 
     def kinds(self, first: int, last: int) -> Sequence[Kind]:
         """Return the distinct array shapes of batches `first` ... `last` - 1, the same on all processes."""
@@ -179,7 +179,7 @@ def _train(
 def _compile_ahead(
     programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
 ) -> None:
-    """Compile the step for every batch shape in advance. Raises Stopped on SIGTERM; nothing is lost."""
+    """Compile the training step for every batch shape in advance. Raises Stopped on SIGTERM."""
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
         recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
@@ -198,7 +198,7 @@ def _run_step(
     unforeseen: str,
     recorder: Recorder,
 ) -> tuple[TrainState, Metrics]:
-    """Run one step; if this batch shape is not compiled yet, say so (`unforeseen`) and compile it."""
+    """Run one step; if its batch shape is not compiled yet, print this and compile it."""
     arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
     if not programs.has(arguments[-1]):
         recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")

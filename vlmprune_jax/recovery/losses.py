@@ -57,7 +57,7 @@ class LossTerms(UserDict[str, LossTerm]):
         teacher: Model | None = None,
         plan: PrunePlan | None = None,
     ) -> dict[str, float]:
-        """Return each term's mean over one batch, without dropout, and their weighted sum as "total".
+        """Return the mean of each loss term over one batch (without dropout), and their weighted sum as "total".
 
         Args:
           model: the student, with or without adapters.
@@ -101,7 +101,7 @@ losses.data = TERMS
 
 
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Return each term's total weight, float32[], from int[..., batch, seq] labels and mask, before any forward pass.
+    """Return the denominator of each loss term, float32[], from labels and mask int[..., batch, seq].
 
     Because the totals are known first, gradients of micro-batches can simply be added.
     """
@@ -139,7 +139,7 @@ def loss_sums(
     remat: str,
     dropout_key: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    """Return each term's sum, float32[], over one (micro-)batch.
+    """Return the sum of each loss term over one (micro-)batch, float32[].
 
     The batch holds `input_ids`, `attention_mask`, `labels` and optionally images: `pixel_values`, or `vision_features`
     for models without their tower. With `loss.teacher_top_k` it also holds `teacher_ids` and `teacher_logprobs` (see
@@ -194,7 +194,7 @@ def _top_k(batch: dict[str, jax.Array], loss: LossConfig) -> dict[str, jax.Array
 
 
 def gathered_head(params: Params, cfg: ModelConfig) -> Head:
-    """Return the output head with its matrix gathered to all devices once, for all chunks.
+    """Return the output head with its matrix gathered to all devices, once for all chunks.
 
     Gathering it in every chunk cost 3.9 GiB of traffic instead of 0.5 in a 7B step of 8 chunks on 64 chips.
     """
@@ -205,7 +205,7 @@ def gathered_head(params: Params, cfg: ModelConfig) -> Head:
 def _over_tokens(
     name: str, term: LossTerm, ours: jax.Array, theirs: jax.Array | None, mask: jax.Array, loss: LossConfig
 ) -> jax.Array:
-    """Return the sum float32[] of a hidden-state term of one layer, over real positions (all if `reference_compat`)."""
+    """Return the sum of a loss term on hidden states of one layer, over real positions (`reference_compat`: all)."""
     states = {
         need: x.astype(jnp.float32) for need, x in {"hidden": ours, "teacher_hidden": theirs}.items() if x is not None
     }
@@ -277,7 +277,7 @@ def _over_chunk(
     weight: jax.Array,
     loss: LossConfig,
 ) -> jax.Array:
-    """Return the sum float32[] of a term on logits over the weighted positions of a chunk."""
+    """Return the sum of a loss term on logits over the weighted positions of a chunk, float32[]."""
     if term.needs_teacher and "ids" in x and term.from_top_k is not None:
         top = [inputs["logits"], x["ids"], x["logprobs"], loss.temperature]
         values = _at_positions(name, term.from_top_k, top, weight)
@@ -305,7 +305,7 @@ def _at_positions(
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:
-    """Return the total loss float32[]: the sum of coefficient * sum / weight; terms of weight 0 (no labels) add 0."""
+    """Return the total loss: the sum of coefficient * sum / weight over terms; terms of weight 0 (no labels) add 0."""
     coefficients = loss.weights()
     total = jnp.float32(0)
     for name, value in sums.items():

@@ -100,7 +100,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Count the time in this context as `compile_seconds`, not as step time."""
+        """Add the time spent in this context to `compile_seconds` instead of step time."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -182,7 +182,7 @@ class Recorder:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return totals of this process, the last step's metrics, and the rows skipped by all processes."""
+        """Return totals of this process, the metrics of the last step, and the rows that all processes skipped."""
         now = time.perf_counter()
         steady = now - self._steady if self._steady is not None else 0.0
         return {
@@ -217,7 +217,7 @@ def _bar() -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file as {name: number}; a last line cut off by a crash is dropped.
+    """Return the rows of a metrics file as {name: number}, without a last line that a crash cut off.
 
     Raises UserError if the file is damaged.
     """
@@ -228,7 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
-    """Truncate a metrics file to the lines up to step `step` and return them; drops an incomplete last line."""
+    """Truncate a metrics file after step `step` and return its lines; an incomplete last line is removed."""
     if not path.exists():
         if path.is_symlink():
             path.unlink()  # a dangling link, through which writes would follow

@@ -14,7 +14,7 @@ TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # users add theirs, see `losses`
 
 
 def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms to compute: those with a weight, and those that are always reported."""
+    """Return the loss terms to compute: terms with a weight, and terms that are always reported."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
@@ -153,7 +153,8 @@ def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig |
         )
     if own and (student.image_token_id, student.tokens_per_image) != (teacher.image_token_id, teacher.tokens_per_image):
         raise UserError(
-            f"teacher: an image is {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, for the student "
+            f"teacher: an image has {teacher.tokens_per_image} tokens of id {teacher.image_token_id}, but for the "
+            "student "
             f"{student.tokens_per_image} of id {student.image_token_id}: pass the unpruned model, or use "
             'teacher_inputs="student"'
         )

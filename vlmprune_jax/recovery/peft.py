@@ -34,7 +34,7 @@ _ROOT = "base_model.model."  # prefix of the wrapped model in peft
 
 
 class _Adapter(NamedTuple):
-    """Adapter of one Hugging Face module, which may fuse several of our projections (`members`)."""
+    """Adapter of one Hugging Face module, which may fuse several projections of this package (`members`)."""
 
     a: np.ndarray  # float32[members * rank, in]
     b: np.ndarray  # float32[out, members * rank]
@@ -85,7 +85,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
 
 
 def _vocabulary(base_dir: Path) -> dict[str, str]:
-    """Return a digest of the base model's tokens, since adapters fit only a base with the same vocabulary."""
+    """Return a digest of the base model's tokens, since an adapter needs a base with the same vocabulary."""
     content = read_tokenizer(base_dir)
     return {} if content is None else {"vocabulary": vocabulary_digest(content)}
 
@@ -120,7 +120,9 @@ def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Fami
     plain = {path for path in trained if not path.endswith(LORA_SUFFIXES)}
     vision = sorted(path for path in plain if path.startswith("vision/"))
     if vision:
-        raise UserError(f"adapter: cannot hold a trained vision tower ({vision[0]}): export the merged model instead")
+        raise UserError(
+            f"adapter: cannot contain a trained vision tower ({vision[0]}): export the merged model instead"
+        )
     modules: dict[str, list[Slot]] = {}
     for slot in slots:
         modules.setdefault(_module(slot.key, family), []).append(slot)
@@ -128,7 +130,7 @@ def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Fami
 
 
 def _module(key: str, family: Family) -> str:
-    """Return the module name in stock transformers for a tensor's key."""
+    """Return the name of a tensor's module in stock transformers."""
     name = key.rpartition(".")[0]
     for pattern, replacement in family.modules:
         name = re.sub(pattern, replacement, name)
@@ -136,7 +138,7 @@ def _module(key: str, family: Family) -> str:
 
 
 def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
-    """Return the transformers class that loads a base with this config.json; None if only the hub's own code can."""
+    """Return the transformers class for a base model with this config.json; None if it needs remote code."""
     if cfg.vision is None:
         return "AutoModelForCausalLM"
     autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
@@ -178,7 +180,7 @@ def _config(
 
 
 def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
-    """Return the README.md of an adapter for the base model `name`; `remote`: the base ships its own code."""
+    """Return the README.md of an adapter for the base model `name` (`remote`: a base with its own code)."""
     base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
     mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
     loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None

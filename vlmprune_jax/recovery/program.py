@@ -65,7 +65,7 @@ def make_program(
     mesh: Mesh | None,
     num_steps: int,
 ) -> Program:
-    """Build the training step, after all checks that need no weights; `kept_layers` comes from the prune plan.
+    """Check everything that needs no weights, then build the training step; `kept_layers` is from the prune plan.
 
     Raises UserError if settings do not fit the model, the teacher or the mesh.
     """
@@ -94,7 +94,7 @@ def make_program(
 
 
 class Run(NamedTuple):
-    """A run that is ready to train: config (with adapters), dtypes, arrays on devices, and the training step."""
+    """Training run that is ready to start: config (with adapters), dtypes, arrays on devices, and training step."""
 
     cfg: ModelConfig
     dtypes: dict[str, Any]
@@ -151,7 +151,8 @@ def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
     rows = config.batch_size // config.accumulation
     if rows % ways:
         raise UserError(
-            f"recover: a micro-batch of {rows} rows (batch_size / accumulation) must be a multiple of data x fsdp = "
+            f"recover: a micro-batch of {rows} rows (batch_size / accumulation) must be a multiple of mesh.data x "
+            "mesh.fsdp = "
             f"{ways} devices: change batch_size or accumulation"
         )
 
@@ -181,7 +182,7 @@ class Programs:
         return _key(batch) in self._compiled
 
     def compile(self, *arguments: Any) -> None:
-        """Compile for arguments of these shapes, in the context of the later call; runs nothing.
+        """Compile the function for arguments of these shapes, without running it.
 
         All processes of a pod must compile the same programs in the same order.
         """
@@ -197,7 +198,7 @@ def _key(batch: Mapping[str, Any]) -> Any:
 
 
 def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | None) -> dict[str, Any]:
-    """Return a batch of zeros with these shapes (see `TrainBatches.kinds`), placed on devices like a real one."""
+    """Return a batch of zeros with these shapes (see `TrainBatches.kinds`), placed on devices like a real batch."""
     return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 
 

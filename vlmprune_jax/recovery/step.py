@@ -87,7 +87,7 @@ def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
 def init_state(
     trainable: Flat, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState | None
 ) -> TrainState:
-    """Return the state at step 0; `trainable` is copied to float32, so donation leaves the caller's arrays intact."""
+    """Return the training state at step 0, with float32 copies of the trained parameters."""
 
     build = functools.partial(_initial, optimizer=optimizer, seed=seed)
     return jax.jit(build, out_shardings=shardings)(trainable)
@@ -122,7 +122,7 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Settings that a compiled training step is specialised for (static arguments of jit)."""
+    """Settings that are constants of a compiled training step (static arguments of jit)."""
 
     cfg: ModelConfig
     loss: LossConfig
@@ -175,7 +175,7 @@ def make_step(
         if "image_grid_thw" in batch:
             metrics["image_padding"] = _image_padding(config.cfg, batch)
         if taken := metrics.keys() & terms.keys():
-            raise UserError(f"losses: {', '.join(taken)} is the name of a metric: give the term another name")
+            raise UserError(f"losses: {', '.join(taken)} is also the name of a training metric: rename the loss term")
         return TrainState(params, opt_state, state.step + 1, state.key), {**terms, **metrics}
 
     return jax.jit(step, donate_argnums=(0,), out_shardings=None if shardings is None else (shardings, replicated))
@@ -234,7 +234,7 @@ def _gradients(
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """Reshape [rows, ...] to [n, rows / n, ...]; micro-batch i takes every n-th row, which stays on its device."""
+    """Reshape [rows, ...] to [n, rows / n, ...]: micro-batch i takes every n-th row, so rows stay on their devices."""
     split = jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
     return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
 
@@ -260,7 +260,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 @contextlib.contextmanager
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
-    """Set the context for running a step: activations are sharded over `mesh` (`rules.constrain`).
+    """Return the context for running a training step, in which activations are sharded over `mesh`.
 
     In bfloat16, the backward pass of attention in jax.nn mixes bfloat16 and float32, which strict promotion refuses.
     """

@@ -41,7 +41,7 @@ def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> 
 
 
 def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int]) -> int:
-    """Return an estimate of the bytes that caching these records takes, from evenly spread samples."""
+    """Estimate the bytes that the teacher cache needs for these records, from evenly spread samples."""
     spread = todo[:: -(-len(todo) // _SPREAD)]
     labels = (training.encoder.training_tokens(training.records[number])[1] for number in spread)
     return sum(rows.bytes_of(row) for row in labels) * len(todo) // len(spread)

@@ -135,7 +135,7 @@ def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, te
 
 
 def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
-    """Return float32[..., vocab] with values [..., k] at their token ids, and _ABSENT elsewhere.
+    """Return float32[..., vocab] with the values [..., k] at their token ids, and _ABSENT at all other ids.
 
     The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
     gradient, whereas gathering the student's k values would need a scatter in the backward pass.

@@ -115,7 +115,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
-    """Return True if two models have bitwise equal parameters here; for adapters, the weights they adapt are compared.
+    """Return True if two models have bitwise equal parameters at these paths (for adapters: merged weights).
 
     The comparison ends at the first difference.
     """

@@ -15,7 +15,7 @@ from vlmprune_jax.workdir.result import Result
 
 
 def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
-    """Print a recommendation; also print its config, or write it to the file `save`."""
+    """Print a recommendation and its config, or write the config to the file `save`."""
     path, found = saved_as(save), advice.recommendation
     tables, notes = tables_of(found), footnotes(found)
     if advice.bench is not None:

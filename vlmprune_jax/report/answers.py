@@ -78,7 +78,7 @@ def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
-    """Return {model: right (1) or wrong (0) answers} of models that answered as many questions as the unpruned one."""
+    """Return {model: right (1) or wrong (0) answers}, for models that answered all questions."""
     found: dict[str, list[float]] = {}
     for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs[:MOST_COMPARED])]:
         path = find_evaluated(workdir, folder, key)
@@ -92,7 +92,7 @@ def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
 
 
 def _against(title: str, reference: str, right: Right, labels: Mapping[str, str], runs: Sequence[Run] = ()) -> Table:
-    """Return a table that tests all other models against `reference`; with `runs`, also the repaired share."""
+    """Return a table of McNemar tests of all other models against `reference`, and with `runs` the repaired share."""
     names = [name for name in right if name != reference]
     tests = [mcnemar(right[reference], right[name]) for name in names]
     pruned_of = {run.plan: run.name for run in runs if run.recovery == "none" and run.name in right}

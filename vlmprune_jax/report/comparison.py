@@ -87,7 +87,7 @@ def build_comparison(workdir: Path) -> Path:
 
 
 def _best(groups: Sequence[Group]) -> Group | None:
-    """Return the group with the highest retention (the smallest models among equals); None if none is known."""
+    """Return the group with the highest retention (among equals the smallest models); None without a retention."""
     known = [group for group in groups if group.retained is not None]
     return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
@@ -154,7 +154,7 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _asked(group: Group) -> Any:
-    """Return a group's ratio for comparisons: the one asked for, or the mean one reached if none was asked for."""
+    """Return the ratio of a group for comparisons: the requested ratio, or else the mean ratio reached."""
     asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
@@ -193,7 +193,7 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
 
 
 def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
-    """Yield a section with the main value of each set over the tokens per image, if the sweep varies them."""
+    """Yield a section with each set's main value against the tokens per image, if the sweep varies the tokens."""
     limited = [group for group in groups if group.first.image_tokens]
     if len({group.first.image_tokens for group in limited}) < 2:
         return
@@ -227,7 +227,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _removed(groups: Sequence[Group]) -> str:
-    """Return as text which share of the model (and of its decoder) is removed on average."""
+    """Return the mean removed share of the model (and of its decoder) as text."""
     whole, decoder = (
         100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("ratio_reached", "decoder_ratio")
     )
@@ -268,7 +268,7 @@ def _kept(group: Group, name: str) -> float | None:
 
 
 def table_of(sweep: SweepResult) -> Table:
-    """Return a table of all numbers, a row per unpruned model and per group; empty columns are left out."""
+    """Return a table with a row per unpruned model and per group, without empty columns."""
     sets, groups = sweep.sets, groups_of(sweep)
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]

@@ -39,7 +39,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Cost:
-    """One cost of a model (with `rising`, one where more is better), and its labels in a figure.
+    """Cost of a model (`rising`: more is better), and its labels in a figure.
 
     `range_of`: the lowest and highest value that was measured; None if it is exact.
     """
@@ -70,7 +70,7 @@ def way_of(group: Group) -> str:
 
 
 def titles_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Return readable names of groups, as "width 30 %, reconstructed + SFT, 5 % of the data"; equal ones get labels."""
+    """Return readable names of groups, such as "width 30 %, reconstructed + SFT"; equal names get labels appended."""
     words = {}
     for group in groups:
         ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
@@ -83,7 +83,7 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
-    """Return {group: name of its line in a plot}: the method, and labels if groups would share a point.
+    """Return {group: name of its line in a plot}: the pruning method, with labels if groups would share a point.
 
     `by_images`: models with different limits of tokens per image are different lines.
     """
@@ -182,7 +182,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
 def _front(
     places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
 ) -> list[tuple[float, float]]:
-    """Return the Pareto-optimal points, from the cheapest (`rising`: the fastest) on.
+    """Return the Pareto-optimal points, ordered from the cheapest (`rising`: the fastest).
 
     `places`: the mean and the range of each group's cost. A model is not cheaper than one that retains more if their
     ranges overlap: that difference is noise.

@@ -35,7 +35,7 @@ def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
 
 
 def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield retention against speed or size, also as `report.png`; for several sets also each one's values."""
+    """Yield figures of retention against speed or size (also as `report.png`), and of values per evaluation set."""
     sets, runs = result.sets, [run.evaluation for run in result.runs]
     title = f"Retained {over(sets)}"
     intervals: list[tuple[float, float] | None] = []
@@ -127,7 +127,7 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
       UserError: the scores are too many for a figure, or of a stack that the plan does not have.
     """
     if plan is not None and scores.stack not in plan.stacks:
-        raise UserError(f"{scores.criterion} scores are of the {scores.stack} stack, which the plan does not have")
+        raise UserError(f"{scores.criterion} scores are for the {scores.stack} stack, which the plan does not contain")
     kept_of = None if plan is None else plan.stacks[scores.stack]
     what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
     by_layer = scores.importance is not None and plan is not None and plan.method == "depth"
@@ -181,7 +181,7 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
 def _check_drawable(what: str, widths: Sequence[int]) -> None:
     if len(widths) * max(widths) > MOST_UNITS:
         raise UserError(
-            f"{what} of {len(widths):,} layers with up to {max(widths):,} heads, too many for a figure: score again"
+            f"{what} has {len(widths):,} layers with up to {max(widths):,} heads, too many for a figure: score again"
         )
 
 
@@ -248,7 +248,7 @@ def serves_vision(scores: Scores) -> str:
 
 
 def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return image / (image + mean of text types) per layer, where 1 means only images matter; 0.5 if both are 0."""
+    """Return the image share of importance per layer (1 = only images matter, 0.5 if there is no importance)."""
     found = []
     for i, layer in enumerate(image):
         both = layer + np.mean([kind[i] for kind in text], axis=0)

@@ -17,7 +17,7 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """Text table whose first column names the rows; a column has one unit, since pages can sort by column.
+    """Table of texts; the first column names the rows, and all cells of a column have the same unit.
 
     `first`: number of columns that narrow screens show, others on request; 0: all. `ascending`: names of columns in
     which small values are best, so that the first click sorts them upwards.

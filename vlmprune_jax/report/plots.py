@@ -33,7 +33,7 @@ MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000
 
 @dataclass(frozen=True)
 class Measured:
-    """One number per model (None if unknown), unpruned model first, and its labels in a figure.
+    """One number per model (None if unknown; unpruned model first), and its labels in a figure.
 
     `intervals`: their 95 % intervals, None where unknown. `retention`: percentages of the unpruned model's score.
     """
@@ -47,7 +47,7 @@ class Measured:
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """Plot a number of every model against decoding speed (or size), and as rows sorted from the best model.
+    """Plot a number of every model against decoding speed (or size), and as rows from the best to the worst model.
 
     The shape is the method, the colour the recovery.
     """
@@ -184,7 +184,7 @@ def removed_figure(
 
 
 def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
-    """Plot importance by token type, one column per type: heads relative to the layer's maximum, and layers.
+    """Plot importance of heads (relative to the layer's maximum) and of layers, one column per token type.
 
     `kinds`: token type -> (importance of heads per layer, or None; float[n_layers] shares of layers in the sum).
     """

@@ -41,7 +41,7 @@ def provenance_section(records: Mapping[str, Done]) -> Section:
 
 
 def _as_facts(of: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
-    """Return (name, value) pairs: one value if all stages share it, else each value with its stages."""
+    """Return (name, value) pairs; a value that differs between stages is listed with its stages."""
     return tuple(
         (printable(name), " | ".join(v if len(values) == 1 else f"{v} ({_named(mine)})" for v, mine in values.items()))
         for name, values in sorted(of.items())

@@ -27,7 +27,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample whose texts are all safe to print."""
+    """Sample question whose texts are all safe to print."""
 
     id: str
     question: str

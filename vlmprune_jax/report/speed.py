@@ -16,7 +16,7 @@ STEADY = 0.05  # spread of decoding speeds that a quiet machine keeps to
 
 
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
-    """Return two tables by shape: speed-ups over the unpruned model, and the measured speeds of both.
+    """Return two tables with a row per shape: speed-ups over the unpruned model, and measured speeds.
 
     `labels`: the models to name, with names for readers.
     """
@@ -60,7 +60,7 @@ def _number(value: float) -> str:
 
 
 def _speedups(before: Measurement, after: Measurement) -> tuple[str, str]:
-    """Return cells with the speed-ups of prefill and decoding."""
+    """Return table cells with the speed-ups of prefill and decoding over the unpruned model."""
     return _speedup(before.prefill, after.prefill), _speedup(before.decode, after.decode)
 
 
@@ -94,7 +94,7 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
 
 
 def _spread_note(speeds: Sequence[Measurement]) -> str:
-    """Return a note on how much rounds differ, (largest - smallest) / median, for the model with the most."""
+    """Return a note on how much speeds differ between rounds, for the model with the largest difference."""
     prefill, decode = (max(spread(getattr(one, name)) for one in speeds) for name in ("prefill", "decode"))
     advice = "" if decode <= STEADY else "; other work disturbed them: compare ratios, or measure on a quiet machine"
     return (
@@ -143,6 +143,6 @@ def bench_notes(bench: Bench) -> list[str]:
 
 
 def _path_end(name: str, longest: int = 26) -> str:
-    """Return the last characters of a path, which distinguish models."""
+    """Return the last characters of a path, by which tables distinguish models."""
     name = printable(name)
     return name if len(name) <= longest else f"...{name[3 - longest :]}"

@@ -137,7 +137,7 @@ def styled(*names: str) -> Iterator[None]:
 
 @functools.cache
 def _font_of(character: str) -> str | None:
-    """Return a font family that has this character: the figures' default, else an installed one, or None."""
+    """Return a font family with this character: the default, else an installed font; None without such a font."""
     own = font_manager.findfont(_FONT)
     for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
         if ord(character) in _characters(path) and "last resort" not in family.lower():

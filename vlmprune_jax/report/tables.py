@@ -74,7 +74,7 @@ def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
 
 
 def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield columns of size, speed, and how each model was pruned and recovered."""
+    """Yield table columns with size, speed, pruning and recovery of each model."""
     runs, teacher, controls = result.runs, result.teacher, [""] * len(result.controls)
     whole = ["100.0"] * (1 + len(controls))
     yield SIZE, [*whole, *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
@@ -139,7 +139,7 @@ def key_numbers(result: Result) -> list[tuple[str, str]]:
 
 
 def parameter_note(teacher: Unpruned) -> str:
-    """Return a note on which parameters are counted, if transformers counts more than this package."""
+    """Return a note on parameter counts, if transformers counts more parameters than this package."""
     if not teacher.carried:
         return ""
     return (
@@ -166,7 +166,7 @@ def _scores(run: Run, result: Result) -> str:
 
 
 def over(sets: Mapping[str, Set]) -> str:
-    """Return as text which evaluation sets an average covers."""
+    """Return text that names the evaluation sets of an average."""
     averaged = averaged_sets(sets)
     return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 

@@ -78,7 +78,7 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
         twice = [name for name in made if name in found]
         if twice:
             raise UserError(
-                f"evaluate.tasks: {key} and another task both have the set {twice[0]!r}: remove one of them"
+                f"evaluate.tasks: {key} and another task both define the set {twice[0]!r}: remove one of the two"
             )
         found |= made
     return found
@@ -117,7 +117,7 @@ def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, 
 
 
 def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
-    """Return {interval: answers of the model it is relative to}: of the unpruned model, and of the control."""
+    """Return {name of the interval: answers to compare with}, for the unpruned model and the control."""
     files = {"retained_interval": evaluation_file(work.workdir, TEACHER, key)}
     if work.control is not None:
         files["control_interval"] = evaluation_file(work.control.parent, work.control.name, key)
@@ -126,7 +126,7 @@ def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
 
 
 def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
-    """Score the answers next to the file `path`, and compare them with the answers of other models."""
+    """Score the answers stored next to the file `path`, and compare them with the answers of other models."""
     assert of.metric is not None
     metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
@@ -162,7 +162,10 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
         return read_json_lines(answers, _Window)
     lines = read_json_lines(answers, _Answer)
     if len(lines) != len(records):
-        raise UserError(f"{answers}: holds {len(lines)} answers to {len(records)} questions: remove it, and run again")
+        raise UserError(
+            f"{answers}: has {len(lines)} answers to {len(records)} questions: remove the file, and run the command "
+            "again"
+        )
     return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)
 
 
@@ -209,7 +212,7 @@ def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSe
 
 
 def _set_name(task: str, key: str, sets: int) -> str:
-    """Return the set's name, `mme_perception` for a value of `mme`; a task with one value gives its own name."""
+    """Return the name of a task's value as a set: `mme_perception` for `mme`, or the task's name for a single value."""
     if sets == 1:
         return task
     return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"

@@ -71,7 +71,7 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 @dataclass(frozen=True, eq=False)
 class Asking:
-    """Model that is asked, and what asking takes.
+    """Model that answers questions, with tokenizer, mesh and settings.
 
     `tokens`: where its tokenizer is. `rows`: batches have a multiple of this many rows, one share per device.
     `phase(total)` shows progress; `journal` keeps the answers of an interrupted run.
@@ -112,7 +112,7 @@ def answers_file(path: Path) -> Path:
 
 
 def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
-    """Return the model's folder and one set's data as inputs, and the set's settings apart from the metric."""
+    """Return the stage's inputs (model folder and data of one set), and the set's settings except the metric."""
     name, key = part_of(work)
     path = evaluation_file(work.folder, name, key)
     answers = answers_file(path)

@@ -24,7 +24,7 @@ Sections = Mapping[str, Any]
 
 
 def make_job(name: str, work: Work, sections: Sections) -> Job:
-    """Return the job that runs a stage in a workdir: the settings, inputs and outputs from the stage's declaration."""
+    """Return the job of a stage in a workdir, with settings, inputs and outputs by the stage's declaration."""
     stage = STAGES[name]
     more = stage.more(work, *(sections[section] for section in stage.sections))
     settings = affecting(name, {section: sections[section] for section in ("model", *stage.sections)})
@@ -84,7 +84,7 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
 
 
 def _check_inputs(job: Job) -> None:
-    """Refuse to run before the stage that makes a missing input; the message names that stage."""
+    """Refuse to run if an input is missing; the message names the stage that makes the input."""
     for path in job.inputs.values():
         if isinstance(path, Path) and path.is_relative_to(job.workdir) and not path.exists():
             for name, stage in STAGES.items():

@@ -72,7 +72,7 @@ class Pipeline:
                     yield control
 
     def _control(self, run: RecoverRun, known: dict[str, Step]) -> Step | None:
-        """Return the step that trains the unpruned model as this recovery trains the pruned one; None without.
+        """Return the step that trains the control of a recovery; None if no control is trained.
 
         `known`: the steps so far, by everything that they depend on, to which a new one is added.
         """
@@ -108,7 +108,7 @@ class Pipeline:
         recoveries: Sequence[object] = (),
         control: Step | None = None,
     ) -> list[Step]:
-        """Return the steps of one variant; its first model gets the names passed, later ones add their own."""
+        """Return the steps of one variant, from its first model on."""
         found, settings = list[Step](), self.sections
         stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.is_on(settings)}
         final = [name for name, stage in stages.items() if stage.model and not recoveries][-1:]
@@ -137,7 +137,7 @@ class Pipeline:
         return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
 
     def note_steps(self) -> None:
-        """Write the list of steps to the workdir, from which a report sees what is missing."""
+        """Write the list of steps to the workdir, so that a report can list missing results."""
         write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
 
     def run_stage(self, name: str, *, explain: bool = False) -> None:
@@ -219,7 +219,7 @@ class Pipeline:
         return evaluate_model(self.work(part=TEACHER), self.sections)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs of all stages except the export; all models are evaluated on the unpruned model's sets."""
+        """Return the jobs of all stages except the export, with an evaluation of every model on every set."""
         parts = parts_of(self.work(part=TEACHER), self.sections).values()
         return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
 
@@ -253,7 +253,9 @@ class Pipeline:
         made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
         made = [step for step in made if step.work.folder == workdir and step.work.pruned]
         if not made:
-            raise UserError(f"{workdir}: nothing to export yet: run `vlmprune run`, or prune and recover, first")
+            raise UserError(
+                f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
+            )
         # Without evaluations there may be a model alone.
         known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
         run = None if known is None else next((run for run in known.runs if run.path == made[-1].path), None)
@@ -279,11 +281,11 @@ class Pipeline:
 def _renew(
     teacher: dict[str, Evaluated], found: Mapping[str, tuple[Step, dict[str, Evaluated]]], context: Context
 ) -> None:
-    """Write new evaluations to `result.json`; the choice of the best run and its export stay."""
+    """Write new evaluations to `result.json`, without changing the best run and its export."""
     result = read_result(context.workdir)
     lacking = [one.path for one in result.entries if one.path not in found]
     if lacking:
-        context.say(f"result.json is left as it is: {lacking[0]} is not among this experiment's models")
+        context.say(f"result.json was not updated, because this config does not make its model {lacking[0]}")
         return
     by_folder = {step.work.out: evaluations for step, evaluations in found.values()}
     sets = describe_sets(teacher, by_folder.values())
@@ -298,4 +300,4 @@ def _renew(
     renewed = replace(result, sets=sets, teacher=unpruned, runs=runs, controls=controls)
     if renewed != result:
         write_artefact(context.workdir / RESULT, renewed)
-        context.say("result.json holds what was found; `vlmprune report` makes its page anew")
+        context.say("result.json has the new results: run `vlmprune report` to update the report")

@@ -63,7 +63,7 @@ def preflight(pipeline: Pipeline, command: str) -> None:
 
 
 def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) -> None:
-    """Check what needs no device: the model, the files that stages read, and that a plan can reach its target.
+    """Check without devices: the model, input files, and that plans can reach their targets.
 
     Raises UserError if a file is missing, or no plan can reach the target.
     """
@@ -107,7 +107,7 @@ def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
 
 
 def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
-    """Yield one line per evaluation set (its size and how it is asked), after reading its records."""
+    """Yield one line per evaluation set (size and settings), after reading its records."""
     work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
     for name, one in sets.items():
         if one.text is None:
@@ -123,7 +123,7 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
 
 
 def _about(step: Step) -> Iterator[str]:
-    """Yield lines that describe a step, with its numbers of records and steps, after reading the records."""
+    """Yield lines that describe a step, with numbers of records and optimizer steps, after reading the records."""
     data, counted = step.sections["data"], ""
     if any(name.startswith("data.train") for name in step.job.inputs):
         shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
@@ -155,7 +155,7 @@ def _check_sample(records: Any, encoder: Any) -> None:
 
 
 def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
-    """Return a line on the export, after checking its limit of tokens per image, and that it can be uploaded."""
+    """Check the export's limit of tokens per image and its upload, and return a line that describes the export."""
     cfg = work.config(work.teacher)
     with limited_images(work.teacher, image_tokens(data, spec), cfg) as files:
         if spec.format == "gguf" and cfg.vision is not None:
@@ -176,7 +176,7 @@ def _check_memory(work: Work) -> None:
     free = free_memory()
     if needed > free:
         raise UserError(
-            f"model.hf_dir: its weights need {needed / 2**30:,.1f} GiB per device in {work.model.dtype}, but "
+            f"model.hf_dir: the weights need {needed / 2**30:,.1f} GiB per device in {work.model.dtype}, but "
             f'{free / 2**30:,.1f} GiB are free: set model.dtype="bfloat16", or use more devices (mesh.fsdp)'
         )
 

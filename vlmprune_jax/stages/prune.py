@@ -60,7 +60,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     """
     criteria, iterative = criteria_of(score, spec), spec.steps > 1 and not spec.only_vocabulary
     if iterative and spec.stack == "both":
-        raise UserError('prune.steps: several steps prune one stack only: set prune.stack to "text" or "vision"')
+        raise UserError('prune.steps > 1 cannot prune both stacks at once: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
     needs_records = iterative and CRITERIA[score.width].needs_batches
     return Files(
@@ -139,14 +139,14 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
 
 
 def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
-    """Return a stack's scores as `plan_stacks` takes them: of layers and widths apart for two criteria."""
+    """Return the scores of a stack for `plan_stacks` (a pair if layers and widths have different criteria)."""
     return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
 
 
 def _load(path: Path, stack: str) -> Scores:
     scores = Scores.load(path)
     if scores.stack != stack:
-        raise UserError(f"{path}: scores of the {scores.stack} stack, not of the {stack} stack: score again")
+        raise UserError(f"{path}: has scores for the {scores.stack} stack, expected the {stack} stack: score again")
     return scores
 
 
@@ -173,20 +173,20 @@ def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec
 
 
 def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> None:
-    """Refuse an `export.quantize` that an engine of `prune.loads_in` does not load, before the recovery."""
+    """Refuse an `export.quantize` that an engine of `prune.loads_in` cannot load, before the recovery starts."""
     if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
         storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
         check_storage(cfg, storage, spec.tensor_parallel)
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
-    """Return `plan_config`; a limit on exported bytes includes everything that is exported."""
+    """Return the settings of the plan, in which a limit on exported bytes includes all exported weights."""
     config = plan_config(spec, work.model, data, export)
     if config.budget.disk_bytes is not None:
         if export.format != "huggingface" or export.quantize != "none":
             raise UserError(
-                "prune.budget.disk_bytes: counts unquantised weights of a Hugging Face folder, but export.format or "
-                "export.quantize asks for another form: leave the limit out"
+                "prune.budget.disk_bytes is only for unquantised Hugging Face exports, but export.format or "
+                "export.quantize selects another format: unset disk_bytes"
             )
         source, tower = str(work.teacher), work.model.vision_dir
         budget = dataclasses.replace(config.budget, layout=export.layout, source_dir=source, vision_dir=tower)
@@ -196,7 +196,7 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
 
 
 def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
-    """Return tables of what each layer lost, and why; none if only the vocabulary is trimmed."""
+    """Return tables of what each layer loses and why; no tables if only the vocabulary is trimmed."""
     if spec.only_vocabulary:
         return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]

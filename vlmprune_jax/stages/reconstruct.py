@@ -56,8 +56,8 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
     scarce = [one for one in modules if one.tokens < one.unknowns]
     if scarce:
         work.say(
-            f"  {scarce[0].tokens:,} tokens are few for the {scarce[0].unknowns:,} unknowns of an output of "
-            f"{len(scarce)} weights: more records (reconstruct.samples) win back more"
+            f"  {scarce[0].tokens:,} calibration tokens are few for {len(scarce)} weights with "
+            f"{scarce[0].unknowns:,} inputs: raise reconstruct.samples for a better repair"
         )
     return ReconstructFacts(samples=spec.samples, modules=modules)
 

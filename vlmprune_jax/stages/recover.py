@@ -106,7 +106,7 @@ class Recovery:
 
 
 def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Recovery:
-    """Refuse, before long computations, what training would refuse; adapt the batch size to the number of records."""
+    """Check a recovery before long computations, and adapt the batch size to the number of records."""
     student, teacher, plan, mesh = work.open_model(work.start), work.open_model(work.teacher), work.plan, work.devices
     config, cfg = recover_config(spec), student.cfg
     runs_teacher = needs_teacher(config.losses)
@@ -119,8 +119,9 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Recovery:
     config = config.fit_records(len(records), row_ways(mesh))
     if config.batch_size != spec.batch_size:
         work.say(
-            f"  batches of {config.batch_size} rows instead of recover.batch_size={spec.batch_size}: there are "
-            f"{len(records)} training records, in {spec.epochs:g} epochs"
+            f"  batches have {config.batch_size} rows instead of recover.batch_size={spec.batch_size}, because "
+            "there are "
+            f"only {len(records)} training records in {spec.epochs:g} epochs"
         )
     if data.feature_cache is not None:
         check_frozen(cfg, config)
@@ -155,7 +156,7 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
     cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
         raise UserError(
-            "the plan cuts only the vision tower, so a teacher that sees the student's image embeddings equals the "
+            "the plan prunes only the vision tower, so a teacher with the student's image embeddings equals the "
             'student: set recover.losses.teacher_inputs="own"'
         )
 
@@ -197,7 +198,7 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
             f"recover: training changed no weight of {work.start.name} ({recovery.steps} steps of "
             f"{config.batch_size} rows, {len(recovery.records)} records, learning rate {config.learning_rate:g}, last "
             f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise "
-            "recover.learning_rate, recover.epochs or recover.steps, or choose parameters that the records reach "
+            "recover.learning_rate, recover.epochs or recover.steps, or train parameters that these records use "
             "(recover.trainable)"
         )
     if recovery.spec.save_adapter:
@@ -238,14 +239,14 @@ def cached_features(recovery: Recovery) -> FeatureLoader:
 
 
 def _tower_digest(recovery: Recovery) -> str:
-    """Return the digest of the student's tower; refuse a teacher with another tower if it encodes images itself."""
+    """Return the digest of the student's vision tower; refuse a teacher with another tower if it encodes images."""
     losses, work = recovery.config.losses, recovery.work
     digest_of_student = content_digest(recovery.student, f"{TOWER}/")
     looks = losses.teacher_inputs == "own" and (recovery.runs_teacher or losses.teacher_top_k)
     if looks and content_digest(recovery.teacher, f"{TOWER}/") != digest_of_student:
         raise UserError(
-            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: leave feature_cache "
-            'out, or use losses.teacher_inputs="student"'
+            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: unset feature_cache "
+            'or use losses.teacher_inputs="student"'
         )
     return digest_of_student
 
@@ -299,7 +300,7 @@ def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Seq
 
 
 def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverSpec, kept: KeptVocabulary | None) -> dict[str, Any]:
-    """Return everything that cached logits depend on besides the record."""
+    """Return everything on which cached logits depend, apart from the record."""
     settings = affecting("teacher_cache", {"model": model, "data": data, "recover": spec})
     losses = settings.pop("recover.losses")
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)

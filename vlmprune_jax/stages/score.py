@@ -69,7 +69,7 @@ def _needs_records(criteria: Mapping[str, str]) -> bool:
 
 
 def _parts(output: Path) -> Path:
-    """Return the folder in which a layer-by-layer pass stores finished layers."""
+    """Return the folder for finished layers of a layer-by-layer scoring pass."""
     return output.with_name(f".{output.name}.parts")
 
 

@@ -35,13 +35,13 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[s
       UserError: see `Server`; the run has several processes, or there are only texts.
     """
     if process_count() > 1:
-        raise UserError("--server: asks from one process: run the command without a coordinator")
+        raise UserError("--server works with one process only: run the command without --coordinator")
     spec, server, found = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
     name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
     work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
     for key, of in evaluation_sets(sections["data"], spec).items():
         if of.text is not None:
-            work.say(f"  {key}: left out, since a server gives no log-likelihoods of a text")
+            work.say(f"  {key}: not evaluated, because a server does not return log-likelihoods of a text")
             continue
         part = dataclasses.replace(work, part=name if key == QUESTIONS else f"{name} {key}")
         path = evaluation_file(work.folder, name, key)
@@ -59,7 +59,7 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[s
         body = _body(part, spec, of, server, path)
         found |= measure_set(part, of, run_job(job, body, overwrite=work.overwrite, say=work.say))
     if not found:
-        raise UserError("evaluate.sets: holds no questions for --server: add a set with `data`")
+        raise UserError("evaluate.sets contains no questions for --server: add a set with `data`")
     return found
 
 

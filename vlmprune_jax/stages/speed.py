@@ -27,7 +27,7 @@ from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
 def workload_of(work: Work, data: DataSpec, spec: SpeedSpec, export: ExportSpec) -> Workload:
-    """Return the row for which costs are computed: the prompt of `speed` with the export's dtype and image tokens."""
+    """Return the prompt for which costs are computed: that of `speed`, with the export's dtype and image tokens."""
     images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
     dtype = export_dtype(work.model, export)
     return Workload(length=spec.prompt_tokens, images=images, dtype=dtype, image_tokens=tokens if images else 0)
@@ -39,7 +39,7 @@ def costs_of_folder(work: Work, folder: Path, workload: Workload, export: Export
 
 
 def _shapes(work: Work) -> list[list[str]]:
-    """Group the names of models by shape, since speed does not depend on the values of weights."""
+    """Group models by shape, since speed does not depend on the values of weights."""
     shapes: dict[ModelConfig, list[str]] = {}
     for name, folder in work.models.items():
         shapes.setdefault(work.config(folder), []).append(name)

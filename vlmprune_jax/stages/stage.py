@@ -35,7 +35,7 @@ class NoFacts(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of one stage; `vlmprune run`, its own command, sweeps and the ledger are derived from it.
+    """Declaration of one stage, from which `vlmprune run`, the stage's command, sweeps and the ledger are derived.
 
     Args:
       help: one line, in the imperative.
@@ -80,11 +80,11 @@ class Stage:
         return typing.get_type_hints(self.function).get("return", NoFacts)
 
     def is_on(self, sections: Mapping[str, Any]) -> bool:
-        """Return True if the settings ask for this stage."""
+        """Return True if the settings switch this stage on."""
         return self.off(sections) is None
 
     def off(self, sections: Mapping[str, Any]) -> str | None:
-        """Return why the settings do not ask for this stage, and what to do; None if they do."""
+        """Return why the settings switch this stage off, and how to switch it on; None if it is on."""
         section, _, name = self.switch.partition(".")
         if self.switch and getattr(sections[section], name) == "none":
             return f'{self.switch} is "none": choose a method (`vlmprune help {self.switch}`)'

@@ -73,7 +73,7 @@ class Step:
         return run_stage(self.stage, self.work, self.sections)
 
     def evaluate(self) -> dict[str, Evaluated]:
-        """Evaluate the model that the step made."""
+        """Evaluate the model that the step wrote."""
         return evaluate_model(
             dataclasses.replace(self.work, start=self.work.out, part=self.work.out.name), self.sections
         )
@@ -101,12 +101,12 @@ def _entry(step: Step, seconds: float, evaluation: RunEvaluation, trained: Recov
 
 
 def as_control(step: Step, done: Finished, evaluation: RunEvaluation) -> Control:
-    """Return the entry in `result.json` of an unpruned model that was trained."""
+    """Return the entry of a control in `result.json`: an unpruned model that was trained."""
     return Control(**_entry(step, done.seconds, evaluation, done.facts))
 
 
 def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) -> Run:
-    """Return a model's entry in `result.json`, from the results of its stages and its evaluation."""
+    """Return the entry of a pruned model in `result.json`, from the results of its stages and its evaluation."""
     facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
     plan, settings = facts["prune"], step.sections
     scores, variant = criteria_of(settings["score"], settings["prune"]), step.work.variant

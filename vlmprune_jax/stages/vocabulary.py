@@ -124,7 +124,7 @@ def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
 
 
 def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocabulary: KeptVocabulary) -> TextSample:
-    """Return how many tokens the texts have before and after trimming."""
+    """Return the numbers of tokens of these texts before and after trimming the vocabulary."""
     kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
     after = tokens_of(trimmed, texts)
     for old, new in zip(source.tokens(texts), after, strict=True):
@@ -167,7 +167,7 @@ def _with_bits(
 
 
 def _bits(model: Model, ids: list[int], size: int) -> float | None:
-    """Return the bits per byte of a text of `size` bytes, or None if it is too short; first tokens count as average."""
+    """Return the bits per byte of a text of `size` bytes; None if the text is too short."""
     if len(ids) < 2:
         return None
     window = max(min(_WINDOW, model.cfg.text.max_positions), 2)

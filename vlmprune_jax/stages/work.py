@@ -48,7 +48,7 @@ class Context:
 
     @contextlib.contextmanager
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar; on SIGTERM the work stops between two items.
+        """Show a progress bar; on SIGTERM, work stops after the current item.
 
         Raises Stopped from the function that takes the number of items done; every process must call it in step.
         """
@@ -113,13 +113,13 @@ class Work(Context):
 
     @property
     def tokens(self) -> ModelSpec:
-        """`model` with the folder whose tokenizer fits `start`: `start` itself if its vocabulary is trimmed."""
+        """Model settings with the folder whose tokenizer belongs to `start` (`start` itself after trimming)."""
         rows = [self.config(folder).text.vocab_size for folder in (self.start, self.teacher)]
         return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(self.start))
 
     @property
     def plan(self) -> PrunePlan:
-        """Prune plan of the prune variant; of a control, one that keeps everything."""
+        """Prune plan of the variant; for a control, a plan that keeps everything."""
         if not self.pruned:
             whole = self.open_model(self.teacher)
             return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))
@@ -165,14 +165,14 @@ class Work(Context):
 
 
 def journal_path(output: Path) -> Path:
-    """Return the path of the journal for the pass that makes this file; an interrupted pass resumes from it."""
+    """Return the path of the journal from which an interrupted pass that makes this file resumes."""
     return output.with_name(f"{output.name}.journal")
 
 
 def teacher_folder(spec: ModelSpec) -> Path:
     """Return the unpruned model's folder. Raises UserError if the setting is empty or the folder is missing."""
     if not spec.hf_dir:
-        raise UserError("model.hf_dir is not set: give the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
+        raise UserError("model.hf_dir is not set: name the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
     folder = Path(spec.hf_dir)
     if not folder.is_dir():
         raise UserError(f"model.hf_dir={folder}: no such folder")
@@ -191,6 +191,6 @@ def in_memory(stage: str) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"{stage}: needs more memory than there is ({reason(error)}): lower its batch_size, or the length of a row "
-            "(data.max_length, data.max_images, max_new_tokens, text_window), or give it more devices"
+            f"{stage}: needs more memory than the device has ({reason(error)}): lower its batch_size or the row length "
+            "(data.max_length, data.max_images, max_new_tokens, text_window), or use more devices"
         ) from error

@@ -45,7 +45,7 @@ class Hyper:
         return self.sweep(setting, [value])
 
     def named(self, label: str, choices: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-        """Return one run for each named group of overrides; their names contain `label=NAME`."""
+        """Return one run for each named group of settings; the name of a run contains `label=NAME`."""
         return [{label: Choice(str(name), _bare(overrides))} for name, overrides in choices.items()]
 
     def product(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
@@ -63,7 +63,10 @@ class Hyper:
         """
         lengths = [len(runs) for runs in sweeps]
         if len(set(lengths)) > 1:
-            raise UserError(f"hyper.zipit: sweeps have {', '.join(map(str, lengths))} values: give all the same number")
+            raise UserError(
+                f"hyper.zipit: the sweeps have {', '.join(map(str, lengths))} values: give all sweeps the same number "
+                "of values"
+            )
         return [self.product([[run] for run in runs])[0] for runs in zip(*sweeps, strict=True)]
 
     def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
@@ -78,7 +81,7 @@ def _bare(overrides: Mapping[str, Any]) -> Point:
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Point:
     twice = [name for name in _flat(first) if name in _flat(second)] or [name for name in first if name in second]
     if twice:
-        raise UserError(f"hyper.product: {twice[0]} is set by two of the sweeps: remove it from one")
+        raise UserError(f"hyper.product: two of the sweeps set {twice[0]}: remove it from one of them")
     return {**first, **_bare(second)}
 
 
@@ -118,9 +121,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
             "get_hyper(hyper): must return a list of overrides, such as hyper.product([...]) or [{setting: value}]"
         )
     if not 0 < len(points) <= MOST_RUNS:
-        raise UserError(
-            f"get_hyper(hyper): lists {len(points):,} runs, allowed are 1 to {MOST_RUNS:,}: change the list"
-        )
+        raise UserError(f"get_hyper(hyper): lists {len(points):,} runs, expected 1 to {MOST_RUNS:,}: change the list")
     points = [_bare(point) for point in points]
     labels = [_labels_of(point, short) for short in [_short_names(points)] for point in points]
     runs = []
@@ -135,7 +136,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:
-    """Return short unique names of the settings that differ between runs: as few trailing words as needed.
+    """Return short unique names of the settings that differ between runs (the last parts of their full names).
 
     Settings that always have equal values, such as seeds, share a name.
     """
@@ -168,7 +169,7 @@ def _is_seed(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text for a run's name, with letters, digits and `_ . + -` only."""
+    """Return the value of a setting as text for the name of a run, with letters, digits and `_ . + -` only."""
     if isinstance(value, Choice):
         value = value.name
     if isinstance(value, Mapping):
@@ -197,7 +198,7 @@ def _name(labels: Mapping[str, str]) -> str:
 
 
 def _check_names(runs: Sequence[SweepRun]) -> None:
-    """Refuse runs whose names would share a folder, also on case-insensitive disks."""
+    """Refuse runs whose folders would have the same name, also on case-insensitive disks."""
     known: dict[str, SweepRun] = {}
     for run in runs:
         other = known.setdefault(run.name.casefold(), run)

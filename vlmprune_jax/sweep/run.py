@@ -131,7 +131,7 @@ def _costs(model: Run | Unpruned) -> Costs:
 
 
 def _speeds(model: Run) -> dict[str, Any]:
-    """Return tokens per second, and speed-ups over the unpruned model, which was measured in turns."""
+    """Return tokens per second, and speed-ups over the unpruned model in the same rounds."""
     if model.speed is None:
         return {}
     parts = ("prefill", "decode")
@@ -182,7 +182,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
 
 
 def files_elsewhere(job: Job) -> dict[str, Path | str]:
-    """Return a job's inputs outside the workdir, which no other job makes."""
+    """Return the inputs of a job that lie outside the workdir, which no other job makes."""
     below = {name for name, path in job.inputs.items() if isinstance(path, Path) and path.is_relative_to(job.workdir)}
     return {name: path for name, path in job.inputs.items() if name not in below}
 
@@ -212,7 +212,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
 
 
 def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets: Sets) -> list[Entry]:
-    """Return the entries with retention by the same values in all runs."""
+    """Return the entries with retention recomputed by the same metric values in all runs."""
     return [
         entry
         if (found := entry.found) is None
@@ -225,7 +225,7 @@ def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets:
 
 
 def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
-    """Yield a run's models: the last one under the run's name, others unless an earlier run has the same model."""
+    """Yield the models of a run: the last model under the run's name, and models that no earlier run shares."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
         last, known = number == len(models), model.digest in seen

@@ -50,9 +50,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
       UserError: see `check_experiment`; runs have different evaluation sets; or `jobs` is not possible.
     """
     if jobs < 1 or (jobs > 1 and process_count() > 1):
-        raise UserError(
-            f"--jobs={jobs}: must be at least 1, and exactly 1 with several processes, which share each run"
-        )
+        raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
     for run in runs:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
@@ -102,7 +100,7 @@ def run_sweep(
     table: Table,
     only: str = "",
 ) -> None:
-    """Do all unfinished runs of a shard, then write and print the comparison of all runs.
+    """Run all unfinished runs of a shard, then write and print the comparison of all runs.
 
     With `jobs` > 1, as many worker processes do one run each at a time (`start` prepares a worker); else runs are done
     in sequence in this process, or together by all processes of a pod. `page` writes the comparison page, `table` makes
@@ -167,7 +165,7 @@ def _run_in_processes(
 
 
 def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return the unfinished runs, with those that failed before at the end."""
+    """Return the unfinished runs, ordered such that failed runs come last."""
 
     def ranked() -> list[int]:
         left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
@@ -236,7 +234,7 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print the runs with their state, and by stage which run computes a shared result (predicted from settings)."""
+    """Print the runs with their state, and for each stage which run computes the result that others share."""
     stages = [*(name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")), CONTROL]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))

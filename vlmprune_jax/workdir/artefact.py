@@ -14,7 +14,7 @@ from vlmprune_jax.distributed.mesh import is_main_process
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Object inside a JSON file of the workdir; fields with default values are left out."""
+    """Object inside a JSON file of the workdir; fields with default values are not written."""
 
 
 class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="format", tag=0):
@@ -28,7 +28,7 @@ class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="f
     COMPACT: ClassVar[bool] = False  # one line for each field: files with thousands of numbers
 
     def problems(self, folder: Path) -> str | None:
-        """Return an error in a file's content beyond wrong types, for a file in `folder`; None if there is none."""
+        """Return what is wrong in a file of `folder` although all types are right; None if nothing is wrong."""
         del folder
         return None
 
@@ -58,7 +58,7 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
     try:
         read = msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
-        raise UserError(f"{path}: holds something else than it should ({reason(error)}): {kind.HINT}") from None
+        raise UserError(f"{path}: does not have the expected content ({reason(error)}): {kind.HINT}") from None
     problem = read.problems(path.parent)
     if problem is not None:
         raise UserError(f"{path}: {problem}: {kind.HINT}")

@@ -93,7 +93,7 @@ def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -
 
 
 def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets: Sets) -> dict[str, Any]:
-    """Return the fields of `RunEvaluation` with a model's retention by set and on average."""
+    """Return the retention of a model by set and on average, as fields of `RunEvaluation`."""
     ours, theirs = _averaged(scores, sets), _averaged(original, sets)
     theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
     ours = {name: ours[name] for name in theirs}
@@ -123,7 +123,7 @@ def paper_average(
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean_of_ratios (or highest scores without it); of equals the smallest."""
+    """Return the run with the highest mean retention (or score), among equals the smallest model."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 

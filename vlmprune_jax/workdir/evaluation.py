@@ -80,13 +80,13 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     scores: dict[str, list[float | None]] = {}
 
     def problems(self, folder: Path) -> str | None:
-        """Return an error if the metric's main value is missing; None otherwise."""
+        """Return a message if the metric's main value is missing; None otherwise."""
         main = self.metric.main
         return None if main in self.values else f"the metric's main value {main!r} is not among its values"
 
     @property
     def question_scores(self) -> list[float | None]:
-        """Score of each question: the metric's main score, or else its first."""
+        """Score of each question: the metric's main score, or its first score if it has no main score per question."""
         return self.scores.get(self.metric.main) or next(iter(self.scores.values()), [])
 
     def main_line(self) -> str:
@@ -136,5 +136,5 @@ def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
         if path == evaluation_file(folder, name, key):
             found[key] = read_evaluated(path)
             if not found[key].parameters:  # unknown of served models alone
-                raise UserError(f"{path}: is of a model without parameters: run `vlmprune evaluate` again")
+                raise UserError(f"{path}: says that the model has 0 parameters: run `vlmprune evaluate` again")
     return found

@@ -102,7 +102,9 @@ def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, sa
             done = _begin(job, overwrite, say)
             if done is None and job.store is not None:
                 key = job.store.key(job.stage, job.settings, job.inputs, job.version, job.outputs)
-                held.enter_context(job.store.alone(key, lambda: say(f"{job.name}: another run makes it, waiting")))
+                held.enter_context(
+                    job.store.alone(key, lambda: say(f"{job.name}: waiting for another run to compute it"))
+                )
                 done = _take(job, key, say)
             return done
 
@@ -125,12 +127,13 @@ def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
     """Lock a job's record in this context; refuse if another process is running the job in the same workdir."""
 
     def waiting() -> None:
-        say(f"{job.name}: another run works on it, waiting up to {LOCK_SECONDS:.0f} s for its end")
+        say(f"{job.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it")
 
     with exclusive(job.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
         if not held:
             raise UserError(
-                f"{job.name}: another run works on it in {job.workdir}: wait for its end, or use another --workdir"
+                f"{job.name}: another run is computing this stage in {job.workdir}: wait until it ends, or use "
+                "another --workdir"
             )
         yield
 
@@ -160,7 +163,7 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
 
 
 def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
-    """Take over another sweep run's outputs and return its ledger entry; None if there is none."""
+    """Link the outputs of another run of the sweep and return its ledger entry; None if no run has made them."""
     assert job.store is not None
     entry = job.store.folder / key
     last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
@@ -171,7 +174,7 @@ def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
     assert begun is not None
     job.store.take(key, job.outputs)
     write_json(job.record, msgspec.structs.replace(last, made_from=begun.made_from))
-    say(f"{job.name}: taken from another run")
+    say(f"{job.name}: linked from another run")
     _clear(job)
     return last
 
@@ -201,7 +204,7 @@ def _clear(job: Job) -> None:
 
 
 def _holds(path: Path) -> bool:
-    """Return True if a path exists; an empty folder (a run that failed before its first checkpoint) does not count."""
+    """Return True if a path exists and is not an empty folder (left by a run before its first checkpoint)."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
@@ -221,7 +224,7 @@ def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFro
         reason = f"exists, but its record {job.record} is damaged, or of another version of vlmprune"
     else:
         reason = "exists and was not made by this stage"
-    raise UserError(f"{job.name}: {left[0]} {reason}: use --overwrite to replace it, or another --workdir")
+    raise UserError(f"{job.name}: {left[0]} {reason}: add --overwrite to replace it, or use another --workdir")
 
 
 def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:

@@ -172,7 +172,7 @@ class Run(Trained, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
-    """Check of the exported folder, reloaded by `backend`: the largest logit difference, and its limit."""
+    """Result of checking the exported folder after reloading it in `backend`: largest logit difference, and limit."""
 
     path: str
     backend: str
@@ -195,7 +195,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     workload: Workload | None = None
 
     def problems(self, folder: Path) -> str | None:
-        """Return an error that types cannot express: an unknown name, or a path outside the workdir; None if valid."""
+        """Return a message if a name is unknown or a path leads out of the workdir; None if the file is consistent."""
         if all(run.name != self.best for run in self.runs):
             return f"its best run {self.best!r} is none of its runs"
         for name, model in self.models:
@@ -229,7 +229,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:
-        """Return the result without duplicates of models, such as one plan's model before several recoveries."""
+        """Return the result without duplicate models, such as one pruned model before several recoveries."""
         shown: dict[object, Run] = {}
         for run in sorted(self.runs, key=lambda run: run.name != self.best):
             evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))

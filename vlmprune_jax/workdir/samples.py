@@ -61,7 +61,7 @@ class Sample(Part, frozen=True, kw_only=True):
 
 
 class SampleSet(Part, frozen=True, kw_only=True):
-    """Samples of one set, the number of its questions, and how many of them are of each kind."""
+    """Sample questions of one set, number of its questions, and number of questions per category."""
 
     questions: Count
     counts: dict[str, Count]
@@ -118,7 +118,7 @@ def make_samples(
 
 
 def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Return each question's kind (such as broken or repaired by recovery), and for how many plans it has that kind."""
+    """Return the category of each question (such as "broken by pruning"), and for how many plans it applies."""
     unpruned = right[UNPRUNED]
     repaired, broken = (np.zeros(len(unpruned), int) for _ in range(2))
     for plan in dict.fromkeys(run.plan for run in runs):
@@ -137,7 +137,7 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
 
 
 def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, most: int) -> list[int]:
-    """Choose up to `most` questions, highest ranks first, with varied answers and images."""
+    """Choose up to `most` questions by rank, with varied answers and images."""
     places = sorted(np.flatnonzero(chosen).tolist(), key=lambda place: (-int(ranks[place]), place))
     found: list[int] = []
     seen: set[tuple[str, ...]] = set()

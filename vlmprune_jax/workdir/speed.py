@@ -42,7 +42,7 @@ def medians(measured: Measurement, unpruned: Measurement | None = None) -> Media
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
-    """Return the speed-up, compared round by round, since machines slow down for all models of a round."""
+    """Return median, smallest and largest speed-up over rounds, each from two measurements of the same round."""
     rounds = [new / old for old, new in zip(before, after, strict=False)]
     return statistics.median(rounds), min(rounds), max(rounds)
 

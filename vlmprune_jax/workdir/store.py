@@ -63,7 +63,7 @@ class Store:
                 file.write(json.dumps(record, indent=2).encode())
 
     def take(self, key: str, outputs: Sequence[Path]) -> None:
-        """Link outputs from the store to where the stage would have written them."""
+        """Link the outputs in the store into the folder to which the stage would have written them."""
         for path in outputs:
             made = self.folder / key / path.name
             if made.is_dir():
@@ -84,7 +84,9 @@ def _link(source: Path, target: Path) -> None:
       UserError: a link is among them.
     """
     if source.is_symlink():
-        raise UserError(f"{source}: is a link, in a folder of results: remove the link and run the same command")
+        raise UserError(
+            f"{source}: is a symbolic link, which a results folder must not contain: remove it and run the same command"
+        )
     if source.is_dir():
         target.mkdir(exist_ok=True)
         for path in sorted(path for path in source.iterdir() if not path.name.startswith(".")):
@@ -100,12 +102,12 @@ def _link(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock in this context; yield False if another process keeps it for longer than the timeout (s).
+    """Hold a file lock in this context; yield False if another process holds it longer than the timeout (s).
 
     The system lets go of the lock of a process that is killed. `waiting` is called where it has to be waited for.
     """
     if path.parent.is_symlink():
-        raise UserError(f"{path.parent}: is a link: remove it, or use another --workdir")
+        raise UserError(f"{path.parent}: is a symbolic link: remove it, or use another --workdir")
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # not through a link, and no FIFO is waited for
     with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
@@ -119,7 +121,7 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Return True if this process got the lock, or the disk (a mounted bucket) does not support locks."""
+    """Return True if this process holds the lock, or the disk (a mounted bucket) does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,7 +23,7 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
-    """Record of one step of a run. `name` and `recovery` describe its model; `evaluated`: that model is evaluated.
+    """Record of one step of a run. `name` and `recovery` describe its model; `evaluated`: the model is evaluated.
 
     `control`: the model is an unpruned one that is trained for comparison.
     `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
@@ -88,7 +88,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Finished part of a run: `result` with an empty `best` (None before the unpruned model is evaluated).
+    """Finished part of a run; `result` has no `best` (and is None before the unpruned model is evaluated).
 
     `missing`: (what is missing, the command that makes it).
     """
@@ -116,7 +116,7 @@ def read_unfinished(workdir: Path) -> Unfinished:
     teacher, listed = evaluations_of(workdir, TEACHER), find_artefact(workdir / STEPS, Steps)
     steps = [] if listed is None else listed.steps
     if not teacher and not any(step.is_done(workdir) for step in steps):
-        raise UserError(f"{workdir}: nothing of a run is here: run `vlmprune run` first")
+        raise UserError(f"{workdir}: contains no run: run `vlmprune run` first")
     planned = [
         step for step in steps if step.model and (step.control or (workdir / step.variant / "plan.json").is_file())
     ]

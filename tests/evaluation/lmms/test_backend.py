@@ -187,7 +187,7 @@ def test_without_a_folder_or_with_a_device():
 
     with pytest.raises(UserError, match="needs pretrained=DIR"):
         VlmpruneJax()
-    with pytest.raises(UserError, match="jax chooses its devices"):
+    with pytest.raises(UserError, match="jax chooses the devices"):
         VlmpruneJax("x", device="cuda")
     with pytest.raises(UserError, match="no such folder"):
         VlmpruneJax("/no/such/folder")

@@ -106,17 +106,21 @@ def test_subjects_of_mmmu():
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("scienceqa", asked("B"), "record q: no field 'choices', which the metric needs"),
+        ("scienceqa", asked("B"), "record q: has no field 'choices', which the metric needs"),
         ("ai2d", asked("B", options="cat, dog"), "record q: field 'options' must list 1 to 26 texts, got 'cat, dog'"),
-        ("ai2d", asked("D", **ANIMALS), "record q: answer 'D' must be a letter of its 3 options (A to C)"),
-        ("mmmu", asked("B"), "record q: no field 'question_type'"),
-        ("mmmu", asked("B", question_type="multiple-choice"), "record q: no field 'options'"),
+        ("ai2d", asked("D", **ANIMALS), "record q: answer 'D' must be one of the letters A to C of its 3 options"),
+        ("mmmu", asked("B"), "record q: has no field 'question_type'"),
+        ("mmmu", asked("B", question_type="multiple-choice"), "record q: has no field 'options'"),
         ("mmmu", asked("B", question_type="closed"), "field 'question_type' 'closed' must be multiple-choice or open"),
-        ("mathvista", asked("1"), "record q: no field 'answer_type'"),
-        ("mathvista", asked("1", **maths("float")), "record q: no field 'precision'"),
-        ("mathvista", asked("1", **maths("float", precision=0.5)), "'precision' must be a whole number of decimals"),
+        ("mathvista", asked("1"), "record q: has no field 'answer_type'"),
+        ("mathvista", asked("1", **maths("float")), "record q: has no field 'precision'"),
+        ("mathvista", asked("1", **maths("float", precision=0.5)), "'precision' must be an integer number of decimals"),
         ("mathvista", asked("1", **maths("bool")), "'answer_type' 'bool' must be integer, float, list or text"),
-        ("mathvista", asked("x", **ANIMALS | maths("text", "multi_choice")), "answer 'x' is none of its choices"),
+        (
+            "mathvista",
+            asked("x", **ANIMALS | maths("text", "multi_choice")),
+            "answer 'x' is not one of the record's choices",
+        ),
     ],
 )
 def test_records_that_a_metric_cannot_use(name, record, message):

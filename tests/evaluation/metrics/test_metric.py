@@ -44,7 +44,7 @@ def test_names_and_descriptions():
 
 
 def test_what_a_metric_may_not_be():
-    with pytest.raises(UserError, match='unit "%" needs a full score'):
+    with pytest.raises(UserError, match='unit "%" needs the score of a perfect model'):
         Metric("x", lambda *_: {}, full=None)
     with pytest.raises(UserError, match=r'metric "x": full=1\.0 must be positive, or None if lower is better'):
         Metric("x", lambda *_: {}, higher_is_better=False)

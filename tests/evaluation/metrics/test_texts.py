@@ -47,7 +47,7 @@ def test_perplexity_is_of_running_text():
     with_bytes = [{**line, "bytes": 2.0 * line["tokens"]} for line in lines]
     assert PERPLEXITY.values(with_bytes, ())["bits_per_byte"] == pytest.approx(1 / math.log(2) / 2)
     assert PERPLEXITY.values([{"nll": 1e9, "tokens": 1}], ()) == {"perplexity": math.inf}
-    with pytest.raises(UserError, match="scores running text, not answers"):
+    with pytest.raises(UserError, match="scores a text, not answers to questions"):
         PERPLEXITY.score_all(["a"], [asked("a")])
 
 
@@ -105,5 +105,5 @@ def test_soft_accuracy(prediction, accuracy):
 
 
 def test_soft_accuracy_needs_four_answers():
-    with pytest.raises(UserError, match=r"record q: 3 answer\(s\), the soft accuracy needs at least 4"):
+    with pytest.raises(UserError, match=r"record q: has 3 reference answer\(s\), but vqa_accuracy needs at least 4"):
         measured("vqa_accuracy", ("yes", asked("a", "b", "c")))

@@ -64,12 +64,12 @@ def test_mme_sums_categories_of_pairs():
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("pope", asked("yes"), "record q: no field 'category'"),
+        ("pope", asked("yes"), "record q: has no field 'category'"),
         ("pope", asked("two", category="random"), "record q: answer 'two' must be yes or no"),
-        ("mme", asked("yes", category="OCR"), "record q: no field 'question_id'"),
-        ("mme", asked("yes", question_id=1), "record q: no field 'category'"),
-        ("mme", asked("yes", category="OCR", question_id=[1]), "field 'question_id' must be a text or a whole number"),
-        ("mme", asked("yes", category="OCR", question_id=7), "category OCR, question_id 7: 1 record(s)"),
+        ("mme", asked("yes", category="OCR"), "record q: has no field 'question_id'"),
+        ("mme", asked("yes", question_id=1), "record q: has no field 'category'"),
+        ("mme", asked("yes", category="OCR", question_id=[1]), "field 'question_id' must be a string or an integer"),
+        ("mme", asked("yes", category="OCR", question_id=7), "category OCR, question_id 7 has 1"),
     ],
 )
 def test_records_that_a_metric_cannot_use(name, record, message):

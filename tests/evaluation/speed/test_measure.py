@@ -63,7 +63,7 @@ def test_short_runs_are_repeated_until_a_clock_can_tell(monkeypatch):
 
 def test_what_no_clock_can_tell_is_refused(monkeypatch):
     monkeypatch.setattr(clock_file, "MIN_SECONDS", 0)
-    with pytest.raises(UserError, match=r"a: measured no time: raise new_tokens"):
+    with pytest.raises(UserError, match=r"a: the measured time is 0: raise new_tokens"):
         measured(monkeypatch, {"a": Timed("a", [], (1.0, 0.0))}, prompt_tokens=1, new_tokens=1, batch_size=1, rounds=1)
     with pytest.raises(UserError, match=r"speed\.rounds=0: must be at least 1 to measure speed"):
         measure_speed({}, rounds=0)

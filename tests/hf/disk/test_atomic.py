@@ -65,7 +65,7 @@ def test_overwrite_spares_what_is_not_a_model_folder(llama, tmp_path):
     refused("not a folder", model, home / "thesis.tex", source_dir=llama, overwrite=True)
     assert names(home) == ["thesis.tex"]
     for target in (llama, tmp_path):
-        refused("is the source folder or holds it", model, target, source_dir=llama, overwrite=True)
+        refused("is or contains the source folder", model, target, source_dir=llama, overwrite=True)
     load(llama)
 
 
@@ -205,7 +205,7 @@ def test_wrong_options(goldens, llama, tmp_path):
     for name in ("layout", "uneven", "dtype"):
         refused(f"{name} 'odd' is not one of", model, tmp_path / "out", source_dir=llama, **{name: "odd"})
     refused("no such folder", model, tmp_path / "out", source_dir=tmp_path / "nothing")
-    refused("not the folder that this llama", model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
+    refused("not the folder from which this llama", model, tmp_path / "out", source_dir=goldens / "ckpt/llava_hf")
     other = make_folder(tmp_path / "biased", {**LLAMA, "attention_bias": True})
     refused("has no tensor", load(other), tmp_path / "out", source_dir=llama)
 

@@ -241,11 +241,11 @@ def torch_logits(folder: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     [
         ({"quantize": "w4a16", "group_size": 128}, "group_size=128 does not divide the 64 values of a row of text/"),
         ({"quantize": "w4a16", "group_size": 48}, "group_size=48 is not one of 128, 64, 32"),
-        ({"quantize": "w8a8", "group_size": 32}, "w8a8 has a scale for every row"),
-        ({"quantize": "w8a8", "symmetric": False}, "w8a8 has a scale for every row"),
+        ({"quantize": "w8a8", "group_size": 32}, "w8a8 has one scale per row"),
+        ({"quantize": "w8a8", "symmetric": False}, "w8a8 has one scale per row"),
         ({"group_size": 32}, "group_size=32 is an option of format 'compressed-tensors', not of 'huggingface'"),
-        ({"quantize": "q8_0"}, "quantize 'q8_0' is not for format 'huggingface'"),
-        ({"quantize": "w4a16", "format": "gguf"}, "quantize 'w4a16' is not for format 'gguf'"),
+        ({"quantize": "q8_0"}, "quantize 'q8_0' is not supported by format 'huggingface'"),
+        ({"quantize": "w4a16", "format": "gguf"}, "quantize 'w4a16' is not supported by format 'gguf'"),
     ],
 )
 def test_options_that_do_not_fit(source, tmp_path, options, said):
@@ -257,7 +257,7 @@ def test_options_that_do_not_fit(source, tmp_path, options, said):
 
 def test_rows_that_no_group_divides(tmp_path):
     source = make_folder(tmp_path / "source", LLAMA | {"intermediate_size": 56, "num_attention_heads": 3})
-    with pytest.raises(UserError, match="no row of this model divides by 32: use w8a16"):
+    with pytest.raises(UserError, match="no row length of this model is a multiple of 32: use w8a16"):
         vp.save(vp.load(source), tmp_path / "out", source_dir=source, quantize="w4a16")
 
 

@@ -158,9 +158,9 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
         ({"scores": ("heads",)}, "a criterion's scores: 'heads' is not one of layers, widths"),
         ({"needs": "gradients"}, "a criterion's needs: 'gradients' is not one of weights, activations, labels"),
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
-        ({"finish": None}, 'a criterion: finish= .* needs needs="activations"'),
-        ({"needs": "labels", "finish": None}, 'a criterion: finish= .* needs needs="activations"'),
-        ({"options": {"powr": 2}}, "a criterion: option 'powr' has no effect: give a function a parameter powr"),
+        ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
+        ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),
+        ({"options": {"powr": 2}}, "a criterion: option 'powr' is not a parameter of any of its functions"),
     ],
 )
 def test_descriptions_that_contradict_themselves(changes, message):
@@ -224,8 +224,8 @@ def test_pixels_in_order_of_appearance():
 @pytest.mark.parametrize(
     ("images", "positions", "message"),
     [
-        (2, slice(1, 5), "input_ids hold 4 image positions but the images give 8 features"),
-        (2, slice(0, 0), "pixel_values hold 2 images but input_ids the positions of 0"),
+        (2, slice(1, 5), "input_ids have 4 image positions, but the images have 8 features"),
+        (2, slice(0, 0), "pixel_values has 2 images, but input_ids has positions for 0"),
     ],
 )
 def test_other_numbers_of_images_are_refused(images, positions, message):
@@ -242,5 +242,5 @@ def test_a_torn_image_is_refused():
     ids = np.ones((2, 9), int)
     ids[0, :6] = ids[1, :2] = 61
     arrays = {"input_ids": ids, "attention_mask": np.ones((2, 9)), "pixel_values": np.zeros((2, 3, 6, 6))}
-    with pytest.raises(UserError, match="row 0 of input_ids holds 6 image positions, not a multiple of the 4"):
+    with pytest.raises(UserError, match="row 0 of input_ids has 6 image positions, not a multiple of the 4"):
         score(model(cfg), [arrays], criterion="block_influence")

@@ -174,7 +174,7 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(model(config()), criterion="l1", stack="vision")
     text = {name: array for name, array in batch(config()).items() if name != "pixel_values"}
     for criterion in ("block_influence", "taylor"):
-        with pytest.raises(UserError, match="the calibration batches have no image: a vision tower"):
+        with pytest.raises(UserError, match="the calibration batches have no images, which scores of a vision tower"):
             score(one, [text], criterion=criterion, stack="vision")
     unlabelled = batch(one.cfg) | {"labels": np.full((4, 9), -100)}
     with pytest.raises(UserError, match="the calibration batches with images have no label"):
@@ -184,5 +184,5 @@ def test_what_cannot_be_scored_is_refused(monkeypatch):
         score(one, criterion="mine", stack="vision")
     broken = flatten(one.params)
     broken["vision/layers/0/mlp/fc2/weight"] = broken["vision/layers/0/mlp/fc2/weight"] * np.nan
-    with pytest.raises(UserError, match="activation scores heads_1 hold NaN"):
+    with pytest.raises(UserError, match="activation scores heads_1 contain NaN"):
         score(one.replace(params=unflatten(broken)), [batch(one.cfg)], criterion="activation", stack="vision")

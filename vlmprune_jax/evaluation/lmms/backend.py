@@ -61,7 +61,7 @@ Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Answering:
-    """Model and settings that answer lmms-eval's requests, in batches of `batch_size` rows.
+    """Model and settings for answering lmms-eval's requests, in batches of `batch_size` rows.
 
     `max_length`: maximum prompt length, 0 = any. `phase`: number of batches -> context manager of a progress callback.
     `journal`: identity of a pass -> journal that stores the answers of its batches, or None.
@@ -76,7 +76,7 @@ class Answering:
     journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
-        """Return answers in the records' order, at most `max_new_tokens` long and within the model's positions."""
+        """Return the answers in the order of the records, each at most `max_new_tokens` tokens long."""
         cfg = self.model.cfg
         encoder = _encoder(self.inputs, cfg, self.max_length, records)
         arranged = arrange_questions(
@@ -98,7 +98,7 @@ class Answering:
 
 
 def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
-    """Return an encoder with one shape per number of images, so that rows with few images get little padding."""
+    """Return an encoder with one batch shape per number of images, which keeps padding small."""
     counts = {max(1, len(record.images)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
     encoder = inputs.encoder(cfg, max_length)
@@ -138,12 +138,16 @@ class Backend(lmms):
         return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse log-likelihood tasks; lmms-eval has none for chat models."""
-        raise UserError("vlmprune_jax: tasks with log-likelihoods are not supported, only output_type generate_until")
+        """Refuse tasks that need log-likelihoods; lmms-eval has none for chat models."""
+        raise UserError(
+            "vlmprune_jax: tasks with log-likelihoods are not supported: use tasks with output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Refuse tasks with several rounds."""
-        raise UserError("vlmprune_jax: tasks of several rounds are not supported, only output_type generate_until")
+        raise UserError(
+            "vlmprune_jax: tasks with several rounds are not supported: use tasks with output_type generate_until"
+        )
 
 
 class VlmpruneJax(Backend):
@@ -182,7 +186,9 @@ class VlmpruneJax(Backend):
         if not pretrained:
             raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
         if device is not None or max_batch_size is not None:
-            raise UserError("--device, --max_batch_size: not supported, as jax chooses its devices: leave both out")
+            raise UserError(
+                "--device, --max_batch_size: not supported, because jax chooses the devices: leave both out"
+            )
         size = int(batch_size) if str(batch_size).isdecimal() else batch_size
         rows = override(EvaluateSpec(), {} if size == "auto" else {"batch_size": size}, "lmms-eval: -").batch_size
         initialize(None, None, None)
@@ -267,7 +273,10 @@ class _Pictures:
         name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
         for message in self._messages(request).messages:
             if message.role == "system":
-                raise UserError(f"{name}: has a system text: set it for all requests with system=TEXT in --model_args")
+                raise UserError(
+                    f"{name}: system messages of single requests are not supported: set system=TEXT in --model_args "
+                    "for all requests"
+                )
             parts = []
             for content in message.content:
                 if content.type == "text":
@@ -285,7 +294,7 @@ class _Pictures:
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
-        """Return the digest of a picture, and remember which document it came from."""
+        """Return the digest of a picture, and store which document contains the picture."""
         if isinstance(picture, str):
             digest = hashlib.sha256(picture.encode())
         elif isinstance(picture, Image):

@@ -36,7 +36,7 @@ class TaskSet:
     records: tuple[Record, ...]
 
     def makes(self, value: float) -> bool:
-        """Return True if aggregating the question scores gives `value`, so that bootstrap intervals are meaningful."""
+        """Return True if aggregating the question scores gives `value`, which bootstrap intervals need."""
         ours = self.metric.values(self.scores, self.records)[self.metric.main] if self.scores else math.nan
         return abs(ours - value) <= _ROUNDED * (self.metric.full or max(abs(value), 1.0))
 
@@ -47,7 +47,7 @@ class TaskSet:
 
 @dataclass(frozen=True)
 class _Known:
-    """Our metric for an lmms-eval metric, and functions that convert a sample's entry to scores and record fields."""
+    """Metric of this package for an lmms-eval metric, and functions that convert a sample to scores and fields."""
 
     metric: Metric
     score: Callable[[Any], Scores]
@@ -91,7 +91,7 @@ def sets_of(
     """
     if not samples or not values or not all(math.isfinite(value) for value in values.values()):
         raise UserError(
-            f"task {task}: lmms-eval returned no {'value' if samples else 'answers'}: run again with --debug"
+            f"task {task}: lmms-eval returned no {'metric value' if samples else 'answers'}: run again with --debug"
         )
     keys = [key for key in _KNOWN if key in values] or [next(iter(values))]
     return [_set_of(key, values[key], samples, higher_is_better.get(key, True)) for key in keys]
@@ -108,7 +108,7 @@ def _set_of(key: str, value: float, samples: Sequence[Sample], higher: bool) -> 
 
 
 def _mean_of(key: str, value: float, entries: Sequence[Any], higher: bool) -> TaskSet:
-    """Return a task value as the mean of its entries, if they are numbers; it is a fraction if all are in [0, 1]."""
+    """Return a task's value as the mean of its numeric entries, and as a fraction if all are between 0 and 1."""
     values = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
     numbers = [float(number) for number in values if isinstance(number, int | float)]
     scores = tuple({key: number} for number in numbers) if len(numbers) == len(values) else ()

@@ -35,7 +35,7 @@ _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
-    """Return the folder with the task's file (None: lmms-eval's own task), and {name: file or data set that it reads}.
+    """Return the folder of a task's file (None: a task of lmms-eval), and {name: file or data set that the task reads}.
 
     Raises:
       UserError: its data set does not exist.
@@ -48,7 +48,7 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
     text = read_text(folder / f"{task}.yaml")
     if "${data}" in text and spec.tasks_data is None:
         raise UserError(
-            f"{folder / task}.yaml: its data set is below evaluate.tasks_data, which is not set "
+            f"{folder / task}.yaml: the task's data set is in the folder evaluate.tasks_data, which is not set: set it "
             "(--config.evaluate.tasks_data=DIR)"
         )
     root = None if spec.tasks_data is None else Path(spec.tasks_data)
@@ -153,7 +153,7 @@ def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, 
         while first.__cause__ is not None:  # lmms-eval tries several times, and says that it did
             first = first.__cause__
         raise UserError(
-            f"task {task}: lmms-eval fails with {type(first).__name__}: {reason(first)}: --debug shows "
+            f"task {task}: lmms-eval fails with {type(first).__name__} ({reason(first)}): --debug shows "
             "more, docs/how-to/benchmarks.md says what the task needs (data, a judge)"
         ) from error
 
@@ -173,7 +173,7 @@ def _quiet() -> None:
 
 
 def _values(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return {metric: value}; None becomes 0, which is what MathVista means by it."""
+    """Return {metric: value}, with 0 for None (as MathVista intends)."""
     values: dict[str, float] = {}
     for name, value in found.items():
         metric, _, filtered = name.partition(",")

@@ -29,7 +29,7 @@ _NUMBERS = (
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """Return a record field as a list of up to 26 choices; the field is a list, or a list's text (MMMU)."""
+    """Return a record field as a list of up to 26 choices; the field is a list, or a list as text (MMMU)."""
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
@@ -50,7 +50,8 @@ def right_letters(record: Record, name: str) -> set[str]:
     odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)
     if odd:
         raise UserError(
-            f"record {record.id}: answer {odd[0]!r} must be a letter of its {len(known)} {name} (A to {known[-1]})"
+            f"record {record.id}: answer {odd[0]!r} must be one of the letters A to {known[-1]} of its {len(known)} "
+            f"{name}"
         )
     return right
 
@@ -59,7 +60,7 @@ def right_letters(record: Record, name: str) -> set[str]:
 
 
 def _scienceqa(prediction: str, record: Record) -> bool:
-    """Return True for the correct letter as `B`, `b` or `B. any text`; not for `(B)`, `b.` or `The answer is B`."""
+    """Return True if the answer is the correct letter, as `B`, `b` or `B. any text` (not `(B)`, `The answer is B`)."""
     said = prediction.strip()
     letter = said[0] if said[1:2] == "." and said[0].isupper() else said
     return letter.lower() in {right.lower() for right in right_letters(record, "choices")}
@@ -72,7 +73,7 @@ SCIENCEQA = accuracy(_scienceqa)
 
 
 def _ai2d(prediction: str, record: Record) -> bool:
-    """Return True for the correct letter as `B`, `b`, `(B)` or `B. any text`; not for `B) text`, `The answer is B.`."""
+    """Return True if the answer is the correct letter, as `B`, `b`, `(B)` or `B. any text` (not `The answer is B.`)."""
     first = _LETTER_FIRST.match(prediction)
     said = first[1] if first else prediction
     return any(is_same_text(said, letter) for letter in right_letters(record, "options"))
@@ -171,7 +172,7 @@ MMMU = accuracy(_is_right_in_mmmu, groups=("subject", _subject))
 
 
 def _chosen(said: str, choices: list[str]) -> str:
-    """Return the choice with the answer's text, else that of its letter (first `(x)` or alone), else the nearest."""
+    """Return the choice whose text equals the answer, else the choice of its letter, else the most similar choice."""
     if said in choices:
         return said
     bracketed = _IN_BRACKETS.search(said)
@@ -186,7 +187,7 @@ def _decimals(record: Record) -> int:
     """Return the number of decimals of the correct answer; 1.0 counts as 1 (lmms-eval 0.7.3 marks it always wrong)."""
     places = field(record, "precision")
     if isinstance(places, bool) or not isinstance(places, int | float) or places not in range(20):
-        raise UserError(f"record {record.id}: field 'precision' must be a whole number of decimals, got {places!r}")
+        raise UserError(f"record {record.id}: field 'precision' must be an integer number of decimals, got {places!r}")
     return int(places)
 
 
@@ -204,7 +205,8 @@ def _read(prediction: str, record: Record) -> str | None:
         choices = choices_field(record, "choices")
         if not {*record.references} <= {*choices}:
             raise UserError(
-                f"record {record.id}: answer {record.references[0]!r} is none of its choices: write the text of one"
+                f"record {record.id}: answer {record.references[0]!r} is not one of the record's choices: write the "
+                "text of a choice"
             )
         return _chosen(said, choices)
     if kind in ("integer", "float"):

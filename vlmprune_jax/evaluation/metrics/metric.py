@@ -29,7 +29,7 @@ Drawn = Callable[[Sequence[Scores], Sequence[Record], np.ndarray], Mapping[str, 
 
 
 def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]:
-    """Return an `aggregate` function from a metric's `drawn` function, with every answer counted once."""
+    """Return an `aggregate` function that calls a metric's `drawn` function with weight 1 for every answer."""
 
     def aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
         values = drawn(scores, records, np.ones((len(scores), 1)))
@@ -40,7 +40,7 @@ def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]
 
 @dataclass(frozen=True)
 class Metric:
-    """Conversion of an evaluation set's answers to values, and how to display these.
+    """Conversion of the answers to an evaluation set to metric values, and how to display the values.
 
     `main`: name of the value in tables and plots; retention is computed from it.
     `score`: (prediction, references, record) -> {name: value} for one answer. The prediction is stripped of white
@@ -73,7 +73,7 @@ class Metric:
     def __post_init__(self) -> None:
         if self.full is None and self.unit == "%":
             raise UserError(
-                f'metric "{self.main}": unit "%" needs a full score: set full, or use another unit (may be "")'
+                f'metric "{self.main}": unit "%" needs the score of a perfect model: set full, or use another unit'
             )
         if self.full is not None and (self.full <= 0 or not self.higher_is_better):
             raise UserError(f'metric "{self.main}": full={self.full} must be positive, or None if lower is better')
@@ -91,9 +91,7 @@ class Metric:
           UserError: this is a metric of text, or `score` fails; names the record.
         """
         if self.score is None:
-            raise UserError(
-                f'metric "{self.main}": scores running text, not answers: choose another metric for questions'
-            )
+            raise UserError(f'metric "{self.main}": scores a text, not answers to questions: choose another metric')
         scores: list[Scores] = []
         for prediction, record in zip(predictions, records, strict=True):
             try:
@@ -106,7 +104,7 @@ class Metric:
         return scores
 
     def values(self, scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-        """Return the values that `aggregate` computes, after checking them.
+        """Return the metric values of all answers, computed by `aggregate` and checked.
 
         Raises:
           UserError: `aggregate` fails, does not return `main`, or returns NaN.
@@ -152,7 +150,7 @@ def field(record: Record, name: str) -> Any:
     value = record.fields.get(name)
     if value is None:
         raise UserError(
-            f"record {record.id}: no field {name!r}, which the metric needs: add it, or choose another metric"
+            f"record {record.id}: has no field {name!r}, which the metric needs: add it, or choose another metric"
         )
     return value
 
@@ -161,5 +159,5 @@ def name_field(record: Record, name: str) -> str:
     """Return a record's field as text; it must be a text or a whole number."""
     value = field(record, name)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise UserError(f"record {record.id}: field {name!r} must be a text or a whole number, got {value!r}")
+        raise UserError(f"record {record.id}: field {name!r} must be a string or an integer, got {value!r}")
     return str(value)

@@ -120,8 +120,8 @@ def _soft_accuracy(prediction: str, references: tuple[str, ...], record: Record)
     """Return the mean, over each annotator left out, of min(1, matching answers of the others / 3)."""
     if len(references) < 4:
         raise UserError(
-            f"record {record.id}: {len(references)} answer(s), the soft accuracy needs at least 4: list them in "
-            "the field 'answers', or use exact_match"
+            f"record {record.id}: has {len(references)} reference answer(s), but vqa_accuracy needs at least 4: list "
+            "them in the field 'answers', or use exact_match"
         )
     said, people = processed(prediction), [processed(reference) for reference in references]
     same = [person == said for person in people]

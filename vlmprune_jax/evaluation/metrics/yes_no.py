@@ -33,7 +33,7 @@ def _category(record: Record) -> str:
 
 
 def _pope_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str, float]:
-    """Score one answer: "yes" and "no" in any case are answers; `Yes.` is neither, as in lmms-eval 0.7.3.
+    """Score one POPE answer: only "yes" and "no" (in any case) are answers, not `Yes.`, as in lmms-eval 0.7.3.
 
     Other texts do not change recall: a false negative is a question with the right answer yes and the prediction `no`.
     """
@@ -45,7 +45,7 @@ def _pope_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str
 
 
 def _rates(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
-    """Return float[draws] rates of scores float[answers, scores], each answer weighted by `times`; 0 if none."""
+    """Return the weighted mean of scores for each bootstrap sample, float[draws]; 0 for samples without answers."""
     accuracy, said_yes, found, invented, missed = scores.T @ times
     precision, recall = found / np.maximum(found + invented, 1), found / np.maximum(found + missed, 1)
     f1 = 2 * precision * recall / np.where(found > 0, precision + recall, 1)
@@ -79,7 +79,7 @@ def _pair(record: Record) -> tuple[str, str]:
 
 
 def _said(prediction: str) -> str | None:
-    """Return "yes", "no" or None for an answer's first four characters: `Not` is "no", but `well yes` is None."""
+    """Return "yes", "no" or None from the first four characters of an answer: `Not` is "no", `well yes` is None."""
     text = prediction.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text)
@@ -103,8 +103,8 @@ def _mme(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray)
     for (category, number), both in pairs.items():
         if len(both) != 2:
             raise UserError(
-                f"category {category}, question_id {number}: {len(both)} record(s), but MME has two questions per "
-                "image: add the missing records, or drop this question_id"
+                f"MME has two questions per image, but category {category}, question_id {number} has {len(both)}: add "
+                "the missing records, or drop this question_id"
             )
     right = np.array([sum(scores[place]["right"] for place in both) for both in pairs.values()])
     points = 50.0 * right + 100.0 * (right == 2)

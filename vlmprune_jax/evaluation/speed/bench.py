@@ -47,7 +47,7 @@ _ENGINES = "vlmprune_jax.evaluation.speed.engines"
 
 @dataclass(frozen=True)
 class Side:
-    """One model in one engine: the job for the engine's process, and facts known without running it."""
+    """One model in one engine: the job for the engine's process, and the size and type of the weights."""
 
     model: str
     weights: str
@@ -60,9 +60,9 @@ class Side:
 def check_bench(threads: int, json_file: str | None) -> None:
     """Refuse more threads than CPU cores, or an output file that cannot be written."""
     if threads > cores():
-        raise UserError(f"--threads={threads}: this process may use {cores()} cores: lower it")
+        raise UserError(f"--threads={threads} is more than the {cores()} cores that this process may use: lower it")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
-        raise UserError(f"--json={json_file}: must be the name of a file in a folder that exists")
+        raise UserError(f"--json={json_file}: must be a file name in an existing folder")
 
 
 def find_sides(
@@ -74,7 +74,7 @@ def find_sides(
     dtype: str,
     threads: int,
 ) -> tuple[list[Side], list[str]]:
-    """Pair each model with each engine that can read it; print which pairs are left out and why.
+    """Pair each model with each engine that can read it; print omitted pairs with the reason.
 
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
@@ -92,7 +92,7 @@ def find_sides(
             raise UserError(f"--backends={name}: is not one of {', '.join(BACKENDS)}{suggest(name, BACKENDS)}")
     twice = sorted({name for name in models if models.count(name) > 1})
     if twice:
-        raise UserError(f"{twice[0]}: is given twice: drop one")
+        raise UserError(f"{twice[0]}: is given twice: remove one of the two")
     sides, left_out = list[Side](), list[str]()
     for model in models:
         file = _gguf_file(model)
@@ -115,7 +115,7 @@ def find_sides(
 
 
 def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
-    """Measure all pairs of model and engine in turns (see `take_turns`); all stay in memory meanwhile.
+    """Measure all combinations of model and engine alternately (see `take_turns`); all stay in memory.
 
     Returns: the machine's load average before, and the measurements.
 
@@ -161,7 +161,7 @@ class _Engine:
     @classmethod
     @contextlib.contextmanager
     def start(cls, side: Side) -> Iterator[_Engine]:
-        """Start the engine's process, load the model and wait until it is ready; the context's end stops it."""
+        """Start the engine's process and wait until the model is loaded; the process ends with the context."""
         command = [sys.executable, "-P", "-m", _ENGINES]  # -P: a module of that name in this folder is not imported
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
@@ -191,7 +191,7 @@ class _Engine:
         text = self.process.stdout.readline()
         if not text:
             raise UserError(
-                f"{self.name}: its process ended ({self._last_words()}): the model is damaged, or too large"
+                f"{self.name}: its process ended ({self._last_words()}): the model may be damaged, or need more memory"
             )
         answer = msgspec.convert(parse_json(text, self.name, "report it"), Answer)
         if answer.error:
@@ -237,15 +237,18 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
     if not types:
         raise UserError(f"{file}: has no tensors: export it again, or download it again")
     if fields.get("general.type") == "mmproj" or fields.get("general.architecture") == TOWER:
-        raise UserError(f"{file}: is the tower of a model (mmproj): give the decoder's file beside it")
+        raise UserError(f"{file}: is the vision tower of a GGUF model (mmproj): name the file of its decoder instead")
     towers = sorted(file.parent.glob("mmproj-*.gguf")) if config.image else []
     if len(towers) > 1:
-        raise UserError(f"{file}: {len(towers)} towers (mmproj-*.gguf) are beside it: keep one there, or --image=False")
+        raise UserError(
+            f"{file}: its folder has {len(towers)} vision towers (mmproj-*.gguf): keep one, or add --image=False"
+        )
     context = config.prompt_tokens + config.new_tokens + 1
     longest = fields.get(f"{fields.get('general.architecture')}.context_length")
     if isinstance(longest, int) and context > longest:
         raise UserError(
-            f"{file}: --prompt_tokens + new_tokens + 1={context} is more than its context of {longest} tokens: lower it"
+            f"{file}: --prompt_tokens + --new_tokens + 1 = {context} is more than the model's context of {longest} "
+            "tokens: lower one of them"
         )
     tower, _, tower_count = read_gguf_header(towers[0]) if towers else GgufHeader({}, {}, 0)
     image_size = tower.get("clip.vision.image_size", 224)
@@ -275,20 +278,20 @@ def _gguf_file(model: str) -> Path | None:
         return None
     files = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith("mmproj-")]
     if len(files) > 1:
-        raise UserError(f"{model}: holds {len(files)} GGUF models: give one file, as {files[0]}")
+        raise UserError(f"{model}: contains {len(files)} GGUF models: name one file, as {files[0]}")
     return files[0] if files else None
 
 
 def _refuse(model: str, kind: str, backends: str) -> NoReturn:
-    """Raise the UserError about a model of a kind that none of these engines reads."""
+    """Raise a UserError for a model that none of these engines can read."""
     if kind == GGUF:
         raise UserError(
-            f"{model}: is a GGUF file, and --backends={backends} reads Hugging Face folders: give the folder that it "
-            f"was made from, or --backends={ENGINE}"
+            f"{model}: is a GGUF file, but --backends={backends} reads Hugging Face folders: name the model's folder, "
+            f"or add --backends={ENGINE}"
         )
     raise UserError(
-        f"{model}: is a Hugging Face folder, and --backends={backends} reads GGUF files: export it as one "
-        '(--config.export.format=gguf, vp.save(format="gguf")), or --backends=jax,transformers'
+        f"{model}: is a Hugging Face folder, but --backends={backends} reads GGUF files: export it as GGUF "
+        '(--config.export.format=gguf, vp.save(format="gguf")), or add --backends=jax,transformers'
     )
 
 

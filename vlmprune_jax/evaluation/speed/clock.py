@@ -76,7 +76,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchSide(Measurement, frozen=True, kw_only=True):
-    """Measured speed of one model in one engine; `weights` is their type, `bytes` their size on disk."""
+    """Measured speed of one model in one engine; `weights` is the weights' type, and `bytes` their size on disk."""
 
     model: str
     backend: str
@@ -101,7 +101,7 @@ class Program(Protocol):
     """Interface for timing the text generation of one model on one batch of prompts."""
 
     def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from there to the last."""
+        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
 
 
 class Stopwatch:
@@ -114,12 +114,12 @@ class Stopwatch:
         self._runs = max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
 
     def read(self) -> Seconds:
-        """Return the least seconds of several runs: to the first token, and from there to the last."""
+        """Return the minimum seconds over several runs: to the first token, and from the first to the last token."""
         runs = [self._program.run() for _ in range(self._runs)]
         first, rest = (self._agree(min(seconds)) for seconds in zip(*runs, strict=True))
         if min(first, rest) <= 0:
             raise UserError(
-                f"{self._name}: measured no time: raise new_tokens, or set rounds=0 to skip the measurement"
+                f"{self._name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
             )
         return first, rest
 
@@ -127,7 +127,7 @@ class Stopwatch:
 def take_turns(
     reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[list[_T]]:
-    """Call every function once per round, in reverse order every other round, and return each one's results.
+    """Call every function once per round (every second round in reverse order); return the results per function.
 
     Other work on the machine then slows all of them alike, so compare the results of the same round.
     """

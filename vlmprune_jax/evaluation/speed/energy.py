@@ -24,7 +24,7 @@ SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after mi
 
 @dataclass(frozen=True)
 class Counter:
-    """One energy counter: `read` returns joules since some time; after `wraps` joules it starts again at 0."""
+    """One energy counter: `read` returns accumulated joules, which restart at 0 after `wraps` joules."""
 
     name: str
     read: Callable[[], float]
@@ -93,12 +93,12 @@ class EnergyMeter:
 
     @property
     def counters(self) -> str:
-        """Names of the counters; "" without any."""
+        """Names of the energy counters; "" without counters."""
         return ", ".join(counter.name for counter in self._counters)
 
     @property
     def joules(self) -> float | None:
-        """Energy between start and end of the context; None without counters, or if one failed."""
+        """Energy (joules) between start and end of the context; None without counters, or if a counter failed."""
         return self._sum if self._counters else None
 
     def __enter__(self) -> EnergyMeter:

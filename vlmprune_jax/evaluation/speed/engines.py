@@ -51,7 +51,7 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Measured times (`seconds`) and peak memory so far; `prompt_tokens` is the engine's own count."""
+    """Measured times (`seconds`), peak memory, and number of prompt tokens as counted by the engine."""
 
     seconds: Seconds | None = None
     prompt_tokens: int = 0
@@ -60,7 +60,7 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def in_jax(job: Job) -> Program:
-    """Compile our generation program for a job."""
+    """Compile this package's JAX generation program for a job."""
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import compile_generation
 
@@ -94,7 +94,7 @@ class InTransformers:
         self.mode, self.settings = torch.inference_mode, transformers.GenerationConfig
 
     def run(self) -> Seconds:
-        """Generate all tokens once, with time stamps at the first and the last one."""
+        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
         tokens, stamps = self.new_tokens + 1, _Stamps()
         settings = self.settings(do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
         start = time.perf_counter()
@@ -102,7 +102,7 @@ class InTransformers:
             self.model.generate(**self.inputs, generation_config=settings, streamer=stamps)
         _, *arrived = stamps.times
         if len(arrived) != tokens:
-            raise UserError(f"generated {len(arrived)} of {tokens} tokens")
+            raise UserError(f"llama.cpp generated {len(arrived)} of {tokens} tokens")
         return arrived[0] - start, arrived[-1] - arrived[0]
 
 
@@ -139,7 +139,7 @@ class InLlamaCpp:
             self.server = xllamacpp.Server(params)
         except RuntimeError as error:  # it says no more than that
             raise UserError(
-                "llama.cpp does not load it: it is damaged, too large, or needs another build of llama.cpp"
+                "llama.cpp cannot load the file: it is damaged, too large, or needs another build of llama.cpp"
             ) from error
         self.new_tokens, self.prompt_tokens = job.new_tokens, job.prompt_tokens
         self.request: dict[str, Any] = {"prompt": [1] * job.prompt_tokens}
@@ -152,7 +152,7 @@ class InLlamaCpp:
         return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
 
     def _show_image(self, side: int) -> None:
-        """Make a prompt of an image and as many words as the prompt length allows."""
+        """Build a prompt from an image and as many words as the prompt length allows."""
         from PIL import Image
 
         noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
@@ -167,10 +167,10 @@ class InLlamaCpp:
         try:
             least, more = count(0), count(1)
             if least > wanted:
-                raise UserError(f"they have {least} tokens")
+                raise UserError(f"they need {least} tokens")
         except UserError as error:
             raise UserError(
-                f"--prompt_tokens={wanted}: an image and its chat template do not fit ({error}): raise it, or set "
+                f"--prompt_tokens={wanted} is too short for an image and the chat template ({error}): raise it, or add "
                 "--image=False"
             ) from error
         self.prompt_tokens = count((wanted - least) // max(1, more - least))
@@ -186,9 +186,11 @@ class InLlamaCpp:
             raise UserError(answer["error"].get("message", answer["error"]))
         used = answer["usage"]
         if used["completion_tokens"] != tokens:
-            raise UserError(f"generated {used['completion_tokens']} of {tokens} tokens")
+            raise UserError(f"llama.cpp generated {used['completion_tokens']} of {tokens} tokens")
         if (used.get("prompt_tokens_details") or {}).get("cached_tokens"):
-            raise UserError("llama.cpp took a part of the prompt from its cache: report it")
+            raise UserError(
+                "llama.cpp reused a part of the prompt from its cache, so the time is wrong: report this error"
+            )
         return answer
 
 

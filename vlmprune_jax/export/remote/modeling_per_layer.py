@@ -76,7 +76,7 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
 
 
 class PerLayerWidths(nn.Module):
-    """Mixin for a stock transformers class; its decoder layers get the widths in `per_layer_shapes`."""
+    """Mixin that gives the decoder layers of a stock transformers class the widths in `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
     _auto_class: Any
@@ -100,7 +100,7 @@ class PerLayerWidths(nn.Module):
 
 
 def __getattr__(name: str) -> Any:
-    """Create class `PerLayerX`: X of transformers with widths per layer; `auto_map` in config.json asks for it."""
+    """Create class `PerLayerX` (named in `auto_map` of config.json): transformers' class X with widths per layer."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

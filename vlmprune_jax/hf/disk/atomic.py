@@ -30,7 +30,7 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
     """
     out, source = out_dir.resolve(), source_dir.resolve()
     if out == source or out in source.parents:
-        raise UserError(f"{out_dir}: is the source folder or holds it ({source_dir}): choose another output folder")
+        raise UserError(f"{out_dir}: is or contains the source folder {source_dir}: choose another output folder")
     if not os.path.lexists(out_dir):
         return
     if not out_dir.is_dir():
@@ -102,7 +102,7 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def clean_stale(out_dir: Path) -> None:
-    """Remove what killed writers of `out_dir` left, and restore a folder whose replacement was interrupted.
+    """Remove temporary folders of killed writers of `out_dir`, and restore it if its replacement was interrupted.
 
     A writer on this machine is dead if its process is gone; a writer on another machine (of a pod, perhaps lost) if it
     wrote nothing for `ABANDONED_SECONDS`.

@@ -28,7 +28,7 @@ class _Index(TypedDict):
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Weights of a folder by key; each is read, and decoded if it is quantised, on access.
+    """Weights of a folder by key; a weight is read (and dequantised) when it is accessed.
 
     `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
     with several tensors per weight. Raises UserError for no weights, a missing or damaged shard, the same key in two
@@ -54,7 +54,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if wrong:
             raise UserError(
                 f"{folder}: the index lists {wrong[0]} in {self.indexed[wrong[0]]} ({len(wrong)} in all), but "
-                "that shard does not hold it: download the folder again"
+                "that shard does not contain it: download the folder again"
             )
         config = folder / "config.json"
         self.storage = find_storage(read_json(config), str(config)) if os.path.lexists(config) else None
@@ -86,13 +86,13 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
             weight_map = read_json(folder / index, _Index)["weight_map"]
             names = sorted(set(weight_map.values()))
             if not names:
-                raise UserError(f"{folder / index}: its weight_map is empty: download it again")
+                raise UserError(f"{folder / index}: the weight_map of this index is empty: download the file again")
             outside = [name for name in names if Path(name).name != name or name == ".."]
             if outside:
-                raise UserError(f"{folder / index}: shard name {outside[0]!r} is outside the folder: refused")
+                raise UserError(f"{folder / index}: shard {outside[0]!r} is outside the folder: use another checkpoint")
             missing = [name for name in names if not os.path.lexists(folder / name)]
             if missing:
                 listed = f"{', '.join(missing[:8])}{f' and {len(missing) - 8} more' if len(missing) > 8 else ''}"
-                raise UserError(f"{folder}: {index} names shards that are missing: {listed}: download them")
+                raise UserError(f"{folder}: shards listed in {index} are missing ({listed}): download them")
             return [folder / name for name in names], weight_map
-    raise UserError(f"{folder}: no weights (looked for {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX})")
+    raise UserError(f"{folder}: contains no weights (looked for {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX})")

@@ -138,7 +138,7 @@ class CompressedTensors:
         return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Return dtype and shape of the weight that some tensors store; raise ValueError if they store none."""
+        """Return dtype and shape of the weight that these tensors store; raise ValueError if they store none."""
         shape = parts[""].shape if self.activations else _read_shape(parts["_shape"])
         if len(shape) != 2 or min(shape) < 1 or (self.group and shape[1] % self.group):
             raise ValueError(f"shape {list(shape)}, expected rows of {f'groups of {self.group}' if self.group else 1}")
@@ -178,7 +178,7 @@ class CompressedTensors:
         return self.parts(codes, scale.astype(values.dtype), zeros)
 
     def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Return scales (float32, exact in `dtype`) and zero points that cover the values, [rows, groups] each.
+        """Return scales and zero points, [rows, groups] each, whose integer grid covers the values.
 
         As in compressed-tensors, the largest value of a symmetric group lies half a step beyond the last code.
         """
@@ -231,7 +231,7 @@ class CompressedTensors:
 def check_scheme(quantize: str, group_size: int | None, symmetric: bool) -> None:
     """Refuse a group size or zero points that the quantisation lacks. Raises UserError naming the option."""
     if quantize == "w8a8" and (group_size is not None or not symmetric):
-        raise UserError("w8a8 has a scale for every row and no zero points: leave out group_size and symmetric")
+        raise UserError("w8a8 has one scale per row and no zero points: leave out group_size and symmetric")
     if group_size is not None and group_size not in GROUPS:
         raise UserError(f"group_size={group_size} is not one of {', '.join(map(str, GROUPS))}")
 
@@ -249,6 +249,6 @@ def _modules(key: str) -> list[str]:
 
 
 def _pattern(module: str) -> str:
-    """Return a regex that matches a module and its submodules, with any prefix."""
+    """Return a regex that matches the name of a module and of its submodules, with any prefix."""
     layer = re.search(r"layers\.\d+\..*", module)
     return rf"re:.*\b{re.escape(layer[0] if layer else module.rpartition('.')[2])}\b.*"

@@ -19,7 +19,7 @@ Value = int | float | bool | str
 
 
 class GgufHeader(NamedTuple):
-    """Header of a GGUF file: numbers and short texts by name, tensor bytes by type, and the number of weights."""
+    """Header of a GGUF file: its metadata (numbers and short texts), tensor bytes by type, and number of weights."""
 
     fields: dict[str, Value]
     types: dict[str, int]
@@ -59,7 +59,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Header:
-    """Reader of a file from its start; `at` counts the bytes read so far."""
+    """Sequential reader of a GGUF header; `at` counts the bytes read so far."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.size, self.at, self._file = size, 0, file

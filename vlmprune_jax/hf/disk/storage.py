@@ -32,7 +32,7 @@ class Storage(Protocol):
 
     @property
     def name(self) -> str:
-        """Description for people and for `inspect`."""
+        """Readable name of the storage format, for `inspect` and model cards."""
 
     @property
     def suffixes(self) -> Sequence[str]:
@@ -127,7 +127,7 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
         if not isinstance(settings, dict) or not isinstance(method, str) or method not in storages:
             raise UserError(
                 f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
-                "and cannot be pruned: use the checkpoint they were made from"
+                "and cannot be pruned: use the unquantised checkpoint"
             )
         with reading(f"{where}: quantization_config"):
             try:
@@ -145,7 +145,7 @@ def without_storage(config: JsonDict) -> JsonDict:
 
 
 def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
-    """Join encoded tensors to weights, in file order; tensors that belong to no weight are returned unchanged.
+    """Combine encoded tensors into weights, in file order; tensors that belong to no weight are returned unchanged.
 
     Raises UserError if tensors of a weight are missing or inconsistent.
     """
@@ -168,7 +168,7 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(
-            f"{where}: its {storage.name} weights are incomplete: {'; '.join(problems[:8])}{more}: download it again"
+            f"{where}: the {storage.name} weights are incomplete ({'; '.join(problems[:8])}{more}): download them again"
         )
     return weights
 

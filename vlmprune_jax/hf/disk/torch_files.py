@@ -35,7 +35,7 @@ class _Name(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A pickle's record of a tensor storage class (or of untyped bytes, if each tensor has its own dtype)."""
+    """Storage of tensors, as a pickle describes it: typed, or untyped bytes if each tensor has its own dtype."""
 
     kind: str
     record: str
@@ -52,7 +52,7 @@ class _Tensor(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """Any other object in a pickle, represented by its constructor's name."""
+    """Object of any other class in a pickle, represented by the name of its constructor."""
 
     maker: str
 
@@ -80,7 +80,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[..., tuple[int, int]]:
-    """Return a function that maps a record's name to its byte range in the file."""
+    """Return a function that maps the name of a record in the archive to its byte range in the file."""
     size, known = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
 
     def place(name: str, most: int = 2**63) -> tuple[int, int]:
@@ -109,8 +109,8 @@ def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tup
     if not isinstance(value, _Tensor):
         kind = f"an object of {value.maker}" if isinstance(value, _Other) else f"a {type(value).__name__}"
         raise UserError(
-            f"{path}: {key} is {kind} (a sparse, quantised or empty tensor, or no tensor): save a state dict that maps "
-            "names to plain tensors and holds nothing else"
+            f"{path}: {key} is {kind} (a sparse, quantised or empty tensor, or no tensor): save a state dict that "
+            "contains only plain tensors"
         )
     check_shape(value.shape)
     if value.dtype not in FILE_DTYPES:

@@ -23,7 +23,7 @@ from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Array
 
 
 class Tokens(NamedTuple):
-    """Weight and type of each token in a batch; a tower has one row per image position.
+    """Weight and type of each token in a batch; for a vision tower, of each image position.
 
     `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
     `kind`: int32, one of PADDING, PROMPT, IMAGE and ANSWER (a token with a label; a batch without labels has none).
@@ -125,7 +125,9 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
             some = True
             yield arrays
     if not some:
-        raise UserError("the calibration batches have no image: a vision tower is scored over images")
+        raise UserError(
+            "the calibration batches have no images, which scores of a vision tower need: add records with images"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
@@ -189,13 +191,13 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return bool[batch, slots]: True for slots whose image has positions in the row; other slots are padding."""
+    """Return which image slots contain an image, bool[batch, slots]; the other slots are padding."""
     count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
 
 
 class _Stack(NamedTuple):
-    """Functions of one stack: how to run its blocks, and which batches have inputs for it."""
+    """Functions that differ between decoder and vision tower: run the blocks, and select batches with inputs."""
 
     run: Callable[..., Run]
     batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]

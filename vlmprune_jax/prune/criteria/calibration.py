@@ -60,7 +60,7 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
 
 
 def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
-    """Return float32[4], the weight of each token type from the options in `KIND_WEIGHTS`; 0 for padding."""
+    """Return the weight of each token type from the options in `KIND_WEIGHTS`, float32[4]; 0 for padding."""
     weights = np.zeros(4, np.float32)
     for name, kind in KINDS.items():
         weights[kind] = options[f"{name}_weight"]
@@ -68,15 +68,15 @@ def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
 
 
 def kinds_in(counts: np.ndarray) -> list[str]:
-    """Return the names of token types with a positive count (int[4]); an empty result if there is only one."""
+    """Return the names of token types with a positive count (int[4]); () if there is only one type."""
     names = [name for name, kind in KINDS.items() if counts[kind]]
     return names if len(names) > 1 else []
 
 
 def positive(count: Any) -> Any:
-    """Return `count` (real tokens, or rows with any). Raises UserError if it is zero."""
+    """Return `count`, the number of real tokens or of rows with such tokens. Raises UserError if it is zero."""
     if count == 0:
-        raise UserError("the calibration batches have no real token: every attention_mask is 0")
+        raise UserError("the calibration batches contain only padding: every attention_mask is 0")
     return count
 
 
@@ -90,13 +90,13 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     shape = result["input_ids"].shape
     for name, array in result.items():
         if array.shape != shape:
-            raise UserError(f"{name} has shape {array.shape} but input_ids {shape}")
+            raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     pixels, grid, places = (arrays.get(name) for name in ("pixel_values", "image_grid_thw", "image_position_ids"))
     pixels, grid = in_cells(cfg, pixels, grid, places)
     check_inputs(cfg, result["input_ids"], pixels, image_grid_thw=grid, attention_mask=result["attention_mask"])
     if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
         raise UserError(
-            "pixel_attention_mask hides parts of images, but scoring takes whole images only: resize the images first"
+            "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
         )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
@@ -129,11 +129,11 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
     if rest.any():
         row = int(np.argmax(rest > 0))
         raise UserError(
-            f"row {row} of input_ids holds {positions[row]} image positions, not a multiple of the "
-            f"{cfg.tokens_per_image} of an image"
+            f"row {row} of input_ids has {positions[row]} image positions, not a multiple of the "
+            f"{cfg.tokens_per_image} tokens of an image"
         )
     if counts.sum() != len(pixels):
-        raise UserError(f"pixel_values hold {len(pixels)} images but input_ids the positions of {counts.sum()}")
+        raise UserError(f"pixel_values has {len(pixels)} images, but input_ids has positions for {counts.sum()}")
     rows = np.zeros((len(ids), max(counts.max(), 1), *pixels.shape[1:]), np.float32)
     rows[np.arange(rows.shape[1]) < counts[:, None]] = pixels
     return rows

@@ -28,7 +28,7 @@ Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of
 
 
 def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
-    """Return token sums of w x and w x^2 (x: input channel of o_proj or down_proj, w: token weight), and of w."""
+    """Return the sums over tokens of w x, w x^2 and w (x: input channels of o_proj and down_proj, w: token weight)."""
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -67,21 +67,26 @@ class Criterion:
         resumes = streams or taken(self.function, {"cache": None})
         if streams != (self.finish is not None) or (self.journals and not resumes):
             raise UserError(
-                'a criterion: finish= (and journals=True without a parameter cache) needs needs="activations"'
+                'a criterion with finish= (or journals=True without a parameter cache) must have needs="activations"'
             )
         if self.splits and not self.needs_batches:
-            raise UserError('a criterion: splits=True needs tokens, but needs="weights" reads none: leave splits out')
+            raise UserError(
+                'a criterion with needs="weights" reads no tokens, so it cannot have splits=True: leave splits out'
+            )
         for name in self.options:
             if not any(name in taken(function, {name: None}) for function in (self.function, self.finish) if function):
-                raise UserError(f"a criterion: option {name!r} has no effect: give a function a parameter {name}")
+                raise UserError(
+                    f"a criterion: option {name!r} is not a parameter of any of its functions: add the parameter, or "
+                    "remove the option"
+                )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Default options of the criterion, with the token weights unless it handles these itself."""
+        """Default options of the criterion, token weights included."""
         return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
-        """Return the settings in a config that this criterion has as options, and those in `config.options`."""
+        """Return the options of this criterion: settings of the config with the same name, and `config.options`."""
         own = self.settings
         if not self.splits:  # an option with the name of a token weight is the criterion's own
             own = {name: value for name, value in own.items() if name not in KIND_WEIGHTS}
@@ -109,6 +114,6 @@ def declared(*names: str) -> dict[str, Any]:
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the options that are parameters of a function."""
+    """Return the options that a function has as parameters."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

@@ -20,7 +20,7 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
-    """Return weighted token sums of 1 - cos(input, output) per layer, float[n_layers], and the sum of weights.
+    """Return the weighted sums over tokens of 1 - cos(input, output) per layer, and the sum of weights.
 
     The last layer's output is taken after the final norm. A token whose input or output is zero contributes 0.5.
     `reference_compat` sums over all positions, padding included.
@@ -67,7 +67,7 @@ BLOCK_INFLUENCE = Criterion(
 
 
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
-    """Return row sums of arccos(cos)/pi between h_i and h_{i + layers_removed} for each start i, and the row count.
+    """Return the sums over rows of the angle / pi between h_i and h_{i + layers_removed}, and the number of rows.
 
     States are those of each row's last token with weight; the row has that token's weight. Raises UserError if
     `layers_removed` is not set, or leaves no layer.
@@ -95,7 +95,7 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
 
 
 def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
-    """Return the mean over rows (`reference_compat`: the sum), float64[n_layers], for blocks starting at each layer.
+    """Return the mean angle over rows (`reference_compat`: the sum) for removed blocks that start at each layer.
 
     Starts whose layers would reach past the last layer are +inf (never removed).
     """

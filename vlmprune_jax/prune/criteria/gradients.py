@@ -52,7 +52,7 @@ def gradient_channels(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> tuple[list[Found], dict[str, list[Found]]]:
-    """Return for each layer {path: channels(weight, gradient, squared, axis)} of its coupled weights.
+    """Return {path: channels(weight, gradient, squared, axis)} for each layer's weights that are pruned together.
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
@@ -79,7 +79,7 @@ def gradient_channels(
     labels = (data["labels"][..., 1:] != IGNORED).sum(axis=-1)  # int[steps, rows]; the first position is not predicted
     if labels.sum() == 0:
         raise UserError(
-            f"the calibration batches have no label: every one is {IGNORED}, so there is no loss to differentiate"
+            f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
     kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_kind else []
     ways = [weight_of, *(np.eye(4, dtype=np.float32)[KINDS[name]] for name in kinds)]
@@ -96,7 +96,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Number of labels per step (int[steps]) and in total, and number of samples."""
+    """Numbers of labels per step (int[steps]) and in total, and number of samples."""
 
     steps: np.ndarray
     total: float
@@ -113,7 +113,7 @@ def _backward(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> list[Found]:
-    """Run the layers backward and return the result of `channels` for each, with a leading token-weighting axis."""
+    """Run the layers backward; return the result of `channels` for each layer, with a leading axis of token types."""
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
@@ -159,7 +159,7 @@ def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: 
 
 
 def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[Cotangent]) -> None:
-    """Save finished layers that the cache lacks, and the gradients at the last one's input."""
+    """Save finished layers that the cache lacks, and the gradients at the input of the last finished layer."""
     if cache is None:
         return
     last, arrays = len(layers), dict[str, np.ndarray]()
@@ -205,7 +205,7 @@ def _resume(
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
-    """Return all rows as [steps, rows, ...], padded to the same length and number of images, and to full steps."""
+    """Return all rows as arrays [steps, rows, ...], padded to equal lengths, numbers of images and full steps."""
     seen = list(batches)
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
@@ -241,7 +241,7 @@ class _Budget:
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """Return the products if they fit in the budget; None otherwise."""
+        """Return the matrix products if they fit in the memory budget; None otherwise."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
@@ -252,7 +252,7 @@ class _Budget:
 def _forward(
     model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int
 ) -> tuple[list[list[Any]], list[Shared], list[Any]]:
-    """Run the first layers.
+    """Run the forward pass of the first layers.
 
     Returns: their inputs and products (None if too large) for every step, and the last output; the keys and values that
       layers share, and the layers' own inputs (None: they have none), for every step.
@@ -276,7 +276,7 @@ def _forward(
 
 
 def _used(shared: Shared, text: TextConfig) -> Shared:
-    """Return the shared keys and values that the only layer of a config uses."""
+    """Return the keys and values of another layer that the only layer of a config reuses."""
     (shape,) = text.layers
     return {shape.window or 0: shared[shape.window or 0]} if shape.shared else {}
 

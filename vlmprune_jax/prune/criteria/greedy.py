@@ -45,7 +45,7 @@ def greedy_loss(
     search: int | None,
     cache: ArrayCache | None,
 ) -> Parts:
-    """Return float64[n_layers], the order in which greedily removing layers raises the cross-entropy least.
+    """Return the order in which greedy search removes layers (least increase of cross-entropy), float64[n_layers].
 
     Args:
       batches: with labels (-100 ignored, not shifted).
@@ -96,7 +96,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """The model without the layers removed so far, and the cached input of each kept layer."""
+    """Model without the layers removed so far, and the cached input of each remaining layer."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -110,7 +110,7 @@ class _Cut:
         self.loss = self._loss(self._before[len(self.kept)])
         if not math.isfinite(self.loss):
             raise UserError(
-                "greedy_loss: the loss of the unpruned model is not finite: look for NaN in weights and records"
+                "greedy_loss: the loss of the unpruned model is not finite: check weights and records for NaN"
             )
 
     def loss_without(self, layer: int) -> float:
@@ -126,7 +126,7 @@ class _Cut:
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
-        """Remove a layer permanently."""
+        """Remove a layer from the model of this search."""
         place = self.kept.index(layer)
         changed, x = self._closed(place)
         if changed is not None:
@@ -143,7 +143,7 @@ class _Cut:
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """Return the layer before the removed one, reconstructed (None if it is not), and the stream after the cut."""
+        """Return the layer before the removed layer, reconstructed (or None), and the residual stream after the cut."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
             return None, x
@@ -161,14 +161,14 @@ class _Cut:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
     def _at(self, number: int, place: int) -> int:
-        """Return a layer's number for `Step.given`: its own if layers have their own inputs, else that among the kept.
+        """Return a layer's number for `Step.given`: the original one if layers have own inputs, else among kept layers.
 
         Deepstack features are added to the first layers that are left.
         """
         return number if self._model.cfg.text.layer_inputs else place
 
     def _run(self, layer: Layer, at: int, x: States) -> States:
-        """Return the streams after a layer with the inputs of number `at`, see `_at`."""
+        """Return the residual streams after a layer with the inputs of number `at` (see `_at`)."""
 
         def run(pair: tuple[tuple[jax.Array, Shared], Step]) -> tuple[jax.Array, Shared]:
             (one, shared), step = pair

@@ -57,7 +57,9 @@ def taylor(
     """
     squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
     if squares and rows_per_step not in (None, 1):
-        raise UserError(f"rows_per_step={rows_per_step}: taylor {variant} squares each sample's gradient, it takes 1")
+        raise UserError(
+            f"rows_per_step={rows_per_step} must be 1 for taylor {variant}, which squares the gradient of each record"
+        )
 
     def reduced(layers: list[Found]) -> Parts:
         channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
@@ -85,7 +87,7 @@ def taylor(
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
-    """Return all Taylor variants that the gradients allow, since computing all in one program costs little more."""
+    """Return the scores of all Taylor variants that these gradients allow."""
     if a is None:
         return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
     return {

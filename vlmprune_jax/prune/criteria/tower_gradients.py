@@ -42,7 +42,7 @@ def tower_channels(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """Return the same as `gradients.gradient_channels`, for the tower's layers.
+    """Return the same as `gradients.gradient_channels`, for the layers of the vision tower.
 
     Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
     with 0 after every step before.
@@ -68,7 +68,7 @@ def tower_channels(
                 progress(0)
         if total == 0:
             raise UserError(
-                f"the calibration batches with images have no label: every one is {IGNORED}, so there is no loss to "
+                f"the calibration batches with images have no labels (all are {IGNORED}), so there is no loss to "
                 "differentiate"
             )
         of_axis = tuple((path, axes[path.partition("/")[2]]) for path in own)
@@ -100,7 +100,7 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 def _add(
     sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
 ) -> tuple[Flat, Flat | None]:
-    """Add one step's gradients, and their squares if asked for, to the float32 sums.
+    """Add the gradients of one step, and optionally their squares, to the float32 sums.
 
     `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
     the gradient of its mean over the `labels` of the step.
@@ -125,7 +125,7 @@ def _add(
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
 def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
-    """Return {path: `channels` of every layer in a run, stacked}."""
+    """Return {path: result of `channels` for every layer of a run, stacked}."""
     first, squared = sums
     found = {}
     for path, axis in of_axis:

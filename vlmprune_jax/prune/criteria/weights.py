@@ -20,14 +20,14 @@ from vlmprune_jax.prune.criteria.groups import GQA, Channels, coupled, reduce_gr
 
 
 def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
-    """Return channel scores sum |W|^power (no root, as the reference's L1 and L2), reduced over coupled weights."""
+    """Return the sums of |W|^power per channel, reduced over weights that are pruned together (L1, L2)."""
     attention, mlp = coupled(model.cfg, stack)
     channels = _channel_sums(model, attention | mlp, power=power, stack=stack)
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
 def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Channels]:
-    """Return sum |W|^power over outputs, per layer: "o_proj" float32[q_heads, head], "down_proj" float32[mlp].
+    """Return the sums of |W|^power over outputs per layer, for the input channels of o_proj and down_proj.
 
     The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
     sums to weigh what a tap sees of the inputs of these projections.
@@ -41,7 +41,7 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
 def _channel_sums(
     model: Model, weights: dict[str, int], *, power: int, stack: str, written: bool = False
 ) -> list[Channels]:
-    """Return per layer the sum of |W|^power over the axis that is named for each weight (path -> axis).
+    """Return the sums of |W|^power per layer, over the axis that `path -> axis` names for each weight.
 
     `written`: times the gain of what they write to the residual stream.
     """
