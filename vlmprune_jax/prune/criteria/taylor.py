@@ -48,12 +48,10 @@ def taylor(
     Args:
       batches, progress, memory_budget, cache: see `gradient_channels`; for a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
-      by_kind: also return the scores by token type, from each type's share of the gradients; costs one more product for
-        each type and weight.
+      by_kind: also return the scores by token type (its share of the gradients); one more product per type and weight.
       image_weight, prompt_weight, answer_weight: weights of these shares in the gradient.
 
-    Raises:
-      UserError: no label at all, or rows_per_step with second order.
+    Raises UserError: no label at all, or rows_per_step with second order.
     """
     squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
     if squares and rows_per_step not in (None, 1):
