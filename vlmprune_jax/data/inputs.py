@@ -56,7 +56,7 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
-        """Return an encoder whose rows hold up to `max_length` tokens."""
+        """Return what tokenizes records into rows of up to `max_length` tokens."""
         preparation = None if self.image_loader is None else self.image_loader.preparation
         return Encoder(
             tokenizer=self.tokenizer,

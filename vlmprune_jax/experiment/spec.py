@@ -100,7 +100,7 @@ class RecoverSpec(RecoverConfig):
 
     method: str = setting(
         "train",
-        'Train the pruned (or reconstructed) model, or use it without training ("none").',
+        '"train" trains the pruned model (after its reconstruction, if there is one); "none" leaves it untrained.',
         choices=RECOVERIES,
     )
     name: str = setting("recovered", "Name of this recovery setup in tables and reports.")

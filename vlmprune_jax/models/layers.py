@@ -77,7 +77,7 @@ class Norm(nnx.Module):
 
     @property
     def gain(self) -> jax.Array:
-        """Weights of the norm that multiply the channels, offset included."""
+        """Factors of the norm for each channel, with the constant added (`1 + weight` in Gemma)."""
         weight = self.weight.get_value()
         return weight.astype(jnp.float32) + self.offset if self.offset else weight
 

@@ -77,7 +77,7 @@ def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePla
 
 
 def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Return a plan that trims a vocabulary, and removes the rest of the ratio from layers, heads and neurons."""
+    """Return a plan that trims the vocabulary, then cuts layers, heads and neurons until the ratio is reached."""
     share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
     plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
     check_loads(plan.apply_to(cfg), config.loads_in)

@@ -52,7 +52,7 @@ class Step:
     shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """Return the inputs of layer `place` other than the residual stream (`dense`: in the unpruned model)."""
+        """Return what layer `place` takes besides its hidden states; `dense`: that layer of the unpruned model."""
         added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
         return Given(self.context, added[place] if place < len(added) else None, shared)
 

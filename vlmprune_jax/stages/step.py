@@ -80,7 +80,7 @@ class Step:
 
 
 def _entry(step: Step, seconds: float, evaluation: RunEvaluation, trained: RecoverFacts | None) -> dict[str, Any]:
-    """Return the fields of a model's entry in `result.json` that controls and pruned models have."""
+    """Return the fields of `result.json` that a pruned model and a control (trained, not pruned) have in common."""
     entry = {
         "name": step.name,
         "recovery": step.recovery,

@@ -52,7 +52,7 @@ def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path
 
 
 def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVocabulary) -> VocabularyReport:
-    """Compare the tokenizers (and the unpruned model) before and after trimming, on the held-out texts."""
+    """Compare the original and the trimmed tokenizer on held-out texts, and the unpruned model with each of them."""
     cfg = work.config(work.teacher)
     source = Source.of(work.teacher, cfg)
     texts, trimmed = read_sample(source, config).held_out, load_tokenizer(work.out)

@@ -294,7 +294,7 @@ class _Pictures:
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
-        """Return the digest of a picture, and store which document contains the picture."""
+        """Return the hash of an image, and record which evaluation document has this image."""
         if isinstance(picture, str):
             digest = hashlib.sha256(picture.encode())
         elif isinstance(picture, Image):
