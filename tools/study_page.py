@@ -48,18 +48,21 @@ def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
     return studies
 
 
-def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None) -> str:
-    """Return the conclusions of one sweep as a section of a page; `folder`: see `points_of`."""
+def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, settings: bool = True) -> str:
+    """Return the conclusions of one sweep as a section of a page; `folder`: see `points_of`.
+
+    `settings`: with the effect of every insight in each setting.
+    """
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
     about = f"The score of the {len(points)} pruned models ({of}) is the {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
-    return "\n".join([*lines, *insight_lines(conclude(points)), *perplexity_lines(sweep)])
+    return "\n".join([*lines, *insight_lines(conclude(points), settings=settings), *perplexity_lines(sweep)])
 
 
-def insight_lines(found: Sequence[Conclusion]) -> list[str]:
-    """Return a table with a row per insight, and one for each insight with a row per setting."""
+def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
+    """Return a table with a row per insight, and with `settings` one for each insight with a row per setting."""
     known = [one for one in found if one.effect is not None and one.effect.interval is not None]
     lines = []
     if known:
@@ -81,7 +84,7 @@ def insight_lines(found: Sequence[Conclusion]) -> list[str]:
             f"|{markdown(one.claim)}|{one.measure}: {_effect(one.effect)}|{size}|{p}|{one.verdict}{markdown(but)}|"
         )
     lines += [""] if known else []
-    for one in known:
+    for one in known if settings else ():
         rows = [row for row in one.comparisons if row.effect.interval]
         shared = {row.where.partition(_SHARE)[1] for row in rows} == {_SHARE}  # said once, in the header
         lines += [f"**{one.claim}**: {one.verdict}.", ""]
@@ -146,7 +149,7 @@ def measured(sweep: SweepResult) -> str:
 def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
     """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
 
-    The figure of a sweep is NAME.png beside the page.
+    Effects in single settings are only printed. The figure of a sweep is NAME.png beside the page.
 
     Raises:
       UserError: the page has no marks.
@@ -158,7 +161,7 @@ def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> 
         raise UserError(f"{path}: has no lines {BEGIN} and {END}, between which conclusions go: add them")
     sections = {part.partition("\n")[0]: part for part in re.split(f"(?m)^{_HEADING}", old)[1:]}
     for name, (folder, sweep) in studies.items():
-        title, _, text = as_markdown(name, sweep, folder).removeprefix(_HEADING).partition("\n")
+        title, _, text = as_markdown(name, sweep, folder, settings=False).removeprefix(_HEADING).partition("\n")
         figure = study_figure(sweep)
         if figure is not None:
             write_png(figure, path.with_name(f"{name}.png"))

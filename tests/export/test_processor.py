@@ -107,7 +107,7 @@ def test_exports_have_the_limit(goldens, tmp_path):
 def test_refusals(goldens):
     source = goldens / "ckpt/llava_hf"
     _, cfg = read_config(source, None)
-    limit = r"max_image_tokens=9: every image of this model has \d+ tokens.*: unset it, or use a model with tiles"
+    limit = r"max_image_tokens=9: every image of this model has \d+ tokens.*: unset this limit, or use a model"
     with pytest.raises(UserError, match=f"export.{limit}"), limited_images(source, 9, cfg):
         pass
     tower = goldens / "ckpt/clip_tower"

@@ -134,7 +134,7 @@ def test_it_is_a_decoder_of_the_vision_language_families_too(config, tmp_path, t
     [
         (
             lambda line: None if "down_proj/bias" in line.path else line,
-            "table lacks text/layers/0/mlp/down_proj/bias",
+            "its weight table lacks text/layers/0/mlp/down_proj/bias",
         ),
         (
             lambda line: replace(line, path=line.path.replace("up_proj", "fc1")),

@@ -63,7 +63,7 @@ def test_stale_entries_of_per_layer_config(folder, tmp_path, layer, reason):
     config = json.loads((folder / "config.json").read_text())["text_config"]
     entries = {**config["per_layer_config"], layer: {"head_dim": 20}}
     edit_config(tmp_path / "model", text_config={**config, "per_layer_config": entries})
-    with pytest.raises(vp.UserError, match=f"{reason}.*stale"):
+    with pytest.raises(vp.UserError, match=f"out of date.*{reason}"):
         vp.load(tmp_path / "model")
 
 

@@ -154,5 +154,5 @@ def test_a_first_layer_that_goes_is_part_of_the_target():
 def test_images_are_held_out_once():
     teacher = seeing()
     plan = plan_for(teacher, vision=DEPTH)
-    with pytest.raises(UserError, match="at least 2 calibration images: one for the fit and one held out"):
+    with pytest.raises(UserError, match="at least 2 calibration images, one for the fit and one held out"):
         reconstruct(apply_plan(teacher, plan), plan, teacher, rows(same=True))

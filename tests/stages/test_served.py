@@ -66,7 +66,7 @@ def test_answers_of_a_server_are_kept_and_scored(tmp_path, url, capsys):
         assert main([*flags, server]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "serves runs/a model: its answers go to eval/served-runs-a-model*.json" in out
-    assert "wiki: left out" in out
+    assert "wiki: not evaluated" in out
     assert "evaluate served-runs-a-model colour: unchanged, skipped" in out
     assert url.asked == 3
     found = read_evaluated(tmp_path / "w/eval/served-runs-a-model.colour.json")

@@ -262,7 +262,7 @@ def test_a_cache_of_something_else_is_refused(experiment, straight, capsys, flag
     capsys.readouterr()
     assert main(["recover", *experiment("refused", "straight", *flags, "--overwrite")]) == 2
     line = capsys.readouterr().err.strip()
-    assert f"{straight}: computed from other inputs" in line
+    assert f"{straight}: this cache was computed from other inputs" in line
     assert field in line
     assert "\n" not in line
     assert sorted(path.name for path in straight.iterdir()) == before

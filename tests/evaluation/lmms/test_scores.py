@@ -69,8 +69,8 @@ def test_values_of_which_nothing_is_known():
     ("values", "samples", "message"),
     [
         ({"a": 1.0}, [], "task t: lmms-eval returned no answers"),
-        ({}, [{"a": 1.0}], "task t: lmms-eval returned no value"),
-        ({"a": float("nan")}, [{"a": 1.0}], "task t: lmms-eval returned no value"),
+        ({}, [{"a": 1.0}], "task t: lmms-eval returned no metric value"),
+        ({"a": float("nan")}, [{"a": 1.0}], "task t: lmms-eval returned no metric value"),
     ],
 )
 def test_a_task_that_failed_is_refused(values, samples, message):
