@@ -67,8 +67,8 @@ def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list
     lines = []
     if known:
         lines = [
-            "An effect is the mean over settings, with its 95 % interval over seeds (and questions, if their scores "
-            "lie beside the sweep); p is corrected for the number of insights (Holm).",
+            "An effect is the mean over settings, with its 95 % interval over seeds (and questions, if known).",
+            "Each p is corrected for the number of insights (Holm).",
             "",
             "|insight|effect (95 %)|seeds x settings|p|verdict|",
             "|---|---|---|---|---|",
