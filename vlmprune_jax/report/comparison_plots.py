@@ -241,10 +241,10 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
     rows = []
     for group in groups:
         if group.retained is not None:
-            mean, *interval = group.retained if len(group.models) > 1 else (group.retained[0], np.nan, np.nan)
+            mean, *interval = group.retained if len(group.models) > 2 else (group.retained[0], np.nan, np.nan)
             rows.append((float(np.mean([x.of(model) for model in group.models])), mean, *interval))
     places, means, lows, highs = np.transpose(sorted(rows))
-    _band(axes, places, means, lows, highs, look)  # it ends before a place of one seed, which says nothing of others
+    _band(axes, places, means, lows, highs, look)  # ends before places of one or two seeds, whose interval says little
 
 
 def _band(axes: Axes, places: Sequence[float], means: Any, lows: Any, highs: Any, look: Mapping[str, Any]) -> None:
