@@ -38,7 +38,7 @@ from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.metrics import Recorder
 from vlmprune_jax.stages.job import run_stage
 from vlmprune_jax.stages.pipeline import Pipeline
-from vlmprune_jax.stages.recover import cached_features, prepare
+from vlmprune_jax.stages.recover import Recovery, cached_features, prepare
 from vlmprune_jax.stages.work import Context
 
 RECOVER = {
@@ -147,7 +147,10 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
     work = Pipeline(changed, quiet(root)).work(start=root / "pruned")
-    return cached_features(prepare(work, changed.data, changed.recover))
+    pair = {"student": work.open_folder(work.start), "teacher": work.open_folder(work.teacher), "plan": work.plan}
+    place = {"tokens": work.tokens, "mesh": work.devices, "model": work.model, "folder": work.folder, "context": work}
+    recovery = Recovery(data=changed.data, spec=changed.recover, **pair, **place)
+    return cached_features(recovery, prepare(recovery))
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

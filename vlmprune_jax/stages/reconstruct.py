@@ -11,8 +11,9 @@ from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
+from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
-from vlmprune_jax.stages.work import Work
+from vlmprune_jax.stages.work import Pair, Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,14 +38,20 @@ class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
     """Repair the pruned weights layer by layer; an interrupted run continues at the next layer."""
-    plan, cfg = work.plan, work.config(work.start)
-    batches = inputs.calibration_batches(work.tokens, data, spec, cfg, seed=spec.seed)
+    pair = Pair(
+        student=work.open_folder(work.start),
+        teacher=work.open_folder(work.teacher),
+        plan=work.plan,
+        tokens=work.tokens,
+        mesh=work.devices,
+    )
+    batches = inputs.calibration_batches(pair.tokens, data, spec, pair.student.model.cfg, seed=spec.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})
-    with work.phase("reconstruct", layers_to_solve(plan)) as progress:
+    with work.phase("reconstruct", layers_to_solve(pair.plan)) as progress:
         model, reports = reconstruct(
-            work.load(work.start),
-            plan,
-            work.load(work.teacher),
+            pair.student.load(PARTS),
+            pair.plan,
+            pair.teacher.load(PARTS),
             batches,
             spec,
             progress=progress,

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from jax.sharding import Mesh
 
 from vlmprune_jax.core.errors import Stopped, UserError, error_context
 from vlmprune_jax.core.files import Count, Finite
@@ -43,7 +42,7 @@ from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged
 from vlmprune_jax.stages.stage import Files
-from vlmprune_jax.stages.work import Work
+from vlmprune_jax.stages.work import Context, Pair, Work
 from vlmprune_jax.workdir.content import digest, plain
 from vlmprune_jax.workdir.ledger import remove
 
@@ -75,28 +74,40 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
     )
 
 
-def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
-    """Train the pruned or reconstructed model; metrics go to `training/metrics.jsonl`."""
-    recovery = prepare(work, data, spec)
-    model, summary = train(recovery)
-    work.save(model)
-    return msgspec.convert(plain({**summary, "records": len(recovery.records), "recovery": spec.name}), RecoverFacts)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Recovery:
-    """A checked recovery of the model at `work.start`: settings, both models (weights still in files) and records.
+class Recovery(Pair):
+    """Recovery of a pair of models: its settings, and the `folder` for checkpoints, metrics and the adapter."""
 
-    `runs_teacher`: the teacher runs in training. `trained`: paths of the trained parameters.
-    """
-
-    work: Work
     data: DataSpec
     spec: RecoverSpec
-    student: Model
-    teacher: Model
-    plan: PrunePlan
-    mesh: Mesh | None
+    model: ModelSpec
+    folder: Path
+    context: Context
+
+
+def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
+    """Train the pruned or reconstructed model; metrics go to `training/metrics.jsonl`."""
+    recovery = Recovery(
+        data=data,
+        spec=spec,
+        model=work.model,
+        tokens=work.tokens,
+        student=work.open_folder(work.start),
+        teacher=work.open_folder(work.teacher),
+        plan=work.plan,
+        mesh=work.devices,
+        folder=work.folder,
+        context=work,
+    )
+    ready = prepare(recovery)
+    model, summary = train(recovery, ready)
+    work.save(model)
+    return msgspec.convert(plain({**summary, "records": len(ready.records), "recovery": spec.name}), RecoverFacts)
+
+
+class Ready(NamedTuple):
+    """A checked recovery: settings, number of steps, encoder and records, and the paths of `trained` parameters."""
+
     config: RecoverConfig
     steps: int
     encoder: Encoder
@@ -105,23 +116,22 @@ class Recovery:
     trained: tuple[str, ...]
 
 
-def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Recovery:
+def prepare(recovery: Recovery) -> Ready:
     """Check a recovery before long computations, and adapt the batch size to the number of records."""
-    student, teacher, plan, mesh = work.open_model(work.start), work.open_model(work.teacher), work.plan, work.devices
-    config, cfg = recover_config(spec), student.cfg
+    data, spec, plan, cfg = recovery.data, recovery.spec, recovery.plan, recovery.student.model.cfg
+    config, teacher = recover_config(spec), recovery.teacher.model
     runs_teacher = needs_teacher(config.losses)
     if runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
-        with error_context(work.start.with_name("plan.json")):
+        with error_context(recovery.student.path.with_name("plan.json")):
             check_plan_is_for(teacher, plan)
             _check_teacher_differs(plan, config)
-    shared = inputs.load_inputs(work.tokens, data, cfg)
+    shared = inputs.load_inputs(recovery.tokens, data, cfg)
     records = inputs.recovery_records(data, shared.template)
-    config = config.fit_records(len(records), row_ways(mesh))
+    config = config.fit_records(len(records), row_ways(recovery.mesh))
     if config.batch_size != spec.batch_size:
-        work.say(
+        recovery.context.say(
             f"  batches have {config.batch_size} rows instead of recover.batch_size={spec.batch_size}, because "
-            "there are "
-            f"only {len(records)} training records in {spec.epochs:g} epochs"
+            f"there are only {len(records)} training records in {spec.epochs:g} epochs"
         )
     if data.feature_cache is not None:
         check_frozen(cfg, config)
@@ -131,24 +141,10 @@ def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Recovery:
         config,
         teacher_cfg=trim_vocabulary(teacher, plan.vocabulary).cfg if runs_teacher else None,
         kept_layers=plan.kept_layers,
-        mesh=mesh,
+        mesh=recovery.mesh,
         num_steps=steps,
     )
-    return Recovery(
-        work=work,
-        data=data,
-        spec=spec,
-        student=student,
-        teacher=teacher,
-        plan=plan,
-        mesh=mesh,
-        config=config,
-        steps=steps,
-        encoder=shared.training_encoder(cfg),
-        records=records,
-        runs_teacher=runs_teacher,
-        trained=tuple(program.groups),
-    )
+    return Ready(config, steps, shared.training_encoder(cfg), records, runs_teacher, tuple(program.groups))
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
@@ -161,70 +157,69 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
         )
 
 
-def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
+def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
     """Fill the caches that the settings name, and train; return the merged model and the summary of `recover`.
 
     Raises UserError if no weight changed.
     """
-    work, data, config = recovery.work, recovery.data, recovery.config
-    training = work.folder / "training"
+    data, config, context, training = recovery.data, ready.config, recovery.context, recovery.folder / "training"
     on_process_zero(lambda: None if (training / "checkpoints").exists() else remove(training))
-    features = None if data.feature_cache is None else cached_features(recovery)
-    rows = inputs.training_rows(data, recovery.encoder, recovery.records, work.reporter.bar, features)
+    features = None if data.feature_cache is None else cached_features(recovery, ready)
+    rows = inputs.training_rows(data, ready.encoder, ready.records, context.reporter.bar, features)
     parts = [part for part in PARTS if features is None or part != TOWER]
-    taught = cached_teacher(recovery, rows, parts) if config.losses.teacher_top_k else None
-    student = work.load(work.start, parts)
+    taught = cached_teacher(recovery, ready, rows, parts) if config.losses.teacher_top_k else None
+    student = recovery.student.load(parts)
     model, summary = recover(
         student,
         inputs.recovery_batches(
             rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught, mesh=recovery.mesh
         ),
         config,
-        teacher=work.load(work.teacher, parts) if recovery.runs_teacher else None,
+        teacher=recovery.teacher.load(parts) if ready.runs_teacher else None,
         plan=recovery.plan,
         workdir=training,
         mesh=recovery.mesh,
-        progress=work.reporter.enabled,
-        num_steps=recovery.steps,
+        progress=context.reporter.enabled,
+        num_steps=ready.steps,
     )
     if summary["skipped_rows"]:
-        work.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
+        context.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
     if features is not None:
-        tower = recovery.student.params[TOWER]
+        tower = recovery.student.model.params[TOWER]
         model = Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))
     merged = merge_lora(model)
-    if unchanged(student, merged, recovery.trained):
+    if unchanged(student, merged, ready.trained):
         raise UserError(
-            f"recover: training changed no weight of {work.start.name} ({recovery.steps} steps of "
-            f"{config.batch_size} rows, {len(recovery.records)} records, learning rate {config.learning_rate:g}, last "
-            f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {work.model.dtype}): raise "
+            f"recover: training changed no weight of {recovery.student.path.name} ({ready.steps} steps of "
+            f"{config.batch_size} rows, {len(ready.records)} records, learning rate {config.learning_rate:g}, last "
+            f"gradient norm {summary['last'].get('grad_norm', np.nan):g}, {recovery.model.dtype}): raise "
             "recover.learning_rate, recover.epochs or recover.steps, or train parameters that these records use "
             "(recover.trainable)"
         )
     if recovery.spec.save_adapter:
-        write_adapter(model, work.folder / "adapter", base_dir=work.start, trained=recovery.trained)
+        write_adapter(model, recovery.folder / "adapter", base_dir=recovery.student.path, trained=ready.trained)
     return merged, summary
 
 
-def cached_features(recovery: Recovery) -> FeatureLoader:
+def cached_features(recovery: Recovery, ready: Ready) -> FeatureLoader:
     """Open the cache `data.feature_cache`, and compute missing features of the records' images.
 
     Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
     of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
     """
-    work, data, config, images = recovery.work, recovery.data, recovery.config, recovery.encoder.image_loader
+    data, config, student, images = recovery.data, ready.config, recovery.student, ready.encoder.image_loader
     assert isinstance(images, ImageLoader)  # there is a tower
-    cfg = recovery.student.cfg
-    made_from = {"digest": on_process_zero(lambda: _tower_digest(recovery)), "dtype": work.model.dtype}
+    cfg = student.model.cfg
+    made_from = {"digest": on_process_zero(lambda: _tower_digest(recovery, ready)), "dtype": recovery.model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
     shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
     dtype: np.dtype = DTYPES[config.compute_dtype]
     loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
-    missing = loader.missing(recovery.records)
+    missing = loader.missing(ready.records)
     if missing:
-        with work.phase("features", len(missing)) as progress:
+        with recovery.context.phase("features", len(missing)) as progress:
             compute_features(
-                work.load(work.start, (TOWER,)).params[TOWER],
+                student.load((TOWER,)).params[TOWER],
                 cfg,
                 loader,
                 missing,
@@ -234,40 +229,42 @@ def cached_features(recovery: Recovery) -> FeatureLoader:
                 mesh=recovery.mesh,
                 progress=progress,
             )
-    work.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
+    recovery.context.say(f"  {data.feature_cache} holds the features of all images ({len(missing):,} computed now)")
     return loader
 
 
-def _tower_digest(recovery: Recovery) -> str:
+def _tower_digest(recovery: Recovery, ready: Ready) -> str:
     """Return the digest of the student's vision tower; refuse a teacher with another tower if it encodes images."""
-    losses, work = recovery.config.losses, recovery.work
-    digest_of_student = content_digest(recovery.student, f"{TOWER}/")
-    looks = losses.teacher_inputs == "own" and (recovery.runs_teacher or losses.teacher_top_k)
-    if looks and content_digest(recovery.teacher, f"{TOWER}/") != digest_of_student:
+    losses, student, teacher = ready.config.losses, recovery.student, recovery.teacher
+    digest_of_student = content_digest(student.model, f"{TOWER}/")
+    looks = losses.teacher_inputs == "own" and (ready.runs_teacher or losses.teacher_top_k)
+    if looks and content_digest(teacher.model, f"{TOWER}/") != digest_of_student:
         raise UserError(
-            f"data.feature_cache: {work.teacher} and {work.start} have different vision towers: unset feature_cache "
+            f"data.feature_cache: {teacher.path} and {student.path} have different vision towers: unset feature_cache "
             'or use losses.teacher_inputs="student"'
         )
     return digest_of_student
 
 
-def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Sequence[str]) -> TeacherRows:
+def cached_teacher(
+    recovery: Recovery, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
+) -> TeacherRows:
     """Open the cache `recover.teacher_cache`, and compute missing records by running these parts of the teacher.
 
     Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
     Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
     SIGTERM, and what was computed stays.
     """
-    work, data, config, loss = recovery.work, recovery.data, recovery.config, recovery.config.losses
+    data, config, loss = recovery.data, ready.config, ready.config.losses
     cache = ArrayCache(
         Path(recovery.spec.teacher_cache or ""),
-        on_process_zero(lambda: _made_from(work.model, data, recovery.spec, recovery.plan.vocabulary)),
+        on_process_zero(lambda: _made_from(recovery.model, data, recovery.spec, recovery.plan.vocabulary)),
     )
-    dtype, vocab_size = np.dtype(config.compute_dtype), recovery.student.cfg.text.vocab_size
+    dtype, vocab_size = np.dtype(config.compute_dtype), recovery.student.model.cfg.text.vocab_size
     rows = TeacherRows(cache, loss.teacher_top_k, loss.kl_positions, dtype, vocab_size)
     size = config.batch_size // config.accumulation
     todo = records_to_compute(training, rows, size)
-    work.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
+    recovery.context.say(f"  teacher's top {rows.top_k}: {len(todo):,} of {len(training.records):,} records to compute")
     if not todo:
         return rows
     on_process_zero(lambda: check_space(cache.folder / "*.safetensors", bytes_of_rows(training, rows, todo)))
@@ -281,10 +278,10 @@ def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Seq
         sizes=None if training.sizes is None else training.sizes[todo],
         on_error=data.on_error,
     )
-    teacher = trim_vocabulary(work.load(work.teacher, parts), recovery.plan.vocabulary)
+    teacher = trim_vocabulary(recovery.teacher.load(parts), recovery.plan.vocabulary)
     found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=recovery.mesh)
     try:
-        with work.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
+        with recovery.context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
             for done, (batch, ids, logprobs) in enumerate(found, start=1):
                 first = (done - 1) * size
                 for place, name in enumerate(batch.record_ids):

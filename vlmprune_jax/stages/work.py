@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,29 @@ class Context:
                     raise Stopped(f"{title} stopped on SIGTERM after {done} of {total}; the same command continues")
 
             yield progress
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """Model in a folder, its weights still in files; `load` reads parts of it in the experiment's dtype on its mesh."""
+
+    path: Path
+    model: Model
+    load: Callable[[Collection[str]], Model]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pair:
+    """Pruned model and its teacher, the plan that leads from one to the other, and the mesh on which both compute.
+
+    `tokens`: settings of the teacher, with the folder whose tokenizer fits the student.
+    """
+
+    student: ModelFolder
+    teacher: ModelFolder
+    plan: PrunePlan
+    tokens: ModelSpec
+    mesh: Mesh | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +165,10 @@ class Work(Context):
     def open_model(self, folder: Path) -> Model:
         """Open a model folder without reading its weights."""
         return lazy.open_model(folder, self.tower)
+
+    def open_folder(self, folder: Path) -> ModelFolder:
+        """Open a model folder whose weights are read later, in parts."""
+        return ModelFolder(folder, self.open_model(folder), functools.partial(self.load, folder))
 
     def config(self, folder: Path) -> ModelConfig:
         """Return the config of the model in a folder."""
