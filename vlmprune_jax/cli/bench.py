@@ -18,7 +18,7 @@ from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 
 
 def define(values: Flags) -> None:
-    """Define the flags of `vlmprune bench`."""
+    """Define the command-line flags of `vlmprune bench`."""
     text, several, settings = absl_flags.DEFINE_string, absl_flags.DEFINE_list, settings_of(SpeedConfig())
     text("model", None, "Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)", flag_values=values)
     several("against", [], "more models, measured in the same rounds", flag_values=values)
@@ -35,7 +35,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Measure and print the speed of the models; also write the numbers to a file if `--json` names one."""
+    """Measure and print the speed of models (`vlmprune bench`); `--json=FILE` also saves the numbers."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.distributed.machine import cores

@@ -16,7 +16,7 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Define the flags of `vlmprune chat`."""
+    """Define the command-line flags of `vlmprune chat`."""
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)
@@ -25,7 +25,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print each model's answer to the question about the image."""
+    """Print each model's answer to one question about an image (`vlmprune chat`)."""
     import os
 
     from vlmprune_jax.core.console import make_reporter

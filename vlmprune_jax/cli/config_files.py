@@ -24,7 +24,7 @@ from vlmprune_jax.sweep.hyper import Hyper
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
-    """Return a ConfigDict of all settings of an experiment, which a config file changes and returns.
+    """Return a ConfigDict with all settings of an experiment at their defaults; config files change it and return it.
 
     Settings have their defaults, or what the `recipe` says (a family's name, as "llava": see families/).
     Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
@@ -37,7 +37,7 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
 
 class _Section(ConfigDict):
-    """ConfigDict of settings with defaults; assigning a dictionary to a subsection updates it and never replaces it."""
+    """ConfigDict of settings with defaults; a dictionary assigned to a subsection changes only the settings in it."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         section = self.get(key)
@@ -49,7 +49,7 @@ class _Section(ConfigDict):
 
 
 def _sections(kind: type, given: Mapping[str, Any]) -> ConfigDict:
-    """Return a ConfigDict of sections named by the user (evaluation sets); a new section has all settings of `kind`."""
+    """Return a ConfigDict with keys chosen by the user (evaluation sets); each value is a section of type `kind`."""
 
     class Sections(_Section):
         def __setitem__(self, key: str, value: Any) -> None:
@@ -81,7 +81,7 @@ def _section(spec: Any) -> ConfigDict:
 
 
 def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Collection[str] = ()) -> Experiment:
-    """Convert a ConfigDict to an `Experiment`, after checking it.
+    """Convert a ConfigDict of settings to a checked `Experiment`.
 
     Args:
       config: the config.
@@ -104,7 +104,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
 def to_experiment(
     config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
 ) -> tuple[Experiment, Path]:
-    """Return the experiment of a config, with hub ids replaced by local folders, and the path of its workdir."""
+    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded."""
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: add --workdir=DIR, a folder for all files of this run")
@@ -113,7 +113,7 @@ def to_experiment(
 
 
 def placed(experiment: Experiment, workdir: Path) -> Experiment:
-    """Return the experiment with local paths in place of hub ids, after downloading or writing missing data."""
+    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made."""
     model, data = experiment.model, experiment.data
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
@@ -146,7 +146,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def read_hyper(config: str) -> Any:
-    """Return the list of runs that the function `get_hyper(hyper)` in a config file FILE.py:VARIANT returns."""
+    """Return the runs of a sweep: the list that `get_hyper(hyper)` in the config file FILE.py:VARIANT returns."""
     module = load_file(config)[0]
     if not hasattr(module, "get_hyper"):
         raise UserError(
@@ -158,12 +158,12 @@ def read_hyper(config: str) -> Any:
 
 
 def shipped_config(name: str) -> ConfigDict:
-    """Return a config that comes with vlmprune, NAME or NAME:VARIANT; config files use it as a starting point."""
+    """Return a config bundled with vlmprune (NAME or NAME:VARIANT), as a starting point for a config file."""
     return load_file(locate(name))[1]
 
 
 def to_workdir(text: str) -> Path:
-    """Return the path of a workdir, which may not exist yet; refuse a folder with links to places outside it."""
+    """Return a workdir's path, which need not exist; raise UserError if the folder links to places outside it."""
     folder = Path(text)
     if "\0" in text:
         raise UserError(f"--workdir={text}: contains a NUL character, which paths cannot contain")
@@ -174,7 +174,7 @@ def to_workdir(text: str) -> Path:
 
 
 def _local(name: str) -> str:
-    """Return the local snapshot folder of a hub id; a path of a folder, or "", is returned unchanged."""
+    """Download a model with a hub id and return its local snapshot folder; return a folder path or "" unchanged."""
     if not name or Path(name).is_dir():
         return name
     from vlmprune_jax.hf.read import resolve

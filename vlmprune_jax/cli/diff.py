@@ -12,7 +12,7 @@ TAKES_ARGUMENTS = True
 
 
 def run(flags: Any) -> None:
-    """Print one table per stack that compares two plans layer by layer."""
+    """Print one table per stack (decoder, vision tower) that compares two prune plans layer by layer."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.prune.tables import compare, read_plan

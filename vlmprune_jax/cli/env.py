@@ -15,7 +15,7 @@ _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "HF_HUB_OFFLINE
 
 
 def run(flags: Any) -> None:
-    """Print versions, processor, devices and environment variables, one line per topic."""
+    """Print versions, processor, devices and environment variables, for bug reports."""
     import os
     import platform
 
@@ -34,7 +34,7 @@ def run(flags: Any) -> None:
 
 
 def version() -> str:
-    """Return the version of this package."""
+    """Return the version of vlmprune-jax."""
     from vlmprune_jax.workdir.provenance import versions
 
     return versions(("vlmprune-jax",)).get("vlmprune-jax", "not installed")

@@ -28,7 +28,7 @@ _HIDDEN = ("args", "explicit", "config_file")
 
 
 def config_flag(values: Flags) -> None:
-    """Define the flag --config, unless `values` already has it."""
+    """Define the flag `--config`, unless the command has already defined it."""
     if "config" not in values:
         text = "config file (FILE.py or FILE.py:VARIANT), or a shipped config such as demo or llava15_7b:depth,0.3"
         flags.DEFINE_string("config", None, text, flag_values=values)
@@ -41,7 +41,7 @@ def only_flag(values: Flags) -> None:
 
 
 def common(values: Flags) -> None:
-    """Define the flags that all stage commands have."""
+    """Define the flags that all stage commands share, such as `--workdir`."""
     config_flag(values)
     flags.DEFINE_string("workdir", None, "folder for all files of this run", flag_values=values)
     only_flag(values)
@@ -53,7 +53,7 @@ def common(values: Flags) -> None:
 
 
 def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
-    """Parse a command's flags: `values.config` is a locked ConfigDict, `values.args` lists the positional arguments.
+    """Parse a command line into flags; `values.config` is a locked ConfigDict, `values.args` the other arguments.
 
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
@@ -90,7 +90,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
 
 @contextlib.contextmanager
 def _importing_beside(config: str) -> Iterator[None]:
-    """Let a config file import Python files from its own folder, for example the user's criteria and metrics."""
+    """Context in which a config file can import Python files from its own folder, for example the user's criteria."""
     folder = str(file_of(config).resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -100,7 +100,7 @@ def _importing_beside(config: str) -> Iterator[None]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return {name: file} of the configs that come with vlmprune, such as `demo` and `sweeps/demo_cut`.
+    """Return {name: file} of the config files bundled with vlmprune, such as `demo` and `sweeps/demo_cut`.
 
     They lie in the installed package, and in a checkout beside it.
     """
@@ -112,7 +112,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def locate(config: str) -> str:
-    """Return the path FILE.py:VARIANT of a config, given as such a path or as a shipped config's name, NAME:VARIANT."""
+    """Return FILE.py:VARIANT for a config given by path or by the name of a bundled config (NAME or NAME:VARIANT)."""
     if config.endswith(".py") or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
         return config
     name, colon, variant = config.partition(":")
@@ -123,13 +123,13 @@ def locate(config: str) -> str:
 
 
 def file_of(config: str) -> Path:
-    """Return the path of the file in FILE.py:VARIANT."""
+    """Return the path of the Python file in a config argument FILE.py:VARIANT."""
     file, mark, _ = config.partition(".py:")
     return Path(f"{file}.py" if mark else config)
 
 
 def load_file(config: str) -> tuple[types.ModuleType, Any]:
-    """Import a config file FILE.py:VARIANT; return its module, and what its `get_config` returns.
+    """Import a config file FILE.py:VARIANT; return the module and the result of its function `get_config`.
 
     Criteria, metrics etc. in it are then registered.
     """
@@ -144,7 +144,7 @@ def load_file(config: str) -> tuple[types.ModuleType, Any]:
 
 
 def _loaded(config: str) -> ConfigDict:
-    """Return the config in a file; refuse, in one line, a file that cannot be loaded."""
+    """Return the config in a config file; raise a one-line UserError if the file cannot be loaded."""
     file = file_of(config)
     if os.path.lexists(file):  # a FIFO would be waited for
         open_file(file).close()
@@ -162,7 +162,7 @@ def _loaded(config: str) -> ConfigDict:
 
 
 def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
-    """Define the command's flags; with a config, also a flag for every field of it that the arguments name."""
+    """Define the command's flags and, if a config is passed, one flag per config field that the arguments set."""
     values = Flags()
     if config is not None:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(argv))
@@ -175,7 +175,7 @@ def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] 
 
 
 def _setting_of(arg: str) -> str | None:
-    """Return the setting `x.y` that an argument `--config.x.y=value` sets; None for other arguments."""
+    """Return the setting name `x.y` in an argument `--config.x.y=value`; None for other arguments."""
     name = arg.split("=", 1)[0]
     return name.removeprefix("--config.").partition("[")[0] if name.startswith("--config.") else None
 
@@ -192,7 +192,7 @@ def _check_path(parts: Sequence[str], config: Any) -> None:
 
 
 def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Return the last value of the flag `--name=value` or `--name value`, or None, and the other arguments."""
+    """Split the flag `--name=value` off the arguments; return (its last value or None, the other arguments)."""
     value, others, left = None, list[str](), iter(argv)
     for arg in left:
         flag, equals, text = arg.partition("=")
@@ -206,7 +206,7 @@ def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def switch(argv: Sequence[str], name: str) -> bool:
-    """Return True if a yes/no flag is set, without parsing the other flags (which may have failed)."""
+    """Return True if a yes/no flag is set; works even if parsing the other flags has failed."""
     return f"--{name}" in argv or f"--{name}=true" in argv
 
 

@@ -12,7 +12,7 @@ TAKES_ARGUMENTS = True
 
 
 def run(flags: Any) -> None:
-    """Print the declaration of every setting that is named on the command line."""
+    """Print the declaration (type, default, help) of every setting named on the command line."""
     from vlmprune_jax.experiment.options import describe
 
     for name in flags.args:

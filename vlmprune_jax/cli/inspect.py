@@ -15,14 +15,14 @@ TAKES_ARGUMENTS = True
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the command-line flags of `vlmprune inspect`."""
     config_flag(values)
     absl_flags.DEFINE_string("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     absl_flags.DEFINE_bool("json", False, "machine-readable output", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Print family, shapes and prunable shares of the model in a folder."""
+    """Print a model's family, layer shapes and prunable share of parameters (`vlmprune inspect`)."""
     import json
 
     from vlmprune_jax.core.errors import UserError

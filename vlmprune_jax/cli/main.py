@@ -77,7 +77,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class _Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM when no code is waiting to save first."""
+    """Raised on SIGTERM while no training loop or stage is waiting to save its state."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
@@ -85,7 +85,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) -> int:
-    """Run one command and return its exit code, which is 0 if it succeeded.
+    """Run one `vlmprune` command and return its exit code (0 = success).
 
     Other codes: 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130 (Ctrl-C), 141 (nobody reads on),
     143 (stopped by SIGTERM).
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
 
 
 def _guarded(argv: list[str], script: ModuleType | None) -> int:
-    """Run a command and return its exit code; anything that stops it is printed in one line."""
+    """Run a command and return its exit code; print any error as one line."""
     try:
         if switch(argv, "debug"):
             _dispatch(argv, script)
@@ -132,7 +132,7 @@ def _guarded(argv: list[str], script: ModuleType | None) -> int:
 
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
-    """Print in one line why a command ended, notify the other processes of the run, and return the exit code."""
+    """Print as one line why a command ended, notify the run's other processes, and return the exit code."""
     if isinstance(error, Stopped):
         print(f"vlmprune: {error}", file=sys.stderr)
         return TERMINATED
@@ -158,7 +158,7 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
 
 
 def _of_the_system(argv: list[str], error: BaseException) -> str | None:
-    """Return the message for an error of the operating system, with advice; None for any other error.
+    """Return a message with advice for an operating-system or out-of-memory error; None for any other error.
 
     One of several processes is left to start again what the loss of another may have caused.
     """
@@ -193,7 +193,7 @@ def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | 
 
 
 def _defect(argv: list[str], error: BaseException) -> str:
-    """Return a message that asks the user to report a bug, with the line of code where it occurred."""
+    """Return a message that asks the user to report a bug, with the source line that raised the exception."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
     where = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
     told = f"failed{where}{_after()} with {type(error).__name__}: {reason(error)}"
@@ -202,7 +202,7 @@ def _defect(argv: list[str], error: BaseException) -> str:
 
 
 def _after() -> str:
-    """Return " after reading FILE" for the file read last, the likely cause of an unforeseen error; "" without one."""
+    """Return " after reading FILE" for the file read last, as part of an error message; "" if none was read."""
     path = last_read()
     return "" if path is None else f" after reading {path}"
 
@@ -222,13 +222,13 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
 
 
 def _shipped() -> str:
-    """Return the names of the configs that come with vlmprune as wrapped text."""
+    """Return the names of the bundled configs as wrapped help text."""
     text = f"configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
     return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _command(name: str, *rest: str) -> ModuleType | StageCommand:
-    """Return the command with this name; with --config, an unknown name may be a stage that the config file adds."""
+    """Return the command named `name`; an unknown name may be a stage that the file in `--config` registers."""
     if name in OTHERS:
         return importlib.import_module(f"vlmprune_jax.cli.{name}")
     if name not in COMMANDS and split_flag(rest, "config")[0] is None:

@@ -36,7 +36,7 @@ class Messages(logging.Handler):
         self.dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Store a log record: the first line of its message, and its exception."""
+        """Store a log record as one line: its message and its exception."""
         if _TOLD & set(Path(record.pathname).parts):
             return
         with contextlib.suppress(Exception):  # a record with arguments that do not fit its format
@@ -55,7 +55,7 @@ class Messages(logging.Handler):
         self.add(raised.exc_type.__name__ if error is None else f"{raised.exc_type.__name__}: {error}")
 
     def add(self, text: str) -> None:
-        """Store a text as one line, unless the same line is already stored."""
+        """Store a warning text as one line, unless an equal line is already stored."""
         line = printable(text)
         if not line or line.startswith(_KNOWN) or line in self.lines:
             return
@@ -65,7 +65,7 @@ class Messages(logging.Handler):
             self.dropped += 1
 
     def tell(self) -> None:
-        """Print the stored messages."""
+        """Print the stored warnings to standard error."""
         for line in self.lines:
             print(f"vlmprune: warning: {line}", file=sys.stderr)
         if self.dropped:
@@ -100,7 +100,7 @@ class _Written(io.TextIOBase):
 
 @contextlib.contextmanager
 def kept() -> Iterator[Messages]:
-    """Collect everything that would be printed to standard error in a `Messages`."""
+    """Context that collects warnings, log records and standard error in a `Messages` instead of printing them."""
     messages, root = Messages(), logging.getLogger()
     shown, hooks, handlers = warnings.showwarning, (sys.unraisablehook, threading.excepthook), root.handlers[:]
     try:
@@ -117,7 +117,7 @@ def kept() -> Iterator[Messages]:
 
 
 def leave_quietly() -> None:
-    """Silence threads and finalizers until the process ends."""
+    """Silence threads and finalizers during the exit of the process."""
     sys.unraisablehook, threading.excepthook = _ignored, _ignored
     logging.disable()  # also the handlers of libraries, which may hold a stream that is closed by then
 

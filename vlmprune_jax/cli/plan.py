@@ -16,7 +16,7 @@ from vlmprune_jax.cli.flags import Flags, config_flag, only_flag
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the command-line flags of `vlmprune plan`."""
     config_flag(values)
     only_flag(values)
     about = "workdir of the run: its plan.json files are read, and its report shows the numbers"
@@ -33,7 +33,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Plan the recovery step of every variant for a TPU slice, print the results and save them."""
+    """Compile the recovery step of every variant for a TPU slice; print and save its memory and time."""
     from pathlib import Path
 
     import jax

@@ -16,7 +16,7 @@ from vlmprune_jax.cli.flags import Flags
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the command-line flags of `vlmprune recommend`."""
     text = absl_flags.DEFINE_string
     text("model", None, "Hugging Face folder or hub id of the model to prune", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
@@ -31,7 +31,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print the recommendation, and print its config or write it to a file."""
+    """Print a recommended pruning method and recovery, and print the matching config or write it to a file."""
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter

@@ -25,7 +25,7 @@ training curves and provenance. For an unfinished run, the page lists the comman
 
 
 def commands() -> dict[str, str]:
-    """Return the one-line help of every command, in the order of a run."""
+    """Return {command: one-line help} of all commands, in the order in which a run uses them."""
     return {
         "run": "run all stages and report -> result.json, report.html",
         **{name: stage.help for name, stage in STAGES.items()},
@@ -35,7 +35,7 @@ def commands() -> dict[str, str]:
 
 
 class StageCommand:
-    """Command-line command of one stage, or `run`, `report` or `demo`; its docstring is the help text."""
+    """Command that runs one stage, or `run`, `report` or `demo`; its docstring is the help text."""
 
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
@@ -46,7 +46,7 @@ class StageCommand:
         self.__doc__ = f"vlmprune {name} {config}--workdir=DIR\n\n{about[:1].upper()}{about[1:]}.\n{details}"
 
     def define(self, values: Flags) -> None:
-        """Define the flags of this command."""
+        """Define the command-line flags of a stage command."""
         common(values)
         if self.name == "demo":
             values["workdir"].value = "runs/demo"
@@ -59,7 +59,7 @@ class StageCommand:
             absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
     def run(self, flags: Any) -> None:
-        """Run the stage for every variant of the experiment.
+        """Run the command's stage for every variant of the experiment.
 
         Raises:
           UserError: there is no such command, not even one that the config adds.
@@ -75,7 +75,7 @@ def _details(name: str) -> str:
 
 
 def run_command(name: str, flags: Any) -> None:
-    """Run a command for the experiment and workdir that its flags name."""
+    """Load the experiment and workdir that the flags name, and run a command on them."""
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
@@ -118,7 +118,7 @@ def _report(flags: Any) -> None:
 
 
 def finish(context: Any) -> None:
-    """Print the tables of `result.json` and write the report (process 0 only), also for an unfinished run."""
+    """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.distributed.mesh import is_main_process
     from vlmprune_jax.report.build import build_report
     from vlmprune_jax.report.provenance import provenance_section

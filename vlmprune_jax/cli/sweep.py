@@ -23,14 +23,14 @@ from vlmprune_jax.cli.flags import Flags, common
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the command-line flags of `vlmprune sweep`."""
     common(values)
     absl_flags.DEFINE_integer("jobs", 1, "number of runs at a time on this machine", flag_values=values)
     absl_flags.DEFINE_string("shard", "1/1", "i/n: only the share of machine i of n", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Run a sweep and compare the results of its runs."""
+    """Run all runs of a sweep and compare their results."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing

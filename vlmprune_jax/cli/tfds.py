@@ -13,7 +13,7 @@ from vlmprune_jax.cli.flags import Flags
 
 
 def define(values: Flags) -> None:
-    """Define the flags of this command."""
+    """Define the command-line flags of `vlmprune tfds`."""
     absl_flags.DEFINE_string("data", None, "JSON or JSON-lines file of records in LLaVA's format", flag_values=values)
     absl_flags.DEFINE_string(
         "images", None, "folder to which image paths in the records are relative", flag_values=values
@@ -22,7 +22,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Write a data file's records and images as a TFDS data set."""
+    """Convert a JSON data file and its images to a TFDS data set."""
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter

@@ -16,7 +16,7 @@ from vlmprune_jax.prune.config import VocabularyConfig
 
 
 def define(values: Flags) -> None:
-    """Define the flags of `vlmprune vocabulary`."""
+    """Define the command-line flags of `vlmprune vocabulary`."""
     text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_list
     text("model", None, "Hugging Face folder or hub id of the model", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
@@ -29,7 +29,7 @@ def define(values: Flags) -> None:
 
 
 def run(flags: Any) -> None:
-    """Print one row per vocabulary size (parameters and bytes saved, tokens added), and how to use one."""
+    """Print a table of vocabulary sizes (parameters and bytes saved, extra tokens per text) and how to apply one."""
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter

@@ -26,7 +26,7 @@ from vlmprune_jax.sweep.workers import Work
 
 
 def prepare(flags: Any) -> tuple[Experiment, Context]:
-    """Return the experiment and the context (workdir and reporter) of a stage command."""
+    """Return the experiment of a stage command, and its context (workdir and console output)."""
     reporter = _join(flags)
     experiment, workdir = to_experiment(flags.config, flags.workdir, only=flags.only, explicit=flags.explicit)
     check_experiment(experiment, workdir)
@@ -34,7 +34,7 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
 
 
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
-    """Return the runs that a config file lists, the sweep that they belong to, and a reporter.
+    """Return the runs listed in a config file, their `Sweep`, and a console reporter.
 
     Raises:
       UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
@@ -53,13 +53,13 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
 
 
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return the runs with local paths in place of hub ids in their experiments."""
+    """Return sweep runs whose experiments use local paths in place of hub ids; models are downloaded."""
     experiments = (with_caches(placed(run.experiment, sweep.workdir)) for run in runs)
     return [dataclasses.replace(run, experiment=one) for run, one in zip(runs, experiments, strict=True)]
 
 
 def start_worker(sweep: Sweep) -> Work:
-    """Return a function that does one run of a sweep, for the processes of `vlmprune sweep --jobs`."""
+    """Return the function with which a worker process of `vlmprune sweep --jobs` executes one run."""
     _quiet()
     load_file(sweep.config)  # for what it adds to `vp.criteria` and the like
     return functools.partial(_work, sweep)

@@ -109,12 +109,12 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Limits that are set, as {name of the setting: limit}."""
+        """Budget limits that the user set, as {setting name: limit}."""
         return {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
 
     @property
     def given(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, as JSON values by name."""
+        """Budget settings that differ from their defaults, as {setting name: JSON value}."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["curve"] = [list(point) for point in self.curve] or ()
         return {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}

@@ -18,7 +18,7 @@ _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"
 
 
 class Registry(dict[str, _T]):
-    """Mapping of names to objects of one class; `vp.NAME["mine"] = ...` in a user's file adds an object."""
+    """Mapping {name: object of one class}; users add their own object with `vp.NAME["mine"] = ...`."""
 
     def __init__(self, name: str, kind: type[_T], known: Mapping[str, _T]):
         super().__init__(known)
@@ -31,7 +31,7 @@ class Registry(dict[str, _T]):
 
 
 def one_of(kind: str, value: Any, known: Collection[str]) -> str:
-    """Return `value` if it is a known name; otherwise raise a UserError that suggests the nearest name."""
+    """Return `value` if it is a known name; raise a UserError that suggests the most similar name otherwise."""
     if value in known:
         return value
     raise UserError(f"{kind} {value!r} is not one of {', '.join(known)}{_near(str(value), known)}")
@@ -52,7 +52,7 @@ def with_defaults(what: str, options: Mapping[str, Any], defaults: Mapping[str, 
 
 
 def layer_range(name: str, value: Sequence[int], n_layers: int) -> range:
-    """Return the layer numbers in the half-open range (start, stop), in original numbering; () means all layers."""
+    """Return the original layer numbers in the half-open range (start, stop), where () means all layers."""
     if not value:
         return range(n_layers)
     if len(value) != 2:
@@ -64,20 +64,20 @@ def layer_range(name: str, value: Sequence[int], n_layers: int) -> range:
 
 
 def fraction(name: str, value: Any) -> float:
-    """Return `value` as a float after checking that it is at least 0 and below 1."""
+    """Return `value` as a float; raise UserError unless 0 <= value < 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise UserError(f"{name}={value!r} must be at least 0 and below 1 (0.3 is 30 %)")
     return float(value)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` with the nearest known name, or a list of all known names if none is near."""
+    """Return "; did you mean 'x'?" for the most similar known name, or a list of all known names if none is similar."""
     names = list(known)
     return _near(name, names) or f" (known: {', '.join(names)})"
 
 
 def file_of_users(function: Any) -> Path | None:
-    """Return the source file of a function that a user wrote, or None for functions of this package."""
+    """Return the path of the source file that defines a user's function; None for functions of vlmprune."""
     code = getattr(function, "__code__", None)
     path = Path("" if code is None else code.co_filename)
     return path if path.is_file() and _PACKAGE not in path.parents else None
@@ -85,7 +85,7 @@ def file_of_users(function: Any) -> Path | None:
 
 @contextlib.contextmanager
 def blaming(what: str, *functions: Any) -> Iterator[None]:
-    """Convert exceptions of a user's function, or wrong values that it returned, to a UserError `what failed ...`.
+    """Context that converts exceptions and wrong return values of a user's function to a UserError naming the function.
 
     An error of this package's own functions is raised as it is. Raises UserError that names the user's line.
     """
@@ -105,7 +105,7 @@ def blaming(what: str, *functions: Any) -> Iterator[None]:
 
 
 def line_of_users(error: BaseException, ours: Collection[Path] = ()) -> str:
-    """Return FILE:LINE of the innermost traceback frame in a user's file; "" if there is none.
+    """Return "FILE:LINE" of the innermost traceback frame in the user's own code; "" if there is none.
 
     `ours`: folders, beside this package and installed libraries, whose files are not the user's.
     """

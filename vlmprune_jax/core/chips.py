@@ -34,7 +34,7 @@ class Chip:
     halves: int = 1
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
-        """Return the seconds that compute, memory traffic and interconnect traffic would each take alone.
+        """Return the seconds needed by compute, by memory traffic and by interconnect traffic, each alone (roofline).
 
         `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other devices) are per device. The
         roofline is the maximum of the three, since they overlap.
@@ -71,7 +71,7 @@ GPU_FLOPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the TPU chip with this name in jax; None for any other device."""
+    """Return the `Chip` with this jax device name, such as "TPU v5 lite"; None for devices other than TPUs."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
@@ -82,7 +82,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def slice_of(name: str) -> tuple[Chip, int]:
-    """Return the chip type and the number of jax devices of a slice, or of several.
+    """Return the chip type and number of jax devices of one or several TPU slices, named like "v5e:8x8" or "v5e:8x8:2".
 
     "v5e:8x8" has 64 devices, "v5e:8x8:2" (two slices) 128, "tpu7x:2x2x1" 8.
 

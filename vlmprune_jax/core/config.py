@@ -23,7 +23,7 @@ STACKS = ("text", "vision")
 
 @dataclass(frozen=True)
 class TextConfig(Stack):
-    """Configuration of a decoder.
+    """Configuration of a language model's decoder.
 
     The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
     says that its PyTorch class derives the size of a head as hidden_size / heads. Embeddings of tokens are multiplied
@@ -65,7 +65,7 @@ class TextConfig(Stack):
 
     @property
     def even(self) -> bool:
-        """True if single numbers in config.json describe the widths of all layers."""
+        """True if all layers have equal widths, so that one number per width in config.json describes them."""
         full = [shape for shape in self.layers if shape.window is None]
         own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
         wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
@@ -88,7 +88,7 @@ class TextConfig(Stack):
 
 @dataclass(frozen=True)
 class VisionConfig(Stack):
-    """Configuration of a vision transformer; `layers` ends at the layer whose features the projector reads.
+    """Configuration of a vision transformer; only layers up to the one whose features the projector reads are included.
 
     `n_layers_total` is the number of blocks in the checkpoint; those above the feature layer are neither loaded nor
     run. `kind` names the weight table (families/towers.py); the fields after it describe the differences between
@@ -141,7 +141,7 @@ class VisionConfig(Stack):
 
     @property
     def any_size(self) -> bool:
-        """True if the tower takes images of any size, as sequences of patches."""
+        """True if the vision tower takes images of any size, as sequences of patches."""
         return self.temporal > 0
 
     @property
@@ -151,21 +151,21 @@ class VisionConfig(Stack):
 
     @property
     def grid(self) -> int:
-        """Number of patches per side of an image; pixels after the last whole patch are ignored."""
+        """Number of patches along each side of an image; pixels after the last complete patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def position_grid(self) -> int:
-        """Number of patches per side of the position embedding table."""
+        """Number of patches along each side of the position embedding table."""
         return (self.position_size or self.image_size) // self.patch_size
 
     @property
     def whole_heads(self) -> bool:
-        """True if heads x head_dim equals hidden_size in every layer, as PyTorch classes assume."""
+        """True if heads x head_dim equals hidden_size in every layer, as stock PyTorch classes assume."""
         return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return a copy of the vision tower with these layers; the projector reads the last layer's features."""
+        """Return a copy of the vision config with other layer shapes; the projector then reads the last layer."""
         layers = tuple(layers)
         if self.deepstack and len(layers) != len(self.layers):
             raise UserError(
@@ -175,13 +175,13 @@ class VisionConfig(Stack):
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """Return a copy of the vision tower with only this layer."""
+        """Return a copy of the vision config with a single layer of this shape."""
         return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Configuration of one model: decoder, optional vision tower and projector, and the layout of its folder.
+    """Configuration of one model: decoder, optional vision tower and projector, and checkpoint layout.
 
     `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
@@ -220,7 +220,7 @@ class ModelConfig:
 
     @property
     def deepstack(self) -> int:
-        """Number of first decoder layers to whose outputs vision features are added at image tokens (deepstack)."""
+        """Number of leading decoder layers after which vision features are added at image tokens (DeepStack)."""
         return 0 if self.vision is None else len(self.vision.deepstack)
 
     @property
@@ -230,7 +230,7 @@ class ModelConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Number of decoder positions per image or tile (0 without a vision tower; a typical number if sizes vary)."""
+        """Number of decoder tokens per image or tile (0 without a vision tower; typical if image sizes vary)."""
         if self.vision is None:
             return 0
         positions = self.vision.grid**2 + self.vision.class_token - (self.feature_select == "patch")
@@ -246,11 +246,11 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> int:
-        """Maximum number of tokens per row (4 x the trained positions), beyond which rotary positions are useless."""
+        """Maximum tokens per sequence that vlmprune accepts: 4 x max_position_embeddings."""
         return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:
-        """Raise UserError naming a setting that asks for rows longer than `longest_row`."""
+        """Raise UserError naming `setting` if its sequence length exceeds `longest_row`."""
         if tokens > self.longest_row:
             raise UserError(
                 f"{setting}={tokens} is more than {TIMES_POSITIONS} times the model's max_position_embeddings "
@@ -259,18 +259,18 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """Stacks that the model has, by name ("text", "vision")."""
+        """Transformer stacks of the model by name: "text" (decoder) and "vision" (tower)."""
         tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
         return {"text": self.text, **tower}
 
     def stack(self, name: str) -> Stack:
-        """Return the stack with this name. Raises UserError if the model has no such stack."""
+        """Return the transformer stack "text" or "vision"; raise UserError if the model lacks it."""
         stack: Stack | None = getattr(self, name) if name in STACKS else None
         if stack is None:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")
         return stack
 
     def with_layers(self, layers: Sequence[LayerShape], stack: str = "text") -> ModelConfig:
-        """Return a copy of the config with these layers in one stack."""
+        """Return a copy of the model config in which one stack ("text" or "vision") has other layer shapes."""
         changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
         return dataclasses.replace(self, **changes)

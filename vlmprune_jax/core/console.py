@@ -27,7 +27,7 @@ PIPE_WIDTH = 120  # characters per line in a file or pipe, unless COLUMNS says o
 
 
 class Terminal(Console):
-    """Console that raises BrokenPipeError, as `print` does, if the reading program ends (`vlmprune ... | head`)."""
+    """Console that raises BrokenPipeError, as `print` does, if the program reading its output has ended."""
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError (rich would exit the process with status 1)."""
@@ -36,7 +36,7 @@ class Terminal(Console):
 
 @dataclass(frozen=True)
 class Reporter:
-    """Printer of lines, progress bars and tables to `console`; prints nothing unless `enabled`.
+    """Printer of lines, progress bars and tables to `console`; prints nothing if `enabled` is False.
 
     Bars vanish once done; without a terminal a line is printed every minute instead. `prefix` begins every line, to
     tell several processes apart.
@@ -47,14 +47,14 @@ class Reporter:
     prefix: str = ""
 
     def say(self, text: str) -> None:
-        """Print one line as plain text: no markup, no wrapping."""
+        """Print a text as one line, without markup or wrapping."""
         if self.enabled:
             line = self.prefix + text[: len(text) - len(text.lstrip(" "))] + printable(text)
             self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar; yield a function to call with the number of items finished."""
+        """Show a progress bar; yield a function to call with the number of finished items."""
         if not self.enabled:
             yield lambda done: None
             return
@@ -111,7 +111,7 @@ class Reporter:
 
 
 def _fit_widths(columns: Sequence[tuple[Text, Sequence[Text]]], room: int) -> list[int]:
-    """Return column widths that fit the terminal: first headers wrap, then names; then the last columns are dropped."""
+    """Return column widths that fit the terminal: headers wrap first, then names; then columns are dropped."""
     cells = [max([1, *(cell.cell_len for cell in column)]) for _, column in columns]
     widest = [min(WIDEST, max(head.cell_len, width)) for (head, _), width in zip(columns, cells, strict=True)]
     if sum(widest) + 2 * len(widest) < room:
@@ -124,14 +124,14 @@ def _fit_widths(columns: Sequence[tuple[Text, Sequence[Text]]], room: int) -> li
 
 
 def _cell(text: str, style: str = "") -> Text:
-    """Return text from any source as a table cell without markup, at most two lines long."""
+    """Return any text as a table cell without markup, at most two lines long."""
     line = Text(printable(text), style)
     line.truncate(2 * WIDEST, overflow="ellipsis")
     return line
 
 
 def make_reporter(enabled: bool) -> Reporter:
-    """Return a reporter on standard output."""
+    """Return a `Reporter` that prints to standard output."""
     console = Terminal()
     wide = console.is_terminal or "COLUMNS" in os.environ  # rich reads it
     return Reporter(console if wide else Terminal(width=PIPE_WIDTH), enabled)

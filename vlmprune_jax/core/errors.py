@@ -13,7 +13,7 @@ _MAX_LINE = 2000
 
 
 def printable(text: str) -> str:
-    """Return text from any source as one safe line for a terminal.
+    """Return a text as one line that is safe to print: control characters escaped.
 
     Control and text-direction characters are escaped, so that the text cannot move the cursor or change colours. Very
     long words and lines are cut in the middle. The function is idempotent.
@@ -29,7 +29,7 @@ def _cut_middle(text: str, limit: int = _MAX_LINE) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of a library's exception, at most 200 characters, or its type if it has no message."""
+    """Return a library exception's message, cut at 200 characters; its type name if the message is empty."""
     text = printable(str(error))
     return (text if len(text) <= 200 else f"{text[:197]}...") or type(error).__name__
 
@@ -58,15 +58,15 @@ def error_context(what: object) -> Iterator[None]:
 
 
 class Stopped(UserError):
-    """Raised after SIGTERM at a point from which work can resume; running the same command continues it."""
+    """Raised after SIGTERM once work is saved; running the same command again continues from there."""
 
 
 class SharedError(UserError):
-    """Error raised on every process of a run at once, so that no process has to notify the others."""
+    """Error that every process of a distributed run raises at once, so that no process needs to notify the others."""
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return texts `field was a, now b` for all values in which two JSON objects differ."""
+    """Return texts `FIELD was OLD, now NEW` for all values that differ between two JSON objects."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in sorted({*before, *now}):

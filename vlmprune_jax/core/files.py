@@ -49,7 +49,7 @@ _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
 
 @contextlib.contextmanager
 def reading(what: object, todo: str = "restore it from its source", done: str = "read") -> Iterator[None]:
-    """Convert any exception of code that reads a file to a UserError that names the file.
+    """Context that converts any exception while reading a file to a UserError naming the file.
 
     This includes `RecursionError`, `MemoryError` and panics of Rust libraries, which are not subclasses of `Exception`.
 
@@ -83,12 +83,12 @@ _LAST: list[Path] = []
 
 
 def last_read() -> Path | None:
-    """Return the path of the file opened last, the likely cause of an unforeseen error; None if none was opened."""
+    """Return the path of the file opened last, to name it in an unforeseen error; None if no file was opened."""
     return _LAST[0] if _LAST else None
 
 
 def open_file(path: Path, missing: str = "no such file") -> io.BufferedReader:
-    """Open a regular file for reading bytes; refuse folders, pipes and devices.
+    """Open a regular file for reading bytes; raise UserError for folders, pipes and devices.
 
     Args:
       path: a file or a link to one.
@@ -119,7 +119,7 @@ def _open_problem(path: Path, error: OSError | ValueError, missing: str) -> str:
 
 
 def read_bytes(path: Path, most: int | None = None, missing: str = "no such file") -> bytes:
-    """Return the content of a regular file of at most `most` bytes; refuse larger ones.
+    """Return the content of a regular file; raise UserError if it is larger than `most` bytes.
 
     Raises UserError as `open_file` does, if the file is too large, or if the disk fails.
     """
@@ -141,7 +141,7 @@ def read_bytes(path: Path, most: int | None = None, missing: str = "no such file
 
 
 def written(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield byte ranges (start, end) of an open file that hold data; a sparse file may have terabytes of holes."""
+    """Yield the byte ranges (start, end) of an open sparse file that hold data, so that holes are not read."""
     end = 0
     while end < size:
         try:
@@ -174,7 +174,7 @@ def read_json(
     most: int = MAX_JSON_BYTES,
     unicode: bool = True,
 ) -> Any:
-    """Return the JSON value in a file after checking it against a type; no value is converted.
+    """Read a JSON file and check it against a Python type (strictly: no value is converted).
 
     Args:
       path: the file.
@@ -193,7 +193,7 @@ def read_json(
 
 
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
-    """Return a JSON file's fields that the struct `kind` declares; ten times as fast as `read_json`.
+    """Read only those fields of a JSON file that the struct `kind` declares; ten times as fast as `read_json`.
 
     Raises UserError as `read_json` does.
     """
@@ -209,7 +209,7 @@ def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") 
 
 
 def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True) -> Any:
-    """Return the value of JSON text as dictionaries, lists, texts and numbers (`unicode`: see `read_json`).
+    """Parse JSON text to dictionaries, lists, strings and numbers.
 
     Raises UserError if the text is not JSON, is too deeply nested, or contains a lone surrogate.
     """
@@ -235,7 +235,7 @@ def _nesting_depth(value: Any) -> int:
 
 
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
-    """Return `value` after checking that it has the type `kind` (see `read_json`).
+    """Return `value`; raise UserError unless it has the type `kind`.
 
     Raises UserError if the value has another type; the message names the place in it.
     """
@@ -247,7 +247,7 @@ def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
 
 
 def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = "no such file") -> list[Any]:
-    """Return the values of a JSON Lines file, each checked against a type (see `read_json`).
+    """Read a JSON Lines file and check each line against a Python type.
 
     Args:
       path: the file.
@@ -274,7 +274,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
 
 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
-    """Return {name: array} of an `.npz` file of at most 64 MiB, without unpickling.
+    """Return {name: array} of an `.npz` file of at most 64 MiB, read without pickle.
 
     Raises UserError as `open_file` does, or if the file is not an `.npz`, is damaged, or an array has another size than
     claimed.
@@ -297,7 +297,7 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
 
 
 def _array(content: bytes, where: str, todo: str) -> np.ndarray:
-    """Parse an array in numpy's format, after comparing the size in its header with the bytes in the file."""
+    """Parse one array in NumPy's .npy format, after comparing the size in its header with the size of the file."""
     file = io.BytesIO(content)
     major, _ = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
@@ -312,7 +312,7 @@ def _array(content: bytes, where: str, todo: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_image(source: Path | bytes) -> Iterator[Image]:
-    """Open an image file, or its bytes, and read its header: JPEG, PNG, WebP, GIF (first frame), BMP or TIFF.
+    """Open an image (file or bytes) and read its header; formats: JPEG, PNG, WebP, GIF (first frame), BMP, TIFF.
 
     Raises:
       UserError: see `open_file`.
@@ -327,7 +327,7 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
-    """Open a file for writing; it replaces `path` atomically, and only if the block succeeds.
+    """Context that opens a temporary file for writing, and atomically renames it to `path` if the block succeeds.
 
     The file survives a power cut, whole, or does not appear. A link at `path` is replaced, never written through.
     `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file cannot be
@@ -351,7 +351,7 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
 
 
 def copy_file(source: Path, target: Path, folder: Path) -> None:
-    """Copy a regular file of `folder`, or a link to one in the folder or in the hub cache's `blobs`.
+    """Copy a regular file of `folder`; links may only lead into the folder or the hub cache's `blobs`.
 
     Raises:
       UserError: see `open_file`; or the file is a link out of the folder, or too large for a file beside weights.
@@ -370,7 +370,7 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path, folder: Path) -> None:
-    """Copy a subfolder of `folder` with its files, as `copy_file` does; links to folders are refused.
+    """Copy a subfolder of `folder` with its files; raise UserError for links to folders.
 
     Raises:
       UserError: see `copy_file`.

@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import UserError
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a workdir or upload folder that contains a link to a folder, or to a file outside it.
+    """Raise UserError if a workdir or upload folder contains a link to a folder, or to a file outside it.
 
     Raises UserError that names the first such link.
     """
@@ -30,7 +30,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_inside(source: Path, folder: Path) -> None:
-    """Refuse a file of a model folder that links outside the folder, except to the hub cache's `blobs`.
+    """Raise UserError if a file of a model folder links outside the folder, except to the hub cache's `blobs`.
 
     Raises UserError that names the link and its target.
     """

@@ -13,12 +13,12 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def markdown(text: str) -> str:
-    """Escape text as one line for a paragraph, heading or table cell of Markdown."""
+    """Escape text to one line for a paragraph, heading or table cell of Markdown."""
     return _MARKUP.sub(lambda found: "".join(f"\\{c}" for c in found[0]), printable(text))
 
 
 def code(text: str) -> str:
-    """Return text as a one-line Markdown code span, safe also in a table cell."""
+    """Return text as a one-line Markdown code span that is also safe in a table cell."""
     return f"`{printable(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
@@ -29,5 +29,5 @@ def yaml(text: str) -> str:
 
 
 def cell(value: object) -> object:
-    """Return the text of a CSV cell; texts that a spreadsheet would run as formulas get a leading quote."""
+    """Return text as a CSV cell; a leading quote disarms texts that a spreadsheet would run as formulas."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else "" if value is None else value

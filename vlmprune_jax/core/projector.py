@@ -9,7 +9,7 @@ from vlmprune_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Configuration of the projector from vision features to decoder embeddings.
+    """Configuration of the projector, which maps vision features to decoder embeddings.
 
     Kinds:
       mlp: LLaVA's two layers.
@@ -45,10 +45,10 @@ class ProjectorConfig:
 
     @property
     def pools(self) -> bool:
-        """True if neighbouring patches are averaged to one feature."""
+        """True if the projector averages neighbouring patches to one feature."""
         return self.kind == "pool"
 
     @property
     def shuffles(self) -> bool:
-        """True if neighbouring patches are concatenated to one feature."""
+        """True if the projector concatenates neighbouring patches to one feature (pixel shuffle)."""
         return self.kind not in ("mlp", "pool")

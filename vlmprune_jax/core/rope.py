@@ -9,7 +9,7 @@ from vlmprune_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding, with the fields of Hugging Face configs (`rope_theta` and `rope_scaling`).
+    """Parameters of rotary position embedding, as in the Hugging Face fields `rope_theta` and `rope_scaling`.
 
     `kind` is "default", "linear", "llama3", "yarn", "longrope" or "proportional"; the other fields are its parameters,
     0 or empty if unused. Proportional RoPE turns only the `rotated` share of all frequencies, the fastest. LongRoPE
@@ -50,7 +50,7 @@ class RopeConfig:
             )
 
     def check(self, rotary_dim: int) -> None:
-        """Refuse scaling factors or M-RoPE sections unless their number matches the `rotary_dim` / 2 frequencies."""
+        """Raise UserError unless scaling factors or M-RoPE sections match the number of rotary frequencies."""
         frequencies, sections = rotary_dim // 2, self.sections
         if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != frequencies):
             raise UserError(

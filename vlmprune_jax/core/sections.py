@@ -33,7 +33,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Sizes of the device mesh (-1 = all remaining devices). With all sizes 1, a run uses one device and no mesh."""
+    """Sizes of the device mesh axes (-1 = all remaining devices); if all are 1, one device is used without a mesh."""
 
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
@@ -50,7 +50,7 @@ class MeshSpec:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Settings of quantisation-aware training: bits, group size (0 = the whole row), and rounding of inputs to 8 bits.
+    """Settings of quantisation-aware training: bits, group size (0 = one group per row), and 8-bit rounding of inputs.
 
     The fields are those of `CompressedTensors`, without zero points.
     """

@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Declaration of one setting: default, help text, bounds and choices; checks, help and docs are derived from it.
+    """Declaration of one setting (default, help text, bounds, choices); checks and docs are derived from it.
 
     Attributes:
       sentence: what the setting does, shown in help and docs.
@@ -60,12 +60,12 @@ class Setting:
 
     @property
     def bounds(self) -> str:
-        """Allowed range as text, such as `at least 0 and below 1`; "" without bounds."""
+        """Allowed range of the setting as text, such as `at least 0 and below 1`; "" without bounds."""
         limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
         return " and ".join(f"{what} {_limit_text(limit)}" for what, limit in limits if limit is not None)
 
     def names(self) -> tuple[str, ...]:
-        """Return the allowed texts: the default, and the declared choices or the current names of their mapping."""
+        """Return the allowed string values: the default and the choices, which may be the names in a registry."""
         choices = self.choices
         if isinstance(choices, str):
             module, _, name = choices.partition(":")
@@ -76,7 +76,7 @@ class Setting:
 
 
 def setting(default: Any, sentence: str, **declared: Any) -> Any:
-    """Declare a dataclass field as a setting; the keywords are attributes of `Setting`."""
+    """Declare a dataclass field as a setting; keyword arguments are the attributes of `Setting`."""
     metadata = {"setting": Setting(default, sentence, **declared)}
     if isinstance(default, dict):
         return field(default_factory=lambda: default, metadata=metadata)
@@ -90,12 +90,12 @@ score_setting, prune_setting, reconstruct_setting, recover_setting, evaluate_set
 
 
 def settings_of(section: Any) -> dict[str, Setting]:
-    """Return {name: declaration} for the settings of a dataclass or instance, without those of nested sections."""
+    """Return {name: `Setting`} of a dataclass or instance, without the settings of nested sections."""
     return {f.name: f.metadata["setting"] for f in dataclasses.fields(section) if "setting" in f.metadata}
 
 
 def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None:
-    """Raise UserError for a value that is out of bounds or not one of the choices.
+    """Raise UserError if a setting's value is out of bounds or not one of its choices.
 
     Args:
       where: name of the section, for messages.
@@ -135,14 +135,14 @@ def _limit_text(limit: float) -> str:
 
 
 def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
-    """Return {setting name: type} of a dataclass; `offered=True` leaves out settings that a config file cannot set."""
+    """Return {setting name: type} of a dataclass; `offered=True` omits settings that config files cannot set."""
     hints = typing.get_type_hints(spec if isinstance(spec, type) else type(spec))
     library_only = {name for name, about in settings_of(spec).items() if not about.offered} if offered else ()
     return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in library_only}
 
 
 def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:
-    """Return a copy of `spec` (a dataclass of settings) with the values of a nested mapping.
+    """Return a copy of a settings dataclass with the values of a nested mapping assigned.
 
     `offered`: only settings that a config has; False for the keyword arguments of a Python function. Raises UserError
     for an unknown name, with the nearest that exists, or a value of the wrong type.
@@ -161,7 +161,7 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, off
 
 
 def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert {"a.b.c": value} to the nested mapping that `override` takes; other entries of mappings in `spec` stay.
+    """Convert {"a.b.c": value} to the nested mapping {"a": {"b": {"c": value}}} that `override` takes.
 
     Raises UserError for an unknown section, a value that is no section, or a setting inside a mapping that is set too.
     """
@@ -186,7 +186,7 @@ def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> Any:
-    """Return a nested section, given as an instance or as a mapping of settings that replace those of `current`."""
+    """Return a nested section: `value` if it is an instance, else `current` with the settings in mapping `value`."""
     if isinstance(value, type(current)):
         return value
     if not isinstance(value, Mapping):

@@ -13,7 +13,7 @@ from vlmprune_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one layer: numbers of query heads, key/value heads and MLP neurons.
+    """Widths of one transformer layer: numbers of query heads, key/value heads and MLP neurons.
 
     `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
     sliding window, or in a tower the side, in merged cells, of square windows. A `shared` layer has no keys and values
@@ -37,11 +37,11 @@ class LayerShape:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Tuple (q_heads, kv_heads, mlp), as plans and `per_layer_shapes` record it."""
+        """Tuple (q_heads, kv_heads, mlp) of the layer, the form in which plans and `per_layer_shapes` store widths."""
         return self.q_heads, self.kv_heads, self.mlp
 
     def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
-        """Return a copy of the layer shape with other widths."""
+        """Return a copy of the layer shape with other numbers of heads and neurons."""
         return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads, mlp=mlp)
 
 
@@ -55,7 +55,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of the decoder ("text") or of the vision tower ("vision"), with one shape per layer.
+    """Configuration of the decoder's or the vision tower's transformer layers, with one `LayerShape` per layer.
 
     The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
     each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
@@ -95,36 +95,36 @@ class Stack:
                 raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
 
     def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer whose keys and values this layer would reuse; None if there is none."""
+        """Return the earlier layer whose keys and values this layer reuses; None if it computes its own."""
         found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
         return found[-1] if found else None
 
     @property
     def producers(self) -> frozenset[int]:
-        """Numbers of the layers whose keys and values other layers reuse."""
+        """Numbers of the layers whose keys and values later layers reuse."""
         found = map(self.producer, {shape for shape in self.layers if shape.shared})
         return frozenset(number for number in found if number is not None)
 
     @property
     def even(self) -> bool:
-        """True if all layers have the same widths, as stock transformers requires."""
+        """True if all layers have equal widths, as stock transformers classes require."""
         return len({shape.widths for shape in self.layers}) <= 1
 
     def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the head dimension (channels) of a layer of this shape."""
+        """Return the number of channels per attention head in a layer of this shape."""
         return self.head_dim
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return a copy of the stack with these layers."""
+        """Return a copy of the stack config with other layer shapes."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     def alone(self, shape: LayerShape) -> Self:
-        """Return a stack with only this layer."""
+        """Return a copy of the stack config with a single layer of this shape."""
         return self.with_layers((shape,))
 
 
 def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
-    """Group consecutive layers of equal shape as (first layer, number of layers, shape); a group runs as one scan."""
+    """Group consecutive layers of equal shape as (first layer, number of layers, shape); each group is one scan."""
     result, start = [], 0
     for shape, group in itertools.groupby(layers):
         length = len(list(group))
@@ -134,7 +134,7 @@ def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...
 
 
 def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
-    """Return the widths of the layers as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
+    """Return layer widths as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
 
     Only the first `most` groups of equal neighbours are listed, with the number of all layers.
     """

@@ -41,7 +41,7 @@ _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dty
 
 
 def file_name(dtype: str) -> str:
-    """Return the safetensors name of a numpy or torch dtype ("BF16" for "bfloat16"); an unknown dtype's own name."""
+    """Return the safetensors name of a NumPy or torch dtype, such as "BF16" for "bfloat16"; other names stay."""
     return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
 
 
@@ -52,7 +52,7 @@ def bytes_in_file(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Extent:
-    """Byte range of a file, from `begin` up to `end` (exclusive)."""
+    """Byte range [begin, end) of a file."""
 
     file: Path
     begin: int
@@ -61,7 +61,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: key, dtype (safetensors name), shape and byte range.
+    """Metadata of one tensor in a checkpoint file: key, safetensors dtype, shape and byte range.
 
     Bytes are read on access and not kept; reading raises UserError if the file is gone, or became shorter.
     """
@@ -75,7 +75,7 @@ class Entry:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the tensor in the file, in bytes."""
+        """Size of the tensor's data in the file, in bytes."""
         return self.end - self.begin
 
     def raw(self) -> np.ndarray:
@@ -95,16 +95,16 @@ class Entry:
         return FILE_DTYPES[self.dtype]
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """Return `count` values, starting at flat index `first`."""
+        """Read `count` values of the tensor, starting at flat index `first`."""
         dtype = self._kind()
         return self._read(self.begin + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def extent(self, first: int, size: int) -> Extent:
-        """Return the range of the file with the tensor's bytes from `first` to `first + size`."""
+        """Return the file's byte range for `size` bytes of the tensor's data, starting at its byte `first`."""
         return Extent(self.file, self.begin + first, self.begin + first + size)
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """Return the values at these flat indices, with one read per value."""
+        """Read the tensor's values at these flat indices, with one read per value."""
         values = np.empty(positions.shape, self._kind())
         flat, size = values.reshape(-1).view(np.uint8).data, values.itemsize
         with open_file(self.file) as file:
@@ -114,7 +114,7 @@ class Entry:
         return values
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the values between consecutive flat indices in `cuts`; each array is only valid until the next one.
+        """Yield the tensor's values between consecutive flat indices in `cuts`; the buffer is reused for every array.
 
         The file is not memory-mapped: a page fault per 4 KiB costs more than copying, and a file that becomes shorter
         would kill the process.
@@ -128,7 +128,7 @@ class Entry:
                 yield np.frombuffer(part, dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Return the rows from `start` up to `stop` (exclusive), as an array [stop - start, ...]."""
+        """Read rows `start` to `stop` - 1 of the tensor, as an array [stop - start, ...]."""
         width = math.prod(self.shape[1:])
         return self.values(start * width, (stop - start) * width).reshape(stop - start, *self.shape[1:])
 
@@ -140,7 +140,7 @@ class Entry:
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
-    """Fill the buffer `room` with file bytes from `offset`. Raises UserError if the file at `path` is too short."""
+    """Fill the buffer `room` with file bytes from `offset`; raise UserError if the file is too short."""
     while room:
         count = os.preadv(descriptor, [room], offset)
         if not count:
@@ -149,13 +149,13 @@ def read_at(descriptor: int, room: memoryview, offset: int, path: Path) -> None:
 
 
 def advise(descriptor: int, begin: int, size: int, name: str) -> None:
-    """Announce how bytes of a file will be used (`posix_fadvise`); do nothing on systems without it, such as macOS."""
+    """Tell the operating system how bytes of a file will be used (`posix_fadvise`); do nothing where unsupported."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, begin, size, getattr(os, name))
 
 
 def read_header(path: Path, todo: str = "download it again") -> dict[str, Entry]:
-    """Return the tensors that a safetensors file's header lists, after checking them against the file's size.
+    """Return the tensors listed in a safetensors header, after checking their byte ranges against the file's size.
 
     Raises:
       UserError: not a regular file, truncated or too long, overlapping or out-of-range tensors, gaps, a size that does
@@ -190,7 +190,7 @@ def check_no_pointer(path: Path, file: BinaryIO) -> None:
 
 
 def _check_layout(entries: Mapping[str, Entry], first: int, size: int) -> None:
-    """Raise ValueError if a tensor has the wrong size, or the tensors do not exactly fill the file after the header."""
+    """Raise ValueError if a tensor has the wrong size, or the tensors do not exactly fill the file after its header."""
     end = first
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.dtype in FILE_DTYPES and bytes_in_file(entry.dtype, entry.shape) != entry.n_bytes:
@@ -205,7 +205,7 @@ def _check_layout(entries: Mapping[str, Entry], first: int, size: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dictionary; refuse repeated keys, of which json would silently use the last."""
+    """Return a JSON object's pairs as a dictionary; raise ValueError for repeated keys."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -226,7 +226,7 @@ def _entry(path: Path, key: str, value: Mapping[str, Any], start: int) -> Entry:
 
 
 def check_shape(shape: Sequence[Any]) -> None:
-    """Raise ValueError if a shape is not a short sequence of whole numbers."""
+    """Raise ValueError unless a shape is a short list of whole numbers."""
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions")
     if any(type(n) is not int or not 0 <= n < 2**64 for n in shape):

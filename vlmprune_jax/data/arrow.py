@@ -24,7 +24,7 @@ _LISTS = (pa.types.is_list, pa.types.is_large_list)
 
 
 def check_schema(schema: pa.Schema) -> pa.Schema:
-    """Return an Arrow schema after refusing unsupported types and too many columns.
+    """Return an Arrow schema; raise UserError if it has unsupported types or too many columns.
 
     Raises:
       ValueError: names the column.
@@ -47,7 +47,7 @@ def check_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def bounded_messages(file: BinaryIO) -> Iterator[int]:
-    """Yield the byte offsets of the schema and of record batches, after checking the sizes that their metadata claims.
+    """Yield the byte offsets of an Arrow file's schema and record batches, after checking the sizes that it declares.
 
     Raises:
       ValueError: another message, more than the bounds, or bytes that are missing.
@@ -79,7 +79,7 @@ def bounded_messages(file: BinaryIO) -> Iterator[int]:
 
 
 class _Table:
-    """Table of a flatbuffer at an offset in its bytes; fields are accessed by number (Arrow's Message.fbs)."""
+    """Reader of one flatbuffer table at a byte offset; fields are accessed by number (see Arrow's Message.fbs)."""
 
     def __init__(self, content: bytes, at: int | None):
         self._content = content
@@ -113,7 +113,7 @@ class _Table:
         return _Table(self._content, self._target(field))
 
     def pairs(self, field: int) -> Iterator[tuple[int, int]]:
-        """Yield the elements of a vector of pairs of numbers."""
+        """Yield (int, int) for each element of a flatbuffer vector of two-number structs."""
         at = self._target(field)
         for number in range(self._read("<I", at)):
             yield struct.unpack_from("<qq", self._content, at + 4 + 16 * number)

@@ -26,7 +26,7 @@ Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> s
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays of one batch for training or scoring; all rows have the same padded shape.
+    """Arrays of one padded batch for training or scoring; all rows have the same shape.
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
     pixel_values float32[batch, slots, 3, height, width], or from a feature cache vision_features [batch, slots, tokens,
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """Iterator over this process's rows of every global training batch, which also knows all array shapes in advance.
+    """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
 
     Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`.
     """
@@ -62,7 +62,7 @@ class TrainBatches:
         return iter(self.batches)
 
     def kinds(self, first: int, last: int) -> list[Kind]:
-        """Return the distinct array shapes and dtypes of batches `first` ... `last` - 1, longest rows first.
+        """Return the distinct array shapes and dtypes of batches `first` to `last` - 1, longest sequences first.
 
         Equal on all processes; empty if the shapes depend on images that were not measured. Raises UserError if a batch
         does not fit this machine's memory.
@@ -105,7 +105,7 @@ def train_batches(
     on_error: str = "stop",
     teacher: TeacherRows | None = None,
 ) -> TrainBatches:
-    """Return an iterator over this process's rows of every global batch of `batch_size` rows.
+    """Return an iterator over this process's share of every global batch of `batch_size` records.
 
     The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
     epochs=None the batches never end; batches continue across epoch borders. `mine` int[local] are this process's rows
@@ -162,7 +162,7 @@ def _load_rows(
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
-    """Return this process's rows (`mine`) of a global batch of record indices, padded to the batch's shape."""
+    """Load this process's share (`mine`) of a global batch of record indices, padded to the batch's shape."""
     real = batch[batch != _PADDING_ROW]
     shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
     check_memory(len(mine), shape, encoder, 0)
@@ -196,7 +196,7 @@ def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) ->
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
-    """Refuse batches that need more memory than this machine has, counting those read ahead.
+    """Raise UserError if a batch, and those read ahead, need more memory than this machine has.
 
     Raises UserError with the settings that make them large.
     """
@@ -221,7 +221,7 @@ def _batch_rows(
     drop_remainder: bool,
     order: Callable[..., np.ndarray] | None,
 ) -> grain.MapDataset[np.ndarray]:
-    """Return int64[batch_size] record indices for each global batch, with _PADDING_ROW for empty rows.
+    """Return the record indices int64[batch_size] of every global batch; _PADDING_ROW marks empty rows.
 
     `order(epoch=n)` returns an epoch's record indices in order. Global batches hold numbers only, so that a process
     decodes only its own images (for tile buckets it also reads the headers of the others, since all processes must

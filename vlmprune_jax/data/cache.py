@@ -28,7 +28,7 @@ _OTHER_FOLDER = "use another folder or remove this one"
 
 
 class ArrayCache:
-    """Folder of safetensors shards; its `cache.json` records the inputs that the arrays were computed from.
+    """Folder of arrays in safetensors shards; `cache.json` records the inputs from which the arrays were computed.
 
     There is no index; the shards' headers list the keys. Shards are written atomically under a name derived from their
     keys, so that a killed run continues after its last shard and runs may share a folder. Reading is thread-safe and
@@ -55,11 +55,11 @@ class ArrayCache:
         from_all(lambda: self._open([IDENTITY, *shards], 0))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return the distinct `keys` that are not in the cache, in the given order."""
+        """Return those `keys` that the cache lacks, without duplicates and in the given order."""
         return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """Return a copy of the array with this key.
+        """Return a copy of the cached array with this key.
 
         Raises UserError if the array is not in the cache, or the file has been removed.
         """
@@ -70,7 +70,7 @@ class ArrayCache:
         return self._entries[key].array()
 
     def add(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add arrays, all to the same shard; other processes see them after `publish`.
+        """Add arrays to the cache as one shard; other processes see them after `publish`.
 
         Raises UserError if a shard cannot be written.
         """
@@ -81,7 +81,7 @@ class ArrayCache:
             self._flush()
 
     def publish(self) -> None:
-        """Write the added arrays so that all processes can read them; all processes must call it together.
+        """Write the added arrays so that all processes can read them (collective: every process must call it).
 
         Raises UserError if a shard cannot be written, or a process does not see what another one wrote.
         """
@@ -100,7 +100,7 @@ class ArrayCache:
         from_all(open_all)
 
     def _begin(self) -> list[str]:
-        """Check the cache folder, or create it, and return the names of its shards (process 0)."""
+        """Create the cache folder, or check that it fits, and return the names of its shards (process 0)."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self.folder.iterdir())
@@ -127,7 +127,7 @@ class ArrayCache:
         return [name for name in names if name.endswith(SUFFIX)]
 
     def _open(self, names: Iterable[str], process: int) -> None:
-        """Read the headers of these shards, which `process` wrote (network disks may list new files late)."""
+        """Read the headers of the shards that `process` wrote, with retries for network disks that list files late."""
         for name in names:
             path = self.folder / name
             if not path.exists():
@@ -164,7 +164,7 @@ class ArrayCache:
 def recorded(
     cache: ArrayCache | None, keys: Collection[str], compute: Callable[[], Mapping[str, np.ndarray]]
 ) -> Mapping[str, np.ndarray]:
-    """Return the cached arrays `keys`, or cache and return `compute()` if one is missing; equal on all processes.
+    """Return the cached arrays `keys`; if any is missing, cache the arrays that `compute()` returns.
 
     Every process must call it in step; process 0 writes. Without a cache it always computes.
     """

@@ -43,7 +43,7 @@ sys.stdout.buffer.write(jinja.from_string(text).render(**values).encode()[:10000
 
 
 class _ChatTemplate(TypedDict):
-    """Fields of chat_template.json, a file that transformers 4 wrote next to a processor's config."""
+    """Fields of chat_template.json, which transformers 4 wrote next to a processor's config."""
 
     chat_template: NotRequired[str]
 
@@ -57,7 +57,7 @@ def choose_template(
     has_vision: bool,
     chat: str | None = None,
 ) -> Template:
-    """Return the prompt template named `name`; for "auto", the one that matches the model's own chat template.
+    """Return the prompt template called `name`; "auto" selects the template that matches the model's own chat template.
 
     That is the known one that makes the prompt `chat` (see `chat_prompt`), else that of its family and
     `config` (`template_of`). Raises UserError if the tokenizer lacks a token of the template.
@@ -81,12 +81,12 @@ def choose_template(
 
 
 def adds_begin(tokenizer: Any) -> bool:
-    """Return True if the tokenizer adds its begin-of-text token before every text."""
+    """Return True if the tokenizer puts its begin-of-text token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
-    """Return `QUESTION` as formatted by the folder's chat template, after an image if the model takes images.
+    """Format a test question with the folder's own chat template, after an image if the model takes images.
 
     None without a chat template, or if it does not accept such a chat or needs too much time or memory.
     """
@@ -115,13 +115,13 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
 
 
 def prompt_of(template: Template, *, has_image: bool) -> str:
-    """Format `QUESTION` with a prompt template; with `has_image` an image precedes the question."""
+    """Format a test question with a prompt template of vlmprune; with `has_image` an image precedes it."""
     text = f"{IMAGE_TOKEN}\n{QUESTION}" if has_image else QUESTION
     return render([("human", text)], template, has_image=has_image, generation=True)
 
 
 def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Template | None:
-    """Return the first known template that reproduces `prompt`, with the prompt's system text; None if none does."""
+    """Return the first known template that reproduces `prompt`, and the system text in it; None if none does."""
     for template in known:
         written = with_marks(prompt, template)
         for system in (template.system, ""):
@@ -135,7 +135,7 @@ def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Templa
 
 
 def with_marks(prompt: str, template: Template) -> str:
-    """Return a prompt with the template's image tokens replaced by `<image>`."""
+    """Return a prompt whose image tokens are replaced by `<image>` placeholders."""
     if template.image_tokens is None:
         return prompt
     whole, context = "".join(template.image_tokens), template.image_tokens[1]

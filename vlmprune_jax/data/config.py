@@ -17,7 +17,7 @@ training_setting = functools.partial(setting, affects=_TRAINING)
 
 
 class Calibration(Protocol):
-    """Base class of sections that draw calibration records; `SECTION` is the section's name in messages."""
+    """Protocol of config sections that draw calibration records; `SECTION` is the section's name in error messages."""
 
     SECTION: ClassVar[str]
 
@@ -33,7 +33,7 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Records for calibration, recovery and evaluation, and settings for encoding them as rows of tokens."""
+    """Settings of the records for calibration, recovery and evaluation, and of their encoding as tokens."""
 
     source: str = setting(
         "files",

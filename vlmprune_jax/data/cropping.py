@@ -21,7 +21,7 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, a
 
 @dataclass(frozen=True)
 class Cropping(SquarePieces):
-    """Resizing of an image to `size` x `size` pixels, optionally followed by up to `most_crops` crops of that size.
+    """Image preparation that resizes an image to `size` x `size` pixels and may add crops of that size (Gemma 3).
 
     With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
     crops, unless their short side were below `least_side`. `mean` and `std` normalise, `resample` is PIL's number of
@@ -41,7 +41,7 @@ class Cropping(SquarePieces):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of image slots: 1 for an uncropped image, then 1 plus each number of crops from 2."""
+        """Usual tile counts per image: 1 without crops, otherwise the whole image and 2 or more crops."""
         return (1, *range(3, self.most_crops + 2)) if self.crops else (1,)
 
     @property
@@ -49,7 +49,7 @@ class Cropping(SquarePieces):
         return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
-        """Return a copy with at most `tokens` tokens per image, crops included; each has `slot_tokens` tokens.
+        """Return a copy with at most `tokens` tokens per image, crops included; each crop has `slot_tokens` tokens.
 
         Raises UserError if the whole image alone has more.
         """
@@ -61,7 +61,7 @@ class Cropping(SquarePieces):
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image's crops, and its number of slots (crops and the whole image)."""
+        """Return an image's crop grid, and its number of tiles (crops plus the whole image)."""
         count = self._count(width, height)
         return ImageShape(*((1, count) if width >= height else (count, 1)), count + (count != 1))
 
@@ -69,7 +69,7 @@ class Cropping(SquarePieces):
         return self.image_shape(width, height, sharing).slots * self.size**2
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the whole image, then its crops along its longer side."""
+        """Return the resized whole image, followed by crops along its longer side."""
         count, (width, height) = self._count(*image.size), image.size
         step = math.ceil(max(width, height) / count)
         starts = range(0, count * step, step) if count != 1 else ()
@@ -89,7 +89,7 @@ class Cropping(SquarePieces):
 
 
 def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
-    """Return the cropping that a Gemma 3 folder's image processor describes.
+    """Return the image cropping described by a Gemma 3 folder's image processor.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, or the size is not a square.

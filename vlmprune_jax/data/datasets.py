@@ -39,7 +39,7 @@ class _File(TypedDict):
 
 
 class _State(TypedDict):
-    """Fields that are read from a split's state.json."""
+    """Fields of state.json that are read from a split saved by Hugging Face datasets."""
 
     _data_files: list[_File]
 
@@ -49,7 +49,7 @@ class _Dict(TypedDict):
 
 
 def datasets_folder(text: str) -> Path:
-    """Return the folder of the split that `datasets:FOLDER` names; a single split's name may be omitted.
+    """Return the split folder that `datasets:FOLDER` names; the name of the only split may be omitted.
 
     Raises UserError if the folder has several splits, or was not written by `save_to_disk`.
     """
@@ -65,13 +65,13 @@ def datasets_folder(text: str) -> Path:
 
 
 def datasets_state(folder: Path) -> str:
-    """Return a short text that changes whenever a split is saved again; "" if there is no split."""
+    """Return a text that changes whenever a split is saved again; "" if there is no split."""
     state = folder / _STATE
     return str(state.stat().st_mtime_ns) if state.is_file() else ""
 
 
 def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records of a split that Hugging Face datasets saved.
+    """Return the records of a split that Hugging Face datasets saved to disk.
 
     Images are `StoredImage`s. Raises UserError with folder and row for malformed rows; with `on_error` "skip" they
     become records with a `problem`, as in `read_records`.
@@ -86,7 +86,7 @@ def read_datasets(folder: Path, *, image_lead: bool = False, on_error: str = "st
 
 
 class _Split:
-    """Rows of a split and the file offset of each record batch; threads may read images concurrently."""
+    """Reader of a saved split's rows by record batch; safe for concurrent image reads from threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,12 +110,12 @@ class _Split:
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
-        """Return the stored image with this digest; rows with equal images share one."""
+        """Return the stored image with this digest; rows with equal images share one stored image."""
         del where
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image (such as a JPEG file). Raises UserError for a damaged folder."""
+        """Return the encoded bytes (such as JPEG) of an image; raise UserError for a damaged folder."""
         row, place = divmod(number, _MOST_IMAGES)
         batch = bisect.bisect_right(self._firsts, row) - 1
         with self._lock, reading(f"{self.folder}, row {row}", _TODO):
@@ -133,7 +133,7 @@ class _Split:
             return _checked(pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schemas[path]))
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield every row as an entry of a JSON data file."""
+        """Yield every row of the split as an entry of a JSON data file."""
         row = 0
         for path in self._files:
             with reading(path, _TODO), open_file(path) as file, pa.PythonFile(file, mode="r") as source:
@@ -168,13 +168,13 @@ class _Split:
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the record batch after checking its offsets and texts, which pyarrow does not check."""
+    """Return an Arrow record batch after checking its offsets and texts, which pyarrow does not check."""
     batch.validate(full=True)
     return batch
 
 
 def _image_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of columns that hold images or lists of images (feature type `Image`)."""
+    """Return the names of the columns whose feature type is `Image` or a list of `Image`."""
     kinds = {field.name: field.type for field in schema}
     lists = pa.types.is_list, pa.types.is_large_list
     items = {name: kind.value_type if any(one(kind) for one in lists) else kind for name, kind in kinds.items()}
@@ -183,7 +183,7 @@ def _image_columns(schema: pa.Schema) -> list[str]:
 
 
 def _images(batch: pa.RecordBatch, columns: Sequence[str]) -> list[dict[str, list[bytes]]]:
-    """Return {column: list of encoded images} for every row, without empty columns.
+    """Return {column: encoded images} for every row, without columns that have no image.
 
     Raises ValueError if an image is a path, which may point to any file; or a row has too many images.
     """

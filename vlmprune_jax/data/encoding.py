@@ -24,7 +24,7 @@ _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads th
 
 
 class Shape(NamedTuple):
-    """Padded shape of a row: tokens, image slots, and tokens per slot (0 if all images have one size)."""
+    """Padded shape of one encoded record: tokens, image tiles, and tokens per tile (0 if all images have one size)."""
 
     tokens: int
     slots: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Converter of records to rows of tokens and image slots.
+    """Converter of records to arrays: token ids, labels and images.
 
     Every image or tile takes one slot and `tokens_per_image` positions, which hold `image_token_id`. A record has at
     most `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
@@ -62,7 +62,7 @@ class Encoder:
     words: int = 0
 
     def training_row(self, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
-        """Return the arrays of one row of a Batch, padded at the right. Raises UserError naming the record."""
+        """Return one record's training arrays, padded at the right; raise UserError naming the record."""
         ids, labels = self.training_tokens(record)
         shape = self.shape_of([record]) if shape is None else shape
         row = self.padding_row(shape)
@@ -76,7 +76,7 @@ class Encoder:
         return row
 
     def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
-        """Return the arrays of a row that consists of padding only."""
+        """Return the arrays of a row of padding only, used to fill up a batch."""
         # any id of the vocabulary will do, since padding is masked
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         row = {
@@ -89,7 +89,7 @@ class Encoder:
         return row | self._empty_slots(shape)
 
     def prompt_ids(self, record: Record) -> np.ndarray:
-        """Return the prompt's token ids, int32[tokens], with images expanded. Raises UserError naming the record."""
+        """Return the token ids int32[tokens] of a record's prompt, with image placeholders expanded."""
         ids = tokenize_prompt(
             record,
             self.tokenizer,
@@ -103,7 +103,7 @@ class Encoder:
         return ids
 
     def images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
-        """Return the image arrays of a row: the record's images or tiles in order, then zeros; {} for text models."""
+        """Return a record's image arrays: its images or tiles in order, then zeros; {} for models without images."""
         loader, arrays, slot = self.image_loader, self._empty_slots(shape), 0
         if loader is None or not record.images:
             return arrays
@@ -127,7 +127,7 @@ class Encoder:
         return {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
 
     def shapes(self, record: Record) -> list[ImageShape]:
-        """Return the grid and number of slots of each image of a record. Raises UserError naming the record."""
+        """Return the grid and number of tiles of each image of a record; raise UserError naming the record."""
         if record.problem is not None:
             raise UserError(record.problem)
         if not record.images:
@@ -142,7 +142,7 @@ class Encoder:
         return self.image_loader.shapes(record.images, record.id)
 
     def shape_of(self, records: Sequence[Record]) -> Shape:
-        """Return the padded shape of a batch of these records, whose rows are `max_length` tokens long.
+        """Return the padded shape of a batch of these records, with sequences of `max_length` tokens.
 
         Raises UserError naming the record if no bucket is large enough.
         """
@@ -155,13 +155,13 @@ class Encoder:
         return self._padded(self.max_length, slots, tokens)
 
     def shape(self, sizes: np.ndarray) -> Shape:
-        """Return the padded shape of a training batch of records with sizes int[rows, 3] (see `measure`)."""
+        """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`)."""
         tokens, slots, image = sizes.max(0, initial=0).tolist()
         length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
         return self._padded(length, slots, image)
 
     def count_shapes(self, sizes: np.ndarray) -> int:
-        """Return the maximum number of distinct batch shapes for training records with these sizes."""
+        """Return an upper bound on the number of distinct batch shapes for training records with these sizes."""
         least, most = self.shape(sizes.min(0)[None]), self.shape(sizes)
         buckets = (self.length_buckets, self.tile_buckets, self.image_buckets)
         return math.prod(
@@ -171,13 +171,13 @@ class Encoder:
 
     @property
     def images_decide(self) -> bool:
-        """True if batches of equal length may still differ in shape because of their images."""
+        """True if batches with equal sequence lengths may still differ in shape because of their images."""
         several = any(len(buckets or ()) > 1 for buckets in (self.tile_buckets, self.image_buckets))
         return several and self.image_loader is not None
 
     @property
     def least_shape(self) -> Shape:
-        """Smallest possible shape of a batch."""
+        """Smallest padded shape that a batch can have."""
         return self._padded((self.length_buckets or (self.max_length,))[0], 0, 0)
 
     def _padded(self, tokens: int, slots: int, image_tokens: int) -> Shape:
@@ -202,12 +202,12 @@ class Encoder:
             )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return how many tokens are added to a text when its images are expanded to decoder positions."""
+        """Return the number of tokens that a text gains when its image placeholders are expanded."""
         written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
         return sum(image.positions(self.tokens_per_image) for image in images) - written
 
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Return (input_ids, labels) of at most `max_length` tokens (0 = any). Raises UserError naming the record."""
+        """Return (input_ids, labels) of a training record, cut at `max_length` tokens (0 = no limit)."""
         limit = self.max_length or None
         ids, labels = tokenize_training(
             record,
@@ -233,7 +233,7 @@ class Encoder:
         return ids[:limit], labels[:limit]
 
     def problem(self, record: Record) -> str | None:
-        """Return the reason why a record cannot become a training row; None if it can."""
+        """Return why a record cannot be used for training, as text; None if it can."""
         try:
             self.training_tokens(record)
             images = self.shapes(record)
@@ -258,25 +258,25 @@ class Encoder:
             )
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
-        """Return True if truncation to `max_length` would cut an image, or separate it from its end token."""
+        """Return True if truncation to `max_length` would cut through an image, or split it from its end token."""
         last_is_image = bool(ids[self.max_length - 1] == self.image_token_id)
         closed = self.template.image_tokens is not None
         return bool(np.any(ids[self.max_length :] == self.image_token_id)) or (closed and last_is_image)
 
     @property
     def _merge(self) -> int:
-        """Patch-merge factor n of models with M-RoPE (n x n patches become one token); 0 for other models."""
+        """Patch-merge factor n of models with M-RoPE (n x n patches form one token); 0 for other models."""
         preparation = None if self.image_loader is None else self.image_loader.preparation
         return preparation.merge if preparation is not None and preparation.turns else 0
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of image slots of these images."""
+    """Return the total number of tiles of these images."""
     return sum(image.slots for image in images)
 
 
 def largest(images: Sequence[ImageShape]) -> int:
-    """Return the number of tokens of the largest image, for images of any size (0 without images)."""
+    """Return the token count of the largest image, for models with images of any size (0 without images)."""
     return max((image.tokens for image in images), default=0)
 
 
@@ -285,7 +285,7 @@ def _smallest(buckets: Sequence[int], needed: int) -> int:
 
 
 def check_length(length: int, record: Record, limit: int) -> None:
-    """Raise UserError naming the record if it has more tokens than a limit."""
+    """Raise UserError naming the record if its token count exceeds a limit."""
     if length > limit:
         raise UserError(
             f"record {record.id}: has {length} tokens with its images, more than the maximum length {limit}: raise "
@@ -301,7 +301,7 @@ def measure(
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Return int32[records, 3]: tokens, image slots and tokens of the largest image of each training row.
+    """Return int32[records, 3]: tokens, image tiles, and tokens of the largest image of each training record.
 
     Tokens are at most `encoder.max_length` (0 = no limit); tokens of an image are 0 if images have one size. With
     `on_error` "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not

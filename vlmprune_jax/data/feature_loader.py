@@ -24,12 +24,12 @@ class Picture(NamedTuple):
 
     @property
     def image(self) -> Path | StoredImage:
-        """Path of the image file, or the stored image."""
+        """Path of the image file, or the image stored inside a data set."""
         return self.record.images[self.place]
 
 
 class FeatureLoader:
-    """Loader of cached vision features [tiles, tokens, features]; replaces an `ImageLoader`, which loads pixels.
+    """Loader of cached vision features [tiles, tokens, features], used in place of an `ImageLoader` of pixels.
 
     An image of any size has one tile, with as many tokens as it has merged patches. The key of an image is its
     `image_key`, with the number of images in its record if its tiles depend on that. Images that could not be read when
@@ -49,11 +49,11 @@ class FeatureLoader:
 
     @property
     def preparation(self) -> Preparation:
-        """Preparation of the images that the vision tower encoded."""
+        """Image preparation (resizing, tiling) that was used when the features were computed."""
         return self.images.preparation
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return the shapes and dtypes of the image arrays in a row; see `ImageLoader.arrays`."""
+        """Return {name: (shape, dtype)} of a record's image arrays; see `ImageLoader.arrays`."""
         if not self.preparation.merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
         return {
@@ -66,7 +66,7 @@ class FeatureLoader:
         return self.images.shapes(paths, record)
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return the cached features of an image. Raises UserError naming the file and the record."""
+        """Return the cached features of an image; raise UserError naming the file and the record."""
         features = self.cache[self.key(path, sharing)]
         open_axes = ("tiles", "tokens") if self.preparation.merge else ("tiles",)
         sizes = features.shape[len(open_axes) :]
@@ -84,12 +84,12 @@ class FeatureLoader:
         )
 
     def key(self, path: Path | StoredImage, sharing: int) -> str:
-        """Return the cache key of an image's features."""
+        """Return the key under which an image's features are cached."""
         name = image_key(path)
         return f"{name}:1/{sharing}" if self.preparation.shares else name
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
-        """Return the distinct pictures in these records whose features are not cached, in order."""
+        """Return the images of these records whose features are not cached, without duplicates and in order."""
         pictures: dict[str, Picture] = {}
         for record in records:
             for place, image in enumerate(record.images):
@@ -97,13 +97,13 @@ class FeatureLoader:
         return {key: pictures[key] for key in self.cache.missing(pictures)}
 
     def pixels(self, picture: Picture) -> np.ndarray:
-        """Return the pixels of a picture, as `ImageLoader.load` does. Raises UserError naming file and record."""
+        """Load an image's pixels, as `ImageLoader.load` does; raise UserError naming the file and the record."""
         return self.images.load(picture.image, picture.record.id, len(picture.record.images))
 
     def shape_of(self, picture: Picture) -> ImageShape:
-        """Return the tile or patch grid of an image. Raises UserError naming the file and the record."""
+        """Return the tile or patch grid of one image; raise UserError naming the file and the record."""
         return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
 
     def count(self, picture: Picture) -> int:
-        """Return the number of tiles or tokens of a picture. Raises UserError naming the file and the record."""
+        """Return the number of tiles or tokens of one image; raise UserError naming the file and the record."""
         return self.shape_of(picture).positions(1)

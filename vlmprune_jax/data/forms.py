@@ -17,7 +17,7 @@ _MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 
 
 def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Convert an entry with OpenAI's `messages` [{role, content}] to one with `conversations`.
+    """Convert a data entry with OpenAI's `messages` [{role, content}] to one with LLaVA's `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
     entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. If no
@@ -54,7 +54,7 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _part(part: Any, names: list[Any]) -> str | None:
-    """Return a message part's text; an image part appends its path (or None) to `names`. None if malformed."""
+    """Return the text of a chat message part, appending an image part's path to `names`; None if malformed."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return part["text"] if isinstance(part.get("text"), str) else None
@@ -66,13 +66,13 @@ def _part(part: Any, names: list[Any]) -> str | None:
 
 
 def from_question(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Convert an entry with `question`, and perhaps `answer`, to one with `conversations` (see `to_entry`)."""
+    """Convert a data entry with `question` and an optional `answer` to one with LLaVA's `conversations`."""
     row = {name: value for name, value in entry.items() if name not in ("image", "images")}
     return to_entry(row, {"image": list(names)} if names else {})
 
 
 def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Convert a table row and its images to an entry of a JSON data file; without a conversation, it is a question.
+    """Convert a table row and its images to an entry in LLaVA's JSON form.
 
     The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
     `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
@@ -94,7 +94,7 @@ def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, 
 
 
 def _with_marks(text: str, images: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Return the text with one `<image>` placeholder per image, and the images in the order of the placeholders."""
+    """Return the text with one `<image>` placeholder per image, and the images in the placeholders' order."""
     marked = {f"image_{number}" for number in _MARK.findall(text)}
     before = [name for column, names in images.items() if column not in marked for name in names]
     marks = "" if IMAGE_TOKEN in text else f"{IMAGE_TOKEN}\n" * len(before)
@@ -118,7 +118,7 @@ def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
 
 
 def parse_choices(value: Any) -> list[str] | None:
-    """Return the choices of a question, given as a list or as a list's text (MMMU); None for anything else."""
+    """Return a question's answer choices, from a list or the text of a list (as in MMMU); None for other values."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)

@@ -15,12 +15,12 @@ _NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?:([\w.-]+)(?:\[:(\d+)\]
 
 
 def is_hub(text: str | None) -> bool:
-    """Return True if the value of a setting names a data set on the Hugging Face hub."""
+    """Return True if a setting's value names a data set on the Hugging Face hub."""
     return text is not None and text.startswith(PREFIX)
 
 
 def fetch_dataset(text: str, folder: Path, what: str) -> str:
-    """Download a hub data set into `folder` unless it is already there, and return "datasets:FOLDER".
+    """Download a hub data set into `folder` if it is missing, and return "datasets:FOLDER".
 
     `text` is "hub:ORG/NAME:SPLIT", with a configuration "hub:ORG/NAME/CONFIG:SPLIT". With "[:N]" at the end the first N
     rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages. Raises

@@ -44,7 +44,7 @@ _AnySize = _Side | _Sides | _Size | None
 
 
 class _Steps(TypedDict, total=False):
-    """Fields that are read from any image processor's settings."""
+    """Fields of preprocessor_config.json that are checked for every type of image processor."""
 
     image_processor_type: str | None
     feature_extractor_type: str | None
@@ -58,7 +58,7 @@ class _Steps(TypedDict, total=False):
 
 
 class ProcessorFile(_Steps, total=False):
-    """Fields that are read from preprocessor_config.json."""
+    """Fields of preprocessor_config.json that are read for images of one size."""
 
     size: _AnySize
     do_center_crop: bool | None
@@ -84,7 +84,7 @@ class _Areas(TypedDict, total=False):
 
 
 class PatchFile(_Steps, total=False):
-    """Fields that are read for images of any size; `size` has both area limits, which older files name separately."""
+    """Fields of preprocessor_config.json that are read for images of any size; `size` has both area limits."""
 
     size: _Areas | None
     min_pixels: _Area
@@ -102,7 +102,7 @@ _USED_FIELDS = (
 
 
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
-    """Return an image processor's settings after refusing unsupported ones.
+    """Return an image processor's settings; raise UserError if they are unsupported.
 
     Raises UserError naming a field with an invalid value.
     """
@@ -111,7 +111,7 @@ def checked_processor(config: Any, where: str) -> dict[str, Any]:
 
 
 def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
-    """Return a folder's image processor settings and their file name; None without settings.
+    """Read a folder's image processor settings; return (settings, file name), or None if it has none.
 
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
     Raises UserError as `checked_processor`.
@@ -126,7 +126,7 @@ def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
 
 
 def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalizes: bool = True) -> None:
-    """Refuse settings that skip resizing, rescaling by 1/255 or normalisation; `images` names the images in errors."""
+    """Raise UserError if an image processor skips resizing, rescaling by 1/255 or normalisation."""
     for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
         if config.get(step) is False:
             raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
@@ -137,7 +137,7 @@ def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalize
 def pixel_fields(
     config: Mapping[str, Any], mean: Sequence[float] = HALF, std: Sequence[float] = HALF, resample: int = BICUBIC
 ) -> dict[str, Any]:
-    """Return `mean`, `std` and `resample` of a preparation: a processor's settings, or else these, its class's."""
+    """Return an image processor's mean, standard deviation and resampling filter; the arguments are the defaults."""
     chosen = config.get("resample")
     return {
         "mean": tuple(config.get("image_mean") or mean),
@@ -147,7 +147,7 @@ def pixel_fields(
 
 
 def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalise uint8[..., 3] pixels to float32 (divided by 255, minus mean, divided by std), saving memory."""
+    """Normalise uint8[..., 3] pixels to float32: divide by 255, subtract mean, divide by std."""
     values = pixels.astype(np.float32)
     values /= np.float32(255)
     values -= np.array(mean, np.float32)
@@ -156,18 +156,18 @@ def normalize(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
 
 
 def crop_grid(image: Image.Image, size: int) -> list[Image.Image]:
-    """Cut an image into `size` x `size` pieces, row by row; `size` must divide its sides."""
+    """Cut an image into tiles of `size` x `size` pixels, row by row; `size` must divide its sides."""
     places = [(left, top) for top in range(0, image.height, size) for left in range(0, image.width, size)]
     return [image.crop((left, top, left + size, top + size)) for left, top in places]
 
 
 def way_of(config: Mapping[str, Any]) -> str:
-    """Return which image preparation (`Family.images`) these processor settings need; "whole" if unknown."""
+    """Return the kind of image preparation (see `Family.images`) that an image processor's settings imply."""
     return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
 def make_processor(config: Mapping[str, Any], where: str) -> Any:
-    """Return the transformers image processor with these settings (see `checked_processor`).
+    """Return the transformers image processor object for checked settings.
 
     Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
     in the last bits and need torch. Raises UserError if the type is unknown, or it does not accept the settings.
@@ -189,7 +189,7 @@ def make_processor(config: Mapping[str, Any], where: str) -> Any:
 
 
 def sides(size: Any, where: str) -> tuple[int, int]:
-    """Return (height, width) that a square image is resized or cropped to, from a processor's `size` or `crop_size`.
+    """Return the (height, width) in an image processor's `size` or `crop_size`.
 
     Raises UserError if neither height and width nor the shortest edge is set.
     """
@@ -206,7 +206,7 @@ def sides(size: Any, where: str) -> tuple[int, int]:
 
 
 def _processors(way: str) -> dict[str, tuple[str, str]]:
-    """Return {image_processor_type: classes to try} for families with this kind of image preparation."""
+    """Return {image_processor_type: transformers classes to try} for one kind of image preparation."""
     kinds = [kind for family in FAMILIES.values() if family.images == way for kind in family.image_processors]
     suffixes = _SUFFIXES if way == "whole" else _SUFFIXES[:3]
     return {f"{k}{suffix}": (f"{k}ImageProcessorPil", f"{k}ImageProcessor") for k in kinds for suffix in suffixes}

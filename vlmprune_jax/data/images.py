@@ -50,7 +50,7 @@ with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; 
 
 
 class WholeImage:
-    """Preparation of an image as one picture: LLaVA's `image_aspect_ratio`, then the folder's image processor.
+    """Preparation of an image as a single tile: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
     `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" passes it on
     unchanged.
@@ -96,7 +96,7 @@ class WholeImage:
 
 
 class ImageLoader:
-    """Loader of prepared images; a bounded LRU cache keeps images that many records share.
+    """Loader of prepared image pixels with a bounded LRU cache, since many records share images.
 
     `max_pixels` limits the size of the file's image and the size after padding or resizing. Thread-safe. `array` and
     `dtype` are name and dtype of its array in a batch.
@@ -115,7 +115,7 @@ class ImageLoader:
         self._lock = threading.Lock()
 
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return the read-only pixels of an image that is one of `sharing` images in its record.
+        """Load an image's pixels (read-only); `sharing` is the number of images in its record.
 
         float32[slots, 3, height, width], or float32[1, patches, values] for images of any size. Raises UserError naming
         the file and the record.
@@ -142,7 +142,7 @@ class ImageLoader:
         return pixels
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return the shapes and dtypes of the image arrays in a row of `slots` slots of `image_tokens` tokens."""
+        """Return {name: (shape, dtype)} of a record's image arrays for `slots` tiles of `image_tokens` tokens."""
         merge = self.preparation.merge
         if not merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
@@ -152,7 +152,7 @@ class ImageLoader:
         }
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the tile or patch grid of each image of a record; reads file headers only if grids depend on sizes.
+        """Return the tile or patch grid of each image of a record; files are opened only if the grids need it.
 
         Raises UserError naming the file and the record.
         """
@@ -166,7 +166,7 @@ class ImageLoader:
 
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
-        """Open an image and check its size; errors inside the context name the file and the record."""
+        """Context that opens an image and checks its size; errors inside it name the file and the record."""
         with _opened(path, record) as image:
             width, height = image.size
             if max(width * height, self.preparation.prepared_pixels(width, height, sharing)) > self._max_pixels:
@@ -180,7 +180,7 @@ class ImageLoader:
 def thumbnail(
     image: Path | StoredImage, record: str, *, side: int, max_pixels: int
 ) -> tuple[bytes, str, tuple[int, int]]:
-    """Return an encoded copy (JPEG or PNG) of an image with sides up to `side` pixels, its format, and (width, height).
+    """Return (encoded JPEG or PNG, format, (width, height)) of an image reduced to sides of at most `side` pixels.
 
     Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
     """
@@ -209,7 +209,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
-    """Open an image and read its header; errors inside the context, also of decoding, name file and record."""
+    """Context that opens an image and reads its header; errors inside it name the file and the record."""
     try:
         with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
             yield image
@@ -234,7 +234,7 @@ def load_image_processor(
     max_image_tokens: int | None = None,
     slot_tokens: int = 0,
 ) -> ImageLoader:
-    """Return the ImageLoader for the image processor that a Hugging Face folder describes.
+    """Return the `ImageLoader` for the image processor described in a Hugging Face folder.
 
     Args:
       folder: a model or its vision tower (see `processor_settings`; for some families config.json has the tiling).
@@ -267,7 +267,7 @@ def load_image_processor(
 
 
 def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
-    """Refuse an image preparation whose output shape the vision tower does not accept (see `load_image_processor`)."""
+    """Raise UserError if the vision tower does not accept the shape that an image preparation produces."""
 
     def described(first: int | None, second: int | None, in_patches: bool) -> str:
         return (
@@ -288,7 +288,7 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
 
 
 def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path) -> Preparation:
-    """Return the preparation with the user's tiling. Raises UserError if the model does not have tile grids."""
+    """Return the image preparation with the user's tiling settings; raise UserError if the model does not use tiles."""
     if not changes:
         return preparation
     if not isinstance(preparation, Tiling):
@@ -300,7 +300,7 @@ def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path
 
 
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
-    """Return {name: content} of a folder's JSON files that limit the tokens per image, changed to at most `most`.
+    """Return {file name: new content} of a folder's JSON files after limiting images to `most` tokens.
 
     `slot_tokens` is as for `load_image_processor`. Raises UserError if the model cannot have this limit.
     """
@@ -321,7 +321,7 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:
-    """Return the image preparation that a model folder describes, and the file that describes it."""
+    """Return the image preparation described in a model folder, and the name of the file that describes it."""
     model_path = folder / "config.json"
     model = read_json(model_path) if os.path.lexists(model_path) else {}
     family = find(model)

@@ -56,7 +56,7 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
     def encoder(self, cfg: ModelConfig, max_length: int) -> Encoder:
-        """Return what tokenizes records into rows of up to `max_length` tokens."""
+        """Return an `Encoder` that converts records to sequences of up to `max_length` tokens."""
         preparation = None if self.image_loader is None else self.image_loader.preparation
         return Encoder(
             tokenizer=self.tokenizer,
@@ -74,14 +74,14 @@ class Inputs:
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
-        """Return the encoder of training rows, with lengths from `data.max_length` and `data.length_buckets`."""
+        """Return the `Encoder` for training, with the lengths in `data.max_length` and `data.length_buckets`."""
         lengths = length_buckets(self.data, cfg)
         encoder = self.encoder(cfg, lengths[-1] if lengths else 0)
         return dataclasses.replace(encoder, length_buckets=self.data.length_buckets or None)
 
 
 def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return the possible row lengths of a training batch, ascending; () if the longest record sets the length.
+    """Return the padded sequence lengths of training batches, ascending; () if the longest record decides.
 
     Raises UserError if `data.length_buckets` and `data.max_length` contradict each other, or are too long for the
     model.
@@ -95,7 +95,7 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
 
 
 def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return `data.tile_buckets`, or defaults that fit every record of a model with tiles; None for other models."""
+    """Return the padded tile counts per record (`data.tile_buckets` or defaults); None for models without tiles."""
     buckets = data.tile_buckets
     if buckets or preparation is None or preparation.usual == (1,):
         return buckets or None
@@ -104,7 +104,7 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
 
 
 def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return `data.image_buckets`, or defaults that fit every image of any size; None for other models.
+    """Return the padded image token counts in `data.image_buckets`, or defaults; None unless images have any size.
 
     Raises UserError if they are set for a model whose images have one size.
     """
@@ -115,12 +115,12 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return the image buckets (token counts) that fit in a row of `length` tokens, ascending."""
+    """Return the image buckets (token counts) that fit into a sequence of `length` tokens, ascending."""
     return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
-    """Load tokenizer, template and image processor of a model folder (the last may be in the tower's folder).
+    """Load the tokenizer, prompt template and image processor of a model folder.
 
     Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
@@ -166,7 +166,7 @@ def _load_inputs(
 
 
 def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
-    """Return "pad" or "square", from the setting, or for "auto" from config.json or the image processor."""
+    """Return LLaVA's image mode, "pad" or "square": the setting, or for "auto" the value in the model's files."""
     if name != AUTO:
         return name
     said, settings = config.get("image_aspect_ratio"), processor_settings(folder)
@@ -176,7 +176,7 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
-    """Yield a warning if the prompts of this run differ from prompts by the folder's chat template."""
+    """Yield a warning if this run's prompts differ from prompts made by the folder's own chat template."""
     mine = prompt_of(template, has_image=has_image)
     if chat is not None and with_marks(chat, template) != mine:
         yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
@@ -193,7 +193,7 @@ def _records(path: str, root: Path | None, image_lead: bool, on_error: str, stat
 
 
 def training_records(data: DataSpec, template: Template) -> list[Record]:
-    """Return all training records, before `data.fraction` is applied; skipped records keep their index.
+    """Return all training records, before `data.fraction` is applied.
 
     Raises UserError if `data.train` is not set, or the file is malformed.
     """
@@ -202,7 +202,7 @@ def training_records(data: DataSpec, template: Template) -> list[Record]:
 
 
 def count_records(data: DataSpec) -> int | None:
-    """Return how many training records `data.fraction` leaves, without a tokenizer; None if `data.train` is unset."""
+    """Return the number of training records that `data.fraction` selects; None if `data.train` is unset."""
     if data.train is None:
         return None
     # image_lead=True: whether texts may omit the image placeholder depends on the template, and changes no count
@@ -211,13 +211,13 @@ def count_records(data: DataSpec) -> int | None:
 
 
 def read_set(path: str | None, images: str | None, what: str, image_lead: bool, on_error: str) -> list[Record]:
-    """Return the records of a file, TFDS folder or datasets folder; `what` is the setting's name, for messages."""
+    """Read the records of a JSON file, TFDS folder or datasets folder; errors name the setting `what`."""
     _, state = _sources(path, images, what)
     return _records(path or "", None if images is None else Path(images), image_lead, on_error, state)
 
 
 def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path | str], str]:
-    """Return the files or the folder of a data set (for a bucket its address), and a text that changes with them."""
+    """Return a data set's files or folder, and a text that changes whenever they change."""
     if path is None:
         raise UserError(
             f"{what} is not set: use --config.{what}=FILE with a JSON file in LLaVA's format, {PREFIX}FOLDER or "
@@ -234,13 +234,13 @@ def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path
 
 
 def name_of_records(path: str) -> str:
-    """Return a readable name of a data set: its hub id, or the name of its file or folder."""
+    """Return a data set's display name: its hub id, or the name of its file or folder."""
     name = Path(path.rpartition(":")[2]).name
     return "/".join(name.split("--")[1:3]) if name.startswith("hub--") else name
 
 
 def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
-    """Return the source files of the "train" or "eval" records by name; for a bucket, a text that describes it.
+    """Return {name: path} of the source files of "train" or "eval" records (for a bucket, a text describing its state).
 
     Raises UserError if the setting is not set.
     """
@@ -252,7 +252,7 @@ def record_files(data: DataSpec, which: str) -> dict[str, Path | str]:
 def calibration_batches(
     model: ModelSpec, data: DataSpec, spec: Calibration, cfg: ModelConfig, *, seed: int
 ) -> list[Batch]:
-    """Return batches of equal shape with `spec.samples` training records drawn with `seed` (or all, if fewer).
+    """Return calibration batches of equal shape: `spec.samples` training records drawn with `seed`.
 
     The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
     first batch. Raises UserError if there are not enough (short enough) records.
@@ -270,7 +270,7 @@ def calibration_batches(
 
 
 def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tuple[list[Record], list[tuple[str, str]]]:
-    """Return the calibration records that were drawn, and (id, reason) of each skipped record."""
+    """Draw calibration records at random; also return (id, reason) of every record that was skipped."""
     records = training_records(data, encoder.template)
     chosen: list[Record] = []
     skipped: list[tuple[str, str]] = []
@@ -295,7 +295,7 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
 
 
 def _text_length(record: Record, encoder: Encoder) -> int:
-    """Return the length of a record in tokens, counting each image as one."""
+    """Return a record's length in tokens, counting each image as one token."""
     ids, _ = tokenize_training(
         record,
         encoder.tokenizer,
@@ -308,13 +308,13 @@ def _text_length(record: Record, encoder: Encoder) -> int:
 
 
 def recovery_records(data: DataSpec, template: Template) -> tuple[Record, ...]:
-    """Return the training records for a recovery: a random `data.fraction` of all."""
+    """Return the training records for recovery: a random `data.fraction` of all."""
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Records of a recovery with the encoder of their rows; `sizes` are described at `train_batches`."""
+    """Training records of a recovery, their sizes in tokens, and the `Encoder` that converts them to arrays."""
 
     records: tuple[Record, ...]
     encoder: Encoder
@@ -324,7 +324,7 @@ class TrainingRows:
 def training_rows(
     data: DataSpec, encoder: Encoder, records: tuple[Record, ...], bar: Bar, features: FeatureLoader | None
 ) -> TrainingRows:
-    """Return the records, their sizes and the encoder for recovery.
+    """Measure the recovery's training records, and return them with their sizes and `Encoder`.
 
     `bar` shows the progress of measuring; `features` is a loader of cached features in place of pixels.
     """
@@ -342,7 +342,7 @@ def training_rows(
 def recovery_batches(
     rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None, mesh: Mesh | None
 ) -> TrainBatches:
-    """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to the rows."""
+    """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to them."""
     return train_batches(
         rows.records,
         rows.encoder,
@@ -361,7 +361,7 @@ def recovery_batches(
 
 @functools.lru_cache(maxsize=2)
 def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, threads: int, bar: Bar) -> np.ndarray:
-    """Return the sizes of all records (see `measure`); each process measures a share, and all skip the same records."""
+    """Return the sizes of all records (see `measure`); each process measures a share of them."""
     mine = records[process_number() :: process_count()]
     with bar("measure records", len(mine)) as progress:
         shares = from_all(
@@ -379,5 +379,5 @@ def _measured(records: tuple[Record, ...], encoder: Encoder, on_error: str, thre
 
 
 def _as_long_as(encoder: Encoder, sizes: np.ndarray) -> Encoder:
-    """Return the encoder; if it has no `max_length`, with the length of the longest record."""
+    """Return the encoder, with its `max_length` set to the longest record's length if it was unset."""
     return dataclasses.replace(encoder, max_length=encoder.max_length or int(sizes[:, 0].max()))

@@ -22,7 +22,7 @@ _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 @dataclass(frozen=True)
 class Patching(Preparation):
-    """Division of an image into patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
+    """Image preparation that cuts patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
     channels, each repeated `temporal` times (the frames of a video). `mean` and `std` normalise, `resample` is PIL's
@@ -46,7 +46,7 @@ class Patching(Preparation):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded, doubling up to the maximum."""
+        """Token counts to which images are padded: each twice the one before, up to the maximum."""
         buckets = [_SMALLEST_BUCKET]
         while buckets[-1] < self._most_tokens:
             buckets.append(2 * buckets[-1])
@@ -54,7 +54,7 @@ class Patching(Preparation):
 
     @property
     def _most_tokens(self) -> int:
-        """Upper bound of tokens per image: thin images are at least one token wide, and small ones are rounded up."""
+        """Upper bound on tokens per image, allowing for thin images and rounding up of small ones."""
         side = self.patch * self.merge
         most, least = self.max_pixels / side**2, self.min_pixels / side**2
         rounded_up = least + math.sqrt(least) * (math.sqrt(_THINNEST) + 1 / math.sqrt(_THINNEST)) + 1
@@ -66,7 +66,7 @@ class Patching(Preparation):
         return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        """Return a copy with at most `tokens` tokens per image (for thin images see `_most_tokens`).
+        """Return a copy with at most `tokens` tokens per image.
 
         Raises UserError if images of `min_pixels` have more tokens.
         """
@@ -97,7 +97,7 @@ class Patching(Preparation):
         return frames.reshape(1, rows * columns, -1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns) of an image in patches, both multiples of `merge`."""
+        """Return an image's (rows, columns) in patches, both multiples of `merge`."""
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
                 f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
@@ -116,7 +116,7 @@ class Patching(Preparation):
 
 
 def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
-    """Return a Qwen-VL folder's patching; `min_pixels` and `max_pixels` take precedence over the newer `size`.
+    """Return the patching that a Qwen-VL folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Missing settings are refused, since
     several models share the class and its defaults are those of one of them. Raises UserError if a step is switched

@@ -20,7 +20,7 @@ def expand_images(
     tiles: Any = None,
     image_grid_thw: Any = None,
 ) -> dict[str, np.ndarray]:
-    """Return arrays for `vp.forward` and `vp.score` from rows that have one `cfg.image_token_id` per image.
+    """Return arrays for `vp.forward` and `vp.score`, from sequences with one `cfg.image_token_id` per image.
 
     Only needed for ids from a tokenizer; transformers processors expand images themselves. Rows are padded on the right
     to the longest row, with id 0.
@@ -65,7 +65,7 @@ def expand_images(
 
 
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
-    """Return the number of decoder tokens of each image, int64[images]."""
+    """Return each image's number of decoder tokens, int64[images]."""
     if (tiles if cfg.any_size else image_grid_thw) is not None:
         wanted, passed = ("image_grid_thw", "tiles") if cfg.any_size else ("tiles", "image_grid_thw")
         raise UserError(f"expand_images: this model takes {wanted}, not {passed}: omit {passed}")

@@ -14,7 +14,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 
 class Preparation(Protocol):
-    """Conversion of a decoded image to arrays for the vision tower; `sharing` is the number of images in the record.
+    """Conversion of a decoded image to arrays for the vision tower; `sharing` is the number of images in its record.
 
     Attributes:
       merge: patch-merge factor n (n x n patches become one token) if images have any size; 0 if the size is fixed.
@@ -28,49 +28,49 @@ class Preparation(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the vision tower's input: (channels, height, width), or (values,) per patch (any size)."""
+        """Shape of the vision tower's input: (channels, height, width), or (values,) per patch (any image size)."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images of any size are padded, ascending; () if the size is fixed."""
+        """Token counts to which images of any size are padded, ascending; () if all images have one size."""
         return ()
 
     @property
     def settings(self: Any) -> dict[str, Any]:
-        """Settings on which the prepared arrays depend, as JSON values."""
+        """Settings that determine the prepared arrays, as JSON values (used in cache keys)."""
         return {type(self).__name__.lower(): dataclasses.asdict(self)}
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of the image processor's settings that limit the tokens per image; {} if they cannot."""
+        """Fields of preprocessor_config.json that limit the tokens per image; {} if none does."""
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots per image, in ascending order."""
+        """Usual tile counts per image, ascending, from which default batch shapes are chosen."""
         return (1,)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid and number of slots of an image after preparation."""
+        """Return the grid and number of tiles of an image of this size after preparation."""
 
     def most(self, images: int) -> int:
-        """Return the maximum number of slots needed by a record with up to `images` images."""
+        """Return the maximum number of tiles of a record with up to `images` images."""
         return images * self.usual[-1]
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
-        """Return the number of pixels of the largest intermediate image."""
+        """Return the pixel count of the largest intermediate image that the preparation creates."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Return an RGB image as float32[slots, channels, height, width], or float32[1, patches, values]."""
+        """Convert an RGB image to float32[tiles, channels, height, width], or float32[1, patches, values]."""
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
-        """Return a copy with at most `tokens` tokens per image; a slot has `slot_tokens` if images have one size.
+        """Return a copy with at most `tokens` tokens per image; `slot_tokens` is the number of tokens per tile.
 
         Raises UserError (`must be ...: what to do`) if the model does not have such images.
         """
 
 
 class SquarePieces(Preparation, Protocol):
-    """Preparation that `cut`s an image into pieces of `size` x `size` pixels, normalised by `mean` and `std`."""
+    """Preparation that cuts an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
 
     merge: int = 0
 
@@ -84,7 +84,7 @@ class SquarePieces(Preparation, Protocol):
 
 
 def fixed_size(slot_tokens: int) -> UserError:
-    """Return the error message for a limit on image tokens if all images of the model have one size."""
+    """Return the error for a limit on image tokens that a model with one image size cannot satisfy."""
     return UserError(
         f"every image of this model has {slot_tokens} tokens, whatever its size: unset this limit, or use a model "
         "whose "

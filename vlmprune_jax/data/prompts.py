@@ -23,7 +23,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the fast tokenizer of a Hugging Face folder without network access.
+    """Load the fast tokenizer of a Hugging Face folder, without network access.
 
     Label masks need the offsets of a fast tokenizer. A `tokenizer.json` is loaded unchanged, since transformers 5's
     LlamaTokenizer replaces its normalisation (Phi-3 loses a space mark after `</img>`). Without the file, the
@@ -49,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _mark_every_piece(tokenizer: Any) -> None:
-    """Make the tokenizer put a space symbol before every piece of text, as SentencePiece with `legacy` (Phi-3).
+    """Make the tokenizer put a space symbol before every text segment, as SentencePiece does with `legacy` (Phi-3).
 
     transformers 5's LlamaTokenizer omits the mark before a piece that begins with a space: `<img> z` loses one.
     """
@@ -63,7 +63,7 @@ def _mark_every_piece(tokenizer: Any) -> None:
 
 
 def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:
-    """Return the text of a conversation's prompt; with `generation` it ends where the assistant's answer begins.
+    """Format a conversation as prompt text; with `generation` it ends where the assistant's answer begins.
 
     A turn without text is only its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty system text
     omits its start and end as well, as in `llava-hf` chat templates.
@@ -97,7 +97,7 @@ def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, st
 
 
 def move_images_first(content: str, behind: str = "\n") -> str:
-    """Return the turn's text with its `<image>` placeholders moved to the front, each followed by `behind`."""
+    """Move the `<image>` placeholders of a turn's text to its front, each followed by the text `behind`."""
     images = content.count(IMAGE_TOKEN)
     if not images:
         return content
@@ -114,7 +114,7 @@ def tokenize_training(
     cut_text_at: int | None,
     images: Sequence[ImageShape] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (input_ids, labels), both int32[tokens]; labels are IGNORED outside answers and their end tokens.
+    """Tokenise a conversation to ids and labels, int32[tokens] each; only answers and their end tokens have labels.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 in the reference) for each slot of
     its shape in `images` (None = whole images), or as many copies as the shape's `tokens`. `cut_text_at` (the
@@ -142,12 +142,12 @@ def tokenize_training(
 
 
 def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
-    """Return the texts of a prompt that `tokenize_training` tokenises: those between `<image>` placeholders."""
+    """Return the text segments between `<image>` placeholders, which `tokenize_training` tokenises separately."""
     return _pieces(_training_prompt(record, template, images), record, template)
 
 
 def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
-    """Return int64[prompts], the tokens of each prompt with one BOS and without images, counted on all cores.
+    """Return the number of tokens of each prompt, int64[prompts], with one BOS and without images; uses all cores.
 
     Faster than tokenising for training, which needs character offsets.
     """
@@ -166,7 +166,7 @@ def tokenize_prompt(
     tokens_per_image: int,
     images: Sequence[ImageShape] | None = None,
 ) -> np.ndarray:
-    """Return token ids int32[tokens] of the conversation up to its last answer, which the model is to generate."""
+    """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     images = _shapes(record, images)
     prompt = render(turns, template, has_image=bool(record.images), generation=True)
@@ -178,7 +178,7 @@ def tokenize_prompt(
 def _is_mismatched(
     tokens: _Tokens, repeats: np.ndarray, covered: int, prompt: str, padding: int | None, cut_text_at: int | None
 ) -> bool:
-    """Return True if LLaVA's code would drop this record's labels because of a "tokenization mismatch".
+    """Return True if LLaVA's code would ignore this record's labels because of a "tokenization mismatch".
 
     A mismatch beyond `cut_text_at` does not count. `padding` is the id that the reference's phi3-chat mask takes for
     padding; that mask counts every image position, and an end token after an empty answer. LLaVA's and Bunny's masks
@@ -201,7 +201,7 @@ def _training_prompt(record: Record, template: Template, images: Sequence[ImageS
 
 
 def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    """Return the prompt text with one placeholder per image replaced by that image's tokens."""
+    """Return the prompt text with each image placeholder replaced by that image's tokens."""
     if template.image_tokens is None:
         return prompt
     first, *rest = prompt.split(IMAGE_TOKEN, len(record.images))
@@ -220,7 +220,7 @@ def _write_images(prompt: str, record: Record, template: Template, images: Seque
 def _repeats(
     is_image: np.ndarray, tokens_per_image: int, template: Template, images: Sequence[ImageShape]
 ) -> np.ndarray:
-    """Return the number of decoder positions of each token (image tokens are repeated)."""
+    """Return the number of decoder positions per token (image tokens are repeated)."""
     repeats = np.ones(len(is_image), np.int64)
     counts = [(template.context_tokens(image), image.positions(tokens_per_image)) for image in images]
     per_token = [positions // tokens for tokens, positions in counts for _ in range(tokens)]
@@ -233,7 +233,7 @@ def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
 
 
 class _Tokens(NamedTuple):
-    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has none), and flags of image tokens."""
+    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has no span), and image-token flags."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -242,7 +242,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -> _Tokens:
-    """Tokenise a prompt; if images have no token of their own, the texts between images are tokenised separately.
+    """Tokenise a prompt; without a special image token, the texts between images are tokenised separately.
 
     A leading BOS is kept once and dropped from later pieces (reference: `tokenizer_image_token`).
     """
@@ -276,7 +276,7 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
 
 
 def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]) -> tuple[list[tuple[int, int]], int]:
-    """Return the character spans of the answers, end tokens included, and the length of the prompt."""
+    """Return the character spans of all answers with their end tokens, and the prompt's length in characters."""
     has_image = bool(record.images)
     turns: Sequence[tuple[str, str]] = record.turns
     if has_image and template.image_lead:
@@ -291,7 +291,7 @@ def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]
 
 
 def _answer_spans(prompt: str, template: Template) -> tuple[list[tuple[int, int]], int]:
-    """Return the character spans that get labels, and the end of the last round that was parsed.
+    """Return the character spans to label, and where the last parsed question-answer round ends.
 
     A round ends with the assistant's end token, which may also end the system text and the question; it must contain
     the assistant's role exactly once.

@@ -31,15 +31,15 @@ MAX_REPEATS = 1000  # of a data set, since its records are copied
 
 class _Store(Protocol):
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of an image (such as a JPEG file)."""
+        """Return an image's encoded bytes (such as a JPEG file)."""
 
     def identity(self) -> str:
-        """Return a text that differs between data sets."""
+        """Return a text that identifies the data set's content, used in cache keys."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Image stored inside a data set (see data/tfds.py); `name` is for messages."""
+    """Image stored inside a data set (such as data/tfds.py); `name` appears in error messages."""
 
     name: str
     number: int
@@ -49,12 +49,12 @@ class StoredImage:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """Return the encoded bytes of the image. Raises OSError if they cannot be read."""
+        """Return the image's encoded bytes; raise OSError if they cannot be read."""
         return self.store.read(self.number)
 
 
 def image_key(image: Path | StoredImage) -> str:
-    """Return the cache key of an image: path and file size, or its number in a data set."""
+    """Return an image's cache key: path and file size, or its data set and number."""
     if isinstance(image, StoredImage):
         return f"{image.store.identity()}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
@@ -62,7 +62,7 @@ def image_key(image: Path | StoredImage) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: (role, text) turns that alternate between "human" and "gpt", and the images in order.
+    """One conversation: (role, text) turns alternating between "human" and "gpt", and the images in order.
 
     `problem`: why the entry could not be read, in which case there are no turns. `answers`: right answers of an
     evaluation record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics
@@ -78,7 +78,7 @@ class Record:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Correct answers to the last question: the field `answers`, or the last gpt turn."""
+        """Reference answers to the last question: the field `answers`, or else the last "gpt" turn."""
         if self.answers:
             return self.answers
         return tuple(text for speaker, text in self.turns[-1:] if speaker == "gpt")
@@ -87,7 +87,7 @@ class Record:
 def read_records(
     path: Path, image_root: Path | None, *, image_lead: bool = False, on_error: str = "stop"
 ) -> list[Record]:
-    """Return the records of a `.json` list, a `.jsonl` file, or all data sets of InternVL's `.json` object.
+    """Return the records of a `.json` list, a `.jsonl` file, or all data sets in InternVL's `.json` object.
 
     Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or of the forms in data/forms.py.
     `image` is a path or a list of paths
@@ -115,7 +115,7 @@ def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 
 
 def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead: bool = False) -> list[Record]:
-    """Return the records of entries of a data file, as `read_records` does.
+    """Return the records of parsed entries of a data file.
 
     Raises UserError with the record for malformed entries.
     """
@@ -124,7 +124,7 @@ def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead:
 
 
 def data_files(path: Path, image_root: Path | None) -> list[Path]:
-    """Return the files that `read_records` would read: `path`, or the files listed in InternVL's object."""
+    """Return the files that `read_records` reads: `path`, or the annotation files listed in InternVL's object."""
     return [path, *(annotation for annotation, *_ in _sets(path, image_root).values())] if _lists_sets(path) else [path]
 
 
@@ -153,7 +153,7 @@ def _read_sets(path: Path, image_root: Path | None, image_lead: bool, on_error: 
 
 
 def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, float]]:
-    """Return {name: (annotation file, image folder, repeat_time)}; paths start at the image root or current folder."""
+    """Return {name: (annotation file, image folder, repeat_time)} of InternVL's list of data sets."""
     base, sets = Path(image_root or ""), {}
     for name, entry in next(read_entries(path, "stop", kind=dict)).items():
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("annotation", "root")):
@@ -180,7 +180,7 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
 
 
 def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
-    """Return int(fraction * n) random records, at least one, in file order and without repeats.
+    """Return int(fraction * n) random records, at least one, in file order and without duplicates.
 
     The subset depends only on `n`, `fraction` and `seed` (its own numpy PCG64 generator), so that all processes
     of a run agree; the reference draws an unseeded subset per rank.
@@ -193,7 +193,7 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
-    """Yield the JSON entries of a file; with "skip", a malformed line yields its error."""
+    """Yield the JSON entries of a data file; with "skip", a malformed line yields its error."""
     text = read_text(path, missing="no such file: check the data path")
     text = text.removeprefix("\ufeff")  # byte order mark of some editors
     if path.suffix == ".jsonl":
@@ -222,16 +222,16 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
 
 
 class Images(Protocol):
-    """Interface that finds a record's images by name."""
+    """Interface that finds a record's images by their names."""
 
     def find(self, name: str, where: str) -> Path | StoredImage:
-        """Return the image with this name. Raises UserError, prefixed with `where`, if there is none."""
+        """Return the image called `name`; raise UserError, prefixed with `where`, if there is none."""
 
 
 def make_record(
     entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
 ) -> Record:
-    """Return the record of one entry of a data file after checking the entry.
+    """Return the record of one parsed entry of a data file, after checking the entry.
 
     Raises UserError with `path` and the record; with `on_error` "skip" the message becomes the record's `problem`.
     """
@@ -320,7 +320,7 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def _broken(text: str) -> bool:
-    """Return True for text with a lone surrogate (half of an emoji), which is valid JSON but invalid Unicode."""
+    """Return True if text contains half of a surrogate pair (a broken emoji), which is invalid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -340,7 +340,7 @@ def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
 
 
 class _ImageRoot:
-    """Image lookup in one folder; results are cached, since many records share an image."""
+    """Image lookup in one folder, with cached results because many records share an image."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -351,7 +351,7 @@ class _ImageRoot:
         self._paths: dict[str, Path] = {}
 
     def find(self, name: str, where: str) -> Path:
-        """Return the image's path. Raises UserError if it is missing or its real path is outside the folder."""
+        """Return the image's path; raise UserError if the file is missing or lies outside the folder."""
         if name in self._paths:
             return self._paths[name]
         if self._folder is None or self._real is None:

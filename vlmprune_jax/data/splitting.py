@@ -21,7 +21,7 @@ _SIDE = 364  # default pixels per side of a sub-image; the default longest side 
 
 @dataclass(frozen=True)
 class Splitting(SquarePieces):
-    """Splitting of an image into sub-images of `size` x `size` pixels (SmolVLM).
+    """Image preparation that splits an image into tiles of `size` x `size` pixels (SmolVLM).
 
     The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
     sub-images, and the whole image follows as the last one; without it, an image is one sub-image. `mean` and `std`
@@ -39,12 +39,12 @@ class Splitting(SquarePieces):
 
     @property
     def _along(self) -> int:
-        """Maximum number of sub-images along the longer side."""
+        """Maximum number of tiles along the longer side."""
         return -(-min(self.longest, MAX_SIDE) // self.size) if self.splits else 1
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots: for an image split into one row of sub-images, two rows, ... up to a square."""
+        """Usual tile counts per image, whole-image tile included: from one row of tiles up to a square."""
         along = self._along
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
 
@@ -53,7 +53,7 @@ class Splitting(SquarePieces):
         return {"size": {"longest_edge": self.longest}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
-        """Return a copy with at most `tokens` tokens per image, overview included; a piece has `slot_tokens` tokens.
+        """Return a copy with at most `tokens` tokens per image, whole-image tile included; a tile has `slot_tokens`.
 
         Raises UserError if not one piece fits.
         """
@@ -66,7 +66,7 @@ class Splitting(SquarePieces):
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid of an image, and its number of sub-images including the whole-image overview."""
+        """Return an image's tile grid, and its number of tiles including the whole-image tile."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
@@ -76,7 +76,7 @@ class Splitting(SquarePieces):
         return max(rows * columns * self.size**2, first_width * first_height)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the sub-images row by row, then the whole image, resized as in the reference code."""
+        """Return an image's tiles row by row, then the whole image, resized as in the reference code."""
         rows, columns = self._grid(*image.size)
         image = image.resize(self._resized(*image.size), self.resample)
         image = image.resize((columns * self.size, rows * self.size), self.resample)
@@ -85,7 +85,7 @@ class Splitting(SquarePieces):
         return [*crop_grid(image, self.size), image.resize((self.size, self.size), self.resample)]
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return (width, height) with long side `longest`, an even short side, and both at most `MAX_SIDE`."""
+        """Return the resized (width, height): long side `longest`, even short side, both at most `MAX_SIDE`."""
         ratio = width / height
         if width >= height:
             short = int(self.longest / ratio)
@@ -101,7 +101,7 @@ class Splitting(SquarePieces):
         return max(width, 1), max(height, 1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return (rows, columns) of sub-images; 1 x 1 if the image is not split."""
+        """Return an image's (rows, columns) of tiles; (1, 1) if it is not split."""
         if not self.splits:
             return 1, 1
         width, height = self._resized(width, height)
@@ -116,7 +116,7 @@ class Splitting(SquarePieces):
 
 
 def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting:
-    """Return the splitting that a SmolVLM folder's image processor describes.
+    """Return the image splitting that a SmolVLM folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, a size is not of the longest edge, or images have too many sub-images.

@@ -18,7 +18,7 @@ Row = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """Cache of a teacher's top-k log-probabilities per record, only at positions that contribute to the loss.
+    """Cache of a teacher's top-k log-probabilities per record, stored only at positions that contribute to the loss.
 
     A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
     `recovery.terms.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
@@ -32,11 +32,11 @@ class TeacherRows:
     vocab_size: int
 
     def has(self, record: Record) -> bool:
-        """Return True if the cache has the teacher's outputs for this record."""
+        """Return True if the teacher's outputs for this record are cached."""
         return not self.cache.missing(_keys(record))
 
     def keep(self, record: Record, row: Row, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Store the teacher's outputs for one record's row; they can be read after `cache.publish`.
+        """Store the teacher's outputs for one record; they become readable after `cache.publish`.
 
         Raises UserError if a log-probability is NaN.
         """
@@ -50,13 +50,13 @@ class TeacherRows:
         self.cache.add(dict(zip(_keys(record), arrays, strict=True)))
 
     def bytes_of(self, labels: np.ndarray) -> int:
-        """Return the number of bytes that `keep` stores for a record with int[tokens] labels, padding excluded."""
+        """Return the number of bytes that the cache needs for a record with these labels, int[tokens]."""
         counted = self._counted({"attention_mask": np.ones_like(labels), "labels": labels}).sum()
         per_position = self.top_k * _narrow(self.vocab_size - 1).itemsize + (self.top_k + 1) * self.dtype.itemsize
         return int(counted) * per_position
 
     def fill(self, row: Row, record: Record | None) -> None:
-        """Add the cached arrays of a record to its row; a padding row (record None) gets zeros.
+        """Add the cached teacher outputs of a record to its batch arrays; a padding row (record None) gets zeros.
 
         Raises UserError if the record is not in the cache, or has changed.
         """

@@ -25,7 +25,7 @@ class Texts(NamedTuple):
 
 
 def read_texts(source: str, template: Template) -> Texts:
-    """Return the texts and token ids in a file.
+    """Read a file of texts and token ids.
 
     Args:
       source: records as `data.train` takes them (rendered with the template; images are not opened), a JSON list of
@@ -76,7 +76,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _texts_of(record: Record, template: Template) -> Iterator[str]:
-    """Yield a record's texts: the rendered conversation, its answers, and other lists of texts (choices, labels)."""
+    """Yield all texts of a record: the formatted conversation, its answers, and other text lists (choices, labels)."""
     prompt = render(record.turns, template, has_image=bool(record.images))
     yield from (piece for piece in prompt.split(IMAGE_TOKEN) if piece)
     yield from record.answers

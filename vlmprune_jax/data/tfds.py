@@ -64,7 +64,7 @@ class _Info(TypedDict):
 
 
 def tfds_folder(text: str) -> Path | epath.Path:
-    """Return the folder in a setting `tfds:FOLDER`, as an epath if it is in a bucket.
+    """Return the folder in a setting `tfds:FOLDER`, as an epath if it is in a cloud bucket.
 
     Raises UserError for other kinds of addresses.
     """
@@ -77,7 +77,7 @@ def tfds_folder(text: str) -> Path | epath.Path:
 
 
 def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a short text that changes whenever the records in a folder are rewritten; "" without records."""
+    """Return a text that changes whenever the records in a TFDS folder are rewritten; "" without records."""
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
         if not info.is_file():
@@ -88,7 +88,7 @@ def tfds_state(folder: Path | epath.Path) -> str:
 def write_tfds(
     records: Sequence[Record], out_dir: Path, *, image_root: Path | None, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write records and their images to a new folder, atomically.
+    """Write records and their images to a new TFDS folder, atomically.
 
     Args:
       records: records from `read_records` (with `image_lead` if the template may add the image placeholder).
@@ -123,7 +123,7 @@ def write_tfds(
 
 
 def _features(name: str) -> Any:
-    """Return the TFDS features (field types) of the records or of the images."""
+    """Return the TFDS field types of the records or of the images."""
     features = _load_tfds().features
     text, sequence = features.Text(), features.Sequence
     if name == IMAGES:
@@ -165,7 +165,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
     base: Any = tfds.core.GeneratorBasedBuilder
 
     class Builder(base, skip_registration=True):  # type: ignore[call-arg]
-        """TFDS builder of one data set of the folder (records or images); examples keep their order."""
+        """TFDS builder that writes one data set (records or images); examples keep their order."""
 
         code_path = None  # no checksums to look up, which would need another package
         VERSION = tfds.core.Version(VERSION)
@@ -189,7 +189,7 @@ def _write(name: str, data_dir: Path, examples: Iterator[tuple[int, Any]]) -> No
 
 
 class ImageStore:
-    """Store of a folder's images, opened at the first read and safe to use from several threads."""
+    """Reader of the images in a TFDS folder; opened at the first read and thread-safe."""
 
     def __init__(self, folder: Path | epath.Path) -> None:
         self.folder = folder
@@ -206,11 +206,11 @@ class ImageStore:
         return self._identity
 
     def find(self, name: str, where: str) -> StoredImage:
-        """Return the stored image with this name."""
+        """Return the stored image called `name`."""
         return StoredImage(name, self.numbers[name], self)
 
     def read(self, number: int) -> bytes:
-        """Return an image's encoded bytes. Raises OSError for a missing image, UserError for a damaged folder."""
+        """Return an image's encoded bytes; raise OSError if it is missing, UserError if the folder is damaged."""
         with self._lock:
             if self._source is None:
                 self._source = _Source(self.folder, IMAGES)
@@ -221,7 +221,7 @@ class ImageStore:
 
 
 class _Source:
-    """Random access to the examples of one data set (records or images) of a folder; images are not decoded.
+    """Random access to the examples of a TFDS data set (records or images), without decoding images.
 
     Raises UserError if the data set was not written by `write_tfds`.
     """
@@ -260,7 +260,7 @@ class _Source:
 
 
 def _shard_lengths(place: Path | epath.Path, name: str) -> list[int]:
-    """Return the number of examples in each file of a data set, as its metadata lists them."""
+    """Return the number of examples in each file of a TFDS data set, from its metadata."""
     file = place / _INFO
     info = checked(parse_json(_text(file), str(file), _TODO), _Info, str(file), _TODO)
     lengths = [list(map(int, split["shardLengths"])) for split in info["splits"] if split["name"] == SPLIT]
@@ -277,7 +277,7 @@ def _text(file: Path | epath.Path) -> str:
 
 
 def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: str = "stop") -> list[Record]:
-    """Return the records in a folder that `write_tfds` wrote, equal to those that were written.
+    """Read the records in a folder that `write_tfds` wrote.
 
     Images are `StoredImage`s. Raises UserError with folder and record for malformed entries; with `on_error` "skip"
     they become records with a `problem`, as in `read_records`.
@@ -297,7 +297,7 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
 
 
 def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Convert an example to a JSON data file's entry, and return the numbers of its images by name."""
+    """Convert a TFDS example to an entry of a JSON data file, and return {image name: number} of its images."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
     entry = {
@@ -311,7 +311,7 @@ def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
 
 @contextlib.contextmanager
 def _on_this_machine(folder: Path | epath.Path) -> Iterator[Path]:
-    """Yield the folder, or a local copy of the records in a bucket (remote reading needs a request per record)."""
+    """Context that yields the folder, or for a cloud bucket a local copy of the records (remote reads are slow)."""
     if isinstance(folder, Path):
         yield folder
         return

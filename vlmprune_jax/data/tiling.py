@@ -18,11 +18,11 @@ from vlmprune_jax.families.tiles import ImageShape, TilingConfig
 
 @dataclass(frozen=True)
 class Tiling(TilingConfig, SquarePieces):
-    """Tiling of images: a `TilingConfig` with the methods that cut images."""
+    """Image preparation that cuts an image into a grid of tiles (InternVL)."""
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Common numbers of slots: for 1 tile, and for 1, 3, 6 and 12 tiles plus a thumbnail."""
+        """Usual tile counts per image: 1, or 1, 3, 6 or 12 tiles plus a thumbnail."""
         return (1, 2, 4, 7, 13)
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
@@ -35,7 +35,7 @@ class Tiling(TilingConfig, SquarePieces):
         return max(1, self.max_tiles // sharing) if self.shares else self.max_tiles
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the tile grid of an image, and its number of tiles including the thumbnail."""
+        """Return an image's tile grid, and its number of tiles including the thumbnail."""
         columns, rows = self.grid(width, height, sharing)
         return ImageShape(rows, columns, columns * rows + (self.thumbnail and columns * rows != 1))
 
@@ -68,7 +68,7 @@ class Tiling(TilingConfig, SquarePieces):
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return the tiles row by row, then the thumbnail (reference: InternVL dataset.py `dynamic_preprocess`)."""
+        """Return an image's tiles row by row, then its thumbnail (as InternVL's `dynamic_preprocess`)."""
         if self.pad:
             image = pad_to_square(image, self.mean)
         columns, rows = self.grid(*image.size, sharing)
@@ -81,7 +81,7 @@ class Tiling(TilingConfig, SquarePieces):
 
 @functools.lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Return every (columns, rows) with min_tiles to max_tiles tiles, in order of area.
+    """Return all tile grids (columns, rows) with `min_tiles` to `max_tiles` tiles, ordered by area.
 
     The order within an area does not matter: neighbouring ratios have different areas.
     """
@@ -105,7 +105,7 @@ def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: 
 
 
 def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """Centre an RGB image on a square of colour int(255 * mean); offset rounded down (LLaVA's `expand2square`)."""
+    """Paste an RGB image onto a square of colour int(255 * mean), centred as in LLaVA's `expand2square`."""
     width, height = image.size
     if width == height:
         return image
@@ -116,7 +116,7 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 
 
 def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
-    """Return the tiling that a transformers InternVL folder describes (`GotOcr2ImageProcessor`).
+    """Return the tiling described in a transformers InternVL folder (`GotOcr2ImageProcessor`).
 
     `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
     Raises UserError if a step is switched off, or the size is not a square.

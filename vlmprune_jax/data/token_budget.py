@@ -21,7 +21,7 @@ BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was train
 
 @dataclass(frozen=True)
 class TokenBudget(Preparation):
-    """Resizing of an image to at most `tokens` tokens, each of `merge` x `merge` patches of `patch` x `patch` pixels.
+    """Image preparation that resizes an image to at most `tokens` tokens of `merge` x `merge` patches (Gemma 4).
 
     Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
     `Gemma4ImageProcessor`). `resample` is PIL's number of the filter.
@@ -40,7 +40,7 @@ class TokenBudget(Preparation):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded: only the token budget, which most images nearly fill."""
+        """Token counts to which images are padded: only the token budget, since most images nearly fill it."""
         return (self.tokens,)
 
     @property
@@ -48,7 +48,7 @@ class TokenBudget(Preparation):
         return {"max_soft_tokens": self.tokens}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
-        """Return a copy with this token budget. Raises UserError if the model was not trained with this budget."""
+        """Return a copy with this token budget; raise UserError if the model was not trained with it."""
         if tokens not in BUDGETS:
             raise UserError(f"must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})")
         return dataclasses.replace(self, tokens=tokens)
@@ -69,7 +69,7 @@ class TokenBudget(Preparation):
         return np.ascontiguousarray(cells.reshape(1, rows * columns * m * m, -1))
 
     def _cells(self, width: int, height: int) -> tuple[int, int]:
-        """Return the numbers of rows and columns of an image in tokens."""
+        """Return an image's numbers of token rows and token columns."""
         side = self.merge * self.patch
         factor = math.sqrt(self.tokens * side**2 / (height * width))
         rows, columns = (math.floor(factor * length / side) for length in (height, width))
@@ -83,7 +83,7 @@ class TokenBudget(Preparation):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenBudget:
-    """Return the token budget that a Gemma 4 folder's image processor describes.
+    """Return the token budget described by a Gemma 4 folder's image processor.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off or on, or the budget is none of the model's.

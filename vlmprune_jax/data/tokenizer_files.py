@@ -34,7 +34,7 @@ class _NamedToken(TypedDict):
 
 
 class _Vocabulary(TypedDict):
-    """Vocabulary of a tokenizer.json: {text: id}, or for Unigram a list of [text, score] in the order of ids."""
+    """Vocabulary section of tokenizer.json: {text: id}, or for Unigram models a list of [text, score] ordered by id."""
 
     vocab: Annotated[dict[str, TokenId], Meta(min_length=1)] | Annotated[list[tuple[str, float]], Meta(min_length=1)]
 
@@ -56,7 +56,7 @@ class TokenizerConfig(TypedDict):
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder whose tokenizer files are malformed, or have rules that take too long on plain text.
+    """Raise UserError if a folder's tokenizer files are malformed, or their rules take too long on plain text.
 
     Raises UserError if a file is unreadable or malformed, or its rules run away on plain text.
     """
@@ -72,7 +72,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of a tokenizer's added tokens, from all files of the folder that list them.
+    """Return the ids of a tokenizer's added tokens, from all files of the folder that list any.
 
     Raises UserError as `read_parts` does.
     """
@@ -158,7 +158,7 @@ def _walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _lengthens(part: dict[str, Any]) -> bool:
-    """Return True if a normalizer rule replaces text by longer text, or prepends text."""
+    """Return True if a normalizer rule can make a text longer, or puts text before it."""
     content, pattern = part.get("content", part.get("prepend")), part.get("pattern")
     replaced = pattern.get("String") if isinstance(pattern, dict) else None
     return isinstance(content, str) and len(content) > max(1, len(replaced) if isinstance(replaced, str) else 1)

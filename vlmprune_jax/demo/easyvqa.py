@@ -20,7 +20,7 @@ _MANIFEST = "manifest.json"
 
 
 class _Manifest(TypedDict):
-    """Fields of a folder's `manifest.json`, used to check that the data set is complete."""
+    """Fields of the data set's `manifest.json`, used to check that the folder is complete."""
 
     bytes: dict[str, int]
 
@@ -30,7 +30,7 @@ JsonRecord = dict[str, Any]
 
 
 def write_dataset(out_dir: Path) -> dict[str, Path]:
-    """Write easy-VQA as LLaVA JSON files and images into `out_dir`; return {name: path of the file}.
+    """Write the easy-VQA data set as LLaVA JSON files and images to `out_dir`; return {name: file path}.
 
     Names: `train`, `test` (one question per record), and `images`, the image root of both. The folder is written
     atomically; a complete one is kept. Raises UserError if `out_dir` has other content.
@@ -56,7 +56,7 @@ def write_dataset(out_dir: Path) -> dict[str, Path]:
 
 
 def single_turn_records(questions: Questions, split: str) -> list[JsonRecord]:
-    """Return one LLaVA record per question, with ids `{split}-000123`, in the package's order."""
+    """Return one LLaVA record per easy-VQA question, with ids `{split}-000123`, in the package's order."""
     return [
         to_record(f"{split}-{number:06d}", split, image, [(f"<image>\n{question}", answer)])
         for number, (question, answer, image) in enumerate(zip(*questions, strict=True))
@@ -64,7 +64,7 @@ def single_turn_records(questions: Questions, split: str) -> list[JsonRecord]:
 
 
 def to_record(name: str, split: str, image: int, turns: list[tuple[str, str]]) -> JsonRecord:
-    """Return a LLaVA record of an image and its turns (question, answer)."""
+    """Return a LLaVA record of one image and its (question, answer) turns."""
     conversations = []
     for question, answer in turns:
         conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

@@ -13,27 +13,27 @@ ASKED = "Go on with the language reference."
 
 
 def topics(half: int) -> str:
-    """Return every second topic's text, starting with the first (half 0) or the second (half 1)."""
+    """Return half of the English help texts that come with Python (`pydoc_data.topics`), for perplexity."""
     texts = pydoc_data.topics.topics
     return "".join(texts[name].replace("\n   ", "\n") + "\n" for name in sorted(texts)[half::2])
 
 
 def write_topics(path: Path, half: int, letters: int) -> str:
-    """Write the first `letters` characters of one half of the topics to a file for perplexity; return its path."""
+    """Write the first `letters` characters of half of Python's help topics to a file; return its path."""
     with replacing(path) as file:
         file.write(topics(half)[:letters].encode())
     return str(path)
 
 
 def topic_records(half: int, letters: int) -> list[Record]:
-    """Return one half of the topics as records of `letters` characters, each the answer to the same question."""
+    """Return half of Python's help texts as records of `letters` characters, all answers to one fixed question."""
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]
 
 
 def topic_entries(half: int, letters: int) -> list[dict[str, Any]]:
-    """Return `topic_records` in the form of a LLaVA data file's entries."""
+    """Return half of Python's help topics as entries of a LLaVA data file."""
     return [
         {"id": record.id, "conversations": [{"from": who, "value": text} for who, text in record.turns]}
         for record in topic_records(half, letters)

@@ -23,7 +23,7 @@ _place: tuple[int, int] | None = None  # own number, number of processes
 
 
 def watch(number: int, count: int) -> None:
-    """End this process if another of the `count` processes fails; every process calls this function once."""
+    """End this process if another of the run's `count` processes fails; every process must call this once."""
     global _place
     _place = number, count
     thread = threading.Thread(target=_watch, args=(_store(), number, count), daemon=True)
@@ -45,12 +45,12 @@ def watch(number: int, count: int) -> None:
 
 
 def joined() -> bool:
-    """Return True if this run consists of several processes."""
+    """Return True if this process belongs to a run of several processes."""
     return _place is not None
 
 
 def end(text: str, reason: str, code: int) -> int:
-    """Print why this process ends and return its exit code; if the run has several processes, end all of them.
+    """Print why this process ends and return its exit code; also end the run's other processes.
 
     The other processes print `reason`, one line.
     """
@@ -70,7 +70,7 @@ def end(text: str, reason: str, code: int) -> int:
 
 
 def _store() -> Any:
-    """Return jax's distributed key-value store, which has no public name (importing orbax's wrapper is slow)."""
+    """Return jax's distributed key-value store, by which processes announce a failure."""
     from orbax.checkpoint import multihost
 
     return multihost.get_jax_distributed_client()
@@ -96,7 +96,7 @@ def _watch(store: Any, number: int, count: int) -> None:
 
 
 def _leave_together(store: Any, number: int, count: int) -> None:
-    """Wait until all processes have read the failure; process 0 ends last, because it hosts the key-value store.
+    """Wait until all processes have read the failure message; process 0, which hosts the key-value store, ends last.
 
     Otherwise the others would report a broken connection, and jax aborts processes that lose the store.
     """

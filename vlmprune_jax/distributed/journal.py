@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Journal:
-    """File with one JSON line per finished batch, in order; its first line identifies the pass over the data.
+    """File with one JSON line per finished batch, from which an interrupted pass over the data resumes.
 
     Process 0 reads and writes it. The journal of another pass (`made_from`) is discarded, and so is a line truncated by
     a crash. Floats are exact, since JSON's text of a float64 is read back to the same value.
@@ -27,7 +27,7 @@ class Journal:
         self.entries: list[Any] = on_process_zero(self._open)
 
     def _open(self) -> list[Any]:
-        """Return the entries of an interrupted pass, and rewrite the file with them; remove another pass's file."""
+        """Return the finished batches of an interrupted pass; delete the journal if it belongs to other inputs."""
         try:
             lines = read_json_lines(self.path, Any, cut=True)
         except UserError:  # missing, or not a journal
@@ -43,13 +43,13 @@ class Journal:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def cut(self, number: int) -> None:
-        """Keep the first `number` entries and remove all later ones, which are damaged."""
+        """Keep the first `number` entries of the journal and delete the later ones, which are damaged."""
         del self.entries[number:]
         if is_main_process():
             self._write([self._made_from, *self.entries])
 
     def add(self, entry: Any) -> None:
-        """Append one batch's result (a JSON value)."""
+        """Append the result of one batch (a JSON value) to the journal."""
         if is_main_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ def continued(
     journal: Journal | None,
     fits: Callable[[T, Any], bool] = lambda batch, entry: True,
 ) -> Iterator[Any]:
-    """Yield `compute(batch)` (JSON values) for every batch, from the journal if it has the batch.
+    """Yield `compute(batch)` (a JSON value) for every batch; results already in the journal are not recomputed.
 
     Results are computed again from the first entry that does not fit its batch, which may be damaged.
     """
@@ -82,7 +82,7 @@ def continued(
 
 
 def is_of(kind: Any, entry: Any) -> bool:
-    """Return True if a journal entry has the type `kind` (see `core.files`)."""
+    """Return True if a journal entry has the type `kind`."""
     try:
         checked(entry, kind, "", "")
     except UserError:

@@ -16,7 +16,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def processor() -> str:
-    """Return the run's devices as text, "8 x TPU v5 lite", or for a CPU "AMD EPYC 9B45, 2 cores"."""
+    """Return the run's devices as text, such as "8 x TPU v5 lite", or "AMD EPYC 9B45, 2 cores" on a CPU."""
     kinds = Counter(device.device_kind for device in jax.devices())
     if set(kinds) == {"cpu"}:
         return f"{cpu()}, {cores()} cores"
@@ -36,7 +36,7 @@ def cpu() -> str:
 
 
 def free_memory() -> int:
-    """Return the bytes that each of this process's devices can still allocate (CPU devices share the machine's)."""
+    """Return the bytes still free on each device of this process (CPU devices share the machine's memory)."""
     devices = jax.local_devices()
     limited = [stats for stats in (device.memory_stats() for device in devices) if stats and "bytes_limit" in stats]
     if len(limited) == len(devices):
@@ -53,7 +53,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """Return the bytes that this container may still allocate; 2**62 without a limit."""
+    """Return the bytes that this container may still allocate; 2**62 if it has no limit."""
     most, used = (_lines(_GROUP / name) for name in ("memory.max", "memory.current"))
     return max(0, int(most[0]) - int(used[0])) if most and used and most[0] != "max" else 2**62
 

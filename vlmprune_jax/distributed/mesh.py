@@ -35,7 +35,7 @@ METADATA_SECONDS = 3.0  # outside Google Cloud there is no such server
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run before any device is used; do nothing if there is only one process.
+    """Connect this process with the run's other processes, before any device is used; do nothing in a single process.
 
     The processes are given by the arguments (None: by the environment, VLMPRUNE_COORDINATOR etc.), or are the workers
     of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail together
@@ -77,7 +77,7 @@ def start_devices() -> None:
 
 
 def _named_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple | None:
-    """Return (host:port, number of processes, number of this process) from arguments or environment; None if unset."""
+    """Return (host:port, process count, process number) from arguments or environment variables; None if unset."""
     arguments = (coordinator, num_processes, process_id)
     values = [os.environ.get(name) if value is None else str(value)
               for name, value in zip(VARIABLES, arguments, strict=True)]  # fmt: skip
@@ -131,14 +131,14 @@ def _slice_has_workers() -> bool:
 
 
 def mesh_of(sizes: MeshSpec) -> Mesh | None:
-    """Return a device mesh of these sizes; None if all sizes are 1."""
+    """Return a device mesh with these axis sizes; None if all sizes are 1."""
     if (sizes.data, sizes.fsdp, sizes.tensor) == (1, 1, 1):
         return None
     return make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh `(data, fsdp, tensor)` over `devices`, or all devices of all processes.
+    """Return a mesh with axes `(data, fsdp, tensor)` over `devices`, by default all devices of all processes.
 
     One size may be -1: the remaining devices. Slices that a network connects lie along `data`, so that only gradients
     cross it. Raises UserError if the sizes do not multiply to the number of devices, or slices do not divide `data`.
@@ -173,7 +173,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 
 
 def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Sequence[int] = ()) -> Mesh | None:
-    """Return the mesh for generation on the devices of `mesh`: each chip permanently holds a slice of the weights.
+    """Return the mesh for generation on the devices of `mesh`: each chip permanently holds a shard of the weights.
 
     An `fsdp` axis would gather all weights for every token. `tensor` is the smallest size with which the weights,
     `n_bytes`, take a quarter of a chip's memory, as far as heads, neurons and vocabulary divide; rows are split over
@@ -197,7 +197,7 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
 
 
 def _memory_of(device: jax.Device) -> float | None:
-    """Return a device's memory in bytes, the same on all processes; None if unknown (CPUs)."""
+    """Return a device's memory in bytes, equal on all processes; None if unknown (CPUs)."""
     chip = chip_of(device.device_kind)
     if chip is not None:
         return chip.hbm
@@ -206,22 +206,22 @@ def _memory_of(device: jax.Device) -> float | None:
 
 
 def process_count() -> int:
-    """Return the number of processes in the run; with a single one, the accelerator is not started."""
+    """Return the number of processes in the run, without initialising the accelerator in a single process."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def process_number() -> int:
-    """Return this process's number in the run; 0 if it is the only one, as under Pathways."""
+    """Return this process's number in the run; 0 in a single process (also under Pathways)."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """Return True in process 0, which writes exports, logs and progress; does not start the accelerator."""
+    """Return True in process 0, which writes exports, logs and progress; the accelerator is not initialised."""
     return process_number() == 0
 
 
 def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
-    """Return the JSON value `compute()` of process 0 on every process; all processes must call it together.
+    """Run `compute()` on process 0 and return its JSON value on every process (collective).
 
     Workdir files are read and written by process 0 alone, since other processes could see them before a change.
 
@@ -245,7 +245,7 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
 
 
 def from_all(compute: Callable[[], Any]) -> list[Any]:
-    """Return the JSON values `compute()` of all processes on every process; all processes must call it together.
+    """Run `compute()` on every process and return the JSON values of all processes (collective).
 
     Raises SharedError on every process, if `compute` raised a UserError on any.
     """
@@ -263,7 +263,7 @@ def from_all(compute: Callable[[], Any]) -> list[Any]:
 
 
 def _attempt(compute: Callable[[], Any]) -> tuple[dict[str, Any], BaseException | None]:
-    """Call `compute()`: return its value or error as JSON, and the exception to raise once all processes know of it."""
+    """Call `compute()`; return its value or error as JSON, and the exception to raise on all processes together."""
     try:
         return {"value": compute()}, None
     except UserError as error:
@@ -284,24 +284,24 @@ def _value(encoded: np.ndarray) -> Any:
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:
-    """Return an array's values in host memory on every process; if devices share the array, all must call it."""
+    """Return an array's values in host memory on every process (collective for sharded arrays)."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which `rules.constrain` shards activations over `mesh` (no effect if `mesh` is None)."""
+    """Context in which `rules.constrain` shards activations over `mesh`; without effect if `mesh` is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
-    """Return the number of device groups that a batch's rows are split over: data x fsdp."""
+    """Return the number of device groups over which batch rows are split: data x fsdp."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
-    """Return which of the `count` rows of a global batch this process loads, int[local], ascending.
+    """Return the indices int[local], ascending, of the global batch's `count` rows that this process loads.
 
     They are the rows of its devices in the mesh: all rows if one process controls all devices (Pathways), and the same
     rows for processes that share a row group along `tensor`. Raises UserError if the mesh does not divide the rows.

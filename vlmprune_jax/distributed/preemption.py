@@ -16,7 +16,7 @@ _calls = itertools.count(1)  # calls of `noticed` over all phases, by which proc
 
 
 def noticed() -> bool:
-    """Return True if any process of the run received SIGTERM; all processes must call it together.
+    """Return True if any process of the run received SIGTERM (collective).
 
     Once processes have joined, `jax.distributed` catches the signal, so that it does not kill them.
     """
@@ -24,7 +24,7 @@ def noticed() -> bool:
 
 
 class StopSignal:
-    """Context in which SIGTERM sets a flag instead of ending the process; processes of a pod agree when to stop.
+    """Context in which SIGTERM sets a flag instead of ending the process; all processes of a pod stop at the same step.
 
     Outside the main thread signals cannot be caught, and SIGTERM ends the process as usual.
     """
@@ -48,5 +48,5 @@ class StopSignal:
         self._flag.set()
 
     def requested(self) -> bool:
-        """Return True if the run should save and stop now; all processes of a pod must call it together."""
+        """Return True if the run should save and stop now (collective)."""
         return self._flag.is_set() or noticed()

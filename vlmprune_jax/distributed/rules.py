@@ -31,7 +31,7 @@ WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
-    """Return the PartitionSpec for these named axes; each mesh axis splits only the first axis that maps to it.
+    """Return the PartitionSpec for named axes; each mesh axis shards only the first named axis that maps to it.
 
     `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE`, which are replicated without.
     """
@@ -50,18 +50,18 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] = ()) -> NamedSharding:
-    """Return the NamedSharding on `mesh` for an array with these named axes; `shape` as in `spec`."""
+    """Return the NamedSharding on `mesh` of an array with these named axes."""
     return NamedSharding(mesh, spec(axes, shape, mesh.shape["fsdp"]))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Constrain an activation's sharding inside jit; without a mesh (`jax.set_mesh`) return it unchanged."""
+    """Constrain an activation's sharding inside jit; without a mesh return it unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh.shape["fsdp"]))
 
 
 def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Refuse a mesh whose sizes do not divide the model's axes, before any array is placed on it.
+    """Raise UserError if a mesh axis size does not divide the model's dimension that it shards.
 
     Raises UserError with every axis that fails and sizes that work.
     """
@@ -80,13 +80,13 @@ def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
 
 
 def tensor_sizes(cfg: ModelConfig, devices: int) -> list[int]:
-    """Return the sizes of the mesh axis `tensor`, ascending, that divide the devices and the model's axes."""
+    """Return the allowed sizes of mesh axis `tensor`, ascending: those that divide the model's dimensions."""
     sizes = [size for axis, size in _split_sizes(cfg).values() if axis == "tensor"]
     return [n for n in range(1, devices + 1) if devices % n == 0 and all(size % n == 0 for size in sizes)]
 
 
 def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Return {axis of the model: (mesh axis that splits it, its size)}."""
+    """Return {model dimension: (mesh axis that shards it, size of the dimension)}."""
     text = cfg.text
     sizes: dict[str, tuple[str, int]] = {
         "hidden_size": ("fsdp", text.hidden_size),

@@ -27,7 +27,7 @@ def questions(
     prompt_suffix: str = "",
     **settings: Any,
 ) -> ArrangedQuestions:
-    """Return batches of questions for `vp.evaluate`; an image is encoded once for all of its questions.
+    """Return question batches for `vp.evaluate`; each image is encoded once for all of its questions.
 
     Args:
       hf_dir, images, vision_dir, settings: as for `vp.batches`.
@@ -53,7 +53,7 @@ def answer(
     max_new_tokens: int = 64,
     **settings: Any,
 ) -> str:
-    """Return the greedy answer of a model to a question about an image.
+    """Return a model's greedy answer to one question about an image.
 
     `vp.answer("llava-1.5-7b-hf", "cat.png", "What animal is this?")`
 
@@ -85,7 +85,7 @@ def answer(
 
 @dataclass(frozen=True)
 class _Picture:
-    """Image store with one image, given as a PIL image."""
+    """Image store that holds a single PIL image."""
 
     encoded: bytes
 

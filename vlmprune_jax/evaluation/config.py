@@ -11,7 +11,7 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """Settings of one evaluation set: questions (`data`, `images`) or a text; None takes the value in `evaluate`."""
+    """Settings of one evaluation set (questions, or a text for perplexity); None takes the value in `evaluate`."""
 
     data: str | None = evaluate_setting(
         None, "Evaluation records of this set, as `data.eval` takes them (None = `data.eval`).", by_content=True
@@ -43,7 +43,7 @@ class EvaluationSetSpec:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Evaluation of each model by greedy answers to questions and the perplexity of a text.
+    """Settings of the evaluation of every model: greedy answers to questions, and perplexity of texts.
 
     `sets` has evaluation sets by name, whose settings replace those of `evaluate`. Without `sets`, the set "questions"
     is `data.eval`, and the set "text" is the file `evaluate.text`.

@@ -31,7 +31,7 @@ _SHORT = 31  # tokens: shorter lengths share a compiled shape
 
 @dataclass(frozen=True)
 class QuestionBatch(Batch):
-    """Batch of prompts split into shared beginnings with the images (`prefix`) and left-padded endings (`arrays`).
+    """Batch of prompts, split into shared beginnings with the images (`prefix`) and left-padded endings (`arrays`).
 
     `places`: int[batch], index of each row among the records. Rows with `valid` False only fill the batch.
     """
@@ -58,7 +58,7 @@ class _Beginning:
 
 @dataclass(frozen=True)
 class _Group:
-    """Questions of one batch, and its padded shape: length and number of shared beginnings, length of endings."""
+    """Questions of one batch and its padded shape: shared beginnings (length and number), and length of the endings."""
 
     questions: tuple[_Question, ...]
     shape: Shape
@@ -68,7 +68,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class ArrangedQuestions:
-    """Questions in batches with shared beginnings; every evaluated model reads the same batches."""
+    """Questions sorted into batches whose prompts share beginnings; all evaluated models read the same batches."""
 
     records: Sequence[Record]
     encoder: Encoder
@@ -86,12 +86,12 @@ class ArrangedQuestions:
 
     @property
     def longest(self) -> int:
-        """Length of the longest prompt in tokens, including image tokens."""
+        """Length of the longest prompt in tokens, image tokens included."""
         questions = (question for group in self.groups for question in group.questions)
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """Return an iterator over all batches, read ahead by threads; one shape per number of image slots."""
+        """Return an iterator over all batches, which threads prepare ahead."""
         for group in self.groups:
             check_memory(group.beginnings, group.shape, self.encoder, prefetch)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
@@ -176,7 +176,7 @@ def _groups(
     multiple: int,
     by_length: bool,
 ) -> tuple[_Group, ...]:
-    """Group neighbouring questions into batches; batches of a length bucket have the same padded shape.
+    """Group similar questions into batches; all batches of a length bucket have the same padded shape.
 
     A batch holds only beginnings with the same number of image slots, so a small image is not padded to twelve tiles.
     Batches of equal shape follow each other, so each program is compiled once.
@@ -209,7 +209,7 @@ def _groups(
 
 
 def _left_padded(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (ids, mask), int32[rows, length] each; padding has id 0 and mask 0."""
+    """Pad token rows at the left; return (ids, mask), int32[rows, length] each, with 0 for padding."""
     ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
     for row, values in enumerate(rows):
         ids[row, length - len(values) :] = values
@@ -228,7 +228,7 @@ def with_suffix(record: Record, suffix: str) -> Record:
 
 
 def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
-    """Return the questions of an evaluation set, or only its first `of.questions`."""
+    """Return the questions of an evaluation set, limited to the first `of.questions`."""
     return tuple(read_set(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
 
 
@@ -241,7 +241,7 @@ def arranged_questions(
     *,
     multiple: int,
 ) -> ArrangedQuestions:
-    """Return the questions of an evaluation set in batches, the same for every model of an experiment.
+    """Return an evaluation set's questions in batches that are the same for every model of an experiment.
 
     `multiple`: devices that share a batch; batches have at least as many rows as the setting, split evenly.
     """

@@ -35,7 +35,7 @@ CHUNK = 128  # positions whose float32 logits are in memory together when a text
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer to one question: its text and its number of tokens, including the end token."""
+    """A model's answer to one question: text and number of generated tokens, end token included."""
 
     record: Record
     prediction: str
@@ -44,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """A scored answer to one question; `tokens` counts the generated tokens, including the end token."""
+    """A scored answer to one question; `tokens` is the number of generated tokens, end token included."""
 
     id: str
     prediction: str
@@ -70,11 +70,11 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The value named "accuracy". Raises KeyError if the metric does not define it."""
+        """Value of the metric "accuracy"; raise KeyError if the metric does not define it."""
         return self.values["accuracy"]
 
     def summary(self) -> dict[str, Any]:
-        """Return all fields as JSON values, except the answers to single questions."""
+        """Return the evaluation as JSON values, without the answers to single questions."""
         return {name: value for name, value in vars(self).items() if name != "answers"}
 
 
@@ -98,7 +98,7 @@ def evaluate(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Evaluation:
-    """Score a model's greedy answers with a metric (default: share of answers that equal a reference answer).
+    """Generate a model's greedy answers and score them with a metric (default: exact match with a reference answer).
 
     Args:
       model, batches, max_new_tokens, progress, journal: see `ask`.
@@ -144,7 +144,7 @@ def ask(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[Reply]:
-    """Return the greedy answers to all questions, in the records' order.
+    """Generate the greedy answers to all questions; return them in the records' order.
 
     Args:
       model: the model; sharded parameters split every batch over the mesh.
@@ -195,7 +195,7 @@ def ask(
 
 
 def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: ModelConfig) -> list[tuple[str, int]]:
-    """Return (text, number of tokens) for every row that holds a question."""
+    """Return (text, number of tokens) of every generated row that holds a question."""
     is_end = np.isin(tokens, cfg.eos_token_ids)
     lengths = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, tokens.shape[1]).tolist()
     rows = [row for row in range(len(tokens)) if batch.valid[row]]
@@ -204,14 +204,14 @@ def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mode
 
 
 def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
-    """Yield the batches; raise UserError if a question has no reference answer."""
+    """Yield question batches; raise UserError if a question has no reference answer."""
     for batch in batches:
         check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
         yield batch
 
 
 def check_answered(records: Iterable[Record]) -> None:
-    """Refuse questions that have no reference answer."""
+    """Raise UserError if a question has no reference answer."""
     for record in records:
         if not any(text.strip() for text in record.references):
             raise UserError(
@@ -254,7 +254,7 @@ def log_likelihoods(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[dict[str, float]]:
-    """Return {"nll": nats, "tokens": predicted tokens} for each batch of non-overlapping windows of a text.
+    """Return {"nll": nats, "tokens": predicted tokens} per batch of non-overlapping windows of a text.
 
     The first token of each window is not predicted.
 
@@ -300,7 +300,7 @@ def log_likelihoods(
 
 
 def _windows(ids: np.ndarray, window: int, batch_size: int, ways: int) -> Iterable[_Windows]:
-    """Return batches (ids, mask) of text windows, int32[batch, window], right-padded; the last batch gets empty rows.
+    """Cut a text into windows; return batches (ids, mask), int32[batch, window] each, padded at the right.
 
     Uses as few batches as `batch_size` allows, of rows that split evenly into `ways`.
     """

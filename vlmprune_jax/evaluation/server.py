@@ -59,7 +59,7 @@ class _Completion(msgspec.Struct):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Handler that treats redirects as errors, because they could send API key and images to another host."""
+    """HTTP handler that refuses redirects, which could send the API key and images to another host."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
@@ -67,14 +67,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Server:
-    """OpenAI-compatible server at `url` (up to and including "/v1"), and the model that it serves."""
+    """OpenAI-compatible server at `url` (ending in "/v1"), and the name of the model that it serves."""
 
     url: str
     model: str
 
     @classmethod
     def connect(cls, url: str) -> Server:
-        """Ask a server for the one model that it serves.
+        """Connect to a server and return it, with the single model that it serves.
 
         Raises:
           UserError: the address is not http, nothing answers there, or it serves no model or several.
@@ -89,7 +89,7 @@ class Server:
         return cls(url, names[0])
 
     def answer(self, record: Record, suffix: str, max_new_tokens: int) -> tuple[str, int]:
-        """Return the server's greedy answer to a record's last question, and its length in tokens."""
+        """Return the server's greedy answer to a record's last question, and the answer's length in tokens."""
         body = {
             "model": self.model,
             "messages": _messages(with_suffix(record, suffix)),
@@ -110,7 +110,7 @@ def ask_server(
     progress: Progress,
     journal: Journal | None,
 ) -> list[Reply]:
-    """Return the server's answers to all questions, `parallel` requests at a time.
+    """Return the server's answers to all questions, with `parallel` requests at a time.
 
     Args:
       prompt_suffix, max_new_tokens: see `EvaluateSpec`.
@@ -138,7 +138,7 @@ def ask_server(
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
-    """Return a record's turns before the answer as chat messages, with images as data URLs in their places."""
+    """Convert a record's turns before the answer to chat messages, with images as data URLs."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     images, messages = iter(record.images), list[dict[str, Any]]()
     lead = "" if any(IMAGE_TOKEN in text for _, text in turns) else IMAGE_TOKEN * len(record.images)
@@ -163,7 +163,7 @@ def _data_url(image: Path | StoredImage) -> str:
 
 
 def _request(url: str, body: Any, kind: Any) -> Any:
-    """Send a request (POST with JSON, or GET), and return the response as a `kind`; time and size are limited."""
+    """Send an HTTP request (POST of JSON, or GET) with limits on time and size; return the parsed response."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY):
         headers["Authorization"] = f"Bearer {key}"

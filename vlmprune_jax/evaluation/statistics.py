@@ -66,7 +66,7 @@ def retained_interval(
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
-    """Return True if intervals of this metric are fast to compute (no aggregation of every bootstrap sample)."""
+    """Return True if bootstrap intervals of this metric are fast (no need to aggregate every sample)."""
     return metric.drawn is not None or _is_mean(metric, scores)
 
 
@@ -75,7 +75,7 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
 
 
 def _drawn_sums(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return the sum of scores of each model in every bootstrap sample, float[models, draws]."""
+    """Return each model's sum of scores in every bootstrap sample, float[models, draws]."""
     pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
@@ -85,7 +85,7 @@ def _drawn_sums(metric: Metric, models: _Models, draws: int, random: np.random.G
 def _drawn_values(
     metric: Metric, models: _Models, records: Sequence[Record], draws: int, random: np.random.Generator
 ) -> np.ndarray:
-    """Return metric values of bootstrap samples, float[models, draws], by aggregating every sample."""
+    """Return each model's metric value in every bootstrap sample, float[models, draws]."""
     keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(models[0])))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     units = np.array([numbers[key] for key in keys])
@@ -98,8 +98,7 @@ def _drawn_values(
 
 
 def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> np.ndarray:
-    """Return the main value of each bootstrap sample, float[draws]; `times` counts how often it contains each "
-    "answer."""
+    """Return the main value of each bootstrap sample, float[draws], given how often it contains each answer."""
     if metric.drawn is not None:
         return metric.drawn(scores, records, times.astype(float))[metric.main]
     values = []
@@ -111,7 +110,7 @@ def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record],
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (mean, low, high) over seeds by Student's t; for a single value all three are equal.
+    """Return (mean, low, high): the mean over seeds and its 95 % interval by Student's t.
 
     The interval covers other seeds on the same questions, which `retained_interval` does not.
     """
@@ -124,7 +123,7 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's test: numbers of questions that only one of two models answered correctly, and the p-value."""
+    """Result of McNemar's test: questions that only one of two models answered correctly, and the p-value."""
 
     only_first: int
     only_second: int
@@ -132,7 +131,7 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
-    """Test whether two models answer equally many of the same questions correctly (McNemar's exact test, 1947).
+    """Test whether two models answer equally many of the same questions correctly (McNemar's exact test).
 
     Only questions that exactly one model got right have weight. If the models are equally good, each such question
     favours either with probability 1/2; the p-value is the two-sided binomial probability of a split at least as
@@ -147,7 +146,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests to keep the chance of any false positive below the level (Holm 1979)."""
+    """Adjust the p-values of several tests so that the chance of any false positive stays bounded (Holm 1979)."""
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))

@@ -24,7 +24,7 @@ QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment th
 
 
 def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: ExportSpec) -> PruneSpec:
-    """Return the settings of `make_plan`, with the budget's dtype, layout and image tokens taken from the export."""
+    """Return the settings of `make_plan`; data type, format and image tokens of the budget come from the export."""
     budget = spec.budget
     if not budget.limits:
         return spec
@@ -38,23 +38,23 @@ def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: Expor
 
 
 def image_tokens(data: DataSpec, export: ExportSpec) -> int | None:
-    """Return the exported model's maximum number of tokens per image; None if only its processor files limit it."""
+    """Return the exported model's maximum number of tokens per image; None if only its own files limit it."""
     return data.max_image_tokens if export.max_image_tokens is None else export.max_image_tokens
 
 
 def export_options(spec: ExportSpec) -> dict[str, Any]:
-    """Return the keyword arguments of `save` for an export: its settings, and `export.options`."""
+    """Return the keyword arguments of `save` for an export: its settings and `export.options`."""
     others = ("format", "options", "max_image_tokens", *CardOptions.__dataclass_fields__)
     return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
 
 
 def export_dtype(model: ModelSpec, export: ExportSpec) -> str:
-    """Return the data type in which weights are exported."""
+    """Return the data type of the exported weights."""
     return model.dtype if export.dtype == "source" else export.dtype
 
 
 def recover_config(spec: RecoverSpec) -> RecoverConfig:
-    """Return the training loop's settings, with the library-only ones derived from the experiment.
+    """Return the training loop's settings, including those derived from other sections of the experiment.
 
     Raises:
       UserError: `save_adapter` without adapters, losses that do not exist or cannot be had from a cached teacher.
@@ -73,7 +73,7 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
 
 
 def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:
-    """Return the evaluation sets by name, with unset settings filled from `evaluate` and `data`.
+    """Return {name: evaluation set}; unset settings are filled in from `evaluate` and `data`.
 
     Raises:
       UserError: a name that no file can have, or a metric that does not exist or does not fit.
@@ -91,7 +91,7 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
 
 
 def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
-    """Refuse lmms-eval tasks if lmms-eval is missing, or if a task has the same name as an evaluation set."""
+    """Raise UserError if lmms-eval is not installed, or a task's name is also that of an evaluation set."""
     tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):

@@ -17,7 +17,7 @@ from vlmprune_jax.experiment.spec import Experiment
 
 @dataclass(frozen=True)
 class Option:
-    """One setting: its full name in a config, its type and its declaration."""
+    """One setting of a config: full name, type and declaration."""
 
     name: str
     kind: str
@@ -25,19 +25,19 @@ class Option:
 
     @property
     def section(self) -> str:
-        """Name of the section that contains the setting, such as `recover.losses`."""
+        """Name of the config section that contains the setting, such as `recover.losses`."""
         return self.name.rpartition(".")[0]
 
     @property
     def allowed(self) -> str:
-        """Type, unit and allowed values as text."""
+        """Type, unit and allowed values of the setting, as text."""
         unit = f" ({self.about.unit})" if self.about.unit else ""
         choices = f"one of {', '.join(self.about.names())}" if self.about.choices else ""
         return ", ".join(part for part in (f"{self.kind}{unit}", choices or self.about.bounds) if part)
 
 
 def sections() -> dict[str, Any]:
-    """Return all sections of a config by name; `evaluate.sets.NAME` stands for an evaluation set of any name."""
+    """Return {section name: dataclass} of a config; `evaluate.sets.NAME` stands for any evaluation set."""
     return dict(_sections(Experiment(), ""))
 
 
@@ -52,7 +52,7 @@ def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def options() -> list[Option]:
-    """Return all settings of a config, in order; the variants, which belong to no section, come last."""
+    """Return all settings of a config in order, variants last."""
     return [
         Option(f"{place}.{name}".lstrip("."), _kind(hint), settings_of(section)[name])
         for place, section in (*sections().items(), ("", Experiment()))
@@ -62,7 +62,7 @@ def options() -> list[Option]:
 
 
 def _kind(hint: Any) -> str:
-    """Return a type as words, such as `whole number or None` or `tuple of texts`."""
+    """Return a type in words, such as `whole number or None` or `tuple of texts`."""
     if isinstance(hint, types.UnionType):
         return " or ".join(filter(None, map(_kind, typing.get_args(hint))))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -75,7 +75,7 @@ def _kind(hint: Any) -> str:
 
 
 def describe(name: str) -> list[str]:
-    """Return the lines of `vlmprune help NAME`: the description of each section, and its settings.
+    """Return the lines that `vlmprune help NAME` prints: descriptions of sections and their settings.
 
     A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
     """

@@ -17,12 +17,12 @@ PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d",
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:
-    """Return {family name: recipe (a partial experiment)} for the families that have one."""
+    """Return {family name: recipe} of the families that have one; a recipe is a partial experiment."""
     return {family.name: family.recipe for family in FAMILIES.values() if family.recipe is not None}
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """Return the settings of a recipe as a nested mapping, from which a config or variant starts."""
+    """Return a recipe's settings as a nested mapping, the starting point of a config or variant."""
     known = recipes()
     if name not in known:
         raise UserError(f"no recipe {name!r}{suggest(name, known)}")
@@ -36,7 +36,7 @@ def paper_cut(
     mlp_layers: tuple[int, int] = (4, 30),
     longest_text: int = 128,
 ) -> dict[str, dict[str, Any]]:
-    """Return the sections of a config that a variant METHOD,TARGET[,OPTION...] sets, as {section: settings}.
+    """Return {section: settings} for a variant METHOD,TARGET[,OPTION...] such as "depth,0.3", with the paper's choices.
 
     "depth,0.3" removes layers by Block Influence of 50 records: the ratios of the paper's tables are numbers of layers
     (`PAPER_LAYERS`), others shares of the whole model; "depth,5layers" gives the number. "width,0.3" goes by

@@ -32,7 +32,7 @@ RECOVERIES = ("train", "none")
 
 @dataclass(frozen=True)
 class ScoreSpec(ScoreConfig):
-    """Importance scoring of layers, heads and neurons on training records."""
+    """Settings of importance scoring: layers, heads and neurons are scored on calibration records."""
 
     SECTION: ClassVar[str] = "score"
 
@@ -56,7 +56,7 @@ class ScoreSpec(ScoreConfig):
 
 @dataclass(frozen=True)
 class PruneSpec(PlanConfig):
-    """Pruning method, amount to remove, and parts of the model to prune."""
+    """Settings of pruning: the method, the amount to remove, and the parts of the model to prune."""
 
     stack: str = prune_setting(
         "text",
@@ -70,7 +70,7 @@ class PruneSpec(PlanConfig):
 
 @dataclass(frozen=True)
 class ReconstructSpec(ReconstructConfig):
-    """Least-squares repair of the pruned weights before recovery, without training."""
+    """Settings of reconstruction: least-squares repair of the pruned weights, before any training."""
 
     SECTION: ClassVar[str] = "reconstruct"
 
@@ -96,7 +96,7 @@ class ReconstructSpec(ReconstructConfig):
 
 @dataclass(frozen=True)
 class RecoverSpec(RecoverConfig):
-    """Training of the pruned or reconstructed model. `experiment_config(recipe="llava")` has the paper's settings."""
+    """Settings of recovery, the training after pruning; recipe "llava" has the settings of the paper."""
 
     method: str = setting(
         "train",
@@ -132,7 +132,7 @@ class RecoverSpec(RecoverConfig):
 
 @dataclass(frozen=True)
 class SpeedSpec(SpeedConfig):
-    """Speed measurement of unpruned and pruned models, alternately, on this machine and in `model.dtype`.
+    """Settings of the speed measurement: unpruned and pruned models take turns on this machine.
 
     The report's FLOPs are for the same prompt.
     """
@@ -144,7 +144,7 @@ class SpeedSpec(SpeedConfig):
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings of one pruned, recovered, evaluated and exported model; with variants, of several in one workdir.
+    """All settings of an experiment: one pruned, recovered, evaluated and exported model, or several as variants.
 
     Each variant works in a folder of its name. Without variants there is one model, in the workdir itself.
     """
@@ -172,12 +172,12 @@ class Experiment:
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Sections of the config by name."""
+        """Sections of the config, by name."""
         return {name: value for name, value in vars(self).items() if dataclasses.is_dataclass(value)}
 
 
 def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {`section.name`: value} of all settings in these sections that change a stage's results.
+    """Return {`section.name`: value} of the settings in these sections that change a stage's result.
 
     Sections in a section are mappings. Files and folders are left out: their content counts, as the stage's inputs; so
     are empty mappings. A stage of the user's own depends on every setting that changes any result.

@@ -36,7 +36,7 @@ _TAKEN = (
 
 @dataclass(frozen=True)
 class PruneRun:
-    """One prune variant: its name, its experiment and its folder with scores.npz, plan.json and pruned/."""
+    """One prune variant: name, experiment, and folder with scores.npz, plan.json and pruned/."""
 
     name: str
     experiment: Experiment
@@ -45,7 +45,7 @@ class PruneRun:
 
 @dataclass(frozen=True)
 class RecoverRun:
-    """One recovery of a pruned model; its folder holds training/ and recovered/."""
+    """One recovery of a pruned model, in a folder with training/ and recovered/."""
 
     name: str
     experiment: Experiment
@@ -74,7 +74,7 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
 
 
 def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
-    """Return the experiment in which settings from the command line also replace those of the variants.
+    """Return the experiment with settings from the command line also applied to every variant, which may set them too.
 
     Args:
       settings: full names, such as `prune.ratio`; their values are in the experiment already.
@@ -102,7 +102,7 @@ def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by:
 
 
 def _sets(values: Any, path: Sequence[str]) -> bool:
-    """Return True if a partial config sets the setting at `path`, or any setting of the section at `path`."""
+    """Return True if a partial config sets the setting or section at `path`."""
     return not path or (isinstance(values, Mapping) and path[0] in values and _sets(values[path[0]], path[1:]))
 
 
@@ -136,14 +136,14 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 
 def _checked(name: str) -> str:
-    """Return a variant's name after checking that it can be a folder name."""
+    """Return a variant's name; raise UserError if it cannot be a folder name."""
     if name in _TAKEN or set(name) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be the name of a folder in the workdir: choose another name")
     return name
 
 
 def _check_criteria(spec: ScoreSpec) -> None:
-    """Refuse a criterion that does not score layers (or widths) as its setting needs, and options that it lacks."""
+    """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
     for name, criterion, what in (("depth", spec.depth, "layers"), ("width", spec.width, "widths")):
         chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
@@ -156,7 +156,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 
 def _check_target(config: PruneSpec) -> None:
-    """Refuse several pruning targets at once, settings that the method lacks, and an unknown TPU slice name."""
+    """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
     if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
         config.check()
     if config.budget.limits:
@@ -165,7 +165,7 @@ def _check_target(config: PruneSpec) -> None:
 
 
 def _check_rounding(quantize: str, export: ExportSpec) -> None:
-    """Refuse an export whose rounding differs from the rounding in training (`recover.quantize`)."""
+    """Raise UserError if the exported integer format differs from the rounding in training (`recover.quantize`)."""
     same = export.quantize == quantize and export.group_size is None and export.symmetric
     if quantize != "none" and export.quantize != "none" and not same:
         raise UserError(
@@ -176,7 +176,7 @@ def _check_rounding(quantize: str, export: ExportSpec) -> None:
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
-    """Refuse settings at the start of a run that a stage would otherwise refuse hours later.
+    """Raise UserError for settings that would otherwise fail only hours into a run.
 
     Raises:
       UserError: a setting that does not exist, has no such value, or goes with another one.

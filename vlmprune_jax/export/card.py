@@ -35,14 +35,14 @@ _Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
 
 
 class _Stack(TypedDict):
-    """Fields that the model card needs of one stack in plan.json."""
+    """Fields of one stack in plan.json that the model card shows."""
 
     layers_before: _Shapes
     kept_layers: list[int]
 
 
 class _Plan(TypedDict):
-    """Fields that the model card needs of plan.json."""
+    """Fields of plan.json that the model card shows."""
 
     method: str
     criterion: str
@@ -55,7 +55,7 @@ class _Plan(TypedDict):
 
 
 def model_name(folder: Path) -> str:
-    """Return the name of the model in a folder: its hub id if it is in the hub cache, else the folder's name."""
+    """Return a folder's model name: its hub id if it lies in the hub cache, otherwise the folder's name."""
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
@@ -63,19 +63,19 @@ def model_name(folder: Path) -> str:
 
 
 def license_of(source: Path) -> dict[str, str]:
-    """Return the license fields of the metadata in a folder's model card, or {} without any."""
+    """Return the license fields in the metadata of a folder's model card; {} if it has none."""
     found = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
     return {name: value for name, value in found if value.isprintable()}
 
 
 def languages_of(source: Path) -> list[str]:
-    """Return the language codes that a folder's model card lists."""
+    """Return the language codes listed in a folder's model card."""
     found = re.search(r"^languages?:((?: [^\n]*)?(?:\n *- [^\n]*)*)", _metadata(source), re.M)
     return [] if found is None else re.findall(r"\b[a-z]{2,3}(?:-[A-Za-z]{2,8})?\b", found[1])[:_MAX_LANGUAGES]
 
 
 def _metadata(source: Path) -> str:
-    """Return the metadata at the start of a folder's model card, or "" without any."""
+    """Return the YAML metadata at the start of a folder's model card; "" if it has none."""
     path = source / "README.md"
     text = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
     return text.split("\n---", 1)[0] if text.startswith("---\n") else ""
@@ -95,7 +95,7 @@ def write_card(
     datasets: Sequence[str] = (),
     benchmarks: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Write the model card into a folder that already has all other files.
+    """Write the model card (README.md) of an exported folder that already has all other files.
 
     `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For other
     arguments see `save`.
@@ -175,7 +175,7 @@ def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
 
 
 def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
-    """Return the card's section "Evaluation"; "" if there are no benchmark results."""
+    """Return the model card's section "Evaluation"; "" without benchmark results."""
     if not rows:
         return ""
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
@@ -196,7 +196,7 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
-    """Return the card's section "Loading" for a complete Hugging Face folder; `written` is the config after padding."""
+    """Return the model card's section "Loading" for a Hugging Face folder."""
     processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
     if written.layout == cfg.layout != "transformers":

@@ -23,7 +23,7 @@ class _FormatName:
 
 @dataclass(frozen=True)
 class CardOptions:
-    """Settings of the model card and of its upload; no export format declares them."""
+    """Settings of the model card and of the upload to the hub, shared by all export formats."""
 
     base_model: str | None = export_setting(
         None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one)."
@@ -39,7 +39,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
-    """Format of the export, and options of all built-in formats."""
+    """Settings of the export: its format, and the options of all built-in formats."""
 
     quantize: str = export_setting(
         "none",

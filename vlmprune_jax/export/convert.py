@@ -26,7 +26,7 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Return the number of vocabulary rows that the export needs, new token ids included."""
+    """Return the number of vocabulary rows that an export needs, including new special tokens."""
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
@@ -37,7 +37,7 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
 
 
 def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
-    """Return the transformers config.json for a model whose hub folder has the config `source`.
+    """Return the transformers config.json for a model whose original hub config is `source`.
 
     The vision tower ends at the last computed block, whose output is the image feature.
     """
@@ -93,7 +93,7 @@ def _check(cfg: ModelConfig, missing: str | None) -> None:
 
 
 def more_words(array: np.ndarray, axes: tuple[str, ...], size: int) -> np.ndarray:
-    """Extend an embedding or output head to `size` rows; each new row is the mean of the existing ones.
+    """Extend an embedding or output head to `size` rows; each new row is the mean of all existing rows.
 
     The logit of a new word is then the mean of all logits, so it is never the largest.
     """

@@ -46,7 +46,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the content of the folder `target`; weights that `storage` cannot encode are stored unencoded."""
+    """Return the exported folder's content; weights that `storage` cannot quantise stay unquantised."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if origin.tpu_chips and isinstance(storage, CompressedTensors):
         check_storage(target.cfg, storage, origin.tpu_chips)
@@ -68,7 +68,7 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
 
 
 def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
-    """Return the card's paragraph on vLLM on TPUs."""
+    """Return the model card's paragraph on vLLM on TPUs."""
     if reason := why_not(cfg, "vllm_tpu"):
         return f"\n\nvLLM on TPUs does not load it: {reason}."
     told = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
@@ -79,7 +79,7 @@ def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
 def make_tensors(
     model: Model, target: Target, source: Checkpoint, dtype: str, storage: Storage | None = None
 ) -> list[Tensor]:
-    """Return all tensors of the new folder, with layers zero-padded to the target's widths.
+    """Return all tensors of the exported checkpoint, zero-padded where the target's layers are wider.
 
     In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow, in
     the same dtype.
@@ -137,7 +137,7 @@ def _weight(
     new: ModelConfig,
     flat: Mapping[str, Any],
 ) -> Tensor:
-    """Return one tensor of the new folder, joined from the model's parameters (pairs of slots in model and folder)."""
+    """Return one tensor of the exported checkpoint, joined from the model parameters that it contains."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -164,7 +164,7 @@ def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
-    """Return weights that the stock tower class declares but never uses; loading needs them."""
+    """Return the weights that stock transformers' tower class requires for loading but never uses."""
     tensors = []
     for key, (shape, value) in stock_tower_constants(vision_of(cfg)).items():
         fetch = functools.partial(np.full, shape, value, WEIGHT_DTYPES[dtype])
@@ -173,7 +173,7 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
 
 
 def _carried(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
-    """Return source tensors that no forward pass uses, to be copied unchanged, except those of removed layers.
+    """Return source tensors that no forward pass uses; they are copied unchanged, except those of removed layers.
 
     Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
     """
@@ -201,7 +201,7 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
 def make_storage(
     cfg: ModelConfig, family: Family, quantize: str, group_size: int | None, symmetric: bool
 ) -> CompressedTensors:
-    """Return the integer storage format for a folder whose layers have the widths of `cfg`.
+    """Return the integer storage format for a checkpoint with layers of these widths.
 
     Without `group_size`, 8 bits have one scale per row, and 4 bits the largest size that divides every row. If no size
     does, 4 bits use the smallest one, and rows that it does not divide stay plain.
@@ -233,7 +233,7 @@ def make_storage(
 
 
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
-    """Return the card's text on quantised weights; `cfg` and `family` are those of the folder."""
+    """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     parts = [
         f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}. Transformers needs "
@@ -255,6 +255,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the slots (locations in the files) of all weight matrices in decoder layers."""
+    """Return the checkpoint locations (`Slot`) of all weight matrices in decoder layers."""
     slots = make_slots(cfg, family)
     return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # configs import the options of formats, and load without jax
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of an exported model: its folder, name and vision tower.
+    """Origin of an exported model: folders of its configs, tokenizer, weights and vision tower, and its name.
 
     Attributes:
       folder: folder of its configs and tokenizer.
@@ -39,7 +39,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Contents:
-    """Content of an export that is ready to be written.
+    """Content of an export that is ready to be written: tensors, write function and model card section.
 
     Attributes:
       tensors: every tensor, in the order in which `write` fetches them: their bytes must fit on the disk, and processes
@@ -54,7 +54,7 @@ class Contents:
 
 
 class Comparison(TypedDict):
-    """Logit comparison of a written model with the model in memory."""
+    """Result of comparing the logits of a written model with those of the model in memory."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -63,7 +63,7 @@ class Comparison(TypedDict):
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squared inputs, float64[in], of each matrix in the decoder's layers, by slot name.
+    """Mean squared inputs, float64[in], of every matrix in the decoder's layers, by parameter name.
 
     `rows` and `tokens` are the numbers of calibration records and tokens.
     """
@@ -75,7 +75,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Declaration of a value that the export stage computes from calibration records for a format.
+    """Statistic that an export format needs from calibration records, computed by the export stage.
 
     Attributes:
       option: the option that receives the value.
@@ -90,7 +90,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Format:
-    """Export format; `vp.formats["mine"] = vp.Format(...)` adds one.
+    """Export format; `vp.formats["mine"] = vp.Format(...)` registers a user's format.
 
     Attributes:
       options: frozen dataclass of `core.checks.setting` fields: keywords of `save`, and settings `export.NAME` of a
@@ -120,5 +120,5 @@ class Format:
 
     @property
     def file(self) -> Path | None:
-        """The user's source file that defines the format; None for a built-in format."""
+        """Source file of a user's export format; None for a built-in format."""
         return file_of_users(self.prepare)

@@ -20,12 +20,12 @@ FORMATS = Registry(
 
 
 def quantizations() -> tuple[str, ...]:
-    """Return the quantisation names of all formats."""
+    """Return the names of the quantisations that all export formats offer."""
     return tuple(dict.fromkeys(name for chosen in FORMATS.values() for name in chosen.quantizations))
 
 
 def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
-    """Return a format and its options, from values by name and the defaults of options that are not passed.
+    """Return an export format and its options: values passed by name, otherwise defaults.
 
     `name` may lead to a format that extends it (see `Format.extends`). Options of other formats are accepted at their
     defaults, as a config has them.
@@ -52,7 +52,7 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
 
 
 def _check_foreign(option: str, value: Any, name: str, own: tuple[str, ...]) -> None:
-    """Refuse an option that only other formats have, unless it is at its default."""
+    """Raise UserError if an option that only other export formats have is set."""
     others = {other: settings_of(f.options) for other, f in FORMATS.items()}
     homes = {other: settings[option].default for other, settings in others.items() if option in settings}
     if not homes:

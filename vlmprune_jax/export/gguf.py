@@ -53,7 +53,7 @@ class GgufOptions:
 
 
 def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
-    """Return the content of the GGUF files: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf` and `imatrix-NAME.gguf_file`."""
+    """Return the content of a GGUF export: `NAME-TYPE.gguf`, `mmproj-NAME-f16.gguf`, `imatrix-NAME.gguf_file`."""
     from vlmprune_jax.export.gguf_file import (  # imports jax, like all that reads a model
         gguf_loading,
         imatrix_file,
@@ -79,7 +79,7 @@ def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
 
 
 def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> Comparison:
-    """Read the written files back, load them in llama.cpp if installed, and compare logits with the model's."""
+    """Reload the written GGUF files, also in llama.cpp if installed, and compare logits with the model's."""
     from vlmprune_jax.export.gguf_check import check_gguf
 
     return check_gguf(
@@ -88,7 +88,7 @@ def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> C
 
 
 def calibration(options: GgufOptions) -> Calibration | None:
-    """Return the calibration that `imatrix=True` needs, or None."""
+    """Return the calibration statistic that `imatrix=True` needs; None without it."""
     return Calibration("imatrix", "importance", {}) if options.imatrix is True else None
 
 

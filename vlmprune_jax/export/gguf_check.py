@@ -72,7 +72,7 @@ Likeliest = tuple[int, dict[int, float]]  # (number of prompt tokens, {likeliest
 def check_gguf(
     model: Model, out_dir: str | Path, *, source_dir: str | Path, uneven: str, rolled_positions: bool = False
 ) -> Comparison:
-    """Compare the logits of written GGUF files with the model's, on random text (and images), in float32.
+    """Compare the float32 logits of written GGUF files with the model's, on random text and images.
 
     If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the folder's
     tokenizer, and its log-probabilities of the likeliest next tokens must match those of the file's weights in JAX.
@@ -139,7 +139,7 @@ def _in_llama(written: Model, path: Path, source: Path, tolerance: float) -> Com
 
 
 def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
-    """Return {text: token ids} of texts for the comparison, shortened to the model's context."""
+    """Return {text: token ids} of texts for the comparison, cut to the model's context length."""
     text, architecture = cfg.text, fit(cfg, "per_layer")[0]
     longest, tokens = min(_CONTEXT, architecture.context_length(text)) - 2, dict[str, list[int]]()
     for sample in _TEXTS:
@@ -154,12 +154,12 @@ def _tokens(tokenizer: Any, cfg: ModelConfig) -> dict[str, list[int]]:
 
 
 def _gap(logprobs: dict[int, float], reference: dict[int, float]) -> float:
-    """Return the largest log-probability difference over the likeliest tokens of `reference`; 0.0 if it is empty."""
+    """Return the largest log-probability difference over the tokens in `reference`; 0.0 if it is empty."""
     return max((abs(logprobs.get(k, -np.inf) - value) for k, value in [*reference.items()][:_LIKELIEST]), default=0.0)
 
 
 def _ask(path: Path, prompts: list[Any]) -> list[Likeliest]:
-    """Return llama.cpp's likeliest next tokens for each prompt (a text or a list of token ids)."""
+    """Return llama.cpp's most likely next tokens for each prompt (text or token ids)."""
     command, request = [sys.executable, "-P", "-c", _LLAMA], json.dumps([str(path), prompts])
     process = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS)
     lines = process.stdout.decode(errors="replace").strip().splitlines()
@@ -176,7 +176,7 @@ def _decoder(folder: Path) -> Path:
 
 
 def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
-    """Return the float32 model in GGUF files that `save` wrote for `cfg`, and the types of their tensors."""
+    """Read GGUF files that `save` wrote back as a float32 model; also return the types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

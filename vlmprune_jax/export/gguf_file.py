@@ -28,7 +28,7 @@ PREFIX, SUFFIX = "imatrix-", ".gguf_file"  # not .gguf, the suffix of models
 
 
 def write_gguf(content: GgufFile, folder: Path) -> None:
-    """Write a GGUF file with one tensor (or part of one) in memory at a time; every block is read back and compared."""
+    """Write a GGUF file one tensor at a time; every block is read back and compared."""
     with CheckedFile(folder / content.name) as file:
         header = _header(content, folder)
         file.write(header + bytes(-len(header) % _ALIGNMENT))
@@ -38,7 +38,7 @@ def write_gguf(content: GgufFile, folder: Path) -> None:
 
 
 def _header(content: GgufFile, folder: Path) -> bytes:
-    """Return the bytes of a GGUF file before its tensors, as the gguf library writes them."""
+    """Return the bytes of a GGUF file before its tensor data, as the gguf library writes them."""
     from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
     writer = GGUFWriter(None, content.architecture)
@@ -62,7 +62,7 @@ def _header(content: GgufFile, folder: Path) -> bytes:
 
 
 def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile | None = None) -> str:
-    """Return the card's section "Loading"; `cfg` is the unpadded model, `imatrix` the importance file or None."""
+    """Return the model card's section "Loading" for GGUF files."""
     text, tower = files[0], files[1] if len(files) > 1 else None
     names = f"-m {text.name}" + (f" --mmproj {tower.name}{tower.options}" if tower else "")
     rows = [f"| `{file.name}` | {file.architecture} | {_types(file)} |" for file in files]
@@ -90,7 +90,7 @@ def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile 
 
 
 def _k_quants(name: str, imatrix: GgufFile | None) -> str:
-    """Return the card's instructions for making k-quants with llama.cpp's own tool."""
+    """Return the model card's instructions for making k-quants with llama.cpp's own tool."""
     base = name.rpartition("-")[0]
     if imatrix is None:
         return (
@@ -111,7 +111,7 @@ def _types(file: GgufFile) -> str:
 
 
 def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, uneven: str) -> GgufFile:
-    """Return the importance file for the GGUF file `model`; padded layers if `uneven` is "pad"."""
+    """Return the importance matrix file that belongs to a GGUF file (zero-padded layers if `uneven` is "pad")."""
     architecture, wide = fit(cfg, uneven)
     family = family_of(cfg)
     here = under_names(family, "text", architecture.tensors)
@@ -142,7 +142,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:
-    """Return the mean squared inputs of a zero-padded matrix, with zeros for the padded channels."""
+    """Return the mean squared inputs of a zero-padded matrix, with zeros for padded channels."""
     if before.shape == after.shape:
         return mean
     assert before.layer is not None

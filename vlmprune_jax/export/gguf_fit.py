@@ -14,7 +14,7 @@ from vlmprune_jax.families.gguf_towers import tower_lacks, tower_misfit
 
 
 def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
-    """Return the llama.cpp architecture that can hold a model, and the model (zero-padded if `uneven` is "pad")."""
+    """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
         raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")
@@ -53,7 +53,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
 
 
 def support(cfg: ModelConfig) -> str:
-    """Describe which pruned copies of a model llama.cpp can load."""
+    """Return text on which pruned versions of a model llama.cpp can load."""
     try:
         architecture, _ = fit(cfg, "pad")
     except UserError as error:

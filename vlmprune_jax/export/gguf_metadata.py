@@ -28,7 +28,7 @@ _PHYSICAL_BATCH = 512  # default of --ubatch-size (tokens)
 
 
 def file_type(label: str) -> JsonDict:
-    """Return the GGUF metadata field that names the data type of most tensors."""
+    """Return the GGUF metadata field for the data type of most tensors."""
     from gguf import LlamaFileType
 
     name = "ALL_F32" if label == "F32" else f"MOSTLY_{label}"
@@ -36,7 +36,7 @@ def file_type(label: str) -> JsonDict:
 
 
 def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
-    """Return the decoder's GGUF metadata: shapes and hyper-parameters."""
+    """Return GGUF metadata of the decoder: layer shapes and hyper-parameters."""
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
@@ -80,7 +80,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
 
 
 def _window_fields(text: TextConfig) -> JsonDict:
-    """Return GGUF metadata for sliding windows, shared keys and per-layer embeddings."""
+    """Return GGUF metadata of sliding windows, shared keys and values, and per-layer embeddings."""
     windows = [shape.window for shape in text.layers if shape.window is not None]
     fields: JsonDict = {
         "sliding_window": max(windows, default=text.max_positions),
@@ -100,7 +100,7 @@ def _window_fields(text: TextConfig) -> JsonDict:
 
 
 def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
-    """Return mean and standard deviation for pixels, from the folder's image processor if it has one."""
+    """Return the pixel mean and standard deviation from the folder's image processor, or the family's defaults."""
     if family.images == "patches":
         patching = _patching(source)
         return {"vision_image_mean": list(patching.mean), "vision_image_std": list(patching.std)}
@@ -114,7 +114,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or number of tiles, for families that cut images into tiles.
+    """Return GGUF metadata that limits image size or tiles, for families that cut images into tiles.
 
     Raises UserError if images have only one tile.
     """
@@ -149,7 +149,7 @@ def _one_tile() -> UserError:
 
 
 def image_options(family: Family, source: Path) -> str:
-    """Return options for llama.cpp's programs with the processor's limits of image tokens, which its files cannot hold.
+    """Return llama.cpp command-line options that limit image tokens as the image processor does.
 
     Tokens of an image that see each other must also be in one of its physical batches.
     """
@@ -165,7 +165,7 @@ def image_options(family: Family, source: Path) -> str:
 
 
 def _patching(source: Path) -> Patching:
-    """Return the patch settings of a folder whose images have any size."""
+    """Return the patch settings of a folder whose model takes images of any size."""
     processor = processor_settings(source)
     if processor is None:
         raise UserError(f"{source}: has no preprocessor_config.json, which limits the size of images: add the file")
@@ -173,14 +173,14 @@ def _patching(source: Path) -> Patching:
 
 
 def title(name: str, tokenizer: Any) -> str:
-    """Return the model's name for GGUF; llama.cpp strips spaces as Phi-3's tokenizer does if it contains "Phi-3"."""
+    """Return the model name for GGUF metadata; llama.cpp treats spaces as in Phi-3 if the name contains "Phi-3"."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)
 
 
 def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...]:
-    """Return remarks for the model card on how llama.cpp's decoder differs from the model's."""
+    """Return notes for the model card on how llama.cpp's decoder differs from the model's."""
     remarks = []
     longest = architecture.context_length(text)
     if longest < text.max_positions:
@@ -208,7 +208,7 @@ _FAULT = "builds of llama.cpp that put the class token after the patches (#25814
 
 
 def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
-    """Return remarks for the model card on how llama.cpp's vision tower differs from the model's."""
+    """Return notes for the model card on how llama.cpp's vision tower differs from the model's."""
     remarks = []
     if vision_of(cfg).class_token and rolled:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")

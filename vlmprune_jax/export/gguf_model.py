@@ -81,7 +81,7 @@ class GgufFile:
 
     @property
     def unquantised(self) -> tuple[str, ...]:
-        """Names of decoder matrices that stay F16, because their rows are not multiples of a block."""
+        """Names of decoder matrices that stay F16 because their rows are not a multiple of the quantisation block."""
         quantised = any(tensor.dtype.startswith("Q") for tensor in self.tensors)
         return tuple(tensor.key for tensor in self.tensors if quantised and tensor.dtype == "F16")
 
@@ -124,7 +124,7 @@ def make_gguf(
 
 
 def _name_parts(name: str) -> JsonDict:
-    """Return the metadata "basename" and "finetune": the parts of a model's name before and after its size."""
+    """Return the GGUF metadata "basename" and "finetune": a model's name before and after its size."""
     from gguf import Metadata
 
     _, _, basename, finetune, _, _ = Metadata.get_model_id_components(name)
@@ -132,7 +132,7 @@ def _name_parts(name: str) -> JsonDict:
 
 
 def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
-    """Return the metadata "size_label", the number of weights in a file in short form, such as "1.3B"."""
+    """Return the GGUF metadata "size_label": a weight count in short form, such as "1.3B"."""
     from gguf.utility import size_label
 
     return {"size_label": size_label(sum(math.prod(tensor.shape) for tensor in tensors), 0, 0, 0)}
@@ -141,7 +141,7 @@ def _size_label(tensors: Sequence[Tensor]) -> JsonDict:
 def _tower(
     model: Model, wide: ModelConfig, family: Family, source: Path, stem: str, about: JsonDict, plain: str, rolled: bool
 ) -> GgufFile:
-    """Return the GGUF file of tower and projector, in F16 or F32, the only types that the convolution supports."""
+    """Return the GGUF file of vision tower and projector, in F16 or F32 (the types that its convolution supports)."""
     vision = vision_of(wide)
     plain = plain if plain == "F32" else "F16"
     fields = {"type": "mmproj", **about, **file_type(plain), **pixels(wide, family, source)}
@@ -163,7 +163,7 @@ def _tower(
 
 
 def _copies(filters: Tensor) -> list[Tensor]:
-    """Split patch filters [vision, channel, copy, row, column] into one tensor per copy (frame)."""
+    """Split video patch filters [vision, channel, frame, row, column] into one tensor per frame."""
     vision, channels, copies, *sides = filters.shape
 
     def filters_of(number: int) -> Tensor:
@@ -174,7 +174,7 @@ def _copies(filters: Tensor) -> list[Tensor]:
 
 
 def _channels_first(filters: Tensor, channels: int) -> Tensor:
-    """Return patch filters [vision, row x column x channel] as [vision, channel, row, column]."""
+    """Reorder patch filters [vision, row x column x channel] to [vision, channel, row, column]."""
     vision, values = filters.shape
     side = math.isqrt(values // channels)
 
@@ -186,7 +186,7 @@ def _channels_first(filters: Tensor, channels: int) -> Tensor:
 
 
 def copy_of(number: int) -> str:
-    """Return the GGUF key of the patch filters of one copy (frame)."""
+    """Return the GGUF key of the patch filters for one video frame."""
     return f"{_FILTERS}.{number}" if number else _FILTERS
 
 
@@ -203,7 +203,7 @@ def _tensors(
     quantize: str = "none",
     architecture: Architecture | None = None,
 ) -> list[Tensor]:
-    """Return the tensors of one part of the model under llama.cpp's names, zero-padded to the widths of `wide`."""
+    """Return the tensors of one model part under llama.cpp's names, zero-padded to the widths of `wide`."""
     flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
@@ -216,7 +216,7 @@ def _tensors(
 def spelled(
     array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
 ) -> np.ndarray:
-    """Return a parameter as llama.cpp stores it: rotary pairs interleaved, norm weights with their offset added.
+    """Convert a parameter to llama.cpp's form: interleaved rotary pairs, and norm weights with their offset added.
 
     `back=True` undoes this. `architecture`: of the decoder, for its parameters.
     """
@@ -234,7 +234,7 @@ def spelled(
 
 
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
-    """Return the family with one part's weights renamed as in llama.cpp, and without axes of size 1."""
+    """Return a copy of the family whose weight table uses llama.cpp's tensor names."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         lines = []
@@ -250,7 +250,7 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
-    """Return the GGML type of a tensor: F32 for vectors and positions, at least 8 bits for embeddings and head."""
+    """Return a tensor's GGML type: F32 for vectors and positions, at least 8 bits for embeddings and output head."""
     if len(shape) <= 1 or key.startswith("v.position_embd"):
         return "F32"
     if quantize == "none":
@@ -269,7 +269,7 @@ def _tensor(
     flat: Mapping[str, Any],
     architecture: Architecture | None,
 ) -> Tensor:
-    """Return one GGUF tensor, joined from the model's parameters (pairs of slots in model and file)."""
+    """Return one GGUF tensor, joined from the model parameters that it contains."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.index)
@@ -302,7 +302,7 @@ def neighbours(array: np.ndarray, back: bool = False) -> np.ndarray:
 def _encoded(
     key: str, kind: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[np.ndarray]], what: str
 ) -> Tensor:
-    """Return a tensor from pieces of whole rows, which are encoded and written in groups, so that memory stays low."""
+    """Quantise a tensor in groups of whole rows while it is written, so that memory stays low."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     width, (block, block_bytes) = shape[-1], GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -319,7 +319,7 @@ def _encoded(
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
-    """Encode float[rows, width] in a GGML type and return the bytes."""
+    """Quantise float[rows, width] to a GGML type; return the bytes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -332,7 +332,7 @@ def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:
 
 
 def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors that llama.cpp needs but that are no parameters of the model: rotary factors, an untied head."""
+    """Return tensors that llama.cpp needs but the model lacks: rotary factors, and an untied output head."""
     arrays: dict[str, np.ndarray] = {}
     if text.rope.kind in ("llama3", "proportional"):
         plain, dim = dataclasses.replace(text.rope, kind="default"), text.full_head_dim or text.rotary_dim

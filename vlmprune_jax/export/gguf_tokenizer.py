@@ -44,7 +44,7 @@ _SPACED: tuple[tuple[Any, Any, bool], ...] = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokenizer in GGUF's form: tokens, scores, types, merges and special tokens.
+    """Tokenizer in GGUF's form: token texts, scores, types, merges and special tokens.
 
     Attributes:
       fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
@@ -58,7 +58,7 @@ class Vocabulary:
 
 
 def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "") -> Vocabulary:
-    """Return a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
+    """Convert a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
 
     `own`: llama.cpp's name of the architecture's own tokenizer, with SentencePiece's rules and a list of merges.
 
@@ -101,7 +101,7 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "
 
 
 def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
-    """Return the text and type of the token with each id; ids without a token are unused embedding rows."""
+    """Return text and type of every token id; ids without a token stand for unused embedding rows."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
     added = {token["id"]: token for token in content.get("added_tokens") or ()}
     texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
@@ -125,7 +125,7 @@ def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[i
 
 
 def _check_lines(merges: list[list[str]], where: str) -> None:
-    """Refuse merges across the end of a line, where llama.cpp's tokenizer with merges of characters splits texts."""
+    """Raise UserError for merges across line ends, where llama.cpp's tokenizer always splits text."""
     crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
     if crossing is not None:
         raise UserError(
@@ -135,7 +135,7 @@ def _check_lines(merges: list[list[str]], where: str) -> None:
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Return the tokens' scores for SentencePiece, which merges the best score first: minus the rank of the merge."""
+    """Return token scores for SentencePiece, which applies the highest-scoring merge first: minus the merge rank."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -143,7 +143,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _check_spaced(content: JsonDict, where: str) -> bool:
-    """Return True if a SentencePiece-like tokenizer puts a space mark before each text; refuse other variants."""
+    """Return True if a SentencePiece tokenizer puts a space mark before each text; refuse other variants."""
     rules = [content.get("normalizer"), content.get("pre_tokenizer")]
     for *known, prefix in _SPACED:
         if rules == known:
@@ -155,7 +155,7 @@ def _check_spaced(content: JsonDict, where: str) -> bool:
 
 
 def _rules(step: JsonDict | None) -> Iterator[str]:
-    """Yield the steps of the pre-tokenizer as texts for comparison with llama.cpp's; unknown steps as JSON."""
+    """Yield the pre-tokenizer's steps as text, for comparison with the rules that llama.cpp knows."""
     kind = None if step is None else step.get("type")
     if step is None:
         yield "none"
@@ -176,7 +176,7 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
 
 
 def _pre(content: JsonDict, fast: Any, where: str) -> str:
-    """Return llama.cpp's name for the pre-tokenizer rules of a byte-level tokenizer."""
+    """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer rules."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
@@ -196,7 +196,7 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
 
 
 def _same_words(content: JsonDict, fast: Any) -> bool:
-    """Return True if a tokenizer without merges gives the same ids under llama.cpp's rules `OF_WORDS`."""
+    """Return True if a tokenizer without merges gives the same ids under llama.cpp's rules for whole words."""
     from tokenizers import Tokenizer
 
     split = next(rules[0] for rules, name in PRE.items() if name == OF_WORDS)
@@ -211,7 +211,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
 
 
 def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
-    """Return metadata with the ids of special tokens, and flags for those that are added to every text."""
+    """Return GGUF metadata with special token ids, and flags for tokens that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
     unknown = content["model"].get("unk_token")
@@ -250,7 +250,7 @@ def drops_white_space(tokenizer: Any) -> bool:
 
 
 def _chat_template(folder: Path, family: Family, fast: Any) -> str:
-    """Return the chat template of a transformers folder (otherwise that of the family), without image tokens.
+    """Return the chat template of a transformers folder, or the family's, with image tokens removed.
 
     llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
     """

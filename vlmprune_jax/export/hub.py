@@ -18,7 +18,7 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Upload:
-    """Upload to the hub: address, file names and sizes; `done` is False for a dry run."""
+    """Upload to the hub: address, file names and sizes; `done` is False if nothing was sent (dry run)."""
 
     url: str
     files: tuple[str, ...]
@@ -27,7 +27,7 @@ class Upload:
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> Upload:
-    """Upload an exported folder, after checking the metadata of its model card.
+    """Upload an exported folder to the hub, after checking its model card.
 
     Args:
       folder: a folder that `vp.save` or the stage `export` wrote.
@@ -62,7 +62,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
 
 
 def check_upload(repo_id: str, base_model: str | None, license: str | None) -> None:
-    """Refuse an upload that must fail: no token, no base model or license, or the hub is switched off."""
+    """Raise UserError if an upload cannot succeed: no token, base model or license, or the hub is switched off."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE or get_token() is None:
@@ -74,7 +74,7 @@ def check_upload(repo_id: str, base_model: str | None, license: str | None) -> N
 
 
 def check_card(folder: Path) -> str:
-    """Return a folder's model card after checking that the hub can read its metadata."""
+    """Return a folder's model card; raise UserError if the hub could not parse its metadata."""
     from huggingface_hub import ModelCard
 
     path = folder / "README.md"

@@ -41,7 +41,7 @@ class FolderOptions:
 
 
 def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
-    """Return the content of the Hugging Face folder."""
+    """Return the content of an export to a Hugging Face folder."""
     from vlmprune_jax.export.folder import folder_contents  # imports jax, like all that reads a model
     from vlmprune_jax.export.target import make_target
 
@@ -50,7 +50,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
 
 
 def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    """Reload the folder in PyTorch, or in JAX without it, and compare its logits with the model's."""
+    """Reload an exported folder in PyTorch (in JAX without it) and compare its logits with the model's."""
     from vlmprune_jax.export.reload import check_export
 
     return check_export(model, folder, vision_dir=origin.vision_dir)

@@ -54,7 +54,7 @@ class IntegerOptions(FolderOptions):
 
 
 def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
-    """Return the content of the folder; its integers come from `storage`, or from rounding to the nearest."""
+    """Return the content of a quantised export; integers come from GPTQ (`storage`) or from rounding to nearest."""
     from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
     from vlmprune_jax.export.target import make_target
 
@@ -70,7 +70,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
 
 
 def calibration(options: IntegerOptions) -> Calibration | None:
-    """Return the calibration that `rounding="gptq"` needs, or None."""
+    """Return the calibration statistic that `rounding="gptq"` needs; None without it."""
     names = ("quantize", "group_size", "symmetric", "dtype")
     settings = {name: getattr(options, name) for name in names}
     return Calibration("storage", "gptq", settings) if options.rounding == "gptq" else None

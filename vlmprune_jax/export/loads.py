@@ -23,7 +23,7 @@ _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection loca
 
 
 def why_not(cfg: ModelConfig, target: str) -> str | None:
-    """Return the reason why one of `TARGETS` cannot load a model at its true size; None if it can."""
+    """Return why one of the engines in `TARGETS` cannot load a model at its true size; None if it can."""
     one_of("loads_in", target, TARGETS)
     if target == "gguf":
         try:
@@ -51,7 +51,7 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if an engine can load the model, but not with fewer heads in this stack."""
+    """Return True if an engine can load the model, but not after attention heads of this stack are removed."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     if layer_problem(cfg.text) is None and layer_problem(fewer.text) is not None:
         return True
@@ -59,7 +59,7 @@ def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
 
 
 def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
-    """Refuse a pruned model that one of the targets cannot load at its true size."""
+    """Raise UserError if one of the `targets` cannot load a pruned model at its true size."""
     for target in targets:
         reason = why_not(cfg, target)
         if reason is not None:
@@ -67,7 +67,7 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
-    """Return {target: {stack: {type of pruning: reason why the target cannot load the result, or None}}}."""
+    """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
     copies: dict[str, Callable[[Stack], list[LayerShape]]] = {
         "fewer layers": _fewer_layers,
         "neurons": lambda stack: [_cut(shape, neurons=_width(stack, shape)) for shape in stack.layers],
@@ -84,7 +84,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
-    """Return why a target cannot load the model with these layers, or why it cannot exist; None if it loads."""
+    """Return why an engine cannot load the model with these layers, or why no class allows them; None if it can."""
     try:
         changed = cfg.with_layers(layers, stack)
     except UserError as error:
@@ -96,7 +96,7 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
 
 
 def _fewer_layers(stack: Stack) -> list[LayerShape]:
-    """Return the layers without the last layer that the decoder's class allows to remove."""
+    """Return the layers without the last layer that the decoder's transformers class allows to remove."""
     cuts = [[*stack.layers[:i], *stack.layers[i + 1 :]] for i in reversed(range(len(stack.layers)))]
     fits = (left for left in cuts if left and _fits(stack, left))
     return next(fits, cuts[0] or [*stack.layers])
@@ -107,7 +107,7 @@ def _fits(stack: Stack, layers: Sequence[LayerShape]) -> bool:
 
 
 def _width(stack: Stack, shape: LayerShape) -> int:
-    """Return how many neurons a layer loses per neuron that the narrowest layers lose."""
+    """Return 2 for layers with double-width MLPs (Gemma 4), which lose two neurons per neuron of others; else 1."""
     return 2 if isinstance(stack, TextConfig) and stack.double_wide and shape.shared else 1
 
 
@@ -116,7 +116,7 @@ def _fewer_heads(stack: Stack) -> list[LayerShape]:
 
 
 def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
-    """Return a layer shape with this many head groups and neurons removed."""
+    """Return a layer shape with fewer head groups and MLP neurons."""
     groups = max(1, shape.kv_heads - heads)
     widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
     return shape.with_widths(*widths)

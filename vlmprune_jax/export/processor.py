@@ -23,7 +23,7 @@ from vlmprune_jax.hf.read import read_fields
 
 @contextlib.contextmanager
 def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Yield a folder whose files limit images to `most` tokens: `source` (None = no limit), or a copy without weights.
+    """Context that yields the folder, or a weightless copy whose files limit images to `most` tokens.
 
     Raises:
       UserError: the model cannot have this limit.
@@ -43,7 +43,7 @@ def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator
 
 
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
-    """Write tokenizer, processor, chat template and generation config in the form of a transformers processor.
+    """Write tokenizer, image processor, chat template and generation config as transformers' processors expect them.
 
     `source`, `cfg` and `config` are those of the hub layout; `tokenizer` is tokenizer.json with the new token.
     """
@@ -66,7 +66,7 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
 
 
 def _generation_config(source: Path, cfg: ModelConfig, template: Template, tokenizer: JsonDict) -> JsonDict:
-    """Return the source's generation config, with the end token of the family's answers as eos token."""
+    """Return the source's generation config, with the end token of answers as its eos token."""
     path = source / "generation_config.json"
     config: dict[str, Any] = read_fields(path) if os.path.lexists(path) else {}
     end = token_id(tokenizer, template.assistant_end.strip())
@@ -81,7 +81,7 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
 
 
 def chat_template(template: Template, image: str) -> str:
-    """Return the family's prompt format (`render`) as a Jinja template; `image` is the text of one image.
+    """Return the family's prompt format as a Jinja chat template; `image` is the text of one image.
 
     A message's content is a string or a list of image and text parts. The family's system text is used unless the first
     message is a system message.

@@ -39,7 +39,7 @@ _ROWS, _TEXT_TOKENS = 2, 24
 
 
 def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
-    """Reload a written folder and compare its float32 logits with the model's, on random text (and images).
+    """Reload a written folder and compare its float32 logits with the model's, on random text and images.
 
     The folder is reloaded in PyTorch if torch is installed and stock transformers has its class, else in JAX. Weights
     written in a narrower dtype are compared with the model's rounded to it, and quantised folders with their decoded
@@ -85,7 +85,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
 
 
 def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.ndarray) -> list[list[float]]:
-    """Return the largest difference of any logit at each position, float[rows, tokens]."""
+    """Return the largest logit difference at each position, float[rows, tokens]."""
     words = expected.shape[-1]
     if actual.shape[-1] > words and float(actual[..., words:].max() - actual[..., :words].max()) > 0:
         raise UserError(
@@ -100,7 +100,7 @@ def _differences(folder: Path, backend: str, expected: np.ndarray, actual: np.nd
 
 
 def _moved_by_rounding(model: Model, inputs: dict[str, Any], expected: np.ndarray) -> np.ndarray:
-    """Return the largest logit change at each position if the last bit of all weights changes at random.
+    """Return the largest logit change at each position when the last bit of all weights changes at random.
 
     Needs memory for a second copy of the float32 weights.
     """
@@ -121,7 +121,7 @@ def _last_bit(leaf: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
-    """Return the model in float32, with weights rounded to their dtypes in the folder."""
+    """Return the model in float32, after rounding its weights to the exported dtypes."""
     family, cfg = read_config(folder, tower)
     keys = {family.canonical(key): entry.dtype for key, entry in Checkpoint(folder).entries.items()}
     dtypes = {slot.name: keys.get(slot.key, "F32") for slot in make_slots(cfg, family)}
@@ -134,7 +134,7 @@ def _as_written(model: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
-    """Return the folder's model in float32 on the mesh of `written`; a missing tower is taken from `written`.
+    """Load the exported folder as a float32 model; a missing vision tower is taken from the model in memory.
 
     The tower's own folder, `tower`, is read for its config only: its weights are not exported and may differ in dtype.
     """
@@ -149,7 +149,7 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
 
 
 def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
-    """Return inputs for comparing logits: rows of random tokens, each with one image if the model has a tower.
+    """Return random inputs for comparing logits: random tokens, and an image per row if the model has a tower.
 
     `image_start` is the token that the stock class requires before an image of any size.
     """
@@ -170,7 +170,7 @@ def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str,
 def _random_patches(
     cfg: ModelConfig, ids: np.ndarray, rng: np.random.Generator, image_start: int | None
 ) -> dict[str, Any]:
-    """Return rows with images of different sizes, some larger than a window of the tower."""
+    """Return random inputs with images of different sizes, some larger than an attention window."""
     vision = cfg.vision
     assert vision is not None
     assert cfg.image_token_id is not None
@@ -189,7 +189,7 @@ def _random_patches(
 
 
 def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, tower: Path | None) -> dict[str, Any]:
-    """Return the inputs with the image token id of the folder, which differs in some converted layouts."""
+    """Return inputs with the exported folder's image token id, which some converted layouts change."""
     _, written = read_config(folder, tower)
     if written.image_token_id == cfg.image_token_id:
         return inputs
@@ -198,7 +198,7 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 
 
 def torch_loads(folder: Path, tower: Path | None) -> bool:
-    """Return True if torch is installed, and transformers has a class that computes this model exactly."""
+    """Return True if torch is installed and transformers computes this model exactly."""
     family, cfg = read_config(folder, tower)
     known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
     known = known and (cfg.vision is None or cfg.vision.whole_heads)
@@ -210,7 +210,7 @@ def torch_loads(folder: Path, tower: Path | None) -> bool:
 
 
 def _decodes() -> bool:
-    """Return True if transformers can dequantise compressed-tensors exactly on loading."""
+    """Return True if transformers can dequantise this compressed-tensors checkpoint exactly."""
     from transformers import CompressedTensorsConfig
 
     known = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
@@ -218,7 +218,7 @@ def _decodes() -> bool:
 
 
 def _torch_class(config: dict[str, Any], stock: Stock) -> Any:
-    """Return the class that loads a folder with this config: a stock transformers class, or that of the loader file."""
+    """Return the class that loads a folder: a stock transformers class, or the one in the exported loader file."""
     import transformers
 
     name = loader_class(config)

@@ -46,7 +46,7 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Target of an export: the family, model config and config.json of the folder to write.
+    """Target of an export: family, model config and config.json of the folder to write.
 
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.
@@ -64,7 +64,7 @@ class Target:
 
 
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
-    """Return the target folder's family and configs for a model that was loaded from `source`.
+    """Return the family and configs of the exported folder, for a model loaded from `source`.
 
     Raises:
       UserError: the source has another family, layers are unequal with uneven="refuse", or the layout cannot hold the
@@ -107,7 +107,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
-    """Refuse layers of unequal width, or a tower, that stock transformers cannot load at their true size."""
+    """Raise UserError if stock transformers cannot load layers of unequal width at their true size."""
     if not cfg.text.even:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
@@ -124,7 +124,7 @@ def _check_uneven(cfg: ModelConfig) -> None:
 
 
 def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
-    """Return config.json with this data type of the weights, in its existing field (`torch_dtype` or `dtype`)."""
+    """Return config.json with another weight data type in its field `torch_dtype` or `dtype`."""
     if dtype == "source":
         return config
     result = dict(config)
@@ -136,7 +136,7 @@ def _with_dtype(config: JsonDict, dtype: str, family: Family) -> JsonDict:
 
 
 def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) -> None:
-    """Write all files but weights for a model `cfg`: config, tokenizer, processor, template, loader file."""
+    """Write all files of an exported folder except weights: config, tokenizer, processor, template, loader file."""
     (folder / "config.json").write_text(json.dumps(target.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     code = ("*.py",) if "auto_map" in target.config else ()
     if not target.converts:
@@ -148,7 +148,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
 
 
 def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
-    """Copy licence files, and write plan.json from `plan` (otherwise copy the source folder's plan.json)."""
+    """Copy licence files to an export, and write plan.json (from `plan`, otherwise a copy of the source's)."""
     _copy_files(source, folder, _ALWAYS)
     if plan is not None:
         plan.to_json(folder / "plan.json")

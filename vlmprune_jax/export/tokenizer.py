@@ -42,7 +42,7 @@ def vocabulary_digest(tokenizer: JsonDict) -> str:
 
 
 def add_token(tokenizer: JsonDict, token: str) -> tuple[JsonDict, int]:
-    """Return the tokenizer with this special token (added if missing), and the token's id."""
+    """Add a special token to a tokenizer unless it exists; return the tokenizer and the token's id."""
     ids = token_ids(tokenizer)
     if token in ids:
         return tokenizer, ids[token]
@@ -60,14 +60,14 @@ def token_ids(tokenizer: JsonDict) -> dict[str, int]:
 
 
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
-    """Return True if only the start of a text gets a space mark, not the text after a special token."""
+    """Return True if a tokenizer puts its space mark only before the whole text, not after special tokens."""
     step = tokenizer.get("pre_tokenizer") or {}
     steps = [inner for inner in step.get("pretokenizers", [step]) if isinstance(inner, dict)]
     return any(inner.get("type") == "Metaspace" and inner.get("prepend_scheme") == "first" for inner in steps)
 
 
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
-    """Write tokenizer.json and its config; `named` maps names used by the processor to special tokens.
+    """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens.
 
     The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged: LlamaTokenizer of transformers 5 replaces
     its rules with its own, which differ from Phi-3's.

@@ -22,7 +22,7 @@ _PREFIX = "PerLayer"
 
 
 def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
-    """Return the smallest layer shape that every layer can be zero-padded to, with equal groups of query heads.
+    """Return the smallest layer shape to which every layer can be zero-padded.
 
     With `heads`, it has that many query heads if some group size of at least the largest allows it.
     """
@@ -35,13 +35,13 @@ def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape
 
 
 def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
-    """Return the shapes of all layers zero-padded to the widths of `widest`; sliding windows stay."""
+    """Return the shapes of all layers after zero-padding to equal widths; sliding windows are unchanged."""
     widths = widest(layers, heads).widths
     return tuple(shape.with_widths(*widths) for shape in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """Return the config with all stacks zero-padded to equal widths; a vision tower gets all its heads back."""
+    """Return the config with every stack zero-padded to equal widths; a vision tower gets all its heads back."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
@@ -52,7 +52,7 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
 
 
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
-    """Zero-pad a tensor along its named `axes`, from the widths in the first config to those in the second.
+    """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
 
     A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
     attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
@@ -77,7 +77,7 @@ def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
-    """Return config.json of a model with unequal layers, which names its class in the loader file.
+    """Return config.json for a model with unequal layers: per-layer widths, and its class in the loader file.
 
     Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
     factor per frequency of hidden_size / heads. The nominal counts, from which each layer is cut, are the next valid
@@ -99,7 +99,7 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
 
 
 def without_loader(config: JsonDict) -> JsonDict:
-    """Return config.json for the stock class (undoes `with_loader`); other configs stay unchanged."""
+    """Return config.json for the stock class (undoes `with_loader`)."""
     module = LOADER_FILE.removesuffix(".py") + "."
     result = dict(config)
     remaining = {k: v for k, v in (config.get("auto_map") or {}).items() if not str(v).startswith(module)}
@@ -113,12 +113,12 @@ def without_loader(config: JsonDict) -> JsonDict:
 
 
 def write_loader(folder: Path) -> None:
-    """Copy the PyTorch file that loads unequal layers into the folder."""
+    """Copy the PyTorch file that loads layers of unequal width into the exported folder."""
     shutil.copyfile(_LOADER, folder / LOADER_FILE)
 
 
 def loader_class(config: JsonDict) -> str | None:
-    """Return the name of the loader file's class for a folder with this config; None if a stock class loads it."""
+    """Return the loader file's class name for a folder with this config.json; None if a stock class loads it."""
     module = LOADER_FILE.removesuffix(".py") + "."
     classes = [str(v) for v in (config.get("auto_map") or {}).values() if str(v).startswith(module)]
     return classes[0].removeprefix(module) if classes else None

@@ -20,7 +20,7 @@ _WIDE = 128  # groups of 4-bit weights from this size on need the MXU of v6e, of
 
 
 def implementation(cfg: ModelConfig) -> str:
-    """Return which implementation ("jax", "torchax", or "" for none) vLLM on TPUs uses for the exported model."""
+    """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
     family, text = family_of(cfg), cfg.text
     found = (target_of(family) or family).vllm_tpu
     mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].q_heads
@@ -28,14 +28,14 @@ def implementation(cfg: ModelConfig) -> str:
 
 
 def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> None:
-    """Raise UserError if vLLM on TPUs does not load such integer weights with this tensor-parallel size."""
+    """Raise UserError if vLLM on TPUs cannot load these integer weights with this tensor-parallel size."""
     reason = _problem(cfg, storage, tensor)
     if reason is not None:
         raise UserError(f"loads_in='vllm_tpu': vLLM on TPUs could not load {storage.name} weights: {reason}")
 
 
 def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
-    """Return text on tensor-parallel sizes, head padding and integer formats, for `inspect` and model cards."""
+    """Return text on tensor-parallel sizes, head padding and integer formats of vLLM on TPUs."""
     parts = [f"tensor-parallel sizes {', '.join(map(str, _tensor_sizes(cfg)))}"]
     parts += [f"heads of {size} channels padded to {computed}" for size, computed in _padded(cfg).items()]
     if storage is None:
@@ -45,7 +45,7 @@ def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
 
 
 def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> None:
-    """Write `vllm_config.yaml`: model, data type, limits and image settings for `vllm serve --config`."""
+    """Write `vllm_config.yaml` with model, data type, limits and image settings for `vllm serve --config`."""
     tokens, tower = min(cfg.text.max_positions, _MAX_TOKENS), cfg.vision
     values = {"model": ".", "dtype": "auto" if dtype == "source" else dtype, "max-model-len": tokens}
     values["tensor-parallel-size"] = tensor
@@ -62,7 +62,7 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
 
 
 def _tensor_sizes(cfg: ModelConfig) -> list[int]:
-    """Return the numbers of chips over which the heads of all layers can be split (key/value heads may be copied)."""
+    """Return the possible tensor-parallel sizes: chips over which all layers' heads can be split."""
     query = {shape.q_heads for stack in cfg.stacks.values() for shape in stack.layers}
     keys = {shape.kv_heads for shape in cfg.text.layers}
     fits = lambda size: not any(heads % size for heads in query)  # noqa: E731
@@ -70,19 +70,19 @@ def _tensor_sizes(cfg: ModelConfig) -> list[int]:
 
 
 def _padded(cfg: ModelConfig) -> dict[int, int]:
-    """Return {head size: size to which the kernels pad it}, for head sizes that are padded."""
+    """Return {head_dim: padded head_dim} for head sizes that vLLM's TPU kernels pad."""
     sizes = sorted(set(map(cfg.text.head_dim_of, cfg.text.layers)))
     return {size: -(-size // 128) * 128 for size in sizes if size != 64 and size % 128}
 
 
 def _integers(cfg: ModelConfig) -> str:
-    """Return the quantisations that vLLM on TPUs loads, as text."""
+    """Return the quantisations that vLLM on TPUs can load, as text."""
     stored = {name: CompressedTensors(bits, activations=activations) for name, (bits, activations) in SCHEMES.items()}
     return ", ".join(name for name, storage in stored.items() if _scheme_problem(cfg, storage) is None)
 
 
 def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str | None:
-    """Return why vLLM on TPUs cannot load these integer weights, and what to do; None if it can."""
+    """Return why vLLM on TPUs cannot load these integer weights, with advice; None if it can."""
     problem, fits = _scheme_problem(cfg, storage), _integers(cfg)
     if problem is not None:
         return f"{problem}: " + (f"use symmetric {fits}" if fits else 'use quantize="none"')

@@ -47,7 +47,7 @@ class Vocabulary(Protocol):
 
 @contextlib.contextmanager
 def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Yield a folder with tokenizer and configs for a model: `source`, or a trimmed copy if the plan trims tokens.
+    """Context that yields a folder with tokenizer and configs: `source`, or a copy with only a plan's tokens.
 
     Args:
       source: the folder that the model came from.
@@ -67,7 +67,7 @@ def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig)
 
 
 def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelConfig) -> None:
-    """Copy all files of `source` but weights into `folder`, with only the kept tokens and their new ids.
+    """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
     Raises:
       UserError: the tokenizer is another than the plan's or cannot be trimmed, or a file has the id of a token that is
@@ -88,7 +88,7 @@ def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelCon
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy all files of a model folder but its weights."""
+    """Copy all files of a model folder except its weights."""
     for name in sorted(os.listdir(source)):
         if os.path.isdir(source / name):
             if name == "additional_chat_templates":
@@ -98,7 +98,7 @@ def copy_without_weights(source: Path, folder: Path) -> None:
 
 
 def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:
-    """Write the source's tokenizer files with only the kept tokens, except those that tokenizer.json replaces."""
+    """Write the tokenizer files with only the kept tokens."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
     fast = os.path.lexists(source / TOKENIZER)
@@ -125,7 +125,7 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
 
 
 def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], where: str) -> bytes:
-    """Return a SentencePiece `tokenizer.model` with only the kept pieces; their order, scores and types are unchanged.
+    """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
 
     `kept` are old ids; those beyond the pieces are added tokens of other files. `new_ids`: old id -> new id; a special
     token that is dropped gets id -1 ("none"). `where`: name of the file, for messages.
@@ -162,7 +162,7 @@ def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
 
 
 def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
-    """Return a tokenizer config with new ids in `added_tokens_decoder`, without removed special tokens."""
+    """Return tokenizer_config.json with the kept tokens' new ids, and without removed special tokens."""
     found = dict(config)
     for name, value in config.items():
         if name.endswith("special_tokens") and isinstance(value, list):
@@ -177,7 +177,7 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
-    """Return a JSON value of a config file with every token id replaced by `change(field, id)`.
+    """Return a config file's JSON value with every token id replaced by `change(field, id)`.
 
     Ids that become None are left out of lists that may name dropped tokens; a sequence of bad words is left out whole.
     """
@@ -194,7 +194,7 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
 
 
 def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDict:
-    """Return a config file's content with new token ids and vocabulary sizes.
+    """Return a config file's content with the new token ids and vocabulary size.
 
     Raises:
       UserError: it has the id of a token that is not kept.
@@ -223,7 +223,7 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
 
 
 def ids_in(config: JsonDict) -> dict[int, str]:
-    """Return {token id: field that contains it} of a config file, except ids that may be removed."""
+    """Return {token id: field} of the ids in a config file, except ids that may be removed."""
     found: dict[int, str] = {}
 
     def note(name: str, i: int) -> int:
@@ -236,7 +236,7 @@ def ids_in(config: JsonDict) -> dict[int, str]:
 
 
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
-    """Return config.json with vocabulary sizes and ids that it omitted because they equalled the class's defaults."""
+    """Return config.json with vocabulary size and token ids that it had omitted as class defaults made explicit."""
     changed, section = dict(config), family_of(cfg).text_section
     for name, fields in (
         ("image_token_id", ("image_token_id", "image_token_index")),
@@ -289,7 +289,7 @@ def _parts(merge: str | list[str]) -> tuple[str, str, str]:
 
 
 def _renumbered(step: Any, new: Mapping[int, int]) -> Any:
-    """Return a post_processor with new ids in `special_tokens[...].ids`, and in `cls` and `sep` as [text, id]."""
+    """Return tokenizer.json's post_processor with the kept tokens' new ids."""
     if isinstance(step, list):
         return [_renumbered(part, new) for part in step]
     if not isinstance(step, dict):

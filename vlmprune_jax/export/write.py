@@ -52,7 +52,7 @@ def save(
     benchmarks: Sequence[Sequence[str]] = (),
     **options: Any,
 ) -> None:
-    """Write a model in an export format; the output folder appears only when it is complete.
+    """Write a model in an export format; the output folder appears only once it is complete.
 
     Process 0 writes. If arrays are split over processes, every process must call this function.
 
@@ -94,7 +94,7 @@ def save(
 
 @contextlib.contextmanager
 def _files(source: Path, plan: Plan | None, max_image_tokens: int | None, model: Model) -> Iterator[Path]:
-    """Yield a folder with tokenizer, processor and configs for the export."""
+    """Context that yields a folder with the tokenizer, processor and configs for the export."""
     with (
         trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as trimmed,
         limited_images(trimmed, max_image_tokens, model.cfg) as files,
@@ -114,7 +114,7 @@ def _write(
     name: str | None,
     card: Mapping[str, Any],
 ) -> None:
-    """Write a model in the chosen format; `card` holds the arguments of `write_card`."""
+    """Write a model in the chosen export format; `card` holds the arguments of `write_card`."""
     if model.cfg.lora is not None:
         raise UserError("the model has unmerged LoRA adapters: merge them first (recovery.merge_lora)")
     name, pruned = name or model_name(source), plan is not None or os.path.lexists(source / "plan.json")
@@ -155,7 +155,7 @@ def check_saved(
     plan: Plan | None = None,
     **options: Any,
 ) -> Comparison:
-    """Compare a folder that `save` wrote with the model, given equal arguments; all processes must call it.
+    """Compare the folder that `save` wrote with the model (collective).
 
     `vision_dir` is the vision tower's folder, for an original-layout LLaVA without its own.
 

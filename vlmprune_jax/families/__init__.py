@@ -44,13 +44,13 @@ __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of", "find", "targe
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
-    """Return the family whose layout config.json describes (of several the one added last); None if none matches."""
+    """Return the family whose layout a config.json describes, the last registered one if several; None if none does."""
     fits = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     return next(reversed([*fits]), None)
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:
-    """Return the family whose layout a config.json describes; raise UserError if it is unsupported.
+    """Return the family whose layout a config.json describes; raise UserError if no family does.
 
     Raises:
       UserError: no family matches; the message lists the known model types.
@@ -71,7 +71,7 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """Return the family that a ModelConfig belongs to.
+    """Return the model family of a `ModelConfig`.
 
     Raises:
       UserError: the family is unknown, since the file that adds it was not imported.
@@ -86,7 +86,7 @@ def family_of(cfg: ModelConfig) -> Family:
 
 
 def target_of(family: Family) -> Family | None:
-    """Return the transformers family that a hub layout converts to; None if it has no conversion.
+    """Return the transformers family to which a hub layout converts; None if it has no conversion.
 
     Raises:
       UserError: that family is unknown, or accepts no models of other layouts.
@@ -104,12 +104,12 @@ def target_of(family: Family) -> Family | None:
 
 
 def templates() -> dict[str, Template]:
-    """Return {name: prompt template} of all families."""
+    """Return {name: prompt template} of all model families."""
     return {template.name: template for family in FAMILIES.values() for template in family.templates}
 
 
 def template_of(family: Family, config: Mapping[str, Any], text_end: str | None) -> Template:
-    """Return the prompt template that the model was trained with.
+    """Return the prompt template with which the model was trained.
 
     Args:
       family: family of the checkpoint.

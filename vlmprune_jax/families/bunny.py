@@ -69,7 +69,7 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _pixels(size: int) -> JsonDict:
-    """Return the image processor settings; Bunny's hub code has them as constants, not in a file."""
+    """Return Bunny's image processor settings, which its hub code has as constants instead of a file."""
     mean, std = PIXELS["siglip"]
     side = {"height": size, "width": size}
     return {"image_processor_type": "SiglipImageProcessor", "size": side, "image_mean": mean, "image_std": std}

@@ -14,7 +14,7 @@ from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Sto
 
 
 def decoder_of(model_type: str) -> Decoder:
-    """Return the decoder declaration with this `model_type`.
+    """Return the decoder declaration for a config's `model_type`.
 
     Raises:
       UserError: the decoder is unknown; the message lists the known ones.
@@ -26,30 +26,30 @@ def decoder_of(model_type: str) -> Decoder:
 
 
 def layer_problem(text: TextConfig) -> str | None:
-    """Return why the decoder's transformers class does not support these layers, with advice; None if it does."""
+    """Return why transformers' decoder class does not support layers of these shapes, with advice; None if it does."""
     own = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
     return own[-1].problem(text) if own else None
 
 
 def uneven_problem(text: TextConfig) -> str | None:
-    """Return why no export can hold layers of unequal width of this decoder; None if some can."""
+    """Return why no export can hold this decoder with layers of unequal width; None if one can."""
     first, *others = text.layers
     q_heads, kv_heads, mlp = first.widths
     return layer_problem(text.with_layers([first.with_widths(q_heads, kv_heads, mlp + 1), *others]))
 
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the TextConfig of a decoder's config dictionary; absent fields take the defaults of transformers."""
+    """Return the TextConfig of a decoder's config dictionary; absent fields get transformers' defaults."""
     return decoder_of(config.get("model_type", "llama")).from_hf(config)
 
 
 def text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return config `source` with all layer-dependent fields rewritten; the model type may change."""
+    """Return a decoder's config dictionary `source` with its layer counts and widths updated from a TextConfig."""
     return for_both_versions(decoder_of(text.decoder).to_hf(text, source))
 
 
 def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> JsonDict:
-    """Return `config` of a vision-language model with its decoder section rewritten from `source`.
+    """Return a vision-language config with its decoder section updated for changed layers.
 
     `tie_word_embeddings` is written to both, since transformers 4 and 5 read it from different places.
     """
@@ -58,12 +58,12 @@ def vlm_text_to_hf(text: TextConfig, config: JsonDict, source: JsonDict) -> Json
 
 
 def text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return the decoder's weight table; its keys begin with `prefix`, and `head` is the key of lm_head."""
     return decoder_of(text.decoder).weights(text, prefix, head)
 
 
 def decoder_family(decoder: Decoder) -> Family:
-    """Return the family of a decoder without a vision tower, in the transformers layout."""
+    """Return a family for a decoder without vision tower, in the transformers layout."""
 
     def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
         del vision

@@ -143,7 +143,7 @@ _SECTIONS = _KINDS[-1][-1]
 
 
 def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Refuse a config.json in which a known field has an unsupported value.
+    """Raise UserError if a known field of config.json has an unsupported value.
 
     Args:
       config: content of a config.json or generation_config.json, or of its section `prefix`.

@@ -70,7 +70,7 @@ _TEMPLATE = Template(
 
 
 def _ropes(config: Mapping[str, Any]) -> dict[str, JsonDict]:
-    """Return `rope_parameters` by layer type, as transformers 5 writes them, from a config of either version."""
+    """Return Gemma 3's `rope_parameters` by layer type, from a config of transformers 4 or 5."""
     nested = config.get("rope_parameters") or {}
     older = {
         _FULL: {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})},
@@ -108,7 +108,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a config that transformers 4 and 5 can read; lists layer types instead of the pattern of 4.50."""
+    """Return a Gemma 3 config with updated layers that transformers 4 and 5 can both read."""
     config, ropes = layers_to_hf(text, source), _ropes(source)
     config.pop("sliding_window_pattern", None)
     scaling = {name: value for name, value in ropes[_FULL].items() if name != "rope_theta"}
@@ -123,7 +123,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers does not support these layers, with advice; None if it does."""
+    """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
     heads = {shape.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
     if not wrong:

@@ -168,7 +168,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _problem(text: TextConfig) -> str | None:
-    """Return why transformers does not support these layers, with advice; None if it does."""
+    """Return why transformers' Gemma 4 class does not support these layers, with advice; None if it does."""
     if text.layers[-1].window is not None:
         return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
     lacking = {shape.window for shape in text.layers} - {shape.window for shape in text.layers if not shape.shared}
@@ -182,7 +182,7 @@ def _problem(text: TextConfig) -> str | None:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a config that all transformers versions read alike, without `per_layer_config`."""
+    """Return a Gemma 4 config with updated layers that all transformers versions read alike."""
     config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
     full = [shape for shape in text.layers if shape.window is None]
     local = [shape for shape in text.layers if shape.window is not None] or full

@@ -19,7 +19,7 @@ ENGINE = "llama_cpp"  # its name in `--backends`
 
 @dataclass(frozen=True)
 class Architecture:
-    """Decoder architecture of llama.cpp and its limits; named as in GGUF files (`general.architecture`).
+    """Decoder architecture of llama.cpp (`general.architecture` in GGUF files) and its limits.
 
     `tensors` maps a module in `params["text"]` to the tensor that holds it, both with the layer as `{i}`; modules that
     share a tensor are its rows, in order. Features of the architecture: `activations`, `ropes` (beside "default") and
@@ -48,16 +48,16 @@ class Architecture:
     tokenizer: str = ""
 
     def context_length(self, text: TextConfig) -> int:
-        """Return the longest context that llama.cpp computes exactly."""
+        """Return the longest context for which llama.cpp computes the model exactly."""
         sizes = {shape.window for shape in text.layers if shape.window is not None and self.windows is None}
         return min([text.max_positions, *sizes])
 
     def query_gain(self, text: TextConfig) -> float:
-        """Return the factor on query norms that makes llama.cpp's attention scale equal the model's."""
+        """Return the factor on query norm weights that makes llama.cpp's attention scale equal the model's."""
         return 1.0 if self.scale is None else (text.query_scale or text.head_dim**-0.5) / self.scale(text)
 
     def lacks(self, text: TextConfig) -> str | None:
-        """Return a decoder feature that this architecture does not implement; None if it implements all."""
+        """Return a decoder feature that llama.cpp's architecture does not implement; None if it has all."""
         absent = [name for name in _BIASES if getattr(text, name) and name not in self.biases]
         if text.activation not in self.activations:
             return f"activation {text.activation} (it has {' or '.join(self.activations)})"
@@ -74,7 +74,7 @@ class Architecture:
         return None
 
     def misfit(self, text: TextConfig) -> str | None:
-        """Return the layer widths that this architecture supports only with zero padding; None if there are none."""
+        """Return the layer widths that llama.cpp's architecture needs zero-padded, as text; None if there are none."""
         if not (text.even or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.head_dim
@@ -84,7 +84,7 @@ class Architecture:
 
 
 def block_tensors(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return {module of a layer, with `{i}` for its number: name of its GGUF tensor}."""
+    """Return {module path of a layer: GGUF tensor name}, with `{i}` for the layer number."""
     return {f"layers/{{i}}/{module}": f"{prefix}.{{i}}.{tensor}" for module, tensor in names.items()}
 
 
@@ -161,7 +161,7 @@ _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another
 
 
 def full_attention_period(layers: Sequence[LayerShape]) -> int | None:
-    """Return n if exactly every n-th layer has full attention and all others have windows; None otherwise."""
+    """Return n if every n-th layer has full attention and all others have sliding windows; None otherwise."""
     full, count = [shape.window is None for shape in layers], len(layers)
     return next((n for n in range(1, count + 2) if full == [(i + 1) % n == 0 for i in range(count)]), None)
 

@@ -85,12 +85,12 @@ def _vision_and_projector(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConf
 
 
 def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Return {module in `params["vision"]`: name of its GGUF tensor, with `{i}` for the layer}."""
+    """Return {module path in `params["vision"]`: GGUF tensor name}, with `{i}` for the layer number."""
     return _TOWER_TENSORS | _JOINED_QKV if _graph(cfg) == _DEEPSTACK else _TOWER_TENSORS
 
 
 def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
-    """Return {module in `params["projector"]`: name of its GGUF tensor}."""
+    """Return {module path in `params["projector"]`: GGUF tensor name}."""
     vision, projector = _vision_and_projector(cfg)
     return _PROJECTORS[projector.kind] | {
         f"deepstack/{number}/{ours}": f"v.deepstack.{block}.{theirs}"
@@ -100,7 +100,7 @@ def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 
 
 def tower_lacks(cfg: ModelConfig) -> str | None:
-    """Return a feature of vision tower or projector that llama.cpp does not implement; None if it implements all."""
+    """Return a feature of tower or projector that llama.cpp does not implement; None if it has all."""
     vision, projector = _vision_and_projector(cfg)
     wrong = {
         f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
@@ -116,7 +116,7 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
 
 
 def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
-    """Return {unsupported feature: True if the model has it} for towers with one image size."""
+    """Return {unsupported feature: True if the model has it}, for towers with one image size."""
     vision, projector = _vision_and_projector(cfg)
     select = "patch" if vision.class_token else "full"
     wrong = {
@@ -158,12 +158,12 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def tower_misfit(vision: VisionConfig) -> str | None:
-    """Return the vision tower widths that llama.cpp supports only with zero heads added; None if there are none."""
+    """Return the vision tower widths for which llama.cpp needs zero heads added, as text; None if there are none."""
     return None if vision.whole_heads else "a vision tower whose heads x head_dim differ from its width"
 
 
 def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Return GGUF metadata of tower and projector, by `add_NAME` methods of `gguf.GGUFWriter` or by key.
+    """Return GGUF metadata of tower and projector, keyed by key or by the `add_NAME` method of `gguf.GGUFWriter`.
 
     `cut`: further metadata about the tiles or pieces that images are cut into.
     """

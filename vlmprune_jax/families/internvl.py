@@ -164,7 +164,7 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
-    """Return the tiling in a chat folder's config.json (the hub's code ignores preprocessor_config.json).
+    """Return the tiling settings in an InternVL chat folder's config.json.
 
     Raises:
       UserError: a field is missing or not a number.
@@ -191,7 +191,7 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """Return the files of InternVLProcessor, which cuts images into the best-fitting tile grid and adds a thumbnail.
+    """Return the files of transformers' InternVL processor, which tiles images and adds a thumbnail.
 
     Raises:
       UserError: the config needs image processing that transformers does not have.

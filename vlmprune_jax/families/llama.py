@@ -25,7 +25,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return config `source` with all layer-dependent fields rewritten; unknown fields are kept.
+    """Return a Llama config with its layer counts and widths updated; other fields are kept.
 
     If the number of heads no longer divides `hidden_size`, the model is written as Mistral: transformers 5's config
     class of Llama refuses it, Mistral's accepts an explicit `head_dim`. Computation and weight names are the same.

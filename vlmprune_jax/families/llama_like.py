@@ -41,7 +41,7 @@ def llama_like(
 
 
 def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return the weight table of a Llama-like decoder; keys begin with `prefix`, and `head` is the key of lm_head."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     for name in ("input_layernorm", "post_attention_layernorm"):

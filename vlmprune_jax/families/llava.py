@@ -132,7 +132,7 @@ def _original_from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | Non
 
 
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
-    """Return the files of LlavaProcessor, which pads images to a square if the config says so, then resizes them."""
+    """Return the files of transformers' LLaVA processor, which may pad images to a square before resizing."""
     del template
     vision = vision_of(cfg)
     mean, std = PIXELS[vision.kind]

@@ -33,7 +33,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
-    """Convert a Llama-like config to Mistral's, with explicit values for fields whose defaults differ."""
+    """Convert a Llama-like config to a Mistral config; fields whose defaults differ become explicit."""
     defaults = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,

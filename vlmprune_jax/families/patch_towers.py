@@ -20,7 +20,7 @@ EPS = 1e-6  # of all norms in both towers, fixed in their code
 
 
 def square_side(positions: int) -> int:
-    """Return the side length of a square table of position embeddings.
+    """Return the side length of a square position embedding table.
 
     Raises:
       UserError: the number of positions is not a square.
@@ -32,7 +32,7 @@ def square_side(positions: int) -> int:
 
 
 def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
-    """Return the VisionConfig of a complete vision config; `traits` are further VisionConfig fields.
+    """Return the VisionConfig of a vision config dictionary; `traits` are further VisionConfig fields.
 
     Raises:
       UserError: the heads do not divide the width, or the type of rotary embedding is not supported.
@@ -61,7 +61,7 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
 
 
 def window_side(config: Mapping[str, Any]) -> int:
-    """Return the side length of an attention window in merged patches (one per token).
+    """Return the side length of an attention window, in merged patches (tokens).
 
     Raises:
       UserError: a window is smaller than one cell.
@@ -76,7 +76,7 @@ def window_side(config: Mapping[str, Any]) -> int:
 
 
 def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
-    """Return one shape per layer: full attention for `fullatt_block_indexes`, windowed attention for all others.
+    """Return the vision layer shapes: full attention in `fullatt_block_indexes`, windowed attention elsewhere.
 
     Raises:
       UserError: an index is not a block number.
@@ -91,12 +91,12 @@ def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, .
 
 
 def typical_size(config: Mapping[str, Any], cells: int) -> int:
-    """Return the side length in pixels of an image with `cells` merged patches per side."""
+    """Return the side length in pixels of a square image with `cells` merged patches per side."""
     return int(config["patch_size"]) * int(config["spatial_merge_size"]) * max(cells, 1)
 
 
 def check_out_size(config: Mapping[str, Any], text: TextConfig) -> None:
-    """Refuse a tower whose output width is not the decoder's hidden size."""
+    """Raise UserError unless the vision tower's output width equals the decoder's hidden size."""
     if int(config["out_hidden_size"]) != text.hidden_size:
         raise UserError(
             f"vision_config: out_hidden_size {config['out_hidden_size']} must be the decoder's hidden_size "
@@ -105,7 +105,7 @@ def check_out_size(config: Mapping[str, Any], text: TextConfig) -> None:
 
 
 def merger_of(vision: VisionConfig) -> ProjectorConfig:
-    """Return the ProjectorConfig of a tower's patch merger, whose activation is always the exact GELU."""
+    """Return the ProjectorConfig of a vision tower's patch merger."""
     return ProjectorConfig(
         activation="gelu",
         bias=True,
@@ -118,7 +118,7 @@ def merger_of(vision: VisionConfig) -> ProjectorConfig:
 
 
 def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[str, Any]], VisionConfig]) -> JsonDict:
-    """Return config.json `source` with all fields rewritten that depend on the tower's layers.
+    """Return config.json with the fields updated that depend on the vision tower's layers.
 
     `read` returns the VisionConfig of a vision_config.
 
@@ -156,7 +156,7 @@ _MLP = {
 
 
 def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -> list[Weight]:
-    """Return the weight table of vision tower and mergers; `merger` names norm and layers of the last merger."""
+    """Return the weight table of vision tower and patch mergers; `merger` names the layers of the last merger."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
     without_bias = without_bias if vision.norm == "rms" else set()
@@ -182,13 +182,13 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
 
 
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
-    """Return the decoder config with M-RoPE; `default` is the default `mrope_section` of the transformers class."""
+    """Return the decoder config with M-RoPE; `default` is used if `mrope_section` is absent."""
     sections = text.rope.sections or default
     return dataclasses.replace(text, rope=dataclasses.replace(text.rope, sections=sections, interleaved=interleaved))
 
 
 def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, vision: VisionConfig) -> ModelConfig:
-    """Return the ModelConfig of a Qwen-VL model from its config.json, decoder and tower."""
+    """Return the ModelConfig of a Qwen-VL model, decoder and vision tower, from its config.json."""
     return ModelConfig(
         family=family,
         layout="transformers",
@@ -203,7 +203,7 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
 
 
 def patch_family(name: str, decoder: Decoder, **own: Any) -> Family:
-    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `own` are further fields."""
+    """Return a Qwen-VL family; `decoder` is the decoder's class name in transformers, `own` has further fields."""
     return Family(
         name=name,
         layout="transformers",

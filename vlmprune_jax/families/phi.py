@@ -15,7 +15,7 @@ from vlmprune_jax.families.table import Decoder, Weight
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the TextConfig of a PhiConfig dictionary; absent fields take transformers' defaults.
+    """Return the TextConfig of a Phi config dictionary; absent fields get transformers' defaults.
 
     The output head has no bias here; only `PhiForCausalLM` alone has one (`Decoder.head_bias`).
     """
@@ -48,7 +48,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight table; `prefix` precedes `embed_tokens` and `layers`, `head` is lm_head's key."""
+    """Return Phi's weight table; keys begin with `prefix`, and `head` is the key of lm_head."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     lines = {

@@ -42,7 +42,7 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return config `source` with all layer-dependent fields rewritten; unknown fields are kept.
+    """Return a Phi-3 config with its layer counts and widths updated; other fields are kept.
 
     The rope type "su" is renamed to "longrope", which both transformers 4 and 5 read. Phi3Config requires
     hidden_size // heads / 2 LongRoPE factors, whatever `head_dim` is, so a model with pruned heads does not load as
@@ -68,7 +68,7 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
-    """Return the decoder's weight table: that of Llama, with fused query-key-value and gate-up tensors."""
+    """Return Phi-3's weight table: Llama's, but with fused query-key-value and gate-up tensors."""
     fused = {part: whole for whole, parts in _FUSED.items() for part in parts}
     table = []
     for line in llama_like_weights(text, prefix, head):

@@ -67,7 +67,7 @@ _OUTER = (
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    """Return the decoder's TextConfig; head_dim is hidden_size / heads, as the transformers class computes it."""
+    """Return the decoder's TextConfig; head_dim is hidden_size / heads, as in the transformers class."""
     config = {**_TEXT, **config}
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     if hidden % heads:
@@ -106,7 +106,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def _nested(config: Mapping[str, Any]) -> JsonDict:
-    """Return config.json with a text_config, as transformers 5 writes it; hub files have one flat section instead."""
+    """Return a Qwen2.5-VL config.json in transformers 5's form, with the decoder's fields in `text_config`."""
     if config.get("text_config") is not None:
         return dict(config)
     outer = {name: value for name, value in config.items() if name in _OUTER}

@@ -14,7 +14,7 @@ KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
-    """Return a config's RoPE, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """Return the RopeConfig of a config dictionary, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
     nested = config.get("rope_parameters") or {}
     scaling = nested or config.get("rope_scaling") or {}
     theta = float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
@@ -57,7 +57,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
 
 
 def _longrope(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
-    """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); fields outside the rope dictionary win."""
+    """Return the RopeConfig of a LongRoPE config (Ding et al. 2024); top-level fields override the rope dictionary."""
     missing = [name for name in ("short_factor", "long_factor") if name not in scaling]
     if missing:
         raise UserError(f"longrope: {', '.join(missing)} missing: add it to rope_scaling in config.json")
@@ -90,7 +90,7 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int, default: float) -> int:
 
 
 def for_both_versions(config: JsonDict) -> JsonDict:
-    """Return a decoder config that repeats `rope_parameters` under the field names of transformers 4."""
+    """Return a decoder config that repeats `rope_parameters` under transformers 4's field names."""
     nested = config.get("rope_parameters")
     if not nested or "rope_theta" in config or "full_attention" in nested:  # by type of layer: only in version 5
         return config
@@ -104,7 +104,7 @@ def for_both_versions(config: JsonDict) -> JsonDict:
 
 
 def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return the LongRoPE fields of a config, for a transformers class without defaults for these fields."""
+    """Return a config's LongRoPE fields explicitly, for a transformers class without defaults for them."""
     fields = {
         "rope_type": "longrope",
         "factor": rope.factor,
@@ -120,5 +120,5 @@ def longrope_to_hf(rope: RopeConfig, source: Mapping[str, Any]) -> JsonDict:
 
 
 def _yarn_scale(factor: float) -> float:
-    """Return YaRN's attention temperature (Peng et al. 2023, eq. 22), the default if the config has none."""
+    """Return YaRN's attention temperature (Peng et al. 2023, eq. 22); the default if the config lacks it."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -18,7 +18,7 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 def layers_from_hf(
     config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
 ) -> tuple[LayerShape, ...]:
-    """Return one shape per layer: equal widths as passed, or the widths that config.json records per layer.
+    """Return one layer shape per layer, from config.json's per-layer widths or else the same `widths` for all.
 
     Raises:
       UserError: the recorded widths and the config have different numbers of layers.
@@ -30,7 +30,7 @@ def layers_from_hf(
 
 
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
-    """Return each layer's sliding window in a Qwen config, from `layer_types` or `max_window_layers`.
+    """Return each layer's sliding window size in a Qwen config (None = full attention).
 
     Raises:
       UserError: `layer_types` has a wrong number of layers or an unknown type of attention.
@@ -49,7 +49,7 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
 
 
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
-    """Return config `source` with all layer-dependent fields rewritten; unknown fields are kept."""
+    """Return a config with its layer counts and widths updated; other fields are kept."""
     config = dict(source)
     q_heads, kv_heads, mlp = (max(column) for column in zip(*(shape.widths for shape in text.layers), strict=True))
     config.update(
@@ -81,7 +81,7 @@ def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, defau
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bos, eos and pad ids as keyword arguments of ModelConfig; eos may be one id or a list."""
+    """Return the bos, eos and pad token ids of a config as keyword arguments of ModelConfig."""
     eos = config.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     return {
@@ -92,6 +92,6 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vlm_token_ids(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `token_ids` of a vision-language model: ids in `config` override those of its decoder's config `text`."""
+    """Return a vision-language model's bos, eos and pad ids; its own config overrides its decoder's."""
     outer = {name: value for name, value in config.items() if name.endswith("token_id") and value is not None}
     return token_ids({**text, **outer})

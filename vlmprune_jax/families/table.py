@@ -29,13 +29,13 @@ class Weight:
     layout: str
 
     def at(self, i: int) -> Weight:
-        """Return the entry with layer number `i` filled in."""
+        """Return the weight table entry for layer `i`."""
         return Weight(self.path.replace("{i}", str(i)), self.key.replace("{i}", str(i)), self.layout)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Declaration of a decoder by `model_type`, used alone or inside a vision-language model.
+    """Declaration of a decoder type (`model_type`), used alone or inside a vision-language model.
 
     `stock_class` is the transformers class that loads it alone. `from_hf(config)` returns a TextConfig whose `decoder`
     is the model type. `to_hf(text, source)` rewrites the fields that depend on the layers, and may change to another
@@ -62,7 +62,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class ProcessorFiles:
-    """Content of the files that a transformers processor is loaded from.
+    """Content of the files from which transformers loads a processor.
 
     `tokens`: special tokens that the processor reads from the tokenizer, by name. `image`: the token that stands for an
     image in a chat. `files`: JSON files by name; processor_config.json names the class.
@@ -75,7 +75,7 @@ class ProcessorFiles:
 
 @dataclass(frozen=True)
 class Stock:
-    """The transformers class that loads a layout, and its Auto class.
+    """Stock transformers class that loads a checkpoint layout, and its Auto class.
 
     `by_row`: pixel_values are [rows, images, channels, height, width], not a flat list of the images of all rows.
     `miscomputes`: prefixes of transformers versions that compute different float32 outputs. `image_start`: field of
@@ -100,7 +100,7 @@ class Stock:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Rules for converting a hub layout to a transformers layout; `to` names the target family.
+    """Rules for converting a hub checkpoint layout to transformers' layout (family `to`).
 
     The target's processor needs the additional token `new_token`; with `marks_images` that token stands for images,
     since the source has none.
@@ -113,7 +113,7 @@ class Conversion:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Model family in one checkpoint layout: "transformers", or the hub's own ("original").
+    """Model family in one checkpoint layout: "transformers", or "original" (the hub's own).
 
     Config: a folder belongs to the family if its config.json has one of the `model_types` and `matches`.
     `from_hf(config, vision)` reads a config.json (and that of a tower in its own folder). `to_hf(cfg, source)` is the
@@ -172,17 +172,17 @@ class Family:
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:
-        """Return a checkpoint key as the family's weight table spells it."""
+        """Return a checkpoint key in the spelling of the family's weight table."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
 
     def is_ignored(self, key: str) -> bool:
-        """Return True if a (canonical) key is known, but no forward pass uses its tensor."""
+        """Return True if no forward pass uses the tensor with this checkpoint key."""
         return self.is_dropped(key) or any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
     def is_dropped(self, key: str) -> bool:
-        """Return True if a (canonical) key is known, but exports never include its tensor."""
+        """Return True if exports omit the tensor with this checkpoint key."""
         return any(re.fullmatch(pattern, key) for pattern in self.dropped)
 
     def text_config(self, config: Mapping[str, Any]) -> JsonDict:

@@ -9,7 +9,7 @@ from vlmprune_jax.families.tiles import ImageShape
 
 @dataclass(frozen=True)
 class Template:
-    """Prompt format of a conversation: `start`, the system prompt, then `role + gap + text + end` for each turn.
+    """Prompt format: `start`, the system prompt, then `role + gap + text + end` for each turn.
 
     Placement of images: `image_first` moves a turn's placeholders in front of its stripped text, each followed by
     `behind_image`. `image_lead` puts a placeholder in front of the first turn if a record's only image has none there.
@@ -53,7 +53,7 @@ class Template:
     videos: str | None = None
 
     def image_text(self, image: ImageShape) -> str:
-        """Return the text that stands for an image: one context token, or with `tile_start` one per tile."""
+        """Return the prompt text of an image: one context token, or one per tile if `tile_start` is set."""
         assert self.image_tokens is not None
         whole, context = "".join(self.image_tokens), self.image_tokens[1]
         if image.slots == 1 or not (self.tile_start or self.crops):
@@ -67,7 +67,7 @@ class Template:
         return text + self.row_end + whole
 
     def context_tokens(self, image: ImageShape) -> int:
-        """Return the number of context tokens in `image_text` (1 without `image_tokens`)."""
+        """Return the number of image context tokens in `image_text`."""
         return image.slots if self.image_tokens is not None and (self.tile_start or self.crops) else 1
 
 

@@ -15,7 +15,7 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 @dataclass(frozen=True)
 class ImageShape:
-    """Grid of a prepared image, `rows` x `columns` pieces (1 x 1: undivided), and its number of `slots` in the batch.
+    """Tile or patch grid of a prepared image, `rows` x `columns`, and its number of tiles (`slots`) in the batch.
 
     A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
@@ -28,18 +28,18 @@ class ImageShape:
     tokens: int = 0
 
     def positions(self, per_slot: int) -> int:
-        """Return the number of decoder positions of an image; `per_slot` is used if images have one size."""
+        """Return the number of decoder tokens of an image; `per_slot` is the number per tile."""
         return self.tokens or per_slot * self.slots
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Patch grid (frames, rows, columns), for images of any size."""
+        """Patch grid (frames, rows, columns) of an image of any size."""
         return (1, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """Tiling of images into a grid of `min_tiles` to `max_tiles` tiles of `size` x `size` pixels.
+    """Settings that cut an image into a grid of `min_tiles` to `max_tiles` tiles of `size` x `size` pixels.
 
     `thumbnail` adds the whole image as one more tile. `pad` centres an image on a square first; it applies to images
     that stay one tile. `mean` and `std` normalise the tiles, `resample` is PIL's number of the filter. With `shares`
@@ -70,7 +70,7 @@ class TilingConfig:
 
 
 def whole_number(value: Any, name: str, where: str) -> int:
-    """Return `value` if it is a whole number of at least 1; otherwise raise a UserError."""
+    """Return `value`; raise UserError unless it is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(
             f"{where}: {name} is {value!r}, expected a whole number of at least 1: restore it from the model's source"

@@ -70,7 +70,7 @@ _OUTER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 def vision_from_hf(
     config: Mapping[str, Any], feature_layer: Any, default_type: str, image_size: int | None = None
 ) -> VisionConfig:
-    """Return the VisionConfig of a vision config, or of a complete CLIP or SigLIP config.
+    """Return the VisionConfig of a vision config dictionary, or of a complete CLIP or SigLIP config.
 
     Args:
       config: the config.
@@ -117,7 +117,7 @@ def vision_from_hf(
 def vision_to_hf(
     vision: VisionConfig, source: JsonDict, default_type: str, feature_layer: tuple[str, int] | None
 ) -> JsonDict:
-    """Return config.json `source` with all fields rewritten that depend on the tower's layers.
+    """Return config.json with the fields updated that depend on the vision tower's layers.
 
     A pruned tower ends with its feature layer, which then is the last hidden state. `feature_layer` is the name and the
     default of the field with the feature layer; None for classes that always use the last.
@@ -144,7 +144,7 @@ def vision_to_hf(
 
 
 def equal_shape(vision: VisionConfig) -> LayerShape:
-    """Return the shape that all layers of a vision tower share, from its config.
+    """Return the layer shape that all layers of a vision tower share, from its config dictionary.
 
     Raises:
       UserError: the layers have unequal widths, which no class loads.
@@ -159,13 +159,13 @@ def equal_shape(vision: VisionConfig) -> LayerShape:
 
 
 def is_left_out(key: str, config: JsonDict) -> bool:
-    """Return True if config.json says that the model lacks the tensor with this (canonical) key."""
+    """Return True if config.json says that the model lacks the tensor with this checkpoint key."""
     vision = config.get("vision_config") or {}
     return key.startswith(_POOLING_HEAD) and vision.get("vision_use_head") is False
 
 
 def check_unpruned(vision: VisionConfig, feature_layer: int) -> None:
-    """Refuse a pruned tower if the layout stores the tower in a separate folder."""
+    """Raise UserError for a pruned vision tower if the checkpoint layout keeps the tower in a separate folder."""
     total = vision.n_layers_total
     used = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     if len(vision.layers) != used or not vision.whole_heads:
@@ -191,7 +191,7 @@ def _check_internvit(config: Mapping[str, Any]) -> None:
 
 
 def _side(size: Any, name: str) -> int:
-    """Return the side length of a square size, which a config states as a number or as a pair."""
+    """Return the side length of a square image or patch, given as a number or a pair."""
     sides = {int(side) for side in (size if isinstance(size, (list, tuple)) else (size,))}
     if len(sides) != 1:
         raise UserError(f"vision tower: {name} {size} is not square")
@@ -255,12 +255,12 @@ _INTERNVL_KEYS = {
 
 
 def vision_weights(vision: VisionConfig, prefix: str) -> list[Weight]:
-    """Return the weight table of a CLIP, SigLIP or SmolVLM tower up to its feature layer, with key `prefix`."""
+    """Return the weight table of a CLIP, SigLIP or SmolVLM tower, up to the layer whose features are used."""
     return _tower_weights(vision, prefix, _CLIP_KEYS)
 
 
 def internvit_weights(vision: VisionConfig, prefix: str, native: bool) -> list[Weight]:
-    """Return the weight table of an InternViT up to its feature layer; `native`: with transformers' names."""
+    """Return the weight table of an InternViT tower, up to the layer whose features are used."""
     return _tower_weights(vision, prefix, _INTERNVL_KEYS if native else _INTERNVIT_KEYS)
 
 
@@ -292,12 +292,12 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
 
 
 def first_axes(layout: str) -> str:
-    """Return the layout of a bias: the first axis group of its weight's layout."""
+    """Return the layout of a bias: the output axes of its weight's layout."""
     return layout.partition(")")[0] + ")" if layout.startswith("(") else layout.split()[0]
 
 
 def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str, ...]) -> list[Weight]:
-    """Return the projector's weight table; `names` are its layers' names in the checkpoint, first to last."""
+    """Return the projector's weight table; `names` are the checkpoint names of its layers in order."""
     into = "shuffled" if projector.shuffles else "vision"
     layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
     if projector.kind == "pixel_shuffle":
@@ -313,19 +313,19 @@ def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str,
 
 
 def projector_of(cfg: ModelConfig) -> ProjectorConfig:
-    """Return the ProjectorConfig of a model; only for models that have a projector."""
+    """Return a model's ProjectorConfig; the model must have a projector."""
     assert cfg.projector is not None
     return cfg.projector
 
 
 def vision_of(cfg: ModelConfig) -> VisionConfig:
-    """Return the VisionConfig of a model; only for models that have a vision tower."""
+    """Return a model's VisionConfig; the model must have a vision tower."""
     assert cfg.vision is not None
     return cfg.vision
 
 
 def stock_tower(vision: VisionConfig) -> JsonDict:
-    """Return transformers' vision_config for a tower cut after its feature layer."""
+    """Return transformers' vision_config for a tower without the layers after the one whose features are used."""
     shape = vision.layers[0]
     config = {
         "model_type": KINDS[vision.kind],
@@ -348,7 +348,7 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
 
 
 def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ...], float]]:
-    """Return {key: (shape, value)} of weights that the class of `stock_tower` has but never uses."""
+    """Return {key: (shape, value)} of weights that transformers' tower class has but never uses."""
     if vision.kind == "internvit":
         return {}
     # a norm after the last block; features are taken before it
@@ -357,5 +357,5 @@ def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ..
 
 
 def stock_tower_key(key: str, vision: VisionConfig) -> str:
-    """Return the key of a vision tower weight under a name that transformers 4 and 5 both load."""
+    """Return a vision tower weight's key in the spelling that transformers 4 and 5 both load."""
     return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

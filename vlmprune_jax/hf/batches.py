@@ -25,7 +25,7 @@ Records = str | Path | Sequence[Mapping[str, Any]]
 def open_inputs(
     hf_dir: str | Path, vision_dir: str | Path | None, images: str | Path | None, settings: Mapping[str, Any]
 ) -> tuple[ModelConfig, Inputs]:
-    """Return the config of a model (folder or hub id), and its tokenizer, template and image processor."""
+    """Return a model's config, and its tokenizer, prompt template and image processor, from a folder or hub id."""
     data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
     folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
     cfg = read_config(folder, tower)[1]
@@ -33,7 +33,7 @@ def open_inputs(
 
 
 def to_records(records: Records, inputs: Inputs) -> list[Record]:
-    """Return the records of a data file or of its entries. Raises UserError if they are malformed or there are none."""
+    """Return the records of a data file or of parsed entries; raise UserError if they are malformed or empty."""
     if isinstance(records, (str, os.PathLike)):
         return training_records(dataclasses.replace(inputs.data, train=os.fspath(records)), inputs.template)
     root = None if inputs.data.images is None else Path(inputs.data.images)
@@ -52,7 +52,7 @@ def batches(
     batch_size: int = 1,
     **settings: Any,
 ) -> list[Batch]:
-    """Return batches of all records, prepared with the model's tokenizer, prompt template and image processor.
+    """Encode all records with the model's tokenizer, prompt template and image processor; return batches.
 
     Args:
       hf_dir: the model's folder, or hub id; no weights are read.

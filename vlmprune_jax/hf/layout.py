@@ -23,7 +23,7 @@ PARTS = ("text", "projector", "vision")
 
 @dataclass(frozen=True)
 class Slot:
-    """Location of one parameter: its tensor and rows in files, and its path in `params`.
+    """Location of one parameter: tensor and rows in the checkpoint, and path in `params`.
 
     Attributes:
       key: canonical key of the tensor in files.
@@ -49,13 +49,13 @@ class Slot:
 
     @property
     def part(self) -> str:
-        """Part of the model that the parameter belongs to (see `PARTS`); for a layer, the name of its stack."""
+        """Part of the model that the parameter belongs to: "text", "projector" or "vision"."""
         return self.path.split("/")[0]
 
 
 @dataclass
 class Match:
-    """Result of matching a checkpoint with a model: {canonical key: key in the files}, and problems.
+    """Result of matching checkpoint keys with a model: {canonical key: key in the files}, and mismatches.
 
     `carried` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints with
     tied embeddings store as output head.
@@ -68,7 +68,7 @@ class Match:
 
 
 def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return one slot per parameter, layer by layer, in the order of the family's table.
+    """Return the checkpoint location (`Slot`) of every parameter, layer by layer, in the order of the weight table.
 
     Raises UserError if the family's table does not match the model's parameters.
     """
@@ -107,7 +107,7 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
 
 
 def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return the slots with row ranges, such that slots with the same key follow each other in one tensor."""
+    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows."""
     rows: Counter[str] = Counter()
     placed = []
     for slot in slots:
@@ -121,7 +121,7 @@ def _fused(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
-    """Group slots by the tensor that holds them in files, in the order of their rows."""
+    """Group slots by checkpoint tensor, in the order of their rows."""
     tensors: dict[str, list[Slot]] = {}
     for slot in slots:
         tensors.setdefault(slot.key, []).append(slot)
@@ -129,12 +129,12 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the elements of a checkpoint tensor (flat), joined from its parameters."""
+    """Concatenate the arrays of the parameters that form one checkpoint tensor (flat)."""
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
-    """Return the shape that an einops side describes: `( q_heads head ) embed` -> (q_heads * head, embed)."""
+    """Return the tensor shape that an einops layout gives: `( q_heads head ) embed` -> (q_heads * head, embed)."""
     shape: list[int] = []
     inside: list[int] | None = None
     for token in tokens:
@@ -151,7 +151,7 @@ def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
 def match_keys(
     slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
 ) -> Match:
-    """Match the keys of a checkpoint with the slots of some parts of the model; return mismatches as problems.
+    """Match checkpoint keys with the slots of some parts of the model; report mismatches as problems.
 
     Keys of other parts are ignored: they may come from another checkpoint.
     """
@@ -185,7 +185,7 @@ def match_keys(
 
 
 def refuse(problems: Sequence[str], family: Family, where: object) -> None:
-    """Raise one UserError that lists all mismatches between checkpoint and config; do nothing if there are none."""
+    """Raise one UserError that lists all mismatches between checkpoint and config, if there are any."""
     if not problems:
         return
     order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
@@ -197,7 +197,7 @@ def refuse(problems: Sequence[str], family: Family, where: object) -> None:
 
 
 def tied_head(cfg: ModelConfig, family: Family) -> str | None:
-    """Return the canonical key of the output head if embeddings are tied, which makes it unnecessary; else None."""
+    """Return the output head's checkpoint key if embeddings are tied, since it is then optional; otherwise None."""
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))
@@ -205,20 +205,20 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a key belongs to a layer of the vision tower that is used or does not exist."""
+    """Return True if a block number of the vision tower is one of the used layers, or beyond the last layer."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total
 
 
 def block_prefix(part: str, cfg: ModelConfig, family: Family) -> str | None:
-    """Return the prefix, up to the block number, that canonical keys of a part's blocks share; None without blocks."""
+    """Return the prefix of a model part's checkpoint keys up to the block number; None if the part has no blocks."""
     keys = (weight.key for weight in family.weights(cfg) if weight.path.startswith(f"{part}/layers/{{i}}"))
     return next((key.split("{i}")[0] for key in keys), None)
 
 
 def block_number(name: str, prefix: str | None) -> int | None:
-    """Return the block number in a canonical key: -1 if it is not a number, None if the key is outside blocks."""
+    """Return the block number in a checkpoint key; None outside blocks, -1 if it is not a number."""
     if prefix is None or not name.startswith(prefix):
         return None
     number = name[len(prefix) :].partition(".")[0]
@@ -226,5 +226,5 @@ def block_number(name: str, prefix: str | None) -> int | None:
 
 
 def template(key: str) -> str:
-    """Return a key with its block number replaced by `{}`; keys outside blocks are unchanged."""
+    """Return a checkpoint key with its block number replaced by `{}`."""
     return re.sub(r"\b(layers?)\.\d+\.", r"\1.{}.", key, count=1)

@@ -28,7 +28,7 @@ BLOCK = 2**25  # bytes that are read at a time from a large weight
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One weight of one layer that is not read from its file before it is accessed.
+    """One layer's weight that stays in its file until it is accessed; axes can be restricted to indices first.
 
     Attributes:
       stored: shape of the weight in the file.
@@ -45,7 +45,7 @@ class FileArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape after index selection."""
+        """Shape of the weight after the selected indices are applied."""
         sizes = list(self.stored)
         for axis, indices in self.picks:
             sizes[axis] = len(indices)
@@ -53,22 +53,22 @@ class FileArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the weight in the file."""
+        """Dtype of the weight in its file."""
         return WEIGHT_DTYPES[self.source.dtype]
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
-        """Return the weight restricted to `indices` of an axis; each axis can be restricted once."""
+        """Return the weight restricted to `indices` of one axis, without reading it; once per axis."""
         return replace(self, picks=(*self.picks, (axis, np.asarray(indices))))
 
     @property
     def extent(self) -> Extent | None:
-        """Byte range of the weight in its file; None if the bytes are not contiguous (pruned or encoded weights)."""
+        """Byte range of the weight in its file; None if its bytes are not contiguous (pruned or quantised)."""
         if self.picks:
             return None
         return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
 
     def read(self) -> np.ndarray:
-        """Read the values from the file."""
+        """Read the weight from its file."""
         # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
         array = bits.reshape(self.stored)
@@ -77,7 +77,7 @@ class FileArray:
         return array.view(self.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield the values in consecutive groups of rows, of at most `BLOCK` bytes in the file."""
+        """Yield the weight in consecutive groups of rows, of at most `BLOCK` bytes each."""
         width, chosen = math.prod(self.stored[1:]), None
         step = max(1, BLOCK // (width * self.dtype.itemsize))
         inner = [(axis, indices) for axis, indices in self.picks if axis]
@@ -93,13 +93,13 @@ class FileArray:
             first.forget()
 
     def forget(self) -> None:
-        """Drop the weight's bytes from the page cache, where they cost a large file's surgery half of its time."""
+        """Drop the weight's bytes from the operating system's page cache, which speeds up surgery on large files."""
         if extent := self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize):
             with open_file(extent.file) as file:
                 advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Read only the values at these index arrays."""
+        """Read only the elements at these index arrays."""
         flat = np.ravel_multi_index(positions, self.stored)
         assert not self.picks, "elements index the weight as stored"
         return self.source.elements(self.first + flat)
@@ -110,13 +110,13 @@ class FileArray:
 
     @staticmethod
     def stack(members: Sequence[FileArray]) -> FileStack:
-        """Stack several weights along a new first axis, like `numpy.stack`."""
+        """Stack weights of several layers along a new first axis, without reading them."""
         return FileStack(tuple(members))
 
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """One weight of several equal layers, not read from its files yet; has a leading layer axis as in `params`."""
+    """One weight of several equal layers, with a leading layer axis; it stays in its files until accessed."""
 
     members: tuple[FileArray, ...]
 
@@ -127,7 +127,7 @@ class FileStack:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype in the files, taken from the first layer."""
+        """Dtype of the stacked weight in its files."""
         return self.members[0].dtype
 
     def __getitem__(self, index: int) -> FileArray:
@@ -135,7 +135,7 @@ class FileStack:
 
 
 def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
-    """Return the model in a folder without reading weights: its arrays are `FileArray` and `FileStack`.
+    """Open a model folder without reading weights; the arrays are `FileArray` and `FileStack`.
 
     `apply_plan` and `save` accept the model; it cannot compute. Raises UserError as `load` does, except for weights
     that are not finite (found when they are written).
@@ -146,7 +146,7 @@ def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
 
 
 def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> dict[str, Any]:
-    """Return `params` whose arrays stay in their files."""
+    """Return `params` whose arrays stay in their checkpoint files."""
     flat: dict[str, Any] = {}
     for slot in slots:
         array = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
@@ -161,7 +161,7 @@ def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> di
 
 
 def to_host(array: Any, index: int | None) -> np.ndarray:
-    """Return an array, or entry `index` of a stack, in host memory; for sharded arrays, all processes must call it."""
+    """Return an array, or layer `index` of a stacked array, in host memory (collective for sharded arrays)."""
     stored = _in_file(array, index)
     if stored is not None:
         return stored.read()
@@ -183,12 +183,12 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
 
 
 def is_split(array: Any) -> bool:
-    """Return True if the array is sharded such that no single process can read all of it."""
+    """Return True if an array is sharded so that no single process holds all of it."""
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
-    """Return the byte range of arrays (or stack entries) that are stored consecutively in a file; None if not."""
+    """Return the byte range of weights that are stored consecutively in one file; None otherwise."""
     arrays = [_in_file(*part) for part in parts]
     extents = [array.extent for array in arrays if array is not None and array.dtype == WEIGHT_DTYPES[dtype]]
     known = [extent for extent in extents if extent is not None]
@@ -197,14 +197,14 @@ def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | N
 
 
 def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:
-    """Return a function that yields a large weight, which is still in its file, in parts; None for all others."""
+    """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
     stored = _in_file(array, index)
     small = stored is None or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
     return None if small or stored is None else stored.blocks
 
 
 def origin(array: Any, index: int | None) -> str | None:
-    """Return "FILE: tensor KEY" for an array or stack entry that is still in a file; None for arrays in memory."""
+    """Return "FILE: tensor KEY" for a weight that is still in its file; None for arrays in memory."""
     stored = _in_file(array, index)
     return None if stored is None else f"{stored.source.file}: tensor {stored.source.key}"
 

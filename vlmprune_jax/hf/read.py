@@ -56,7 +56,7 @@ def load(
     mesh: Mesh | Callable[[ModelConfig], Mesh | None] | None = None,
     parts: Collection[str] = PARTS,
 ) -> Model:
-    """Load the model in a Hugging Face folder or with a hub id.
+    """Load a model from a Hugging Face folder or hub id.
 
     Args:
       hf_dir: folder with config.json and safetensors (or `pytorch_model*.bin`), or a hub id.
@@ -87,7 +87,7 @@ def load(
 
 
 def resolve(name: str | Path) -> Path:
-    """Return the path of a local folder, or the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
+    """Return the path of a local folder, or of the local snapshot of a hub id such as `llava-hf/llava-1.5-7b-hf`.
 
     Raises UserError if the folder does not exist, and the hub has no such model or cannot be reached.
     """
@@ -111,7 +111,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
-    """Return family and config of a folder, from its JSON files only.
+    """Return the family and ModelConfig of a folder, from its JSON files only.
 
     generation_config.json supplies the begin, end and padding ids that config.json leaves out. Raises UserError for an
     unknown family, unsupported settings or quantisation, or invalid fields.
@@ -145,7 +145,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Return the content of a config.json or generation_config.json, with its known fields checked.
+    """Return the content of config.json or generation_config.json, with all known fields checked.
 
     Raises UserError as `read_json` and `check_fields` do.
     """
@@ -162,7 +162,7 @@ def find_weights(
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
 ) -> Sources:
-    """Return the weights of some parts of a model in its files; `vision_dir` has the tower of original LLaVA or Bunny.
+    """Return the checkpoint weights of some model parts; `vision_dir` holds the tower of original LLaVA or Bunny.
 
     Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
     """
@@ -184,7 +184,7 @@ def find_weights(
 
 
 def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
-    """Return True if two weights of equal shape have equal dtype and bits; compares them in pieces."""
+    """Return True if two weights of equal shape are bitwise equal; they are read in pieces."""
     size = math.prod(weight.shape)
     cuts = [*range(0, size, _PIECE), size]
     pairs = zip(weight.pieces(cuts), other.pieces(cuts), strict=True) if weight.dtype == other.dtype else ()
@@ -192,7 +192,7 @@ def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Read the parameters of these slots with several threads, each with memory for one piece of a file."""
+    """Read the parameters at these slots with several threads, one block of a file at a time each."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -229,14 +229,14 @@ def _read_param(
 
 
 def _parts(slot: Slot) -> Iterator[range]:
-    """Yield row ranges of a tensor that threads read at the same time; a table of embeddings has many."""
+    """Yield row ranges of a checkpoint tensor that threads read in parallel."""
     step = max(1, _PART // math.prod(slot.shape[1:]))
     for begin in range(0, slot.shape[0], step):
         yield range(begin, min(begin + step, slot.shape[0]))
 
 
 def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds, np.ndarray]) -> None:
-    """Copy rows of a tensor in a file into its parameter's blocks, in pieces that fit the processor's cache.
+    """Copy rows of a checkpoint tensor to the blocks of its parameter, in cache-sized pieces.
 
     Raises UserError if a weight is not finite, in the file or in the dtype of the blocks.
     """
@@ -282,7 +282,7 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, what: str) -> None:
-    """Refuse weights that contain infinity or NaN, which would spread to all scores and losses.
+    """Raise UserError for weights with infinity or NaN.
 
     Two maxima over the bit patterns, signed and unsigned, need no temporary array and are much faster than isfinite.
     Raises UserError that begins with `what`.

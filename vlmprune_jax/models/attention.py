@@ -24,7 +24,7 @@ _HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
 
 
 def for_tpu() -> bool:
-    """Return True if the function that is being traced is compiled for a TPU.
+    """Return True if the function being traced is compiled for a TPU.
 
     The mesh in use (`jax.set_mesh`) decides, since it may be a topology that is only compiled for; else the default
     backend does.
@@ -34,7 +34,7 @@ def for_tpu() -> bool:
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return softmax attention with scores in float32.
+    """Return softmax attention computed with XLA operations, with float32 scores.
 
     `mask`: bool[batch, 1, queries, keys], true where a query sees a key. Heads of `k` and `v` may end with zeros, the
     padding of a cache.
@@ -65,7 +65,7 @@ def splash_attention(
     segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return softmax attention computed by the TPU splash kernel, with scores in float32 tiles.
+    """Return softmax attention computed by the TPU splash kernel, with float32 scores per tile.
 
     `q`: the queries of the last `queries` of `seq` slots (all of them, or what follows a prefix in a cache). `valid`:
     bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead of it
@@ -112,14 +112,14 @@ def splash_attention(
 
 
 def _block(n: int) -> int:
-    """Return the tile size for `n` slots: equal tiles, multiples of a register's lanes."""
+    """Return the kernel's tile size for `n` positions: equal tiles, multiples of a register's lanes."""
     return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
 
 
 def _kernel(
     heads: int, shape: tuple[int, int], blocks: tuple[int, int], causal: bool, window: int, offset: int, interpret: bool
 ) -> Any:
-    """Return the splash kernel for one row: (q, k, v `[heads, slots, head]`, segment ids) -> `[heads, slots, head]`.
+    """Return the splash kernel for one sequence: (q, k, v `[heads, positions, head]`, segment ids) -> attention output.
 
     `shape`: numbers of queries and keys; query i is in slot i + `offset` of the keys.
     """
@@ -141,7 +141,7 @@ def _kernel(
 
 
 def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Array:
-    """Return bool[batch, queries, slots]: True where a query sees a key (causal order, real keys only).
+    """Return the causal mask bool[batch, queries, keys]: True where a query attends to a key that is not padding.
 
     `valid_keys`: bool[batch, slots]; the queries occupy slots `start ... start + n_queries - 1`.
     """
@@ -151,7 +151,7 @@ def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Arr
 
 
 def windowed(mask: jax.Array, size: int) -> jax.Array:
-    """Restrict a bool[batch, queries, slots] mask to the last `size` keys that each query sees (0: no restriction).
+    """Restrict an attention mask bool[batch, queries, keys] to the last `size` keys per query (0 = no restriction).
 
     Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
     """

@@ -56,7 +56,7 @@ CACHE_AXES = (None, None, "kv_heads", "batch", None)
 
 
 class Context(NamedTuple):
-    """Inputs that all blocks of one forward pass share: masks, rotary tables, cache position.
+    """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
 
     `masks`: per attention window (0 = none) bool[batch, 1, seq, slots], true where a query sees a key (absent or None:
     everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
@@ -79,7 +79,7 @@ class Context(NamedTuple):
 
 
 class BlockValues(NamedTuple):
-    """Intermediate values of one block, passed to a tap function.
+    """Intermediate values of one transformer block, as passed to a tap function.
 
     `before`, `after`: float[batch, seq, embed], the stream; `inputs`: the `VALUES` asked for; `params`: the block's
     own, nested. `scales`: for writers among the inputs whose output is normalised, float32[batch, seq, 1], the factor
@@ -97,7 +97,7 @@ Tap = Callable[[BlockValues], Any]
 
 
 class Writer(NamedTuple):
-    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale after it."""
+    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale that follow it."""
 
     projection: str
     norm: str | None
@@ -105,7 +105,7 @@ class Writer(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Parameter names in a stack's blocks: axis of the residual stream, input norms, output projection of attention."""
+    """Parameter names in a stack's blocks: residual-stream axis, input norms, and attention output projection."""
 
     axis: str
     norms: tuple[str, str]
@@ -113,7 +113,7 @@ class Names(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention, with optional rotary embedding, query and key norms, and key/value cache."""
+    """Grouped-query attention with optional rotary embedding, query and key norms, and key/value cache."""
 
     def __init__(self, cfg: Stack, shape: LayerShape, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
         return k if ctx.ropes is None else rotate(k, *ctx.ropes[self.window], self.parts), v
 
     def _seen_by_kernel(self, queries: int, slots: int, ctx: Context) -> int:
-        """Return how many leading cache slots the splash kernel attends to; 0 if it cannot compute this attention."""
+        """Return how many leading cache positions the splash kernel attends to; 0 if it does not support this layer."""
         if ctx.ahead is not None or queries == 1:
             return 0
         if slots == queries:
@@ -188,7 +188,7 @@ class Attention(nnx.Module):
 
 
 def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple[RunCache, RunCache]:
-    """Write a layer's new keys and values at `slot` of the cache; return the cache and the layer's part.
+    """Write a layer's new keys and values to the cache at position `slot`; return the cache and the layer's entry.
 
     Only the new slots are written: a loop over layers and tokens then updates the cache in place.
     """
@@ -216,7 +216,7 @@ class Mlp(nnx.Module):
             setattr(self, name, Projection(sizes, out, into, bias=cfg.mlp_bias, lora=adapter, clips=cfg.clips))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Run the MLP; return (output, input of the last projection)."""
+        """Run the MLP; return (output, input of the down projection)."""
         projections = [getattr(self, name) for name in self.names]
         first, *up, down = zip(projections, _dropout_masks(dropout_key, x, projections), strict=True)
         hidden = activation(self.activation)(first[0](x, first[1]))
@@ -227,7 +227,7 @@ class Mlp(nnx.Module):
 
 
 class LayerInput(nnx.Module):
-    """Per-layer embeddings: add norm(project(act(gate(x)) * layer input)) to the residual stream."""
+    """Per-layer embeddings (Gemma): add norm(project(act(gate(x)) * layer input)) to the residual stream."""
 
     def __init__(self, cfg: TextConfig, sizes: Mapping[str, int]):
         sizes = {**sizes, "extra": cfg.layer_inputs}
@@ -242,7 +242,7 @@ class LayerInput(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Transformer block; its parameters have a leading axis for a scan over `length` equal blocks.
+    """Transformer block; its parameters are stacked along a leading axis for a scan over `length` equal blocks.
 
     With `norm_place` "both" (sandwich norms):
     h = x + norm(attention(norm(x))), then h + norm(mlp(norm(h))).
@@ -277,21 +277,21 @@ class Block(nnx.Module):
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """Projections of this block whose outputs are added to the residual stream, by name (see `WRITERS`)."""
+        """{name: projection} of the block's projections whose output is added to the residual stream."""
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return the name of the block input (one of `READERS`) that a weight of this block multiplies."""
+        """Return the name of the block's intermediate value (one of `READERS`) that a weight multiplies."""
         module = path.removesuffix("/weight")
         return {writer.projection: name for name, writer in self.writers.items()}.get(module, module.split("/")[0])
 
     def norm_after(self, name: str) -> Norm | None:
-        """Return the norm that is applied to the output of a projection into the stream (a writer), or None."""
+        """Return the norm applied to the output of projection `name` before the residual sum; None if there is none."""
         path = self.writers[name].norm
         return None if path is None else getattr(self, path)
 
     def follow(self, name: str, out: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return what the output of a projection (a writer) adds to the residual stream after its norm and scale.
+        """Apply norm and scale to a projection's output; return what is added to the residual stream.
 
         `statistics`: see `Norm.__call__`.
         """
@@ -300,7 +300,7 @@ class Block(nnx.Module):
         return out if scale is None else out * getattr(self, scale).weight.get_value()[None, None]
 
     def gain(self, name: str) -> jax.Array | None:
-        """Return the constant factors on the output channels of a writer (norm weights, scale); None without factors.
+        """Return the constant factors on a projection's output channels (norm weights, scale); None if all are 1.
 
         float[embed], with a leading axis if the block's parameters are stacked; None: all are 1.
         """
@@ -311,11 +311,11 @@ class Block(nnx.Module):
 
     @property
     def scalar(self) -> jax.Array | None:
-        """Factor on the output of the block, float[1, 1, 1]; None means 1."""
+        """Learned factor on the block's output, float[1, 1, 1]; None means 1."""
         return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
 
     def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
-        """Return the residual stream after the MLP, before per-layer embeddings and scale give the block's output `y`.
+        """Return the residual stream after the MLP, computed back from the block's output `y` (for Gemma's extras).
 
         A fixed point of the per-layer branch, whose size its norm bounds, by iteration from `start`.
         """
@@ -332,7 +332,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         want: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RunCache | None, dict[str, Any]]:
-        """Run the block; return (output, cache, the values named in `want`: any of `VALUES`, or `KEYS`)."""
+        """Run the block; return (output, cache, {name: intermediate value} for the names in `want`)."""
         attention_key, mlp_key = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         norms = [getattr(self, name, None) for name in self.names.norms]
         attention_input = x if norms[0] is None else compute_once(norms[0](x))
@@ -360,7 +360,7 @@ def _adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
 
 
 def _dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
-    """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False means dropped.
+    """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False drops an input.
 
     One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
     copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.

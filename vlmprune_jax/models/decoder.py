@@ -22,7 +22,7 @@ from vlmprune_jax.models.vocabulary import Head
 
 
 class Table(nnx.Module):
-    """`[vocab, embed]` matrix used as input embedding or output head; a head may have a bias."""
+    """Matrix [vocab, embed] that serves as token embedding or output head; a head may have a bias."""
 
     def __init__(self, cfg: TextConfig, bias: bool = False):
         self.scale, self.cap = cfg.embed_scale, cfg.logit_cap
@@ -31,7 +31,7 @@ class Table(nnx.Module):
         self.bias = declare(sizes, ("vocab",)) if bias else None
 
     def lookup(self, ids: jax.Array) -> jax.Array:
-        """Return the scaled embeddings of int[...] ids; ids outside the vocabulary get arbitrary values."""
+        """Return the scaled embeddings of int[...] token ids; ids outside the vocabulary get arbitrary values."""
         rows = jnp.take(self.weight.get_value(), ids, axis=0, mode="clip")
         return rows if self.scale == 1 else rows * jnp.asarray(self.scale, rows.dtype)
 
@@ -42,7 +42,7 @@ class Table(nnx.Module):
 
 
 class LayerInputs(nnx.Module):
-    """Per-layer embeddings: an extra input for each layer, from a token table and the first layer's input.
+    """Per-layer embeddings (Gemma): an extra input of every layer, from a token table and the first layer's input.
 
     The tables of all layers are one; surgery cuts their axis `depth` with the layers.
     """
@@ -64,7 +64,7 @@ class LayerInputs(nnx.Module):
 
 
 class Decoder(BlockStack):
-    """Decoder: embedding, blocks, final norm and output head."""
+    """Language-model decoder: token embedding, transformer blocks, final norm and output head."""
 
     cfg: TextConfig
 
@@ -84,18 +84,18 @@ class Decoder(BlockStack):
 
     @property
     def per_layer(self) -> bool:
-        """True if every layer has an extra input (per-layer embeddings)."""
+        """True if every layer has an extra input from per-layer embeddings (Gemma)."""
         return self.extra_inputs is not None
 
     def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
-        """Return the layers' extra inputs, float[layers, batch, seq, n]; None for decoders without them.
+        """Return the per-layer embeddings, float[layers, batch, seq, n]; None for decoders without them.
 
         `x`: the stream before the first layer; `ids`: int[batch, seq], with padding at image tokens.
         """
         return None if self.extra_inputs is None else self.extra_inputs(x, ids)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Apply the norm after the last block to `x`."""
+        """Apply the decoder's final norm to `x`."""
         return getattr(self, self.norm_name)(x)
 
     def context(
@@ -106,7 +106,7 @@ class Decoder(BlockStack):
         slot: Any = 0,
         dropout_key: jax.Array | None = None,
     ) -> Context:
-        """Return the inputs that all blocks share, for queries at int[batch, seq] positions, cached from `slot` on.
+        """Return the shared inputs of all blocks for queries at positions int[batch, seq], cached from `slot` on.
 
         `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
         the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
@@ -131,7 +131,7 @@ class Decoder(BlockStack):
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the inputs that all blocks share, for a batch with "attention_mask" and perhaps "position_ids"."""
+        """Return the shared inputs of all blocks for a batch with "attention_mask" and optionally "position_ids"."""
         return self.context(arrays["attention_mask"], arrays.get("position_ids"))
 
     def __call__(
@@ -146,7 +146,7 @@ class Decoder(BlockStack):
         remat: str = "none",
         added: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Run all blocks on float[batch, seq, embed]; return the hidden states after the final norm, and aux values.
+        """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
         aux["states"]. `tap` -> aux["tap"], a list with its result for each block; the last block's `after` is the
@@ -173,7 +173,7 @@ class Decoder(BlockStack):
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
-        """Return a key/value cache filled with zeros.
+        """Return an empty (zero-filled) key/value cache.
 
         TPUs pad the last axis to their lanes. Unpadded, the compiler stores the cache in another order than the one in
         which tokens read it, and copies it before and after them.

@@ -17,7 +17,7 @@ from vlmprune_jax.models.vision import VisionTower
 def features_of(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the vision features of the images, which are the input of the projector."""
+    """Return the images' vision features, the input of the projector."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -35,7 +35,7 @@ def features_of(
 
 
 def patches_of(mask: jax.Array, patch: int) -> jax.Array:
-    """Return bool[images, rows, columns]: True for patches with a nonzero pixel in `mask` [images, height, width]."""
+    """Return bool[images, rows, columns]: True for patches with a real pixel in `mask` [images, height, width]."""
     n, rows, columns = len(mask), mask.shape[1] // patch, mask.shape[2] // patch
     whole = mask[:, : rows * patch, : columns * patch]
     return (whole.reshape(n, rows, patch, columns, patch) != 0).any(axis=(2, 4))
@@ -44,7 +44,7 @@ def patches_of(mask: jax.Array, patch: int) -> jax.Array:
 def tower_features(
     tower: dict[str, Any], cfg: ModelConfig, pixels: jax.Array, grid: jax.Array | None = None
 ) -> jax.Array:
-    """Return `VisionLanguageModel.vision_features`, computed with the parameters of the vision tower only."""
+    """Compute `VisionLanguageModel.vision_features` with the vision tower's parameters only."""
     vision = cfg.vision
     assert vision is not None
     dtype = jax.tree.leaves(tower)[0].dtype
@@ -53,7 +53,7 @@ def tower_features(
 
 
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
-    """Return `x` [batch, seq, embed] with positions `is_image` (bool[batch, seq]) replaced by features, in order."""
+    """Replace the embeddings at image positions (bool[batch, seq]) of `x` by vision features, in order."""
     batch = x.shape[0] if per_row else 1
     flat = features.reshape(batch, -1, x.shape[-1])
     marks = is_image.reshape(batch, -1)
@@ -63,6 +63,6 @@ def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool
 
 
 def place(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
-    """Return `x` with image tokens replaced by features of their row, at `index` int[batch, seq]."""
+    """Replace the embeddings at image tokens of `x` by features of the same row, at `index` int[batch, seq]."""
     flat = features.reshape(len(x), -1, x.shape[-1])
     return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)

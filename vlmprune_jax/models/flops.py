@@ -11,7 +11,7 @@ from vlmprune_jax.models.params import param_axes, param_shapes
 
 
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """Return the FLOPs per position of all matrix products under a path; `passes`: with the backward pass."""
+    """Return the FLOPs per token of all matrices under a parameter path; `passes` includes the backward pass."""
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
         leaf = path.rpartition("/")[2]
@@ -22,12 +22,12 @@ def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes
 
 
 def head_of(cfg: ModelConfig) -> str:
-    """Return the path of the output head's weights in `params`."""
+    """Return the parameter path of the output head's weights."""
     return f"text/{'embed_tokens' if cfg.text.tie_embeddings else 'lm_head'}/"
 
 
 def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -> tuple[int, int, int]:
-    """Return (length, slots, tokens per slot) of a row whose images have `image_tokens` tokens (0 = a typical number).
+    """Return (length, tiles, tokens per tile) of a sequence after limiting each image to `image_tokens` tokens.
 
     The row of `length` tokens has images of a typical number of tokens, so it becomes shorter or longer. Tokens per
     slot are 0 if images have one size; then each image takes as many slots (tiles) as `image_tokens` allow.
@@ -41,7 +41,7 @@ def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -
 
 
 def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:
-    """Return the forward FLOPs of one row of `length` tokens that include `images` images (or tiles).
+    """Return the forward FLOPs of one sequence of `length` tokens, including `images` images or tiles.
 
     `image_tokens`: tokens per image in place of the typical number, which changes the length (see `limited_row`).
     """
@@ -51,19 +51,19 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """Return the forward FLOPs of attention for one row: 4 per channel and pair of a query and a visible key."""
+    """Return the forward FLOPs of causal attention for one sequence: 4 per channel and visible query-key pair."""
     text = cfg.text
     return sum(4 * seen(length, shape.window) * shape.q_heads * text.head_dim_of(shape) for shape in text.layers)
 
 
 def seen(length: int, window: int | None) -> int:
-    """Return the number of pairs (query, visible key) of one row in a causal layer, within its sliding window."""
+    """Return the number of query-key pairs of a sequence that a causal layer with this sliding window computes."""
     full = min(window or length, length)  # from this position on a query sees a whole window
     return full * (full + 1) // 2 + (length - full) * full
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
-    """Return FLOPs of projector and tower (if it runs) for `images` images or tiles of `image_tokens` tokens."""
+    """Return the FLOPs of projector and vision tower for `images` images or tiles; the tower counts only if it runs."""
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0
@@ -81,14 +81,14 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
 
 
 def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
-    """Return the number of positions of an image or tile in the vision tower (from `image_tokens` for any size)."""
+    """Return the number of vision-tower positions of an image or tile."""
     assert cfg.vision is not None
     assert cfg.projector is not None
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
 def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
-    """Return the number of pairs (query, visible key) of one image in one layer of the vision tower."""
+    """Return the number of query-key pairs of one image in one layer of the vision tower."""
     assert cfg.projector is not None
     side = (shape.window or positions) * cfg.projector.downsample
     return positions * min(positions, side**2)

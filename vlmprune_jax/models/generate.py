@@ -27,7 +27,7 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prompt beginnings that several rows share (usually an image and the text before it), each computed once.
+    """Prompt beginnings shared by rows of a batch (usually an image and the text before it), each computed once.
 
     `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
     """
@@ -52,7 +52,7 @@ def generate(
     eos_token_ids: tuple[int, ...] | None = None,
     prefix: SharedPrefix | None = None,
 ) -> np.ndarray:
-    """Return the greedy continuation of every prompt: int32[batch, max_new_tokens].
+    """Return the greedy continuation of every prompt, int32[batch, max_new_tokens].
 
     Args:
       model: the model; sharded parameters give a sharded computation.
@@ -97,7 +97,7 @@ def generate(
 
 @dataclass(frozen=True)
 class CompiledGeneration:
-    """Compiled `generate` for prompts of one shape, in which no row ends early (see `compile_generation`).
+    """Compiled generation program for prompts of one shape, in which rows do not stop at end tokens.
 
     `peak_bytes`: device memory that the larger of both programs takes, weights included.
     """
@@ -110,7 +110,7 @@ class CompiledGeneration:
     peak_bytes: int | None
 
     def run(self) -> tuple[float, float]:
-        """Generate once; return the seconds to the first token of every row, and from there to the last."""
+        """Generate once; return the seconds to the first token of all rows, and from the first to the last token."""
         with use_mesh(self.mesh):
             start = time.perf_counter()
             started = jax.block_until_ready(self.prefill(self.params, self.arrays))
@@ -122,7 +122,7 @@ class CompiledGeneration:
 def compile_generation(
     model: Model, input_ids: Any, *, pixel_values: Any = None, image_grid_thw: Any = None, max_new_tokens: int
 ) -> CompiledGeneration:
-    """Compile `generate` for prompts of this shape, all equally long, to run it repeatedly.
+    """Compile generation for equally long prompts of one shape, for repeated timing.
 
     Args:
       model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
@@ -155,14 +155,14 @@ def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
 def _prompts(
     cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, pixel_attention_mask: Any
 ) -> dict[str, Any]:
-    """Return the compiled program's inputs for these prompts, in host memory."""
+    """Return the compiled program's input arrays for these prompts, in host memory."""
     ids, valid = _align_right(input_ids, attention_mask)
     mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
 
 
 def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
-    """Return the compiled program's inputs for images of any size: pixels, grids, positions, position offsets."""
+    """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets."""
     before = "prefix_" * ("rows" in host)
     made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
     placed = {"pixels": made["pixel_values"], "grid": made["image_grid_thw"]}
@@ -173,7 +173,7 @@ def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_gr
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
-    """Return how many tokens the longest row can generate before LongRoPE switches to its long factors.
+    """Return how many tokens can be generated before LongRoPE switches to its long factors.
 
     Zero or negative if no tokens remain or the factors never change. Keys cached under the short factors are invalid
     afterwards, in all layers: as in transformers, the whole text is computed again.
@@ -190,7 +190,7 @@ def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
 def _run(
     model: Model, host: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run prefill and decoding loop; return tokens int32[batch, max_new_tokens] and bool[batch], True if ended."""
+    """Run prefill and the decoding loop; return tokens int32[batch, max_new_tokens], and bool[batch] (True = ended)."""
     mesh = mesh_of(model.params)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -204,7 +204,7 @@ def _padding(cfg: ModelConfig, eos: tuple[int, ...]) -> int:
 
 
 def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Move the real tokens of each row to its end, so that all rows continue at the same cache slot."""
+    """Move each row's real tokens to its end, so that all rows continue at the same cache position."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
@@ -214,7 +214,7 @@ def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
 
 
 def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
-    """Return the model resharded onto the mesh for generation (see `decoding_mesh`); other models unchanged.
+    """Reshard a model from its training mesh to the mesh for generation; models without a mesh are unchanged.
 
     `sizes`: the mesh's (data, fsdp, tensor), if not to be chosen.
     """
@@ -230,7 +230,7 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
 
 
 class DecodingState(NamedTuple):
-    """State of generation between two tokens, without the key/value cache.
+    """State of generation between two tokens, except the key/value cache.
 
     `token`: int32[batch], the last token, not yet in the cache; `ended`: bool[batch]; `slots`: bool[batch, slots], real
     slots of the cache, those of new tokens included; `position`: int32[batch, 1] of the first new token.
@@ -246,7 +246,7 @@ class DecodingState(NamedTuple):
 def prefill(
     params: Params, cfg: ModelConfig, arrays: dict[str, Any], max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[Cache, DecodingState]:
-    """Process the prompts and choose the first token of every row; return the cache and the decoding state.
+    """Run the prompts and choose every row's first token; return the cache and the decoding state.
 
     `arrays`: prompts moved to the right end of their rows, their images, and perhaps a shared prefix.
     """
@@ -277,7 +277,7 @@ def prefill(
 def _choose(
     module: VisionLanguageModel, hidden: jax.Array, ended: jax.Array, eos: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the likeliest next token int32[batch] (padding for rows that ended), and bool[batch], True if ended."""
+    """Return the most likely next tokens int32[batch], and bool[batch], True for rows that have ended."""
     token = jnp.argmax(module.text.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
     token = jnp.where(ended, jnp.int32(_padding(module.cfg, eos)), token)
     return token, ended | (token[:, None] == jnp.asarray(eos, jnp.int32)[None, :]).any(axis=1)
@@ -287,7 +287,7 @@ def _choose(
 def decode(
     params: Params, cfg: ModelConfig, cache: Cache, state: DecodingState, max_new_tokens: int, eos: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    """Generate all tokens after the first one, updating the cache in place.
+    """Generate all tokens after the first, updating the key/value cache in place.
 
     Returns: tokens int32[batch, max_new_tokens], bool[batch], True if ended, and the cache.
     """
@@ -315,7 +315,7 @@ def decode(
 
 
 def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tuple[Cache | None, jax.Array]:
-    """Return the cache of each row after its prefix, and a mask int[batch, prefix seq] of the prefix."""
+    """Run the shared prompt beginnings; return every row's cache, and a mask int[batch, prefix seq]."""
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
@@ -327,14 +327,14 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
 
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:
-    """Return positions with image numbers appended, if image tokens may see later tokens of their own image."""
+    """Append image numbers to positions, if image tokens attend to later tokens of their own image."""
     if arrays["pixels"] is None or not cfg.text.sees_images:
         return positions
     return with_images(positions, ids, valid, cfg.image_token_id)
 
 
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
-    """Return the decoder's input embeddings for tokens that include images."""
+    """Return the decoder's input embeddings, with vision features at the image tokens."""
     return module.embed(
         ids, arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"], image_grid_thw=arrays.get("grid")
     )

@@ -12,7 +12,7 @@ from vlmprune_jax.models.patch_rows import check_patches
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """Return `pixel_attention_mask` if it hides part of an image; None if all images are complete or empty.
+    """Return `pixel_attention_mask`, or None if it hides no part of any image.
 
     Raises:
       UserError: its shape is not that of the pixels, or the tower reads whole images only.
@@ -43,7 +43,7 @@ def check_inputs(
     image_grid_thw: Any = None,
     attention_mask: Any = None,
 ) -> None:
-    """Refuse token ids outside the vocabulary, and numbers of image tokens that do not fit the images."""
+    """Raise UserError for token ids outside the vocabulary, or image tokens that do not match the images."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
@@ -83,7 +83,7 @@ def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None
 
 
 def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse pixel_values whose number of images does not match the image positions in input_ids."""
+    """Raise UserError if the number of images in pixel_values does not match the image tokens in input_ids."""
     assert cfg.vision is not None
     wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
     if len(shape) not in (4, 5) or shape[-3:] != wanted:

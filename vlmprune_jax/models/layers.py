@@ -23,11 +23,11 @@ BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of clipped pr
 
 
 class Parameter(nnx.Param):
-    """NNX parameter that declares its named axes; its value is abstract until `params` fill it."""
+    """NNX parameter that declares its named axes; its value is abstract until a `params` dict fills it."""
 
 
 def declare(sizes: Mapping[str, int], axes: Axes) -> Parameter:
-    """Return a parameter with these named axes; scanned layers get a leading `layer` axis if `sizes` has one."""
+    """Declare a parameter with named axes; if `sizes` has "layer", it gets a leading layer axis for scans."""
     if "layer" in sizes:
         axes = ("layer", *axes)
     return Parameter(jnp.zeros(tuple(sizes[axis] for axis in axes), jnp.float32), axes=axes)
@@ -45,14 +45,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the activation function for a name in Hugging Face configs."""
+    """Return the activation function for a Hugging Face name such as "silu"."""
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported (supported: {', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[name]
 
 
 class Norm(nnx.Module):
-    """Normalisation by root mean square (`kind` "rms") or layer norm ("layer"), with float32 statistics.
+    """RMS norm (`kind` "rms") or layer norm ("layer"), with float32 statistics.
 
     The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset in float32,
     as Gemma does. A layer norm also has a bias.
@@ -64,7 +64,7 @@ class Norm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
-        """Return normalised x; with `statistics` of another array, x is normalised by these."""
+        """Return x normalised, by its own statistics or by those passed in `statistics`."""
         full = x.astype(jnp.float32)
         if statistics is not None:
             full = (full - statistics[..., :1]) * statistics[..., 1:]
@@ -77,12 +77,12 @@ class Norm(nnx.Module):
 
     @property
     def gain(self) -> jax.Array:
-        """Factors of the norm for each channel, with the constant added (`1 + weight` in Gemma)."""
+        """Factors by which the norm scales each channel (`1 + weight` in Gemma)."""
         weight = self.weight.get_value()
         return weight.astype(jnp.float32) + self.offset if self.offset else weight
 
     def statistics(self, x: jax.Array) -> jax.Array:
-        """Return float32[..., 2]: the mean that the norm subtracts from x, and the factor that it multiplies by."""
+        """Return float32[..., 2] per position: the mean that the norm subtracts from x, and its factor on x."""
         full = x.astype(jnp.float32)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
         return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
@@ -92,25 +92,25 @@ class Norm(nnx.Module):
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """Return x divided by its root mean square over the last axis, with statistics in float32."""
+    """Divide x by its root mean square over the last axis, computed in float32."""
     full = x.astype(jnp.float32)
     return (full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class Leaf(nnx.Module):
-    """Module with a single parameter that belongs to no projection or norm."""
+    """Module with one parameter that belongs to no projection or norm."""
 
     def __init__(self, sizes: Mapping[str, int], axes: Axes):
         self.weight = declare(sizes, axes)
 
 
 def broadcast(x: jax.Array, ndim: int) -> jax.Array:
-    """Return x with leading axes of size 1, as many as make it `ndim` axes."""
+    """Add leading axes of size 1 to x until it has `ndim` axes."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 class Projection(nnx.Module):
-    """Linear map between named axes, weights in Hugging Face's (out, in) order, optionally with a LoRA adapter.
+    """Linear layer between named axes, with weights in Hugging Face's (out, in) order and an optional LoRA adapter.
 
     The adapter is added to the output and never merged into the weight: a merged weight would make the backward pass
     build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a function like it with its
@@ -142,11 +142,11 @@ class Projection(nnx.Module):
 
     @property
     def dropout(self) -> float:
-        """Probability that the adapter drops an input in training."""
+        """Probability with which training drops an input of the LoRA adapter."""
         return 0.0 if self.lora is None else self.lora.dropout
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
-        """Return the projected inputs; `dropout_mask` is True for inputs that adapter dropout keeps (None: all)."""
+        """Apply the linear layer; `dropout_mask` is True for adapter inputs that are kept (None = all)."""
         y = self.product(self._bounded(x, "input"), self.weight.get_value(), self.n_in)
         if self.bias is not None:
             y = y + broadcast(self.bias.get_value(), y.ndim)
@@ -167,7 +167,7 @@ class Projection(nnx.Module):
 
 
 def compute_once(x: jax.Array) -> jax.Array:
-    """Put `x` and its gradient behind an optimisation barrier, so that XLA does not compute them several times.
+    """Keep XLA from computing `x` or its gradient more than once, by optimisation barriers.
 
     XLA otherwise copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B
     model with adapters for a v5e took 63 CPU seconds with copies, and 51 without (decision 50).
@@ -177,7 +177,7 @@ def compute_once(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _compute_gradient_once(x: jax.Array) -> jax.Array:
-    """Put only the gradient of `x` behind an optimisation barrier; XLA may still fuse the forward computation."""
+    """Keep XLA from computing the gradient of `x` more than once; the forward computation may still be fused."""
     return x
 
 
@@ -185,12 +185,12 @@ _compute_gradient_once.defvjp(lambda x: (x, None), lambda _, grad: (compute_once
 
 
 def saveable(x: jax.Array) -> jax.Array:
-    """Mark `x` to be saved by remat policy "dots": it is costly to compute, or drawn at random (dropout)."""
+    """Mark `x` as a value to store under rematerialisation policy "dots" (costly, or random as dropout masks)."""
     return checkpoint_name(x, SAVEABLE)
 
 
 def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
-    """Sum over the last `n` axes of both arrays: `[..., in] x [out, in] -> [..., out]`."""
+    """Multiply by a weight over its last `n` axes: `[..., in] x [out, in] -> [..., out]`."""
     left = tuple(range(x.ndim - n, x.ndim))
     right = tuple(range(weight.ndim - n, weight.ndim))
     return jax.lax.dot_general(x, weight, ((left, right), ((), ())))
@@ -198,7 +198,7 @@ def contract(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
 
 @jax.custom_vjp
 def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """Apply the second matrix of an adapter: `[..., rank] x [out, rank] -> [..., out]`.
+    """Apply the second LoRA matrix: `[..., rank] x [out, rank] -> [..., out]`.
 
     Its gradient is jax's own but for the order of operands: XLA:CPU transposes the first, which in jax's is the wide
     gradient of the output and here the narrow `low` (8 % of a step of SmolLM2-135M). TPUs are indifferent.
@@ -223,7 +223,7 @@ _expand.defvjp(_expand_forward, _expand_backward)
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> np.ndarray:
-    """Return rotation angles per position, float32[rotary_dim/2], as transformers' `modeling_rope_utils` does.
+    """Return the rotary frequencies, float32[rotary_dim/2], as transformers' `modeling_rope_utils` does.
 
     `long` asks for LongRoPE's long factors.
     """
@@ -260,7 +260,7 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines, float32[batch, seq, rotary_dim/2] each, for int[batch, seq] positions.
+    """Return the rotary cosines and sines, float32[batch, seq, rotary_dim/2] each, of positions int[batch, seq].
 
     Positions int[batch, 3, seq] are those of frame, row and column; `rope.sections` says which frequencies use which.
     """
@@ -277,7 +277,7 @@ def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tupl
 
 
 def section_axes(rope: RopeConfig) -> np.ndarray:
-    """Return the M-RoPE position (0: frame, 1: row, 2: column) that rotates each frequency, int[rotary_dim/2]."""
+    """Return which M-RoPE position (0: frame, 1: row, 2: column) each frequency uses, int[rotary_dim/2]."""
     blocks = np.repeat(np.arange(3), rope.sections)
     if not rope.interleaved:
         return blocks
@@ -288,7 +288,7 @@ def section_axes(rope: RopeConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, parts: int = 1) -> jax.Array:
-    """Apply half-split rotary embedding to the first channels of heads `[batch, seq, heads, head]`.
+    """Apply rotary embedding (half-split form) to the first channels of `[batch, seq, heads, head]`.
 
     Rotates as many channels as the tables have; with `parts`, each part of the head independently.
     """

@@ -20,32 +20,32 @@ Flat = dict[str, Any]
 
 
 def flatten(params: Params) -> Flat:
-    """Return a nested dict as flat paths: `{"text/norm/weight": array, ...}`."""
+    """Flatten a nested parameter dict to paths: `{"text/norm/weight": array, ...}`."""
     return flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Return flat paths as a nested dict (undoes `flatten`)."""
+    """Nest a dict of flat parameter paths (undoes `flatten`)."""
     return unflatten_dict(dict(flat), sep="/")
 
 
 def param_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return {path: named axes} of all parameters, as declared by their modules (stacked layers begin with `layer`)."""
+    """Return {parameter path: named axes}, as the modules declare them; stacked layers have a leading "layer" axis."""
     return {"/".join(map(str, path)): leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(abstract(cfg)[1])}
 
 
 def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {path: shape} of all parameters."""
+    """Return {parameter path: shape} of a model config."""
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(abstract(cfg)[1])).items()}
 
 
 def layer_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[str, ...]]:
-    """Return {path in a layer: named axes}, such as `self_attn/q_proj/weight`: ("q_heads", "head", "embed")."""
+    """Return {path within a layer: named axes}, such as `self_attn/q_proj/weight`: ("q_heads", "head", "embed")."""
     return _of_first_run(param_axes(cfg), stack)
 
 
 def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, ...]]:
-    """Return {path in a layer: shape}, from the first layer of a stack that has the parameter."""
+    """Return {parameter path within a layer: shape}, from the first layer of a stack that has the parameter."""
     return _of_first_run(param_shapes(cfg), stack)
 
 
@@ -65,7 +65,7 @@ def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
 
 
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
-    """Return the places in `params` of the parameters that an entry of a weight table describes, for all layers.
+    """Return (layer, path in `params`, index in the stacked array) of each parameter of a weight table entry.
 
     `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
     `{i}` is the only one, with None for both numbers.
@@ -82,7 +82,7 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
 
 
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
-    """Return a stack's layers as flat dicts (`self_attn/q_proj/weight`, …), and params without these layers."""
+    """Split a stack's stacked parameters into one flat dict per layer; also return the remaining params."""
     layers: list[Flat] = []
     for run, (_, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         flat = flatten(params[stack]["layers"][str(run)])
@@ -92,7 +92,7 @@ def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tup
 
 
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
-    """Stack separate layers again, for a config with these shapes (undoes `unstack_layers`)."""
+    """Stack per-layer parameter dicts again, for layers of these shapes (undoes `unstack_layers`)."""
     stacked = {}
     for run, (start, length, _) in enumerate(runs(cfg.stack(stack).layers)):
         members = layers[start : start + length]
@@ -104,7 +104,7 @@ def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: 
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: Any, paths: Sequence[str] | None = None) -> Params:
-    """Return random parameters: norms 1, biases 0, matrices normal / sqrt(inputs), unit embeddings, LoRA as in PEFT.
+    """Return randomly initialised parameters: norms 1, biases 0, matrices normal / sqrt(inputs), LoRA as in PEFT.
 
     `paths` limits the result to these flat paths, with the same values. Branch outputs (o_proj, dense, down_proj,
     out_proj, fc2) are scaled by 1/sqrt(2 layers) as in GPT-2, so that the residual stream of a deep model starts near

@@ -22,7 +22,7 @@ def patch_rows(
     image_grid_thw: Any,
     mm_token_type_ids: Any = None,
 ) -> dict[str, Any]:
-    """Return the images of a batch and their positions as padded rows, for models with images of any size.
+    """Return a batch's images and token positions as padded arrays per row, for models with images of any size.
 
     Args:
       cfg: the model.
@@ -60,7 +60,7 @@ def patch_rows(
 
 
 def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
-    """Return patches ordered by merged patch, [patches of all images, values], and their grids int[images, 3].
+    """Reorder the patches of all images by merged cell; return [patches, values] and image grids int[images, 3].
 
     Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
     as they are.
@@ -93,7 +93,7 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
 
 
 def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Convert patches and grid sizes to a processor's pixel_values and image_position_ids (inverse of `in_cells`)."""
+    """Convert patches and grids to a processor's pixel_values and image_position_ids (undoes `in_cells`)."""
     sizes, merge = grids.prod(axis=1), _merge(cfg)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
     places = np.full((*padded.shape[:2], 2), -1, np.int64)
@@ -106,12 +106,12 @@ def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tupl
 
 
 def check_patches(cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, grids: Any) -> None:
-    """Raise UserError for inputs that `patch_rows` does not accept."""
+    """Raise UserError for image inputs that `patch_rows` does not accept."""
     patch_rows(cfg, input_ids, attention_mask, pixel_values, grids)
 
 
 def real_features(cfg: ModelConfig, features: Any, image_grid_thw: Any) -> np.ndarray:
-    """Remove padding from features [images, tokens, embed]: float[tokens, embed] in order of appearance."""
+    """Remove padding from vision features [images, tokens, embed]; return float[tokens, embed] in order."""
     counts = np.asarray(image_grid_thw).reshape(-1, AXES).prod(axis=1) // _merge(cfg) ** 2
     array = np.asarray(features)
     return array[np.arange(array.shape[1])[None] < counts[:, None]]
@@ -122,7 +122,7 @@ def _merge(cfg: ModelConfig) -> int:
 
 
 def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
-    """Refuse videos, and mm_token_type_ids that contradict input_ids (None: not passed)."""
+    """Raise UserError for video inputs, or for mm_token_type_ids that contradict input_ids."""
     ids = np.asarray(input_ids)
     is_image = ids == cfg.image_token_id
     if cfg.video_token_id is not None and (ids == cfg.video_token_id).any():
@@ -156,7 +156,7 @@ def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: i
 
 
 def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return each row's image slots, filled from patches [patches, values] of all images in order."""
+    """Distribute the patches of all images [patches, values] to padded arrays of each row's images."""
     sizes = [[int(one.prod()) for one in row] for row in by_row]
     total, values = sum(map(sum, sizes)), _values(cfg)
     if pixels.shape != (total, values):

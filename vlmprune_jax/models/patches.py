@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Row and column of each patch in its image; all arrays are int32[images, patches].
+    """Row and column of every patch in its image; all arrays are int32[images, patches].
 
     Patches come in merged cells, row by row of cells and row by row inside a cell. `cell_row`, `cell_column`: of the
     cell; `row`, `column`: of the patch; `image`: 0, or -1 for padding after an image's own patches.
@@ -23,7 +23,7 @@ class Places(NamedTuple):
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return row and column of each patch, padded to `patches` per image, given the images' grids int[images, 3]."""
+    """Return row and column of every patch, padded to `patches` per image, from image grids int[images, 3]."""
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
     cell, inside = index // merge**2, index % merge**2
@@ -35,7 +35,7 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
 
 
 def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
-    """Return the attention window of each patch, int32[images, patches] (-1 = padding), `side` merged patches wide.
+    """Return each patch's attention window (`side` merged patches wide), int32[images, patches] (-1 = padding).
 
     Windows are numbered row by row from the upper left, and cut short at the right and at the bottom.
     """
@@ -45,7 +45,7 @@ def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Ar
 
 
 def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
-    """Return float[images, patches, vision], a position table [side * side, vision] interpolated to each image's grid.
+    """Interpolate a position table [side * side, vision] to each image's grid: float[images, patches, vision].
 
     Bilinear, with aligned corners.
     """
@@ -63,7 +63,7 @@ def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
 
 
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Return the two neighbouring entries of position `at` of `count` in a table, and the second one's weight."""
+    """Return the two table entries around position `at` of `count`, and the interpolation weight of the second."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
     where = jnp.clip(at * (side - 1), 0, last * (side - 1))
     # integers until the end, so that rounding cannot move a position past an entry
@@ -75,7 +75,7 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
 def axial_angles(
     places: Places, head_dim: int, theta: float, columns_first: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of row and column positions, float32[images, patches, head_dim / 2] each."""
+    """Return 2-D rotary cosines and sines by row and column, float32[images, patches, head_dim / 2] each."""
     quarter = head_dim // 4
     inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
     axes = (places.column, places.row) if columns_first else (places.row, places.column)
@@ -85,7 +85,7 @@ def axial_angles(
 
 
 def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
-    """Return the index of each image token's feature among the features of its row, int32[batch, seq].
+    """Return the index of every image token's feature among its row's features, int32[batch, seq].
 
     marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
     `room`. Other positions have an arbitrary index.

@@ -15,7 +15,7 @@ AXES = 3  # frame, row and column
 def mrope_positions(
     input_ids: Any, attention_mask: Any, image_grid_thw: Any, image_token_id: int, merge: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets for later tokens.
+    """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets for generated tokens.
 
     Text increases all three by 1. An image at position p has (p, p + row, p + column) for its merged cells, and takes
     up the longer of its sides. The token after a row of n real tokens is at n + the row's offset.
@@ -44,7 +44,7 @@ def mrope_positions(
 
 
 def with_images(positions: Any, input_ids: Any, attention_mask: Any, image_token_id: int | None) -> Any:
-    """Return the position of each token, and the number of its image in the row (0 = none), int32[batch, 2, seq].
+    """Return every token's position, and the number of its image in the row (0 = none), int32[batch, 2, seq].
 
     Images are runs of int[batch, seq] ids `image_token_id`. Positions int[batch, seq] are counted along the mask by
     default; those that have image numbers are returned as they are.
@@ -59,7 +59,7 @@ def with_images(positions: Any, input_ids: Any, attention_mask: Any, image_token
 
 
 def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:
-    """Return the image grids int[3] of each row; `is_image`: bool[batch, seq]. Raises as `mrope_positions`."""
+    """Return the image grids of each row, int[3] per image; image tokens are marked in `is_image`, bool[batch, seq]."""
     counts = [int(row.sum()) for row in is_image]
     grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
     if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or (grids.ndim == 3 and len(grids) != len(counts)):
@@ -91,12 +91,12 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
 
 
 def tokens_of(grid: Any, merge: int) -> int:
-    """Return the number of tokens of an image whose patch grid is `grid`, int[3]."""
+    """Return the number of tokens of an image with this patch grid, int[3]."""
     return int(np.prod(np.asarray(grid, np.int64))) // merge**2
 
 
 def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[list[np.ndarray]]:
-    """Assign image grids to rows in order, by the rows' numbers of image tokens; the last row gets the rest."""
+    """Assign image grids to rows in order, by each row's number of image tokens; the last row gets the rest."""
     by_row: list[list[np.ndarray]] = [[] for _ in counts]
     left = iter(grids)
     for images, count in zip(by_row, counts, strict=True):
@@ -110,7 +110,7 @@ def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[li
 
 
 def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
-    """Return the positions int32[3, tokens] of one row; `grids` are its images' sizes in merged cells."""
+    """Return one row's M-RoPE positions, int32[3, tokens]; `grids` are its images' sizes in merged patches."""
     positions = np.zeros((AXES, len(is_image)), np.int32)
     at = first = 0  # tokens placed, and the position of the next one
     for grid in grids:

@@ -14,7 +14,7 @@ from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, broad
 
 
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
-    """Join `factor` x `factor` neighbouring patches to one longer feature (InternVL 1.5, Chen et al. 2024).
+    """Concatenate `factor` x `factor` neighbouring patches to one longer feature (pixel shuffle of InternVL 1.5).
 
     float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
     "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
@@ -28,17 +28,17 @@ def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
 
 
 def merged(x: jax.Array, factor: int) -> jax.Array:
-    """Concatenate the features of `factor`^2 consecutive patches: [images, patches, n] -> [images, merged, longer]."""
+    """Concatenate each `factor`^2 consecutive patches: [images, patches, n] -> [images, merged, longer]."""
     return x.reshape(*x.shape[:-2], x.shape[-2] // factor**2, -1)
 
 
 def pooled(x: jax.Array, width: int) -> jax.Array:
-    """Return float[..., width], the mean of n features that are joined in float[..., n * width]."""
+    """Average the n features that are concatenated in float[..., n * width]; return float[..., width]."""
     return x.reshape(*x.shape[:-1], -1, width).mean(axis=-2)
 
 
 class Projector(nnx.Module):
-    """Projector: linear_2(act(linear_1(features))), in InternVL after a layer norm; one linear layer in SmolVLM.
+    """Projector MLP linear_2(act(linear_1(features))); InternVL adds a layer norm, SmolVLM has one linear layer.
 
     In Gemma a norm and a single `linear`, of pooled features.
 
@@ -71,7 +71,7 @@ class Projector(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return decoder embeddings float[..., embed] of features float[..., features]."""
+        """Map vision features float[..., features] to decoder embeddings float[..., embed]."""
         if self.linear is not None:
             x = self._normalized(x)
             return x @ self.linear.weight.get_value() if isinstance(self.linear, Leaf) else self.linear(x)
@@ -93,7 +93,7 @@ class Projector(nnx.Module):
         return x if self.pool_norm is None else self.pool_norm(x)
 
     def added(self, x: jax.Array) -> jax.Array | None:
-        """Return the features float[n, ..., embed] to add after the first n decoder layers (deepstack), or None."""
+        """Return the features float[n, ..., embed] to add after the first n decoder layers (DeepStack), or None."""
         if not self.n_deepstack:
             return None
         _, *levels = jnp.split(x, 1 + self.n_deepstack, axis=-1)
@@ -107,7 +107,7 @@ def _linear(cfg: ProjectorConfig, sizes: Mapping[str, int], into: str) -> Projec
 
 
 class DeepMerger(nnx.Module):
-    """Deepstack merger, linear_2(act(linear_1(norm(features)))), for one of the tower's middle blocks."""
+    """DeepStack merger linear_2(act(linear_1(norm(features)))) for the output of one middle block of the tower."""
 
     def __init__(self, cfg: ProjectorConfig, sizes: Mapping[str, int]):
         self.layer_norm = Norm(sizes, "shuffled", kind="layer", eps=cfg.norm_eps)

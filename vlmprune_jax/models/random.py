@@ -14,7 +14,7 @@ _PARITY = np.uint32(0x1BD11BDA)
 
 
 def bernoulli(key: jax.Array, probability: float, shape: tuple[int, int, int]) -> jax.Array:
-    """Return bool[rows, seq, width], True with this probability; the same bits as jax.random.bernoulli draws.
+    """Return random bool[rows, seq, width], True with this probability; bits equal jax.random.bernoulli's.
 
     On CPUs jax.random goes through memory after every fourth round: with it dropout took 15 % of a step of
     SmolLM2-135M (docs/explanation/results.md). A row may have 2^32 decisions.
@@ -34,7 +34,7 @@ def bernoulli(key: jax.Array, probability: float, shape: tuple[int, int, int]) -
 
 
 def _counters(shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
-    """Return the upper and lower half of each element's index, uint32[rows, seq, width] each."""
+    """Return the upper and lower 32 bits of each element's index, uint32[rows, seq, width] each."""
     rows, seq, width = shape
     position, channel = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 2))
     within = position * np.uint32(width) + channel

@@ -12,7 +12,7 @@ from vlmprune_jax.models.layers import Product, contract
 
 
 def rounded_product(rounding: Rounding) -> Product:
-    """Return the product (see `contract`) of rounded factors; rows that the group size does not divide stay unrounded.
+    """Return a matrix product that rounds inputs and weight to integers (quantisation-aware training).
 
     Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), also those
     of the values that set a scale.
@@ -30,7 +30,7 @@ def rounded_product(rounding: Rounding) -> Product:
 
 
 def _nearest(values: jax.Array, group: int, bits: int) -> jax.Array:
-    """Return the values rounded to the nearest integer codes, with one scale per `group` values (in storage order).
+    """Return values rounded to the nearest integer codes, times one scale per `group` values.
 
     The scale and its rounding are those of `CompressedTensors.grid` without zero points.
     """
@@ -44,13 +44,13 @@ def _nearest(values: jax.Array, group: int, bits: int) -> jax.Array:
 
 
 def _divide(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Return x / by, correctly rounded (XLA would multiply by the reciprocal of a broadcast divisor)."""
+    """Return x / by correctly rounded (XLA would multiply by the reciprocal instead)."""
     return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, x.shape))
 
 
 @jax.custom_vjp
 def _replace(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Return `by` in the forward pass, and pass its gradient to `x` (straight-through estimator)."""
+    """Return `by` in the forward pass, with gradients passed to `x` (straight-through estimator)."""
     return by
 
 

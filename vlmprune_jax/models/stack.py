@@ -26,7 +26,7 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 
 
 class Passed(NamedTuple):
-    """Results of running all blocks.
+    """Results of a forward pass through all blocks of a stack.
 
     `last`: the final output, float[batch, seq, embed]; `kept`: the outputs of the blocks asked for, [n + 1, ...] with
     an arbitrary last entry (None: none asked for); `taps`: per block, what the tap returned; `cache`: updated.
@@ -39,7 +39,7 @@ class Passed(NamedTuple):
 
 
 class BlockStack(nnx.Module):
-    """Transformer blocks on one residual stream; decoder and tower add embedding, norms and head."""
+    """Transformer blocks on one residual stream: the common part of decoder and vision tower."""
 
     def __init__(self, cfg: Stack, names: Names, lora: LoraConfig | None = None):
         self.cfg: Any = cfg
@@ -52,15 +52,15 @@ class BlockStack(nnx.Module):
 
     @property
     def per_layer(self) -> bool:
-        """True if every layer has an extra input (per-layer embeddings)."""
+        """True if every layer has an extra input from per-layer embeddings (Gemma)."""
         return False
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the inputs that all blocks share, for a batch with these arrays (named as in `encode`)."""
+        """Return the shared inputs of all blocks, for a batch with arrays named as in `encode`."""
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return `(apply, state)` of a run of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
+        """Return `(apply, state)` for a group of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
 
         `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
         """
@@ -86,7 +86,7 @@ class BlockStack(nnx.Module):
         remat: str = "none",
         added: jax.Array | None = None,
     ) -> Passed:
-        """Run all blocks on a stream float[batch, seq, embed].
+        """Run all blocks on hidden states float[batch, seq, embed].
 
         Args:
           x, ctx: the stream before the first block, and what all blocks share.
@@ -149,7 +149,7 @@ class BlockStack(nnx.Module):
 def _with_remat(
     apply: Callable[..., Any], ctx: Context, want: tuple[str, ...], remat: str, extra: jax.Array | None
 ) -> Callable[..., Any]:
-    """Return `apply(state, x, index, cache)` for one block under a remat policy; `extra`: extra inputs of layers."""
+    """Return `apply(state, x, index, cache)`, which runs one block under a rematerialisation policy."""
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
@@ -163,12 +163,12 @@ def _with_remat(
 
 @functools.partial(jax.jit, inline=True)
 def at_layer(stacked: Any, index: Any) -> Any:
-    """Return entry `index` of every array in a tree."""
+    """Return entry `index` of every array in a pytree."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:
-    """Return a concrete module from an abstract one and its parameters."""
+    """Return a concrete NNX module from an abstract one and its parameters."""
     graph, state = nnx.split(module)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line writes to it
     nnx.replace_by_pure_dict(state, dict(params))

@@ -24,7 +24,7 @@ _CUBIC = -0.75
 
 
 class PatchEmbedding(nnx.Module):
-    """Convolution with stride = kernel size: one linear map per patch; partial patches at the edges are ignored."""
+    """Patch embedding: a convolution with stride = kernel size; incomplete patches at the edges are ignored."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         frames = ("temporal",) if cfg.any_size else ()
@@ -34,7 +34,7 @@ class PatchEmbedding(nnx.Module):
         self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Return patch embeddings float[images, rows * columns, vision] of float[images, channel, height, width].
+        """Return the patch embeddings float[images, rows * columns, vision] of pixels [images, channel, height, width].
 
         Inputs [images, patches, channel * temporal * row * column] are patches already.
         """
@@ -51,7 +51,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class VisionTower(BlockStack):
-    """Vision tower up to its feature layer; later blocks are neither loaded nor run."""
+    """Vision tower up to the layer whose features are used; later layers are not loaded."""
 
     cfg: VisionConfig
 
@@ -75,7 +75,7 @@ class VisionTower(BlockStack):
         self.post_layernorm = norm() if cfg.post_norm else None
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Apply the norm after the last block; return `x` unchanged in towers without one."""
+        """Apply the vision tower's final norm; return `x` unchanged in towers without one."""
         return x if self.post_layernorm is None else self.post_layernorm(x)
 
     def _table(self) -> jax.Array:
@@ -83,7 +83,7 @@ class VisionTower(BlockStack):
         return self.position_embedding.weight.get_value()
 
     def positions(self, rows: int, columns: int) -> jax.Array:
-        """Return the position embeddings of an image of rows x columns patches, class token first.
+        """Return the position embeddings for an image of rows x columns patches, class token first.
 
         Raises:
           UserError: the tower was trained on another grid and does not resize its table (only InternViT does).
@@ -104,7 +104,7 @@ class VisionTower(BlockStack):
         return jnp.concatenate([table[: int(cfg.class_token)], resized])
 
     def spread(self, patches: jax.Array) -> jax.Array:
-        """Return position embeddings float[images, positions, vision] for partly masked images (`patches`: bool mask).
+        """Return position embeddings float[images, positions, vision] for images that fill only part of their pixels.
 
         Patch i of n real ones in a row or column takes the table's position at i / n of its length, as if they covered
         the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose float32
@@ -121,11 +121,11 @@ class VisionTower(BlockStack):
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
     def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
-        """Return rows and columns of patches [images, patches, values], given int[images, 3] `grid`."""
+        """Return row and column of every patch, given patches [images, patches, values] and grids int[images, 3]."""
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
-        """Return the inputs that all blocks share, for float[images, positions, ...]; see `tapped`."""
+        """Return the shared inputs of all blocks for hidden states float[images, positions, ...]."""
         if grid is None:
             real = None if patches is None else patches.reshape(len(patches), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
@@ -137,11 +137,11 @@ class VisionTower(BlockStack):
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the inputs that all blocks share, for unpadded images or images of any size ("image_grid_thw")."""
+        """Return the shared inputs of all blocks for unpadded images, or images of any size ("image_grid_thw")."""
         return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """Return the first block's input float[images, positions, vision] for pixels [images, channel, height, width].
+        """Embed pixels [images, channel, height, width] as the first block's input float[images, positions, vision].
 
         The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
         """
@@ -167,11 +167,11 @@ class VisionTower(BlockStack):
         return constrain(x, ("batch", None, None))
 
     def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
-        """Return the hidden states after the last block and after the final norm; see `tapped`."""
+        """Run the vision tower; return the hidden states after the last block and after the final norm."""
         return self.tapped(pixels, None, patches=patches, grid=grid)[0]
 
     def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
-        """Return the states float[images, patches, vision] after the last block and each block in `deepstack`."""
+        """Return hidden states float[images, patches, vision] after the last block and each block in `deepstack`."""
         x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
         passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
         return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
@@ -184,7 +184,7 @@ class VisionTower(BlockStack):
         patches: jax.Array | None = None,
         grid: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
-        """Return the states after the last block and after the final norm, and `tap(BlockValues)` of each block.
+        """Run the vision tower; return the states after the final norm, and `tap(BlockValues)` of every block.
 
         Args:
           pixels: float[images, channel, height, width].
@@ -200,7 +200,7 @@ class VisionTower(BlockStack):
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:
-    """Return weights float32[n_out, n_in] of torch's bicubic interpolation (align_corners=False, edges repeated)."""
+    """Return the weights float32[n_out, n_in] of torch's bicubic interpolation (align_corners=False)."""
     a = _CUBIC
     weights = np.zeros((n_out, n_in))
     for i in range(n_out):

@@ -40,7 +40,7 @@ IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_i
 
 @dataclass(frozen=True)
 class Model:
-    """Model: parameters as a nested dict of arrays, and the config that describes them."""
+    """A model: parameters as a nested dict of arrays, and the ModelConfig that describes them."""
 
     params: Params
     cfg: ModelConfig
@@ -57,17 +57,17 @@ class Model:
         return "\n".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
-        """Return a copy with other `params` or `cfg`."""
+        """Return a copy of the model with other `params` or another `cfg`."""
         return dataclasses.replace(self, **changes)
 
 
 def config_of(model: Model | ModelConfig) -> ModelConfig:
-    """Return the config of a model; a config is returned unchanged."""
+    """Return a model's config; a ModelConfig is returned unchanged."""
     return model.cfg if isinstance(model, Model) else model
 
 
 class VisionLanguageModel(nnx.Module):
-    """Vision-language model: tower -> projector -> decoder; only a decoder if the config has no tower."""
+    """Vision-language model (tower -> projector -> decoder), or a decoder alone if the config has no tower."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -80,7 +80,7 @@ class VisionLanguageModel(nnx.Module):
     def vision_features(
         self, pixels: jax.Array, mask: jax.Array | None = None, grid: jax.Array | None = None
     ) -> jax.Array:
-        """Return the vision features float[images, tokens, features], the input of the projector.
+        """Return the images' features float[images, tokens, features], the input of the projector.
 
         `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
         `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
@@ -96,7 +96,7 @@ class VisionLanguageModel(nnx.Module):
         pixel_attention_mask: jax.Array | None = None,
         image_grid_thw: jax.Array | None = None,
     ) -> Embedded:
-        """Return the decoder input with image features inserted, these features, and the deepstack additions.
+        """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
         `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
         (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
@@ -134,7 +134,7 @@ class VisionLanguageModel(nnx.Module):
         return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
-        """Return `Decoder.layer_inputs`; images and videos use the padding token's row of the table."""
+        """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
         for token in (self.cfg.image_token_id, self.cfg.video_token_id):
             if token is not None:
                 input_ids = jnp.where(input_ids == token, self.cfg.pad_token_id or 0, input_ids)
@@ -142,7 +142,7 @@ class VisionLanguageModel(nnx.Module):
 
 
 class Embedded(NamedTuple):
-    """Inputs of the decoder's first layer, with the image features inserted.
+    """Decoder input with image features inserted, and the features used.
 
     `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
     batch, seq, embed], added to the outputs of the first n layers, or the layers' own inputs (None: nothing).
@@ -154,19 +154,19 @@ class Embedded(NamedTuple):
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
-    """Return the abstract module (`BlockStack`) of one stack, without allocating parameters."""
+    """Return the abstract NNX module of the decoder or vision tower, without allocating parameters."""
     kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
     return nnx.eval_shape(lambda: kinds[stack](cfg))
 
 
 @functools.lru_cache(maxsize=64)
 def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return graph and abstract state of the module for a config, without allocating parameters."""
+    """Return graph and abstract state of a config's NNX module, without allocating parameters."""
     return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(cfg)))
 
 
 def to_nnx(model: Model) -> VisionLanguageModel:
-    """Return a new NNX module that holds the model's arrays, for use in your own training loop."""
+    """Return an NNX module that holds the model's arrays, for a training loop of your own."""
     graph, state = abstract(model.cfg)
     if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
         raise UserError("params do not have the structure that cfg describes: change params and cfg together")
@@ -194,7 +194,7 @@ def encode(
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Run everything before the output head; return states float[batch, seq, embed] after the final norm, and aux.
+    """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
     `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
     splicing (a teacher fed with the student's embeddings), together with `added`. `position_ids` int[batch, seq]
@@ -226,7 +226,7 @@ def encode(
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
-    """Return the output head, which maps hidden states after the final norm to logits."""
+    """Return the output head, which maps final hidden states to logits."""
     head = params["text"]["embed_tokens" if cfg.text.tie_embeddings else "lm_head"]
     return Head(head["weight"], head.get("bias"), cfg.text.logit_cap)
 
@@ -243,7 +243,7 @@ def apply(
     position_ids: jax.Array | None = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return logits float[batch, seq, vocab] and the intermediate values in `want`; pure, for use inside jit.
+    """Return logits float[batch, seq, vocab] and the intermediate values named in `want`; for use inside jit.
 
     aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
     """
@@ -285,7 +285,7 @@ def forward(
     attention_mask: Any = None,
     want: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return the logits for token ids with expanded image positions, and intermediate values on request.
+    """Return the logits for token ids with one id per image feature, and intermediate values on request.
 
     Args:
       model: the model; sharded parameters give a sharded computation.
@@ -331,14 +331,14 @@ def forward(
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """Return the device mesh that holds the parameters; None for arrays on one device."""
+    """Return the device mesh over which the parameters are sharded; None for arrays on one device."""
     leaf = jax.tree.leaves(params)[0]
     placed = getattr(leaf, "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
-    """Move host arrays to the devices, split along the batch if the mesh divides it (else replicated)."""
+    """Move host arrays to the devices, split along the batch axis if the mesh divides it (else replicated)."""
     placed: dict[str, jax.Array | None] = {}
     for name, array in arrays.items():
         if array is None or mesh is None:

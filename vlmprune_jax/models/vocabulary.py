@@ -19,7 +19,7 @@ _LEAST = 8  # chunks of a row, at least: fewer would leave little to skip
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["cap"])
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Output head: weight [vocab, embed], bias [vocab] or None, and the limit of soft-capped logits (0: no cap)."""
+    """Output head: weight [vocab, embed], bias [vocab] or None, and the limit of soft-capped logits (0 = no cap)."""
 
     weight: jax.Array
     bias: jax.Array | None
@@ -33,12 +33,12 @@ class Head:
         return jnp.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Return the logits in float32."""
+        """Return the float32 logits of hidden states."""
         return self.logits(hidden).astype(jnp.float32)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the negative log-probability, float32[...], of int[...] target ids.
+    """Return the negative log-probability, float32[...], of target ids int[...].
 
     The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split. It is
     multiplied by the mask, not selected: XLA would keep a select's zeros in memory, an array of the logits' size.
@@ -49,7 +49,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
-    """Split [batch, seq, ...] into [n >= 2, batch, chunk <= size, ...]; the last chunk is padded with `fill`."""
+    """Split [batch, seq, ...] along seq into [n >= 2, batch, chunk, ...], padding the last chunk with `fill`."""
     batch, seq = x.shape[:2]
     size = min(size, -(-seq // 2))
     x = jnp.pad(x, ((0, 0), (0, -seq % size)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -57,7 +57,7 @@ def chunks(x: jax.Array, size: int, fill: int) -> jax.Array:
 
 
 def cross_entropy_sum(hidden: jax.Array, head: Head, labels: jax.Array, *, chunk: int) -> jax.Array:
-    """Return the summed cross-entropy float32[] of labels int[batch, seq] (not shifted, -100 ignored)."""
+    """Return the summed cross-entropy, float32[], of labels int[batch, seq] (not shifted, -100 ignored)."""
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     return chunk_sums(_summed, chunk, head, hidden, targets != IGNORED, targets, None)
 
@@ -80,7 +80,7 @@ def chunk_sums(
     pieces: Tree,
     fixed: Tree,
 ) -> Tree:
-    """Sum the losses of `body` over weighted positions, with gradients, and logits for one chunk at a time.
+    """Sum losses over all positions with weight, with gradients, computing logits for one chunk at a time.
 
     In every row the positions with weight come first, and chunks without any are skipped: most tokens of a question are
     no answer, and their unused logits would be a quarter of the arithmetic of SmolLM2-135M.
@@ -104,18 +104,18 @@ def chunk_sums(
 
 
 class _Cut(NamedTuple):
-    """Arrays cut into chunks of positions, with each row's weighted positions first."""
+    """Arrays split into chunks of positions, with positions that have weight moved to the front of each row."""
 
     order: jax.Array  # int[batch, seq]: the positions in their new order
     used: jax.Array  # int[]: number of chunks with a weighted position
     arrays: tuple[jax.Array, jax.Array, Tree]  # states, counted and pieces, [n, batch, chunk, ...]
 
     def at(self, i: jax.Array | int) -> tuple[jax.Array, jax.Array, Tree]:
-        """Return the arrays of chunk number `i`."""
+        """Return the arrays of chunk `i`."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Return the carry after `step(number, carry)` for every chunk that has weighted positions."""
+        """Run `step(number, carry)` for every chunk that has a position with weight; return the final carry."""
         n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:
@@ -133,7 +133,7 @@ def _cut(chunk: int, *arrays: Tree) -> _Cut:
 
 
 def _ordered(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Return the positions of [batch, seq, ...] in a new order."""
+    """Reorder the positions of an array [batch, seq, ...]."""
     rows = jax.vmap(lambda row, at: row.at[at].get(unique_indices=True, mode="promise_in_bounds"))(x, order)
     return constrain(rows, ("batch",) + (None,) * (x.ndim - 1))
 

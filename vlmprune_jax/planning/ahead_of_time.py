@@ -32,7 +32,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """TPU slice (or slices) to compile for: name ("v5e:8x8"; two slices: "v5e:8x8:2"), chip type and devices."""
+    """TPU slice or slices to compile for: name ("v5e:8x8", or "v5e:8x8:2" for two), chip type and devices."""
 
     name: str
     chip: Chip
@@ -40,12 +40,12 @@ class Slice:
 
     @property
     def count(self) -> int:
-        """Number of slices, which a network connects."""
+        """Number of TPU slices, which a data-centre network connects."""
         return len({getattr(device, "slice_index", 0) for device in self.devices})
 
 
 def make_slice(name: str) -> Slice:
-    """Return the TPU slice with this name; works on machines without a TPU.
+    """Return the TPU slice with this name; no TPU is needed.
 
     Raises:
       UserError: the generation or topology does not exist (names those that do), or libtpu is missing.
@@ -74,7 +74,7 @@ def make_slice(name: str) -> Slice:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Cost per chip of a compiled program: bytes of HBM, and bytes received from other chips per collective operation.
+    """Costs of a compiled program per chip: HBM bytes, and bytes received per collective operation.
 
     `flops`: executed FLOPs of all chips together. `seconds`: time of the compilation. `text`: the compiled program.
     """
@@ -88,7 +88,7 @@ class Compiled:
 
 
 class DoesNotFit(UserError):
-    """Error: a program does not fit in HBM; `needed` and `capacity` are bytes per chip."""
+    """Error raised if a program does not fit in HBM; `needed` and `capacity` are bytes per chip."""
 
     def __init__(self, needed: int, capacity: int):
         super().__init__(
@@ -98,7 +98,7 @@ class DoesNotFit(UserError):
 
 
 def compile_for_tpu(program: Any, *arguments: Any, slices: int = 1) -> Compiled:
-    """Compile a jitted function for TPU slices, from abstract arguments and without the hardware.
+    """Compile a jitted function for a TPU slice from abstract arguments, without the hardware.
 
     Raises:
       DoesNotFit: the program needs more HBM than a chip has.
@@ -134,7 +134,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def executed_flops(jaxpr: Any) -> int:
-    """Return the FLOPs of all matrix products in a jaxpr; counts every loop iteration and recomputation.
+    """Return the FLOPs of all matrix products in a jaxpr, counting every loop iteration and recomputation.
 
     All blocks of kernels are counted, even those that a causal mask skips. (XLA's `cost_analysis` counts a loop body
     once.)
@@ -153,14 +153,14 @@ def executed_flops(jaxpr: Any) -> int:
 
 
 def _jaxprs(value: Any) -> list[Any]:
-    """Return the jaxprs inside a parameter of an equation (loop bodies, branches, called functions)."""
+    """Return the jaxprs in a parameter of a jaxpr equation (loop bodies, branches, called functions)."""
     values = value if isinstance(value, tuple | list) else (value,)
     jaxprs = [getattr(item, "jaxpr", item) for item in values]
     return [jaxpr for jaxpr in jaxprs if hasattr(jaxpr, "eqns")]
 
 
 def _times(equation: Any) -> int:
-    """Return how often the jaxprs inside an equation run (the length of a scan)."""
+    """Return how often a jaxpr equation runs its inner jaxprs (the length of a scan)."""
     params, name = equation.params, equation.primitive.name
     if name == "scan":
         return params["length"]
@@ -186,7 +186,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
-    """Return {collective operation: bytes that each chip receives in one run} for a compiled program.
+    """Return {collective operation: bytes that each chip receives} for one run of a compiled program.
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
@@ -217,7 +217,7 @@ def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
 
 
 def computations_of(hlo: str) -> dict[str, list[str]]:
-    """Return {computation: its lines} of a compiled program's text."""
+    """Return {computation name: lines} of a compiled program's HLO text."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -230,7 +230,7 @@ def computations_of(hlo: str) -> dict[str, list[str]]:
 
 
 def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
-    """Return how often each computation runs (see `_trip_count` for loops)."""
+    """Return {computation name: number of executions} in one run of a compiled program."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -249,7 +249,7 @@ def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
-    """Return how often a while loop runs: the largest constant in its condition, divided by the counter's step.
+    """Return the trip count of an HLO while loop: the largest constant in its condition / the counter's step.
 
     The compiler for TPUs turns a gather and the product that reads it into a ring of permutations, and unrolls it: its
     counter advances by two.
@@ -263,7 +263,7 @@ def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
 
 
 def _step(body: Sequence[str], counter: int) -> int:
-    """Return by how much a loop's body increments the counter at this place of its state (1 if unknown)."""
+    """Return the step by which an HLO loop body increments its counter (1 if unknown)."""
     lines = {found[1]: line for line in body if (found := _NAMED.match(line))}
     root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
     state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
@@ -277,7 +277,7 @@ def _step(body: Sequence[str], counter: int) -> int:
 
 
 def _second(result: str) -> str:
-    """Return the second element of an HLO tuple in text form, "(first, second, ...)", which may be nested."""
+    """Return the second element of an HLO tuple in text form; the tuple may be nested."""
     depth, parts = 0, [""]
     for character in result[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -299,7 +299,7 @@ def _received(kind: str, result: str, line: str) -> int:
 
 
 def width_of(dtype: str) -> float:
-    """Return the size in bytes of an HLO number type: "bf16", "f32", "s8", "pred", "f8e4m3fn"."""
+    """Return the size in bytes of an HLO element type such as "bf16", "s8" or "pred"."""
     bits = re.match(r"[a-z]+?(\d+)", dtype)
     return int(bits[1]) / 8 if bits else 1
 
@@ -311,14 +311,14 @@ def _group_size(line: str) -> int:
 
 
 def _crosses(line: str, slices: int) -> bool:
-    """Return True if a collective operation includes devices of different TPU slices."""
+    """Return True if a collective operation connects devices of different TPU slices."""
     groups = np.asarray(_groups(line))
     per_slice = (groups.max(initial=0) + 1) // slices
     return bool(len(groups) and per_slice and (groups // per_slice != groups[:, :1] // per_slice).any())
 
 
 def _groups(line: str) -> np.ndarray:
-    """Return the replica groups of a collective, or its pairs of source and target, int[groups, n], in any notation."""
+    """Return a collective's replica groups or source-target pairs, int[groups, n], from any HLO notation."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}

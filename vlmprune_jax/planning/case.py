@@ -45,7 +45,7 @@ from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFl
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs for planning one recovery on one TPU slice: student, teacher, training settings and row shapes.
+    """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
 
     `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
     (empty unless images are of any size), ascending. The planned step uses the largest of each. `records`: number of
@@ -66,27 +66,27 @@ class Case:
 
     @property
     def length(self) -> int:
-        """Tokens per row in the largest length bucket."""
+        """Sequence length in tokens of the largest length bucket."""
         return self.lengths[-1]
 
     @property
     def images(self) -> int:
-        """Image (or tile) slots per row in the largest image bucket."""
+        """Number of images or tiles per sequence in the largest image bucket."""
         return self.slots[-1]
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens per image slot in the largest bucket if images have any size; 0 otherwise."""
+        """Tokens per image in the largest image bucket, for models with images of any size; 0 otherwise."""
         return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
-        """Return a mesh over the slice's devices."""
+        """Return the device mesh over the TPU slice."""
         return make_mesh(*self.mesh, devices=self.slice.devices)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Folder and config of an unpruned model, and the plan that prunes it."""
+    """Folder and config of an unpruned model, and the prune plan."""
 
     folder: Path
     cfg: ModelConfig
@@ -94,7 +94,7 @@ class Shapes:
 
 
 def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: int | None = None) -> Case:
-    """Return the planning inputs of a recovery of the pruned model.
+    """Return the planning inputs for a recovery of the pruned model.
 
     Raises:
       UserError: the topology is unknown, or the settings do not determine the shapes of rows.
@@ -128,7 +128,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
 
 
 def read_shapes(experiment: Experiment, folder: Path | None) -> Shapes:
-    """Read the unpruned model's JSON files, and the plan in `folder` (None, or no plan.json: predict a plan)."""
+    """Read an unpruned model's config, and the plan in `folder`; without a plan, predict one."""
     model = experiment.model
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
@@ -138,7 +138,7 @@ def read_shapes(experiment: Experiment, folder: Path | None) -> Shapes:
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
-    """Return a prune plan from random scores, which has the shapes that the config's real plan will have.
+    """Return a prune plan made from random scores; layer shapes equal those of the config's real plan.
 
     Equal widths and the number of layers do not depend on scores. The choice of layers, widths under
     `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
@@ -154,7 +154,7 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
 
 
 def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
-    """Return a kept vocabulary of the planned size, with the lowest ids; None if the setting is None."""
+    """Return a kept vocabulary of the planned size (the lowest token ids); None if the vocabulary is not trimmed."""
     rows = cfg.text.vocab_size
     if config.size is None:
         return None
@@ -167,7 +167,7 @@ def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocab
 
 
 def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
-    """Return how the images of a model are cut into tiles or patches; None for uncut images."""
+    """Return how a model cuts images into tiles or patches; None if images stay whole."""
     if cfg.vision is None:
         return None
     if family_of(cfg).images == "whole":
@@ -188,7 +188,7 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the possible image (or tile) slots per row, and tokens per image if images have any size."""
+    """Return the possible image or tile counts per sequence, and tokens per image if images have any size."""
     if cfg.vision is None:
         return (0,), ()
     preparation = preparation_of(data, cfg, folder)
@@ -196,7 +196,7 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
 
 
 def estimate(case: Case) -> PlannedStep:
-    """Compile the training step for these planning inputs and return its cost.
+    """Compile the training step of a planned recovery and return its cost.
 
     Raises:
       DoesNotFit: the step needs more HBM than a chip has.
@@ -225,7 +225,7 @@ def estimate(case: Case) -> PlannedStep:
 
 
 def planned_step(case: Case, compiled: Compiled, model: ModelFlops) -> PlannedStep:
-    """Return the cost of a compiled step: bytes per chip, FLOPs and throughput of all chips.
+    """Return a compiled training step's cost: bytes per chip, FLOPs, and throughput of all chips.
 
     The step time is a roofline estimate, from arithmetic, memory traffic and links between chips. Memory traffic:
     arguments are read once; temporaries and received data are written and read once. MFU: model FLOPs / (peak FLOP/s of
@@ -270,7 +270,7 @@ def _size(cfg: ModelConfig) -> PlannedModel:
 
 
 def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """Return the arguments of the training step as abstract arrays with shardings."""
+    """Return the training step's arguments as abstract arrays with shardings."""
 
     def leaves(cfg: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         axes = param_axes(cfg)

@@ -30,8 +30,7 @@ _NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
 
 @dataclass(frozen=True)
 class Questions:
-    """Typical question of a benchmark: image size (pixels), text tokens, and tokens of the longest answer in a "
-    "batch."""
+    """Typical question of a benchmark: image size in pixels, text tokens, and tokens of the longest answer."""
 
     width: int
     height: int
@@ -54,7 +53,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """Inputs for planning the evaluation of one model on one TPU slice.
+    """Inputs for planning the evaluation of one model on a TPU slice.
 
     `preparation`: of its images (None: they have one size, or the model takes none). `mesh`: sizes (data, fsdp,
     tensor), or () for those of `decoding_mesh`. `rows`: of a batch, raised to a multiple of what shares it.
@@ -73,7 +72,7 @@ class EvaluationCase:
         return jnp.dtype(self.dtype).itemsize
 
     def shape(self, asked: Questions) -> tuple[int, ImageShape]:
-        """Return the number of prompt tokens, and the shape of the image (0 slots for a decoder)."""
+        """Return a question's prompt length in tokens and its image's shape (0 tiles for text models)."""
         if self.cfg.vision is None:
             return asked.text, ImageShape(slots=0)
         whole = ImageShape() if self.preparation is None else None
@@ -81,7 +80,7 @@ class EvaluationCase:
         return asked.text + image.positions(self.cfg.tokens_per_image), image
 
     def make_mesh(self) -> Mesh:
-        """Return the mesh for generation over the slice's devices."""
+        """Return the mesh for generation on the TPU slice's devices."""
         every = make_mesh(1, -1, 1, devices=self.slice.devices)
         found = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
         assert found is not None
@@ -90,7 +89,7 @@ class EvaluationCase:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes per chip: all weights, the weights that every token reads, and the cache per row and token.
+    """Memory per chip in bytes: all weights, the weights read per token, and key/value cache per row and token.
 
     `padded`: that cache with each head padded to a multiple of 128 channels, as TPUs hold it.
     """
@@ -102,7 +101,7 @@ class _Memory:
 
 
 def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
-    """Compile prefill and decoding for the benchmark with the longest prompts; return memory, traffic, minimum times.
+    """Compile prefill and decoding for the benchmark with the longest prompts; return memory and minimum times.
 
     Raises:
       DoesNotFit: a batch needs more HBM than a chip has.
@@ -140,8 +139,7 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
 
 
 def _seconds(case: EvaluationCase, asked: Questions, memory: _Memory, row: float, received: float) -> float:
-    """Return the minimum seconds for 1,000 questions in the largest batch that fits; `row`, `received`: bytes per "
-    "row."""
+    """Return the minimum seconds for 1,000 questions in the largest batch that fits in memory."""
     cfg, chip, chips = case.cfg, case.slice.chip, len(case.slice.devices)
     length, image = case.shape(asked)
     rows = min(1000, max(1, int((chip.hbm - memory.weights) / (memory.padded * (length + asked.answer)))))
@@ -184,7 +182,7 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
 
 
 def _placed(begun: Any, mesh: Mesh) -> Any:
-    """Return cache and decoding state with their sharding: rows over (data, fsdp), the cache's heads over `tensor`."""
+    """Return key/value cache and decoding state with shardings: rows over (data, fsdp), heads over `tensor`."""
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         axes = CACHE_AXES if leaf.ndim == len(CACHE_AXES) else ("batch", *(None,) * (leaf.ndim - 1))

@@ -33,7 +33,7 @@ Attempts = dict[Case, PlannedStep | UserError]
 
 
 def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, PlannedStep]:
-    """Search by compilation for training settings whose step fits in the slice's memory.
+    """Search for training settings whose compiled step fits in the TPU slice's memory.
 
     Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
     settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
@@ -69,7 +69,7 @@ def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tr
 
 
 def _attempt(case: Case) -> PlannedStep | UserError:
-    """Return the estimate for these settings, or the error if the step is too large or sizes do not divide."""
+    """Return the step's estimate for these settings, or the error why it does not fit or compile."""
     try:
         return estimate(case)
     except UserError as error:
@@ -81,13 +81,13 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """Return planning inputs with twice the batch size, without accumulation; None beyond 1,024 rows per chip."""
+    """Return planning inputs with twice the batch size and no accumulation; None beyond 1,024 sequences per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
-    """Return the error that the training step does not fit in memory, with advice on settings to change."""
+    """Return an error that the training step does not fit in memory, with advice on settings to change."""
     config, chip = case.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
@@ -99,7 +99,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
 
 
 def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Planned:
-    """Plan one recovery step and print the result; with `searching`, also search for settings that fit.
+    """Compile one recovery step for a TPU slice and print its cost; with `searching`, also find settings that fit.
 
     Raises:
       UserError: the case does not fit and `searching` is False (with advice), or the settings do not fit.

@@ -27,7 +27,7 @@ _TODO = "write it again with tools/study.py, or leave --guide out"
 
 @dataclass(frozen=True)
 class Source:
-    """Source of evidence rows, such as the paper or our own study.
+    """Source of measurements, such as the paper or our own study.
 
     `measure` names the metric retained, in %; `vision`: its models have a vision tower. `recipe` is the partial
     experiment that made all its rows, apart from the settings of methods and recoveries (the paper's: on top of the
@@ -43,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measured retention (%) of one model after one way of pruning and recovery.
+    """Measured retention (%) of one model after one combination of pruning and recovery.
 
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
     weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
@@ -68,18 +68,18 @@ class Evidence:
 
     @property
     def is_trained(self) -> bool:
-        """True if this evidence is from a model after training."""
+        """True if the measured model was trained after pruning."""
         return self.recovery not in ("none", SOLVED)
 
     @property
     def made_by(self) -> list[str]:
-        """Pruning method and recoveries with which the evidence was measured, by name."""
+        """Names of the pruning method and recoveries with which the retention was measured."""
         return [self.method, *self.recovery.split("+"), *(["none"] if self.recovery == SOLVED else [])]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Advice for a training budget `compute`, for decoder ratios up to `up_to` without an earlier rule.
+    """Recommendation for training budget `compute`, valid for decoder ratios up to `up_to`.
 
     `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
     recoveries whose rows predict the outcome; the first that a source has is used. `source`: origin of the advice.
@@ -103,7 +103,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Speed:
-    """Decoding speed of a pruned model relative to the unpruned model."""
+    """Measured decoding speed of a pruned model relative to the unpruned model."""
 
     model: str
     method: str
@@ -114,7 +114,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Data:
-    """Advice on training data: `least` is the smallest measured share, enough for ratios below `suffices_below`."""
+    """Training data advice: `least`, the smallest share measured, is enough for ratios below `suffices_below`."""
 
     least: Finite
     suffices_below: Finite
@@ -122,7 +122,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Guide:
-    """Content of the file `guide.json`: rules, evidence and speeds.
+    """Content of `guide.json`: rules, measured retentions and speeds.
 
     Ratios within `at` of each other count as equal. `settings`: partial experiment for each recommendation.
     """
@@ -139,7 +139,7 @@ class Guide:
 
 
 def read_guide(path: Path = FILE) -> Guide:
-    """Return the guide that comes with the package, or the one in a file that `tools/study_guide.py` wrote.
+    """Return the bundled guide, or the guide in a file that `tools/study_guide.py` wrote.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -152,7 +152,7 @@ def read_guide(path: Path = FILE) -> Guide:
 
 
 def _problems(guide: Guide) -> Iterator[str]:
-    """Yield errors in the content of a guide: unknown names, ratios without a rule."""
+    """Yield errors in a guide's content: unknown names, ratios that no rule covers."""
     if guide.version != VERSION:
         yield f"written in format {guide.version}, this version reads {VERSION}"
     if PAPER not in guide.sources:

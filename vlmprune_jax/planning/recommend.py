@@ -42,7 +42,7 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Recommendation for a model folder: predicted plans by method, and the text of a config file.
+    """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
     `bench`: speeds measured on this machine, shown instead of the guide's speeds.
     """
@@ -56,7 +56,7 @@ class Advice:
 
 
 def parse_bytes(text: str) -> float:
-    """Convert a text such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
+    """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
 
     Raises:
       UserError: another form, or not above 0.
@@ -72,7 +72,7 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_share(name: str, text: str) -> float:
-    """Convert a text such as 5%, 0.05 or "none" (0) to a fraction.
+    """Convert a share such as 5%, 0.05 or "none" (0) to a fraction.
 
     Raises:
       UserError: another form.
@@ -85,7 +85,7 @@ def parse_share(name: str, text: str) -> float:
 
 
 def saved_as(text: str | None) -> Path:
-    """Return the path for the config file (default: recommended.py).
+    """Return the path of the recommended config file (default: recommended.py).
 
     Raises:
       UserError: not the name of a Python file, or the file exists.
@@ -110,7 +110,7 @@ def advise(
     guide: Guide,
     bench: Path | None = None,
 ) -> Advice:
-    """Return the guide's advice for a model folder or hub id; reads only its JSON files.
+    """Return the recommendation for a model folder or hub id, of which only JSON files are read.
 
     Args:
       hf_dir, vision_dir: see `load`.
@@ -152,7 +152,7 @@ def advise(
 
 
 def as_lines(advice: Advice) -> list[str]:
-    """Return the recommendation as lines of text, without its tables."""
+    """Return the recommendation as lines of text, without tables."""
     found, cfg, asked = advice.recommendation, advice.cfg, advice.recommendation.target
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
@@ -175,7 +175,7 @@ def as_lines(advice: Advice) -> list[str]:
 
 
 def _loading_lines(cfg: ModelConfig) -> list[str]:
-    """Return the engines that load a pruned model at its true size, and why others do not."""
+    """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
     reasons = {target: why_not(cfg, target) for target in TARGETS}
     loads = ", ".join(target for target, reason in reasons.items() if reason is None) or "no engine"
     on_tpus = [] if reasons["vllm_tpu"] else [f"    on TPUs: {facts(cfg)}"]
@@ -183,7 +183,7 @@ def _loading_lines(cfg: ModelConfig) -> list[str]:
 
 
 def advice_lines(found: Recommendation) -> list[str]:
-    """Return lines that say what to do, what retention to expect, why, and where sources disagree."""
+    """Return lines on what to do, the retention to expect, the reasons, and where sources disagree."""
     rule, head = found.rule, found.head
     sure = "recommended" if head is not None or rule.supported else "nothing supports this; the nearest"
     lines = [f"{sure}: {summarize(found)}", f"  expect: {expectation(found)}"]
@@ -196,7 +196,7 @@ def advice_lines(found: Recommendation) -> list[str]:
 
 
 def expectation(found: Recommendation) -> str:
-    """Return the expected retention as text, with its interval and the models or seeds that the interval covers."""
+    """Return the expected retention as text, with its interval and what the interval covers (models or seeds)."""
     expected = found.expected
     if expected is None:
         return "unknown, as no model of like size was measured"
@@ -229,12 +229,12 @@ def summarize(found: Recommendation) -> str:
 
 
 def percent(value: float) -> str:
-    """Format a fraction as a percentage."""
+    """Format a fraction as a percentage, such as "30 %"."""
     return f"{100 * value:.4g} %"
 
 
 def vocabulary_share(cfg: ModelConfig) -> float:
-    """Return the share of all parameters that belong to vocabulary rows: embedding, output head and its bias."""
+    """Return the share of a model's parameters in embedding, output head and output bias."""
     rows = cfg.text.vocab_size
     without = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, vocab_size=1))
     per_row = (count_params(cfg) - count_params(without)) / max(rows - 1, 1)
@@ -242,7 +242,7 @@ def vocabulary_share(cfg: ModelConfig) -> float:
 
 
 def _vocabulary_lines(advice: Advice) -> list[str]:
-    """Return advice to trim a large vocabulary first; no lines for a small one."""
+    """Return advice to trim a large vocabulary before other pruning; no lines for a small one."""
     share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
     if share <= LARGE_VOCABULARY:
         return []
@@ -255,7 +255,7 @@ def _vocabulary_lines(advice: Advice) -> list[str]:
 
 
 def commands(advice: Advice, config: str) -> list[str]:
-    """Return the commands to run with a config file."""
+    """Return the shell commands to run with the recommended config file."""
     workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
     run = f"vlmprune run --config={config} --workdir={workdir}"
     if not advice.recommendation.data_fraction:
@@ -264,7 +264,7 @@ def commands(advice: Advice, config: str) -> list[str]:
 
 
 def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
-    """Return the text of a config file with the family's recipe, the model, the data and the advised settings."""
+    """Return the recommended config file's text: the family's recipe, model, data and advised settings."""
     named = family_of(cfg).name
     changes: dict[str, Any] = {"model": {name: value for name, value in model.items() if value is not None}}
     if count_params(cfg) >= _LARGE:
@@ -303,7 +303,7 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
 
 
 def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("recover.losses.ce", 0.5) for each value in nested settings; mappings with free keys are values."""
+    """Yield ("recover.losses.ce", 0.5) for every setting in nested settings."""
     for name, value in values.items():
         if isinstance(value, Mapping) and all(key.isidentifier() and not keyword.iskeyword(key) for key in value):
             yield from _leaves(value, f"{where}{name}.")
@@ -312,7 +312,7 @@ def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, A
 
 
 def _literal(value: Any) -> str:
-    """Return a JSON value as Python source code, a literal without side effects."""
+    """Return a JSON value as a Python literal, in source code."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, Mapping):

@@ -19,7 +19,7 @@ LIKE = 10  # models within this factor of the target's size count as similar
 
 @dataclass(frozen=True)
 class Target:
-    """Model to prune: its parameters, whether it takes images, and the shares of model and decoder to remove."""
+    """Model to give a recommendation for: size, image input, and shares of model and decoder to remove."""
 
     parameters: int
     vision: bool
@@ -29,7 +29,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Expected:
-    """Expected retention in %: `value`, and the interval around it (None if no measurement gives its width).
+    """Expected retention in %, with its interval (None if unknown) and the measurements behind it.
 
     `same`: the rows are of a model of the same shape, so that the interval is for another seed; else it is for another
     model, task and seed.
@@ -42,14 +42,14 @@ class Expected:
 
     @property
     def of_control(self) -> float | None:
-        """Mean retention relative to the control, over evidence with a control; None without such evidence."""
+        """Mean retention relative to the control (an unpruned model with the same training); None if not measured."""
         known = [row.of_control for row in self.rows if row.of_control is not None]
         return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Advice for a target model, with its expected retention and the evidence.
+    """Recommendation for a target model: settings, expected retention and evidence.
 
     `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `expected`:
     None without evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without
@@ -73,7 +73,7 @@ class Recommendation:
 
 
 def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
-    """Return the guide's recommendation for a target (rules of arXiv 2604.24380 and our own measurements).
+    """Return the guide's recommendation for a target model (arXiv 2604.24380 and our own measurements).
 
     The best row of a model of the same shape comes first; else the rule that fits applies, with the evidence of models
     of like size. Either way the settings are those that the evidence was measured with.
@@ -131,7 +131,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
 
 
 def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge partial experiments section by section; in conflicts the later one wins."""
+    """Merge partial experiments section by section; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for values in settings:
         for name, value in values.items():
@@ -141,7 +141,7 @@ def merge(*settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(rule: Rule, method: str) -> list[str]:
-    """Return the settings of a rule by name; if it tries both methods, only width pruning is reconstructed."""
+    """Return the names of a rule's method and recoveries, as they appear in evidence."""
     solved = rule.reconstruct and (method == "width" or len(rule.methods) == 1)
     return [method, rule.recovery, *([SOLVED] if solved else [])]
 
@@ -151,13 +151,13 @@ def _same_shape(target: Target, row: Evidence, guide: Guide) -> bool:
 
 
 def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
-    """Return True if evidence is from a model of the same type and similar size (up to a factor of `LIKE`)."""
+    """Return True if a measurement is of a model of the same type and similar size (up to a factor of `LIKE`)."""
     ratio = row.parameters / target.parameters
     return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
 
 
 def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
-    """Return the evidence with the best retention for this model shape, ratio and budget; None without evidence."""
+    """Return the measurement with the best retention for this model shape, ratio and budget; None if there is none."""
 
     def fits(row: Evidence) -> bool:
         recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
@@ -171,7 +171,7 @@ def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, g
 
 
 def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
-    """Predict the retention for another seed, from the spread over seeds of this setup and model shape."""
+    """Predict retention for another seed, from measurements of the same model shape."""
     rows = [
         row
         for row in guide.evidence
@@ -186,7 +186,7 @@ def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:
 
 
 def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expected | None:
-    """Predict retention from models of similar size, with the first of the rule's recoveries that has evidence."""
+    """Predict retention from measurements of models of similar size."""
     like = [row for row in guide.evidence if _alike(target, row, guide) and row.method in rule.methods]
     for recovery in rule.evidence:
         rows = _nearest_data([row for row in like if row.recovery == recovery], used)
@@ -201,7 +201,7 @@ def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expec
 
 
 def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, float]:
-    """Return {model: retention at a ratio}, interpolated linearly between measured ratios; 100 % at ratio 0."""
+    """Return {model: retention at a ratio}, interpolated between measured ratios (100 % at ratio 0)."""
     found = {}
     for key in dict.fromkeys(row.model for row in rows):
         points = [(row.decoder_ratio, row.retained) for row in rows if row.model == key]
@@ -215,20 +215,20 @@ def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, fl
 
 
 def _seed_half(row: Evidence) -> float:
-    """Return half the width of the 95 % prediction interval for another seed (Student's t); 0 for one seed."""
+    """Return half the 95 % prediction interval for another seed (Student's t); 0 if one seed was measured."""
     if row.interval is None or (row.seeds or 1) < 2:
         return 0.0
     return (row.interval[1] - row.interval[0]) / 2 * math.sqrt((row.seeds or 1) + 1)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % prediction interval for another model (Student's t); 0 for one model."""
+    """Return half the 95 % prediction interval for another model (Student's t); 0 if one model was measured."""
     mean, _, high = interval_of_mean(values) if values else (0.0, 0.0, 0.0)
     return (high - mean) * math.sqrt(len(values) + 1)
 
 
 def _interval(value: float, half: float) -> tuple[float, float] | None:
-    """Return the interval around a retention, cut at 100 % unless the value is above; None if the width is unknown."""
+    """Return the interval around an expected retention, cut at 100 %; None if its width is unknown."""
     return (max(0.0, value - half), value + half if value > 100 else min(value + half, 100.0)) if half else None
 
 
@@ -237,14 +237,14 @@ def _distance(target: Target, row: Evidence) -> float:
 
 
 def _nearest_data(rows: Sequence[Evidence], used: float) -> list[Evidence]:
-    """Return the evidence whose share of training data is nearest to `used`, and evidence without training."""
+    """Return the measurements whose share of training data is nearest to `used`, and those without training."""
     shares = [row.data_fraction for row in rows if row.data_fraction is not None]
     nearest = min(shares, key=lambda share: abs(share - used), default=None)
     return [row for row in rows if row.data_fraction in (None, nearest)]
 
 
 def _beside(target: Target, shown: Sequence[Evidence], guide: Guide) -> list[Evidence]:
-    """Return further evidence at a similar ratio, first from models of the same type, then from similar sizes."""
+    """Return further measurements at a similar ratio, models of the same type first."""
     rows = [row for row in guide.evidence if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
     kinds = {name: source.vision != target.vision for name, source in guide.sources.items()}
     return sorted(

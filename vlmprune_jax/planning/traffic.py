@@ -82,7 +82,7 @@ def _touched(one: _Instruction, results: Mapping[str, str], parsed: _Computation
 
 
 def _used(parsed: _Computations, body: str, number: int, size: int) -> tuple[int, int]:
-    """Return how many bytes of an operand a fused computation reads, and how many it updates in place.
+    """Return how many bytes of an operand a fused HLO computation reads, and how many it updates in place.
 
     Both are 0 if it passes the operand on.
     """
@@ -113,7 +113,7 @@ def _used(parsed: _Computations, body: str, number: int, size: int) -> tuple[int
 
 
 def _bytes(result: str, any_memory: bool = False) -> int:
-    """Return the bytes in HBM of an array, or of a tuple's arrays."""
+    """Return the HBM bytes of an HLO array type, or of all arrays in a tuple type."""
     total = 0
     for dtype, sizes, layout in _ARRAY.findall(result):
         if any_memory or not re.search(r"S\([1-9]", layout or ""):

@@ -40,7 +40,7 @@ _LACKS = {
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Options of the criteria that score layers, heads and neurons; each criterion uses the options it declares."""
+    """Options of the pruning criteria that score layers, heads and neurons; each criterion uses some of them."""
 
     variant: str = score_setting(
         "param_first",
@@ -92,7 +92,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Trimming of the vocabulary: removes tokens from tokenizer, embedding and output head."""
+    """Settings of vocabulary trimming, which removes tokens from tokenizer, embedding and output head."""
 
     size: int | None = prune_setting(
         None,
@@ -131,7 +131,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Settings of `make_plan`: how much of a model to remove, and which parts."""
+    """Settings of `make_plan`: how much of a model to remove, and from which layers and units."""
 
     method: str = prune_setting(
         "depth",
@@ -246,18 +246,18 @@ class PlanConfig:
 
     @property
     def only_vocabulary(self) -> bool:
-        """True if these settings only trim the vocabulary, with no target for layers, heads and neurons."""
+        """True if only the vocabulary is trimmed, and no layers, heads or neurons are removed."""
         targets = (self.ratio, self.layers_removed, self.sparsity)
         return self.vocabulary.size is not None and targets == (None, None, None) and not self.budget.limits
 
     def recorded(self) -> list[str]:
-        """Return the names of the settings (without targets) on which plans of this pruning method depend."""
+        """Return the names of the settings, except targets, that influence plans of this pruning method."""
         targets = ("method", "ratio", "layers_removed")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
     def check(self, named: Collection[str] = ()) -> None:
-        """Refuse settings that the pruning method lacks, and more or less than one target (except for vocabularies).
+        """Raise UserError for settings that the pruning method lacks, or unless exactly one target is set.
 
         `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do. Raises
         UserError with the name of the setting, or the targets.
@@ -283,7 +283,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """Weights of calibration tokens by type, in reconstruction, GPTQ and importance matrices."""
+    """Weights of calibration tokens by type (prompt, image, answer) in reconstruction, GPTQ and importance matrices."""
 
     prompt_weight: float = reconstruct_setting(
         1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
@@ -300,13 +300,13 @@ class TokenWeights:
 
     @property
     def by_name(self) -> dict[str, float]:
-        """Token weights as {setting name: weight}."""
+        """Weights of calibration tokens as {setting name: weight}."""
         return {name: getattr(self, name) for name in settings_of(TokenWeights)}
 
 
 @dataclass(frozen=True)
 class ReconstructConfig(TokenWeights):
-    """Settings of `reconstruct` (repair without labels)."""
+    """Settings of `reconstruct`, the least-squares repair after pruning."""
 
     method: str = reconstruct_setting(
         "least_squares",
@@ -335,10 +335,10 @@ class ReconstructConfig(TokenWeights):
 
     @property
     def trains_layers(self) -> bool:
-        """True if each layer is also trained after its least-squares repair."""
+        """True if every layer is also trained after its least-squares repair."""
         return self.method == "layerwise"
 
     @property
     def refits(self) -> bool:
-        """True if each weight is repaired again on all records after its ridge penalty is chosen."""
+        """True if weights are solved again on all records after the ridge penalty is chosen."""
         return not self.trains_layers if self.refit is None else self.refit

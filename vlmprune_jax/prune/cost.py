@@ -37,7 +37,7 @@ Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the 
 
 
 def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
-    """Return a function from layer widths to the exact costs of the pruned model, without building the model.
+    """Return a function from layer widths to the pruned model's exact costs, without building the model.
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
@@ -87,7 +87,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
 
 def with_other_bytes(budget: Budget) -> Budget:
-    """Return the budget with `other_bytes` set: size of weights that an export copies from `source_dir` unchanged.
+    """Return the budget with `other_bytes` set to the size of weights that an export copies from `source_dir`.
 
     Raises UserError if the folder cannot be read or exported.
     """
@@ -103,7 +103,7 @@ def with_other_bytes(budget: Budget) -> Budget:
 
 
 def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
-    """Refuse measured decode times unless they include the model of `whole` parameters and a smaller one."""
+    """Raise UserError unless decode times were measured for the unpruned model and for a smaller one."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
         told = ", ".join(f"{size:,.0f}" for size in sizes)
@@ -114,7 +114,7 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
 
 
 def _between(curve: Sequence[Sequence[float]], size: int) -> float:
-    """Return decode time in ms for a number of parameters, interpolated (constant above the largest model)."""
+    """Return the decode time in ms for a parameter count, interpolated between measured models."""
     sizes, times = zip(*sorted(map(tuple, curve)), strict=True)
     if size < sizes[0]:
         raise OutOfReach(f"no measured model has fewer than {sizes[0]:,.0f} parameters")
@@ -124,7 +124,7 @@ def _between(curve: Sequence[Sequence[float]], size: int) -> float:
 def costs_of(
     cfg: ModelConfig, *, dtype: str, uneven: str, length: int, images: int, image_tokens: int = 0
 ) -> dict[str, int]:
-    """Return a model's costs (parameters, bytes, FLOPs), computed from its shapes.
+    """Return a model's costs (parameters, bytes, FLOPs), computed from its layer shapes.
 
     `forward_flops`: see `models.flops.forward_flops`; `kv_bytes_per_token`: of a row (less
     beyond a layer's window); `file_bytes`: of the exported weights.
@@ -138,13 +138,13 @@ def costs_of(
 
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
-    """Return the sum of the costs of all layers in all stacks."""
+    """Return the summed costs of all layers in all stacks."""
     found = cfg.stacks if stacks is None else stacks
     return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return the number of values in the key/value cache per row."""
+    """Return the number of key/value cache entries per sequence."""
     return sum(
         2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
         for one in text.layers
@@ -152,14 +152,14 @@ def _cache(text: Stack, context: int) -> int:
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
-    """Return the attention FLOPs of a row's last token."""
+    """Return the attention FLOPs for the last token of a sequence."""
     return sum(4 * one.q_heads * text.head_dim_of(one) * min(one.window or context, context) for one in text.layers)
 
 
 def _forward_of_layers(
     cfg: ModelConfig, products: Mapping[str, Costs], length: int, slots: int, slot_tokens: int
 ) -> int:
-    """Return the FLOPs of the layers in a forward pass, a part of `forward_flops`."""
+    """Return the layers' share of the forward FLOPs (`forward_flops`)."""
     total, text = 0, cfg.text
     for one in text.layers:
         attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)
@@ -176,7 +176,7 @@ def _forward_of_layers(
 def least_ratio(
     budget: Budget, measure: Measure, config_at: Callable[[float], ModelConfig], total: int
 ) -> tuple[float, dict[str, float]]:
-    """Return the smallest ratio whose plan satisfies the budget, and that plan's cost.
+    """Return the smallest pruning ratio whose plan satisfies the budget, and that plan's cost.
 
     Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
     where a layer is kept rather than emptied; there the result is the smallest ratio of its neighbourhood. Ratios are
@@ -218,5 +218,5 @@ def least_ratio(
 
 
 def amount(value: float) -> str:
-    """Format a cost with its unit for people."""
+    """Format a cost with its unit, such as "4.2 GB"."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -24,7 +24,7 @@ def choose_layers(
     total: int,
     stack: str,
 ) -> tuple[int, ...]:
-    """Return the original numbers of the layers to remove, chosen by score."""
+    """Return the original numbers of the layers to remove, those with the lowest scores."""
     own = cfg.stack(stack)
     if stack == "vision" and cfg.deepstack:
         raise UserError(
@@ -65,7 +65,7 @@ def choose_layers(
 
 
 def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collection[int]) -> str | None:
-    """Return why transformers or an engine of `loads_in` cannot load a model without these layers; None if it can."""
+    """Return why transformers or a required engine cannot load a model without these layers; None if all can."""
     shapes = [shape for i, shape in enumerate(cfg.stack(stack).layers) if i not in gone]
     if len(shapes) < max(1, cfg.deepstack if stack == "text" else 1):
         return ""  # a layer must be left, and one for each level of deepstack features
@@ -79,7 +79,7 @@ def _reason(cfg: ModelConfig, stack: str, targets: Sequence[str], gone: Collecti
 
 
 def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | None]) -> tuple[list[int], str | None]:
-    """Return the layers that can be removed in this order, and why the first excluded layer cannot."""
+    """Return the layers that may be removed, in order of removal, and why the first excluded layer may not."""
     gone, reasons = list[int](), list[str]()
     for layer in order:
         reason = reason_of({*gone, layer})
@@ -91,7 +91,7 @@ def _legal(order: Sequence[int], reason_of: Callable[[Collection[int]], str | No
 
 
 def _nearest_count(sizes: Sequence[int], removal: float, rounding: str) -> int | None:
-    """Return how many of these layers to remove (fewer on ties); None if all of them are too few."""
+    """Return how many of these layers to remove to come nearest to the target; None if all are too few."""
     removed = np.concatenate([[0], np.cumsum(sizes)])
     if removal > removed[-1]:
         return None
@@ -108,7 +108,7 @@ def _block(
     layers_removed: int | None,
     reason_of: Callable[[Collection[int]], str | None],
 ) -> tuple[int, ...]:
-    """Return the `size` consecutive layers with the lowest score; `size` was fixed when scoring."""
+    """Return the block of `size` consecutive layers with the lowest score."""
     if ratio is not None or layers_removed not in (None, size):
         raise UserError(
             f"these {scores.criterion} scores are for removing {size} consecutive layers: use "

@@ -25,7 +25,7 @@ PARTS = ("text", "vision", "projector")
 
 
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
-    """Return everything that `vlmprune inspect` prints, as JSON values; reads no weights.
+    """Return the content of `vlmprune inspect` as JSON values, without reading weights.
 
     Raises UserError for an unknown family, missing or truncated shards, keys or shapes that do not fit config.json.
     """
@@ -58,7 +58,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
 
 
 def count_carried(folder: Path, vision_dir: Path | None) -> int:
-    """Count the parameters of a checkpoint that no forward pass uses, such as tower layers after the feature layer."""
+    """Count checkpoint parameters that no forward pass uses, such as tower layers after the used features."""
     (family, cfg), checkpoint = read_config(folder, vision_dir), Checkpoint(folder)
     keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).carried
     buffers = ("position_ids", "inv_freq")
@@ -92,7 +92,7 @@ def _text(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
-    """Return the shares of the model that one layer, head or neuron has, and that each method can remove at most.
+    """Return the model shares of one layer, head or neuron, and the maximum that each pruning method can remove.
 
     The maximum is None if features of a tower's blocks enter the decoder, so that nothing can be removed.
     """
@@ -114,7 +114,7 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
 
 
 def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
-    """Return {pruning method or export option: size of the pruned copy, and programs that load it} as text."""
+    """Return {pruning method or export option: exported size and programs that can load it} as text."""
     stock, target = family.layout == "transformers", target_of(family)
     loader = "stock transformers" if stock else "this package and the hub's own code"
     # which takes hidden_size / heads for the size of a head
@@ -151,7 +151,7 @@ def _images(found: dict[str, Any]) -> str:
 
 
 def as_lines(found: dict[str, Any]) -> list[str]:
-    """Return the result of `describe` as lines of text."""
+    """Return the content of `vlmprune inspect` as lines of text."""
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
     total, carried = parts["total"], parts["total"] + found["carried"]
     lines = [
@@ -191,7 +191,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
-    """Return the types of pruning after which engines load each stack at its true size, as text."""
+    """Return text on the types of pruning after which each engine can load the model."""
     reasons = {why for kinds in stacks.values() for why in kinds.values()}
     if len(reasons) == 1 and (reason := next(iter(reasons))) is not None:
         return f"nothing: {reason}"

@@ -24,13 +24,13 @@ _GOLDEN = 0.6180339887498949  # multiples of the golden ratio spread over a tens
 
 
 def shape_digest(cfg: ModelConfig) -> str:
-    """Return a digest (12 hex digits) of the names and shapes of all parameters."""
+    """Return a digest (12 hex digits) of all parameter names and shapes."""
     shapes = json.dumps(sorted((_digested(path), shape) for path, shape in param_shapes(cfg).items()))
     return hashlib.sha256(shapes.encode()).hexdigest()[:12]
 
 
 def fingerprint(model: Model) -> str:
-    """Return `shapes-content`: the shape digest, and a digest (16 hex digits) of weights sampled from every layer.
+    """Return a model's fingerprint `shapes-content`: digests of parameter shapes and of weight samples.
 
     Weights are compared after rounding to bfloat16, so a checkpoint has one fingerprint in any dtype and sharding
     (float32 sums would depend on both).
@@ -39,7 +39,7 @@ def fingerprint(model: Model) -> str:
 
 
 def content_digest(model: Model, part: str = "") -> str:
-    """Return the content digest (16 hex digits) of `fingerprint` for all tensors below a path."""
+    """Return the digest (16 hex digits) of weight samples of all tensors below a parameter path."""
     flat = {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part)}
     axes = param_axes(model.cfg)
     stacked = {path: axes[path][0] == "layer" for path in flat}
@@ -52,12 +52,12 @@ def content_digest(model: Model, part: str = "") -> str:
 
 
 def _digested(path: str) -> str:
-    """Return the name of a parameter in digests (without the run number of the vision tower)."""
+    """Return a parameter's name as digests spell it (the vision tower's without its group number)."""
     return re.sub("^vision/layers/0/", "vision/layers/", path)
 
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
-    """Return bfloat16 samples of each parameter; reads files and host arrays in place, device arrays in one gather."""
+    """Return bfloat16 samples of every parameter, without loading whole tensors from files."""
     sampled = {path: _from_files(leaf) for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
     host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
     device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
@@ -72,14 +72,14 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
 
 
 def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
-    """Return the weight samples of `_sample` for parameters that are still in files."""
+    """Return weight samples of parameters that are still in their checkpoint files."""
     if isinstance(leaf, FileStack):
         return np.stack([_from_files(one) for one in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
 
 
 def _on_host(leaf: Any) -> bool:
-    """Return True if numpy can read the array without a copy: a numpy array, or a jax array on one CPU device."""
+    """Return True if NumPy can read an array without copying it (NumPy arrays, jax arrays on one CPU device)."""
     if isinstance(leaf, np.ndarray):
         return True
     devices = list(leaf.devices())
@@ -91,7 +91,7 @@ def _gather(leaves: Flat, stacked: dict[str, bool]) -> Flat:
 
 
 def _indices(shape: tuple[int, ...], stacked: bool) -> tuple[Any, ...]:
-    """Return the indices of `SAMPLES` evenly spread values in each layer of a (stacked) tensor."""
+    """Return the indices of `SAMPLES` evenly spaced elements in each layer of a stacked tensor."""
     inner = shape[1:] if stacked else shape
     size = int(np.prod(inner))
     flat = (np.modf(np.arange(1, SAMPLES + 1) * _GOLDEN)[0] * size).astype(np.int64)

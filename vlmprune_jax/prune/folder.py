@@ -23,7 +23,7 @@ def prune_folder(
     overwrite: bool = False,
     **options: Any,
 ) -> None:
-    """Prune a checkpoint from file to file, with the same bytes as `save(apply_plan(load(...), plan), ...)`.
+    """Prune a checkpoint file by file without loading it; bytes equal `save(apply_plan(load(...), plan), ...)`.
 
     The plan is applied to arrays that stay in their files. Tensors that it leaves whole are copied in blocks, the
     others are read, indexed and written one at a time; every block is read back and compared. No array

@@ -52,12 +52,12 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Rounded(CompressedTensors):
-    """Storage format with the integer codes that GPTQ computed for the weights of one model."""
+    """Quantised storage format whose integer codes GPTQ computed."""
 
     codes: Mapping[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that GPTQ computed for this weight, independent of `values`.
+        """Return the quantised tensors that GPTQ computed for the weight called `name`; `values` are not used.
 
         Raises UserError if the weight is not the model's.
         """
@@ -85,7 +85,7 @@ def gptq(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> Rounded:
-    """Quantise a decoder's matrices by GPTQ (error compensation); pass the result to `save(..., storage=...)`.
+    """Quantise a decoder's matrices by GPTQ; pass the result to `save(..., storage=...)`.
 
     Args:
       model: the model to be saved, on one device or a mesh.
@@ -125,7 +125,7 @@ def importance(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> Importance:
-    """Return the mean squared inputs of the decoder's matrices, for `save(..., format="gguf", imatrix=...)`.
+    """Return the importance matrix (mean squared inputs) of a decoder for `save(..., format="gguf", imatrix=...)`.
 
     Arguments and errors are those of `gptq`.
     """
@@ -158,7 +158,7 @@ def _pass_layers(
     visit: Callable[[Layer, Sequence[Slot], Sequence[Step]], Layer],
     progress: Callable[[int], None] | None,
 ) -> list[Step]:
-    """Run the calibration rows through the decoder layer by layer, and return the rows.
+    """Run the calibration rows through the decoder, replacing each layer by the result of `visit`.
 
     `visit(layer, slots of its matrices, rows at its input)` returns the layer that they pass.
     """
@@ -180,7 +180,7 @@ def _pass_layers(
 
 
 def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) -> list[Step]:
-    """Return the rows of all calibration batches, with the decoder's input embeddings as `ours`."""
+    """Return all calibration rows with the decoder's input embeddings as their residual stream."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
     steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
@@ -198,7 +198,7 @@ def _round_layer(
     dtype: np.dtype,
     cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
-    """Quantise a layer's matrices; return (tensors by path, the layer's new parameters)."""
+    """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
     by_input = {tap: [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap] for tap in READERS}
     # matrices with one input share its sums: one factor, one pass over the columns
     slots_of = {tap: [slot for parts in matrices for slot in parts] for tap, matrices in by_input.items() if matrices}
@@ -239,7 +239,7 @@ def _keys(layer: Layer, tap: str) -> tuple[str, str, str]:
 def compensated(
     values: np.ndarray, gram: np.ndarray, storage: CompressedTensors, scale: np.ndarray, zeros: np.ndarray
 ) -> np.ndarray:
-    """Return int8 codes of weights float32[rows, in] by GPTQ, given X^T X float64[in, in] and the integer grid."""
+    """Quantise weights float32[rows, in] to int8 codes by GPTQ, given X^T X float64[in, in] and the integer grid."""
     diagonal = np.diagonal(gram)
     diagonal = np.maximum(diagonal, max(_FLOOR * diagonal.mean(), float(np.finfo(np.float32).tiny)))
     order = np.argsort(diagonal, kind="stable")  # rounded from the last on
@@ -260,7 +260,7 @@ def compensated(
 
 
 def inside(slot: Slot) -> str:
-    """Return the path of a parameter within its layer."""
+    """Return a parameter's path within its layer."""
     return slot.name.split("/", 3)[3]
 
 
@@ -289,7 +289,7 @@ def _sums(
 def finite_sums(
     sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
 ) -> dict[str, np.ndarray]:
-    """Sum `sums(params, x, weight, given, ...)` of a layer over all rows in float64; `what` names the caller in errors.
+    """Sum a layer's statistics over all calibration rows in float64; errors begin with the name `what`.
 
     Raises UserError if the sums of a row are not finite.
     """

@@ -33,7 +33,7 @@ def prune_iteratively(
     score_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
-    """Prune heads and neurons to a target (ratio, sparsity or budget) in equal steps, with new scores for each step.
+    """Prune heads and neurons to a target in equal steps, with new scores before every step.
 
     Step k of K aims at k/K of the target, always relative to the original model. Under a budget it aims at k/K of the
     ratio that the first scores lead to, and the last step at the budget itself.
@@ -79,7 +79,7 @@ def prune_iteratively(
 
 
 def _step_of(config: PlanConfig, ratio: float | None, k: int, steps: int, unpruned: ModelConfig) -> PlanConfig:
-    """Return the settings of step k, which removes k/steps of the target (the last step: the target itself)."""
+    """Return the settings of step k, whose target is k/steps of the final target."""
     last = k == steps and bool(config.budget.limits)
     return dataclasses.replace(
         config,

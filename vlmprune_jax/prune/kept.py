@@ -18,7 +18,7 @@ from vlmprune_jax.core.stack import LayerShape
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """Kept parts of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
+    """Kept units of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
 
     index: int
     q_heads: tuple[int, ...]
@@ -27,7 +27,7 @@ class KeptLayer:
 
     @classmethod
     def whole(cls, index: int, shape: LayerShape) -> KeptLayer:
-        """Return an entry that keeps everything in a layer."""
+        """Return the entry of a layer from which nothing is removed."""
         return cls(index, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(shape.mlp)))
 
     @property
@@ -36,7 +36,7 @@ class KeptLayer:
         return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
 
     def then(self, second: KeptLayer) -> KeptLayer:
-        """Return one entry for pruning a layer by this entry and then by `second`."""
+        """Combine two successive prunings of a layer (first this, then `second`) into one entry."""
         return KeptLayer(
             self.index,
             _pick(self.q_heads, second.q_heads),
@@ -47,7 +47,7 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class KeptStack:
-    """Kept parts of a stack: shapes of all layers before pruning, and one `KeptLayer` per kept layer."""
+    """Kept layers and units of a stack: all layer shapes before pruning, and one `KeptLayer` per kept layer."""
 
     layers_before: tuple[LayerShape, ...]
     layers: tuple[KeptLayer, ...]
@@ -61,17 +61,17 @@ class KeptStack:
 
     @classmethod
     def whole(cls, layers: Sequence[LayerShape]) -> KeptStack:
-        """Return an entry that keeps everything in a stack."""
+        """Return the entry of a stack from which nothing is removed."""
         return cls(tuple(layers), tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(layers)))
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """Shapes of the layers after pruning."""
+        """Shapes of the kept layers after pruning."""
         return tuple(layer.shape for layer in self.layers)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the kept layers, in order."""
+        """Original numbers of the kept layers, ascending."""
         return tuple(layer.index for layer in self.layers)
 
     @property
@@ -80,7 +80,7 @@ class KeptStack:
         return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
 
     def then(self, second: KeptStack) -> KeptStack:
-        """Return one entry for pruning a stack by this entry and then by `second`."""
+        """Combine two successive prunings of a stack (first this, then `second`) into one entry."""
         return KeptStack(self.layers_before, tuple(self.layers[one.index].then(one) for one in second.layers))
 
 
@@ -90,7 +90,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_ids", "pad_token_id", "image_token_id", 
 
 @dataclass(frozen=True)
 class KeptVocabulary:
-    """Kept token ids (ascending) of a vocabulary with `rows_before` rows; the index in `kept` is the new id.
+    """Token ids (ascending) that stay in a vocabulary of `rows_before` rows; a kept token's new id is its index.
 
     `tokenizer`: digest of the tokenizer that the ids belong to (`data.tokenizer_files.vocabulary_digest`).
     """
@@ -108,16 +108,16 @@ class KeptVocabulary:
 
     @functools.cached_property
     def new_ids(self) -> dict[int, int]:
-        """Mapping {old id: new id} of the kept tokens."""
+        """Mapping {old token id: new token id} of the kept tokens."""
         return {old: new for new, old in enumerate(self.kept)}
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the tokenizer and the kept ids (16 hex digits), used in cache keys."""
+        """Digest of tokenizer and kept token ids (16 hex digits), used in cache keys."""
         return hashlib.sha256(f"{self.tokenizer} {self.kept}".encode()).hexdigest()[:16]
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """Return the config with the new token ids; ids outside the vocabulary, such as LLaVA's -200, stay.
+        """Return the model config with the new token ids; negative ids such as LLaVA's -200 are unchanged.
 
         Raises:
           UserError: the vocabulary has another size, or a token that the model itself uses is not kept.
@@ -132,7 +132,7 @@ class KeptVocabulary:
         return dataclasses.replace(cfg, text=text, **changes)
 
     def then(self, second: KeptVocabulary) -> KeptVocabulary:
-        """Return one entry for trimming by this entry and then by `second`. Raises UserError if sizes disagree."""
+        """Combine two successive trimmings of a vocabulary; raise UserError if their sizes disagree."""
         if second.rows_before != len(self.kept):
             raise UserError(
                 "the plans cannot be composed: the second plan is for another vocabulary than the first plan leaves"
@@ -150,7 +150,7 @@ class KeptVocabulary:
 
 
 def _inconsistency(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Return the reason why a plan cannot keep these layers of a stack with these widths; None if it can."""
+    """Return why a plan's kept layers and units do not fit the stack; None if they do."""
     if not layers:
         return "no layer is kept"
     indices = [layer.index for layer in layers]
@@ -177,7 +177,7 @@ def _inconsistency(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) ->
 
 
 def _listed(indices: Sequence[int]) -> str:
-    """Return the first few numbers of a list as text."""
+    """Return the first few numbers of a list as text, for messages."""
     return str([*indices]) if len(indices) <= 64 else f"{str([*indices[:64]])[:-1]}, ... {len(indices):,} in all]"
 
 

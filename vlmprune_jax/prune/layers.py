@@ -32,7 +32,7 @@ _AHEAD = 2  # results that are on the devices at a time, besides the one that is
 
 
 def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `compute(item)` for every item, moved from the devices to host memory.
+    """Yield `compute(item)` for every item, with its arrays moved to host memory.
 
     Copies overlap with the arithmetic of the following items. All processes call it in step.
     """
@@ -46,21 +46,21 @@ def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def to_hosts(x: jax.Array) -> jax.Array:
-    """Start copying the array to host memory and return the copy; on CPUs return the array itself."""
+    """Start copying an array to host memory and return the copy; on CPUs return the array unchanged."""
     if jax.default_backend() == "cpu":
         return x
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
 def to_devices(x: Any) -> jax.Array:
-    """Return the array in device memory (undoes `to_hosts`); a NumPy array on the default device."""
+    """Move an array back to device memory (undoes `to_hosts`); a NumPy array goes to the default device."""
     if isinstance(x, np.ndarray):
         return jnp.asarray(x)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 class Given(NamedTuple):
-    """Inputs of a layer other than the residual stream (masks, positions, deepstack additions, shared keys).
+    """Inputs of a layer besides the residual stream: masks, positions, DeepStack additions, reused keys and values.
 
     `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output,
     or float[rows, seq, n], the layer's own input; `shared`: keys and values of earlier layers.
@@ -71,13 +71,13 @@ class Given(NamedTuple):
     shared: Shared = MappingProxyType({})
 
     def placed(self, mesh: Mesh | None) -> Given:
-        """Return a copy of the layer on the device, or sharded over a mesh."""
+        """Return a copy of these inputs on the device, or sharded over a mesh."""
         keys = {size: (to_devices(k), to_devices(v)) for size, (k, v) in self.shared.items()}
         return Given(place_batch(self.arrays, mesh), None if self.added is None else to_devices(self.added), keys)
 
 
 class Streams(NamedTuple):
-    """Residual stream after a layer, and between its attention and MLP: float32[rows, seq, embed].
+    """Residual stream after a layer, and between its attention and MLP, float32[rows, seq, embed] each.
 
     `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`. `shared`: keys
     and values for the layers that follow, with this layer's own.
@@ -91,7 +91,7 @@ class Streams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: its original number, float32 `params` by flat path, and the model's dtype.
+    """One layer of a stack: original number, float32 parameters by path, and the model's dtype.
 
     `shares`: layers that follow may need its keys and values.
     """
@@ -107,7 +107,7 @@ class Layer:
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int) -> Layer:
-        """Return layer `number` of one of a model's stacks."""
+        """Return layer `number` of a model's decoder or vision tower."""
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
             (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
@@ -121,22 +121,22 @@ class Layer:
 
     @functools.cached_property
     def block(self) -> Block:
-        """NNX module that computes the layer."""
+        """NNX module that computes this layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
     def run(self, x: jax.Array, given: Given) -> tuple[jax.Array, Shared]:
-        """Return the residual stream after the layer, and the keys and values for layers that follow."""
+        """Run the layer; return the residual stream after it, and its keys and values."""
         found = self.streams(x, given)
         return found.after, found.shared
 
     def streams(self, x: jax.Array, given: Given) -> Streams:
-        """Return the residual stream after the layer, and between its attention and MLP."""
+        """Run the layer; return the residual stream after it, and between its attention and MLP."""
         placed, sizes = given.placed(self.mesh), {"stack": self.stack, "cfg": self.cfg, "shares": self.shares}
         found = _streams(self.params, to_devices(x), placed, **sizes)
         return found._replace(shared={**given.shared, **found.shared})
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
-        """Return a copy with a correction float32[in (+ 1 for a bias), embed] added to an output projection.
+        """Return a copy of the layer with a least-squares correction added to an output projection.
 
         Of a writer whose output is normalised: added at the norm's present statistics.
         """
@@ -155,7 +155,7 @@ class Layer:
         return dataclasses.replace(self, params=params, changed_paths=paths)
 
     def reading(self, reader: str, change: np.ndarray) -> Layer:
-        """Return a copy whose input projections see x + D^T x instead of x, for D float32[embed, embed].
+        """Return a copy of the layer whose attention or MLP reads x + D^T x instead of x, for D float32[embed, embed].
 
         `reader`: the branch, "self_attn" or "mlp"; in a parallel block both branches read the same.
         """
@@ -170,7 +170,7 @@ class Layer:
 
     @property
     def written(self) -> dict[str, np.ndarray]:
-        """Parameters that reconstruction changed, by path, in the model's dtype."""
+        """Parameters that reconstruction has changed, {path: array in the model's dtype}."""
         return {path: np.asarray(gather_to_host(self.params[path])).astype(self.dtype) for path in self.changed_paths}
 
 
@@ -182,7 +182,7 @@ def run_block(
     given: Given,
     want: tuple[str, ...],
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Run one layer; return (module, residual stream after the layer, requested values of `models.block.VALUES`)."""
+    """Run one layer; return (module, residual stream after it, intermediate values named in `want`)."""
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
     own = given.added if module.per_layer else None
@@ -202,7 +202,7 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
-    """Return the model with some parameters of one stack replaced, given by layer number and path."""
+    """Return the model with some layers' parameters replaced, given as {layer number: {path: array}}."""
     layers = dict(model.params[stack]["layers"])
     for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])

@@ -52,7 +52,7 @@ def _step(
 
 
 def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
-    """Return the rows of a step in parts of `size`: residual streams, token weights and other layer inputs."""
+    """Split a step's calibration rows into parts of `size`: residual streams, token weights, other layer inputs."""
     arrays = {"x": step.ours, "target": step.dense, "weight": step.weight, "given": step.given(place)}
     count = len(step.weight)
     if size >= count:
@@ -63,7 +63,7 @@ def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
 
 
 def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Return the trained parameters of a layer as one vector; None if the held-out error does not fall.
+    """Train one layer to imitate the unpruned model; return its parameters as a vector, None if that does not help.
 
     All weights and norms train by Adam with a cosine schedule; the epoch of the lowest held-out error is kept.
 
@@ -107,7 +107,7 @@ def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.nda
 
 
 def replaced(layer: Layer, vector: np.ndarray) -> Layer:
-    """Return the layer with all parameters from the vector of `train_layer`, rounded to the model's dtype."""
+    """Return the layer with all parameters taken from the vector that `train_layer` returns."""
     params, at = dict[str, jax.Array](), 0
     for path in sorted(layer.params):
         old = layer.params[path]

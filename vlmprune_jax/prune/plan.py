@@ -33,7 +33,7 @@ class _VersionJson(TypedDict):
 
 
 class _StackJson(TypedDict):
-    """JSON form of a pruned stack; `kept_layers` repeats the indices of `layers` for readers."""
+    """JSON form of a pruned stack; `kept_layers` repeats the layer numbers for human readers."""
 
     kept_layers: NotRequired[list[_Index]]
     layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
@@ -41,7 +41,7 @@ class _StackJson(TypedDict):
 
 
 class _VocabularyJson(TypedDict):
-    """JSON form of a kept vocabulary; `kept` lists ranges [start, stop) of ids."""
+    """JSON form of a kept vocabulary; `kept` lists ranges [start, stop) of token ids."""
 
     rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
     tokenizer: str
@@ -64,7 +64,7 @@ class _PlanJson(_VersionJson):
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Prune plan: the kept parts of the model with this fingerprint, and the settings of the plan.
+    """Prune plan: kept layers, heads, neurons and tokens, settings, and the fingerprint of the model that it is for.
 
     `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
     `vocabulary`: kept tokens, None if all are.
@@ -89,7 +89,7 @@ class PrunePlan:
             raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text, or text and vision")
 
     def __repr__(self) -> str:
-        """Return method, sizes and layers of every pruned stack as text, without the indices."""
+        """Return method, sizes and layers of each pruned stack as text, without indices."""
         sizes = (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {100 * self.reached:.2f} % removed"
         )
@@ -105,22 +105,22 @@ class PrunePlan:
 
     @property
     def layers_before(self) -> tuple[LayerShape, ...]:
-        """Shapes of the unpruned decoder's layers."""
+        """Shapes of the decoder's layers before pruning."""
         return self.stacks["text"].layers_before
 
     @property
     def layers(self) -> tuple[KeptLayer, ...]:
-        """Entries of the kept decoder layers."""
+        """Entries (`KeptLayer`) of the kept decoder layers."""
         return self.stacks["text"].layers
 
     @property
     def reached(self) -> float:
-        """Share of the parameters (`parameters_total`) that the plan removes."""
+        """Share of all parameters that the plan removes."""
         return (self.parameters_before - self.parameters_after) / self.parameters_total
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Original numbers of the kept decoder layers, in order: the teacher layer for each student layer."""
+        """Original numbers of the kept decoder layers: entry i is the teacher layer for student layer i."""
         return self.stacks["text"].kept_layers
 
     @property
@@ -129,7 +129,7 @@ class PrunePlan:
         return self.stacks["text"].removed_layers
 
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
-        """Return the pruned model's config. Raises UserError if its transformers class cannot hold the layers."""
+        """Return the pruned model's config; raise UserError if its transformers class does not support the layers."""
         for name, kept in self.stacks.items():
             before = cfg.stack(name).layers
             if name == "text":
@@ -142,7 +142,7 @@ class PrunePlan:
         return cfg if self.vocabulary is None else self.vocabulary.apply_to(cfg)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the plan as JSON text with one line per layer; also write it to `path` if one is passed."""
+        """Return the plan as JSON text; also write it to `path` if one is passed."""
         head = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -166,7 +166,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
-        """Read a plan from a file, or from JSON text.
+        """Read a plan from a JSON file or from JSON text.
 
         Raises UserError if there is no such file, it is not JSON, or a key is missing or inconsistent.
         """
@@ -183,7 +183,7 @@ class PrunePlan:
 
 
 def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
-    """Refuse plans in which a layer keeps other heads than the layer whose keys and values it reuses."""
+    """Raise UserError if a layer keeps other heads than the layer whose keys and values it reuses."""
     kept = [text.layers[layer.index] for layer in layers]
     for layer, shape in zip(layers, kept, strict=True):
         makers = [one for one, s in zip(layers, kept, strict=True) if not s.shared and s.window == shape.window]
@@ -196,7 +196,7 @@ def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
 
 
 def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> PrunePlan:
-    """Return a plan that removes nothing from a model with `parameters` parameters."""
+    """Return a plan that removes nothing."""
     return PrunePlan(
         fingerprint=fingerprint,
         method="none",
@@ -209,7 +209,7 @@ def keep_everything(cfg: ModelConfig, fingerprint: str, parameters: int) -> Prun
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """Return one plan for pruning a model by `first`, and the result by `second`.
+    """Combine two plans: `first` for the model, and `second` for the model that `first` makes.
 
     Raises UserError if `second` is for other widths than `first` leaves.
     """
@@ -237,7 +237,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
 
 
 def _vocabulary_json(vocabulary: KeptVocabulary) -> dict[str, Any]:
-    """Return the JSON form of a kept vocabulary, with ranges [start, stop) of ids."""
+    """Return a kept vocabulary's JSON form, with ranges [start, stop) of token ids."""
     edges = [i for i, (low, high) in enumerate(itertools.pairwise(vocabulary.kept), 1) if high != low + 1]
     bounds = itertools.pairwise([0, *edges, len(vocabulary.kept)])
     ranges = [(vocabulary.kept[start], vocabulary.kept[stop - 1] + 1) for start, stop in bounds]

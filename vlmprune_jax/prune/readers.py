@@ -39,7 +39,7 @@ def _sums(params: Any, x: Any, dense: Any, weight: Any, given: Given, *, stack: 
 
 
 def can_read(layer: Layer, reader: str) -> bool:
-    """Return True if the branch (attention or MLP) has its own norm before it."""
+    """Return True if attention or MLP has its own input norm, so that its input projections can be repaired."""
     norms = list(READER_OF.values())
     return hasattr(layer.block, layer.block.names.norms[norms.index(reader)])
 
@@ -47,7 +47,7 @@ def can_read(layer: Layer, reader: str) -> bool:
 def reader_change(
     layer: Layer, reader: str, steps: Sequence[Step], dense: Sequence[jax.Array], place: int, *, refit: bool
 ) -> tuple[np.ndarray, float] | None:
-    """Return (D, its ridge penalty) for `Layer.reading`; None if no penalty lowers the held-out error.
+    """Solve for a linear change of a branch's normalised input; return it with its ridge penalty, None if none helps.
 
     Args:
       dense: the dense stream in front of the branch's norm, for each step.

@@ -129,7 +129,7 @@ def reconstruct(
 
 
 def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
-    """Compute the inputs of a stack's first layer, and deepstack additions, for the unpruned and the pruned model."""
+    """Compute the first layer's input and the DeepStack additions, for the unpruned and the pruned model."""
     for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, teacher), steps), strict=True):
         step.dense, step.added_dense = x, added
     for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, pruned), steps), strict=True):
@@ -148,7 +148,7 @@ def _solve(
     config: ReconstructConfig,
     tick: Callable[[], None],
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
-    """Return the new parameters of a stack's layers, by number and path, and a report per weight."""
+    """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight."""
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
     reads = _reads(config, kept)
     _advance(steps, teacher, stack, range(kept.kept_layers[0]), middle=False)
@@ -188,7 +188,7 @@ def _solve(
 
 
 def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
-    """Return True if input projections are repaired too: if the settings allow it and enough neurons are removed."""
+    """Return True if attention and MLP input projections are repaired as well as output projections."""
     left = sum(len(layer.neurons) for layer in kept.layers)
     whole = sum(kept.layers_before[layer.index].mlp for layer in kept.layers)
     return config.readers == "auto" and left < READ_BELOW * whole
@@ -204,7 +204,7 @@ def _read(
     lost: bool,
     refit: bool,
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return the change of a branch's input; None unless it lowers the error after the branch on held-out rows.
+    """Solve for the change of a branch's input; return None unless it lowers the held-out error.
 
     Both ways are compared after the writer is solved; without the change only if it `lost` something.
     """
@@ -226,7 +226,7 @@ def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
-    """Return the number of layers to reconstruct, up to which `progress` counts."""
+    """Return the number of layers to reconstruct, for the progress bar."""
     return sum(len(plan.stacks[stack].layers) for stack in _stacks(plan))
 
 
@@ -237,12 +237,12 @@ def _stacks(plan: PrunePlan) -> list[str]:
 
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
-    """Return pairs of original numbers of consecutive kept layers; a layer also replaces removed layers after it."""
+    """Return the original layers (start, stop) that each kept layer stands for: itself and removed ones after it."""
     return list(itertools.pairwise((*kept.kept_layers, len(kept.layers_before))))
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
-    """Return the output projections of a layer to reconstruct, in the order of the forward pass."""
+    """Return the names of a layer's output projections to repair, in the order of the forward pass."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.layers_before[layer.index], end - first > 1
     lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
@@ -250,7 +250,7 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:
-    """Run the unpruned model's residual streams through these layers, and store statistics of the first layer."""
+    """Run the unpruned model's residual streams through these layers."""
     for number in layers:
         layer, first = Layer.of(teacher, stack, number), number == layers.start
 
@@ -267,7 +267,7 @@ def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *
 def _recorded(
     cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return (weight correction or None, its report), cached or newly computed; all processes must call it."""
+    """Return a weight's correction (or None) and report, from the cache or newly computed (collective)."""
 
     def arrays() -> dict[str, np.ndarray]:
         change, told = solve()
@@ -314,7 +314,7 @@ def _sums(
 def solve_for(
     layer: Layer, module: str, steps: Sequence[Step], place: int, *, refit: bool = True
 ) -> tuple[np.ndarray | None, SolveReport]:
-    """Return the weight correction for `Layer.changed`; None if no ridge penalty lowers the held-out error.
+    """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
 
     `place`: the layer's among those that are left. `refit`: solve again on all rows after the ridge is chosen.
     """
@@ -337,7 +337,7 @@ def solve_for(
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the least-squares sums over all rows of these steps (see `ridge.Sums`)."""
+    """Return the least-squares sums over all calibration rows of these steps."""
     totals, energies = None, np.float32(0)
 
     def add(step: Step) -> jax.Array:

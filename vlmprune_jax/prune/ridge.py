@@ -23,7 +23,7 @@ _PRODUCT: Any = {"precision": "highest"}
 
 
 class Sums(NamedTuple):
-    """Least-squares sums over weighted tokens, float32: w x x^T [in, in], w x r^T [in, embed], and w |r|^2 per row."""
+    """Sums over weighted tokens for least squares: w x x^T [in, in], w x r^T [in, embed], and w |r|^2 per row."""
 
     gram: jax.Array
     cross: jax.Array
@@ -32,13 +32,13 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add_into(totals: Any, parts: Any) -> Any:
-    """Return the sum of two pytrees of arrays, computed in place in the first."""
+    """Add two pytrees of arrays, in place in the first."""
     return jax.tree.map(jnp.add, totals, parts)
 
 
 @jax.jit
 def change(sums: Sums, ridge: Any) -> jax.Array:
-    """Return the ridge solution (G + ridge diag G)^-1 C, float32[in, embed]."""
+    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed]."""
     diagonal = jnp.diagonal(sums.gram)
     diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
     matrix = sums.gram + jnp.diag(ridge * diagonal)
@@ -47,7 +47,7 @@ def change(sums: Sums, ridge: Any) -> jax.Array:
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
-    """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if a solve fails."""
+    """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if the solve fails."""
 
     def error(ridge: jax.Array) -> jax.Array:
         changed = change(fit, ridge)
@@ -62,7 +62,7 @@ def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """Solve A x = b for positive definite float32[n, n] and float32[n, m], by blocked Cholesky factorisation.
+    """Solve A x = b for positive definite float32[n, n], by blocked Cholesky factorisation.
 
     XLA unrolls its own Cholesky for TPUs: 2,048 rows compile for minutes, the 11,008 of a 7B model never. Here loops go
     over blocks of one size, and all but the diagonal blocks are matrix products.

@@ -27,7 +27,7 @@ class _Version(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Options of a criterion that plans and reports need."""
+    """Criterion options in a scores file that plans and reports read."""
 
     variant: str | None
     gqa: Literal["groups", "q_heads"]
@@ -51,7 +51,7 @@ class _Meta(_Version):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance scores of one stack under one criterion; the lowest-scoring units are pruned first.
+    """Importance scores of a stack's layers, or heads and neurons, by one criterion; low scores are pruned first.
 
     `stack`: the decoder, "text", or the tower, "vision". `importance`: float64[n_layers], or None if the criterion does
     not score whole layers; with an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
@@ -78,7 +78,7 @@ class Scores:
                 )
 
     def __repr__(self) -> str:
-        """Return criterion, stack and type of scores as text, without the numbers."""
+        """Return criterion, stack and type of scores as text, without numbers."""
         heads, neurons = (None if part is None else sum(map(len, part)) for part in (self.heads, self.mlp))
         layers = len(self.heads or ()) if self.importance is None else len(self.importance)
         unit = "heads" if self.options.get("gqa") == "q_heads" else "head groups"
@@ -92,18 +92,18 @@ class Scores:
 
     @property
     def name(self) -> str:
-        """Name of the criterion, with its `variant` if it has several: `taylor/param_first`."""
+        """Name of the criterion, followed by its variant if it has several: `taylor/param_first`."""
         variant = self.options.get("variant")
         return f"{self.criterion}/{variant}" if variant else self.criterion
 
     @property
     def span(self) -> int | None:
-        """Number of consecutive layers scored together by each `importance` entry; None for single layers."""
+        """Number of consecutive layers that each `importance` entry scores together; None if each layer has its own."""
         return self.options.get("layers_removed")
 
     @property
     def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Scores of (heads, neurons). Raises UserError if the criterion does not score heads and neurons."""
+        """Scores of (heads, neurons); raise UserError if the criterion scores only layers."""
         if self.heads is None or self.mlp is None:
             raise UserError(
                 f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
@@ -112,7 +112,7 @@ class Scores:
 
     @property
     def layers(self) -> np.ndarray:
-        """Scores of whole layers (`importance`). Raises UserError if the criterion does not score layers."""
+        """Scores of whole layers (`importance`); raise UserError if the criterion scores only heads and neurons."""
         if self.importance is None:
             raise UserError(
                 f"{self.criterion} does not score layers: for depth pruning, score with {scoring('layers')}"
@@ -120,7 +120,7 @@ class Scores:
         return self.importance
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores as one `.npz` file (no pickle), atomically."""
+        """Write the scores to an `.npz` file (without pickle), atomically."""
         path = Path(path)
         meta = {
             "format": FORMAT,
@@ -136,7 +136,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read a file written by `save`. Raises UserError if it is missing or not a scores file."""
+        """Read a scores file written by `save`; raise UserError if it is missing or malformed."""
         where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
         for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
@@ -169,7 +169,7 @@ class Scores:
             raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays under their names in the file: `importance`, `heads_0`, `image/heads_0`."""
+        """Return the arrays of a scores file by name: `importance`, `heads_0`, `image/heads_0`."""
         whole = {name: getattr(self, name) for name in _PARTS}
         arrays = {}
         for prefix, parts in (("", whole), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
@@ -181,14 +181,14 @@ class Scores:
 
 
 def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays of one token type, without the prefix in their names ("/": arrays for all tokens)."""
+    """Return the arrays of one token type, with the prefix removed from their names."""
     if prefix == "/":
         return {name: array for name, array in arrays.items() if "/" not in name}
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """Return the fields of `Scores` that the arrays of a file contain."""
+    """Return the fields of `Scores` that a file's arrays contain."""
     found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
     for name in ("heads", "mlp") if layers else ():
         found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
@@ -196,7 +196,7 @@ def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:
-    """Check that an array is a one-dimensional array of floats of at most this length."""
+    """Return an array; raise UserError unless it is one-dimensional, floating-point and not too long."""
     if array.dtype.kind != "f" or array.dtype.itemsize > 8 or array.ndim != 1 or not 0 < array.size <= most:
         raise UserError(
             f"{where} is {array.dtype}{list(array.shape)}, expected a one-dimensional array of numbers: {_TODO}"

@@ -38,7 +38,7 @@ def score(
     cache: ArrayCache | None = None,
     **options: Any,
 ) -> Scores:
-    """Score the layers, or the heads and neurons, of one stack under a criterion in `vp.criteria`.
+    """Score the layers, or the heads and neurons, of one stack by a criterion in `vp.criteria`.
 
     Args:
       model: on one device or on a mesh; the numbers are the same.
@@ -88,7 +88,7 @@ def _measure(
     journal: Journal | None,
     cache: ArrayCache | None,
 ) -> tuple[Parts, Mapping[str, Parts]]:
-    """Compute total scores, and scores by token type (in a vision tower, all positions have one type)."""
+    """Compute scores over all tokens, and scores by token type."""
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options), {}
@@ -119,7 +119,7 @@ def _measure(
 def _check(
     name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], layers: Sequence[LayerShape]
 ) -> None:
-    """Refuse scores whose fields or shapes differ from what the criterion declares for these layers."""
+    """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
     heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
     shapes = {
         "importance": (len(layers),),

@@ -36,7 +36,7 @@ def make_plan(
     config: PlanConfig | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """Make a plan that removes a share of the parameters, or meets a budget; takes seconds at 7B, no forward pass.
+    """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
 
     `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
 
@@ -61,7 +61,7 @@ def make_plan(
 
 
 def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePlan:
-    """Return a plan that trims the vocabulary and nothing else."""
+    """Return a plan that only trims the vocabulary."""
     if not config.only_vocabulary or not isinstance(model, Model):
         raise UserError("make_plan: scores=None is allowed only if nothing but the vocabulary is trimmed: pass scores")
     cfg = model.cfg
@@ -77,7 +77,7 @@ def _plan_vocabulary(model: ModelConfig | Model, config: PlanConfig) -> PrunePla
 
 
 def plan_beside(trim: Trim, scores: Scores | tuple[Scores, Scores], cfg: ModelConfig, config: PlanConfig) -> PrunePlan:
-    """Return a plan that trims the vocabulary, then cuts layers, heads and neurons until the ratio is reached."""
+    """Return a plan that trims the vocabulary, then removes layers, heads and neurons up to the ratio."""
     share = trim.share_left(config, config.parameters_total or count_params(config.base or cfg))
     plan = trim.attach(plan_layers(scores, cfg, config, share, trim.cfg))
     check_loads(plan.apply_to(cfg), config.loads_in)
@@ -91,7 +91,7 @@ def plan_layers(
     share: float | None,
     costed: ModelConfig,
 ) -> PrunePlan:
-    """Return a plan that removes `share` of all parameters from layers, heads and neurons, and no tokens.
+    """Return a plan that removes `share` of all parameters from layers, heads and neurons.
 
     `costed`: the config with the kept tokens only, which budgets are of.
     """
@@ -128,7 +128,7 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class Trim:
-    """Kept vocabulary, config after trimming only the vocabulary, and number of parameters that trimming removes."""
+    """Kept vocabulary, the model config after trimming, and the number of parameters that trimming removes."""
 
     vocabulary: KeptVocabulary | None
     cfg: ModelConfig
@@ -136,18 +136,18 @@ class Trim:
 
     @classmethod
     def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return the `Trim` for a kept vocabulary (None = nothing is trimmed)."""
+        """Return the `Trim` of a kept vocabulary (None = whole vocabulary)."""
         trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
         return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 
     def share_left(self, config: PlanConfig, total: int) -> float | None:
-        """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
+        """Return the share of parameters left to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
         return 0.0 if (config.layers_removed, config.sparsity) == (None, None) else None
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
-        """Return the plan with the kept vocabulary added."""
+        """Return the plan with the kept vocabulary added to it."""
         # not a sum: a removed layer of Gemma 4 has a part of every row
         after = plan.parameters_after if self.vocabulary is None else count_params(plan.apply_to(self.cfg))
         return dataclasses.replace(plan, vocabulary=self.vocabulary, parameters_after=after)
@@ -182,7 +182,7 @@ def plan_stacks(
     config: PlanConfig | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """Plan several stacks, removing the same share of layer parameters from each; one stack as in `make_plan`.
+    """Plan several stacks at once, removing the same share of layer parameters from each.
 
     Args:
       scores: for each stack, as `make_plan` takes them.
@@ -220,7 +220,7 @@ def plan_stacks(
 def _plan_each(
     scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
 ) -> PrunePlan:
-    """Return one plan for several stacks that removes the same share of layer parameters from each."""
+    """Return one plan that removes the same share of layer parameters from each of several stacks."""
     stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
@@ -239,7 +239,7 @@ def _plan_each(
 
 @dataclass(frozen=True)
 class _Request:
-    """All inputs of a plan except the ratio: scores, config and settings."""
+    """Inputs of a plan except the ratio: scores, model config and settings."""
 
     cfg: ModelConfig
     depth: Scores | None
@@ -250,11 +250,11 @@ class _Request:
 
     @property
     def gqa(self) -> str:
-        """Unit of attention pruning: "groups" or "q_heads"."""
+        """Unit in which attention is pruned: "groups" (key/value groups) or "q_heads"."""
         return "groups" if self.width is None else self.width.options.get("gqa", "groups")
 
     def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
-        """Return the kept parts of each kept layer, and the solver's result to record in the plan."""
+        """Return the kept units of every kept layer at this ratio, and the width solver's result."""
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
@@ -266,7 +266,7 @@ class _Request:
         return choose_widths(self.width, cfg, alive, ratio, config, total, stack)
 
     def fit_budget(self) -> tuple[float, dict[str, Any]]:
-        """Return the smallest ratio that satisfies the budget, and the plan's record of ratio and cost."""
+        """Return the smallest ratio that satisfies the budget, and what the plan records about it."""
         budget = self.config.budget
         ratio, reached = least_ratio(budget, make_measure(self.cfg, budget), self.config_at, self.total)
         return ratio, {"budget": budget.given, "budget_reached": reached}
@@ -293,7 +293,7 @@ def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """Return a notice if a plan removes decoder layers that receive vision features (deepstack); None otherwise."""
+    """Return a notice if a plan removes decoder layers that receive DeepStack features; None otherwise."""
     gone = [layer for layer in plan.removed_layers if layer < cfg.deepstack]
     if not gone:
         return None
@@ -305,7 +305,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the settings that a plan of this model records, as JSON values."""
+    """Return the settings that a plan records, as JSON values."""
     shares = any(shape.shared for shape in cfg.text.layers)
     unused = (
         *(() if shares else ("producers",)),
@@ -317,7 +317,7 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _pair(scores: Any, method: str) -> tuple[Scores | None, Scores | None]:
-    """Return (depth scores, width scores), with None for scores that the pruning method does not need."""
+    """Return (depth scores, width scores); a score that the pruning method does not use is None."""
     if method == "hybrid":
         if isinstance(scores, Scores) or len(scores) != 2:
             raise UserError("method 'hybrid' needs a pair (depth scores, width scores)")

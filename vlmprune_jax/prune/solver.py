@@ -25,12 +25,12 @@ GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
-    """Error: a pruning method cannot remove the requested number of parameters."""
+    """Error raised if a pruning method cannot remove the requested number of parameters."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters of a layer: constant part, per query head, per key/value head and per MLP neuron.
+    """Parameters of a layer: a constant part, and those per query head, key/value head and MLP neuron.
 
     `kinds`: the costs of layers that differ from the first, by whether they have full attention and shared keys.
     """
@@ -42,7 +42,7 @@ class Costs:
     kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
 
     def at(self, shape: LayerShape) -> Costs:
-        """Return the costs of layers of one type (with or without a window, with or without shared keys and values)."""
+        """Return the parameter costs for layers of one type (sliding window or not, own or reused keys and values)."""
         return self.kinds.get((shape.window is None, shape.shared), self)
 
     def of(self, shape: LayerShape) -> int:
@@ -52,7 +52,7 @@ class Costs:
 
 
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Return the costs of a stack's layers, from its weights' named axes; `products`: count only matrices.
+    """Return the parameter costs of a stack's layers; with `products` only matrices are counted.
 
     A layer's part of a parameter of all layers (axis `depth`) is among them.
     """
@@ -81,7 +81,7 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
-    """Return the multiples of heads and neurons that give each device whole blocks (`snap_for`, `tensor_parallel`).
+    """Return the multiples to which head and neuron counts are rounded, from `snap_for` and `tensor_parallel`.
 
     A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
     Raises UserError for a multiple that does not suit.
@@ -108,7 +108,7 @@ def reason_of(config: PlanConfig) -> str:
 
 
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
-    """Refuse layers (number, shape) whose heads or neurons cannot be split over this many devices.
+    """Raise UserError if the heads or neurons of a layer cannot be split over this many devices.
 
     Raises UserError with the layer and the width that does not divide.
     """
@@ -123,7 +123,7 @@ def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> Non
 
 @dataclass(frozen=True)
 class Units:
-    """Prunable units of one layer (attention units and neurons), with their numbers of parameters.
+    """Prunable units of one layer (heads or head groups, and neurons), with their parameter counts.
 
     Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
     layer is in range. Neurons
@@ -152,7 +152,7 @@ def units_of(
     neurons_multiple: int,
     double_wide: bool = False,
 ) -> list[Units]:
-    """Return the prunable units of every layer. Raises UserError if a layer in range is narrower than its multiple."""
+    """Return the prunable units of every layer; raise UserError if a layer is narrower than its multiple."""
     result = []
     for i, shape in enumerate(shapes):
         group, each = shape.q_heads // shape.kv_heads, costs.at(shape)
@@ -179,7 +179,7 @@ def units_of(
 
 
 def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many attention units remain at each sparsity s (as in the reference code).
+    """Return how many attention units each sparsity s keeps, rounded as in the reference code.
 
     C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
     """
@@ -189,18 +189,18 @@ def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
 
 
 def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many of C MLP neurons remain at each sparsity s: int(C (1 - s))."""
+    """Return how many of C MLP neurons each sparsity s keeps: int(C (1 - s))."""
     return (neurons * (1 - sparsity)).astype(np.int64)
 
 
 def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
-    """Round to the nearest multiples of `step` between `step` and `full`; halves round up."""
+    """Round counts to the nearest multiple of `step` between `step` and `full`; halves round up."""
     return np.clip((kept + step // 2) // step * step, step, full // step * step)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Numbers of attention units and neurons kept per layer, their sparsity, and the parameters removed."""
+    """Result of the width solver: kept attention units and neurons per layer, sparsity, parameters removed."""
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
@@ -209,7 +209,7 @@ class Widths:
 
 
 def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
-    """Return the widths at a sparsity that is set directly, rounded exactly as in the reference code.
+    """Return the layer widths at a given sparsity, rounded as in the reference code.
 
     Raises UserError if a layer would lose all its heads or neurons.
     """
@@ -225,14 +225,14 @@ def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
 
 
 def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Return the widths at the lowest sparsity (a multiple of 1e-4) that removes at least `removal` parameters."""
+    """Return the widths at the lowest sparsity that removes at least `removal` parameters."""
     heads, neurons, removed = _whole_grid(tuple(units), head_dim)
     best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
     return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Return the number of parameters removed if each layer in range keeps only one unit (or multiple) per type."""
+    """Return the maximum number of parameters that width pruning can remove (one unit per type remains)."""
     return sum(
         u.prune_heads * (u.heads - u.head_step) * u.head_cost
         + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
@@ -241,7 +241,7 @@ def most_removable(units: Sequence[Units]) -> int:
 
 
 def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
-    """Return equal widths whose removed parameters are nearest to `removal`.
+    """Return equal layer widths whose removed parameters come nearest to `removal`.
 
     Heads follow the smallest common sparsity that reaches the target; then the number of neurons, one fraction for all
     layers in range, is moved until the total is nearest. With neurons in range the error is at most half of one neuron
@@ -254,7 +254,7 @@ def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Width
 
 
 def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
-    """Return one candidate per number of removed heads (0, 1, ... per layer), each removing about `removal` parameters.
+    """Return one candidate per number of removed heads, each removing about `removal` parameters in all.
 
     Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
     removes too much or leaves too few neurons to remove.
@@ -276,7 +276,7 @@ def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]
 
 
 def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Return the widths at the next lower sparsity on the solver's grid; None if the sparsity is 0."""
+    """Return the widths at the next lower sparsity that the solver tries; None at sparsity 0."""
     if start.sparsity == 0:
         return None
     sparsity = round(start.sparsity * GRID - 1) / GRID
@@ -301,7 +301,7 @@ def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Wid
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
 def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the remaining neurons int[fractions, layers], and removed parameters int[fractions], per fraction."""
+    """Return kept neurons int[fractions, layers], and removed parameters int[fractions], for each fraction."""
     usual = [u.neurons // u.wide for u in units]
     fractions = np.arange(1, max(usual) + 1)
     kept = np.stack(
@@ -315,14 +315,14 @@ def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the result of `_on_grid` for all sparsities that the solver tries; every layer keeps a unit."""
+    """Return kept units and removed parameters for every sparsity that the solver tries."""
     return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
 
 
 def _on_grid(
     units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return kept heads and neurons int[grid, layers], and removed parameters int[grid], for sparsities on a grid."""
+    """Return kept heads and neurons int[grid, layers], and removed parameters int[grid], for given sparsities."""
     heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
     for u in units:
         h = np.full(len(sparsity), u.heads)

@@ -27,7 +27,7 @@ from vlmprune_jax.prune.layers import Given, Shared
 
 @dataclasses.dataclass
 class Step:
-    """Rows processed together on the devices, and the residual streams of both models: float32[rows, seq, embed].
+    """Calibration rows that are processed together, with the residual streams of unpruned and pruned model.
 
     `inputs`: ids and images that the models embed. `context`: arrays for `BlockStack.context_of`. `weight`:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
@@ -52,13 +52,13 @@ class Step:
     shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
-        """Return what layer `place` takes besides its hidden states; `dense`: that layer of the unpruned model."""
+        """Return a layer's inputs besides the residual stream; `dense` selects the unpruned model's."""
         added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
         return Given(self.context, added[place] if place < len(added) else None, shared)
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
-    """Return the names of the rows for messages: ids of their records, if the batches carry them."""
+    """Return a name for every calibration row, for messages: the record's id if known."""
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
         ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
@@ -72,7 +72,7 @@ def row_steps(
     names: Sequence[str] | None = None,
     cfg: ModelConfig | None = None,
 ) -> list[Step]:
-    """Return all rows in steps as large as the first batch; fitted and held-out rows are never in the same step.
+    """Group calibration rows into steps; rows for fitting and held-out rows never share a step.
 
     Without a `held_out` in the settings none is held out.
 
@@ -102,7 +102,7 @@ def row_steps(
 
 
 def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> Step:
-    """Return a step of rows, padded to its longest row and to `size` rows."""
+    """Return a step of rows, padded to the longest row and to `size` rows."""
     arrays = stack_rows(rows, size)
     inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
@@ -113,7 +113,7 @@ def _step(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, h
 def image_steps(
     batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
 ) -> list[Step]:
-    """Return steps with each image of the rows once, so that no image is both in the fit and held out."""
+    """Group the calibration images into steps, each image once, so that no image is both fitted and held out."""
     images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
     row = 0
     for arrays in batches:
@@ -136,7 +136,7 @@ def image_steps(
 
 
 def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield the pixels of a row's images, and their grids if images have any size."""
+    """Yield the pixels of a row's images, and their patch grids if images have any size."""
     pixels = arrays.get("pixel_values")
     if pixels is None:
         return
@@ -153,7 +153,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
 def _image_step(
     images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
 ) -> Step:
-    """Return a step of images, padded to `size` images; all have the same number of tower positions."""
+    """Return a step of images with equal numbers of vision-tower positions, padded to `size` images."""
     inputs: dict[str, Any] = {}
     first, grid, _ = images[0]
     shape = first.shape if grid is None else (positions, first.shape[-1])
@@ -171,7 +171,7 @@ def _image_step(
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
-    """Split items into (items for the fit, False) and (held-out items, True). Raises UserError for fewer than two."""
+    """Split items into (items for fitting, False) and (held-out items, True); raise UserError for fewer than two."""
     if "held_out" not in settings:
         return ((chosen, False),)
     n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
@@ -187,7 +187,7 @@ STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": imag
 
 
 def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the residual stream before the first layer and deepstack additions per layer, for one step."""
+    """Return the first layer's input and the DeepStack additions for one step of calibration rows."""
     placed = place_batch(step.inputs, mesh_of(model.params))
     return _embed(model.params, placed, cfg=model.cfg)
 

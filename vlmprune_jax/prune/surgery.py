@@ -20,7 +20,7 @@ from vlmprune_jax.prune.plan import PrunePlan
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
-    """Return the pruned model; the input model is unchanged.
+    """Apply a prune plan: return the pruned model, leaving the input model unchanged.
 
     Works on host and device arrays, and on arrays that stay in their files (hf/lazy.py); on a mesh every parameter
     keeps its named-axis sharding. Raises UserError if the plan is for another model, or leaves widths that the mesh
@@ -49,7 +49,7 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
 
 
 def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
-    """Return the model with only the kept tokens and all layers; already trimmed models are returned unchanged.
+    """Return the model with only the kept tokens; an already trimmed model is returned unchanged.
 
     Its probabilities are those of the whole model, renormalised over the kept tokens: the teacher of a trimmed student.
     """
@@ -64,7 +64,7 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
 
 
 def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:
-    """Select the kept tokens in every parameter with a vocabulary axis: embedding, output head, its bias."""
+    """Select the kept tokens' rows in all parameters with a vocabulary axis (embedding, output head, its bias)."""
     axes, rows = param_axes(cfg), np.asarray(vocabulary.kept)
     flat = flatten(params)
     named = {path: axes[path].index("vocab") for path in flat if "vocab" in axes[path]}
@@ -72,7 +72,7 @@ def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -
 
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
-    """Raise UserError if the plan was made for another model (checks widths, then weights)."""
+    """Raise UserError if a plan was made for another model (compares widths, then weight samples)."""
     stacks = model.cfg.stacks
     pairs = [
         (name, kept.layers_before, stacks[name].layers if name in stacks else ()) for name, kept in plan.stacks.items()
@@ -101,7 +101,7 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
-    """Select the entries that a plan keeps from one parameter of one layer, along every pruned axis.
+    """Return one layer's parameter restricted to the kept heads or neurons.
 
     A tensor that is kept whole is returned as it is, without a copy.
     """
@@ -115,7 +115,7 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
 
 
 def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:
-    """Select the kept layers' entries from parameters with a layer-index axis (`depth`)."""
+    """Select the kept layers in parameters that have an entry per layer."""
     flat = flatten(params)
     for path, leaf in flat.items():
         names = axes[path] if path.startswith(f"{stack}/") else ()

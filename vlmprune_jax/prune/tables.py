@@ -21,7 +21,7 @@ NONE = "-"
 
 
 def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores]) -> list[Table]:
-    """Return one table per pruned stack that shows what each layer loses, and why.
+    """Return a table per pruned stack with each layer's removed units, and the reason for its widths.
 
     Args:
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
@@ -70,7 +70,7 @@ def _loss(before: int, after: int) -> list[str]:
 
 
 def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[str]:
-    """Return table cells with the shares of a layer's summed head and neuron scores that are removed."""
+    """Return table cells with the shares of a layer's head and neuron scores that pruning removes."""
     if layer is None:
         return [NONE, NONE]
     heads, neurons = (values[index] for values in scores.widths)
@@ -83,7 +83,7 @@ def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[st
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
-    """Return the reason for a layer's widths, if scores are not the reason; "" otherwise."""
+    """Return why a layer has its widths, if not because of its scores; "" otherwise."""
     if layer is None:
         return "goes"
     if index in spec.protect:
@@ -100,13 +100,13 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
 
 
 def read_plan(place: str) -> PrunePlan:
-    """Read a plan from its file, or from a workdir or model folder."""
+    """Read a prune plan from a file, workdir or model folder."""
     path = Path(place)
     return PrunePlan.from_json(path / "plan.json" if path.is_dir() else path)
 
 
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
-    """Compare two plans per layer by overlap (Jaccard index) of the heads, neurons and layers that they keep.
+    """Compare two plans layer by layer: Jaccard overlap of the heads, neurons and layers that they keep.
 
     Raises UserError if the plans are of different models.
     """
@@ -148,6 +148,6 @@ def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
-    """Return table cells: numbers of items that each plan keeps, and their overlap (Jaccard index)."""
+    """Return table cells with the counts that two plans keep, and the Jaccard overlap of their choices."""
     a, b = set(first), set(second)
     return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]

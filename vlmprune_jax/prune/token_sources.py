@@ -34,7 +34,7 @@ HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Tokenizer of a model: content and subwords of tokenizer.json, a digest of its tokens, the prompt template.
+    """Tokenizer to trim: content of tokenizer.json, its subword model, token digest and prompt template.
 
     `needed`: token id -> why the model's own files need it.
     """
@@ -50,7 +50,7 @@ class Source:
 
     @classmethod
     def of(cls, folder: Path, cfg: ModelConfig) -> Source:
-        """Return the tokenizer of a model folder as a `Source`.
+        """Return the tokenizer of a model folder, for trimming.
 
         Raises:
           UserError: there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
@@ -77,19 +77,19 @@ class Source:
         return tokens_of(self.tokenizer, texts)
 
     def trimmed(self, vocabulary: KeptVocabulary) -> Any:
-        """Return a tokenizer (in memory) with only the kept tokens."""
+        """Return a tokenizer object with only the kept tokens."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str(json.dumps(trim_tokenizer(self.content, vocabulary.kept)))
 
     def keep(self, used: Mapping[int, int], listed: Iterable[int], size: int | None, multiple: int) -> KeptVocabulary:
-        """Choose a kept vocabulary of this size (see `choose_tokens`)."""
+        """Choose a kept vocabulary of this size by token frequency."""
         always = {*self.needed, *listed}
         kept = choose_tokens(self.subwords, used, size=size, multiple=multiple, always=always)
         return KeptVocabulary(self.rows, kept, self.digest)
 
     def check(self, vocabulary: KeptVocabulary) -> None:
-        """Refuse a vocabulary that lacks tokens needed by the tokenizer or the model's files.
+        """Raise UserError if a kept vocabulary lacks tokens that the tokenizer or the model's files need.
 
         Raises:
           UserError: names the first missing token, and why it is needed.
@@ -116,7 +116,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sample:
-    """Data for trimming a vocabulary: token counts that choose tokens, and held-out texts for measurements."""
+    """Data for trimming a vocabulary: token counts for the choice, and held-out texts for measurements."""
 
     used: Counter[int]
     listed: tuple[int, ...]
@@ -124,7 +124,7 @@ class Sample:
 
 
 def read_sample(source: Source, config: VocabularyConfig) -> Sample:
-    """Return the texts in `config.sources` and `config.held_out`.
+    """Read the texts in `config.sources` and `config.held_out`.
 
     Raises:
       UserError: no sources are named, see `read_texts`, or a listed id is beyond the vocabulary.
@@ -152,7 +152,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 
 
 def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
-    """Choose the tokens of a model to keep, by the settings in `prune.vocabulary`.
+    """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`.
 
     Raises:
       UserError: see `Source.of`, `read_sample` and `choose_tokens`.
@@ -172,7 +172,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) -> Iterator[tuple[int, str]]:
-    """Yield the token ids that the files of a model need, each with the reason."""
+    """Yield (token id, reason) for the tokens that a model's files need."""
     for why, texts in (
         ("the chat template uses it", _template_texts(tokenizer.chat_template)),
         (f"the prompt template {template.name} uses it", _prompt_texts(template)),
@@ -188,7 +188,7 @@ def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) 
 
 
 def _prompt_texts(template: Template) -> Iterator[str]:
-    """Yield all texts of a prompt template, alone and within a conversation."""
+    """Yield the literal texts of a prompt template, alone and inside a conversation."""
     for one in fields(template):
         value = getattr(template, one.name)
         yield from (
@@ -201,7 +201,7 @@ def _prompt_texts(template: Template) -> Iterator[str]:
 
 
 def _template_texts(template: Any) -> Iterator[str]:
-    """Yield the literal texts in chat templates: outside Jinja tags, and in quotes inside them."""
+    """Yield the literal texts of chat templates: text outside Jinja tags, and quoted text inside them."""
     named = template.values() if isinstance(template, Mapping) else [template]
     for text in (text for text in named if isinstance(text, str)):
         yield from (part for part in re.split(r"\{[{%#].*?[}%#]\}", text, flags=re.DOTALL) if part)

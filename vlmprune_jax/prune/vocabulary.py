@@ -24,14 +24,14 @@ SPACE = "\u2581"  # how SentencePiece spells a space
 
 
 def byte_symbols() -> frozenset[str]:
-    """Return the 256 characters that stand for bytes in byte-level tokenizers (GPT-2's `bytes_to_unicode`)."""
+    """Return the 256 characters that represent bytes in byte-level tokenizers (GPT-2's `bytes_to_unicode`)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return frozenset([*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))])
 
 
 @dataclass(frozen=True, eq=False)
 class Subwords:
-    """Subword model in a tokenizer.json: its tokens and merges.
+    """Subword model of a tokenizer.json: tokens and merges.
 
     `tokens`: id -> text of every token that is not an added one. `ranks`: rank of each merge (BPE). `added`: id -> text
     of added tokens, which are matched before the subword model sees the text. `byte_level`: bytes are spelt by
@@ -87,17 +87,17 @@ class Subwords:
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """Mapping {text: id} of all tokens in the subword model."""
+        """Mapping {token text: id} of the subword model."""
         return {text: i for i, text in self.tokens.items()}
 
     @property
     def size(self) -> int:
-        """Number of tokens, including added ones."""
+        """Number of tokens, including added tokens."""
         return len({*self.tokens, *self.added})
 
     @functools.cached_property
     def required(self) -> frozenset[int]:
-        """Tokens that any text may need: bytes, the unknown token, and SentencePiece's single spaces."""
+        """Tokens that any text may need: bytes, the unknown token, and SentencePiece's space."""
         texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
@@ -107,7 +107,7 @@ class Subwords:
         return added | frozenset(self.ids[text] for text in texts if text in self.ids)
 
     def derivation(self, text: str) -> Iterator[tuple[str, str]]:
-        """Yield, in order, the merges by which BPE builds a token from its characters."""
+        """Yield in order the merges by which BPE builds a token from characters."""
         symbols = [symbol for letter in text for symbol in self._spell(letter)]
         while len(symbols) > 1:
             ranked = ((self.ranks.get(pair), place) for place, pair in enumerate(itertools.pairwise(symbols)))
@@ -119,18 +119,18 @@ class Subwords:
             symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
 
     def _spell(self, letter: str) -> list[str]:
-        """Return the symbols that BPE starts from for a character: the character, or its bytes if it has no token."""
+        """Return the symbols from which BPE starts for a character: itself, or its bytes if it has no token."""
         if letter in self.ids or not self.byte_fallback:
             return [letter]
         return [f"<0x{byte:02X}>" for byte in letter.encode()]
 
     def closure(self, kept: Iterable[int]) -> set[int]:
-        """Return these tokens, all tokens that BPE needs to build them, and the `required` ones."""
+        """Return these tokens plus all tokens that BPE needs to build them, and the `required` tokens."""
         closed = {*self.required, *kept}
         return closed.union(*(self.needs(i) for i in closed))
 
     def needs(self, i: int) -> frozenset[int]:
-        """Return the tokens that a token's derivation needs (none for tokenizers without merges)."""
+        """Return the intermediate tokens from which BPE builds a token (none for tokenizers without merges)."""
         return self._needs(self.tokens.get(i, "")) if self.kind in CLOSED else frozenset()
 
     @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
@@ -140,7 +140,7 @@ class Subwords:
         return frozenset(self.ids[part] for part in letters | parts if part in self.ids)
 
     def by_rank(self) -> Iterator[int]:
-        """Yield the tokens in the order in which they were learnt: by merge rank (BPE) or by id."""
+        """Yield the tokens in the order in which the tokenizer learnt them: by merge rank (BPE) or by id."""
         if self.kind not in CLOSED:
             yield from sorted(self.tokens)
             return
@@ -161,7 +161,7 @@ def choose_tokens(
     multiple: int = 64,
     always: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """Return the sorted ids of tokens to keep: required tokens, then by frequency in texts, then by merge rank.
+    """Return the sorted ids of tokens to keep: required tokens, then the most frequent, then by merge rank.
 
     Args:
       subwords: the tokenizer's subword model.
@@ -199,7 +199,7 @@ def choose_tokens(
 
 
 def _types(step: Any) -> set[str]:
-    """Return the types of a step in tokenizer.json and of all steps nested in it."""
+    """Return the type names of a tokenizer.json step and of all steps nested in it."""
     if isinstance(step, list):
         return set().union(*map(_types, step))
     if not isinstance(step, dict):

@@ -39,7 +39,7 @@ Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") o
 
 @dataclass(frozen=True)
 class Target:
-    """Target of width pruning: remove `removal` parameters from the kept layers, or prune to a sparsity.
+    """Target of width pruning: a number of parameters to remove, or a sparsity.
 
     `asked` is the ratio that the user set and `total` the count it refers to, for messages.
     """
@@ -60,7 +60,7 @@ def choose_widths(
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the kept parts of each layer in `alive` (original numbers), and the solver's result for the plan.
+    """Return the kept heads and neurons of every remaining layer, and the solver's result for the plan.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
     UserError for ranges or multiples that do not fit, or a target out of reach.
@@ -100,7 +100,7 @@ def choose_widths(
 
 
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
-    """Return scores with which layers that share keys and values lose the same heads (lowest summed score)."""
+    """Return head scores that make layers with shared keys and values lose the same heads."""
     heads = [*scores.widths[0]]
     kept = base.with_layers([base.layers[i] for i in alive])
     for producer in kept.producers:
@@ -134,7 +134,7 @@ def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: 
 def _local(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target, *, trade: bool
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the highest-scoring units of each layer, with equal widths in all layers in range.
+    """Return the highest-scoring units of every layer; all layers keep equally many.
 
     Heads and neurons lose the same share, or (`trade`) the shares whose scores add up to the least: the smallest loss
     per parameter, as far as scores of both are comparable.
@@ -154,7 +154,7 @@ def _local(
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
-    """Return the sum of the scores of the units that are removed."""
+    """Return the summed scores of the units that are removed."""
     heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
     lost = 0.0
     for i in alive:
@@ -165,25 +165,25 @@ def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Units that compete with each other: indices by ascending score, and cumulative sums of the scores."""
+    """Units ranked together: indices by ascending score, and cumulative scores."""
 
     order: np.ndarray
     lost: np.ndarray
 
     @classmethod
     def of(cls, values: np.ndarray, first: int) -> _Pool:
-        """Rank units by score; among equal scores later units rank higher. `first` is the first unit's index."""
+        """Rank units by score (of equal scores the earlier unit ranks lower); `first` is the first unit's index."""
         order = np.argsort(values, kind="stable")
         return cls(first + order, np.concatenate([[0.0], np.cumsum(values[order])]))
 
     def highest(self, count: int) -> np.ndarray:
-        """Return the sorted indices of the `count` highest-scoring units (all, if there are fewer)."""
+        """Return the sorted indices of the `count` highest-scoring units."""
         return np.sort(self.order[max(len(self.order) - count, 0) :])
 
 
 @functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
 def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
-    """Return the pools of each layer: one, or one per key/value head if query heads are pruned singly."""
+    """Return each layer's ranking of units, one ranking per key/value head if query heads are pruned singly."""
     values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
     within = kind == "heads" and scores.options.get("gqa") == "q_heads"
     parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
@@ -203,14 +203,14 @@ def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 
 def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
-    """Return the shape of a layer after pruning."""
+    """Return a layer's shape after pruning."""
     heads, neurons = map(len, kept)
     q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
     return shape.with_widths(q, kv, neurons)
 
 
 def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:
-    """Return the plan's entry for a layer."""
+    """Return a layer's entry in the prune plan."""
     heads, neurons = kept
     group = shape.q_heads // shape.kv_heads
     if gqa == "groups":
@@ -223,7 +223,7 @@ def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer
 def _global(
     scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Remove the lowest-scoring heads and neurons, ranked together over all layers.
+    """Remove the lowest-scoring heads and neurons, compared over all layers.
 
     As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
     that would lose everything stays whole. Everything up to the n-th smallest is removed: n = pool - int(initial units
@@ -275,7 +275,7 @@ def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:
 
 
 def _nearest_count(removed: Callable[[int], int], most: int, removal: float) -> int:
-    """Return the count (at most `most`) for which `removed(count)` is nearest to `removal`."""
+    """Return the count, up to `most`, whose `removed(count)` comes nearest to `removal`."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

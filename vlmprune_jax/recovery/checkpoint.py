@@ -30,7 +30,7 @@ _REMEDY = "remove that folder, and run the same command"
 
 
 class _Meta(TypedDict):
-    """Metadata of a checkpoint: `data` is each process's data position (see `_gather`), `digest` a checksum."""
+    """Metadata of a training checkpoint: every process's data position (`data`), and a checksum (`digest`)."""
 
     identity: dict[str, Any]
     data: Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -38,7 +38,7 @@ class _Meta(TypedDict):
 
 
 class Checkpointer:
-    """Checkpoints of one training run in one folder, written in the background; only the newest `keep` remain.
+    """Training checkpoints in one folder, written in the background; only the newest `keep` remain.
 
     A complete checkpoint is renamed into place, so a process that is killed while saving leaves the previous
     checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes are not part
@@ -72,11 +72,11 @@ class Checkpointer:
             self._manager.check_for_errors()
 
     def prepare(self, state: TrainState) -> None:
-        """Compile the computations of `save` in advance, so that no training step waits for them."""
+        """Compile the computations of `save` in advance, so that no training step waits for compilation."""
         weights_digest(_tree(state))
 
     def save(self, step: int, state: TrainState, data_state: Any) -> None:
-        """Start saving a checkpoint, and return once the arrays are copied to host memory.
+        """Start saving a checkpoint in the background; return once the arrays are copied to host memory.
 
         Raises UserError if this save or the previous one cannot be written.
         """
@@ -89,7 +89,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Convert exceptions of orbax and tensorstore to a one-line UserError that names the folder."""
+        """Context that converts exceptions of orbax and tensorstore to a one-line UserError naming the folder."""
         try:
             yield
         except Exception as error:
@@ -101,7 +101,7 @@ class Checkpointer:
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
-        """Return the newest complete checkpoint and this process's data position; None in a new folder.
+        """Return the newest complete checkpoint and this process's data position; None if there is none.
 
         `like` is a state of step 0 with the shapes, dtypes and shardings. Raises UserError if the checkpoint belongs to
         another run (with the fields that differ) or is damaged.
@@ -129,7 +129,7 @@ class Checkpointer:
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:
-        """Return the data position that this process saved, from the positions of all processes.
+        """Return this process's data position, from the saved positions of all processes.
 
         Streams over global batches (`data.batching`) have the same position on every process, so any number of
         processes can continue them.
@@ -148,7 +148,7 @@ class Checkpointer:
 
 
 def _prepare(folder: Path) -> None:
-    """Create the folder, remove incomplete checkpoints, and refuse FIFOs and devices, which would make orbax hang."""
+    """Create the checkpoint folder and remove incomplete checkpoints; raise UserError for FIFOs and devices in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*" + _HALF_WRITTEN):
         _discard(path)
@@ -158,7 +158,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove an incomplete checkpoint; retry while a failed save still writes files to it."""
+    """Remove an incomplete checkpoint, retrying while a failed save still writes files to it."""
     until = time.monotonic() + 10
     while True:
         try:
@@ -170,18 +170,18 @@ def _discard(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Return the reason why a save failed; tensorstore's long message mentions a full disk only at its end."""
+    """Return the reason why saving failed, extracted from tensorstore's long message."""
     full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     return next((text for text in full if text in str(error)), reason(error))
 
 
 def _tree(state: TrainState) -> dict[str, jax.Array]:
-    """Return {index: leaf} of the training state, which does not depend on the nesting of optax."""
+    """Return the training state as {index: leaf}, independent of how optax nests it."""
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 def _gather(data_state: Any) -> list[str]:
-    """Return the data positions of all processes (bytes or JSON values) as strings."""
+    """Return the data positions of all processes, as strings."""
     if isinstance(data_state, bytes):
         text = "b" + base64.b64encode(data_state).decode()
     else:
@@ -195,7 +195,7 @@ def _decode(text: str) -> Any:
 
 @jax.jit
 def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Return a checksum uint32[] per leaf: the wrapping sum of its bits, weighted by position; any sharding is fine."""
+    """Return a checksum uint32[] per array: the wrapping sum of its bits weighted by position."""
     sums = []
     for leaf in leaves:
         width = jnp.dtype(f"uint{leaf.dtype.itemsize * 8}")
@@ -208,7 +208,7 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def weights_digest(params: Any) -> str:
-    """Return a short text that changes whenever any weight changes, computed on the devices."""
+    """Return a text that changes whenever any weight changes, computed on the devices."""
     sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
     mixed = np.uint64(1469598103934665603)
     for value in sums:

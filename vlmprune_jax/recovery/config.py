@@ -37,7 +37,7 @@ teacher_setting = functools.partial(setting, affects=("recover", "teacher_cache"
 
 
 class _Weights(dict[str, float]):
-    """Hashable mapping, so that a config that contains it can be a static argument of jit."""
+    """Hashable mapping, so that a config that contains it can be a static argument of jax.jit."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -45,7 +45,7 @@ class _Weights(dict[str, float]):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, and options for computing the terms.
+    """Weights of the training loss terms, and options for computing them.
 
     `reference_compat` computes the losses as the paper's trainers do. Distillation losses are then averaged over all
     positions including padding. KL losses are divided by the batch size only. `l2_layers` index the hidden states of
@@ -126,14 +126,14 @@ class LossConfig:
             )
 
     def weights(self) -> dict[str, float]:
-        """Return {name of the loss term: weight}."""
+        """Return {loss term: weight}."""
         found = settings_of(self).items()
         return {n: getattr(self, n) for n, about in found if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
 
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Settings of `recover`; by default the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
+    """Settings of `recover`: by default the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
 
     trainable: str | Rules = recover_setting(
         "lora",
@@ -226,12 +226,12 @@ class RecoverConfig:
 
     @property
     def adapters(self) -> LoraConfig | None:
-        """LoRA settings if `trainable` includes adapters (lora_a, lora_b); None otherwise."""
+        """LoRA settings if `trainable` includes adapter weights (lora_a, lora_b); None otherwise."""
         rules, _ = resolve_rules(self.trainable)
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
-        """Return settings with the batch size lowered to what this many records can fill, unless `steps` is set.
+        """Return the settings with a batch size no larger than this number of records, unless `steps` is set.
 
         `devices`: number of devices that share the rows of a micro-batch. Raises UserError if the records do not fill a
         batch of one row per micro-batch and device.
@@ -250,13 +250,13 @@ class RecoverConfig:
         return dataclasses.replace(self, batch_size=rows // unit * unit)
 
     def num_steps(self, n_records: int) -> int:
-        """Return the number of optimizer steps for `n_records` training rows."""
+        """Return the number of optimizer steps for `n_records` training records."""
         if self.steps is not None:
             return self.steps
         return max(math.floor(self.epochs * n_records / self.batch_size), 1)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that must be unchanged for resuming from a checkpoint; unused settings are None."""
+        """Return the settings that must not change between a checkpoint and its resumption."""
         free = [name for name, about in settings_of(self).items() if not about.affects]
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
@@ -268,7 +268,7 @@ class RecoverConfig:
 
 
 def resolve_rules(trainable: str | Sequence[Rule]) -> tuple[Rules, bool]:
-    """Return the rules of a preset or of a user's list, and True if each rule must match a parameter (user's list)."""
+    """Return the rules (regexes) that select trained parameters, from a preset or the user's list."""
     if isinstance(trainable, str):
         return PRESETS[one_of("recover.trainable", trainable, PRESETS)], False
     for rule in trainable:

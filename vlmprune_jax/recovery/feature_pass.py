@@ -32,7 +32,7 @@ TOWER = "vision"
 
 
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse cached features for a model without a vision tower, or if training changes the vision tower.
+    """Raise UserError if features are cached for a text model, or while training changes the vision tower.
 
     Raises UserError with the name of the setting.
     """
@@ -49,7 +49,7 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
 def feature_identity(
     cfg: ModelConfig, weights: Mapping[str, str], preparation: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Return everything on which cached features depend, apart from the image.
+    """Return everything except the image on which cached vision features depend.
 
     That is the tower and its weights (a digest and their dtype), the selected states, the image preprocessing, and the
     dtype of the computation.
@@ -79,7 +79,7 @@ def compute_features(
     mesh: Mesh | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Compute the features of these pictures and add them to the loader's cache.
+    """Compute the vision features of these pictures and add them to the cache.
 
     Every process calls it with the same pictures and computes its share. All processes run one program together, or
     for images of any size one program per padded size, largest first; each is compiled once. Finished features are
@@ -122,14 +122,14 @@ def compute_features(
 
 
 class _Tile(NamedTuple):
-    """Pixels of one tile, or patches of one image of any size, and the grid of its picture."""
+    """Pixels of one tile (or patches of one image of any size), and the grid of its image."""
 
     pixels: np.ndarray
     shape: ImageShape
 
 
 class _Queue:
-    """Images that a process is working on; `finished` has features of tiles, `left` counts images to store."""
+    """Images whose vision features a process is computing; `left` counts the images still to be cached."""
 
     def __init__(self, loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int):
         self.finished, self.left = deque[np.ndarray](), len(pictures)
@@ -137,7 +137,7 @@ class _Queue:
         self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
 
     def advance(self, rows: int) -> tuple[int, int]:
-        """Store finished images and read more; return (images in progress, tokens of the largest next tile)."""
+        """Cache finished images and read more; return (images in progress, tokens of the largest next tile)."""
         loader, waiting = self._loader, self._waiting
         while waiting and waiting[0][1] <= len(self.finished):
             key, count = waiting.popleft()
@@ -151,12 +151,12 @@ class _Queue:
         return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
 
     def take(self, rows: int) -> list[_Tile]:
-        """Remove up to this many tiles from the queue and return them."""
+        """Take up to this many tiles from the queue."""
         return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
 
 
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Return a batch of `rows` rows, beginning with `tiles`; images of any size are padded to a bucket >= `tokens`."""
+    """Return a batch of `rows` rows that begins with `tiles`; images of any size are padded to a bucket."""
     room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
     arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in loader.images.arrays(rows, room).items()}
     for row, tile in enumerate(tiles):
@@ -167,7 +167,7 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
 
 
 def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
-    """Return a function that computes the features of this process's tiles, one compiled program per shape."""
+    """Return a function that computes vision features of a batch of tiles, compiled once per shape."""
     where = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
         lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where
@@ -184,7 +184,7 @@ def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict
 def _decoded(
     loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str, threads: int
 ) -> Iterator[tuple[str, list[_Tile]]]:
-    """Yield (cache key, tiles) of the images in order, which threads decode ahead."""
+    """Yield (cache key, tiles) of every image in order; threads decode images ahead."""
     if not pictures:
         return iter(())
 
@@ -209,7 +209,7 @@ def _attempt(compute: Callable[[], Any], otherwise: Any, on_error: str) -> Any:
 
 
 def _share(loader: FeatureLoader, pictures: Mapping[str, Picture], on_error: str) -> dict[str, Picture]:
-    """Return the images whose features this process computes; images of any size are sorted by size."""
+    """Return the images whose vision features this process computes."""
     keys, turns = list(pictures), slice(process_number(), None, process_count())
 
     def count() -> list[int]:

@@ -17,7 +17,7 @@ from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one optimizer step, summed over all devices (a multiply-add counts as two).
+    """FLOPs of one optimizer step by model part, summed over all devices (a multiply-add counts as two).
 
     `student`, `teacher`: matrix products of decoder and head. `attention`: scores and weighted sums in both decoders.
     `vision`: towers and projectors.
@@ -30,7 +30,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """Sum of the FLOPs of all parts."""
+        """Sum of the FLOPs of all model parts."""
         return self.student + self.teacher + self.attention + self.vision
 
 
@@ -46,7 +46,7 @@ def step_flops(
     image_tokens: int = 0,
     looked_at: int | None = None,
 ) -> StepFlops:
-    """Return the model FLOPs of a step: 6 N_student + 2 N_teacher per token, plus attention and vision.
+    """Return the model FLOPs of a training step: 6 N_student + 2 N_teacher per token, plus attention and vision.
 
     Counted as in PaLM (arXiv 2204.02311, B): recomputation in the backward pass is excluded and padding is included, so
     that MFU describes the program and the metric `padding` describes the data. Logits are included only at positions
@@ -85,7 +85,7 @@ def step_flops(
 def batch_flops(
     cfg: ModelConfig, teacher_cfg: ModelConfig | None, loss: LossConfig, trained: Collection[str], *, rows: int
 ) -> Callable[[Mapping[str, Any]], int]:
-    """Return a function that computes the FLOPs of a step from one process's batch arrays (`rows`: of all processes).
+    """Return a function that computes the FLOPs of a training step from a process's batch arrays.
 
     If losses use only labelled positions, the rows of other processes are assumed to have as many labels.
     """
@@ -109,7 +109,7 @@ def batch_flops(
 
 
 def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Return the tokens per image slot of a batch with images of any size, from its pixels or features."""
+    """Return the tokens per image in a batch with images of any size, from its pixels or features."""
     assert cfg.projector is not None
     if "vision_features" in arrays:
         return int(arrays["vision_features"].shape[2])

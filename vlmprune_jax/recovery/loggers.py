@@ -15,17 +15,17 @@ PROJECT = "vlmprune"
 
 
 class Logger(Protocol):
-    """Interface of a destination for training metrics."""
+    """Interface of a logger for training metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the metrics of one optimizer step."""
+        """Log the metrics of one optimizer step."""
 
     def close(self) -> None:
-        """Write all buffered metrics and end the log."""
+        """Write all buffered metrics and close the log."""
 
 
 class TensorBoard:
-    """TensorBoard event files in `tensorboard/` of the training folder; a resumed run replaces repeated steps."""
+    """Logger to TensorBoard event files in the training folder; a resumed run replaces the steps that it repeats."""
 
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s and 0.2 GiB
@@ -33,17 +33,17 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one scalar per metric."""
+        """Log every metric as a TensorBoard scalar."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write all buffered metrics and close the file."""
+        """Write all buffered metrics and close the event file."""
         self._writer.close()
 
 
 class Tracker:
-    """Run of wandb, or of trackio, which has the same functions.
+    """Logger to a wandb or trackio run (both have the same functions).
 
     Project, mode and folder are the package's own environment variables (WANDB_PROJECT, WANDB_MODE=offline,
     TRACKIO_DIR). A resumed training goes on in the run of its folder.
@@ -68,11 +68,11 @@ class Tracker:
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the metrics of one optimizer step."""
+        """Log the metrics of one optimizer step."""
         self._module.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Wait until all metrics are sent."""
+        """Wait until all metrics have been sent."""
         self._module.finish()
 
 

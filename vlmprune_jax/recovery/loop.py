@@ -44,7 +44,7 @@ def recover(
     progress: bool = True,
     num_steps: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Train `model` on `batches`; return the trained model and a summary.
+    """Train `model` on `batches`; return the trained model and a summary of the run.
 
     Args:
       model: the pruned model, or a new one (`init_params`) to pretrain; its arrays are not modified.
@@ -88,7 +88,7 @@ def recover(
 
 
 def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tuple[TrainState, int]:
-    """Return the training state and step to start from, and move the batches to the same position."""
+    """Return the training state and step to start from, after moving the batches to the same position."""
     if saver is None:
         return run.state, 0
     if not (hasattr(stream, "get_state") and hasattr(stream, "set_state")):
@@ -111,10 +111,10 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
 
 @runtime_checkable
 class Foreseen(Protocol):
-    """Interface of an iterator over batches whose array shapes are all known in advance."""
+    """Interface of a batch iterator whose array shapes are all known in advance."""
 
     def kinds(self, first: int, last: int) -> Sequence[Kind]:
-        """Return the distinct array shapes of batches `first` ... `last` - 1, the same on all processes."""
+        """Return the distinct array shapes of batches `first` to `last` - 1, the same on all processes."""
 
 
 class _Pending(NamedTuple):
@@ -136,7 +136,7 @@ def _train(
     saver: Checkpointer | None,
     recorder: Recorder,
 ) -> TrainState:
-    """Run the training steps in `span`; metrics are read one step late, so that devices never wait for the host."""
+    """Run the training steps in `span`; metrics are read one step late so that devices never wait for the host."""
     pending: deque[_Pending] = deque()
     trained = run.state.params.keys()
     programs = Programs(run.step)
@@ -179,7 +179,7 @@ def _train(
 def _compile_ahead(
     programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
 ) -> None:
-    """Compile the training step for every batch shape in advance. Raises Stopped on SIGTERM."""
+    """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM."""
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
         recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
@@ -198,7 +198,7 @@ def _run_step(
     unforeseen: str,
     recorder: Recorder,
 ) -> tuple[TrainState, Metrics]:
-    """Run one step; if its batch shape is not compiled yet, print this and compile it."""
+    """Run one training step; a batch shape that is not compiled yet is announced and compiled."""
     arguments = (state, run.frozen, run.teacher_params, place_rows(arrays, run.mesh))
     if not programs.has(arguments[-1]):
         recorder.say(f"{unforeseen}: {describe(run.cfg, [arrays])}")
@@ -208,7 +208,7 @@ def _run_step(
 
 
 def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> Any:
-    """Return the next batch after checking its size. Raises UserError if there is none."""
+    """Return the next batch; raise UserError if there is none or its size is wrong."""
     batch = next(stream, None)
     if batch is None:
         raise UserError(
@@ -245,7 +245,7 @@ def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, 
 
 
 def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
-    """Return the trained model in its original dtypes; frozen parameters are the original arrays."""
+    """Return the trained model in its original dtypes; frozen parameters are the original arrays, not copies."""
     original = flatten(model.params)
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}

@@ -32,14 +32,14 @@ class _Step(TypedDict):
 
 
 class _Skipped(_Step):
-    """One line of skipped-N.jsonl, the list of skipped records."""
+    """One line of skipped-N.jsonl, the list of records that training skipped."""
 
     record: str
     reason: str
 
 
 class Recorder:
-    """Writer of training metrics; process 0 writes the files and draws the progress bar.
+    """Writer of training metrics: files and progress bar on process 0.
 
     `devices`: devices of the run; `mfu` is recorded if their peak is known. `loggers`: names in `LOGGERS`. `saved`: the
     last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Each process lists its
@@ -94,13 +94,13 @@ class Recorder:
                     getattr(resource, close)()
 
     def say(self, text: str) -> None:
-        """Print one line above the progress bar."""
+        """Print a text as a line above the progress bar."""
         if self._bar is not None:
             print(f"  train: {text}", flush=True)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Add the time spent in this context to `compile_seconds` instead of step time."""
+        """Context whose duration is added to `compile_seconds` and not to step time."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -118,7 +118,7 @@ class Recorder:
         skipped: Sequence[tuple[str, str]],
         flops: int,
     ) -> None:
-        """Record a finished step (counted from 1): metrics, skipped records (id, reason) and FLOPs over all devices.
+        """Record a finished training step: metrics, skipped records (id, reason), and FLOPs over all devices.
 
         Raises UserError if the loss or gradient norm is not finite, with the step and records.
         """
@@ -154,7 +154,7 @@ class Recorder:
                     file.write(json.dumps({"step": step, "record": record, "reason": reason}) + "\n")
 
     def _speeds(self, tokens: float, flops: float, seconds: float) -> dict[str, float]:
-        """Return tokens/s (without padding), model FLOP/s, and MFU as a share of the peak bfloat16 rate."""
+        """Return tokens/s (without padding), model FLOP/s, and model FLOPs utilisation (share of peak bfloat16)."""
         speeds = {"tokens_per_second": tokens / seconds, "model_flops_per_second": flops / seconds}
         return speeds if self._peak is None else {**speeds, "mfu": flops / seconds / self._peak}
 
@@ -182,7 +182,7 @@ class Recorder:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return totals of this process, the metrics of the last step, and the rows that all processes skipped."""
+        """Return the run's totals, the metrics of its last step, and the number of skipped records."""
         now = time.perf_counter()
         steady = now - self._steady if self._steady is not None else 0.0
         return {
@@ -217,7 +217,7 @@ def _bar() -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file as {name: number}, without a last line that a crash cut off.
+    """Read a metrics file as rows {name: number}, ignoring a last line that a crash cut off.
 
     Raises UserError if the file is damaged.
     """
@@ -228,7 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int, kind: Any) -> list[dict[str, Any]]:
-    """Truncate a metrics file after step `step` and return its lines; an incomplete last line is removed."""
+    """Truncate a metrics file after step `step` and return the remaining lines."""
     if not path.exists():
         if path.is_symlink():
             path.unlink()  # a dangling link, through which writes would follow

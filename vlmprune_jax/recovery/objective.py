@@ -14,7 +14,7 @@ TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # users add theirs, see `losses`
 
 
 def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms to compute: terms with a weight, and terms that are always reported."""
+    """Return the loss terms to compute: those with a weight, and those that are always reported."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
@@ -26,12 +26,12 @@ def weighted_terms(loss: LossConfig) -> dict[str, LossTerm]:
 
 
 def needs_teacher(loss: LossConfig) -> bool:
-    """Return True if a teacher must run: a weighted term needs one, and its logits are not cached."""
+    """Return True if the teacher model must run: a weighted term needs it, and its logits are not cached."""
     return any(term.needs_teacher for term in weighted_terms(loss).values()) and not loss.teacher_top_k
 
 
 def uses_labels(loss: LossConfig) -> bool:
-    """Return True if a weighted loss term learns from labels, and not from a teacher."""
+    """Return True if a weighted loss term learns from labels (not only from a teacher)."""
     return not all(term.needs_teacher for term in weighted_terms(loss).values())
 
 
@@ -46,17 +46,17 @@ def needs_logits(loss: LossConfig) -> bool:
 
 
 def only_at_labels(loss: LossConfig) -> bool:
-    """Return True if all loss terms use logits only at positions that predict a label."""
+    """Return True if all loss terms use logits only at positions whose next token has a label."""
     return loss.kl_positions == "labels" or all(term.counts != "positions" for term in reported_terms(loss).values())
 
 
 def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms to compute on hidden states."""
+    """Return the loss terms that compare hidden states."""
     return {name: term for name, term in reported_terms(loss).items() if term.on_hidden}
 
 
 def check_losses(loss: LossConfig) -> None:
-    """Refuse loss terms that do not exist, or cannot be computed with these settings.
+    """Raise UserError for unknown loss terms, or terms that these settings make impossible.
 
     Raises UserError with the names of the terms.
     """
@@ -89,7 +89,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return `loss.l2_layers` as non-negative indices. Raises UserError for an index outside the model."""
+    """Return the layer indices in `loss.l2_layers` as non-negative numbers; raise UserError if out of range."""
     n_layers = len(cfg.text.layers)
     for index in loss.l2_layers:
         if not -n_layers - 1 <= index <= n_layers:
@@ -103,7 +103,7 @@ def student_layers(loss: LossConfig, cfg: ModelConfig) -> tuple[int, ...]:
 def layer_pairs(
     loss: LossConfig, student: ModelConfig, teacher: ModelConfig, kept: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the hidden-state indices of student and teacher that `loss.l2_layers` compares, non-negative.
+    """Return pairs of hidden-state indices (student, teacher) that the hidden-state losses compare.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
     layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state. Raises
@@ -129,7 +129,7 @@ def layer_pairs(
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Refuse a missing teacher, or one that does not fit the student. Raises UserError with the sizes of both."""
+    """Raise UserError if the teacher is missing or does not fit the student."""
     if loss.teacher_top_k > student.text.vocab_size:
         raise UserError(
             f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"

@@ -34,7 +34,7 @@ _ROOT = "base_model.model."  # prefix of the wrapped model in peft
 
 
 class _Adapter(NamedTuple):
-    """Adapter of one Hugging Face module, which may fuse several projections of this package (`members`)."""
+    """LoRA adapter of one Hugging Face module, which may fuse several of vlmprune's projections (`members`)."""
 
     a: np.ndarray  # float32[members * rank, in]
     b: np.ndarray  # float32[out, members * rank]
@@ -42,7 +42,7 @@ class _Adapter(NamedTuple):
 
 
 def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
-    """Write trained adapters in peft's format, with a card on how to load them.
+    """Write trained LoRA adapters in peft's format, with a model card on how to load them.
 
     The config names the base by its path relative to `out_dir`, so that a folder which holds both can be moved. In a
     multi-process run every process must call it; process 0 writes.
@@ -85,20 +85,20 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
 
 
 def _vocabulary(base_dir: Path) -> dict[str, str]:
-    """Return a digest of the base model's tokens, since an adapter needs a base with the same vocabulary."""
+    """Return a digest of the base model's tokens, since an adapter fits only bases with the same vocabulary."""
     content = read_tokenizer(base_dir)
     return {} if content is None else {"vocabulary": vocabulary_digest(content)}
 
 
 def _adapters(slots: Sequence[Slot], flat: Mapping[str, Any], family: Family) -> dict[str, _Adapter]:
-    """Return {module name: adapter}, in the order of the slots."""
+    """Return {module name: LoRA adapter}, in checkpoint order."""
     weights = by_key(slot for slot in slots if slot.path.endswith("/weight"))
     adapters = {_module(key, family): _fuse(members, flat) for key, members in weights.items()}
     return {module: adapter for module, adapter in adapters.items() if adapter is not None}
 
 
 def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
-    """Fuse adapters of projections that share a tensor: stacked A, block-diagonal B (same function, higher rank)."""
+    """Fuse LoRA adapters of projections that share a tensor: stacked A, block-diagonal B (same function)."""
     pairs: list[tuple[Slot, np.ndarray, np.ndarray]] = []
     for slot in members:
         owner = slot.path.rpartition("/")[0]
@@ -116,7 +116,7 @@ def _fuse(members: Sequence[Slot], flat: Mapping[str, Any]) -> _Adapter | None:
 
 
 def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Family) -> dict[str, list[Slot]]:
-    """Return the tensors of all modules with trained parameters besides adapters, by module name."""
+    """Return {module name: tensors} of all modules with trained parameters other than adapters."""
     plain = {path for path in trained if not path.endswith(LORA_SUFFIXES)}
     vision = sorted(path for path in plain if path.startswith("vision/"))
     if vision:
@@ -130,7 +130,7 @@ def _whole_modules(slots: Sequence[Slot], trained: Collection[str], family: Fami
 
 
 def _module(key: str, family: Family) -> str:
-    """Return the name of a tensor's module in stock transformers."""
+    """Return the name that stock transformers gives to a tensor's module."""
     name = key.rpartition(".")[0]
     for pattern, replacement in family.modules:
         name = re.sub(pattern, replacement, name)
@@ -138,7 +138,7 @@ def _module(key: str, family: Family) -> str:
 
 
 def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
-    """Return the transformers class for a base model with this config.json; None if it needs remote code."""
+    """Return the transformers class name for a base model; None if the model needs remote code."""
     if cfg.vision is None:
         return "AutoModelForCausalLM"
     autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
@@ -149,7 +149,7 @@ def _loader(cfg: ModelConfig, config: Mapping[str, Any]) -> str | None:
 def _config(
     adapters: Mapping[str, _Adapter], whole: Sequence[str], lora: LoraConfig, base: str, loader: str | None
 ) -> dict[str, Any]:
-    """Return adapter_config.json; targets are a regex over full names, since decoder and tower share projection names.
+    """Return peft's adapter_config.json; target modules are a regex over full names.
 
     The Auto classes of peft find the class of a decoder by `task_type`, and that of a vision-language model by
     `auto_mapping`.
@@ -180,7 +180,7 @@ def _config(
 
 
 def _card(config: Mapping[str, Any], name: str, remote: bool) -> str:
-    """Return the README.md of an adapter for the base model `name` (`remote`: a base with its own code)."""
+    """Return an adapter's model card (README.md) for the base model `name`."""
     base, trust = config["base_model_name_or_path"], ", trust_remote_code=True" if remote else ""
     mapping, whole = config["auto_mapping"], config["modules_to_save"] or []
     loader = mapping["base_model_class"] if mapping else "AutoModelForCausalLM" if config["task_type"] else None

@@ -43,7 +43,7 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 
 
 class Program(NamedTuple):
-    """Compiled training step of a run, which does not depend on weights.
+    """Compiled training step of a run; independent of weight values.
 
     `cfg` includes adapters and rounding; `groups` maps trained paths to optimizer groups; `shardings` are the state's.
     """
@@ -65,7 +65,7 @@ def make_program(
     mesh: Mesh | None,
     num_steps: int,
 ) -> Program:
-    """Check everything that needs no weights, then build the training step; `kept_layers` is from the prune plan.
+    """Check all settings that need no weights, then build the training step.
 
     Raises UserError if settings do not fit the model, the teacher or the mesh.
     """
@@ -94,7 +94,7 @@ def make_program(
 
 
 class Run(NamedTuple):
-    """Training run that is ready to start: config (with adapters), dtypes, arrays on devices, and training step."""
+    """Training run that is ready to start: config, dtypes, arrays on devices, and training step."""
 
     cfg: ModelConfig
     dtypes: dict[str, Any]
@@ -110,7 +110,7 @@ class Run(NamedTuple):
 def prepare(
     model: Model, config: RecoverConfig, teacher: Model | None, plan: PrunePlan | None, mesh: Mesh | None, total: int
 ) -> Run:
-    """Check everything before the first batch, place the arrays on devices and build the training step."""
+    """Check the run's settings, place the arrays on devices and build the training step."""
     mesh = mesh if mesh is not None else mesh_of(model.params)
     if teacher is not None:
         teacher = trim_vocabulary(teacher, getattr(plan, "vocabulary", None))
@@ -145,7 +145,7 @@ def prepare(
 
 
 def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Refuse a mesh whose sizes do not divide the model or a micro-batch. Raises UserError with the sizes."""
+    """Raise UserError if mesh axis sizes do not divide the model's dimensions or a micro-batch."""
     check_divides(cfg, mesh)
     ways = row_ways(mesh)
     rows = config.batch_size // config.accumulation
@@ -158,7 +158,7 @@ def check_mesh(mesh: Mesh, cfg: ModelConfig, config: RecoverConfig) -> None:
 
 
 def place(model: Model, mesh: Mesh | None) -> Flat:
-    """Move flat params to the mesh (or the default device); arrays already there are not copied."""
+    """Move flat params to the mesh or default device; arrays that are already there are not copied."""
     flat = flatten(model.params)
     if mesh is None:
         return {path: jax.numpy.asarray(leaf) for path, leaf in flat.items()}
@@ -167,7 +167,7 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
 
 
 class Programs:
-    """Compiled programs of one jitted function, by the shapes and dtypes of a batch (its last argument).
+    """Compiled programs of one jitted function, one per batch shape.
 
     Compiling ahead avoids pauses of minutes on a pod in the middle of a run, and shows at the start if a program does
     not fit in memory.
@@ -198,12 +198,12 @@ def _key(batch: Mapping[str, Any]) -> Any:
 
 
 def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | None) -> dict[str, Any]:
-    """Return a batch of zeros with these shapes (see `TrainBatches.kinds`), placed on devices like a real batch."""
+    """Return a batch of zeros with the given shapes, placed on devices like a real batch."""
     return place_rows({name: np.zeros(size, dtype) for name, (size, dtype) in kind.items()}, mesh)
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Return batch shapes in words: "1,024, 512 tokens", with the number of images if it differs."""
+    """Return batch shapes in words, such as "1,024, 512 tokens", with image counts if they differ."""
     sizes = [_sizes(cfg, batch) for batch in batches]
     if len({images for _, images in sizes}) == 1:
         return f"{', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
@@ -211,7 +211,7 @@ def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return the tokens per row, and the image slots as text."""
+    """Return a batch's tokens per row and its number of images as text."""
     images = batch.get("pixel_values", batch.get("vision_features"))
     slots = 0 if images is None else images.shape[1]
     room = f" of {room_of(cfg, batch):,}" if "image_grid_thw" in batch else ""

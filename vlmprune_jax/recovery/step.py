@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Training state: trained parameters in float32, optimizer state, step int32[], and random key data."""
+    """Training state: float32 trained parameters, optimizer state, step int32[], and random key data."""
 
     params: Flat
     opt_state: optax.OptState
@@ -57,7 +57,7 @@ def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> dict[str, optax.Schedule]:
-    """Return {metric name: schedule}: the main learning rate, and the projector's if it is trained."""
+    """Return {metric name: learning-rate schedule}, with a separate one for the projector if it is trained."""
     schedules = {"learning_rate": make_schedule(config, num_steps)}
     if PROJECTOR in groups.values():
         own = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
@@ -66,7 +66,7 @@ def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
 
 
 def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
-    """Return AdamW for flat parameters: weight decay on matrices only, separate learning rate for the projector.
+    """Return AdamW for flat parameters, with weight decay on matrices only, and the projector's own learning rate.
 
     `groups`: path -> "main" or "projector" (see `trainable.assign_groups`).
     """
@@ -94,7 +94,7 @@ def init_state(
 
 
 def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Return the shapes and shardings of `init_state`; `trainable` may hold abstract arrays."""
+    """Return the training state as abstract arrays with shardings."""
     state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
 
@@ -107,7 +107,7 @@ def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int
 def state_shardings(
     trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
 ) -> TrainState | None:
-    """Return the sharding of every leaf of the state (None without a mesh); moments follow their parameters."""
+    """Return the sharding of every array in the training state; Adam moments are sharded as their parameters."""
     if mesh is None:
         return None
     axes = param_axes(cfg)
@@ -122,7 +122,7 @@ def state_shardings(
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Settings that are constants of a compiled training step (static arguments of jit)."""
+    """Settings that are constants of a compiled training step (static arguments of jax.jit)."""
 
     cfg: ModelConfig
     loss: LossConfig
@@ -182,7 +182,7 @@ def make_step(
 
 
 def _image_padding(cfg: ModelConfig, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the share of padding, float32[], in the image slots of a batch with images of any size."""
+    """Return the share of padding, float32[], in the images of a batch with images of any size."""
     assert cfg.projector is not None
     grids = batch["image_grid_thw"]
     room = grids.shape[0] * grids.shape[1] * room_of(cfg, batch) * cfg.projector.downsample**2
@@ -197,7 +197,7 @@ def _gradients(
     batch: dict[str, jax.Array],
     weights: dict[str, jax.Array],
 ) -> tuple[Flat, dict[str, jax.Array]]:
-    """Return the gradients of the total loss and the summed terms, computed one micro-batch at a time."""
+    """Return the gradients of the total loss, and the summed loss terms, accumulated over micro-batches."""
     cfg, dtype = config.cfg, jnp.dtype(config.compute_dtype)
     dropout = cfg.lora is not None and cfg.lora.dropout > 0
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -234,33 +234,33 @@ def _gradients(
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """Reshape [rows, ...] to [n, rows / n, ...]: micro-batch i takes every n-th row, so rows stay on their devices."""
+    """Reshape [rows, ...] to [n, rows / n, ...] so that every device keeps its rows in all n micro-batches."""
     split = jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
     return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
 
 
 @functools.cache
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the sharding that splits rows over the mesh axes (data, fsdp)."""
+    """Return the sharding that splits batch rows over the mesh axes (data, fsdp)."""
     return sharding(mesh, ("batch", *(None,) * (ndim - 1)))
 
 
 def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """Assemble the rows of all processes into global device arrays."""
+    """Assemble the batch rows of all processes into global device arrays."""
     if mesh is None:
         return {name: jnp.asarray(x) for name, x in arrays.items()}
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim), x) for name, x in arrays.items()}
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """Return this process's rows of a global array that is split over rows only (undoes `place_rows`)."""
+    """Return this process's rows of a global array that is sharded over rows only (undoes `place_rows`)."""
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 @contextlib.contextmanager
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
-    """Return the context for running a training step, in which activations are sharded over `mesh`.
+    """Context for running a training step, in which activations are sharded over `mesh`.
 
     In bfloat16, the backward pass of attention in jax.nn mixes bfloat16 and float32, which strict promotion refuses.
     """

@@ -27,7 +27,7 @@ _SPREAD = 256  # records whose sizes tell that of a pass
 
 
 def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:
-    """Return the distinct record numbers in batches of `size` that the cache does not hold completely.
+    """Return batches of record indices whose teacher outputs are not cached, without duplicates.
 
     Rows of like length share a batch if lengths are known, the longest first: what does not fit in memory is met at
     once.
@@ -41,7 +41,7 @@ def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> 
 
 
 def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int]) -> int:
-    """Estimate the bytes that the teacher cache needs for these records, from evenly spread samples."""
+    """Estimate the bytes that the teacher cache will need, from evenly spaced records."""
     spread = todo[:: -(-len(todo) // _SPREAD)]
     labels = (training.encoder.training_tokens(training.records[number])[1] for number in spread)
     return sum(rows.bytes_of(row) for row in labels) * len(todo) // len(spread)
@@ -50,7 +50,7 @@ def bytes_of_rows(training: TrainingRows, rows: TeacherRows, todo: Sequence[int]
 def teacher_top_k(
     teacher: Model, batches: Iterable[Any], loss: LossConfig, *, compute_dtype: str, mesh: Mesh | None
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """Yield each batch with the teacher's ids int32[rows, seq, k] and log-probabilities float32[rows, seq, k + 1].
+    """Yield each batch with the teacher's top-k token ids and log-probabilities at every position.
 
     k is `loss.teacher_top_k`; distributions are at `loss.temperature`. `teacher` is on `mesh`; `batches` are this
     process's rows (`Batch`), and all processes iterate in step. Programs are compiled at the first batch of a shape. A

@@ -28,7 +28,7 @@ COUNTS = {"vocabulary": ("labels", "positions"), "hidden": ("tokens", "features"
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One loss term: the mean of `value` over positions.
+    """A training loss term: the mean of `value` over token positions.
 
     `needs` lists the arguments of `value`, in order:
       "logits", "teacher_logits": float32[batch, chunk, vocab] for the next token.
@@ -65,22 +65,22 @@ class LossTerm:
 
     @property
     def on_hidden(self) -> bool:
-        """True if the term uses hidden states, False if it uses logits."""
+        """True if the loss term uses hidden states, False if it uses logits."""
         return self.needs[0] in HIDDEN
 
     @property
     def needs_teacher(self) -> bool:
-        """True if the term compares the student with a teacher."""
+        """True if the loss term compares the student with a teacher."""
         return any(name.startswith("teacher_") for name in self.needs)
 
     @property
     def file(self) -> Path | None:
-        """Source file of a user's term, on which results depend; None for built-in terms."""
+        """Source file of a user's loss term; None for built-in terms."""
         return file_of_users(self.value)
 
     @property
     def tempered(self) -> bool:
-        """True if the term uses softmax distributions at the setting `temperature`."""
+        """True if the loss term uses softmax distributions at the setting `temperature`."""
         return any(name.endswith("log_probs") for name in self.needs)
 
 
@@ -95,12 +95,12 @@ def squared_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 
 
 def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    """Return 1 - cosine similarity, float32[...]; value and gradient are finite even for states of zeros."""
+    """Return 1 - cosine similarity, float32[...]; value and gradient stay finite for zero vectors."""
     return 1.0 - optax.cosine_similarity(ours, theirs, epsilon=1e-16)
 
 
 def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k likeliest ids int32[..., k] and log-probabilities float32[..., k + 1] of logits [..., vocab].
+    """Return the k most likely token ids int32[..., k], and their log-probabilities float32[..., k + 1].
 
     The last log-probability is that of all other tokens together (-inf if there are none); the probabilities sum to 1.
     """
@@ -111,7 +111,7 @@ def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.A
 
 
 def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, temperature: float) -> jax.Array:
-    """Return KL(teacher || student), float32[...], over the teacher's k likeliest tokens and the sum of all others.
+    """Return KL(teacher || student), float32[...], over the teacher's top k tokens plus all others as one.
 
     In both distributions the tokens outside the k are summed to one (the "ghost token" of arXiv 2503.16870). The result
     equals the exact KL if there are no others, and is never larger (log-sum inequality). The gradient of the others is
@@ -135,7 +135,7 @@ def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, te
 
 
 def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
-    """Return float32[..., vocab] with the values [..., k] at their token ids, and _ABSENT at all other ids.
+    """Scatter values [..., k] to their token ids: float32[..., vocab], with _ABSENT elsewhere.
 
     The scatter is batched over positions, so that each device fills its own part of a sharded vocabulary. It carries no
     gradient, whereas gathering the student's k values would need a scatter in the backward pass.
@@ -145,7 +145,7 @@ def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Return the log-probability, float32[...], of all tokens that are _ABSENT in `chosen`; inputs are [..., vocab]."""
+    """Return the log of the summed probability, float32[...], of all tokens that are _ABSENT in `chosen`."""
     return jax.nn.logsumexp(jnp.where(chosen > _ABSENT, -jnp.inf, logprobs), axis=-1)
 
 

@@ -23,7 +23,7 @@ LORA_SUFFIXES = ("lora_a", "lora_b")
 
 
 def assign_groups(paths: Sequence[str], trainable: str | Sequence[Rule]) -> dict[str, str]:
-    """Return {path: optimizer group ("main" or "projector")} of trained parameters; unmatched ones stay frozen.
+    """Return {path: optimizer group ("main" or "projector")} of the trained parameters; all others stay frozen.
 
     `trainable` is the name of a preset, or rules `(regex, True | False | group)`; a regex must match the full path.
     Raises UserError if a preset or group is unknown, a regex is malformed or matches nothing, or nothing is trained.
@@ -50,19 +50,19 @@ def _suggest(pattern: str, paths: Sequence[str]) -> str:
 
 
 def partition(flat: Mapping[str, Any], trainable: str | Sequence[Rule]) -> tuple[Flat, Flat]:
-    """Split flat params into (trained, frozen) dictionaries; see `assign_groups`."""
+    """Split flat params into (trained, frozen) dictionaries."""
     groups = assign_groups(list(flat), trainable)
     return {p: x for p, x in flat.items() if p in groups}, {p: x for p, x in flat.items() if p not in groups}
 
 
 def decays(path: str) -> bool:
-    """Return True if weight decay applies to a parameter: not to biases and norm scales, as in transformers."""
+    """Return True if weight decay applies to a parameter (not to biases and norm weights, as in transformers)."""
     owner, leaf = path.split("/")[-2:]
     return leaf != "bias" and "norm" not in owner
 
 
 def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
-    """Return the config with adapters on the decoder projections in `lora.targets` (all if it is empty).
+    """Return the config with LoRA adapters on the decoder projections in `lora.targets`.
 
     Raises UserError if the model already has adapters, or a target is not a projection of its decoder.
     """
@@ -77,7 +77,7 @@ def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
 
 
 def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
-    """Add adapters that leave the outputs unchanged: A Kaiming-uniform and B zero, as in peft (see `with_lora`).
+    """Add LoRA adapters that leave outputs unchanged: A Kaiming-uniform, B zero (as in peft).
 
     Adapters have the dtype and sharding of their weight.
     """
@@ -93,13 +93,13 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
 
 
 def projection_names(cfg: ModelConfig) -> list[str]:
-    """Return the names of the decoder's projections, such as q_proj, or dense, fc1 and fc2 in Phi."""
+    """Return the names of the decoder's projections, such as q_proj (Phi: dense, fc1, fc2)."""
     paths = [name.split("/") for name in layer_axes(cfg)]
     return sorted({path[-2] for path in paths if path[-1] == "weight" and "norm" not in path[-2]})
 
 
 def merge_lora(model: Model) -> Model:
-    """Merge adapters into the weights: weight + alpha/rank * B A, summed in float32; `cfg.lora` becomes None."""
+    """Merge LoRA adapters into the weights (weight + alpha/rank * B A); `cfg.lora` becomes None."""
     lora = model.cfg.lora
     if lora is None:
         return model
@@ -115,7 +115,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
-    """Return True if two models have bitwise equal parameters at these paths (for adapters: merged weights).
+    """Return True if two models have bitwise equal parameters at these paths, after merging adapters.
 
     The comparison ends at the first difference.
     """
@@ -125,7 +125,7 @@ def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
 
 
 def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:
-    """Return the weight update float32[layer, out..., in...]: B [layer, out..., rank] x A [layer, rank, in...]."""
+    """Return LoRA's weight update float32[layer, out..., in...]: B [layer, out..., rank] x A [layer, rank, in...]."""
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     contract = (((n_out + 1,), (1,)), ((0,), (0,)))
     return jax.lax.dot_general(b, a, contract, precision=jax.lax.Precision.HIGHEST)

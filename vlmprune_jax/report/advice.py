@@ -15,7 +15,7 @@ from vlmprune_jax.workdir.result import Result
 
 
 def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
-    """Print a recommendation and its config, or write the config to the file `save`."""
+    """Print a recommendation and its config file; with `save`, write the config to that file instead."""
     path, found = saved_as(save), advice.recommendation
     tables, notes = tables_of(found), footnotes(found)
     if advice.bench is not None:
@@ -38,7 +38,7 @@ def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
 
 
 def tables_of(found: Recommendation) -> list[Table]:
-    """Return tables of a recommendation: its evidence, other evidence at similar ratios, and speed-ups if asked for."""
+    """Return a recommendation's tables: evidence, other measurements at similar ratios, and speed-ups."""
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
         "Expected from": () if found.expected is None else found.expected.rows,
@@ -64,14 +64,14 @@ def _row(row: Evidence) -> tuple[str, ...]:
 
 
 def footnotes(found: Recommendation) -> list[str]:
-    """Return the notes on evidence rows; rows marked with a star are not used for predictions."""
+    """Return the notes below a recommendation's evidence table."""
     rows = (*(() if found.expected is None else found.expected.rows), *found.beside)
     notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(notes))
 
 
 def advice_section(result: Result) -> Iterator[Section]:
-    """Yield a report section that recommends a setup for the ratio, data and training of the best run."""
+    """Yield a report section that recommends a setup like the best run's (same ratio, data and training)."""
     run = result.best_run
     if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.ratio_reached:
         return

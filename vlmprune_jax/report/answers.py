@@ -17,7 +17,7 @@ Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for ev
 
 
 def length_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield a section with tokens per answer, and energy per question if it was measured, of every model by set."""
+    """Yield a report section with every model's answer length in tokens, and energy per question if measured."""
     models = [(UNPRUNED, None), *((result.labels[one.name], one.path) for one in result.entries[:MOST_COMPARED])]
     tables, counters = list[Table](), set[str]()
     for key, of in result.sets.items():
@@ -50,7 +50,7 @@ def length_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield a section with McNemar tests per set: each run against the unpruned model, the best run against others."""
+    """Yield a report section with McNemar tests between the runs and the unpruned model."""
     tables, left_out, labels = list[Table](), list[str](), result.labels
     for key, of in result.sets.items():
         if of.counted != "questions" or of.full is None:
@@ -78,7 +78,7 @@ def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
-    """Return {model: right (1) or wrong (0) answers}, for models that answered all questions."""
+    """Return {model: 1 (right) or 0 (wrong) per question} of the models that answered all questions."""
     found: dict[str, list[float]] = {}
     for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs[:MOST_COMPARED])]:
         path = find_evaluated(workdir, folder, key)
@@ -92,7 +92,7 @@ def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
 
 
 def _against(title: str, reference: str, right: Right, labels: Mapping[str, str], runs: Sequence[Run] = ()) -> Table:
-    """Return a table of McNemar tests of all other models against `reference`, and with `runs` the repaired share."""
+    """Return a table of McNemar tests of all models against the model `reference`."""
     names = [name for name in right if name != reference]
     tests = [mcnemar(right[reference], right[name]) for name in names]
     pruned_of = {run.plan: run.name for run in runs if run.recovery == "none" and run.name in right}

@@ -44,7 +44,7 @@ COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
 def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
-    """Write `report.html` (one file without external resources) and, if models were evaluated, `report.png`.
+    """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
 
     Args:
       workdir: of a run, finished or not.
@@ -132,7 +132,7 @@ def _notes(result: Result) -> tuple[str, ...]:
 
 
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
-    """Yield one section of sample questions per evaluation set; the first group of the first set is expanded."""
+    """Yield one report section of sample questions per evaluation set."""
     found = find_artefact(workdir / SAMPLES, Samples)
     sets = {} if found is None else found.sets
     title = "Questions and what every model answers"
@@ -147,7 +147,7 @@ def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterat
 
 
 def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Section]:
-    """Yield the report section with costs by shape and measured speed."""
+    """Yield the report section with costs and measured speed per layer shape."""
     measured, tables, notes = find_artefact(workdir / SPEED, Speed), list[Table](), list[str]()
     labels = None if result is None else result.labels
     if result is not None and result.teacher.costs is not None and result.workload is not None:

@@ -58,7 +58,7 @@ NOTES = (
 
 
 def build_comparison(workdir: Path) -> Path:
-    """Write `sweep.html` (one self-contained file) for a sweep with at least one model; return its path.
+    """Write a sweep's comparison page `sweep.html` (one self-contained file); return its path.
 
     Raises:
       UserError: `sweep.json` is missing or damaged.
@@ -87,7 +87,7 @@ def build_comparison(workdir: Path) -> Path:
 
 
 def _best(groups: Sequence[Group]) -> Group | None:
-    """Return the group with the highest retention (among equals the smallest models); None without a retention."""
+    """Return the group of sweep runs with the highest retention (of equals, the smallest models)."""
     known = [group for group in groups if group.retained is not None]
     return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
@@ -154,7 +154,7 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _asked(group: Group) -> Any:
-    """Return the ratio of a group for comparisons: the requested ratio, or else the mean ratio reached."""
+    """Return the pruning ratio by which a group is compared: the requested one, or the mean ratio reached."""
     asked = group.first.ratio_asked
     return round(group.mean("ratio_reached"), 3) if asked is None else asked
 
@@ -193,7 +193,7 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
 
 
 def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
-    """Yield a section with each set's main value against the tokens per image, if the sweep varies the tokens."""
+    """Yield a report section that plots scores against tokens per image, if the sweep varies them."""
     limited = [group for group in groups if group.first.image_tokens]
     if len({group.first.image_tokens for group in limited}) < 2:
         return
@@ -227,7 +227,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 
 def _removed(groups: Sequence[Group]) -> str:
-    """Return the mean removed share of the model (and of its decoder) as text."""
+    """Return the mean removed share of a group's models (and of their decoders) as text."""
     whole, decoder = (
         100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("ratio_reached", "decoder_ratio")
     )
@@ -235,7 +235,7 @@ def _removed(groups: Sequence[Group]) -> str:
 
 
 def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Section]:
-    """Yield a section with a radar chart of each method's best model at each ratio."""
+    """Yield a report section with a radar chart of each method's best models."""
     names = [name for name in sweep.sets if all(_kept(group, name) is not None for group in drawable(groups))]
     names = names[:MOST_SETS]
     if len(names) < LEAST_RADAR:
@@ -268,7 +268,7 @@ def _kept(group: Group, name: str) -> float | None:
 
 
 def table_of(sweep: SweepResult) -> Table:
-    """Return a table with a row per unpruned model and per group, without empty columns."""
+    """Return a table with one row per unpruned model and per group of runs."""
     sets, groups = sweep.sets, groups_of(sweep)
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]
@@ -318,7 +318,7 @@ def _costs(models: Sequence[SweptModel | UnprunedModel]) -> dict[str, str]:
 
 
 def _open_section(sweep: SweepResult) -> Iterator[Section]:
-    """Yield a section that lists runs without a result, and the reasons."""
+    """Yield a report section that lists the runs without a result, with reasons."""
     rows = [
         (printable(entry.run), entry.status, printable(entry.error or ""))
         for entry in sweep.models

@@ -39,7 +39,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a model (`rising`: more is better), and its labels in a figure.
+    """One cost of models (`rising`: more is better), with its figure labels.
 
     `range_of`: the lowest and highest value that was measured; None if it is exact.
     """
@@ -51,7 +51,7 @@ class Cost:
     range_of: Callable[[Any], tuple[float, float]] | None = None
 
     def of_group(self, group: Group) -> tuple[float, float, float]:
-        """Return (mean, low, high) of the cost over a group's seeds."""
+        """Return a group's (mean, low, high) cost over its seeds."""
         values = [self.of(model) for model in group.models]
         mean = float(np.mean(values))
         if self.range_of is None:
@@ -65,12 +65,12 @@ DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 
 def way_of(group: Group) -> str:
-    """Return the recovery of a group in words, such as "reconstructed + SFT"."""
+    """Return a group's recovery in words, such as "reconstructed + SFT"."""
     return recovery_label(group.first.recovery, reconstructed=group.first.reconstruct != "none")
 
 
 def titles_of(groups: Sequence[Group]) -> dict[str, str]:
-    """Return readable names of groups, such as "width 30 %, reconstructed + SFT"; equal names get labels appended."""
+    """Return readable group names such as "width 30 %, reconstructed + SFT", made unique by labels."""
     words = {}
     for group in groups:
         ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
@@ -83,7 +83,7 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
-    """Return {group: name of its line in a plot}: the pruning method, with labels if groups would share a point.
+    """Return {group: plot line it belongs to}, usually the pruning method.
 
     `by_images`: models with different limits of tokens per image are different lines.
     """
@@ -114,12 +114,12 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def drawable(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups whose retention is known and fits on the axis."""
+    """Return the groups whose retention is known and fits on the plot's axis."""
     return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
 
 
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return {name: line style}, grey for "without recovery"."""
+    """Return {line name: line style}; "without recovery" is grey."""
     others = [name for name in dict.fromkeys(names) if name != WITHOUT]
     dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(others))]
     found = {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i]} for i, name in enumerate(others)}
@@ -127,7 +127,7 @@ def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
-    """Plot retention against each cost, one panel per cost, with a line through the Pareto-optimal models.
+    """Plot retention against each cost in its own panel, with a line through the Pareto-optimal models.
 
     `unpruned`: None if costs are multiples of the unpruned model's.
     """
@@ -156,7 +156,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, at most three per row; only the leftmost have a y label."""
+    """Return a figure with panels, at most three per row; only the leftmost have a y label."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(9.2, height * rows + 0.5), layout="constrained")
@@ -182,7 +182,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
 def _front(
     places: Sequence[tuple[float, float, float]], groups: Sequence[Group], *, rising: bool
 ) -> list[tuple[float, float]]:
-    """Return the Pareto-optimal points, ordered from the cheapest (`rising`: the fastest).
+    """Return the Pareto-optimal points, cheapest first.
 
     `places`: the mean and the range of each group's cost. A model is not cheaper than one that retains more if their
     ranges overlap: that difference is noise.
@@ -202,7 +202,7 @@ def _front(
 
 
 def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """Add a legend below the panels, in as few equally long rows as fit."""
+    """Add a legend below the panels, in as few rows as fit."""
     rows = -(-sum(len(str(handle.get_label())) + 8 for handle in handles) // LINE_LETTERS)
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // max(rows, 1)))
 
@@ -248,20 +248,20 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
 
 
 def _band(axes: Axes, places: Sequence[float], means: Any, lows: Any, highs: Any, look: Mapping[str, Any]) -> None:
-    """Draw a line through the means, and a band between the ends of their intervals."""
+    """Draw a line through mean values, and a band between their interval ends."""
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
 
 
 def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
-    """Scale the x axis logarithmically, with these ticks alone."""
+    """Make the x axis logarithmic with exactly these ticks."""
     axes.set_xscale("log")
     axes.set_xticks(ticks, [format(tick, form) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]], label: str) -> Figure:
-    """Plot a metric over the tokens per image: line -> tokens -> (mean, low, high); the interval is a band."""
+    """Plot a metric against tokens per image, given as {line: {tokens: (mean, low, high)}}."""
     lines = {name: points for name, points in list(lines.items())[:MOST_NAMED] if points}
     styles = _styles(lines)
     with styled(label, *lines):
@@ -277,7 +277,7 @@ def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]],
 
 
 def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
-    """Draw a radar chart of retention with one spoke per evaluation set (as Figure 1 of arXiv 2604.24380).
+    """Draw a radar chart of retention with one spoke per evaluation set.
 
     `panels`: title -> model -> set -> retained in %.
     """

@@ -30,12 +30,12 @@ MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads nam
 
 
 def figure_of(drawn: Any, alt: str, caption: str) -> Figure:
-    """Convert a matplotlib figure to a figure of a report page."""
+    """Convert a matplotlib figure to a report `Figure` (SVG with caption)."""
     return Figure(Markup(to_svg(drawn)), printable(alt), caption)
 
 
 def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield figures of retention against speed or size (also as `report.png`), and of values per evaluation set."""
+    """Yield report sections that plot retention against speed or size, and scores per evaluation set."""
     sets, runs = result.sets, [run.evaluation for run in result.runs]
     title = f"Retained {over(sets)}"
     intervals: list[tuple[float, float] | None] = []
@@ -71,7 +71,7 @@ def _score_alt(result: Result, measured: plots.Measured) -> str:
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield maps of the removed layers, heads and neurons, one per plan and stack."""
+    """Yield report sections with maps of removed layers, heads and neurons."""
     plans = list[tuple[list[str], PrunePlan]]()  # those that keep the same, once
     for name in dict.fromkeys(run.plan for run in variants if run.plan):
         plan = PrunePlan.from_json(workdir / name)
@@ -105,7 +105,7 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
 
 
 def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield one importance figure per pair of scores file and plan."""
+    """Yield report sections with importance scores, one per scores file and plan."""
     figures = dict[str, Figure]()
     for plan_file, method, name in dict.fromkeys(
         (run.plan, run.method, name) for run in variants for name in run.scores
@@ -121,7 +121,7 @@ def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
 
 
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
-    """Plot importance scores, and which layers and heads a plan removes.
+    """Plot importance scores, and mark the layers and heads that a plan removes.
 
     Raises:
       UserError: the scores are too many for a figure, or of a stack that the plan does not have.
@@ -162,7 +162,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield one figure per scores file with importance by token type (prompt, image, answer)."""
+    """Yield report sections with importance by token type (prompt, image, answer)."""
     figures = dict[str, Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
@@ -186,7 +186,7 @@ def _check_drawable(what: str, widths: Sequence[int]) -> None:
 
 
 def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
-    """Yield the training losses over steps of each recovery that logged any."""
+    """Yield a report section with the training loss curves of each recovery."""
     curves, titles = dict[int | None, dict[str, list[dict[str, Any]]]](), dict[str, str]()
     for run in result.entries:
         titles |= run.loss_terms or {name: name for name in LossConfig().weights()}
@@ -207,7 +207,7 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 
 def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
-    """Return each layer's share of a token type's total importance, float64[n_layers]; the shares add up to 1.
+    """Return each layer's share of all importance for one token type, float64[n_layers] (sum 1).
 
     Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
     """
@@ -216,7 +216,7 @@ def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
 
 
 def head_shares(parts: Mapping[str, Any]) -> list[np.ndarray] | None:
-    """Return each attention head's share of the total over all layers; None without head scores."""
+    """Return each attention head's share of the total importance over all layers; None without head scores."""
     return None if parts.get("heads") is None else _shares(parts["heads"])
 
 
@@ -228,7 +228,7 @@ def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def serves_vision(scores: Scores) -> str:
-    """Return text that names up to 5 layers and heads more important for images than text; "" without image scores."""
+    """Return text naming up to 5 layers and heads that matter more for images than for text; "" if unknown."""
     text = [parts for kind, parts in scores.by_kind.items() if kind != "image"]
     if "image" not in scores.by_kind or not text:
         return ""
@@ -248,7 +248,7 @@ def serves_vision(scores: Scores) -> str:
 
 
 def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Return the image share of importance per layer (1 = only images matter, 0.5 if there is no importance)."""
+    """Return each layer's image share of importance (1 = only images matter, 0.5 = no importance)."""
     found = []
     for i, layer in enumerate(image):
         both = layer + np.mean([kind[i] for kind in text], axis=0)

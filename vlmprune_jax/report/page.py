@@ -17,7 +17,7 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """Table of texts; the first column names the rows, and all cells of a column have the same unit.
+    """Table of texts; the first column holds row names, and each other column has one unit.
 
     `first`: number of columns that narrow screens show, others on request; 0: all. `ascending`: names of columns in
     which small values are best, so that the first click sorts them upwards.
@@ -31,13 +31,13 @@ class Table:
 
     @property
     def printed(self) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]:
-        """Arguments for `Reporter.table`."""
+        """Keyword arguments that print the table with `Reporter.table`."""
         return self.title, self.header, self.rows
 
 
 @dataclass(frozen=True)
 class Figure:
-    """An `<svg>` element with its alternative text and caption."""
+    """SVG figure with alternative text and caption."""
 
     svg: Markup
     alt: str
@@ -46,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a report page under one heading: text, figures, tables, (name, value) lists and samples.
+    """Section of a report page: heading, text, figures, tables, name-value lists and samples.
 
     `missing` says what is not there yet, and `command` makes it. `folded`: the page shows it on request.
     """
@@ -63,7 +63,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section], **values: Any) -> Path:
-    """Write a report page of these sections and return its path.
+    """Write report sections as an HTML page and return its path.
 
     `values` are escaped unless they are `Markup`: `lead` (sentences), `numbers` (pairs of name and value), `missing`
     (pairs of what is missing and a command), `best` (the row that tables mark), `origin`, `result_json`. The page's

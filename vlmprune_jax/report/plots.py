@@ -33,7 +33,7 @@ MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000
 
 @dataclass(frozen=True)
 class Measured:
-    """One number per model (None if unknown; unpruned model first), and its labels in a figure.
+    """One number per model (None if unknown; unpruned model first), with its figure labels.
 
     `intervals`: their 95 % intervals, None where unknown. `retention`: percentages of the unpruned model's score.
     """
@@ -47,7 +47,7 @@ class Measured:
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """Plot a number of every model against decoding speed (or size), and as rows from the best to the worst model.
+    """Plot a number per model against decoding speed or size, and as a ranking from best to worst.
 
     The shape is the method, the colour the recovery.
     """
@@ -81,7 +81,7 @@ def score_figure(result: Result, measured: Measured) -> Figure:
 def _score_rows(
     axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
 ) -> None:
-    """Draw one row per model: its value as text, and as a point with its interval."""
+    """Draw one row per model, with its value as text and as a point with its interval."""
     runs, labels = result.runs, result.labels
     order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
     axes.axvline(values[0], color=MUTED, linestyle="--", linewidth=1)
@@ -101,7 +101,7 @@ def _score_rows(
 
 
 def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequence[int]) -> Figure:
-    """Plot the importance of every layer (original numbers); removed layers have another colour."""
+    """Plot every layer's importance by original number; removed layers have another colour."""
     with styled(title):
         figure = Figure(figsize=(7.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -120,7 +120,7 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
 def width_importance_figure(
     title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]
 ) -> Figure:
-    """Plot head importance relative to the layer's maximum, and the share of neurons kept.
+    """Plot head importance relative to the layer's maximum, and each layer's share of kept neurons.
 
     Removed heads are crossed. `kept`: original layer number -> (kept heads, kept neurons, neurons before); layers that
     are not in it are removed.
@@ -150,7 +150,7 @@ def width_importance_figure(
 def removed_figure(
     title: str, widths: Sequence[tuple[int, int]], kept: Mapping[int, tuple[Sequence[int], Sequence[int]]]
 ) -> Figure:
-    """Plot which layers, attention heads and MLP neurons are removed; each cell shows a share kept.
+    """Plot which layers, attention heads and MLP neurons a plan removes.
 
     `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of kept heads and
     neurons; layers that are not in it are removed.
@@ -184,7 +184,7 @@ def removed_figure(
 
 
 def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
-    """Plot importance of heads (relative to the layer's maximum) and of layers, one column per token type.
+    """Plot importance of heads and layers by token type, one column per type.
 
     `kinds`: token type -> (importance of heads per layer, or None; float[n_layers] shares of layers in the sum).
     """
@@ -213,7 +213,7 @@ def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | No
 
 
 def _by_layer(heads: Sequence[np.ndarray]) -> np.ndarray:
-    """Return importance relative to the layer's maximum, float[widest, n_layers]; NaN for heads that do not exist."""
+    """Return head importance relative to the layer's maximum, float[widest, n_layers]; NaN pads narrower layers."""
     shares = np.full((max(len(h) for h in heads), len(heads)), np.nan)
     for layer, values in enumerate(heads):
         finite = np.where(np.abs(values) < LARGEST, values, np.nan)
@@ -229,7 +229,7 @@ def _layer_axis(axes: Axes, n_layers: int, most: int = 32) -> None:
 
 
 def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> Figure | None:
-    """Plot loss terms over steps, one panel per term and one line per run; None if no run reported any.
+    """Plot training loss terms over steps, one panel per term and one line per run; None without data.
 
     `curves`: run -> rows of its metrics file. `titles`: term -> title of its panel.
     """
@@ -257,6 +257,6 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], term: str) -> list[tuple[float, float]]:
-    """Return (step, value) of up to `MOST_POINTS` rows, without values that a logarithmic axis cannot show."""
+    """Return up to `MOST_POINTS` points (step, value) of a loss curve that a logarithmic axis can show."""
     points = [(row["step"], float(row[term])) for row in rows if 1 / LARGEST < row.get(term, 0.0) < LARGEST]
     return points[:: -(-len(points) // MOST_POINTS) or 1]

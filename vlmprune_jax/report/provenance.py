@@ -14,7 +14,7 @@ _MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
 
 
 def provenance_section(records: Mapping[str, Done]) -> Section:
-    """Return a section with command, machine and versions of all stages, from the ledger."""
+    """Return a report section with command, machine and package versions of all stages."""
     rows, settings, inputs = (
         list[tuple[str, ...]](),
         dict[str, dict[str, list[str]]](),
@@ -41,7 +41,7 @@ def provenance_section(records: Mapping[str, Done]) -> Section:
 
 
 def _as_facts(of: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
-    """Return (name, value) pairs; a value that differs between stages is listed with its stages."""
+    """Return (name, value) pairs; values that differ between stages name their stages."""
     return tuple(
         (printable(name), " | ".join(v if len(values) == 1 else f"{v} ({_named(mine)})" for v, mine in values.items()))
         for name, values in sorted(of.items())

@@ -18,7 +18,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """One answer and the models that gave it; `verdict` is "right", "wrong" or ""."""
+    """One distinct answer to a sample question, and the models that gave it."""
 
     said: str
     verdict: str
@@ -27,7 +27,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """Sample question whose texts are all safe to print."""
+    """Sample question for the report, with texts made safe to print."""
 
     id: str
     question: str
@@ -37,7 +37,7 @@ class ShownSample:
 
 
 def shown_samples(samples: SampleSet, labels: Mapping[str, str]) -> Iterator[tuple[str, list[ShownSample]]]:
-    """Yield (heading, samples) for each kind of sample in a set; `labels` maps the models to show to readable names."""
+    """Yield (heading, sample questions) for each category of samples in an evaluation set."""
     for kind, heading in HEADINGS.items():
         mine = [sample for sample in samples.samples if sample.kind == kind]
         if mine:

@@ -16,7 +16,7 @@ STEADY = 0.05  # spread of decoding speeds that a quiet machine keeps to
 
 
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
-    """Return two tables with a row per shape: speed-ups over the unpruned model, and measured speeds.
+    """Return tables of speed-ups over the unpruned model and of measured speeds, one row per layer shape.
 
     `labels`: the models to name, with names for readers.
     """
@@ -35,7 +35,7 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
 
 
 def together(names: Sequence[str]) -> str:
-    """Return one name for models of equal shape: the shortest of their names."""
+    """Return one name for models of equal layer shape: the shortest of their names."""
     first = min(names, key=len)
     return first if len(names) == 1 else f"{first} (and {len(names) - 1} of its shape)"
 
@@ -60,7 +60,7 @@ def _number(value: float) -> str:
 
 
 def _speedups(before: Measurement, after: Measurement) -> tuple[str, str]:
-    """Return table cells with the speed-ups of prefill and decoding over the unpruned model."""
+    """Return table cells with the prefill and decoding speed-ups over the unpruned model."""
     return _speedup(before.prefill, after.prefill), _speedup(before.decode, after.decode)
 
 
@@ -71,7 +71,7 @@ def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> list[str]:
-    """Return notes on machine and workload of the measurements, and on models that are not faster."""
+    """Return notes on machine and workload of speed measurements, and on models that are not faster."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
     lines = [
@@ -94,7 +94,7 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
 
 
 def _spread_note(speeds: Sequence[Measurement]) -> str:
-    """Return a note on how much speeds differ between rounds, for the model with the largest difference."""
+    """Return a note on how much measured speeds vary between rounds."""
     prefill, decode = (max(spread(getattr(one, name)) for one in speeds) for name in ("prefill", "decode"))
     advice = "" if decode <= STEADY else "; other work disturbed them: compare ratios, or measure on a quiet machine"
     return (
@@ -103,7 +103,7 @@ def _spread_note(speeds: Sequence[Measurement]) -> str:
 
 
 def bench_tables(bench: Bench) -> list[Table]:
-    """Return tables of speed and size, and of speed-ups over the first model in the same engine."""
+    """Return benchmark tables: speed and size, and speed-ups over the first model in the same engine."""
     speeds, sizes, times, first = list[_Row](), list[_Row](), list[_Row](), dict[str, BenchSide]()
     for side in bench.sides:
         name = _path_end(side.model)
@@ -128,7 +128,7 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 
 def bench_notes(bench: Bench) -> list[str]:
-    """Return notes on machine, prompt and rounds of the measurements."""
+    """Return notes on machine, prompt and rounds of a benchmark."""
     workload, versions = bench.workload, dict[str, str]()
     for side in bench.sides:
         versions |= side.versions
@@ -143,6 +143,6 @@ def bench_notes(bench: Bench) -> list[str]:
 
 
 def _path_end(name: str, longest: int = 26) -> str:
-    """Return the last characters of a path, by which tables distinguish models."""
+    """Return the last part of a path, short enough for a table."""
     name = printable(name)
     return name if len(name) <= longest else f"...{name[3 - longest :]}"

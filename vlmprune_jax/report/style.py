@@ -58,7 +58,7 @@ STYLE: Any = {
 
 
 def retention_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
-    """Scale an axis of retention logarithmically in the distance from 100 %, so that 99.0 and 99.9 differ visibly."""
+    """Scale a retention axis logarithmically in the distance from 100 %, so that 99.0 and 99.9 are apart."""
     getattr(axes, f"set_{which}scale")("function", functions=(_spread, _narrowed))
     known = _spread(np.array([100.0, *(value for value in values if np.isfinite(value))]))
     low, high = float(known.min()), float(known.max())
@@ -84,7 +84,7 @@ def _narrowed(places: np.ndarray) -> np.ndarray:
 
 
 def marker(method: str, colour: str) -> dict[str, Any]:
-    """Return the plot marker of a method; filled for depth and hollow for others, so that overlaps stay visible."""
+    """Return the plot marker of a pruning method; depth is filled, others are hollow."""
     return {
         "marker": MARKERS.get(method, "^"), "markersize": 7, "markerfacecolor": colour if method == "depth" else "none",
         "markeredgecolor": colour, "markeredgewidth": 1.8, "color": colour, "linewidth": 1,
@@ -92,7 +92,7 @@ def marker(method: str, colour: str) -> dict[str, Any]:
 
 
 def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[Line2D]:
-    """Return legend entries for the unpruned model, each method (shape) and each recovery (colour)."""
+    """Return plot legend entries: unpruned model, pruning methods (shape) and recoveries (colour)."""
     plain: Any = {"linestyle": "none"}
     bar: Any = {"marker": "_", "markersize": 12, "markeredgewidth": 4}
     entries = [Line2D([], [], color=MUTED, linestyle="--", linewidth=1, label=UNPRUNED)]
@@ -104,14 +104,14 @@ def legend_entries(methods: Iterable[str], colours: Mapping[str, str]) -> list[L
 
 
 def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
-    """Return {recovery: colour}, grey for models without recovery."""
+    """Return {recovery: plot colour}; models without recovery are grey."""
     names = list(dict.fromkeys(run.after_pruning for run in runs))
     trained = [name for name in names if name != WITHOUT]
     return {name: UNRECOVERED if name == WITHOUT else COLOURS[trained.index(name) % len(COLOURS)] for name in names}
 
 
 def legible(text: str, longest: int = LONGEST) -> str:
-    """Return a name from users as safe plot text: not parsed as a formula, and no wider than the figure.
+    """Return a user's name as safe plot text: not parsed as a formula, and cut to the figure's width.
 
     Characters that no font has are spelled out.
     """
@@ -123,7 +123,7 @@ def legible(text: str, longest: int = LONGEST) -> str:
 
 @contextlib.contextmanager
 def styled(*names: str) -> Iterator[None]:
-    """Set the figure style, with fonts that contain all characters of these names.
+    """Context that sets the figure style, with fonts that have all characters of these names.
 
     It starts from matplotlib's defaults, not from a `matplotlibrc`, which may start programs (`text.usetex`).
     """
@@ -137,7 +137,7 @@ def styled(*names: str) -> Iterator[None]:
 
 @functools.cache
 def _font_of(character: str) -> str | None:
-    """Return a font family with this character: the default, else an installed font; None without such a font."""
+    """Return a font family that has this character; None if no installed font has it."""
     own = font_manager.findfont(_FONT)
     for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
         if ord(character) in _characters(path) and "last resort" not in family.lower():
@@ -155,14 +155,14 @@ def _characters(path: str) -> frozenset[int]:
 
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
-    """Suppress matplotlib's warning that long names leave no room for the axes."""
+    """Context that suppresses matplotlib's warning about long names without room."""
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
 
 
 def to_svg(figure: Figure) -> str:
-    """Return a figure as an `<svg>` element that uses the page's text colour."""
+    """Return a figure as an `<svg>` element in the page's text colour."""
     text = io.StringIO()
     with _drawing():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -173,6 +173,6 @@ def to_svg(figure: Figure) -> str:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG on white, twice as large as on the page."""
+    """Write a figure as PNG on white, at twice its page size."""
     with replacing(path) as file, _drawing():
         figure.savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})

@@ -15,7 +15,7 @@ SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 
 
 def tables_of(result: Result, *, names: bool = False) -> list[Table]:
-    """Return a summary table of all models; with several evaluation sets also tables of scores and retention by set.
+    """Return the report's summary tables of all models, with scores and retention per evaluation set.
 
     `result` has no model twice (see `Result.distinct`). Important columns come first: a narrow terminal leaves out the
     last ones, and a phone folds all but the first. `names`: add a column with the names of runs, which are those of
@@ -57,7 +57,7 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
 
 
 def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield columns of retention: for one set with interval and score, for several sets their averages."""
+    """Yield table columns of retention: with interval for one evaluation set, averages for several."""
     models = [one.evaluation for one in result.entries]
     yield "retained, %", [percent(value) for value in (100.0, *(one.mean_of_ratios for one in models))]
     controls = [one.control for one in models]
@@ -74,7 +74,7 @@ def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
 
 
 def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
-    """Yield table columns with size, speed, pruning and recovery of each model."""
+    """Yield table columns with every model's size, speed, pruning method and recovery."""
     runs, teacher, controls = result.runs, result.teacher, [""] * len(result.controls)
     whole = ["100.0"] * (1 + len(controls))
     yield SIZE, [*whole, *(f"{100 * run.parameters / teacher.parameters:.1f}" for run in runs)]
@@ -96,18 +96,18 @@ def _removed(run: Run) -> str:
 
 
 def _kept(evaluation: RunEvaluation | OfControl, name: str) -> str:
-    """Return the retention on a set as text, with its interval in parentheses."""
+    """Return a model's retention on an evaluation set as text, with its interval."""
     ends = interval(evaluation, name)
     return percent(evaluation.retained.get(name)) + (ends and f" ({ends})")
 
 
 def upper(text: str) -> str:
-    """Return the text with its first letter capitalised."""
+    """Return a text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def lead(result: Result) -> str:
-    """Return one sentence on the best model: retention, size and speed."""
+    """Return one sentence on the best model's retention, size and speed."""
     run, teacher = result.best_run, result.teacher
     among = f"Best of {len(result.runs)} models: " if len(result.runs) > 1 else ""
     trained = f" (trained on {100 * run.data_fraction:g} % of the data)" if run.data_fraction else ""
@@ -127,7 +127,7 @@ def lead(result: Result) -> str:
 
 
 def key_numbers(result: Result) -> list[tuple[str, str]]:
-    """Return the best model's main numbers as (name, value): retention, size, speed."""
+    """Return the best model's retention, size and speed as (name, value) pairs."""
     run = result.best_run
     kept = {"retained": run.evaluation, "of control": run.evaluation.control}
     found = [(name, f"{percent(of.mean_of_ratios)} %") for name, of in kept.items() if of and of.mean_of_ratios]
@@ -139,7 +139,7 @@ def key_numbers(result: Result) -> list[tuple[str, str]]:
 
 
 def parameter_note(teacher: Unpruned) -> str:
-    """Return a note on parameter counts, if transformers counts more parameters than this package."""
+    """Return a note if transformers counts more parameters for a model than vlmprune does."""
     if not teacher.carried:
         return ""
     return (
@@ -166,13 +166,13 @@ def _scores(run: Run, result: Result) -> str:
 
 
 def over(sets: Mapping[str, Set]) -> str:
-    """Return text that names the evaluation sets of an average."""
+    """Return text naming the evaluation sets over which an average is taken."""
     averaged = averaged_sets(sets)
     return f"on {averaged[0]}" if len(averaged) == 1 else f"on average over {len(averaged)} evaluation sets"
 
 
 def groups_of(result: Result) -> Iterator[Table]:
-    """Yield one table per set whose questions have groups: values by group, one row per model."""
+    """Yield one table per evaluation set with grouped questions: values by group, one row per model."""
     sets = result.sets
     for name, groups in result.teacher.evaluation.groups.items():
         of = sets[name]

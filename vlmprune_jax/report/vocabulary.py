@@ -20,13 +20,13 @@ _NOTE = (
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """Return the number of tokens that the plan in a folder keeps; None if it keeps the whole vocabulary."""
+    """Return the number of tokens kept by the plan in a folder; None for the whole vocabulary."""
     path = folder / VOCABULARY
     return read_artefact(path, VocabularyReport).rows if os.path.lexists(path) else None
 
 
 def vocabulary_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
-    """Yield a section on trimmed vocabularies, one table per variant, if any plan trims one."""
+    """Yield a report section on trimmed vocabularies, with one table per variant."""
     tables = []
     for folder in dict.fromkeys((workdir / variant.plan).parent for variant in variants if variant.plan):
         if not os.path.lexists(folder / VOCABULARY):

@@ -43,7 +43,7 @@ from vlmprune_jax.workdir.samples import SAMPLES, Samples, make_samples
 
 
 class _Answer(TypedDict):
-    """One line of an answers file for questions."""
+    """One line of an answers file: a question's answer."""
 
     id: str
     prediction: str
@@ -52,14 +52,14 @@ class _Answer(TypedDict):
 
 
 class _TaskAnswer(_Answer):
-    """One line of an answers file for an lmms-eval task; `entries` is lmms-eval's input for each metric."""
+    """One line of an answers file of an lmms-eval task; `entries` is lmms-eval's input for each metric."""
 
     task: str
     entries: dict[str, Any]
 
 
 class _Window(TypedDict):
-    """One line of an answers file for a text: the log-likelihoods of a batch of windows."""
+    """One line of an answers file of a text: log-likelihoods of a batch of windows."""
 
     nll: float
     tokens: Count
@@ -67,7 +67,7 @@ class _Window(TypedDict):
 
 
 def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
-    """Evaluate the model in folder `work.start`, named `work.part`, on all sets and tasks -> `eval/<name>*.json`.
+    """Evaluate the model in folder `work.start` on all evaluation sets and tasks -> `eval/<name>*.json`.
 
     Raises UserError if two tasks have a set of one name, and as `run_stage` does.
     """
@@ -85,7 +85,7 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
 
 
 def read_predictions(path: Path) -> list[str]:
-    """Return a model's answers to all questions, from the answers file next to an evaluation file.
+    """Read a model's answers to all questions from its answers file.
 
     Raises UserError if they are missing or damaged.
     """
@@ -93,7 +93,7 @@ def read_predictions(path: Path) -> list[str]:
 
 
 def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
-    """Score the answers to a task, per set, and print one line each."""
+    """Score a model's answers to an lmms-eval task, and print one line per set."""
     name = part_of(work)[0]
     answers = answers_file(evaluation_file(work.folder, name, task))
     facts, kind, compared = done.facts, dict[str, Evaluated], _compared(work, answers, task)
@@ -106,7 +106,7 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
 
 
 def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
-    """Score the answers to a set, and print one line."""
+    """Score a model's answers to an evaluation set, and print one line."""
     name, key = part_of(work)
     path = evaluation_file(work.folder, name, key)
     compared = _compared(work, answers_file(path), key)
@@ -117,7 +117,7 @@ def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, 
 
 
 def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
-    """Return {name of the interval: answers to compare with}, for the unpruned model and the control."""
+    """Return {interval name: answers} of the models to compare with: the unpruned model and the control."""
     files = {"retained_interval": evaluation_file(work.workdir, TEACHER, key)}
     if work.control is not None:
         files["control_interval"] = evaluation_file(work.control.parent, work.control.name, key)
@@ -126,7 +126,7 @@ def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
 
 
 def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
-    """Score the answers stored next to the file `path`, and compare them with the answers of other models."""
+    """Score a model's stored answers, and compare them with other models' answers."""
     assert of.metric is not None
     metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
@@ -156,7 +156,7 @@ def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], do
 
 
 def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
-    """Return the metric's scores of all answers (or windows of a text) in an answers file."""
+    """Return the metric's scores of every answer (or text window) in an answers file."""
     assert of.metric is not None
     if of.text is not None:
         return read_json_lines(answers, _Window)
@@ -170,7 +170,7 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
 
 
 def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, name: str) -> dict[str, Evaluated]:
-    """Score a task's answers per set and compare them with those of other models -> `eval/<name>.<set>.json`."""
+    """Score a model's stored answers to an lmms-eval task, per set -> `eval/<name>.<set>.json`."""
     facts: AnswerFacts = done.facts
     mine = _task_sets(answers, facts)
     others = {interval: _task_sets(original, facts) for interval, original in compared.items()}
@@ -199,7 +199,7 @@ def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, n
 
 
 def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
-    """Return {set: (task, value with its scores, number of questions)} for an answers file."""
+    """Return {set: (task, metric value with scores, number of questions)} of an lmms-eval answers file."""
     lines = read_json_lines(answers, _TaskAnswer)
     found: dict[str, tuple[str, TaskSet, int]] = {}
     with reading(answers, "remove it, and run the same command"):
@@ -212,14 +212,14 @@ def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSe
 
 
 def _set_name(task: str, key: str, sets: int) -> str:
-    """Return the name of a task's value as a set: `mme_perception` for `mme`, or the task's name for a single value."""
+    """Return the set name of an lmms-eval metric value: `mme_perception`, or the task's name if it has one value."""
     if sets == 1:
         return task
     return key.removesuffix("_score") if key.startswith(f"{task}_") else f"{task}_{key}"
 
 
 def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
-    """Choose sample questions from the answers on disk, for every set."""
+    """Choose the sample questions of every evaluation set from the stored answers, for the report."""
     sets = {}
     for key, of in evaluation_sets(data, evaluate).items():
         if of.text is not None:

@@ -50,7 +50,7 @@ Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the
 
 
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Counts and times of a model's answers to a set; for a text only its `tokens`.
+    """Counts and times of a model's pass over an evaluation set.
 
     `joules`: energy of the whole machine while one process answered all questions, by its `counters`.
 
@@ -71,7 +71,7 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 @dataclass(frozen=True, eq=False)
 class Asking:
-    """Model that answers questions, with tokenizer, mesh and settings.
+    """Loaded model for answering questions, with tokenizer, mesh and settings.
 
     `tokens`: where its tokenizer is. `rows`: batches have a multiple of this many rows, one share per device.
     `phase(total)` shows progress; `journal` keeps the answers of an interrupted run.
@@ -86,12 +86,12 @@ class Asking:
     journal: Callable[[Mapping[str, Any]], Journal]
 
     def load_inputs(self) -> inputs.Inputs:
-        """Return tokenizer, template and image loader of the model."""
+        """Return a model's tokenizer, prompt template and image loader."""
         return inputs.load_inputs(self.tokens, self.data, self.model.cfg)
 
 
 def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
-    """Return {set or task: `Work` for evaluating one model on it}."""
+    """Return {evaluation set or task: `Work`} for evaluating one model."""
     spec = sections["evaluate"]
     names = {
         key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)
@@ -101,18 +101,18 @@ def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
 
 
 def part_of(work: Work) -> tuple[str, str]:
-    """Return the model's name and the evaluation set or task that `work.part` stands for."""
+    """Return the model name and the evaluation set or task that `work.part` encodes."""
     name, _, key = work.part.partition(" ")
     return name, key or QUESTIONS
 
 
 def answers_file(path: Path) -> Path:
-    """Return the path of the answers file next to an evaluation file."""
+    """Return the path of the answers file that belongs to an evaluation file."""
     return path.with_name(f"{path.stem}.answers.jsonl")
 
 
 def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
-    """Return the stage's inputs (model folder and data of one set), and the set's settings except the metric."""
+    """Return the evaluation stage's inputs (model folder, data of a set) and its settings."""
     name, key = part_of(work)
     path = evaluation_file(work.folder, name, key)
     answers = answers_file(path)
@@ -134,14 +134,14 @@ def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
 
 
 def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
-    """Return {name: path} of the files that an evaluation set is read from."""
+    """Return {name: path} of the data files of an evaluation set."""
     if of.text is not None:
         return {f"text of {key}": Path(of.text)}
     return inputs.record_files(dataclasses.replace(data, eval=of.data, eval_images=of.images), "eval")
 
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
-    """Ask the model all questions of a set or task, or score a text; write one line per answer or batch."""
+    """Generate a model's answers to a set or task, or score a text; write the answers file."""
     name, key = part_of(work)
     path, task = evaluation_file(work.folder, name, key), key in spec.tasks
     model = work.load(work.start, choose_mesh=functools.partial(_decoding_mesh, work.devices, work.model.dtype, spec))
@@ -167,18 +167,18 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
 
 
 def _decoding_mesh(devices: Mesh | None, dtype: str, spec: EvaluateSpec, cfg: ModelConfig) -> Mesh | None:
-    """Return the mesh for evaluating a model of this config on the devices of the run's mesh."""
+    """Return the device mesh for evaluating a model with this config."""
     return decoding_mesh(cfg, devices, count_params(cfg) * DTYPES[dtype].itemsize, spec.mesh)
 
 
 def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the answers file next to the evaluation file `path`."""
+    """Write the answers file that belongs to an evaluation file."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=as_plain) + "\n" for line in lines)
     write_text(answers_file(path), text)
 
 
 def _ask(asking: Asking, of: EvaluationSetSpec) -> Lines:
-    """Ask the model all questions; return one line per answer, and counts and times."""
+    """Ask the model all questions; return answer lines, and counts and times."""
     assert of.max_new_tokens is not None
     model, data = asking.model, asking.data
     model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
@@ -201,7 +201,7 @@ def _ask(asking: Asking, of: EvaluationSetSpec) -> Lines:
 
 
 def as_lines(replies: Sequence[Reply], start: float) -> Lines:
-    """Return one line per answer, and counts and times; `start` is when the first question was asked."""
+    """Return answer lines, and counts and times since `start`."""
     lines = [
         {
             "id": reply.record.id,
@@ -215,14 +215,14 @@ def as_lines(replies: Sequence[Reply], start: float) -> Lines:
 
 
 def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
-    """Return number of questions, mean answer length and seconds since `start`."""
+    """Return the counts and times of a pass: questions, mean answer length, seconds since `start`."""
     tokens = sum(line["tokens"] for line in lines)
     seconds = round(time.perf_counter() - start, 3)
     return {"model_seconds": seconds, "questions": len(lines), "mean_generated_tokens": tokens / len(lines)}
 
 
 def _ask_task(asking: Asking, task: str) -> Lines:
-    """Run an lmms-eval task; return one line per answer, and counts, times and the task's values."""
+    """Run an lmms-eval task; return answer lines, and counts, times and task values."""
     start = time.perf_counter()
     lines, found = ask_task(
         asking.model,
@@ -238,7 +238,7 @@ def _ask_task(asking: Asking, task: str) -> Lines:
 
 
 def check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
-    """Refuse records without a correct answer, or unusable for the metric, by scoring the correct answers."""
+    """Raise UserError for records that the metric cannot score, found by scoring their correct answers."""
     assert of.metric is not None
     check_answered(records)
     metric = METRICS[of.metric]
@@ -246,7 +246,7 @@ def check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
 
 
 def _read_text(asking: Asking, of: EvaluationSetSpec) -> Lines:
-    """Compute the log-likelihood of a text; return one line per batch of windows, and counts and times."""
+    """Compute a text's log-likelihood; return one line per batch of windows, and counts and times."""
     assert of.text is not None
     assert of.text_window is not None
     file, size, window, model = Path(of.text), asking.spec.batch_size, of.text_window, asking.model

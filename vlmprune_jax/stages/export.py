@@ -32,7 +32,7 @@ CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": impor
 
 
 class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of comparing the reloaded export with the model (`check_saved`)."""
+    """Result of the export: the logit comparison of reloaded folder and model."""
 
     backend: str
     max_abs_logit_difference: Finite
@@ -40,7 +40,7 @@ class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
-    """Return the export's extra inputs: calibration records if needed, a user's format file, the card's benchmarks."""
+    """Return the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
@@ -57,7 +57,7 @@ def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 
 
 def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> ExportFacts:
-    """Write the export, reload it and compare its logits; an export that differs from the model is removed."""
+    """Export a model, reload it and compare logits; delete the export if they differ."""
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), work.folder / "export", chosen.calibration(values)
     options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
@@ -89,7 +89,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 
 
 def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
-    """Compute a calibration on the records of section `reconstruct`; an interrupted one continues at the next layer."""
+    """Compute an export format's calibration statistic on calibration records; resumes layer by layer."""
     batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
     made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}

@@ -24,7 +24,7 @@ Sections = Mapping[str, Any]
 
 
 def make_job(name: str, work: Work, sections: Sections) -> Job:
-    """Return the job of a stage in a workdir, with settings, inputs and outputs by the stage's declaration."""
+    """Return a stage's job in a workdir: settings, inputs and outputs, as the stage declares them."""
     stage = STAGES[name]
     more = stage.more(work, *(sections[section] for section in stage.sections))
     settings = affecting(name, {section: sections[section] for section in ("model", *stage.sections)})
@@ -60,7 +60,7 @@ def _inputs(name: str, work: Work, sections: Sections) -> dict[str, Path | str]:
 
 
 def run_stage(name: str, work: Work, sections: Sections) -> Finished:
-    """Run a stage unless its result exists; print one line when it starts.
+    """Run a stage unless its result is up to date.
 
     Raises Stopped if another process of the run got SIGTERM; UserError if an input is missing, memory does not suffice,
     and as `run_job` does.
@@ -84,7 +84,7 @@ def run_stage(name: str, work: Work, sections: Sections) -> Finished:
 
 
 def _check_inputs(job: Job) -> None:
-    """Refuse to run if an input is missing; the message names the stage that makes the input."""
+    """Raise UserError if a stage's input is missing, naming the stage that makes it."""
     for path in job.inputs.values():
         if isinstance(path, Path) and path.is_relative_to(job.workdir) and not path.exists():
             for name, stage in STAGES.items():

@@ -36,25 +36,25 @@ from vlmprune_jax.workdir.unfinished import STEPS, Steps, read_unfinished
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All stages of an experiment in a workdir."""
+    """All stages of an experiment, in its workdir."""
 
     experiment: Experiment
     context: Context
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Settings of the experiment by section."""
+        """Settings of the experiment, by config section."""
         return self.experiment.sections
 
     def work(self, **place: Any) -> Work:
-        """Return a stage's folders and models; by default it works in the workdir and on the unpruned model."""
+        """Return the `Work` (folders and models) for a stage."""
         shared = {field.name: getattr(self.context, field.name) for field in dataclasses.fields(Context)}
         default: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), self.context.workdir)
         default["start"] = Path(self.experiment.model.hf_dir)
         return Work(**{**shared, "model": self.experiment.model, "mesh": self.experiment.mesh, **default, **place})
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps of every prune variant, each followed by those of its recovery variants.
+        """Yield the stages to run for every prune variant and its recovery variants, in order.
 
         A recovery's control comes after the first model that is recovered in this way.
         """
@@ -72,7 +72,7 @@ class Pipeline:
                     yield control
 
     def _control(self, run: RecoverRun, known: dict[str, Step]) -> Step | None:
-        """Return the step that trains the control of a recovery; None if no control is trained.
+        """Return the step that trains the control (an unpruned model) for a recovery; None if not wanted.
 
         `known`: the steps so far, by everything that they depend on, to which a new one is added.
         """
@@ -108,7 +108,7 @@ class Pipeline:
         recoveries: Sequence[object] = (),
         control: Step | None = None,
     ) -> list[Step]:
-        """Return the steps of one variant, from its first model on."""
+        """Return the stages of one variant that change the model, in order."""
         found, settings = list[Step](), self.sections
         stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.is_on(settings)}
         final = [name for name, stage in stages.items() if stage.model and not recoveries][-1:]
@@ -133,15 +133,15 @@ class Pipeline:
         return found
 
     def models(self) -> list[Step]:
-        """Return the steps whose model is to be evaluated and exists in the workdir."""
+        """Return the steps whose models exist in the workdir and are to be evaluated."""
         return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
 
     def note_steps(self) -> None:
-        """Write the list of steps to the workdir, so that a report can list missing results."""
+        """Write the list of steps to the workdir, from which reports show missing results."""
         write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
 
     def run_stage(self, name: str, *, explain: bool = False) -> None:
-        """Run one stage for every variant; `explain` also prints what each layer lost, and why.
+        """Run one stage for every variant; `explain` also prints each layer's pruned widths with reasons.
 
         Raises UserError if no variant asks for it.
         """
@@ -156,7 +156,7 @@ class Pipeline:
                     self.context.reporter.table(*table)
 
     def run(self) -> Result:
-        """Run every stage of every variant, and write `result.json`."""
+        """Run all stages of all variants and write `result.json`."""
         result = self.make_models()
         done = self._export_run(result.best_run, result)
         result = replace(result, export=Export(path="export", seconds=done.seconds, **asdict(done.facts)))
@@ -164,7 +164,7 @@ class Pipeline:
         return result
 
     def make_models(self) -> Result:
-        """Run every stage of every variant except the export; return the result without an `export`."""
+        """Run all stages except the export for all variants; return the result."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
         controls, found = list[Control](), dict[Step, dict[str, Evaluated]]()
         if spec.speed.rounds:  # prompts that do not fit the model would otherwise fail after all other stages
@@ -200,7 +200,7 @@ class Pipeline:
         )
 
     def evaluate(self) -> None:
-        """Evaluate the unpruned model and all models in the workdir, and update `result.json` if it exists."""
+        """Evaluate the unpruned model and all models in the workdir, and update an existing `result.json`."""
         context, spec = self.context, self.experiment
         teacher = self.evaluate_teacher()
         self.note_steps()
@@ -219,7 +219,7 @@ class Pipeline:
         return evaluate_model(self.work(part=TEACHER), self.sections)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs of all stages except the export, with an evaluation of every model on every set."""
+        """Return the jobs of all stages except the export, with every model evaluated on every set."""
         parts = parts_of(self.work(part=TEACHER), self.sections).values()
         return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
 
@@ -236,12 +236,12 @@ class Pipeline:
         self._speeds(models)
 
     def _speeds(self, models: Mapping[str, Path]) -> dict[str, MedianSpeed]:
-        """Return {model: median speeds}; the unpruned model's name is ""."""
+        """Return {model: median speeds}, with "" for the unpruned model."""
         speed: Speed = run_stage("speed", self.work(models=models, overwrite=True), self.sections).facts
         return speed.medians()
 
     def export(self) -> None:
-        """Export the best model in `result.json`; without one, the last model made in a workdir without variants.
+        """Export the best model in `result.json`; without that file, the workdir's last model.
 
         Raises UserError if there is none.
         """
@@ -281,7 +281,7 @@ class Pipeline:
 def _renew(
     teacher: dict[str, Evaluated], found: Mapping[str, tuple[Step, dict[str, Evaluated]]], context: Context
 ) -> None:
-    """Write new evaluations to `result.json`, without changing the best run and its export."""
+    """Write new evaluations to `result.json`, keeping its best run and export."""
     result = read_result(context.workdir)
     lacking = [one.path for one in result.entries if one.path not in found]
     if lacking:

@@ -40,7 +40,7 @@ SAMPLE = 8  # records of a recovery whose images are decoded
 
 
 def preflight(pipeline: Pipeline, command: str) -> None:
-    """Check that a command ("run" or a stage) has everything it needs, and print what it will do.
+    """Check before a command that its inputs exist and its settings fit, and print what it will do.
 
     Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
     small.
@@ -63,7 +63,7 @@ def preflight(pipeline: Pipeline, command: str) -> None:
 
 
 def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) -> None:
-    """Check without devices: the model, input files, and that plans can reach their targets.
+    """Check model, input files and pruning targets without using devices.
 
     Raises UserError if a file is missing, or no plan can reach the target.
     """
@@ -96,7 +96,7 @@ def _weights(work: Work) -> int:
 
 
 def _check_files(what: str, files: Mapping[str, Path | str], work: Work) -> None:
-    """Refuse a run if input files outside the workdir are missing."""
+    """Raise UserError if an input file outside the workdir is missing."""
     for name, path in files.items():
         if isinstance(path, Path) and not path.is_relative_to(work.workdir) and not path.exists():
             raise UserError(f"{what}: {name} is {path}: no such file or folder")
@@ -107,7 +107,7 @@ def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
 
 
 def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
-    """Yield one line per evaluation set (size and settings), after reading its records."""
+    """Yield a line with size and settings of each evaluation set, after reading its records."""
     work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
     for name, one in sets.items():
         if one.text is None:
@@ -123,7 +123,7 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
 
 
 def _about(step: Step) -> Iterator[str]:
-    """Yield lines that describe a step, with numbers of records and optimizer steps, after reading the records."""
+    """Yield lines that describe a step, with its numbers of records and optimizer steps."""
     data, counted = step.sections["data"], ""
     if any(name.startswith("data.train") for name in step.job.inputs):
         shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
@@ -155,7 +155,7 @@ def _check_sample(records: Any, encoder: Any) -> None:
 
 
 def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
-    """Check the export's limit of tokens per image and its upload, and return a line that describes the export."""
+    """Check the export's settings and upload, and return a line that describes it."""
     cfg = work.config(work.teacher)
     with limited_images(work.teacher, image_tokens(data, spec), cfg) as files:
         if spec.format == "gguf" and cfg.vision is not None:
@@ -170,7 +170,7 @@ def _export(work: Work, data: DataSpec, spec: ExportSpec) -> str:
 
 
 def _check_memory(work: Work) -> None:
-    """Refuse a model whose weights alone do not fit in device memory."""
+    """Raise UserError if the model's weights alone do not fit in device memory."""
     devices = 1 if work.devices is None else work.devices.size
     needed = _weights(work) // devices
     free = free_memory()
@@ -182,7 +182,7 @@ def _check_memory(work: Work) -> None:
 
 
 def _check_disk(work: Work, steps: list[Step], *, exported: bool) -> None:
-    """Refuse a run if the disk cannot hold the models still to be written; checkpoints of training are not counted."""
+    """Raise UserError if the disk cannot hold the models still to be written."""
     size, needed = _weights(work), [0]
     for step in steps:
         ratio = step.sections["prune"].ratio if step.work.pruned else 0.0

@@ -40,7 +40,7 @@ from vlmprune_jax.workdir.vocabulary import VOCABULARY
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Numbers of a plan: ratios asked for and reached, for the whole model, decoder and tower, and parameters."""
+    """Numbers of a plan: requested and reached ratios, and parameters, by part of the model."""
 
     method: str
     criterion: str
@@ -54,7 +54,7 @@ class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
-    """Return the stage's inputs: scores, speeds for a budget, and for pruning in steps all inputs of scoring.
+    """Return the prune stage's inputs: scores, and measured speeds if the budget needs them.
 
     Raises UserError for steps over two stacks.
     """
@@ -80,7 +80,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
 
 
 def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> PruneFacts:
-    """Make a plan from the scores; write the plan and the pruned model."""
+    """Make a plan from scores; write the plan and the pruned model."""
     scores = [
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
     ]
@@ -118,7 +118,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
 
 
 def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> None:
-    """Refuse a target that no scores can reach (too many layers, a limit too low), by planning with random scores.
+    """Raise UserError for a target that no plan can reach, found by planning with random scores.
 
     A plan with a vocabulary is not checked, since that needs the texts to be read.
     """
@@ -139,7 +139,7 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
 
 
 def _of_stack(scores: Sequence[Scores]) -> Scores | tuple[Scores, Scores]:
-    """Return the scores of a stack for `plan_stacks` (a pair if layers and widths have different criteria)."""
+    """Return a stack's scores for `plan_stacks` (a pair if layers and widths have different criteria)."""
     return (scores[0], scores[1]) if len(scores) == 2 else scores[0]
 
 
@@ -151,7 +151,7 @@ def _load(path: Path, stack: str) -> Scores:
 
 
 def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, scores: Scores) -> PrunePlan:
-    """Score and prune in rounds, starting from `scores`; return one plan for all rounds."""
+    """Score and prune in several rounds; return one plan for all of them."""
     model = work.load(work.teacher)
 
     def batches(step: int) -> list[Batch]:
@@ -173,14 +173,14 @@ def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec
 
 
 def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> None:
-    """Refuse an `export.quantize` that an engine of `prune.loads_in` cannot load, before the recovery starts."""
+    """Raise UserError for an `export.quantize` that an engine in `prune.loads_in` cannot load."""
     if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
         storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
         check_storage(cfg, storage, spec.tensor_parallel)
 
 
 def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
-    """Return the settings of the plan, in which a limit on exported bytes includes all exported weights."""
+    """Return the plan's settings; a limit on exported bytes counts all exported weights."""
     config = plan_config(spec, work.model, data, export)
     if config.budget.disk_bytes is not None:
         if export.format != "huggingface" or export.quantize != "none":
@@ -196,7 +196,7 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
 
 
 def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
-    """Return tables of what each layer loses and why; no tables if only the vocabulary is trimmed."""
+    """Return tables of each layer's pruned widths with reasons; none if only the vocabulary is trimmed."""
     if spec.only_vocabulary:
         return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
@@ -204,7 +204,7 @@ def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
 
 
 def _budget_lines(plan: PrunePlan) -> list[str]:
-    """Return one line per limit of a budget, with the cost that was reached."""
+    """Return a line per budget limit with the cost that the plan reaches."""
     limits, reached = (plan.options.get(name, {}) for name in ("budget", "budget_reached"))
     return [f"  {name}: {amount(cost)} of {amount(limits[name])} allowed" for name, cost in reached.items()]
 
@@ -233,7 +233,7 @@ def _percent(value: float | None) -> str:
 
 
 def _of_parts(facts: PruneFacts) -> str:
-    """Return text such as "30 % of the decoder", plus the tower's removed share if it is pruned."""
+    """Return text such as "30 % of the decoder" for a plan's removed shares."""
     decoder = f"{_percent(facts.decoder_ratio)} of the decoder"
     return decoder if facts.tower_ratio is None else f"{decoder}, {_percent(facts.tower_ratio)} of the tower"
 

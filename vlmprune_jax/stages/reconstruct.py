@@ -17,7 +17,7 @@ from vlmprune_jax.stages.work import Pair, Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
-    """Repair of one weight (see `prune.reconstruct`); `ridge` is None if it was left unchanged, 0 if it was trained."""
+    """Repair of one weight: its error and ridge penalty (None = left unchanged, 0 = trained)."""
 
     stack: str
     layer: Count
@@ -30,14 +30,14 @@ class Repaired(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Number of calibration records, and a report for every weight considered."""
+    """Result of the reconstruct stage: number of calibration records, and a report per weight."""
 
     samples: Count
     modules: list[Repaired]
 
 
 def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
-    """Repair the pruned weights layer by layer; an interrupted run continues at the next layer."""
+    """Repair the pruned weights layer by layer; an interrupted run resumes at the next layer."""
     pair = Pair(
         student=work.open_folder(work.start),
         teacher=work.open_folder(work.teacher),

@@ -48,7 +48,7 @@ from vlmprune_jax.workdir.ledger import remove
 
 
 class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Summary of a training run. `terms`: {loss term: its label}; `last`: metrics of the last step."""
+    """Summary of a training run: labels of its loss terms, and the metrics of its last step."""
 
     steps: Count
     resumed_from: Count
@@ -64,7 +64,7 @@ class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
-    """Return the stage's extra files: users' loss files, the saved adapter, and cached teacher outputs."""
+    """Return the recover stage's extra files: users' loss files, the adapter, cached teacher outputs."""
     losses = recover_config(spec).losses
     own = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
     return Files(
@@ -76,7 +76,7 @@ def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Recovery(Pair):
-    """Recovery of a pair of models: its settings, and the `folder` for checkpoints, metrics and the adapter."""
+    """Recovery of a pruned model: settings, teacher, and the folder for checkpoints and metrics."""
 
     data: DataSpec
     spec: RecoverSpec
@@ -86,7 +86,7 @@ class Recovery(Pair):
 
 
 def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
-    """Train the pruned or reconstructed model; metrics go to `training/metrics.jsonl`."""
+    """Train the pruned or reconstructed model, logging to `training/metrics.jsonl`."""
     recovery = Recovery(
         data=data,
         spec=spec,
@@ -106,7 +106,7 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
 
 
 class Ready(NamedTuple):
-    """A checked recovery: settings, number of steps, encoder and records, and the paths of `trained` parameters."""
+    """Checked recovery: settings, number of steps, encoder, records, and paths of trained parameters."""
 
     config: RecoverConfig
     steps: int
@@ -117,7 +117,7 @@ class Ready(NamedTuple):
 
 
 def prepare(recovery: Recovery) -> Ready:
-    """Check a recovery before long computations, and adapt the batch size to the number of records."""
+    """Check a recovery's settings and data before long computations."""
     data, spec, plan, cfg = recovery.data, recovery.spec, recovery.plan, recovery.student.model.cfg
     config, teacher = recover_config(spec), recovery.teacher.model
     runs_teacher = needs_teacher(config.losses)
@@ -148,7 +148,7 @@ def prepare(recovery: Recovery) -> Ready:
 
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
-    """Refuse a teacher that computes the same as the student: unpruned decoder and the student's image embeddings."""
+    """Raise UserError if the teacher would compute exactly what the student computes."""
     cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
         raise UserError(
@@ -158,7 +158,7 @@ def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
 
 
 def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
-    """Fill the caches that the settings name, and train; return the merged model and the summary of `recover`.
+    """Train a model; return it with merged adapters, and the run's summary.
 
     Raises UserError if no weight changed.
     """
@@ -202,7 +202,7 @@ def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
 
 
 def cached_features(recovery: Recovery, ready: Ready) -> FeatureLoader:
-    """Open the cache `data.feature_cache`, and compute missing features of the records' images.
+    """Open the vision feature cache, and compute features of images that it lacks.
 
     Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
     of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
@@ -234,7 +234,7 @@ def cached_features(recovery: Recovery, ready: Ready) -> FeatureLoader:
 
 
 def _tower_digest(recovery: Recovery, ready: Ready) -> str:
-    """Return the digest of the student's vision tower; refuse a teacher with another tower if it encodes images."""
+    """Return a digest of the vision tower that produces cached features."""
     losses, student, teacher = ready.config.losses, recovery.student, recovery.teacher
     digest_of_student = content_digest(student.model, f"{TOWER}/")
     looks = losses.teacher_inputs == "own" and (ready.runs_teacher or losses.teacher_top_k)
@@ -249,7 +249,7 @@ def _tower_digest(recovery: Recovery, ready: Ready) -> str:
 def cached_teacher(
     recovery: Recovery, ready: Ready, training: inputs.TrainingRows, parts: Sequence[str]
 ) -> TeacherRows:
-    """Open the cache `recover.teacher_cache`, and compute missing records by running these parts of the teacher.
+    """Open the teacher cache, and compute teacher outputs for records that it lacks.
 
     Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
     Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
@@ -297,7 +297,7 @@ def cached_teacher(
 
 
 def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverSpec, kept: KeptVocabulary | None) -> dict[str, Any]:
-    """Return everything on which cached logits depend, apart from the record."""
+    """Return everything except the record on which cached teacher logits depend."""
     settings = affecting("teacher_cache", {"model": model, "data": data, "recover": spec})
     losses = settings.pop("recover.losses")
     longest = data.max_length or (data.length_buckets[-1] if data.length_buckets else None)

@@ -25,7 +25,7 @@ _FILES = {"text": "scores", "vision": "scores_vision"}
 
 
 class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """{scores file: criterion}, number of calibration records, and ids of unreadable records."""
+    """Result of the score stage: criterion per scores file, number of records, unreadable record ids."""
 
     criteria: dict[str, str]
     samples: Count
@@ -38,7 +38,7 @@ def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
 
 
 def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
-    """Return {scores file: criterion} that the method needs, for all stacks to prune or for one.
+    """Return {scores file: criterion} that the pruning method needs.
 
     {} if only the vocabulary is trimmed.
     """
@@ -52,14 +52,14 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
 
 
 def no_scores(sections: Mapping[str, Any]) -> str | None:
-    """Return why the settings need no scores, and what to run instead; None if they need some."""
+    """Return why the settings need no scores, with the command to run instead; None if they need some."""
     if not sections["prune"].only_vocabulary:
         return None
     return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
-    """Return the source files of users' criteria, since changing them changes scores."""
+    """Return the source files of users' criteria, on which scores depend."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
     return {name: path for name, path in files.items() if path is not None}
 
@@ -69,12 +69,12 @@ def _needs_records(criteria: Mapping[str, str]) -> bool:
 
 
 def _parts(output: Path) -> Path:
-    """Return the folder for finished layers of a layer-by-layer scoring pass."""
+    """Return the folder in which an interrupted layer-by-layer scoring pass saves its finished layers."""
     return output.with_name(f".{output.name}.parts")
 
 
 def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Files:
-    """Return the stage's files: a scores file per criterion, and the training records if a criterion needs any."""
+    """Return the score stage's files: a scores file per criterion, and the calibration records."""
     criteria = criteria_of(spec, prune)
     records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
     outputs = [work.folder / name for name in criteria]
@@ -88,7 +88,7 @@ def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -
 
 
 def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> ScoreFacts:
-    """Score the layers, heads and neurons of every stack to prune."""
+    """Score the layers, or heads and neurons, of every stack to prune."""
     model, criteria = work.load(work.teacher), criteria_of(spec, prune)
     for stack in stacks_of(prune):
         model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
@@ -118,7 +118,7 @@ def _score(
     output: Path,
     made_from: Mapping[str, Any],
 ) -> Scores:
-    """Score one stack by one criterion, continuing an interrupted pass."""
+    """Score one stack by one criterion, resuming an interrupted pass."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
     if chosen.needs == "labels" and chosen.journals and stack == "text":

@@ -29,7 +29,7 @@ from vlmprune_jax.workdir.ledger import Job, run_job
 
 
 def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[str, Evaluated]:
-    """Ask the model that a server serves the questions of every set, and score its answers.
+    """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
 
     Raises:
       UserError: see `Server`; the run has several processes, or there are only texts.
@@ -64,7 +64,7 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[s
 
 
 def _body(work: Work, spec: EvaluateSpec, of: EvaluationSetSpec, server: Server, path: Any) -> Any:
-    """Return the function that asks all questions of one set and writes the answers file."""
+    """Return the function that asks a server a set's questions and writes the answers file."""
 
     def ask() -> AnswerFacts:
         assert of.max_new_tokens is not None

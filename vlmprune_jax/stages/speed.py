@@ -27,19 +27,19 @@ from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
 def workload_of(work: Work, data: DataSpec, spec: SpeedSpec, export: ExportSpec) -> Workload:
-    """Return the prompt for which costs are computed: that of `speed`, with the export's dtype and image tokens."""
+    """Return the prompt for which costs are computed, from the settings of `speed` and `export`."""
     images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
     dtype = export_dtype(work.model, export)
     return Workload(length=spec.prompt_tokens, images=images, dtype=dtype, image_tokens=tokens if images else 0)
 
 
 def costs_of_folder(work: Work, folder: Path, workload: Workload, export: ExportSpec) -> Costs:
-    """Return the costs of the model in a folder, computed from its shapes."""
+    """Return the costs of the model in a folder, computed from its layer shapes."""
     return Costs(**costs_of(work.config(folder), uneven=export.uneven, **asdict(workload)))
 
 
 def _shapes(work: Work) -> list[list[str]]:
-    """Group models by shape, since speed does not depend on the values of weights."""
+    """Group models by layer shape, on which speed depends (not on weight values)."""
     shapes: dict[ModelConfig, list[str]] = {}
     for name, folder in work.models.items():
         shapes.setdefault(work.config(folder), []).append(name)
@@ -47,7 +47,7 @@ def _shapes(work: Work) -> list[list[str]]:
 
 
 def speed_files(work: Work, spec: SpeedSpec) -> Files:
-    """Return the stage's inputs: the config of one model per shape."""
+    """Return the speed stage's inputs: one model config per layer shape."""
     shapes = _shapes(work)
     return Files(
         inputs={names[0]: work.models[names[0]] / "config.json" for names in shapes}, settings={"models": shapes}
@@ -55,14 +55,14 @@ def speed_files(work: Work, spec: SpeedSpec) -> Files:
 
 
 class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Speed of one shape, and of the unpruned model in the same rounds."""
+    """Measured speed of one layer shape, and of the unpruned model in the same rounds."""
 
     unpruned: Measurement
     pruned: Measurement
 
 
 def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
-    """Measure one model of each shape in turns with the unpruned model."""
+    """Measure one model of each layer shape, in turns with the unpruned model."""
     load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
     with work.phase("speed", len(shapes)) as progress:
         for done, names in enumerate(shapes, start=1):
@@ -77,7 +77,7 @@ def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
 
 
 def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
-    """Measure the model in a folder; runs of a sweep share the result for a shape."""
+    """Measure the speed of the model in a folder; runs of a sweep share the result per layer shape."""
 
     def measure() -> ShapeSpeed:
         models = {"unpruned": work.load(work.teacher), "pruned": work.load(folder)}

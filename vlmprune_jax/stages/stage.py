@@ -17,7 +17,7 @@ SCOPES = ("variant", "recovery", "model", "run")
 
 @dataclass(frozen=True)
 class Files:
-    """Inputs, outputs and settings of a stage that depend on the experiment's settings.
+    """Inputs, outputs and settings of a stage that depend on the experiment.
 
     `settings` change the result beside those of the stage's sections; those in `without` do not.
     """
@@ -35,7 +35,7 @@ class NoFacts(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stage:
-    """Declaration of one stage, from which `vlmprune run`, the stage's command, sweeps and the ledger are derived.
+    """Declaration of a pipeline stage, from which commands, sweeps and the ledger are derived.
 
     Args:
       help: one line, in the imperative.
@@ -76,22 +76,22 @@ class Stage:
 
     @property
     def facts(self) -> type[msgspec.Struct]:
-        """Struct that the stage's function returns."""
+        """Struct type that the stage's function returns."""
         return typing.get_type_hints(self.function).get("return", NoFacts)
 
     def is_on(self, sections: Mapping[str, Any]) -> bool:
-        """Return True if the settings switch this stage on."""
+        """Return True if the settings enable this stage."""
         return self.off(sections) is None
 
     def off(self, sections: Mapping[str, Any]) -> str | None:
-        """Return why the settings switch this stage off, and how to switch it on; None if it is on."""
+        """Return why the settings disable this stage, and how to enable it; None if it is enabled."""
         section, _, name = self.switch.partition(".")
         if self.switch and getattr(sections[section], name) == "none":
             return f'{self.switch} is "none": choose a method (`vlmprune help {self.switch}`)'
         return None if self.unneeded is None else _load(self.unneeded)(sections)
 
     def more(self, work: Any, *sections: Any) -> Files:
-        """Return the stage's files and settings that depend on the experiment's settings."""
+        """Return the stage's inputs, outputs and settings that depend on the experiment."""
         return Files() if self.files is None else _load(self.files)(work, *sections)
 
 

@@ -21,7 +21,7 @@ from vlmprune_jax.workdir.unfinished import StepRecord
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One stage applied to one variant in a workdir.
+    """One stage applied to one variant, in a workdir.
 
     `name`, `recovery`: of the model that it makes, in results. `evaluated`: if that model is. `before`: the steps that
     led to it, the first one first.
@@ -42,12 +42,12 @@ class Step:
 
     @property
     def path(self) -> str:
-        """Path of the model's folder, relative to the workdir."""
+        """Path of the step's model folder, relative to the workdir."""
         return self.work.out.relative_to(self.work.workdir).as_posix()
 
     @property
     def job(self) -> Job:
-        """The stage's job, with its settings and files."""
+        """Job of the step: settings, input and output files."""
         return make_job(self.stage, self.work, self.sections)
 
     @property
@@ -69,7 +69,7 @@ class Step:
         )
 
     def run(self) -> Finished:
-        """Run the stage unless its result exists."""
+        """Run the step's stage unless its result is up to date."""
         return run_stage(self.stage, self.work, self.sections)
 
     def evaluate(self) -> dict[str, Evaluated]:
@@ -80,7 +80,7 @@ class Step:
 
 
 def _entry(step: Step, seconds: float, evaluation: RunEvaluation, trained: RecoverFacts | None) -> dict[str, Any]:
-    """Return the fields of `result.json` that a pruned model and a control (trained, not pruned) have in common."""
+    """Return the fields of `result.json` that pruned models and controls have in common."""
     entry = {
         "name": step.name,
         "recovery": step.recovery,
@@ -101,12 +101,12 @@ def _entry(step: Step, seconds: float, evaluation: RunEvaluation, trained: Recov
 
 
 def as_control(step: Step, done: Finished, evaluation: RunEvaluation) -> Control:
-    """Return the entry of a control in `result.json`: an unpruned model that was trained."""
+    """Return the entry in `result.json` of a control (an unpruned model that was trained)."""
     return Control(**_entry(step, done.seconds, evaluation, done.facts))
 
 
 def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) -> Run:
-    """Return the entry of a pruned model in `result.json`, from the results of its stages and its evaluation."""
+    """Return the entry in `result.json` of a pruned model."""
     facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
     plan, settings = facts["prune"], step.sections
     scores, variant = criteria_of(settings["score"], settings["prune"]), step.work.variant

@@ -35,13 +35,13 @@ _SCRIPTS = 8  # listed at most, the most frequent first
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:
-    """Return the vocabulary settings, with the training records as sources if none are set."""
+    """Return the vocabulary settings, with the training records as source texts if none are set."""
     named = config.sources or ((data.train,) if data.train is not None else ())
     return dataclasses.replace(config, sources=named)
 
 
 def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path | str]:
-    """Return {name: file} of the texts that choose tokens; {} if the whole vocabulary is kept."""
+    """Return {name: file} of the texts whose tokens are kept; {} if the vocabulary is not trimmed."""
     if config.size is None:
         return {}
     if not config.sources:
@@ -52,7 +52,7 @@ def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path
 
 
 def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVocabulary) -> VocabularyReport:
-    """Compare the original and the trimmed tokenizer on held-out texts, and the unpruned model with each of them."""
+    """Compare original and trimmed tokenizer on held-out texts: tokens, and bits per byte of the model."""
     cfg = work.config(work.teacher)
     source = Source.of(work.teacher, cfg)
     texts, trimmed = read_sample(source, config).held_out, load_tokenizer(work.out)
@@ -71,7 +71,7 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
 
 
 def parse_size(text: str) -> int:
-    """Convert "16384" or "16k" (k = 1,024) to a number of tokens.
+    """Convert a vocabulary size such as "16384" or "16k" (k = 1,024) to a number of tokens.
 
     Raises:
       UserError: another form.
@@ -83,7 +83,7 @@ def parse_size(text: str) -> int:
 
 
 def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
-    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens."""
+    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens per text."""
     source = Source.of(folder, cfg)
     sample, whole, rows = read_sample(source, config), count_params(cfg), list[list[str]]()
     before = max(sum(map(len, source.tokens(sample.held_out))), 1)
@@ -124,7 +124,7 @@ def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
 
 
 def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocabulary: KeptVocabulary) -> TextSample:
-    """Return the numbers of tokens of these texts before and after trimming the vocabulary."""
+    """Count the tokens of texts before and after trimming the vocabulary."""
     kept, equal, whole, broken, sizes = set(vocabulary.kept), 0, 0, 0, Counter[str]()
     after = tokens_of(trimmed, texts)
     for old, new in zip(source.tokens(texts), after, strict=True):
@@ -147,7 +147,7 @@ def _sample(name: str, texts: Sequence[str], source: Source, trimmed: Any, vocab
 def _with_bits(
     sample: TextSample, work: Work, texts: Sequence[str], source: Source, vocabulary: KeptVocabulary
 ) -> TextSample:
-    """Return the sample with the unpruned model's bits per byte, before and after trimming its vocabulary."""
+    """Add the model's bits per byte on the texts, before and after trimming the vocabulary."""
     some, size = list[str](), 0
     for text in texts:
         if some and size + len(text.encode()) > _MEASURED:
@@ -167,7 +167,7 @@ def _with_bits(
 
 
 def _bits(model: Model, ids: list[int], size: int) -> float | None:
-    """Return the bits per byte of a text of `size` bytes; None if the text is too short."""
+    """Return a model's bits per byte on a text of `size` bytes; None if the text is too short."""
     if len(ids) < 2:
         return None
     window = max(min(_WINDOW, model.cfg.text.max_positions), 2)
@@ -177,7 +177,7 @@ def _bits(model: Model, ids: list[int], size: int) -> float | None:
 
 
 def _by_script(texts: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group texts by the script of most of their letters, largest group first."""
+    """Group texts by the writing system of most of their letters, largest group first."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         letters = Counter(unicodedata.name(letter, "other").split()[0] for letter in text[:2000] if letter.isalpha())

@@ -33,7 +33,7 @@ from vlmprune_jax.workdir.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Workdir and reporter of a command; `overwrite` allows replacing outputs made from other inputs.
+    """Workdir and console output of a command; `overwrite` allows replacing outputs made from other inputs.
 
     `store`: in a run of a sweep, where runs share what they made.
     """
@@ -49,7 +49,7 @@ class Context:
 
     @contextlib.contextmanager
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar; on SIGTERM, work stops after the current item.
+        """Context that shows a progress bar; on SIGTERM, work stops after the current item.
 
         Raises Stopped from the function that takes the number of items done; every process must call it in step.
         """
@@ -65,7 +65,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class ModelFolder:
-    """Model in a folder, its weights still in files; `load` reads parts of it in the experiment's dtype on its mesh."""
+    """Model in a folder whose weights stay in files; `load` reads them in the experiment's dtype and mesh."""
 
     path: Path
     model: Model
@@ -74,7 +74,7 @@ class ModelFolder:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pair:
-    """Pruned model and its teacher, the plan that leads from one to the other, and the mesh on which both compute.
+    """Pruned model and its teacher, with the plan between them and their device mesh.
 
     `tokens`: settings of the teacher, with the folder whose tokenizer fits the student.
     """
@@ -88,7 +88,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Context):
-    """Context of one stage: the folders that it reads and writes, models and mesh.
+    """Folders that a stage reads and writes, with its models and device mesh.
 
     `variant`: folder of the prune variant, with scores, `plan.json` and the models made before recovery. `folder`:
     where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
@@ -121,29 +121,29 @@ class Work(Context):
 
     @property
     def tower(self) -> Path | None:
-        """Folder of the vision tower, if it has its own; None otherwise."""
+        """Folder of the vision tower if it is separate; None otherwise."""
         return None if self.model.vision_dir is None else Path(self.model.vision_dir)
 
     @property
     def model_files(self) -> dict[str, Path | str]:
-        """Folders of the unpruned model, under their names in the ledger."""
+        """{name in the ledger: folder} of the unpruned model."""
         tower = {} if self.tower is None else {"model.vision_dir": self.tower}
         return {"model.hf_dir": Path(self.model.hf_dir), **tower}
 
     @property
     def devices(self) -> Mesh | None:
-        """Device mesh, or None for one device."""
+        """Device mesh of the experiment; None for one device."""
         return mesh_of(self.mesh)
 
     @property
     def tokens(self) -> ModelSpec:
-        """Model settings with the folder whose tokenizer belongs to `start` (`start` itself after trimming)."""
+        """Model settings with the tokenizer folder that belongs to the stage's input model."""
         rows = [self.config(folder).text.vocab_size for folder in (self.start, self.teacher)]
         return self.model if rows[0] == rows[1] else dataclasses.replace(self.model, hf_dir=str(self.start))
 
     @property
     def plan(self) -> PrunePlan:
-        """Prune plan of the variant; for a control, a plan that keeps everything."""
+        """Prune plan of the variant (for a control: a plan that removes nothing)."""
         if not self.pruned:
             whole = self.open_model(self.teacher)
             return keep_everything(whole.cfg, fingerprint(whole), count_params(whole.cfg))
@@ -155,7 +155,7 @@ class Work(Context):
         parts: Collection[str] = PARTS,
         choose_mesh: Callable[[ModelConfig], Mesh | None] | None = None,
     ) -> Model:
-        """Load a model folder, or parts of the model, in the experiment's dtype and on its mesh, or the one chosen."""
+        """Load a model folder, or some parts of the model, in the experiment's dtype and mesh."""
         shared, mesh = {} if self.loaded is None else self.loaded, choose_mesh or self.devices
         if folder not in shared:
             dtype, tower = self.model.dtype, self.model.vision_dir
@@ -167,7 +167,7 @@ class Work(Context):
         return lazy.open_model(folder, self.tower)
 
     def open_folder(self, folder: Path) -> ModelFolder:
-        """Open a model folder whose weights are read later, in parts."""
+        """Open a model folder whose weights are read later."""
         return ModelFolder(folder, self.open_model(folder), functools.partial(self.load, folder))
 
     def config(self, folder: Path) -> ModelConfig:
@@ -175,7 +175,7 @@ class Work(Context):
         return read_config(folder, self.tower)[1]
 
     def save(self, model: Model) -> None:
-        """Write the stage's model: source layout, true widths, the experiment's dtype."""
+        """Save the model that a stage made, in the source's checkpoint layout and the experiment's dtype."""
         save(
             model,
             self.out,
@@ -188,17 +188,17 @@ class Work(Context):
         )
 
     def journal(self, output: Path, made_from: Mapping[str, Any]) -> Journal:
-        """Open the journal of an interrupted pass; one from another mesh is not used, since its batches may differ."""
+        """Open the journal from which an interrupted pass resumes; a journal from another mesh is ignored."""
         return Journal(journal_path(output), {**made_from, "mesh": vars(self.mesh)})
 
 
 def journal_path(output: Path) -> Path:
-    """Return the path of the journal from which an interrupted pass that makes this file resumes."""
+    """Return the path of the journal for a pass that writes this file."""
     return output.with_name(f"{output.name}.journal")
 
 
 def teacher_folder(spec: ModelSpec) -> Path:
-    """Return the unpruned model's folder. Raises UserError if the setting is empty or the folder is missing."""
+    """Return the unpruned model's folder; raise UserError if the setting is empty or the folder is missing."""
     if not spec.hf_dir:
         raise UserError("model.hf_dir is not set: name the Hugging Face folder to prune (--config.model.hf_dir=DIR)")
     folder = Path(spec.hf_dir)
@@ -209,7 +209,7 @@ def teacher_folder(spec: ModelSpec) -> Path:
 
 @contextlib.contextmanager
 def in_memory(stage: str) -> Iterator[None]:
-    """Convert an out-of-memory error of a stage, which XLA spreads over fifty lines, to one line.
+    """Context that converts a stage's out-of-memory error to a one-line UserError.
 
     Raises UserError with the settings that make it smaller.
     """

@@ -24,28 +24,28 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """Named group of settings to override."""
+    """Named group of settings that a sweep run overrides together."""
 
     name: str
     overrides: Mapping[str, Any]
 
 
 class Hyper:
-    """Functions by which `get_hyper(hyper)` combines runs, named as in big_vision and XManager.
+    """Functions with which `get_hyper(hyper)` combines sweep runs (as in big_vision and XManager).
 
     Settings have their names of the command line, with or without the prefix `config.`.
     """
 
     def sweep(self, setting: str, values: Iterable[Any]) -> list[Point]:
-        """Return one run for each value of a setting."""
+        """Return one sweep run per value of a setting."""
         return [{setting.removeprefix("config."): value} for value in values]
 
     def fixed(self, setting: str, value: Any) -> list[Point]:
-        """Return a single run that sets one value."""
+        """Return a single sweep run that sets one value."""
         return self.sweep(setting, [value])
 
     def named(self, label: str, choices: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-        """Return one run for each named group of settings; the name of a run contains `label=NAME`."""
+        """Return one sweep run per named group of settings; run names contain `label=NAME`."""
         return [{label: Choice(str(name), _bare(overrides))} for name, overrides in choices.items()]
 
     def product(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
@@ -56,7 +56,7 @@ class Hyper:
         return points
 
     def zipit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Combine the first runs of all lists, then the second runs, and so on.
+        """Combine the lists of runs elementwise: first with first, second with second.
 
         Raises:
           UserError: the sweeps have different lengths.
@@ -70,7 +70,7 @@ class Hyper:
         return [self.product([[run] for run in runs])[0] for runs in zip(*sweeps, strict=True)]
 
     def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
-        """Return all runs of the first list, then those of the next, and so on."""
+        """Concatenate lists of runs."""
         return [_bare(run) for runs in sweeps for run in runs]
 
 
@@ -86,7 +86,7 @@ def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> Point:
 
 
 def _flat(point: Mapping[str, Any]) -> Point:
-    """Return {setting: value} of a run, with groups of overrides expanded."""
+    """Return a run's overrides as {setting: value}, with groups expanded."""
     settings: Point = {}
     for name, value in _bare(point).items():
         settings |= value.overrides if isinstance(value, Choice) else {name: value}
@@ -95,7 +95,7 @@ def _flat(point: Mapping[str, Any]) -> Point:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep: `group` is its name without seeds, `labels` are the parts of the name."""
+    """One run of a sweep: settings, and `group`, its name without seeds."""
 
     name: str
     group: str
@@ -105,13 +105,13 @@ class SweepRun:
 
     @property
     def seed(self) -> int | None:
-        """The run's seed; None if it overrides no seed, or several with different values."""
+        """Seed of the run; None if it overrides none, or several with different values."""
         seeds = {value for setting, value in self.overrides.items() if _is_seed(setting)}
         return seeds.pop() if len(seeds) == 1 else None
 
 
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
-    """Convert a list of overrides to runs, in the same order.
+    """Convert overrides from a config file to sweep runs, in the same order.
 
     Raises:
       UserError: not a list of overrides, or empty; a setting or value does not exist; or two runs have the same name.
@@ -136,7 +136,7 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
 
 
 def _short_names(points: Sequence[Point]) -> dict[str, str]:
-    """Return short unique names of the settings that differ between runs (the last parts of their full names).
+    """Return {setting: short unique name} for the settings that differ between runs.
 
     Settings that always have equal values, such as seeds, share a name.
     """
@@ -159,7 +159,7 @@ def _short_names(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _labels_of(point: Point, short: Mapping[str, str]) -> dict[str, str]:
-    """Return {label: value as text} for a run, seeds last."""
+    """Return {label: value as text} of a run, seeds last."""
     labels = {short[name]: _text(value) for name, value in point.items() if name in short}
     return dict(sorted(labels.items(), key=lambda item: _is_seed(item[0])))
 
@@ -169,7 +169,7 @@ def _is_seed(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return the value of a setting as text for the name of a run, with letters, digits and `_ . + -` only."""
+    """Return a setting's value as text for a run's name (letters, digits and `_ . + -` only)."""
     if isinstance(value, Choice):
         value = value.name
     if isinstance(value, Mapping):
@@ -198,7 +198,7 @@ def _name(labels: Mapping[str, str]) -> str:
 
 
 def _check_names(runs: Sequence[SweepRun]) -> None:
-    """Refuse runs whose folders would have the same name, also on case-insensitive disks."""
+    """Raise UserError if two runs would share a folder, also on case-insensitive disks."""
     known: dict[str, SweepRun] = {}
     for run in runs:
         other = known.setdefault(run.name.casefold(), run)

@@ -36,18 +36,18 @@ RUN, ERROR = "run.json", "error.json"  # results of a run, or the error that sto
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep: its workdir, the config file (FILE.py:VARIANT) that lists its runs, and whether to overwrite results."""
+    """A sweep: its workdir and config file, and whether to overwrite results."""
 
     workdir: Path
     config: str
     overwrite: bool
 
     def folder(self, run: SweepRun) -> Path:
-        """Return the workdir of one run."""
+        """Return the workdir of one run of the sweep."""
         return self.workdir / RUNS / run.name
 
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
-        """Return the context of one run, with the result store that all runs share."""
+        """Return the context of one run, with the result store that all runs of the sweep share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
         images = [data.images, *(of.images for of in sets.values())]  # not inputs of any stage, as they are many files
         store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
@@ -55,7 +55,7 @@ class Sweep:
 
 
 def with_caches(experiment: Experiment) -> Experiment:
-    """Return the experiment with caches in subfolders, one for each group of runs that can share a cache.
+    """Return the experiment with cache folders that only runs with equal cached content share.
 
     A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """
@@ -79,7 +79,7 @@ def _below(folder: str, made_from: Any) -> str:
 
 
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
-    """Run all stages of a run and write `run.json`; an interrupted run continues.
+    """Run all stages of one sweep run and write `run.json`; an interrupted run resumes.
 
     Raises:
       UserError: a stage refuses its settings or inputs.
@@ -131,7 +131,7 @@ def _costs(model: Run | Unpruned) -> Costs:
 
 
 def _speeds(model: Run) -> dict[str, Any]:
-    """Return tokens per second, and speed-ups over the unpruned model in the same rounds."""
+    """Return a model's tokens per second, and its speed-ups over the unpruned model."""
     if model.speed is None:
         return {}
     parts = ("prefill", "decode")
@@ -140,18 +140,18 @@ def _speeds(model: Run) -> dict[str, Any]:
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
-    """Record the error that stopped a run."""
+    """Record the error that stopped a sweep run."""
     write_artefact(sweep.folder(run) / ERROR, RunError(error=line))
 
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
-    """Return True if a run is complete, and its settings and inputs have not changed since."""
+    """Return True if a sweep run is complete, with unchanged settings and inputs."""
     found = read_run(run, sweep)
     return found is not None and found.made_from == made_from_of(run, sweep)
 
 
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
-    """Return the results of a run; None if its file is missing or damaged."""
+    """Return a sweep run's results; None if its file is missing or damaged."""
     try:
         found = read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
@@ -162,7 +162,7 @@ def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
-    """Return the error message that stopped a run; None if there is none."""
+    """Return the error message that stopped a sweep run; None if there is none."""
     try:
         return read_artefact(sweep.folder(run) / ERROR, RunError).error
     except UserError:
@@ -170,7 +170,7 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
 
 
 def made_from_of(run: SweepRun, sweep: Sweep) -> str:
-    """Return a hash of everything a run depends on: settings, versions and outside files of all its stages."""
+    """Return a hash of all inputs of a sweep run: settings, versions and outside files."""
     experiment, jobs = run.experiment, dict[str, Any]()
     for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
         files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
@@ -182,19 +182,19 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
 
 
 def files_elsewhere(job: Job) -> dict[str, Path | str]:
-    """Return the inputs of a job that lie outside the workdir, which no other job makes."""
+    """Return a job's input files that lie outside the workdir."""
     below = {name for name, path in job.inputs.items() if isinstance(path, Path) and path.is_relative_to(job.workdir)}
     return {name: path for name, path in job.inputs.items() if name not in below}
 
 
 @functools.cache
 def digest_once(path: Path | str) -> str:
-    """Return `digest(path)`, computed only once per command."""
+    """Return `digest(path)`, computed once per command."""
     return digest(path)
 
 
 def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
-    """Return the content of `sweep.json`, from the runs that are complete."""
+    """Collect the results of all complete runs as the content of `sweep.json`."""
     sets, unpruned, models = dict[str, Set](), dict[str, UnprunedModel](), list[Entry]()
     seen = set[str]()
     for run in runs:
@@ -212,7 +212,7 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
 
 
 def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets: Sets) -> list[Entry]:
-    """Return the entries with retention recomputed by the same metric values in all runs."""
+    """Return sweep entries with retention recomputed from the same main metric per evaluation set."""
     return [
         entry
         if (found := entry.found) is None
@@ -225,7 +225,7 @@ def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets:
 
 
 def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: set[str]) -> Iterator[Entry]:
-    """Yield the models of a run: the last model under the run's name, and models that no earlier run shares."""
+    """Yield the models of a sweep run that no earlier run contains."""
     several = bool(run.experiment.prune_variants or run.experiment.recover_variants)
     for number, model in enumerate(models, start=1):
         last, known = number == len(models), model.digest in seen

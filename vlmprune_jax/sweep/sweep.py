@@ -44,7 +44,7 @@ MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU
 
 
 def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
-    """Check the settings of all runs before the first one starts.
+    """Check the settings of all sweep runs before the first one starts.
 
     Raises:
       UserError: see `check_experiment`; runs have different evaluation sets; or `jobs` is not possible.
@@ -64,7 +64,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
 
 
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
-    """Return shard i of n (`i/n`): every n-th run, starting at the i-th.
+    """Return shard `i/n` of the runs: every n-th run, starting with the i-th.
 
     Raises:
       UserError: not of the form i/n with 1 <= i <= n.
@@ -165,7 +165,7 @@ def _run_in_processes(
 
 
 def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return the unfinished runs, ordered such that failed runs come last."""
+    """Return the unfinished runs, with runs that failed before at the end."""
 
     def ranked() -> list[int]:
         left = [number for number, run in enumerate(runs) if not is_done(run, sweep)]
@@ -175,7 +175,7 @@ def _left(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
 
 
 def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
-    """Run or continue one run; return the error that stopped it as one line, or None.
+    """Run or resume one sweep run; return its error as one line, or None.
 
     Raises:
       Stopped: on SIGTERM.
@@ -197,14 +197,14 @@ def attempt(run: SweepRun, sweep: Sweep, reporter: Reporter) -> str | None:
 
 
 def _forget_programs() -> None:
-    """Drop compiled programs (one per model shape) before the process reaches its limit of memory maps."""
+    """Discard compiled programs before the process exceeds its limit of memory maps."""
     maps = Path("/proc/self/maps")
     if maps.exists() and read_bytes(maps).count(b"\n") > MOST_MAPS:
         jax.clear_caches()
 
 
 def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
-    """Write `sweep.json`, `sweep.csv` and the page, with the results so far."""
+    """Write `sweep.json`, `sweep.csv` and the comparison page from the results so far."""
     found = collect(runs, sweep)
     write_artefact(sweep.workdir / SWEEP, found)
     write_text(sweep.workdir / "sweep.csv", as_csv(found))
@@ -214,7 +214,7 @@ def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResu
 
 
 def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print which runs failed, and the paths of the comparison.
+    """Print which runs failed, and the paths of the comparison files.
 
     Raises:
       UserError: a run of this call failed.
@@ -234,7 +234,7 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
-    """Print the runs with their state, and for each stage which run computes the result that others share."""
+    """Print every run's state, and which runs share the results of a stage."""
     stages = [*(name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")), CONTROL]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
@@ -253,7 +253,7 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
 
 
 def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, str]:
-    """Return {stage: key} of a run, from settings, files and earlier stages; equal keys share results."""
+    """Return {stage: content key} of a run; runs with equal keys share the stage's result."""
     data = run.experiment.data
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}

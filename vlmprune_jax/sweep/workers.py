@@ -25,7 +25,7 @@ Work = Callable[[Any], str | None]  # does an item; returns the error that stopp
 def in_processes(
     items: Sequence[Any], jobs: int, start: Callable[[], Work], done: Callable[[Any, str | None], None]
 ) -> None:
-    """Process all items in `jobs` new processes; if a process is killed, only its current item fails.
+    """Process items in `jobs` child processes; if one is killed, only its current item fails.
 
     An interruption ends the processes with SIGTERM, on which training saves its state.
 
@@ -62,7 +62,7 @@ def in_processes(
 
 
 class _Worker:
-    """Child process that is started for the first item, and restarted after it was killed."""
+    """Child process that starts with its first item, and restarts after it was killed."""
 
     def __init__(self, start: Callable[[], Work]):
         self._start = start
@@ -96,7 +96,7 @@ class _Worker:
             return self._process, self._connection
 
     def end(self) -> None:
-        """Terminate the child process and wait until it has ended."""
+        """End the child process and wait for it."""
         with self._starting:
             self._ended, process = True, self._process
         if process is not None:
@@ -106,7 +106,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _safe_path() -> Iterator[None]:
-    """Keep child processes from importing the current folder's modules in place of Python's own."""
+    """Context in which child processes cannot import modules from the current folder."""
     with _ENVIRONMENT:
         before = os.environ.get("PYTHONSAFEPATH")
         os.environ["PYTHONSAFEPATH"] = "1"
@@ -119,7 +119,7 @@ def _safe_path() -> Iterator[None]:
 
 
 def _serve(connection: Connection, start: Callable[[], Work]) -> None:
-    """Process items and send back errors, until the connection is closed (runs in the child process)."""
+    """Process items in the child process until the connection is closed."""
     with contextlib.suppress(EOFError, OSError, Stopped):
         try:
             work = start()

@@ -14,11 +14,11 @@ from vlmprune_jax.distributed.mesh import is_main_process
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Object inside a JSON file of the workdir; fields with default values are not written."""
+    """Object inside a JSON file of a workdir; fields at their defaults are not written."""
 
 
 class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="format", tag=0):
-    """Whole JSON file of the workdir; the class statement has its format number: `class Result(Artefact, tag=1)`.
+    """JSON file of a workdir; its format number is declared as in `class Result(Artefact, tag=1)`.
 
     Raise the number when a file of the old class would be misread. `HINT` says how to make the file again.
     """
@@ -28,7 +28,7 @@ class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="f
     COMPACT: ClassVar[bool] = False  # one line for each field: files with thousands of numbers
 
     def problems(self, folder: Path) -> str | None:
-        """Return what is wrong in a file of `folder` although all types are right; None if nothing is wrong."""
+        """Return an error in the content that types do not show, as text; None if there is none."""
         del folder
         return None
 
@@ -37,7 +37,7 @@ _A = TypeVar("_A", bound=Artefact)
 
 
 def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> _A:
-    """Read a file written by `write_artefact`; fields that `kind` does not declare are ignored.
+    """Read a JSON file of a workdir; fields unknown to `kind` are ignored.
 
     Args:
       path: the file.
@@ -66,17 +66,17 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
 
 
 def find_artefact(path: Path, kind: type[_A]) -> _A | None:
-    """Read a file as `read_artefact` does; None if there is no such file."""
+    """Read a JSON file of a workdir; return None if it does not exist."""
     return read_artefact(path, kind) if path.is_file() else None
 
 
 def to_json(value: Any) -> Any:
-    """Convert a Struct to JSON values, and NumPy numbers to Python numbers."""
+    """Convert a struct to JSON values, and NumPy numbers to Python numbers."""
     return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())
 
 
 def write_artefact(path: Path, value: Artefact) -> None:
-    """Write a file atomically, on process 0 only."""
+    """Write a JSON file of a workdir atomically (process 0 only)."""
     plain = to_json(value)
     if value.COMPACT:
         text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in plain.items()) + "\n}\n"

@@ -28,7 +28,7 @@ MOST_GROUPS = 40  # of a set; more stay in eval/*.json
 
 
 def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
-    """Return the evaluation sets (metric and size), from the unpruned model's evaluations and those of other models.
+    """Return metric and size of all evaluation sets, from the models' evaluations.
 
     Texts that another model's vocabulary splits into another number of tokens are compared by bits per byte.
     """
@@ -55,7 +55,7 @@ def unpruned_of(
 def compare(
     evaluations: Evaluations, teacher: Evaluations, control: Evaluations | None = None, sets: Sets | None = None
 ) -> RunEvaluation:
-    """Compare a model with the unpruned one, and with its control if it was evaluated on the same sets.
+    """Compare a model with the unpruned model, and with its control if there is one.
 
     `sets`: of all models that are compared (see `describe_sets`); None: of these alone.
     """
@@ -84,7 +84,7 @@ def _intervals(evaluations: Evaluations, name: str) -> dict[str, tuple[float, fl
 
 
 def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -> RunEvaluation:
-    """Return the evaluation of a model with its retention computed anew, for sets with other main values."""
+    """Return a model's evaluation with retention recomputed from the main metrics in `sets`."""
     control = model.control
     if control is not None:
         anew = _compared(model.scores, control.scores, sets)
@@ -93,7 +93,7 @@ def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -
 
 
 def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets: Sets) -> dict[str, Any]:
-    """Return the retention of a model by set and on average, as fields of `RunEvaluation`."""
+    """Return a model's retention per evaluation set and on average."""
     ours, theirs = _averaged(scores, sets), _averaged(original, sets)
     theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
     ours = {name: ours[name] for name in theirs}
@@ -106,14 +106,14 @@ def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets
 
 
 def mean_of_ratios(scores: Mapping[str, float], original: Mapping[str, float]) -> float:
-    """Return the mean retained percentage over the benchmarks of the unpruned model, all with equal weight."""
+    """Return the mean retention in % over all benchmarks, each with equal weight."""
     return sum(100.0 * scores[name] / value for name, value in original.items()) / len(original)
 
 
 def paper_average(
     scores: Mapping[str, float], original: Mapping[str, float], full: Mapping[str, float]
 ) -> float | None:
-    """Return the paper's AVG-% (arXiv 2604.24380): 100 x sum of normalised scores / sum of those of the unpruned model.
+    """Return the paper's AVG-%: 100 x sum of normalised scores / sum of the unpruned model's (arXiv 2604.24380).
 
     A score is normalised by the full score (800 for MME cognition, 2000 for MME perception), so benchmarks with high
     scores have more weight than in `mean_of_ratios`.
@@ -123,7 +123,7 @@ def paper_average(
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean retention (or score), among equals the smallest model."""
+    """Return the run with the highest mean retention; of equals, the smallest model."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 
@@ -135,7 +135,7 @@ def best_run(runs: Sequence[Run], sets: Sets) -> Run:
 
 
 def averaged_sets(sets: Sets) -> list[str]:
-    """Return the sets that averages include: those with a full score, or all if none has one."""
+    """Return the evaluation sets included in averages: those with a maximum score, or all if none has one."""
     return [name for name, of in sets.items() if of.full is not None] or list(sets)
 
 
@@ -155,14 +155,14 @@ def _retained(values: Values, original: Values, metric: MetricInfo) -> float | N
 
 
 def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
-    """Return {set: main value} for averages, inverted if lower is better."""
+    """Return {evaluation set: main value}, inverted if lower is better."""
     mains = {name: scores[name][sets[name].main] for name in averaged_sets(sets)}
     inverses = {name: 1 / value if value else math.inf for name, value in mains.items()}
     return {name: value if sets[name].higher_is_better else inverses[name] for name, value in mains.items()}
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return rows of the model card: set, both models' scores, retained %, interval; then rows of speeds.
+    """Return benchmark rows for the model card: set, both scores, retained %, interval; then speeds.
 
     After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
     """
@@ -186,11 +186,11 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
 
 
 def percent(value: float | None) -> str:
-    """Return a percentage as text without its sign; "" for None."""
+    """Return a percentage as text without the sign; "" for None."""
     return "" if value is None else f"{value:.2f}"
 
 
 def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
-    """Return the retention interval on a set as text, such as "95.1 to 97.3"; "" if unknown."""
+    """Return a retention interval as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
     return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"

@@ -27,7 +27,7 @@ _AT_ONCE = 1 << 20
 
 
 class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a stage's result depends on: settings, digests of inputs by name, and the stage's version."""
+    """All inputs of a stage's result: settings, digests of input files, and the stage's version."""
 
     settings: dict[str, Any]
     inputs: dict[str, str]
@@ -37,18 +37,18 @@ class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
 def made_from(
     settings: Mapping[str, Any], inputs: Mapping[str, Path | str], version: int, *, every_byte: bool = False
 ) -> MadeFrom:
-    """Hash the inputs of a stage; `every_byte` reads large files completely."""
+    """Hash the inputs of a stage; with `every_byte` large files are read completely."""
     digests = {name: digest(path, every_byte=every_byte) for name, path in inputs.items()}
     return MadeFrom(settings=plain(settings), inputs=digests, version=version)
 
 
 def content_key(*parts: Any) -> str:
-    """Return a hash of JSON values or structs (32 hexadecimal digits)."""
+    """Return a hash (32 hex digits) of JSON values or structs."""
     return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(path: Path | str, *, every_byte: bool = False) -> str:
-    """Hash a file or folder: names, sizes and content (of files over 8 MiB a sample, unless `every_byte`).
+    """Hash a file or folder: names, sizes and content (a sample of files over 8 MiB, unless `every_byte`).
 
     Files whose names begin with a dot are left out. A text describes something elsewhere and is hashed itself.
 
@@ -104,5 +104,5 @@ def _every_byte(path: Path, *state: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return the value as JSON values (tuples as lists), so that it equals its copy read from a file."""
+    """Convert a value to JSON values (tuples to lists), so that it equals its copy read from a file."""
     return json.loads(json.dumps(value, default=msgspec.to_builtins))

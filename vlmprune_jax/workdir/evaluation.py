@@ -20,7 +20,7 @@ TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name,
 
 
 class MetricInfo(Part, frozen=True, kw_only=True):
-    """Settings for displaying and comparing a metric's values (`Metric.describe`).
+    """Settings for displaying and comparing a metric's values.
 
     `main` names the value to compare. Values are shown times `scale`, with `unit`. `full` is the value of a perfect
     model, if there is one. `grouped_by` describes the groups of questions (None = no groups).
@@ -36,16 +36,16 @@ class MetricInfo(Part, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """Name of the main value with its unit, such as "accuracy in %"."""
+        """Name of the main metric value with its unit, such as "accuracy in %"."""
         return self.main + (f" in {self.unit}" if self.unit else "")
 
     def show(self, value: float | None, *, unit: bool = True) -> str:
-        """Return a value as text, with or without its unit; "" for None."""
+        """Return a metric value as text, with or without its unit; "" for None."""
         return "" if value is None else f"{self.scale * value:.2f} {self.unit if unit else ''}".strip()
 
 
 class Group(Part, frozen=True, kw_only=True):
-    """Metric values of one group of questions."""
+    """Metric values on one group of questions."""
 
     questions: Count
     values: Values
@@ -80,22 +80,22 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     scores: dict[str, list[float | None]] = {}
 
     def problems(self, folder: Path) -> str | None:
-        """Return a message if the metric's main value is missing; None otherwise."""
+        """Return an error message if the metric's main value is missing; None otherwise."""
         main = self.metric.main
         return None if main in self.values else f"the metric's main value {main!r} is not among its values"
 
     @property
     def question_scores(self) -> list[float | None]:
-        """Score of each question: the metric's main score, or its first score if it has no main score per question."""
+        """Score of each question under the metric's main score (or its first one)."""
         return self.scores.get(self.metric.main) or next(iter(self.scores.values()), [])
 
     def main_line(self) -> str:
-        """Return the main value as text, such as "accuracy 81.25 % on 160 questions"."""
+        """Return an evaluation as text, such as "accuracy 81.25 % on 160 questions"."""
         return f"{self.metric.main} {self.metric.show(self.values[self.metric.main])} on {self.count:,} {self.counted}"
 
 
 def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, Group]:
-    """Convert the result of `Metric.values_of_groups` to {group: `Group`}."""
+    """Convert the values of `Metric.values_of_groups` to {group name: `Group`}."""
     return {
         name: Group(questions=int(of["questions"]), values={key: v for key, v in of.items() if key != "questions"})
         for name, of in values_by_group.items()
@@ -103,13 +103,13 @@ def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, G
 
 
 def as_columns(scores: Iterable[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Convert one mapping per question to one list per score, with None for missing scores."""
+    """Convert one mapping per question to one list per score, with None where missing."""
     rows = list(scores)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def evaluation_file(folder: Path, name: str, key: str) -> Path:
-    """Return the path of a model's evaluation, `folder/eval/NAME.json`; NAME.SET.json for a named set."""
+    """Return the path of a model's evaluation file: `eval/NAME.json`, or `eval/NAME.SET.json` for a named set."""
     return folder / "eval" / (f"{name}.json" if key == DEFAULT_SET else f"{name}.{key}.json")
 
 
@@ -119,7 +119,7 @@ def read_evaluated(path: Path) -> Evaluated:
 
 
 def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
-    """Return the evaluation file of the model at `path` (None = the unpruned model); None if it does not exist."""
+    """Read the evaluation file of the model at `path` (None = the unpruned model); None if it does not exist."""
     if not re.fullmatch(r"[\w-]{1,100}", key, re.ASCII):  # a foreign result may name sets as it likes
         return None
     folder = workdir / (TEACHER if path is None else path)
@@ -129,7 +129,7 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
-    """Return {set: evaluation} of the model `name`. Raises UserError if a file is damaged."""
+    """Return {set: evaluation} of the model `name`; raise UserError if a file is damaged."""
     found = {}
     for path in sorted((folder / "eval").glob(f"{name}*.json")):
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")

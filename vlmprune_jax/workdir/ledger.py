@@ -22,7 +22,7 @@ from vlmprune_jax.workdir.store import RECORD, Store, exclusive
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Ledger entry of a stage's last run, whether unfinished or done."""
+    """Ledger entry of a stage's last run, finished or not."""
 
     format: Literal[1] = 1
     made_from: MadeFrom
@@ -30,7 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(Record, frozen=True, kw_only=True):
-    """Ledger entry of a finished stage. `outputs`: digests by name; `facts`: what the stage's function returned."""
+    """Ledger entry of a finished stage, with digests of its outputs and its result (`facts`)."""
 
     seconds: Finite
     facts: dict[str, Any]
@@ -45,7 +45,7 @@ LOCK_SECONDS = 100.0
 
 @dataclass(frozen=True)
 class Job:
-    """A stage applied in a workdir: its settings, inputs and outputs.
+    """A stage to run in a workdir: settings, input and output files.
 
     `name`: of its record, as `depth/prune`. `stage`: jobs of one stage can take each other's results from a `store`.
     `settings`: every setting that the result depends on (JSON values). `inputs`: files and folders by name.
@@ -74,14 +74,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """Result (facts) of a finished job, and the seconds that its last attempt took."""
+    """Result of a finished job, and the seconds that it took."""
 
     facts: Any
     seconds: float
 
 
 def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, say: Callable[[str], None]) -> Finished:
-    """Call `body` unless its result already exists.
+    """Run a job by calling `body`, unless its result is up to date.
 
     Every process of a run calls it, and `body` runs on all of them; process 0 decides what is there, and notes it.
 
@@ -124,7 +124,7 @@ def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, sa
 
 @contextlib.contextmanager
 def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
-    """Lock a job's record in this context; refuse if another process is running the job in the same workdir."""
+    """Context that locks a job; raise UserError if another process is running it in the same workdir."""
 
     def waiting() -> None:
         say(f"{job.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it")
@@ -139,7 +139,7 @@ def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None:
-    """Return the ledger entry if the job is done; otherwise remove old outputs and return None, so that it runs."""
+    """Return the job's ledger entry if it is done; otherwise remove its old outputs and return None."""
     for name, path in job.inputs.items():
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{job.name}: {name} is {path}: no such file or folder")
@@ -163,7 +163,7 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
 
 
 def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
-    """Link the outputs of another run of the sweep and return its ledger entry; None if no run has made them."""
+    """Reuse the result of another sweep run: link its outputs and return its ledger entry; None if none has it."""
     assert job.store is not None
     entry = job.store.folder / key
     last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
@@ -180,7 +180,7 @@ def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
 
 
 def _end(job: Job, facts: msgspec.Struct, seconds: float, key: str | None) -> Done:
-    """Write the ledger entry of a finished job, and share its result with other runs of the sweep."""
+    """Write the ledger entry of a finished job, and share its result with other sweep runs."""
     last = _read(job.record, job.facts)
     assert last is not None
     done = Done(
@@ -204,7 +204,7 @@ def _clear(job: Job) -> None:
 
 
 def _holds(path: Path) -> bool:
-    """Return True if a path exists and is not an empty folder (left by a run before its first checkpoint)."""
+    """Return True if a path exists and is not an empty folder."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
@@ -228,7 +228,7 @@ def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFro
 
 
 def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
-    """Return lines "input changed" and "setting was a, now b" for all differences between two `MadeFrom`."""
+    """Return lines "input changed" and "setting was a, now b" for all differences between two runs of a stage."""
     names = sorted({*before.inputs, *now.inputs})
     inputs = [f"{name} changed" for name in names if before.inputs.get(name) != now.inputs.get(name)]
     old, new = ({**made.settings, "version": made.version} for made in (before, now))
@@ -236,7 +236,7 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
 
 
 def differs_only_in(job: Job, setting: str) -> bool:
-    """Return True if outputs are unmodified since the last run, and inputs differ at most in one setting."""
+    """Return True if outputs are unmodified and inputs differ from the last run in at most one setting."""
     last = _read(job.record, job.facts)
     if not isinstance(last, Done) or not all(path.exists() for path in job.outputs):
         return False
@@ -248,13 +248,13 @@ def differs_only_in(job: Job, setting: str) -> bool:
 
 
 def finished_stages(workdir: Path) -> dict[str, Done]:
-    """Return the ledger entries of all finished jobs in a workdir, by name; damaged ones are left out."""
+    """Return {stage: ledger entry} of all finished stages in a workdir."""
     records = {path.stem: _read(path, None) for path in sorted((workdir / FOLDER).glob("*.json"))}
     return {name: record for name, record in records.items() if isinstance(record, Done)}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, also in case of a power cut; only process 0 writes."""
+    """Write a text file atomically and durably (process 0 only)."""
     if not is_main_process():
         return
     with replacing(path) as file:
@@ -263,12 +263,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value (a struct as an object of its fields) as indented JSON with `write_text`."""
+    """Write a value as indented JSON, atomically (process 0 only)."""
     write_text(path, json.dumps(value, indent=2, default=msgspec.to_builtins) + "\n")
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder of this workdir if it exists."""
+    """Delete a file or folder of a workdir if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -276,7 +276,7 @@ def remove(path: Path) -> None:
 
 
 def _read(path: Path, facts: type[msgspec.Struct] | None) -> Record | None:
-    """Return a job's ledger entry; None if it is damaged, so that its outputs are not trusted."""
+    """Read a job's ledger entry; None if it is missing or damaged."""
     try:
         record = read_json(path, Record, missing="", unicode=False)
         kind = Done if record["done"] else Record

@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).parents[2]
 
 
 class MadeBy(msgspec.Struct, frozen=True, kw_only=True):
-    """Command, machine and code of a stage's run. `commit` ends in "-dirty" if source was changed (None: unknown)."""
+    """Command, machine and code version of a stage's run; `commit` ends in "-dirty" if source was changed."""
 
     finished: str
     command: str
@@ -39,7 +39,7 @@ def made_by() -> MadeBy:
 
 @functools.cache
 def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
-    """Return {package: version} of Python and of those packages that are installed."""
+    """Return {package: version} of Python and the installed dependencies."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -51,7 +51,7 @@ def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """Return the commit of the Git repository that contains this package; None if there is none."""
+    """Return the Git commit of vlmprune's source; None if it is not in a repository."""
     if not (_SOURCE / ".git").exists():
         return None
     command = ["git", "-C", str(_SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

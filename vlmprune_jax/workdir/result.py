@@ -25,14 +25,14 @@ Evaluations = Mapping[str, Evaluated]  # of one model, by set
 
 
 class Set(MetricInfo, frozen=True, kw_only=True):
-    """Metric and size of one evaluation set."""
+    """Metric and size of an evaluation set."""
 
     counted: Literal["questions", "tokens"]
     count: Count
 
     @property
     def size(self) -> str:
-        """Size of the set as text, such as "9,673 questions"."""
+        """Size of the evaluation set as text, such as "9,673 questions"."""
         return f"{self.count:,} {self.counted}"
 
 
@@ -40,18 +40,18 @@ Sets = Mapping[str, Set]
 
 
 class ModelEvaluation(Part, frozen=True, kw_only=True):
-    """A model's metric values (unscaled), by set and name; and by set, group and name."""
+    """A model's metric values by evaluation set, also for groups of questions."""
 
     scores: dict[str, Values]
     groups: dict[str, dict[str, Group]] = {}
 
     def main(self, name: str, sets: Sets) -> float | None:
-        """Return the main value on a set; None if the model was not evaluated on it."""
+        """Return the model's main metric value on a set; None if it was not evaluated."""
         return self.scores.get(name, {}).get(sets[name].main)
 
 
 class OfControl(Part, frozen=True, kw_only=True):
-    """Retention of a recovered model relative to its control, the unpruned model after the same recovery.
+    """Retention relative to the control: the unpruned model after the same training.
 
     `scores` are the control's metric values by set and name; other fields are as in `RunEvaluation`.
     """
@@ -63,7 +63,7 @@ class OfControl(Part, frozen=True, kw_only=True):
 
 
 class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
-    """Metric values of a pruned model, and retention relative to the unpruned model and to its control.
+    """Metric values of a pruned model, and its retention relative to the unpruned model and the control.
 
     `retained` is 100 * value / the unpruned model's value, by set (inverted if lower is better; None if that is 0).
     `retained_interval`: see `Evaluated`. `mean_of_ratios` is the mean of `retained`; `paper_average` is AVG-% of
@@ -81,7 +81,7 @@ class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
 
 
 class Costs(Part, frozen=True, kw_only=True):
-    """Costs of a model computed from its shapes (`prune.cost.costs_of`)."""
+    """Costs of a model, computed from its layer shapes."""
 
     forward_flops: Finite
     kv_bytes_per_token: Count
@@ -89,7 +89,7 @@ class Costs(Part, frozen=True, kw_only=True):
 
 
 class Workload(Part, frozen=True, kw_only=True):
-    """Prompt for which `Costs` are computed: tokens, images, tokens per image, and data type of cache and file."""
+    """Prompt for which costs are computed: tokens, images, tokens per image, cache data type."""
 
     length: Count
     images: Count
@@ -98,7 +98,7 @@ class Workload(Part, frozen=True, kw_only=True):
 
 
 class Unpruned(Part, frozen=True, kw_only=True):
-    """Entry of the unpruned model: evaluation, costs and speed.
+    """Entry of the unpruned model in `result.json`: evaluation, costs and speed.
 
     `parameters` counts the parameters that a forward pass uses; `carried` counts all others of the checkpoint, such as
     vision tower layers after the feature layer.
@@ -112,7 +112,7 @@ class Unpruned(Part, frozen=True, kw_only=True):
 
 
 class Trained(Part, frozen=True, kw_only=True):
-    """Fields of every entry but the unpruned model's; see `Run`."""
+    """Fields that entries of pruned models and of controls share in `result.json`."""
 
     name: str
     recovery: str
@@ -127,16 +127,16 @@ class Trained(Part, frozen=True, kw_only=True):
 
 
 class Control(Trained, frozen=True, kw_only=True):
-    """Entry of a control: an unpruned model that was trained like the pruned ones."""
+    """Entry of a control in `result.json`: an unpruned model with the same training as pruned ones."""
 
     @property
     def label(self) -> str:
-        """Readable name of the model, such as "unpruned, SFT"."""
+        """Readable name of the control, such as "unpruned, SFT"."""
         return f"{UNPRUNED}, {recovery_label(self.recovery, reconstructed=False)}"
 
 
 class Run(Trained, frozen=True, kw_only=True):
-    """Entry of one pruned model: how it was made, and its scores. Paths are relative to the workdir.
+    """Entry of a pruned model in `result.json`: how it was made, and its scores.
 
     `ratio_asked` and `ratio_reached` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
     is the removed share of the decoder. `scores` are the importance files, `metrics` the training curve, and `path` the
@@ -159,7 +159,7 @@ class Run(Trained, frozen=True, kw_only=True):
 
     @property
     def after_pruning(self) -> str:
-        """Recovery in words, such as "reconstructed + SFT", or "without recovery"."""
+        """Recovery in words, such as "reconstructed + SFT" or "without recovery"."""
         repaired = self.recovery == "reconstructed" or (self.recovery != "none" and self.reconstruct != "none")
         return recovery_label(self.recovery, reconstructed=repaired)
 
@@ -172,7 +172,7 @@ class Run(Trained, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
-    """Result of checking the exported folder after reloading it in `backend`: largest logit difference, and limit."""
+    """Result of checking the exported folder: largest logit difference after reloading, and tolerance."""
 
     path: str
     backend: str
@@ -182,7 +182,7 @@ class Export(Part, frozen=True, kw_only=True):
 
 
 class Result(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `result.json`. `best` names the run that is exported; a sweep's runs export nothing."""
+    """File `result.json`: all models of a run; `best` names the run that is exported."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**25  # thousands of models
@@ -195,7 +195,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     workload: Workload | None = None
 
     def problems(self, folder: Path) -> str | None:
-        """Return a message if a name is unknown or a path leads out of the workdir; None if the file is consistent."""
+        """Return an error message for an unknown name or a path outside the workdir; None if there is none."""
         if all(run.name != self.best for run in self.runs):
             return f"its best run {self.best!r} is none of its runs"
         for name, model in self.models:
@@ -213,23 +213,23 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def entries(self) -> list[Control | Run]:
-        """All models but the unpruned one: controls, then pruned models."""
+        """Entries of all controls and pruned models."""
         return [*self.controls, *self.runs]
 
     @property
     def models(self) -> list[tuple[str, Unpruned | Control | Run]]:
-        """All models by name: the unpruned one, controls, and pruned ones."""
+        """Entries of all models by name, including the unpruned one."""
         return [(UNPRUNED, self.teacher), *((one.name, one) for one in self.entries)]
 
     @property
     def labels(self) -> dict[str, str]:
-        """Readable names of all models, by name; models with equal labels get their names appended."""
+        """Readable names of all models by name, made unique."""
         counts = Counter(one.label for one in self.entries)
         labels = {one.name: one.label + ("" if counts[one.label] == 1 else f" ({one.name})") for one in self.entries}
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:
-        """Return the result without duplicate models, such as one pruned model before several recoveries."""
+        """Return the result without duplicates, such as one pruned model before several recoveries."""
         shown: dict[object, Run] = {}
         for run in sorted(self.runs, key=lambda run: run.name != self.best):
             evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))
@@ -239,7 +239,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def best_run(self) -> Run:
-        """Entry of the run that `best` names."""
+        """Entry of the run named in `best`."""
         return next(run for run in self.runs if run.name == self.best)
 
 
@@ -250,7 +250,7 @@ def recovery_label(recovery: str, *, reconstructed: bool) -> str:
 
 
 def read_result(workdir: Path) -> Result:
-    """Return the content of `result.json`.
+    """Read `result.json`.
 
     Raises:
       UserError: see `read_artefact`; or the file names something outside the workdir.

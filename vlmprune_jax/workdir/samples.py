@@ -33,7 +33,7 @@ _Pixels = Annotated[int, Meta(ge=1, le=SIDE)]
 
 
 class Picture(Part, frozen=True, kw_only=True):
-    """Sample image (uri, width, height), or the reason why there is none."""
+    """Image of a sample question (data URI and size), or why it is missing."""
 
     uri: Annotated[str, Meta(pattern=_URI)] | None = None
     width: _Pixels = 1
@@ -42,7 +42,7 @@ class Picture(Part, frozen=True, kw_only=True):
 
 
 class SampleAnswer(Part, frozen=True, kw_only=True):
-    """One model's answer to a sample question, and its score."""
+    """One model's answer to a sample question, with its score."""
 
     model: str
     said: str
@@ -50,7 +50,7 @@ class SampleAnswer(Part, frozen=True, kw_only=True):
 
 
 class Sample(Part, frozen=True, kw_only=True):
-    """One question with all models' answers, unpruned model first."""
+    """Sample question with all models' answers, unpruned model first."""
 
     kind: Literal["repaired", "broken", "other"]
     id: str
@@ -61,7 +61,7 @@ class Sample(Part, frozen=True, kw_only=True):
 
 
 class SampleSet(Part, frozen=True, kw_only=True):
-    """Sample questions of one set, number of its questions, and number of questions per category."""
+    """Sample questions of an evaluation set, with the number of questions per category."""
 
     questions: Count
     counts: dict[str, Count]
@@ -69,7 +69,7 @@ class SampleSet(Part, frozen=True, kw_only=True):
 
 
 class Samples(Artefact, frozen=True, kw_only=True, tag=1):
-    """File of sample questions and answers for the report."""
+    """File of sample questions and answers that the report shows."""
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
     MAX_BYTES: ClassVar[int] = 2**26
@@ -84,7 +84,7 @@ def make_samples(
     *,
     max_pixels: int,
 ) -> SampleSet:
-    """Choose the sample questions of one set.
+    """Choose the sample questions of an evaluation set.
 
     Args:
       records: its questions.
@@ -118,7 +118,7 @@ def make_samples(
 
 
 def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the category of each question (such as "broken by pruning"), and for how many plans it applies."""
+    """Return each question's category, such as "broken by pruning", and for how many plans it applies."""
     unpruned = right[UNPRUNED]
     repaired, broken = (np.zeros(len(unpruned), int) for _ in range(2))
     for plan in dict.fromkeys(run.plan for run in runs):
@@ -161,7 +161,7 @@ def _images(record: Record) -> tuple[str, ...]:
 
 
 def _question(record: Record) -> str:
-    """Return the text of a record's last question, and how many questions precede it."""
+    """Return a record's last question, and the number of questions before it."""
     asked = [text for speaker, text in record.turns if speaker == "human"]
     text = asked[-1].replace(IMAGE_TOKEN, "").strip() if asked else ""
     before = f" (after {len(asked) - 1} earlier questions)" if len(asked) > 1 else ""

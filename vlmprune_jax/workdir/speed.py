@@ -20,7 +20,7 @@ SpeedUp = tuple[Finite, Finite, Finite]  # median, least and most over the round
 
 
 class MedianSpeed(Part, frozen=True, kw_only=True):
-    """Median speeds over rounds: prefill and decode in tokens/s, first token in seconds; speed-ups if pruned."""
+    """Median speeds over rounds: prefill and decoding in tokens/s, first token in seconds, speed-ups."""
 
     prefill: Finite
     decode: Finite
@@ -31,7 +31,7 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
 
 
 def medians(measured: Measurement, unpruned: Measurement | None = None) -> MedianSpeed:
-    """Return the medians over rounds, and speed-ups if the unpruned model's measurement is passed."""
+    """Return the medians over rounds, with speed-ups if the unpruned model's measurement is passed."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
     speedups: dict[str, Any] = {
         f"{name}_speedup": speedup(getattr(unpruned, name), getattr(measured, name))
@@ -42,18 +42,18 @@ def medians(measured: Measurement, unpruned: Measurement | None = None) -> Media
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
-    """Return median, smallest and largest speed-up over rounds, each from two measurements of the same round."""
+    """Return the median, smallest and largest speed-up over rounds."""
     rounds = [new / old for old, new in zip(before, after, strict=False)]
     return statistics.median(rounds), min(rounds), max(rounds)
 
 
 def spread(speeds: Sequence[float]) -> float:
-    """Return how much the speeds of several rounds differ: (largest - smallest) / median."""
+    """Return the relative spread of speeds over rounds: (largest - smallest) / median."""
     return (max(speeds) - min(speeds)) / statistics.median(speeds)
 
 
 class Pair(Part, frozen=True, kw_only=True):
-    """One pruned shape, measured alternately with the unpruned model; `models` names the runs with this shape."""
+    """Speed of one pruned layer shape, measured in turns with the unpruned model."""
 
     models: Annotated[list[str], Meta(min_length=1)]
     unpruned: Measurement
@@ -61,7 +61,7 @@ class Pair(Part, frozen=True, kw_only=True):
 
 
 class BenchWorkload(Part, frozen=True, kw_only=True):
-    """Prompt that all models receive, and number of rounds."""
+    """Prompt that all models receive in a benchmark, and number of rounds."""
 
     rounds: Count
     prompt_tokens: Count
@@ -71,13 +71,13 @@ class BenchWorkload(Part, frozen=True, kw_only=True):
 
 
 class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
-    """Workload of the stage `speed`: a `BenchWorkload` with several rows per batch."""
+    """Workload of the speed stage: prompt, rounds, and rows per batch."""
 
     batch_size: Count
 
 
 class Speed(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `speed.json`; `load` is the machine's load average of the last minute before the measurement."""
+    """File `speed.json`; `load` is the machine's load average before the measurement."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again, or remove the file"
     processor: str
@@ -86,7 +86,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
     pairs: list[Pair]
 
     def medians(self) -> dict[str, MedianSpeed]:
-        """Return {run: medians}; the name "" stands for the unpruned model, over all rounds."""
+        """Return {run: median speeds}, with "" for the unpruned model."""
         if not self.pairs:
             return {}
         unpruned = [pair.unpruned for pair in self.pairs]
@@ -103,7 +103,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `bench.json`: models measured alternately, each in all engines that can load it."""
+    """File `bench.json`: speeds of models, measured in turns in all engines that can load them."""
 
     HINT: ClassVar[str] = "measure again with `vlmprune bench --json`, or remove the file"
     processor: str
@@ -113,7 +113,7 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
     sides: Annotated[list[BenchSide], Meta(min_length=1, max_length=1000)]
 
     def decode_rates(self) -> dict[int, float]:
-        """Return decoding rates (tokens/s) by number of parameters, in the first engine and type of weights."""
+        """Return {number of parameters: decoding speed in tokens/s}, in the first engine and weight type."""
         first, rates = self.sides[0], dict[int, list[float]]()
         for side in self.sides:
             if (side.backend, side.weights) == (first.backend, first.weights):
@@ -122,7 +122,7 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
-    """Return the content of `bench.json` for measurements of `evaluation.speed.bench` on this machine."""
+    """Convert benchmark measurements to the content of `bench.json`."""
     given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
     workload = BenchWorkload(**given, dtype=dtype)
     return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))

@@ -24,7 +24,7 @@ _AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Store:
-    """Folder of results shared by a sweep's runs; each entry has a stage's outputs and its ledger entry, `stage.json`.
+    """Folder of stage results that a sweep's runs share; an entry has outputs and their ledger entry.
 
     An entry appears whole or not at all, and holds hard links to files that the runs have as well (copies, where the
     disk knows no links): it takes no room, and may be removed at any time. A stage replaces its files and never changes
@@ -44,13 +44,13 @@ class Store:
         version: int,
         outputs: Sequence[Path],
     ) -> str:
-        """Return the key of a result: a hash of everything it depends on, and of its files' names."""
+        """Return the key of a stage's result: a hash of all its inputs and of its file names."""
         made = made_from(settings, inputs, version, every_byte=True)
         return f"{stage}-{content_key(made, [path.name for path in outputs], self.also)}"
 
     @contextlib.contextmanager
     def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Wait until no other process makes this result, then hold its lock."""
+        """Context that holds a result's lock, after waiting for other processes that are making it."""
         with exclusive(self.folder / f"{key}.lock", math.inf, waiting):
             yield
 
@@ -63,7 +63,7 @@ class Store:
                 file.write(json.dumps(record, indent=2).encode())
 
     def take(self, key: str, outputs: Sequence[Path]) -> None:
-        """Link the outputs in the store into the folder to which the stage would have written them."""
+        """Link stored outputs into a run's folder."""
         for path in outputs:
             made = self.folder / key / path.name
             if made.is_dir():
@@ -78,7 +78,7 @@ class Store:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or the files of a folder that `digest` reads.
+    """Hard-link a file, or the files of a folder.
 
     Raises:
       UserError: a link is among them.
@@ -102,7 +102,7 @@ def _link(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold a file lock in this context; yield False if another process holds it longer than the timeout (s).
+    """Context that holds a file lock; yields False if another process keeps it beyond the timeout.
 
     The system lets go of the lock of a process that is killed. `waiting` is called where it has to be waited for.
     """
@@ -121,7 +121,7 @@ def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterat
 
 
 def _locked(file: IO[bytes]) -> bool:
-    """Return True if this process holds the lock, or the disk (a mounted bucket) does not support locks."""
+    """Return True if this process now holds the lock, or the disk does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

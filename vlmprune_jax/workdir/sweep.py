@@ -23,12 +23,12 @@ DONE, FAILED, PENDING = "done", "failed", "pending"
 
 
 def unpruned_key(model: str, image_tokens: int | None) -> str:
-    """Return the name of an unpruned model: its folder, and its limit of tokens per image if there is one."""
+    """Return the name of an unpruned model in a sweep: its folder, and any limit of tokens per image."""
     return model if image_tokens is None else f"{model} at {image_tokens} tokens per image"
 
 
 class UnprunedModel(Part, frozen=True, kw_only=True):
-    """Entry of an unpruned model of the sweep, evaluated with at most `image_tokens` tokens per image."""
+    """Unpruned model of a sweep, evaluated with at most `image_tokens` tokens per image."""
 
     image_tokens: Count | None = None
     parameters: Positive
@@ -38,7 +38,7 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
 
 
 class SweptModel(Part, frozen=True, kw_only=True):
-    """Entry of an evaluated model of a run; fields mean the same as in `result.json`.
+    """Evaluated model of a sweep run, with the same fields as in `result.json`.
 
     `model` is the folder of the unpruned model, and `image_tokens` is `data.max_image_tokens`. `bytes` is the size of
     the exported weights, and `forward_flops` the cost of the prompt of `speed`. `seconds` is the time of all stages
@@ -71,12 +71,12 @@ class SweptModel(Part, frozen=True, kw_only=True):
 
     @property
     def unpruned(self) -> str:
-        """Key in `SweepResult.unpruned` of the unpruned model that this model is compared with."""
+        """Name (key in `SweepResult.unpruned`) of the unpruned model with which this model is compared."""
         return unpruned_key(self.model, self.image_tokens)
 
 
 class Entry(Part, frozen=True, kw_only=True):
-    """One model of a sweep, or a run without a model (failed with `error`, or not yet run).
+    """One model of a sweep, or a run that failed (`error`) or has not yet run.
 
     `name` is the run's name, or "RUN/pruned" for a model before the last stage; models shared by several runs appear
     under the first run. `group` is the name without seeds. `labels` are the parts of the name, `overrides` the settings
@@ -94,12 +94,12 @@ class Entry(Part, frozen=True, kw_only=True):
 
     @property
     def status(self) -> str:
-        """State of the run: `done`, `failed` or `pending`."""
+        """State of the sweep run: `done`, `failed` or `pending`."""
         return DONE if self.found is not None else PENDING if self.error is None else FAILED
 
 
 class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `sweep.json`. `config` is the config file with its variant; keys of `unpruned` are from `unpruned_key`."""
+    """File `sweep.json`: all models of a sweep, and the config file that lists its runs."""
 
     HINT: ClassVar[str] = "run `vlmprune sweep` again, or restore the file"
     MAX_BYTES: ClassVar[int] = 2**28  # ten thousand models with groups
@@ -109,7 +109,7 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
     models: Annotated[list[Entry], Meta(min_length=1, max_length=100_000)]
 
     def problems(self, folder: Path) -> str | None:
-        """Return a message if an unpruned model or a set's value is missing; None if the file is consistent."""
+        """Return an error message if an unpruned model or a set's value is missing; None otherwise."""
         for entry in self.models:
             if (found := entry.found) is not None:
                 missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
@@ -119,12 +119,12 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def done(self) -> list[SweptModel]:
-        """Entries of all evaluated models."""
+        """Entries of all evaluated models of the sweep."""
         return [entry.found for entry in self.models if entry.found is not None]
 
 
 class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `run.json`: results of one run; `made_from` is the hash of all its settings and inputs."""
+    """File `run.json`: results of one sweep run, and a hash of its settings and inputs."""
 
     made_from: str
     sets: dict[str, Set]
@@ -133,13 +133,13 @@ class RunRecord(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class RunError(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `error.json`: the error that stopped a run, in one line."""
+    """File `error.json`: the error that stopped a sweep run, in one line."""
 
     error: str
 
 
 def read_sweep(workdir: Path) -> SweepResult:
-    """Return the content of `sweep.json`."""
+    """Read `sweep.json`."""
     return read_artefact(workdir / SWEEP, SweepResult, missing="no such file: run `vlmprune sweep` first")
 
 
@@ -158,7 +158,7 @@ class Group:
 
     @property
     def first(self) -> SweptModel:
-        """First model of the group, for properties that all models of the group share."""
+        """First model of the group, for properties that all its models share."""
         return self.models[0]
 
     def mean(self, field: str) -> float:
@@ -166,13 +166,13 @@ class Group:
         return sum(getattr(model, field) for model in self.models) / len(self.models)
 
     def show_mean(self, name: str, sets: Sets) -> str:
-        """Return the mean of a set's main value as text; "" if no model has one."""
+        """Return the mean of an evaluation set's main value as text; "" if no model has one."""
         values = [value for one in self.models if (value := one.evaluation.main(name, sets)) is not None]
         return sets[name].show(sum(values) / len(values), unit=False) if values else ""
 
 
 def groups_of(sweep: SweepResult) -> list[Group]:
-    """Group the evaluated models that differ only in seeds."""
+    """Group a sweep's models that differ only in seeds."""
     found: dict[str, list[Entry]] = {}
     for entry in sweep.models:
         if entry.found is not None:
@@ -189,13 +189,13 @@ def groups_of(sweep: SweepResult) -> list[Group]:
 
 
 def _mean_of_all(values: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Return the mean with its 95 % interval over seeds; None if a value is unknown."""
+    """Return a mean with its 95 % interval over seeds; None if a value is unknown."""
     known = [value for value in values if value is not None]
     return interval_of_mean(known) if len(known) == len(values) else None
 
 
 def as_csv(sweep: SweepResult) -> str:
-    """Return the text of `sweep.csv`, with one line per entry of the sweep."""
+    """Return the content of `sweep.csv`, one line per model of the sweep."""
     labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
     speedups = ("prefill_speedup", "decode_speedup")
     facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]

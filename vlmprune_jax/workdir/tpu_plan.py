@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 class PlannedModel(Part, frozen=True, kw_only=True):
-    """Parameters and layers of a student or teacher."""
+    """Numbers of parameters and layers of a student or teacher."""
 
     layers: Count
     parameters: Count
@@ -32,7 +32,7 @@ class Hbm(Part, frozen=True, kw_only=True):
 
 
 class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a step on all chips: executed FLOPs, model FLOPs, and model FLOPs by part."""
+    """FLOPs of a training step on all chips: executed, and needed by the model (total and by part)."""
 
     executed: Finite
     model: Finite
@@ -43,7 +43,7 @@ class StepFlops(Part, frozen=True, kw_only=True):
 
 
 class StepSeconds(Part, frozen=True, kw_only=True):
-    """Lower bounds of the step time in seconds, overall and by limiting resource."""
+    """Lower bounds on the step time in seconds, by limiting resource (compute, memory, network)."""
 
     step: Finite
     compute: Finite
@@ -52,7 +52,7 @@ class StepSeconds(Part, frozen=True, kw_only=True):
 
 
 class PlannedStep(Part, frozen=True, kw_only=True):
-    """A recovery step that fits in memory. `received`: bytes per chip, by collective operation."""
+    """Recovery step that fits in memory; `received`: bytes per chip, by collective operation."""
 
     topology: str
     chips: Count
@@ -80,12 +80,12 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 
     @property
     def hours(self) -> float | None:
-        """Lower bound of the training time in hours; None if the number of steps is unknown."""
+        """Lower bound on the training time in hours; None if the number of steps is unknown."""
         return None if self.steps is None else self.steps * self.seconds.step / 3600
 
     @property
     def buckets(self) -> str:
-        """Possible batch shapes as text, "768, 1024, 2048 tokens and 1, 13 images"; "" for a single shape."""
+        """Batch shapes of the step as text, such as "768, 1024 tokens and 1, 13 images"; "" for a single shape."""
         named = {
             "tokens": self.tokens_buckets,
             "images": self.images_buckets,
@@ -95,7 +95,7 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 
 
 class PlannedEvaluation(Part, frozen=True, kw_only=True):
-    """Evaluation of a model that fits, in bytes per chip.
+    """Evaluation of a model that fits in memory, in bytes per chip.
 
     `rows`, `tokens_per_row`: of the compiled batch. `resident`: the weights that a token needs, and the cache. `read`,
     `received`: from HBM and from other chips per token of every row, in the compiled program. `seconds`: least seconds
@@ -118,7 +118,7 @@ class PlannedEvaluation(Part, frozen=True, kw_only=True):
 
 
 class Planned(Part, frozen=True, kw_only=True):
-    """One recovery: its step, or why it does not fit, and the best steps that each search found."""
+    """One planned recovery: its step, or why it does not fit, and the best steps that searches found."""
 
     step: PlannedStep | None = None
     problem: str | None = None
@@ -126,7 +126,7 @@ class Planned(Part, frozen=True, kw_only=True):
 
 
 class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `tpu_plan.json`: planned recoveries by name, and planned evaluations by the name of the prune variant."""
+    """File `tpu_plan.json`: planned recoveries by name, and planned evaluations by prune variant."""
 
     HINT: ClassVar[str] = "run `vlmprune plan` again, or remove the file"
     recoveries: dict[str, Planned]
@@ -134,7 +134,7 @@ class TpuPlan(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 def as_rows(planned: Planned) -> list[tuple[str, str]]:
-    """Return (name, value) rows that describe one planned recovery."""
+    """Return (name, value) rows that describe a planned recovery."""
     rows = [] if planned.step is None else [*_step_rows(planned.step)]
     if planned.problem is not None:
         rows.append(("does not fit", planned.problem))

@@ -23,7 +23,7 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
-    """Record of one step of a run. `name` and `recovery` describe its model; `evaluated`: the model is evaluated.
+    """Record of one step of a run: its stage, model and outputs, and if the model is to be evaluated.
 
     `control`: the model is an unpruned one that is trained for comparison.
     `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
@@ -53,13 +53,13 @@ class StepRecord(Part, frozen=True, kw_only=True):
 
 
 class Steps(Artefact, frozen=True, kw_only=True, tag=1):
-    """File that lists the steps of a run."""
+    """File `steps.json`: the list of a run's steps."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again"
     steps: list[StepRecord]
 
     def problems(self, folder: Path) -> str | None:
-        """Return the first path that is invalid or leads out of the workdir; None if all are valid."""
+        """Return the first invalid path in the list of steps; None if all are valid."""
         for step in self.steps:
             for pattern in (*step.outputs, *([step.model] if step.model else [])):  # both are looked for by glob
                 if not _PATTERN.fullmatch(pattern):
@@ -78,7 +78,7 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
 
 @dataclass(frozen=True)
 class Variant:
-    """One prune variant, with its existing plan and scores files (paths relative to the workdir)."""
+    """One prune variant, with those of its plan and scores files that exist."""
 
     name: str
     method: str | None
@@ -88,7 +88,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Finished part of a run; `result` has no `best` (and is None before the unpruned model is evaluated).
+    """Finished part of an unfinished run, and the steps that are missing.
 
     `missing`: (what is missing, the command that makes it).
     """
@@ -99,12 +99,12 @@ class Unfinished:
 
     @property
     def runs(self) -> list[Run]:
-        """Entries of the models that are evaluated so far."""
+        """Entries of the models that have been evaluated so far."""
         return [] if self.result is None else self.result.runs
 
 
 def read_unfinished(workdir: Path) -> Unfinished:
-    """Return the finished part of a run.
+    """Read the finished part of an unfinished run.
 
     Raises:
       UserError: nothing of a run is there, or a file is damaged.
@@ -153,7 +153,7 @@ def _variant(step: StepRecord, workdir: Path) -> Variant:
 
 
 def _entry(step: StepRecord, evaluation: RunEvaluation, workdir: Path) -> dict[str, Any]:
-    """Return the fields that the entries of controls and pruned models have."""
+    """Return the entry fields that controls and pruned models have in common."""
     metrics = Path(step.folder) / "training" / "metrics.jsonl"
     there = step.stage == "recover" and (workdir / metrics).is_file()
     return {

@@ -13,7 +13,7 @@ VOCABULARY = "vocabulary.json"
 
 
 class TextSample(Part, frozen=True, kw_only=True):
-    """Held-out texts of one script, or of all ("all"), tokenised before and after trimming.
+    """Held-out texts of one writing system, or of all ("all"), tokenised before and after trimming.
 
     `equal`: texts that both tokenizers split alike; `kept`: texts made of kept tokens, `broken` of which are split in
     another way. Bits per byte are those of the unpruned model with either vocabulary, on the first `measured_bytes`.
@@ -33,12 +33,12 @@ class TextSample(Part, frozen=True, kw_only=True):
 
     @property
     def growth(self) -> float:
-        """Additional tokens after trimming, as a share of the tokens before."""
+        """Additional tokens after trimming the vocabulary, as a share of the tokens before."""
         return self.tokens_after / max(self.tokens_before, 1) - 1
 
 
 class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
-    """Vocabulary sizes before and after trimming, and samples of held-out texts (all, and by script).
+    """Report on a trimmed vocabulary: sizes before and after, and token counts of held-out texts.
 
     `parameters`: those of the rows that are dropped.
     """

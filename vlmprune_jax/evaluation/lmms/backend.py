@@ -61,7 +61,7 @@ Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Answering:
-    """Model and settings for answering lmms-eval's requests, in batches of `batch_size` rows.
+    """Model, tokenizer and settings for answering lmms-eval's requests in batches of `batch_size`.
 
     `max_length`: maximum prompt length, 0 = any. `phase`: number of batches -> context manager of a progress callback.
     `journal`: identity of a pass -> journal that stores the answers of its batches, or None.
@@ -76,7 +76,7 @@ class Answering:
     journal: Callable[[Mapping[str, Any]], Journal | None]
 
     def replies(self, records: Sequence[Record], max_new_tokens: int) -> list[Reply]:
-        """Return the answers in the order of the records, each at most `max_new_tokens` tokens long."""
+        """Return greedy answers of at most `max_new_tokens` tokens, in the order of the records."""
         cfg = self.model.cfg
         encoder = _encoder(self.inputs, cfg, self.max_length, records)
         arranged = arrange_questions(
@@ -98,7 +98,7 @@ class Answering:
 
 
 def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
-    """Return an encoder with one batch shape per number of images, which keeps padding small."""
+    """Return an encoder with one padded batch shape per number of images, which keeps padding small."""
     counts = {max(1, len(record.images)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
     encoder = inputs.encoder(cfg, max_length)
@@ -106,7 +106,7 @@ def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequenc
 
 
 class Backend(lmms):
-    """Model class for lmms-eval; `said` stores the replies by (task, document number)."""
+    """lmms-eval model class that runs a vlmprune model; `said` stores replies by (task, document number)."""
 
     is_simple = False
 
@@ -116,7 +116,7 @@ class Backend(lmms):
         self.said: dict[tuple[str, int], Reply] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return greedy answers; stop texts (`until`) are ignored, as lmms-eval's transformers models do.
+        """Return greedy answers to lmms-eval requests; stop texts (`until`) are ignored, as in its transformers models.
 
         Raises:
           UserError: a request needs sampling or beam search, or has an input that the model does not take.
@@ -138,20 +138,20 @@ class Backend(lmms):
         return [GenerationResult(reply.prediction, TokenCounts(output_tokens=reply.tokens)) for reply in ordered]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse tasks that need log-likelihoods; lmms-eval has none for chat models."""
+        """Raise UserError for tasks that need log-likelihoods, which lmms-eval does not support for chat models."""
         raise UserError(
             "vlmprune_jax: tasks with log-likelihoods are not supported: use tasks with output_type generate_until"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse tasks with several rounds."""
+        """Raise UserError for tasks with several question rounds."""
         raise UserError(
             "vlmprune_jax: tasks with several rounds are not supported: use tasks with output_type generate_until"
         )
 
 
 class VlmpruneJax(Backend):
-    """lmms-eval model that loads a model folder, with `--model_args` as its keyword arguments.
+    """lmms-eval model `vlmprune_jax`, which loads a model folder; its arguments come from `--model_args`.
 
     Args:
       pretrained: model folder or hub id.
@@ -217,7 +217,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _new_tokens(request: Any) -> int:
-    """Return the maximum number of new tokens that a request allows."""
+    """Return the maximum number of new tokens that an lmms-eval request allows."""
     options, task = request.args[2], request.args[4]
     temperature = options.get("temperature")
     wrong = {
@@ -236,7 +236,7 @@ def _new_tokens(request: Any) -> int:
 
 
 class _Pictures:
-    """Image store for lmms-eval requests, keyed by pixel digest; images are reloaded from their documents."""
+    """Image store for lmms-eval requests: finds pictures by pixel digest, and reloads them from their documents."""
 
     def __init__(self, task_dict: Mapping[str, Any]) -> None:
         self._task_dict = task_dict
@@ -244,7 +244,7 @@ class _Pictures:
         self._numbers: dict[str, int] = {}
 
     def identity(self) -> str:
-        """Return a digest of all stored pictures."""
+        """Return a digest of all pictures in the store."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
     def find(self, name: str, where: str) -> StoredImage:
@@ -268,7 +268,7 @@ class _Pictures:
         return ChatMessages(messages=doc_to_messages(self._task_dict[task][split][doc]))
 
     def record(self, request: Any) -> Record:
-        """Convert an lmms-eval request to a record whose last question has no answer."""
+        """Convert an lmms-eval request to a record whose last question is unanswered."""
         task, doc = request.args[4], request.args[3]
         name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
         for message in self._messages(request).messages:
@@ -294,7 +294,7 @@ class _Pictures:
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
-        """Return the hash of an image, and record which evaluation document has this image."""
+        """Return an image's hash, and remember which lmms-eval document contains the image."""
         if isinstance(picture, str):
             digest = hashlib.sha256(picture.encode())
         elif isinstance(picture, Image):

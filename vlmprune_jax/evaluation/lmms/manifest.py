@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """Return the plug-in description (lmms-eval ModelManifest) of the model `vlmprune_jax`.
+    """Return lmms-eval's plug-in description (ModelManifest) of the model `vlmprune_jax`.
 
     The import is inside the function because lmms-eval loads entry points while it is being imported itself, and an
     entry point that fails disables those after it.

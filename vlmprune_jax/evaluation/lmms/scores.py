@@ -24,7 +24,7 @@ _ROUNDED = 1e-4  # of the full score: lmms-eval rounds MMMU to 5 decimals and Ma
 
 @dataclass(frozen=True)
 class TaskSet:
-    """One main value of an lmms-eval task, with the scores of its questions.
+    """One main metric value of an lmms-eval task, with the score of every question.
 
     `key`: name of the value in lmms-eval. `metric`: how it is displayed and resampled. `scores`, `records`: one per
     question, in order; both empty if the samples do not hold them.
@@ -36,18 +36,18 @@ class TaskSet:
     records: tuple[Record, ...]
 
     def makes(self, value: float) -> bool:
-        """Return True if aggregating the question scores gives `value`, which bootstrap intervals need."""
+        """Return True if averaging the question scores reproduces `value`, as bootstrap intervals require."""
         ours = self.metric.values(self.scores, self.records)[self.metric.main] if self.scores else math.nan
         return abs(ours - value) <= _ROUNDED * (self.metric.full or max(abs(value), 1.0))
 
     def describe(self) -> dict[str, Any]:
-        """Return `Metric.describe()` under lmms-eval's name for the value."""
+        """Return the metric's display settings (`Metric.describe`) under lmms-eval's name for the value."""
         return {**self.metric.describe(), "main": self.key}
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Metric of this package for an lmms-eval metric, and functions that convert a sample to scores and fields."""
+    """vlmprune metric for an lmms-eval metric, and functions that convert an lmms-eval sample to scores and fields."""
 
     metric: Metric
     score: Callable[[Any], Scores]
@@ -78,7 +78,7 @@ _KNOWN: dict[str, _Known] = {
 def sets_of(
     task: str, values: Mapping[str, float], samples: Sequence[Sample], higher_is_better: Mapping[str, bool]
 ) -> list[TaskSet]:
-    """Return the main values of a task, each with its questions' scores.
+    """Return the main metric values of an lmms-eval task, each with the scores of its questions.
 
     Args:
       task: name of the task, for messages.
@@ -108,7 +108,7 @@ def _set_of(key: str, value: float, samples: Sequence[Sample], higher: bool) -> 
 
 
 def _mean_of(key: str, value: float, entries: Sequence[Any], higher: bool) -> TaskSet:
-    """Return a task's value as the mean of its numeric entries, and as a fraction if all are between 0 and 1."""
+    """Return an lmms-eval task's mean over numeric entries, displayed in % if all lie between 0 and 1."""
     values = [entry.get("score") if isinstance(entry, Mapping) else entry for entry in entries]
     numbers = [float(number) for number in values if isinstance(number, int | float)]
     scores = tuple({key: number} for number in numbers) if len(numbers) == len(values) else ()

@@ -35,7 +35,7 @@ _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
-    """Return the folder of a task's file (None: a task of lmms-eval), and {name: file or data set that the task reads}.
+    """Return the folder of a user's task file (None: built into lmms-eval), and {name: file or data set} that it reads.
 
     Raises:
       UserError: its data set does not exist.
@@ -65,7 +65,7 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
 
 
 def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
-    """Write task files with their placeholders replaced, and the Python files that they import.
+    """Write lmms-eval task files with their placeholders filled in, and the Python files that they import.
 
     Args:
       folder: of NAME.yaml in which `${data}` and `${lmms_eval}` stand for folders.
@@ -96,7 +96,7 @@ def ask_task(
     phase: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     journal: Callable[[Mapping[str, Any]], Journal | None],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run a task of lmms-eval; return one line per question, and {"values": ..., "higher_is_better": ...} by task.
+    """Run an lmms-eval task; return one line per question, and {task: {"values": ..., "higher_is_better": ...}}.
 
     `multiple`, `phase`, `journal`: see `backend.Answering`.
     """
@@ -119,7 +119,7 @@ def ask_task(
 
 
 def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
-    """Run lmms-eval on one task and return its results.
+    """Run lmms-eval on one task and return its raw results.
 
     Raises:
       UserError: it does not know the task, or fails.
@@ -164,7 +164,7 @@ def _nearest(task: str, known: list[str]) -> str:
 
 
 def _quiet() -> None:
-    """Send lmms-eval's log messages to Python warnings instead of standard error."""
+    """Context that turns lmms-eval's log messages into Python warnings."""
     import lmms_eval.models  # noqa: F401 (which sets its own up)
     from loguru import logger
 
@@ -173,7 +173,7 @@ def _quiet() -> None:
 
 
 def _values(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return {metric: value}, with 0 for None (as MathVista intends)."""
+    """Return {metric: value} from lmms-eval's results, with 0 for None (as MathVista intends)."""
     values: dict[str, float] = {}
     for name, value in found.items():
         metric, _, filtered = name.partition(",")
@@ -183,7 +183,7 @@ def _values(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> dict[str, Any]:
-    """Return one question's answer as a JSON line for the answers file."""
+    """Return one question's answer as a line of the answers file."""
     entries = {metric: sample[metric] for metric in values if metric in sample}
     if "mmmu_acc" in entries:
         from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
@@ -196,5 +196,5 @@ def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], sai
 
 
 def as_plain(value: Any) -> Any:
-    """Convert a NumPy number to a Python number, and any other value that JSON lacks to text."""
+    """Convert a NumPy number to a Python number, and any other value that JSON does not support to text."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -32,5 +32,5 @@ __all__ = ["METRICS", "Metric", "metric_named"]
 
 
 def metric_named(name: str, what: str = "metric") -> Metric:
-    """Return the metric with this name; `what` names the setting in error messages."""
+    """Return the metric called `name`; error messages mention the setting `what`."""
     return METRICS[one_of(what, name, METRICS)]

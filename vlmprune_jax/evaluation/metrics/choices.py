@@ -29,7 +29,7 @@ _NUMBERS = (
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """Return a record field as a list of up to 26 choices; the field is a list, or a list as text (MMMU)."""
+    """Return a record's field as a list of up to 26 answer choices; the field may be the text of a list (MMMU)."""
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
@@ -39,12 +39,12 @@ def choices_field(record: Record, name: str) -> list[str]:
 
 
 def letters(choices: Sequence[str]) -> str:
-    """Return the letters of the choices, "ABC..."."""
+    """Return the letters of n answer choices, "ABC..."."""
     return _LETTERS[: len(choices)]
 
 
 def right_letters(record: Record, name: str) -> set[str]:
-    """Return the letters of the correct choices, which are listed in the field `name`."""
+    """Return the letters of the correct choices listed in a record's field `name`."""
     known = letters(choices_field(record, name))
     right = {reference.strip().upper() for reference in record.references}
     odd = sorted(letter for letter in right if len(letter) != 1 or letter not in known)
@@ -60,7 +60,7 @@ def right_letters(record: Record, name: str) -> set[str]:
 
 
 def _scienceqa(prediction: str, record: Record) -> bool:
-    """Return True if the answer is the correct letter, as `B`, `b` or `B. any text` (not `(B)`, `The answer is B`)."""
+    """Return True if the answer names the correct letter as `B`, `b` or `B. any text`."""
     said = prediction.strip()
     letter = said[0] if said[1:2] == "." and said[0].isupper() else said
     return letter.lower() in {right.lower() for right in right_letters(record, "choices")}
@@ -73,7 +73,7 @@ SCIENCEQA = accuracy(_scienceqa)
 
 
 def _ai2d(prediction: str, record: Record) -> bool:
-    """Return True if the answer is the correct letter, as `B`, `b`, `(B)` or `B. any text` (not `The answer is B.`)."""
+    """Return True if the answer names the correct letter as `B`, `b`, `(B)` or `B. any text`."""
     first = _LETTER_FIRST.match(prediction)
     said = first[1] if first else prediction
     return any(is_same_text(said, letter) for letter in right_letters(record, "options"))
@@ -86,7 +86,7 @@ AI2D = accuracy(_ai2d)
 
 
 def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str:
-    """Return the choice letter that an answer names, or a random letter if it names none.
+    """Return the choice letter that an answer names, or a random letter if it names none (MMMU's rule).
 
     Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option; of
     several matches the last. An answer without a match gets a random letter, as in MMMU; here it depends on `SEED` and
@@ -107,7 +107,7 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
 
 
 def parse_open(prediction: str) -> set[str | float]:
-    """Return possible values of a free answer: the texts after words like "answer:", and the numbers in them."""
+    """Return possible values of a free-form answer (MMMU): texts after words like "answer:", and its numbers."""
     text = prediction.strip().strip(".").lower()
     lines = text.split("\n")
     ends = [_end(line, (*_KEYS, "=") if number == len(lines) else _KEYS) for number, line in enumerate(lines, 1)]
@@ -117,7 +117,7 @@ def parse_open(prediction: str) -> set[str | float]:
 
 
 def _end(line: str, keys: Sequence[str]) -> str | None:
-    """Return the shortest text that follows the last occurrence of one of the `keys`; None if none occurs."""
+    """Return the shortest text after the last occurrence of any of `keys`; None if none occurs."""
     shortest = None
     for key in keys:
         if key in line:
@@ -127,7 +127,7 @@ def _end(line: str, keys: Sequence[str]) -> str | None:
 
 
 def _normalised(text: str) -> list[str | float]:
-    """Return a number rounded to two decimals, or lower-case text (single characters padded with spaces)."""
+    """Return a number rounded to two decimals, or text in lower case (single characters padded with spaces)."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -143,7 +143,7 @@ def _is_right(meaning: str | float, right: Sequence[str | float]) -> bool:
 
 
 def _is_right_in_mmmu(prediction: str, record: Record) -> bool:
-    """Return True if an MMMU answer is right; an empty answer is wrong (no random letter is drawn)."""
+    """Return True if an MMMU answer is correct; an empty answer is wrong (no random letter is drawn for it)."""
     kind = name_field(record, "question_type")
     if kind not in ("multiple-choice", "open"):
         raise UserError(f"record {record.id}: field 'question_type' {kind!r} must be multiple-choice or open")
@@ -172,7 +172,7 @@ MMMU = accuracy(_is_right_in_mmmu, groups=("subject", _subject))
 
 
 def _chosen(said: str, choices: list[str]) -> str:
-    """Return the choice whose text equals the answer, else the choice of its letter, else the most similar choice."""
+    """Return the choice whose text equals the answer, else the choice with its letter, else the most similar choice."""
     if said in choices:
         return said
     bracketed = _IN_BRACKETS.search(said)
@@ -192,7 +192,7 @@ def _decimals(record: Record) -> int:
 
 
 def _number(said: str, decimals: int | None) -> str | None:
-    """Return the number in a text, in the correct answers' format (integer if `decimals` is None); None without one."""
+    """Return the number in an answer, in the format of the correct answer; None if it contains none."""
     try:
         return str(int(float(said)) if decimals is None else round(float(said), decimals))
     except (ValueError, OverflowError):

@@ -18,7 +18,7 @@ Values = dict[str, float]  # values over all answers, by name
 
 
 def mean(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-    """Return the mean of each score over all answers that have this score."""
+    """Return the mean of each score over the answers that have it."""
     del records
     names = dict.fromkeys(name for answer in scores for name in answer)
     columns = {name: [answer[name] for answer in scores if name in answer] for name in names}
@@ -29,7 +29,7 @@ Drawn = Callable[[Sequence[Scores], Sequence[Record], np.ndarray], Mapping[str, 
 
 
 def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]:
-    """Return an `aggregate` function that calls a metric's `drawn` function with weight 1 for every answer."""
+    """Return an `aggregate` function that calls a metric's bootstrap function with weight 1 for every answer."""
 
     def aggregate(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
         values = drawn(scores, records, np.ones((len(scores), 1)))
@@ -40,7 +40,7 @@ def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]
 
 @dataclass(frozen=True)
 class Metric:
-    """Conversion of the answers to an evaluation set to metric values, and how to display the values.
+    """Metric of an evaluation set: scores answers, aggregates the scores to values, and says how to display them.
 
     `main`: name of the value in tables and plots; retention is computed from it.
     `score`: (prediction, references, record) -> {name: value} for one answer. The prediction is stripped of white
@@ -79,13 +79,13 @@ class Metric:
             raise UserError(f'metric "{self.main}": full={self.full} must be positive, or None if lower is better')
 
     def describe(self) -> dict[str, Any]:
-        """Return the display settings as JSON values: number format, unit and factor for tables and plots."""
+        """Return the metric's display settings for tables and plots (number format, unit, factor) as JSON values."""
         scale = 100.0 / self.full if self.unit == "%" and self.full else 1.0
         named = {name: getattr(self, name) for name in ("main", "unit", "full", "higher_is_better")}
         return {**named, "scale": scale, "grouped_by": self.groups and self.groups[0]}
 
     def score_all(self, predictions: Sequence[str], records: Sequence[Record]) -> list[Scores]:
-        """Return the scores of every answer.
+        """Return the scores of every answer, {name: value} each.
 
         Raises:
           UserError: this is a metric of text, or `score` fails; names the record.
@@ -104,7 +104,7 @@ class Metric:
         return scores
 
     def values(self, scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-        """Return the metric values of all answers, computed by `aggregate` and checked.
+        """Return the metric's values over all answers, after checking them.
 
         Raises:
           UserError: `aggregate` fails, does not return `main`, or returns NaN.
@@ -141,12 +141,12 @@ class Metric:
 
 
 def accuracy(is_right: Callable[[str, Record], bool], **settings: Any) -> Metric:
-    """Return a metric with the score "accuracy": 1 if `is_right(prediction, record)` is true, else 0."""
+    """Return a metric whose score "accuracy" is 1 if `is_right(prediction, record)` is true, and 0 otherwise."""
     return Metric("accuracy", lambda said, _, record: {"accuracy": float(is_right(said, record))}, **settings)
 
 
 def field(record: Record, name: str) -> Any:
-    """Return a field of a record. Raises UserError if the record lacks it."""
+    """Return a field of a record; raise UserError if the record lacks it."""
     value = record.fields.get(name)
     if value is None:
         raise UserError(
@@ -156,7 +156,7 @@ def field(record: Record, name: str) -> Any:
 
 
 def name_field(record: Record, name: str) -> str:
-    """Return a record's field as text; it must be a text or a whole number."""
+    """Return a record's field as text; raise UserError unless it is a text or a whole number."""
     value = field(record, name)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise UserError(f"record {record.id}: field {name!r} must be a string or an integer, got {value!r}")

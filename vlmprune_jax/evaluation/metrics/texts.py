@@ -58,7 +58,7 @@ GQA = accuracy(lambda prediction, record: any(is_same_text(prediction, reference
 
 
 def _similarity(prediction: str, reference: str) -> float:
-    """Return the similarity of two texts, from 0 to 1.
+    """Return the edit-distance similarity of two texts, from 0 to 1 (ANLS).
 
     As in lmms-eval 0.7.3, the distance compares lower-case texts with single spaces, but is divided by the length of
     the longer unprocessed text in upper case (in which ß has two letters).
@@ -106,7 +106,7 @@ _CONTRACTIONS = {
 
 
 def processed(answer: str) -> str:
-    """Return an answer normalised as in VQA: lower case, numbers as digits, no articles or punctuation."""
+    """Normalise an answer as in VQA: lower case, numbers as digits, no articles or punctuation."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     in_number, found = _COMMA_IN_NUMBER.search(text), text
     for mark in _PUNCTUATION:
@@ -117,7 +117,7 @@ def processed(answer: str) -> str:
 
 
 def _soft_accuracy(prediction: str, references: tuple[str, ...], record: Record) -> dict[str, float]:
-    """Return the mean, over each annotator left out, of min(1, matching answers of the others / 3)."""
+    """Return VQA accuracy: the mean over annotators left out of min(1, other annotators who agree / 3)."""
     if len(references) < 4:
         raise UserError(
             f"record {record.id}: has {len(references)} reference answer(s), but vqa_accuracy needs at least 4: list "

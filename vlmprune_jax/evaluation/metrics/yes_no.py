@@ -18,7 +18,7 @@ _PERCEPTION = (
 
 
 def right_yes_or_no(record: Record) -> bool:
-    """Return True if the reference answer is "yes", ignoring case and full stops."""
+    """Return True if the reference answer is "yes", ignoring case and a final full stop."""
     right = record.references[0].lower().strip().replace(".", "")
     if right not in ("yes", "no"):
         raise UserError(f"record {record.id}: answer {record.references[0]!r} must be yes or no for this metric")
@@ -33,7 +33,7 @@ def _category(record: Record) -> str:
 
 
 def _pope_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str, float]:
-    """Score one POPE answer: only "yes" and "no" (in any case) are answers, not `Yes.`, as in lmms-eval 0.7.3.
+    """Score one POPE answer: only "yes" and "no" in any case count as answers, as in lmms-eval 0.7.3.
 
     Other texts do not change recall: a false negative is a question with the right answer yes and the prediction `no`.
     """
@@ -45,7 +45,7 @@ def _pope_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str
 
 
 def _rates(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the weighted mean of scores for each bootstrap sample, float[draws]; 0 for samples without answers."""
+    """Return weighted means of scores, float[draws], one per bootstrap sample; 0 for samples without answers."""
     accuracy, said_yes, found, invented, missed = scores.T @ times
     precision, recall = found / np.maximum(found + invented, 1), found / np.maximum(found + missed, 1)
     f1 = 2 * precision * recall / np.where(found > 0, precision + recall, 1)
@@ -60,7 +60,7 @@ def _rates(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _pope(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> dict[str, np.ndarray]:
-    """Return `f1` as the mean over POPE's splits (paper), and other values over all questions (lmms-eval's `pope`)."""
+    """Return POPE's values: `f1` is averaged over its three splits (paper), the others pool all questions."""
     values = np.array([[score[name] for name in _SCORES] for score in scores])
     splits = np.array([_category(record) for record in records])
     pooled = _rates(values, times)
@@ -79,7 +79,7 @@ def _pair(record: Record) -> tuple[str, str]:
 
 
 def _said(prediction: str) -> str | None:
-    """Return "yes", "no" or None from the first four characters of an answer: `Not` is "no", `well yes` is None."""
+    """Return "yes", "no" or None from an answer's first four characters (`Not` is "no", `well yes` is None)."""
     text = prediction.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text)
@@ -92,7 +92,7 @@ def _mme_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str,
 
 
 def _mme(scores: Sequence[Scores], records: Sequence[Record], times: np.ndarray) -> dict[str, np.ndarray]:
-    """Return MME's values for bootstrap samples, which are given as weights of the answers.
+    """Return MME's values for bootstrap samples, given how often each sample contains each answer.
 
     A pair scores 100 times its mean (accuracy), plus 100 if both answers are right (accuracy+). A category scores the
     mean of its pairs, 0 to 200. `perception` sums ten categories (to 2000), `cognition` the others (four, to 800).

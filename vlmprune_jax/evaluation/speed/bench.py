@@ -47,7 +47,7 @@ _ENGINES = "vlmprune_jax.evaluation.speed.engines"
 
 @dataclass(frozen=True)
 class Side:
-    """One model in one engine: the job for the engine's process, and the size and type of the weights."""
+    """One model in one engine of a speed benchmark: the engine's job, and size and data type of the weights."""
 
     model: str
     weights: str
@@ -58,7 +58,7 @@ class Side:
 
 
 def check_bench(threads: int, json_file: str | None) -> None:
-    """Refuse more threads than CPU cores, or an output file that cannot be written."""
+    """Raise UserError for more threads than CPU cores, or an output file that cannot be written."""
     if threads > cores():
         raise UserError(f"--threads={threads} is more than the {cores()} cores that this process may use: lower it")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
@@ -74,7 +74,7 @@ def find_sides(
     dtype: str,
     threads: int,
 ) -> tuple[list[Side], list[str]]:
-    """Pair each model with each engine that can read it; print omitted pairs with the reason.
+    """Pair each model with each engine that can load it; print every other pair with the reason.
 
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
@@ -115,7 +115,7 @@ def find_sides(
 
 
 def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
-    """Measure all combinations of model and engine alternately (see `take_turns`); all stay in memory.
+    """Measure all pairs of model and engine in turns; all models stay in memory.
 
     Returns: the machine's load average before, and the measurements.
 
@@ -152,7 +152,7 @@ def _result(side: Side, answers: Sequence[Answer], new_tokens: int) -> BenchSide
 
 @dataclass
 class _Engine:
-    """A running process of one engine with one model loaded."""
+    """Running process of one engine with one model loaded."""
 
     name: str
     process: subprocess.Popen[str]
@@ -161,7 +161,7 @@ class _Engine:
     @classmethod
     @contextlib.contextmanager
     def start(cls, side: Side) -> Iterator[_Engine]:
-        """Start the engine's process and wait until the model is loaded; the process ends with the context."""
+        """Context that starts an engine's process, waits until its model is loaded, and ends it."""
         command = [sys.executable, "-P", "-m", _ENGINES]  # -P: a module of that name in this folder is not imported
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
@@ -183,7 +183,7 @@ class _Engine:
                     process.stdin.close()
 
     def read(self, line: str = "") -> Answer:
-        """Ask the engine to measure once, and return the times."""
+        """Ask the engine process for one measurement and return its times."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the process ended: its last words are in the error below
@@ -270,7 +270,7 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
 
 
 def _gguf_file(model: str) -> Path | None:
-    """Return the GGUF file with this name, or the only decoder file in a folder; None for a Hugging Face folder."""
+    """Return the GGUF file at this path, or the only decoder file in a folder; None for a Hugging Face folder."""
     path = Path(model)
     if model.endswith(".gguf") and not path.is_dir():
         return path
@@ -283,7 +283,7 @@ def _gguf_file(model: str) -> Path | None:
 
 
 def _refuse(model: str, kind: str, backends: str) -> NoReturn:
-    """Raise a UserError for a model that none of these engines can read."""
+    """Raise UserError because none of the engines can load a model."""
     if kind == GGUF:
         raise UserError(
             f"{model}: is a GGUF file, but --backends={backends} reads Hugging Face folders: name the model's folder, "
@@ -296,7 +296,7 @@ def _refuse(model: str, kind: str, backends: str) -> NoReturn:
 
 
 def _why_not(backend: str, side: Side) -> str | None:
-    """Return the reason why an engine cannot read a model; None if it can read it."""
+    """Return why an engine cannot load a model; None if it can."""
     _, packages, install = BACKENDS[backend]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:

@@ -28,7 +28,7 @@ _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Workload of a speed measurement: prompt length, new tokens, batch size and rounds."""
+    """Workload of a speed measurement: prompt length, new tokens, batch size and number of rounds."""
 
     rounds: int = speed_setting(5, "Number of measurements per model.", least=0, most=1000)
     prompt_tokens: int = speed_setting(
@@ -44,11 +44,11 @@ class SpeedConfig:
         check_settings("speed", self)
 
     def with_image(self, cfg: ModelConfig) -> bool:
-        """Return True if this model's prompts begin with an image."""
+        """Return True if speed prompts for this model begin with an image."""
         return self.image and cfg.vision is not None and cfg.image_token_id is not None
 
     def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
-        """Refuse a prompt that does not fit the model; `named` is a prefix for setting names in messages.
+        """Raise UserError if the workload's prompt does not fit the model; messages prefix settings with `named`.
 
         Raises:
           UserError: a row is too long for the model, or too short for an image.
@@ -76,7 +76,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchSide(Measurement, frozen=True, kw_only=True):
-    """Measured speed of one model in one engine; `weights` is the weights' type, and `bytes` their size on disk."""
+    """Measured speed of one model in one engine, with data type and size (`bytes`) of the weights on disk."""
 
     model: str
     backend: str
@@ -89,7 +89,7 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
 
 
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """Convert the seconds of every round to the speeds of a `Measurement`, in tokens of all rows per second."""
+    """Convert the measured seconds of every round to prefill and decoding speeds, in tokens/s over all rows."""
     return {
         "prefill": tuple(prompt_tokens / first for first, _ in rounds),
         "decode": tuple(new_tokens / rest for _, rest in rounds),
@@ -105,7 +105,7 @@ class Program(Protocol):
 
 
 class Stopwatch:
-    """Timer of a program that has run once; `agree` makes all processes of a run use the same seconds."""
+    """Timer of a compiled program; `agree` makes all processes of a run use the same seconds."""
 
     def __init__(
         self, program: Program, name: str, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float
@@ -114,7 +114,7 @@ class Stopwatch:
         self._runs = max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
 
     def read(self) -> Seconds:
-        """Return the minimum seconds over several runs: to the first token, and from the first to the last token."""
+        """Run the program several times; return the minimum seconds to the first token, and from there to the last."""
         runs = [self._program.run() for _ in range(self._runs)]
         first, rest = (self._agree(min(seconds)) for seconds in zip(*runs, strict=True))
         if min(first, rest) <= 0:
@@ -127,7 +127,7 @@ class Stopwatch:
 def take_turns(
     reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[list[_T]]:
-    """Call every function once per round (every second round in reverse order); return the results per function.
+    """Call every function once per round, in reverse order every second round; return the results per function.
 
     Other work on the machine then slows all of them alike, so compare the results of the same round.
     """

@@ -24,7 +24,7 @@ SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after mi
 
 @dataclass(frozen=True)
 class Counter:
-    """One energy counter: `read` returns accumulated joules, which restart at 0 after `wraps` joules."""
+    """One energy counter: `read` returns accumulated joules and restarts at 0 after `wraps` joules."""
 
     name: str
     read: Callable[[], float]
@@ -32,12 +32,12 @@ class Counter:
 
 
 def find_counters() -> list[Counter]:
-    """Return the counters that this process may read: of processor packages, memory and NVIDIA GPUs."""
+    """Return the energy counters that this process may read: of CPU packages, memory and NVIDIA GPUs."""
     return [*_rapl(), *_nvml()]
 
 
 def _rapl() -> list[Counter]:
-    """Return RAPL's counters of packages and memory; most systems let only root read them."""
+    """Return the energy counters of CPU packages and memory (Intel RAPL); most systems let only root read them."""
     found = []
     for zone in sorted(os.listdir(POWERCAP)) if POWERCAP.is_dir() else ():
         path = POWERCAP / zone
@@ -51,7 +51,7 @@ def _rapl() -> list[Counter]:
 
 
 def _nvml() -> list[Counter]:
-    """Return the energy counters of all NVIDIA GPUs of the machine (Volta and newer have them)."""
+    """Return the energy counters of the machine's NVIDIA GPUs (Volta or newer)."""
     try:
         library = ctypes.CDLL(NVML)
         count = ctypes.c_uint()
@@ -79,7 +79,7 @@ def _nvml() -> list[Counter]:
 
 
 class EnergyMeter:
-    """Context that measures the energy of the machine while it is open.
+    """Context that measures the energy which the machine uses inside it.
 
     `joules` is None without counters, and afterwards `counters` names them, such as "RAPL package-0, NVML GPU 0".
     """
@@ -93,12 +93,12 @@ class EnergyMeter:
 
     @property
     def counters(self) -> str:
-        """Names of the energy counters; "" without counters."""
+        """Names of the energy counters that are read; "" if there are none."""
         return ", ".join(counter.name for counter in self._counters)
 
     @property
     def joules(self) -> float | None:
-        """Energy (joules) between start and end of the context; None without counters, or if a counter failed."""
+        """Energy in joules used inside the context; None without counters, or if a counter failed."""
         return self._sum if self._counters else None
 
     def __enter__(self) -> EnergyMeter:

@@ -28,7 +28,7 @@ from vlmprune_jax.families.gguf import ENGINE
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """A model, the engine to run it (`backend`), a prompt, and the number of tokens to generate."""
+    """One benchmark job: model, engine (`backend`), prompt, and number of tokens to generate."""
 
     model: str
     backend: str = ""
@@ -51,7 +51,7 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Measured times (`seconds`), peak memory, and number of prompt tokens as counted by the engine."""
+    """One engine measurement: times (`seconds`), peak memory, and the engine's own count of prompt tokens."""
 
     seconds: Seconds | None = None
     prompt_tokens: int = 0
@@ -60,7 +60,7 @@ class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def in_jax(job: Job) -> Program:
-    """Compile this package's JAX generation program for a job."""
+    """Compile vlmprune's JAX generation program for a benchmark job."""
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.generate import compile_generation
 
@@ -107,7 +107,7 @@ class InTransformers:
 
 
 class _Stamps:
-    """Streamer of transformers that notes the time at which the prompt and each token arrive."""
+    """Streamer for transformers' `generate` that records when the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -120,7 +120,7 @@ class _Stamps:
 
 
 class InLlamaCpp:
-    """Program that runs llama.cpp's server code without the network; `prompt_tokens` and times are llama.cpp's own.
+    """Program that runs llama.cpp's server code in this process; prompt tokens and times are llama.cpp's own numbers.
 
     Raises:
       UserError: it does not load the file, does not answer, or an image fills the whole prompt.
@@ -147,12 +147,12 @@ class InLlamaCpp:
             self._show_image(job.image_size)
 
     def run(self) -> Seconds:
-        """Generate all tokens once; llama.cpp times the prompt with its first token, and the tokens after it."""
+        """Generate all tokens once; return llama.cpp's seconds for prompt and first token, and for the other tokens."""
         times = self._ask(self.new_tokens + 1)["timings"]
         return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
 
     def _show_image(self, side: int) -> None:
-        """Build a prompt from an image and as many words as the prompt length allows."""
+        """Build a llama.cpp prompt from an image and as many words as the prompt length allows."""
         from PIL import Image
 
         noise, file = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8), io.BytesIO()
@@ -176,7 +176,7 @@ class InLlamaCpp:
         self.prompt_tokens = count((wanted - least) // max(1, more - least))
 
     def _ask(self, tokens: int) -> dict[str, Any]:
-        """Generate `tokens` tokens, and return the server's answer."""
+        """Ask llama.cpp's server code for `tokens` new tokens and return its response."""
         chat = "messages" in self.request
         call = self.server.handle_chat_completions if chat else self.server.handle_completions
         settings = {"max_tokens": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
@@ -200,12 +200,12 @@ ENGINES: dict[str, Callable[[Job], Program]] = {
 
 
 def _pixels(job: Job) -> np.ndarray | None:
-    """Return random pixels of shape `job.pixels`, or None if the prompt has no image."""
+    """Return random pixels of shape `job.pixels`; None if the prompt has no image."""
     return None if job.pixels is None else np.random.default_rng(0).standard_normal(tuple(job.pixels), np.float32)
 
 
 def serve() -> None:
-    """Measure each time a line arrives on standard input, until it ends."""
+    """Run one measurement per line on standard input, until standard input ends (in the engine's process)."""
     lines, out = sys.stdin, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print to standard output as well
 
@@ -230,7 +230,7 @@ def serve() -> None:
 
 
 def _peak_bytes() -> int:
-    """Return this process's peak memory in bytes: weights, caches, libraries and what loading needed."""
+    """Return this process's peak memory in bytes, including libraries and loading."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage counts the memory of the parent at the fork as well
         return int(read_text(status).partition("VmHWM:")[2].split()[0]) * 1024

@@ -19,7 +19,7 @@ from vlmprune_jax.models.vlm import Model
 def measure_speed(
     models: Mapping[str, Model], config: SpeedConfig | None = None, **options: Any
 ) -> dict[str, Measurement]:
-    """Measure the prefill and decoding speed of several models in turns (see `take_turns`).
+    """Measure the prefill and decoding speed of several models in turns.
 
     Programs are compiled and run once before. Rows never end early: speed depends on the shapes of a model, not on its
     answers.
@@ -48,7 +48,7 @@ def measure_speed(
 
 
 def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
-    """Compile a model's generation program and run it once."""
+    """Compile a model's generation program and run it once to warm up."""
     config.check(model.cfg)
     ids, images = make_prompts(model.cfg, config)
     program = compile_generation(model, ids, **images, max_new_tokens=config.new_tokens + 1)
@@ -57,7 +57,7 @@ def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
 
 
 def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return prompt ids int32[batch, prompt] that repeat one token, and the inputs of a leading image, if any.
+    """Return prompts int32[batch, prompt] that repeat one token, and the arrays of a leading image, if any.
 
     `pixel_values` is noise, float32[batch, 1, channels, height, width]; for images of any size float32[batch, 1,
     patches, values] of a typical one with `image_grid_thw`, int32[batch, 1, 3].

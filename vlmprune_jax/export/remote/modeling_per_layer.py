@@ -15,7 +15,7 @@ PREFIX = "PerLayer"
 
 
 class LayerConfig:
-    """Config of one layer: own head counts; all other attributes come from the model's config."""
+    """Config of one decoder layer: its own head counts, all other attributes from the model's config."""
 
     def __init__(self, config, **own):
         self.__dict__.update(own, _model_config=config)
@@ -27,7 +27,7 @@ class LayerConfig:
 
 
 def cut(linear, rows=None, columns=None):
-    """Keep the first `rows` and `columns` of a linear layer (None keeps all)."""
+    """Keep the first `rows` and `columns` of a linear layer's weight (None keeps all)."""
     have_rows, have_columns = linear.weight.shape
     rows, columns = have_rows if rows is None else rows, have_columns if columns is None else columns
     if rows > have_rows or columns > have_columns:
@@ -76,7 +76,7 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
 
 
 class PerLayerWidths(nn.Module):
-    """Mixin that gives the decoder layers of a stock transformers class the widths in `per_layer_shapes`."""
+    """Mixin that gives a stock transformers class the layer widths in config.json's `per_layer_shapes`."""
 
     # save_pretrained then puts this file into the new folder, which transformers 4 would not do by itself
     _auto_class: Any
@@ -100,7 +100,7 @@ class PerLayerWidths(nn.Module):
 
 
 def __getattr__(name: str) -> Any:
-    """Create class `PerLayerX` (named in `auto_map` of config.json): transformers' class X with widths per layer."""
+    """Create class `PerLayerX`, named in `auto_map`: transformers' class X with different widths per layer."""
     stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _rename_as(stock: str, name: str) -> None:
-    """Register the checkpoint key renamings of class `stock` for class `name` (transformers 5 looks up class names)."""
+    """Register transformers 5's checkpoint key renamings of class `stock` also for class `name`."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,

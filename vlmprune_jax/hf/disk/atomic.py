@@ -24,7 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
-    """Refuse an output folder if writing to it would destroy files.
+    """Raise UserError if writing to an output folder would destroy a user's files.
 
     Raises UserError if it exists and `overwrite` is off, it is not a model folder, or it contains the source.
     """
@@ -46,7 +46,7 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
 
 
 def _has_card(folder: Path) -> bool:
-    """Return True if a folder has a model card, a README.md that begins with the library's name."""
+    """Return True if a folder's README.md is a model card written by vlmprune."""
     try:
         with open_file(folder / "README.md") as file:
             return file.read(64).startswith(b"---\nlibrary_name:")
@@ -55,7 +55,7 @@ def _has_card(folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to write more bytes than are free on the disk.
+    """Raise UserError if the disk has fewer than this many free bytes.
 
     Raises UserError if the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
     """
@@ -69,7 +69,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
-    """Yield a hidden folder next to `out_dir`; it is renamed to `out_dir` if the block succeeds.
+    """Context that yields a hidden folder next to `out_dir`, and renames it to `out_dir` if the block succeeds.
 
     An existing `out_dir` is replaced only then. If the block fails, the hidden folder is removed; if the process is
     killed, the next call for the same `out_dir` removes it (`clean_stale`). Raises UserError if the disk (or a quota)
@@ -102,7 +102,7 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def clean_stale(out_dir: Path) -> None:
-    """Remove temporary folders of killed writers of `out_dir`, and restore it if its replacement was interrupted.
+    """Remove temporary folders of killed writers of `out_dir`; restore `out_dir` if its replacement was interrupted.
 
     A writer on this machine is dead if its process is gone; a writer on another machine (of a pod, perhaps lost) if it
     wrote nothing for `ABANDONED_SECONDS`.
@@ -122,7 +122,7 @@ def clean_stale(out_dir: Path) -> None:
 
 
 def _writing(folder: Path, host: str, pid: int) -> bool:
-    """Return True if the process that created a temporary folder may still be writing to it."""
+    """Return True if the process that created a temporary folder may still be running."""
     if host == socket.gethostname():
         with contextlib.suppress(PermissionError):  # of another user's process
             try:
@@ -138,7 +138,7 @@ def _writing(folder: Path, host: str, pid: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's directory entries, to disk."""
+    """Flush a file, or a folder's directory entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,13 +22,13 @@ BIN_SINGLE = "pytorch_model.bin"
 
 
 class _Index(TypedDict):
-    """Index file of a sharded checkpoint."""
+    """Index file of a sharded checkpoint (`model.safetensors.index.json`)."""
 
     weight_map: dict[str, str]
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
-    """Weights of a folder by key; a weight is read (and dequantised) when it is accessed.
+    """Weights of a checkpoint folder by key; each weight is read (and dequantised) when it is accessed.
 
     `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
     with several tensors per weight. Raises UserError for no weights, a missing or damaged shard, the same key in two
@@ -73,12 +73,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 def has_weights(folder: Path) -> bool:
-    """Return True if a folder has a weight file or index under a known name, even a damaged one."""
+    """Return True if a folder has a weight file or index under a known name, readable or not."""
     return any(os.path.lexists(folder / name) for name in (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX))
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the weight files in transformers' order of precedence, and the index {key: file name} or None."""
+    """Return the weight files that transformers would load, and their index {key: file name} or None."""
     for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
         if os.path.lexists(folder / single):
             return [folder / single], {}

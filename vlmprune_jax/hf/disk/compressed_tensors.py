@@ -28,7 +28,7 @@ GROUPS = (128, 64, 32)
 
 
 class _Arguments(TypedDict):
-    """Quantisation settings of weights or activations, in config.json."""
+    """Quantisation settings of weights or activations in config.json."""
 
     num_bits: Literal[4, 8]
     type: NotRequired[Literal["int"]]
@@ -40,7 +40,7 @@ class _Arguments(TypedDict):
 
 
 class _Group(TypedDict):
-    """Quantisation settings of a group of modules, in config.json."""
+    """Quantisation settings of a group of modules in config.json."""
 
     weights: _Arguments
     input_activations: NotRequired[_Arguments | None]
@@ -49,7 +49,7 @@ class _Group(TypedDict):
 
 
 class _Settings(TypedDict):
-    """Fields that are read from `quantization_config`."""
+    """Fields of config.json's `quantization_config` that are read."""
 
     format: Literal["pack-quantized", "int-quantized"]
     config_groups: Annotated[dict[str, _Group], Meta(min_length=1, max_length=1)]
@@ -59,7 +59,7 @@ class _Settings(TypedDict):
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Storage format with the decoder layers' matrices as integers (compressed-tensors).
+    """Storage format compressed-tensors, with the matrices of decoder layers as integers.
 
     Attributes:
       bits: 4 or 8.
@@ -95,7 +95,7 @@ class CompressedTensors:
         return storage
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """Return `quantization_config` for transformers and vLLM; `ignore` lists modules that stay unquantised."""
+        """Return the `quantization_config` for transformers and vLLM; modules in `ignore` stay unquantised."""
         held = {key.removesuffix("_scale") for key in shapes if key.endswith(".weight_scale")}
         matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
         inside = {name for key in held for name in _modules(key)}
@@ -121,31 +121,31 @@ class CompressedTensors:
 
     @property
     def name(self) -> str:
-        """Description of the format for `inspect` and model cards."""
+        """Display name of the storage format for `inspect` and model cards."""
         scales = f"a scale for every {self.group} values" if self.group else "a scale for every row"
         zeros = "" if self.symmetric else " and zero points"
         return f"{_METHOD} (int{self.bits}, {scales}{zeros}{', activations int8' if self.activations else ''})"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the tensors that store one weight."""
+        """Key suffixes of the tensors that store one weight (packed integers, scales, zero points, shape)."""
         if self.activations:
             return ("", "_scale")
         return ("_packed", "_scale", "_shape", *(() if self.symmetric else ("_zero_point",)))
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return True if a weight is a decoder layer's matrix, and the group size divides its rows."""
+        """Return True if a weight is a decoder layer's matrix and the group size divides its rows."""
         return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Return dtype and shape of the weight that these tensors store; raise ValueError if they store none."""
+        """Return dtype and shape of the weight that these tensors encode; raise ValueError if they are inconsistent."""
         shape = parts[""].shape if self.activations else _read_shape(parts["_shape"])
         if len(shape) != 2 or min(shape) < 1 or (self.group and shape[1] % self.group):
             raise ValueError(f"shape {list(shape)}, expected rows of {f'groups of {self.group}' if self.group else 1}")
         return parts["_scale"].dtype, shape
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return dtypes and shapes of the tensors that store a weight."""
+        """Return {suffix: (dtype, shape)} of the tensors that encode a weight."""
         rows, columns = shape
         scales = (rows, columns // self.group if self.group else 1)
         if self.activations:
@@ -154,7 +154,7 @@ class CompressedTensors:
         return tensors if self.symmetric else tensors | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
-        """Return the decoded rows from `start` up to `stop`."""
+        """Dequantise rows `start` to `stop` - 1 of a weight."""
         scale = parts["_scale"].rows(start, stop)
         if self.activations:
             codes = parts[""].rows(start, stop)
@@ -171,14 +171,14 @@ class CompressedTensors:
         return (values * scale.astype(np.float32)[..., None]).astype(scale.dtype).reshape(codes.shape)
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that store a weight, with every value rounded to the nearest integer code."""
+        """Quantise a weight by rounding to nearest; return its tensors by suffix."""
         scale, zeros = self.grid(values.astype(np.float32), values.dtype)
         groups = values.astype(np.float32).reshape(*scale.shape, -1)
         codes = self.round(groups, scale[..., None], zeros[..., None]).reshape(values.shape)
         return self.parts(codes, scale.astype(values.dtype), zeros)
 
     def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Return scales and zero points, [rows, groups] each, whose integer grid covers the values.
+        """Return the quantisation grid for these values: scales and zero points, [rows, groups] each.
 
         As in compressed-tensors, the largest value of a symmetric group lies half a step beyond the last code.
         """
@@ -195,11 +195,11 @@ class CompressedTensors:
         return scale, np.clip(zeros, *self._ends).astype(np.int8)
 
     def round(self, values: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-        """Return the nearest integer codes as int8."""
+        """Round values to the nearest integer codes, int8."""
         return np.clip(np.rint(values / scale) + zeros, *self._ends).astype(np.int8)
 
     def parts(self, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that store integer codes int8[rows, columns], scales and zero points [rows, groups]."""
+        """Return the tensors by suffix for integer codes int8[rows, columns] and their scales and zero points."""
         if self.activations:
             return {"": codes, "_scale": scale}
         tensors = {"_packed": self._pack(codes), "_scale": scale, "_shape": np.asarray(codes.shape, np.int64)}
@@ -207,21 +207,21 @@ class CompressedTensors:
 
     @property
     def _ends(self) -> tuple[int, int]:
-        """Lowest and highest integer code."""
+        """Lowest and highest integer code of the format."""
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def _words(self, count: int) -> int:
         return -(-count * self.bits // 32)
 
     def _pack(self, codes: np.ndarray) -> np.ndarray:
-        """Pack int8[rows, count] into int32[rows, words]."""
+        """Pack int8[rows, count] codes into int32[rows, words]."""
         rows, count = codes.shape
         unsigned = np.zeros((rows, self._words(count) * 32 // self.bits), np.uint8)
         unsigned[:, :count] = codes.astype(np.int16) + 2 ** (self.bits - 1)
         return (unsigned if self.bits == 8 else unsigned[:, ::2] | unsigned[:, 1::2] << 4).view("<i4")
 
     def _unpack(self, words: np.ndarray, count: int) -> np.ndarray:
-        """Unpack int32[rows, words] into int8[rows, count]."""
+        """Unpack int32[rows, words] into int8[rows, count] codes."""
         unsigned = np.ascontiguousarray(words).view(np.uint8)
         if self.bits == 4:
             unsigned = np.stack([unsigned & 15, unsigned >> 4], axis=-1).reshape(len(words), -1)
@@ -229,7 +229,7 @@ class CompressedTensors:
 
 
 def check_scheme(quantize: str, group_size: int | None, symmetric: bool) -> None:
-    """Refuse a group size or zero points that the quantisation lacks. Raises UserError naming the option."""
+    """Raise UserError for a group size or zero points that a quantisation scheme does not support."""
     if quantize == "w8a8" and (group_size is not None or not symmetric):
         raise UserError("w8a8 has one scale per row and no zero points: leave out group_size and symmetric")
     if group_size is not None and group_size not in GROUPS:
@@ -243,12 +243,12 @@ def _read_shape(part: Entry) -> tuple[int, ...]:
 
 
 def _modules(key: str) -> list[str]:
-    """Return the module that contains a weight and the modules around it, outermost first."""
+    """Return the names of the modules that contain a weight, outermost first."""
     names = key.removesuffix(".weight").split(".")
     return [".".join(names[: end + 1]) for end in range(len(names))]
 
 
 def _pattern(module: str) -> str:
-    """Return a regex that matches the name of a module and of its submodules, with any prefix."""
+    """Return a regex that matches a module name and its submodules, with any prefix."""
     layer = re.search(r"layers\.\d+\..*", module)
     return rf"re:.*\b{re.escape(layer[0] if layer else module.rpartition('.')[2])}\b.*"

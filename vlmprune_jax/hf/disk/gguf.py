@@ -19,7 +19,7 @@ Value = int | float | bool | str
 
 
 class GgufHeader(NamedTuple):
-    """Header of a GGUF file: its metadata (numbers and short texts), tensor bytes by type, and number of weights."""
+    """Header of a GGUF file: metadata (numbers and short texts), tensor bytes by type, and number of weights."""
 
     fields: dict[str, Value]
     types: dict[str, int]
@@ -27,7 +27,7 @@ class GgufHeader(NamedTuple):
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file and compare the sizes that it claims with the bytes present.
+    """Read the header of a GGUF file; raise UserError if it claims more bytes than the file has.
 
     Raises UserError as `open_file` does, or if the file is not GGUF of version 2 or 3, or is damaged or cut off.
     """
@@ -59,7 +59,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Header:
-    """Sequential reader of a GGUF header; `at` counts the bytes read so far."""
+    """Sequential reader of a GGUF header; `at` is the number of bytes read so far."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.size, self.at, self._file = size, 0, file
@@ -92,7 +92,7 @@ class _Header:
         return self.take(self.count(_MAX_NAME, "characters in a name")).decode(errors="replace")
 
     def value(self, kind: int) -> Value | None:
-        """Read a value and return it if it is a number or a short text; None for anything else."""
+        """Read one metadata value; return it if it is a number or short text, else None."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
@@ -115,7 +115,7 @@ class _Header:
         return None
 
     def tensor(self) -> tuple[str, int, int, int]:
-        """Read a tensor's entry and return (type, bytes, weights, offset of the data)."""
+        """Read one tensor entry; return (type, bytes, number of weights, data offset)."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, dimensions = self.text(), self.number("<I")

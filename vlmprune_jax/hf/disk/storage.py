@@ -25,36 +25,36 @@ _WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buff
 
 
 class Storage(Protocol):
-    """Interface of an encoding that stores a weight `KEY` as tensors `KEY` + suffix; a suffix may be "".
+    """Interface of a quantised storage format, in which a weight `KEY` is stored as tensors `KEY` + suffix.
 
     Dtypes are spelled as in weight files ("F32", "I8"); tensors of a weight are passed by suffix.
     """
 
     @property
     def name(self) -> str:
-        """Readable name of the storage format, for `inspect` and model cards."""
+        """Display name of the storage format for `inspect` and model cards."""
 
     @property
     def suffixes(self) -> Sequence[str]:
-        """Suffixes of the tensors that store one weight, the same for every weight."""
+        """Key suffixes of the tensors that store one weight."""
 
     def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
-        """Return dtype (F32, F16 or BF16) and shape of the stored weight; raise ValueError if the tensors form none."""
+        """Return dtype and shape of the weight that these tensors encode; raise ValueError if they are inconsistent."""
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return dtypes and shapes of the tensors that store a weight (the inverse of `weight`), to check files."""
+        """Return {suffix: (dtype, shape)} of the tensors that encode a weight (the inverse of `weight`)."""
 
     def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
-        """Return the weight's rows from `start` up to `stop`, in its dtype; `Entry.rows` reads rows of a tensor."""
+        """Dequantise rows `start` to `stop` - 1 of a weight, in its dtype."""
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tensors that store a weight with these values; `name` as in `holds`."""
+        """Quantise the weight called `name`; return its tensors by suffix."""
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return True if this storage encodes a weight, given the weight's path in `params` and shape in files."""
+        """Return True if the format quantises the weight with this path in `params` and this shape."""
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """Return `quantization_config` (with `quant_method`) for a folder that has tensors {key: shape}."""
+        """Return the `quantization_config` for a checkpoint with tensors {key: shape}."""
 
 
 # quant_method -> function of quantization_config that returns the storage (UserError if it is not supported).
@@ -63,7 +63,7 @@ storages: dict[str, Callable[[JsonDict], Storage]] = {"compressed-tensors": Comp
 
 @dataclass(frozen=True)
 class EncodedWeight:
-    """Weight stored in several encoded tensors, with the interface of `Entry`; decodes only the rows requested."""
+    """Quantised weight with the interface of `Entry`; only the requested rows are dequantised."""
 
     key: str
     dtype: str
@@ -73,24 +73,24 @@ class EncodedWeight:
 
     @property
     def file(self) -> Path:
-        """Path of the file that holds the first tensor."""
+        """Path of the file that contains the weight's first tensor."""
         return next(iter(self.parts.values())).file
 
     @property
     def n_bytes(self) -> int:
-        """Size of the decoded values in bytes."""
+        """Size in bytes of the dequantised weight."""
         return math.prod(self.shape) * WEIGHT_DTYPES[self.dtype].itemsize
 
     def raw(self) -> np.ndarray:
-        """Return the bytes of all decoded values, uint8[bytes]."""
+        """Return the bytes of the dequantised weight, uint8[bytes]."""
         return self.values(0, math.prod(self.shape)).view(np.uint8)
 
     def array(self) -> np.ndarray:
-        """Return all decoded values."""
+        """Return the dequantised weight as an array."""
         return self.values(0, math.prod(self.shape)).reshape(self.shape)
 
     def values(self, first: int, count: int) -> np.ndarray:
-        """Return `count` decoded values, starting at flat index `first`."""
+        """Return `count` dequantised values, starting at flat index `first`."""
         width = max(1, math.prod(self.shape[1:]))
         start, stop = first // width, -(-(first + count) // width)
         with np.errstate(all="ignore"):  # non-finite values are reported with the weight's name
@@ -99,15 +99,15 @@ class EncodedWeight:
         return rows.reshape(-1)[first - start * width :][:count]
 
     def extent(self, first: int, size: int) -> Extent | None:
-        """Return None, since no file holds the decoded bytes."""
+        """Return None: no byte range of a file holds the dequantised values."""
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
-        """Return the decoded values at these flat indices."""
+        """Return the dequantised values at these flat indices."""
         values = [self.values(int(position), 1) for position in positions.reshape(-1)]
         return np.concatenate(values).reshape(positions.shape)
 
     def pieces(self, cuts: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the decoded values between consecutive flat indices in `cuts` (ascending)."""
+        """Yield the dequantised values between consecutive flat indices in `cuts` (ascending)."""
         return (self.values(begin, end - begin) for begin, end in itertools.pairwise(cuts))
 
 
@@ -115,7 +115,7 @@ StoredWeight = Entry | EncodedWeight
 
 
 def find_storage(config: JsonDict, where: str) -> Storage | None:
-    """Return the storage format that config.json names; None if the weights are not encoded.
+    """Return the storage format named in config.json's `quantization_config`; None if weights are not quantised.
 
     Raises UserError if the quantisation is not supported.
     """
@@ -145,7 +145,7 @@ def without_storage(config: JsonDict) -> JsonDict:
 
 
 def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
-    """Combine encoded tensors into weights, in file order; tensors that belong to no weight are returned unchanged.
+    """Combine the tensors of quantised weights to one entry per weight; other tensors are returned unchanged.
 
     Raises UserError if tensors of a weight are missing or inconsistent.
     """
@@ -174,7 +174,7 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
 
 
 def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:
-    """Return one encoded weight. Raises ValueError (or the storage's error) if tensors are missing or inconsistent."""
+    """Return one quantised weight; raise ValueError if its tensors are missing or inconsistent."""
     missing = [key + suffix for suffix in storage.suffixes if suffix not in parts]
     if missing:
         raise ValueError(f"{next(iter(parts.values())).key} has no {', '.join(missing)} beside it")

@@ -19,7 +19,7 @@ from vlmprune_jax.hf.disk.verified import CheckedFile, Look
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: its key, safetensors dtype and shape, and a function that returns its bytes.
+    """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
 
     If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block. A large
     tensor may also have its bytes in `parts`, in order.
@@ -44,7 +44,7 @@ def weight(
     check: Callable[[np.ndarray], None] = lambda array: None,
     parts: Callable[[], Iterator[np.ndarray]] | None = None,
 ) -> Tensor:
-    """Return a tensor to write; `fetch` returns an array with the right dtype and number of elements, in any shape.
+    """Return a tensor to write; `fetch` returns its values in the right dtype, in any shape.
 
     `extent` locates the same bytes in a file, if any; `check` receives all values written; `parts` yields the array.
     """
@@ -61,7 +61,7 @@ def weight(
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
-    """Return the tensors to write for weights, given as (path in `params`, plain tensor); `storage` encodes some.
+    """Return the tensors to write for weights (path in `params`, tensor), some of them quantised by `storage`.
 
     A weight is fetched and encoded when its first tensor is written, and again for tensors that are written after those
     of other weights (`split_shards` puts wide dtypes first).
@@ -94,7 +94,7 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 
 
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
-    """Split tensors into shards of at most `max_bytes`, in order; a larger tensor gets a shard of its own.
+    """Split tensors into consecutive shards of at most `max_bytes`; a larger tensor gets a shard of its own.
 
     Within a shard, wide dtypes come first, as the safetensors library writes them, which aligns every tensor.
     """
@@ -110,7 +110,7 @@ def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]
 
 
 def write_weights(tensors: Sequence[Tensor], folder: Path, max_bytes: int) -> None:
-    """Write `model.safetensors`, or numbered shards and their index."""
+    """Write `model.safetensors`, or numbered shards with their index."""
     shards = split_shards(tensors, max_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -132,7 +132,7 @@ def bytes_on_disk(tensors: Sequence[Tensor], max_bytes: int) -> int:
 
 
 def _header(tensors: Sequence[Tensor]) -> bytes:
-    """Return the header bytes of a safetensors file."""
+    """Return a safetensors file's header as bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

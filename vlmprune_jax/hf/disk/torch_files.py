@@ -29,20 +29,20 @@ _LOCAL_HEADER = 30  # bytes of a zip record's own header, before its name and it
 
 
 class _Name(NamedTuple):
-    """Name of a class or function that a pickle refers to."""
+    """Class or function name that a PyTorch pickle refers to."""
 
     text: str
 
 
 class _Storage(NamedTuple):
-    """Storage of tensors, as a pickle describes it: typed, or untyped bytes if each tensor has its own dtype."""
+    """Tensor storage described in a PyTorch pickle, typed or untyped."""
 
     kind: str
     record: str
 
 
 class _Tensor(NamedTuple):
-    """Tensor in a pickle: a view of a storage that starts at element `first`."""
+    """Tensor described in a PyTorch pickle: a view of a storage that starts at element `first`."""
 
     storage: _Storage
     first: int
@@ -52,13 +52,13 @@ class _Tensor(NamedTuple):
 
 
 class _Other(NamedTuple):
-    """Object of any other class in a pickle, represented by the name of its constructor."""
+    """Object of any other class in a PyTorch pickle, represented by the name of its constructor."""
 
     maker: str
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
-    """Return {key: tensor} of a `pytorch_model*.bin` file, without executing its pickle.
+    """Return {key: tensor} of a `pytorch_model*.bin` file without executing its pickle.
 
     Raises UserError if the file is damaged, or is not a state dict of plain contiguous tensors.
     """
@@ -80,7 +80,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
 
 
 def _places(file: BinaryIO, members: dict[str, zipfile.ZipInfo]) -> Callable[..., tuple[int, int]]:
-    """Return a function that maps the name of a record in the archive to its byte range in the file."""
+    """Return a function that maps a record name in a PyTorch zip archive to its byte range in the file."""
     size, known = os.fstat(file.fileno()).st_size, dict[str, tuple[int, int]]()
 
     def place(name: str, most: int = 2**63) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def _in_one_piece(tensor: _Tensor) -> bool:
 
 
 def _interpret(pickle: bytes) -> Any:
-    """Return a pickle's object, made only of texts, numbers, tuples, lists, dicts and the classes above.
+    """Interpret a pickle without executing it; only texts, numbers, containers and the classes above are built.
 
     Raises Exception of various types if the pickle is damaged or has other content.
     """

@@ -29,7 +29,7 @@ Look = Callable[[np.ndarray], None]
 
 
 class CheckedFile:
-    """New file that is written sequentially; every block is read back and compared.
+    """New file that is written sequentially; every written block is read back and compared.
 
     Threads write and read back one block each while the caller fills the next. Through the page cache, 13.5 GB cost
     tens of seconds of copies and evictions, and reading back proves little. File systems without direct access (tmpfs,
@@ -75,7 +75,7 @@ class CheckedFile:
             rest = rest[len(part) :]
 
     def copy(self, extent: Extent, look: Look) -> None:
-        """Append bytes from another file, with at most one block in memory.
+        """Append bytes from another file, holding at most one block in memory.
 
         Args:
           extent: file and byte range to copy.
@@ -150,7 +150,7 @@ class CheckedFile:
             )
 
     def _finish(self) -> None:
-        """Write the last block, remove its padding, and flush the file to disk."""
+        """Write the last block, cut its padding off, and flush the file to disk."""
         if self._filled:
             memoryview(self._block)[self._filled :][: -self._filled % _ALIGNMENT] = bytes(-self._filled % _ALIGNMENT)
             self._flush()
@@ -161,7 +161,7 @@ class CheckedFile:
 
 
 def _create(path: Path) -> tuple[int, bool]:
-    """Create a file; return its descriptor, and True if writes bypass the page cache."""
+    """Create a file; return its descriptor, and True if writes bypass the page cache (O_DIRECT)."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
     if _DIRECT:
         try:

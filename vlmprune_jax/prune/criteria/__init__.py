@@ -31,7 +31,7 @@ CRITERIA = Registry(
 
 
 def scoring(what: str) -> str:
-    """Return the names of criteria that score "layers" or "widths", as text: `a or b or c`."""
+    """Return the names of criteria that score "layers" or "widths", as text such as `a or b or c`."""
     return " or ".join(name for name, criterion in CRITERIA.items() if what in criterion.scores)
 
 

@@ -23,7 +23,7 @@ from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Array
 
 
 class Tokens(NamedTuple):
-    """Weight and type of each token in a batch; for a vision tower, of each image position.
+    """Weight and type of each token in a batch (for a vision tower: of each image position).
 
     `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
     `kind`: int32, one of PADDING, PROMPT, IMAGE and ANSWER (a token with a label; a batch without labels has none).
@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 class Blocks(Protocol):
-    """Function that runs a stack's blocks over one batch and returns a list with `tap`'s result for each block.
+    """Function that runs a stack's blocks on one batch and returns the result of `tap` for every block.
 
     `tap(block)` sees `models.block.BlockValues`: `before` and `after` (of the decoder's last block after the final
     norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `models.block.VALUES`; the same in every
@@ -56,7 +56,7 @@ def accumulate(
     progress: Callable[[int], None] | None,
     journal: Journal | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Run `function(blocks, tokens, **options)` on all batches and sum its results in float64 on the host.
+    """Run `function(blocks, tokens, **options)` on all batches, and sum its results in float64 on the host.
 
     With `splits` also the trees over the tokens of each type alone, by name, if there are several types.
 
@@ -104,7 +104,7 @@ def accumulate(
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Return True if a journal entry consists of numeric arrays with these shapes."""
+    """Return True if a journal entry consists of numeric arrays with the expected shapes."""
     try:
         found = [np.asarray(leaf) for leaf in entry]
     except (TypeError, ValueError):
@@ -118,7 +118,7 @@ def _inputs(arrays: Arrays) -> dict[str, Any]:
 
 
 def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Yield the batches that have images. Raises UserError if there are none."""
+    """Yield the batches that contain images; raise UserError if none does."""
     some = False
     for arrays in batches:
         if "pixel_values" in arrays:
@@ -191,13 +191,13 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return which image slots contain an image, bool[batch, slots]; the other slots are padding."""
+    """Return bool[batch, images], True where an image is real and not padding."""
     count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
 
 
 class _Stack(NamedTuple):
-    """Functions that differ between decoder and vision tower: run the blocks, and select batches with inputs."""
+    """Functions that differ between decoder and vision tower: run the blocks, and skip batches without images."""
 
     run: Callable[..., Run]
     batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]

@@ -23,7 +23,7 @@ KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for n
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
-    """Yield checked arrays of each batch: input_ids, attention_mask, kind (token types), perhaps pixel_values, labels.
+    """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels.
 
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
@@ -43,7 +43,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
-    """Regroup rows of checked batches into arrays of `size` rows, right-padded to the longest row.
+    """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
     Ids, mask, kind and labels are there even if no row has them; images and positions only if a row has them.
     """
@@ -60,7 +60,7 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
 
 
 def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
-    """Return the weight of each token type from the options in `KIND_WEIGHTS`, float32[4]; 0 for padding."""
+    """Return the weight of each token type, float32[4], from a criterion's options; padding has weight 0."""
     weights = np.zeros(4, np.float32)
     for name, kind in KINDS.items():
         weights[kind] = options[f"{name}_weight"]
@@ -68,13 +68,13 @@ def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
 
 
 def kinds_in(counts: np.ndarray) -> list[str]:
-    """Return the names of token types with a positive count (int[4]); () if there is only one type."""
+    """Return the names of the token types that occur, given their counts int[4]; () if only one type occurs."""
     names = [name for name, kind in KINDS.items() if counts[kind]]
     return names if len(names) > 1 else []
 
 
 def positive(count: Any) -> Any:
-    """Return `count`, the number of real tokens or of rows with such tokens. Raises UserError if it is zero."""
+    """Return `count`; raise UserError if it is zero, since a score needs at least one token."""
     if count == 0:
         raise UserError("the calibration batches contain only padding: every attention_mask is 0")
     return count
@@ -123,7 +123,7 @@ def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
 
 
 def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """Return images [images, 3, H, W] as [batch, images, 3, H, W], padded with zeros for rows with fewer images."""
+    """Distribute images [images, 3, H, W] over rows: [batch, images, 3, H, W], padded with zeros."""
     positions = (ids == cfg.image_token_id).sum(axis=1)
     counts, rest = np.divmod(positions, cfg.tokens_per_image)
     if rest.any():
@@ -140,7 +140,7 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
 
 
 def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
-    """Return the type of every token (padding, prompt, image, answer), int32[batch, seq]."""
+    """Return the type of every token (padding, prompt, image, answer) as int32[batch, seq]."""
     kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
         kind[arrays["labels"] != IGNORED] = ANSWER

@@ -28,7 +28,7 @@ Moments = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of means of x and of
 
 
 def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
-    """Return the sums over tokens of w x, w x^2 and w (x: input channels of o_proj and down_proj, w: token weight)."""
+    """Return weighted sums over tokens of x and x^2, where x are the input channels of o_proj and down_proj."""
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:

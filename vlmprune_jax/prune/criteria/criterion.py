@@ -22,7 +22,7 @@ Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Criterion:
-    """Importance criterion for layers, or for heads and neurons.
+    """Importance criterion that scores layers, or heads and neurons.
 
     `scores`: which of "layers" and "widths" (heads and neurons) it scores. `options`: defaults by name; each function
     is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
@@ -82,11 +82,11 @@ class Criterion:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Default options of the criterion, token weights included."""
+        """Default options of the criterion, including token weights."""
         return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
-        """Return the options of this criterion: settings of the config with the same name, and `config.options`."""
+        """Return the criterion's options: score settings of the same name, and the entries of `config.options`."""
         own = self.settings
         if not self.splits:  # an option with the name of a token weight is the criterion's own
             own = {name: value for name, value in own.items() if name not in KIND_WEIGHTS}
@@ -100,20 +100,20 @@ class Criterion:
 
     @property
     def file(self) -> Path | None:
-        """Source file of a user's criterion, on which its scores depend; None for built-in criteria."""
+        """Source file of a user's criterion; None for built-in criteria."""
         return file_of_users(self.finish or self.function)
 
     def total(self, cfg: ModelConfig, batches: Sized, stack: str = "text") -> int:
-        """Return the number of layers or batches that `progress` reaches at the end."""
+        """Return the total number of layers or batches for the progress bar."""
         return len(cfg.stack(stack).layers) if self.counts == "layers" else len(batches)
 
 
 def declared(*names: str) -> dict[str, Any]:
-    """Return {name: default} for settings of `ScoreConfig` that a criterion uses as options."""
+    """Return {name: default} of the settings in `ScoreConfig` that a criterion accepts as options."""
     return {name: getattr(ScoreConfig(), name) for name in names}
 
 
 def taken(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a function has as parameters."""
+    """Return the options that are parameters of a function."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}

@@ -20,7 +20,7 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 
 
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
-    """Return the weighted sums over tokens of 1 - cos(input, output) per layer, and the sum of weights.
+    """Return weighted sums over tokens of 1 - cos(layer input, layer output) per layer, and the sum of weights.
 
     The last layer's output is taken after the final norm. A token whose input or output is zero contributes 0.5.
     `reference_compat` sums over all positions, padding included.
@@ -36,13 +36,13 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
 
 
 def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
-    """Return the mean distance over real tokens, float64[n_layers] (`reference_compat`: the sum, as in the paper)."""
+    """Return each layer's cosine distance between input and output, averaged over tokens (Block Influence)."""
     total, tokens = sums
     return {"importance": total if reference_compat else total / positive(tokens)}
 
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return 1 - cos over the last axis in float32; 0.5 if a vector is zero.
+    """Return 1 - cosine similarity over the last axis in float32; 0.5 if a vector is zero.
 
     Computed as |a/|a| - b/|b||^2 / 2, which keeps its relative precision for the nearly equal states of deep layers,
     where 1 - cos cancels.
@@ -67,7 +67,7 @@ BLOCK_INFLUENCE = Criterion(
 
 
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
-    """Return the sums over rows of the angle / pi between h_i and h_{i + layers_removed}, and the number of rows.
+    """Return sums over sequences of angles between states `layers_removed` layers apart, and the sequence count.
 
     States are those of each row's last token with weight; the row has that token's weight. Raises UserError if
     `layers_removed` is not set, or leaves no layer.
@@ -95,7 +95,7 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
 
 
 def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
-    """Return the mean angle over rows (`reference_compat`: the sum) for removed blocks that start at each layer.
+    """Return the mean angular distance of each block of consecutive layers, by the block's first layer.
 
     Starts whose layers would reach past the last layer are +inf (never removed).
     """

@@ -52,7 +52,7 @@ def gradient_channels(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> tuple[list[Found], dict[str, list[Found]]]:
-    """Return {path: channels(weight, gradient, squared, axis)} for each layer's weights that are pruned together.
+    """Return {path: channel scores} of the weights that are pruned together, for each layer, from gradients.
 
     `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
     `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
@@ -96,7 +96,7 @@ def gradient_channels(
 
 
 class _Weighed(NamedTuple):
-    """Numbers of labels per step (int[steps]) and in total, and number of samples."""
+    """Number of labels per step (int[steps]) and in total, and number of calibration samples."""
 
     steps: np.ndarray
     total: float
@@ -113,7 +113,7 @@ def _backward(
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> list[Found]:
-    """Run the layers backward; return the result of `channels` for each layer, with a leading axis of token types."""
+    """Backpropagate layer by layer; return the result of `channels` for every layer, per token type."""
     cfg, n_layers = model.cfg, len(model.cfg.text.layers)
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
@@ -152,14 +152,14 @@ def _backward(
 
 
 def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
-    """Return the pytree structure of the result for one layer."""
+    """Return the pytree structure of one layer's gradient scores."""
     layer, _ = _layer_of(model, number)
     reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
     return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
 
 
 def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[Cotangent]) -> None:
-    """Save finished layers that the cache lacks, and the gradients at the input of the last finished layer."""
+    """Cache the scores of finished layers, and the gradient at the input of the last finished layer."""
     if cache is None:
         return
     last, arrays = len(layers), dict[str, np.ndarray]()
@@ -178,7 +178,7 @@ def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[Cotang
 def _resume(
     cache: ArrayCache | None, structure: Callable[[int], Any], text: TextConfig, steps: int, mesh: Mesh | None
 ) -> tuple[list[Found], list[Cotangent]]:
-    """Return what `_save` saved last: results of finished layers, and gradients to continue from."""
+    """Return the cached scores of finished layers, and the gradients from which an interrupted pass continues."""
     n_layers, sizes = len(text.layers), [text.layers[number].window or 0 for number in text.producers]
 
     def there(done: int) -> bool:
@@ -205,7 +205,7 @@ def _resume(
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
-    """Return all rows as arrays [steps, rows, ...], padded to equal lengths, numbers of images and full steps."""
+    """Stack all calibration rows to arrays [steps, rows, ...], padded to equal lengths and image counts."""
     seen = list(batches)
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
@@ -217,7 +217,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
 
 
 def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of one step, with positions and targets of the loss in place of labels.
+    """Yield each step's inputs, with positions and target ids in place of labels.
 
     counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
@@ -235,13 +235,13 @@ def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
 
 
 class _Budget:
-    """Device memory for stored products, in bytes: the setting, or half of the free memory."""
+    """Device memory in bytes for stored matrix products: the setting, or half of the free memory."""
 
     def __init__(self, asked: int | None):
         self.left = min(from_all(lambda: free_memory() // 2 if asked is None else asked))
 
     def kept(self, products: list[jax.Array]) -> list[jax.Array] | None:
-        """Return the matrix products if they fit in the memory budget; None otherwise."""
+        """Return the matrix products if they still fit in the memory budget; None otherwise."""
         size = sum(leaf.addressable_shards[0].data.nbytes for leaf in products)
         if size > self.left:
             return None
@@ -252,7 +252,7 @@ class _Budget:
 def _forward(
     model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int
 ) -> tuple[list[list[Any]], list[Shared], list[Any]]:
-    """Run the forward pass of the first layers.
+    """Run the forward pass up to a given layer.
 
     Returns: their inputs and products (None if too large) for every step, and the last output; the keys and values that
       layers share, and the layers' own inputs (None: they have none), for every step.
@@ -276,13 +276,13 @@ def _forward(
 
 
 def _used(shared: Shared, text: TextConfig) -> Shared:
-    """Return the keys and values of another layer that the only layer of a config reuses."""
+    """Return the keys and values of an earlier layer that this layer reuses."""
     (shape,) = text.layers
     return {shape.window or 0: shared[shape.window or 0]} if shape.shared else {}
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
-    """Return the parameters of one decoder layer, and a config with only this layer."""
+    """Return the parameters of one decoder layer, and a config that has only this layer."""
     for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
         if number < start + length:
             stacked = model.params["text"]["layers"][str(run)]
@@ -311,7 +311,7 @@ def _block(layer: Params, x: jax.Array, inputs: Any, *, text: TextConfig, produc
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig) -> jax.Array:
-    """Return the gradient of the summed cross-entropy at the last block's output, CHUNK positions at a time."""
+    """Return the cross-entropy gradient at the last block's output, computed in chunks of positions."""
     module, positions, targets = to_nnx(Model(params, cfg)), micro["positions"], micro["targets"]
 
     def loss(h: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -348,7 +348,7 @@ def _differentiate(
     text: TextConfig,
     produces: bool,
 ) -> tuple[tuple[Any, Any], Cotangent]:
-    """Add one step's weight gradients, and their squares, to the sums; return the gradient at the layer's input.
+    """Backpropagate one step through a layer: add weight gradients to the sums, return the input gradient.
 
     weight: labels of the step, whose one row's mean loss is squared.
     """

@@ -45,7 +45,7 @@ def greedy_loss(
     search: int | None,
     cache: ArrayCache | None,
 ) -> Parts:
-    """Return the order in which greedy search removes layers (least increase of cross-entropy), float64[n_layers].
+    """Return the order in which greedy search removes layers by smallest increase of cross-entropy, float64[n_layers].
 
     Args:
       batches: with labels (-100 ignored, not shifted).
@@ -96,7 +96,7 @@ def greedy_loss(
 
 
 class _Cut:
-    """Model without the layers removed so far, and the cached input of each remaining layer."""
+    """Model during greedy search: layers removed so far, and the cached input of every remaining layer."""
 
     def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
         self.kept = list(range(len(model.cfg.text.layers)))
@@ -114,7 +114,7 @@ class _Cut:
             )
 
     def loss_without(self, layer: int) -> float:
-        """Return the summed cross-entropy if one more layer is removed; infinity if not finite, or if no class fits."""
+        """Return the summed cross-entropy if one more layer is removed; infinity if this is not possible."""
         place, text = self.kept.index(layer), self._model.cfg.text
         left = [text.layers[number] for number in self.kept if number != layer]
         if layer_problem(text) is None and layer_problem(text.with_layers(left)) is not None:
@@ -126,7 +126,7 @@ class _Cut:
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
-        """Remove a layer from the model of this search."""
+        """Remove a layer, and update the cached inputs of the layers behind it."""
         place = self.kept.index(layer)
         changed, x = self._closed(place)
         if changed is not None:
@@ -136,14 +136,14 @@ class _Cut:
         self._fill(place, x)
 
     def _fill(self, place: int, x: States) -> None:
-        """Compute the inputs of all layers from index `place` on, and the last layer's output."""
+        """Recompute the cached inputs of all layers from index `place` on."""
         for now, number in enumerate(self.kept[place:], start=place):
             self._before[number] = x
             x = self._run(self._layer(number), self._at(number, now), x)
         self._before[len(self._model.cfg.text.layers)] = x
 
     def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """Return the layer before the removed layer, reconstructed (or None), and the residual stream after the cut."""
+        """Reconstruct the layer before a removed one; return it (or None) and the residual stream after the removal."""
         x = self._before[self.kept[place]]
         if not self._solved or place == 0:
             return None, x
@@ -161,14 +161,14 @@ class _Cut:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
     def _at(self, number: int, place: int) -> int:
-        """Return a layer's number for `Step.given`: the original one if layers have own inputs, else among kept layers.
+        """Return the number under which `Step.given` finds a layer's extra inputs.
 
         Deepstack features are added to the first layers that are left.
         """
         return number if self._model.cfg.text.layer_inputs else place
 
     def _run(self, layer: Layer, at: int, x: States) -> States:
-        """Return the residual streams after a layer with the inputs of number `at` (see `_at`)."""
+        """Run a layer on all calibration rows; return the residual streams after it."""
 
         def run(pair: tuple[tuple[jax.Array, Shared], Step]) -> tuple[jax.Array, Shared]:
             (one, shared), step = pair

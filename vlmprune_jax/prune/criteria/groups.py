@@ -33,7 +33,7 @@ Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] o
 
 
 def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict[str, int]]:
-    """Return the weights that are pruned with heads, and with neurons, in the order of the reference code.
+    """Return the weights that are pruned along with heads, and those pruned along with neurons.
 
     Each with its axis (of the layer's own array) that channel scores sum over: the axis that is not pruned.
     """
@@ -53,7 +53,7 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict
 def reduce_groups(
     channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...}: scores per layer, each reduced over the weights that are pruned together.
+    """Return {"heads": ..., "mlp": ...} scores per layer, combined over the weights that are pruned together.
 
     Args:
       channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
@@ -77,7 +77,7 @@ def reduce_groups(
 def reduce_inputs(
     channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...}: scores per layer, from scores of the input channels of o_proj and down_proj.
+    """Return {"heads": ..., "mlp": ...} scores per layer, from scores of the input channels of o_proj and down_proj.
 
     "o_proj": float[q_heads, head], summed over a unit's channels (`gqa`, see `reduce_groups`); "down_proj":
     float[neurons].
@@ -92,7 +92,7 @@ def reduce_inputs(
 
 
 def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """Return the channel scores of a tensor as float[units, head]; None if several units share the tensor."""
+    """Return a tensor's channel scores as float[units, head]; None if one head belongs to several units."""
     n, head = channels.shape
     if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
         return channels if n == shape.q_heads else None

@@ -33,7 +33,7 @@ def linearized(
     shared: Shared | None = None,
     produces: bool = False,
 ) -> tuple[tuple[jax.Array, Shared], Products, Callable[[Products], Callable[..., Any]]]:
-    """Return (block output, its matrix products, pull); `pull(products)` is the block's vector-Jacobian product.
+    """Return (block output, its matrix products, pull), where `pull(products)` is the block's vector-Jacobian product.
 
     The output is the stream and, if the block `produces` keys and values for others, those. The derivative is with
     respect to parameters, stream and `shared`.
@@ -86,7 +86,7 @@ def linearized(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x: jax.Array, weight: jax.Array, counts: jax.Array | None, n: int) -> jax.Array:
-    """Return x times weight[0]; the equal copies in `weight` receive the gradients of different token types.
+    """Multiply x by weight[0]; the equal copies in `weight` collect gradients of different token types.
 
     The gradient has the narrower factor first: XLA:CPU transposes the first factor and, to do so, recomputes it. In
     jax's own gradient that is the gradient of the output, at the end of a long computation; the input is narrower for

@@ -39,7 +39,7 @@ def taylor(
     answer_weight: float,
     cache: ArrayCache | None,
 ) -> tuple[Parts, dict[str, Parts]]:
-    """Return Taylor scores of heads and neurons, from the mean cross-entropy over all labels in all batches.
+    """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
 
     With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums
     over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second sum |W A W|, param_mix
@@ -85,7 +85,7 @@ def taylor(
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
-    """Return the scores of all Taylor variants that these gradients allow."""
+    """Return every variant of Taylor importance that these gradients allow."""
     if a is None:
         return {"vectorize": jnp.abs(jnp.sum(w * g, axis=axis)), "param_first": jnp.sum(jnp.abs(w * g), axis=axis)}
     return {

@@ -42,7 +42,7 @@ def tower_channels(
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """Return the same as `gradients.gradient_channels`, for the layers of the vision tower.
+    """Return gradient scores of the vision tower's layers, in the form of `gradients.gradient_channels`.
 
     Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
     with 0 after every step before.
@@ -87,7 +87,7 @@ def _zeros(flat: Flat) -> Flat:
 
 
 def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
-    """Yield groups of rows to differentiate together, by default the batches unchanged."""
+    """Yield the calibration rows to differentiate together; by default one batch per step."""
     if rows is not None and rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
     for arrays in batches:
@@ -100,7 +100,7 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 def _add(
     sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
 ) -> tuple[Flat, Flat | None]:
-    """Add the gradients of one step, and optionally their squares, to the float32 sums.
+    """Add one step's gradients, and optionally their squares, to float32 sums.
 
     `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
     the gradient of its mean over the `labels` of the step.
@@ -125,7 +125,7 @@ def _add(
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
 def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
-    """Return {path: result of `channels` for every layer of a run, stacked}."""
+    """Return {path: result of `channels`} for a group of equal layers, stacked."""
     first, squared = sums
     found = {}
     for path, axis in of_axis:

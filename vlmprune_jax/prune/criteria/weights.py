@@ -20,14 +20,14 @@ from vlmprune_jax.prune.criteria.groups import GQA, Channels, coupled, reduce_gr
 
 
 def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
-    """Return the sums of |W|^power per channel, reduced over weights that are pruned together (L1, L2)."""
+    """Return magnitude scores: sums of |W|^power per channel over the weights that are pruned together."""
     attention, mlp = coupled(model.cfg, stack)
     channels = _channel_sums(model, attention | mlp, power=power, stack=stack)
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
 def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Channels]:
-    """Return the sums of |W|^power over outputs per layer, for the input channels of o_proj and down_proj.
+    """Return sums of |W|^power over outputs, for the input channels of o_proj and down_proj of every layer.
 
     The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
     sums to weigh what a tap sees of the inputs of these projections.
@@ -41,7 +41,7 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
 def _channel_sums(
     model: Model, weights: dict[str, int], *, power: int, stack: str, written: bool = False
 ) -> list[Channels]:
-    """Return the sums of |W|^power per layer, over the axis that `path -> axis` names for each weight.
+    """Return sums of |W|^power per layer, over the axis given for each weight path.
 
     `written`: times the gain of what they write to the residual stream.
     """
@@ -81,12 +81,12 @@ L1, L2 = (
 
 
 def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
-    """Return `random_scores` of a model, as a control experiment."""
+    """Return random scores, as a control experiment for other criteria."""
     return random_scores(model.cfg, seed=seed, gqa=gqa, stack=stack)
 
 
 def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
-    """Return random importance, heads and mlp scores; channels draw from U(0, 1), a head sums its channels."""
+    """Return random layer, head and neuron scores; a head's score is the sum over its channels of U(0, 1)."""
     one_of("gqa", gqa, GQA)
     draw = np.random.default_rng(seed)
     layers = cfg.stack(stack).layers
