@@ -4,7 +4,9 @@ import pytest
 from repository import ROOT
 
 from vlmprune_jax.cli.config_files import read_experiment
+from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.cli.stages import StageCommand
 
 
 def failing(capsys, *argv):
@@ -55,6 +57,7 @@ def config_file(tmp_path):
         (["--config.prune.ratio=0.2"], "name the file as well (--config=FILE.py)"),
         (["--config=nowhere.py"], "--config=nowhere.py: cannot be loaded"),
         (["--config={file}:third"], "cannot be loaded ('third')"),
+        (["--config={file}", "--config"], "Missing value for flag --config"),
         (
             ["--config={file}", "config.prune.ratio=0.2"],
             "takes no argument 'config.prune.ratio=0.2': write settings with",
@@ -104,7 +107,14 @@ def test_a_setting_can_be_unset(config_file, monkeypatch):
         "vlmprune_jax.cli.stages.run_command", lambda _, flags: seen.append(read_experiment(flags.config))
     )
     texts = ["--config.data.system=", "--config.data.images=None", "--config.prune.layers_removed=3"]
+    texts += ["--config.model.vision_dir", "None"]
     assert main(["run", f"--config={config_file}:half", "--config.prune.ratio=None", *texts]) == 0
     (experiment,) = seen
     assert (experiment.prune.ratio, experiment.prune.layers_removed) == (None, 3)
-    assert (experiment.data.system, experiment.data.images) == ("", None)
+    assert (experiment.data.system, experiment.data.images, experiment.model.vision_dir) == ("", None, None)
+
+
+def test_every_spelling_of_a_setting_replaces_that_of_a_variant(config_file):
+    spellings = ["--config.data.threads=2", "-config.prune.ratio", "0.4", "--noconfig.data.truncate"]
+    found = parse("run", StageCommand("run"), [f"--config={config_file}", *spellings])
+    assert found.explicit == ["data.threads", "prune.ratio", "data.truncate"]

@@ -22,7 +22,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
 
 Flags = flags.FlagValues
-_UNSET = re.compile(r"--config\.\S+=None")
+_SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
 # Positional arguments, settings given as --config.x.y, and the path of the config file.
 _HIDDEN = ("args", "explicit", "config_file")
 
@@ -58,7 +58,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     Raises:
       UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
-    values, loaded, unset = _define(command), None, list[str]()
+    values, loaded, unset = _define(command), None, dict[str, None]()
     explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]
     config, others = split_flag(argv, "config")
     config = getattr(command, "CONFIG", None) if config is None else config
@@ -67,15 +67,16 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         loaded = _loaded(config)
         for setting in explicit:
             _check_path(setting.split("."), loaded)
-        unset = [arg for arg in others if _UNSET.fullmatch(arg)]
-        argv = [arg for arg in others if arg not in unset]
+        unset = {found[1]: None for arg in others if (found := _UNSET.fullmatch(arg))}
+        argv = [arg for arg in others if not _UNSET.fullmatch(arg)]
     elif "config" in values and explicit:
         raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
     try:
         values = _define(command, loaded, argv)
         rest = values([name, *argv])[1:]
-        for arg in unset:  # ml_collections reads None as a text
-            values.config.update_from_flattened_dict({arg.removeprefix("--config.").removesuffix("=None"): None})
+        if loaded is not None:  # ml_collections reads None as a text
+            texts = values["config"].override_values
+            values.config.update_from_flattened_dict(unset | {name: None for name in texts if texts[name] == "None"})
     except flags.UnrecognizedFlagError as error:
         raise UserError(
             f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
@@ -175,9 +176,9 @@ def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] 
 
 
 def _setting_of(arg: str) -> str | None:
-    """Return the setting name `x.y` in an argument `--config.x.y=value`; None for other arguments."""
-    name = arg.split("=", 1)[0]
-    return name.removeprefix("--config.").partition("[")[0] if name.startswith("--config.") else None
+    """Return the setting `x.y` that an argument `--config.x.y=value` or `--noconfig.x.y` sets, or None."""
+    found = _SETTING.match(arg)
+    return None if found is None else found[1]
 
 
 def _check_path(parts: Sequence[str], config: Any) -> None:
@@ -200,8 +201,10 @@ def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
             others.append(arg)
         elif equals:
             value = text
-        else:
-            value = next(left, value)
+        elif (following := next(left, None)) is not None:
+            value = following
+        else:  # the parser says that its value is missing
+            others.append(arg)
     return value, others
 
 

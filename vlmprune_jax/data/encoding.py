@@ -284,12 +284,12 @@ def _smallest(buckets: Sequence[int], needed: int) -> int:
     return next(bucket for bucket in buckets if bucket >= needed)
 
 
-def check_length(length: int, record: Record, limit: int) -> None:
-    """Raise UserError naming the record if its token count exceeds a limit."""
+def check_length(length: int, record: Record, limit: int, setting: str = "data.max_length") -> None:
+    """Raise UserError naming the record and the setting if the record has more tokens than this limit."""
     if length > limit:
         raise UserError(
             f"record {record.id}: has {length} tokens with its images, more than the maximum length {limit}: raise "
-            "data.max_length, or drop the record"
+            f"{setting}, or drop the record"
         )
 
 

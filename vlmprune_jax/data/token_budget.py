@@ -73,10 +73,6 @@ class TokenBudget(Preparation):
         side = self.merge * self.patch
         factor = math.sqrt(self.tokens * side**2 / (height * width))
         rows, columns = (math.floor(factor * length / side) for length in (height, width))
-        if not rows and not columns:
-            raise UserError(
-                f"image of {width}x{height} pixels is too small for a budget of {self.tokens} tokens: enlarge it"
-            )
         if not rows:
             return 1, min(width // height, self.tokens)
         return (rows, columns) if columns else (min(height // width, self.tokens), 1)

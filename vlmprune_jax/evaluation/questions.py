@@ -151,7 +151,7 @@ def arrange_questions(
     for place, record in enumerate(records):
         ids = encoder.prompt_ids(with_suffix(record, prompt_suffix))
         if encoder.max_length:
-            check_length(len(ids), record, encoder.max_length)
+            check_length(len(ids), record, encoder.max_length, "evaluate.max_length")
         marks = np.flatnonzero(ids == encoder.image_token_id) if record.images else np.empty(0, int)
         cut = min(int(marks[-1]) + 1 if len(marks) else 1, len(ids) - 1)
         key = (ids[:cut].tobytes(), tuple(map(str, record.images)))

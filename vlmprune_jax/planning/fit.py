@@ -81,7 +81,7 @@ def _with(case: Case, **changes: Any) -> Case:
 
 
 def _doubled(case: Case) -> Case | None:
-    """Return planning inputs with twice the batch size and no accumulation; None beyond 1,024 sequences per chip."""
+    """Return planning inputs with twice the micro-batch as the only one; None beyond 1,024 rows per chip."""
     rows = 2 * case.config.batch_size // case.config.accumulation
     return _with(case, batch_size=rows, accumulation=1) if rows <= 1024 * len(case.slice.devices) else None
 
