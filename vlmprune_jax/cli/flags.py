@@ -75,7 +75,8 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         values = _define(command, loaded, argv)
         rest = values([name, *argv])[1:]
         if loaded is not None:  # ml_collections reads None as a text
-            texts = values["config"].override_values
+            flag: Any = values["config"]
+            texts = flag.override_values
             values.config.update_from_flattened_dict(unset | {name: None for name in texts if texts[name] == "None"})
     except flags.UnrecognizedFlagError as error:
         raise UserError(
