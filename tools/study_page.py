@@ -68,7 +68,7 @@ def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list
     if known:
         lines = [
             "An effect is the mean over settings, with its 95 % interval over seeds (and questions, if known).",
-            "Each p is corrected for the number of insights (Holm).",
+            "Each p-value is corrected for the number of tested claims (Holm).",
             "",
             "|insight|effect (95 %)|seeds x settings|p|verdict|",
             "|---|---|---|---|---|",

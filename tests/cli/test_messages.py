@@ -49,7 +49,7 @@ def deep(flags):
         (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: give a shorter name"),
         (OSError(errno.EIO, "Input/output error", b"\xff\x1b[2J"), r"\udcff\x1b[2J: Input/output error: make room or"),
         (OSError("told nothing"), "W: told nothing: make room or mend the disk"),
-        (MemoryError(), ": it takes more memory than there is (MemoryError): use shorter rows"),
+        (MemoryError(), ": it takes more memory than there is (MemoryError): use shorter sequences"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
             "(RESOURCE_EXHAUSTED: Out of mem",

@@ -83,7 +83,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
             f"vlmprune {name} has no flag --{error.flagname}{suggest(error.flagname, _names(values))}"
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{error}") from None
+        raise UserError(f"vlmprune {name}: {error}") from None
     values["args"].value, values["explicit"].value, values["config_file"].value = rest, explicit, config
     if rest and not getattr(command, "TAKES_ARGUMENTS", False):
         raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: write settings with --, as --config.{rest[0]}")

@@ -170,7 +170,7 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
         return printable(f"{where}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
     if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and _NO_MEMORY in str(error)):
         return printable(
-            f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter rows, a "
+            f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter sequences, a "
             "smaller batch or a larger machine"
         )
     if isinstance(error, RuntimeError | AssertionError) and "JAX_PLATFORMS" in os.environ and "jax" in sys.modules:

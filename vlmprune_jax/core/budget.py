@@ -52,14 +52,14 @@ class Budget:
     )
     context: int = prune_setting(
         4096,
-        "Row length, image tokens included, for which memory, FLOPs and time are computed. If `max_image_tokens` "
-        "lowers the tokens per image, the row is shorter by the same number.",
+        "Sequence length, image tokens included, for which memory, FLOPs and time are computed; if "
+        "`max_image_tokens` lowers the tokens per image, the sequence is shorter by the same number.",
         unit="tokens",
         least=1,
         most=2**31,
     )
     batch: int = prune_setting(
-        1, "Number of rows decoded together, for which memory and time are computed.", unit="rows", least=1, most=2**31
+        1, "Number of sequences decoded together, for memory and time.", unit="sequences", least=1, most=2**31
     )
     images: int = prune_setting(1, "Number of images (or tiles) in the prompt.", unit="images", least=0, most=10_000)
     image_tokens: int = setting(
@@ -70,11 +70,14 @@ class Budget:
         "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
     )
     uneven: str = setting(
-        "per_layer", "Storage of layers of unequal width in the export.", choices="export.uneven:UNEVEN", offered=False
+        "per_layer",
+        "Export of layers of unequal width, as in `export.uneven`.",
+        choices="export.uneven:UNEVEN",
+        offered=False,
     )
     layout: str = setting(
         "source",
-        "Naming convention of tensors and config in the export.",
+        "Tensor names and config of the export, as in `export.layout`.",
         choices="export.huggingface:LAYOUTS",
         offered=False,
     )

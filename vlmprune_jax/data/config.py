@@ -64,7 +64,7 @@ class DataSpec:
     system: str | None = rows_setting(None, 'System prompt that replaces the template\'s ("" = none).')
     max_length: int | None = setting(
         None,
-        "Maximum length of a training row, image tokens included (None = the longest record's); at most 4 times the "
+        "Maximum length of a training record, image tokens included (None = the longest record's); at most 4 times the "
         "model's trained positions. `truncate` says if longer records are cut or refused.",
         affects=(*_TRAINING, "teacher_cache"),
         unit="tokens",
@@ -113,14 +113,14 @@ class DataSpec:
     )
     tile_buckets: tuple[int, ...] = records_setting(
         (),
-        "Numbers of image slots to which batches are padded; each number needs one compiled program (() = the model's "
-        "own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
+        "Numbers of images or tiles per record to which batches are padded; each number needs one compiled program "
+        "(() = the model's own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
         unit="images",
     )
     length_buckets: tuple[int, ...] = training_setting(
         (),
-        "Row lengths to which training batches are padded, ending with `max_length`; each length needs one compiled "
-        "program (() = always `max_length`).",
+        "Sequence lengths to which training batches are padded, ending with `max_length`; each length needs one "
+        "compiled program (() = always `max_length`).",
         unit="tokens",
     )
     group_by: str = recover_setting(
@@ -131,7 +131,7 @@ class DataSpec:
     )
     on_error: str = training_setting(
         "stop",
-        'Action on a training record that cannot be read or does not fit: stop ("stop"), or replace its row by '
+        'Action on a training record that cannot be read or does not fit: stop ("stop"), or replace it by '
         'padding and list it in training/skipped-*.jsonl ("skip").',
         choices="data.batching:ON_ERROR",
     )

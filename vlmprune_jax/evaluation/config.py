@@ -14,12 +14,14 @@ class EvaluationSetSpec:
     """Settings of one evaluation set (questions, or a text for perplexity); None takes the value in `evaluate`."""
 
     data: str | None = evaluate_setting(
-        None, "Evaluation records of this set, as `data.eval` takes them (None = `data.eval`).", by_content=True
+        None, "Evaluation records of this set, in the formats of `data.train` (None = `data.eval`).", by_content=True
     )
     images: str | None = evaluate_setting(
         None, "Folder of this set's images (None = `data.eval_images`).", by_content=True
     )
-    text: str | None = evaluate_setting(None, "Text file for perplexity, instead of questions.", by_content=True)
+    text: str | None = evaluate_setting(
+        None, "Text file for perplexity, evaluated instead of questions.", by_content=True
+    )
     metric: str | None = setting(
         None,
         "Metric that scores the answers (None = `evaluate.metric`, or perplexity if `text` is set).",

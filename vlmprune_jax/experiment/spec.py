@@ -37,7 +37,9 @@ class ScoreSpec(ScoreConfig):
     SECTION: ClassVar[str] = "score"
 
     depth: str = score_setting(
-        "block_influence", 'Criterion that scores layers ("depth" and "hybrid").', choices="prune.criteria:CRITERIA"
+        "block_influence",
+        'Criterion that scores layers, for methods "depth" and "hybrid".',
+        choices="prune.criteria:CRITERIA",
     )
     width: str = score_setting(
         "taylor",
@@ -76,8 +78,8 @@ class ReconstructSpec(ReconstructConfig):
 
     method: str = reconstruct_setting(
         "none",
-        'Repair of the pruned weights: none ("none"), least squares ("least_squares"), or then also training of each '
-        "layer from the first cut on, alone against the residual stream of the unpruned model "
+        'Repair of the pruned weights: none ("none"), least squares ("least_squares"), or least squares and then '
+        "training of each layer alone to match the unpruned model's hidden states "
         '("layerwise", for plans that remove layers).',
         choices=RECONSTRUCTIONS,
     )

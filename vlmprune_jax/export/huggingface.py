@@ -21,7 +21,7 @@ class FolderOptions:
 
     layout: str = export_setting(
         "source",
-        'Layout of names and config: "source" keeps the source folder\'s, "transformers" the stock class\'s.',
+        'Tensor names and config of the export: as in the source ("source"), or in the stock class ("transformers").',
         choices=LAYOUTS,
     )
     uneven: str = export_setting(

@@ -208,7 +208,7 @@ def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if (valid.sum(axis=1) == 0).any():
-        raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts contains only padding")
+        raise UserError(f"row {int(np.argmin(valid.sum(axis=1)))} of the prompts contains only padding: leave it out")
     order = np.argsort(valid, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(valid, order, axis=1)
 

@@ -105,7 +105,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
     lengths = length_buckets(experiment.data, cfg)
     if not lengths:
         raise UserError(
-            "data.max_length is not set, but planning needs the length of a row: add --config.data.max_length=2048"
+            "data.max_length is not set, but planning needs the sequence length: add --config.data.max_length=2048"
         )
     slots, image_tokens = _image_slots(experiment.data, cfg, shapes.folder)
     if experiment.data.feature_cache is not None:

@@ -95,7 +95,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
     place = chip.slices.index(grid) if (grid := case.slice.name.partition(":")[2]) in chip.slices else -1
     if place + 1 < len(chip.slices):
         ways.append(f"--topology={case.slice.name.partition(':')[0]}:{chip.slices[place + 1]}")
-    return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter rows'}")
+    return UserError(f"the recovery step on {case.slice.name} {error}: try {' or '.join(ways) or 'shorter sequences'}")
 
 
 def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Planned:

@@ -50,7 +50,7 @@ class ScoreConfig:
     )
     reduction: str | None = score_setting(
         None,
-        "Reduction of the scores of a unit's weight matrices to one (None = the criterion's default).",
+        "Combination of the scores of a head's or neuron's weight matrices (None = the criterion's default).",
         choices="prune.criteria.groups:REDUCTIONS",
     )
     gqa: str = score_setting(
@@ -310,8 +310,8 @@ class ReconstructConfig(TokenWeights):
 
     method: str = reconstruct_setting(
         "least_squares",
-        'Repair by least squares ("least_squares"), or then also by training each layer from the first cut on alone '
-        'against the residual stream of the unpruned model ("layerwise", for plans that remove layers).',
+        'Repair by least squares ("least_squares"), and then also by training each layer alone to match the unpruned '
+        'model\'s hidden states ("layerwise", for plans that remove layers).',
         choices=("least_squares", "layerwise"),
     )
     readers: str = reconstruct_setting(
@@ -322,8 +322,8 @@ class ReconstructConfig(TokenWeights):
     )
     refit: bool | None = reconstruct_setting(
         None,
-        "Solve again on all records after the ridge penalty is chosen. False keeps the held-out records unseen by the "
-        "weights; None is False if `layerwise` training follows, which stops by these records, and True otherwise.",
+        "Solve again on all records after the ridge penalty is chosen; otherwise the weights never depend on the "
+        "held-out records. None = True, except for `layerwise` training, which uses these records to stop.",
     )
     held_out: float = reconstruct_setting(
         0.125,

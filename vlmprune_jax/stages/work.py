@@ -219,6 +219,6 @@ def in_memory(stage: str) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"{stage}: needs more memory than the device has ({reason(error)}): lower its batch_size or the row length "
-            "(data.max_length, data.max_images, max_new_tokens, text_window), or use more devices"
+            f"{stage}: needs more memory than the device has ({reason(error)}): lower its batch_size or the sequence "
+            "length (data.max_length, data.max_images, max_new_tokens, text_window), or use more devices"
         ) from error

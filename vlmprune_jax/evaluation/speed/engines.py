@@ -167,7 +167,7 @@ class InLlamaCpp:
         try:
             least, more = count(0), count(1)
             if least > wanted:
-                raise UserError(f"they need {least} tokens")
+                raise UserError(f"these need at least {least} tokens")
         except UserError as error:
             raise UserError(
                 f"--prompt_tokens={wanted} is too short for an image and the chat template ({error}): raise it, or add "

@@ -91,7 +91,7 @@ class CompressedTensors:
         fits = fits and strategy == ("group" if size else "channel") and not weights.get("dynamic")
         fits = fits and (inputs is None or (inputs["num_bits"] == 8 and bool(inputs.get("dynamic"))))
         if not fits or group.get("format") not in (None, settings["format"]):
-            raise UserError(f"{_METHOD}: inconsistent fields: {todo}")
+            raise UserError(f"{_METHOD}: fields of quantization_config contradict each other: {todo}")
         return storage
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
