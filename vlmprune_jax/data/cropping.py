@@ -49,7 +49,7 @@ class Cropping(SquarePieces):
         return {"do_pan_and_scan": self.crops, "pan_and_scan_max_num_crops": self.most_crops}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
-        """Return a copy with at most `tokens` tokens per image, crops included; each crop has `slot_tokens` tokens.
+        """Return a copy of the preparation with at most `tokens` tokens per image; each crop has `slot_tokens` tokens.
 
         Raises UserError if the whole image alone has more.
         """

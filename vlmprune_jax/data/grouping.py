@@ -9,7 +9,7 @@ MEGABATCH = 50  # batches sorted together, like `mega_batch_mult` of transformer
 
 
 def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return one epoch's shuffled record indices, int64[records]; the order depends only on the arguments.
+    """Return one epoch's record indices, shuffled and grouped by length or modality, int64[records].
 
     Records are permuted, per modality with "modality_length" (LLaVA), and cut into megabatches. Each megabatch is
     sorted by length and cut into batches; the batches of all megabatches are permuted. The batch with the longest row

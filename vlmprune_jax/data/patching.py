@@ -66,7 +66,7 @@ class Patching(Preparation):
         return {"min_pixels": least, "max_pixels": most, "size": {"shortest_edge": least, "longest_edge": most}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        """Return a copy with at most `tokens` tokens per image.
+        """Return a copy of the preparation with at most `tokens` tokens per image.
 
         Raises UserError if images of `min_pixels` have more tokens.
         """

@@ -63,7 +63,7 @@ class Preparation(Protocol):
         """Convert an RGB image to float32[tiles, channels, height, width], or float32[1, patches, values]."""
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
-        """Return a copy with at most `tokens` tokens per image; `slot_tokens` is the number of tokens per tile.
+        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
         Raises UserError (`must be ...: what to do`) if the model does not have such images.
         """

@@ -53,7 +53,7 @@ class Splitting(SquarePieces):
         return {"size": {"longest_edge": self.longest}}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
-        """Return a copy with at most `tokens` tokens per image, whole-image tile included; a tile has `slot_tokens`.
+        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
         Raises UserError if not one piece fits.
         """

@@ -52,7 +52,7 @@ class Tiling(TilingConfig, SquarePieces):
         return {"max_patches": self.max_tiles}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Tiling:
-        """Return a copy with at most `tokens` tokens per image, thumbnail included; a tile has `slot_tokens` tokens.
+        """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
         Raises UserError if fewer than `min_tiles` tiles fit.
         """

@@ -26,7 +26,7 @@ _NOT_TEXT = re.compile(
 
 
 def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
-    """Return the number of vocabulary rows that an export needs, including new special tokens."""
+    """Return the number of vocabulary rows that an export needs, including those of new special tokens."""
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(

@@ -234,7 +234,7 @@ def spelled(
 
 
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
-    """Return a copy of the family whose weight table uses llama.cpp's tensor names."""
+    """Return a copy of the model family whose weight table has llama.cpp's tensor names."""
 
     def weights(cfg: ModelConfig) -> list[Weight]:
         lines = []

@@ -44,13 +44,13 @@ __all__ = ["FAMILIES", "Family", "Weight", "detect", "family_of", "find", "targe
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
-    """Return the family whose layout a config.json describes, the last registered one if several; None if none does."""
+    """Return the model family whose checkpoint layout a config.json describes (the last added); None if unknown."""
     fits = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     return next(reversed([*fits]), None)
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:
-    """Return the family whose layout a config.json describes; raise UserError if no family does.
+    """Return the model family whose checkpoint layout a config.json describes; raise UserError if unknown.
 
     Raises:
       UserError: no family matches; the message lists the known model types.

@@ -315,7 +315,7 @@ class Block(nnx.Module):
         return None if self.layer_scalar is None else self.layer_scalar.weight.get_value()[None, None]
 
     def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
-        """Return the residual stream after the MLP, computed back from the block's output `y` (for Gemma's extras).
+        """Return the residual stream before per-layer embeddings (Gemma), recovered from the block's output `y`.
 
         A fixed point of the per-layer branch, whose size its norm bounds, by iteration from `start`.
         """

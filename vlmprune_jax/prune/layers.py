@@ -71,7 +71,7 @@ class Given(NamedTuple):
     shared: Shared = MappingProxyType({})
 
     def placed(self, mesh: Mesh | None) -> Given:
-        """Return a copy of these inputs on the device, or sharded over a mesh."""
+        """Return a copy of the layer's inputs on the device, or sharded over a mesh."""
         keys = {size: (to_devices(k), to_devices(v)) for size, (k, v) in self.shared.items()}
         return Given(place_batch(self.arrays, mesh), None if self.added is None else to_devices(self.added), keys)
 

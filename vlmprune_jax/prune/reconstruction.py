@@ -337,7 +337,7 @@ def solve_for(
 
 
 def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the least-squares sums over all calibration rows of these steps."""
+    """Return the least-squares sums over all calibration rows."""
     totals, energies = None, np.float32(0)
 
     def add(step: Step) -> jax.Array:

@@ -30,7 +30,7 @@ class OutOfReach(UserError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters of a layer: a constant part, and those per query head, key/value head and MLP neuron.
+    """Parameter counts of a layer: a constant part, and parameters per query head, key/value head and MLP neuron.
 
     `kinds`: the costs of layers that differ from the first, by whether they have full attention and shared keys.
     """

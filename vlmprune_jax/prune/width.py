@@ -165,7 +165,7 @@ def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Units ranked together: indices by ascending score, and cumulative scores."""
+    """Ranking of units that compete with each other: indices by ascending score, and cumulative scores."""
 
     order: np.ndarray
     lost: np.ndarray

@@ -79,7 +79,7 @@ def compute_features(
     mesh: Mesh | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Compute the vision features of these pictures and add them to the cache.
+    """Compute the vision features of images and add them to the cache.
 
     Every process calls it with the same pictures and computes its share. All processes run one program together, or
     for images of any size one program per padded size, largest first; each is compiled once. Finished features are
@@ -151,7 +151,7 @@ class _Queue:
         return len(waiting), max((tile.shape.tokens for tile in list(self._tiles)[:rows]), default=0)
 
     def take(self, rows: int) -> list[_Tile]:
-        """Take up to this many tiles from the queue."""
+        """Remove up to `rows` tiles from the queue and return them."""
         return [self._tiles.popleft() for _ in range(min(rows, len(self._tiles)))]
 
 

@@ -91,7 +91,7 @@ class Asking:
 
 
 def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
-    """Return {evaluation set or task: `Work`} for evaluating one model."""
+    """Return {evaluation set or task: context (`Work`) for evaluating the model on it}."""
     spec = sections["evaluate"]
     names = {
         key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)

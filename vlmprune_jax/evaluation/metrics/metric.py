@@ -126,7 +126,7 @@ class Metric:
         return values
 
     def values_of_groups(self, scores: Sequence[Scores], records: Sequence[Record]) -> dict[str, dict[str, float]]:
-        """Return {group: {"questions": number of questions, **values}}, largest group first."""
+        """Return metric values by group of questions, {group: {"questions": number, **values}}, largest group first."""
         if self.groups is None:
             return {}
         places: dict[str, list[int]] = {}

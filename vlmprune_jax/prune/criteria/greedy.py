@@ -161,7 +161,7 @@ class _Cut:
         return self._changed.get(number) or Layer.of(self._model, "text", number)
 
     def _at(self, number: int, place: int) -> int:
-        """Return the number under which `Step.given` finds a layer's extra inputs.
+        """Return the index under which `Step.given` finds a layer's DeepStack features or per-layer embeddings.
 
         Deepstack features are added to the first layers that are left.
         """
