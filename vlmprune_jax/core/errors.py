@@ -46,11 +46,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def error_context(what: object) -> Iterator[None]:
-    """Prefix the message of any UserError with the file or record that is being processed.
-
-    Raises:
-      UserError: with the message `what: message`.
-    """
+    """Prefix the message of any UserError with the file or record that is being processed."""
     try:
         yield
     except UserError as error:

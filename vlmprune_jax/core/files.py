@@ -235,10 +235,7 @@ def _nesting_depth(value: Any) -> int:
 
 
 def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
-    """Return `value`; raise UserError unless it has the type `kind`.
-
-    Raises UserError if the value has another type; the message names the place in it.
-    """
+    """Return `value`; raise UserError unless it has the type `kind`."""
     try:
         msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:

@@ -10,10 +10,7 @@ from vlmprune_jax.core.errors import UserError
 
 
 def check_links(folder: Path) -> None:
-    """Raise UserError if a workdir or upload folder contains a link to a folder, or to a file outside it.
-
-    Raises UserError that names the first such link.
-    """
+    """Raise UserError if a workdir or upload folder contains a link to a folder, or to a file outside it."""
     home, folders = os.path.realpath(folder), [str(folder)]
     while folders:
         # Folders of others, and those that another run removes meanwhile, are left to whoever opens them.
@@ -30,10 +27,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_inside(source: Path, folder: Path) -> None:
-    """Raise UserError if a file of a model folder links outside the folder, except to the hub cache's `blobs`.
-
-    Raises UserError that names the link and its target.
-    """
+    """Raise UserError if a file of a model folder links outside the folder, except to the hub cache's `blobs`."""
     real, home = Path(os.path.realpath(source)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and real.parent != blobs:

@@ -101,9 +101,6 @@ def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None
       where: name of the section, for messages.
       section: an instance of the dataclass.
       elsewhere: also check choices that are names in a mapping of another module.
-
-    Raises:
-      UserError: a value is not allowed; the message names `where.name`.
     """
     for name, about in settings_of(section).items():
         value = getattr(section, name)

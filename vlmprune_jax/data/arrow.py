@@ -24,11 +24,7 @@ _LISTS = (pa.types.is_list, pa.types.is_large_list)
 
 
 def check_schema(schema: pa.Schema) -> pa.Schema:
-    """Return an Arrow schema; raise UserError if it has unsupported types or too many columns.
-
-    Raises:
-      ValueError: names the column.
-    """
+    """Return an Arrow schema; raise ValueError for a column of unsupported type, or too many columns."""
     if len(schema) > MAX_COLUMNS or len(set(schema.names)) < len(schema):
         raise ValueError(f"{len(schema):,} columns, expected at most {MAX_COLUMNS:,} of different names")
     for field in schema:

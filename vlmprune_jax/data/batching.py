@@ -196,10 +196,7 @@ def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) ->
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
-    """Raise UserError if a batch, and those read ahead, need more memory than this machine has.
-
-    Raises UserError with the settings that make them large.
-    """
+    """Raise UserError if a batch, and those read ahead, need more memory than this machine has."""
     loader = encoder.image_loader
     arrays = {} if loader is None else loader.arrays(shape.slots, shape.image_tokens)
     image_bytes = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())

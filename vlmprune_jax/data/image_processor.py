@@ -102,10 +102,7 @@ _USED_FIELDS = (
 
 
 def checked_processor(config: Any, where: str) -> dict[str, Any]:
-    """Return an image processor's settings; raise UserError if they are unsupported.
-
-    Raises UserError naming a field with an invalid value.
-    """
+    """Return an image processor's settings; raise UserError if they are unsupported."""
     way = way_of(checked(config, _Steps, where, _TODO))
     return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
 

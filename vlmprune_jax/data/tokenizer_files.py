@@ -56,10 +56,7 @@ class TokenizerConfig(TypedDict):
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raise UserError if a folder's tokenizer files are malformed, or their rules take too long on plain text.
-
-    Raises UserError if a file is unreadable or malformed, or its rules run away on plain text.
-    """
+    """Raise UserError if a folder's tokenizer files are malformed, or their rules take too long on plain text."""
     kinds = {TOKENIZER: TokenizerFile, TOKENIZER_CONFIG: TokenizerConfig, ADDED_TOKENS: dict[str, TokenId]}
     for name, kind in kinds.items():
         if os.path.lexists(folder / name):

@@ -61,10 +61,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def check_divides(cfg: ModelConfig, mesh: Mesh) -> None:
-    """Raise UserError if a mesh axis size does not divide the model's dimension that it shards.
-
-    Raises UserError with every axis that fails and sizes that work.
-    """
+    """Raise UserError if a mesh axis size does not divide the model's dimension that it shards."""
     sizes, split = _split_sizes(cfg), {axis: mesh.shape[axis] for axis in ("tensor", "fsdp")}
     indivisible = [f"{name} = {size}" for name, (axis, size) in sizes.items() if size % split[axis]]
     if not indivisible:

@@ -176,11 +176,7 @@ def _check_rounding(quantize: str, export: ExportSpec) -> None:
 
 
 def check_experiment(experiment: Experiment, workdir: Path) -> None:
-    """Raise UserError for settings that would otherwise fail only hours into a run.
-
-    Raises:
-      UserError: a setting that does not exist, has no such value, or goes with another one.
-    """
+    """Raise UserError for settings that would otherwise fail only hours into a run."""
     sets, tasks = evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks
     check_tasks(experiment.data, experiment.evaluate)
     for pruned in prune_runs(experiment, workdir):

@@ -50,11 +50,7 @@ def find(config: Mapping[str, Any]) -> Family | None:
 
 
 def detect(config: Mapping[str, Any], where: str) -> Family:
-    """Return the model family whose checkpoint layout a config.json describes; raise UserError if unknown.
-
-    Raises:
-      UserError: no family matches; the message lists the known model types.
-    """
+    """Return the model family whose checkpoint layout a config.json describes; raise UserError if unknown."""
     family = find(config)
     if family is not None:
         return family

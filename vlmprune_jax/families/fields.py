@@ -148,9 +148,6 @@ def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> Non
     Args:
       config: content of a config.json or generation_config.json, or of its section `prefix`.
       where: the file, for messages.
-
-    Raises:
-      UserError: with the file, the field, its value and the expected value.
     """
     for name, value in config.items():
         text, test, nullable = _EXPECTED.get(name, ("", lambda value: True, True))

@@ -108,10 +108,7 @@ def reason_of(config: PlanConfig) -> str:
 
 
 def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
-    """Raise UserError if the heads or neurons of a layer cannot be split over this many devices.
-
-    Raises UserError with the layer and the width that does not divide.
-    """
+    """Raise UserError if the heads or neurons of a layer cannot be split over this many devices."""
     for index, shape in shapes:
         for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):
             if size % devices:

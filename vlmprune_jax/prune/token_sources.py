@@ -89,11 +89,7 @@ class Source:
         return KeptVocabulary(self.rows, kept, self.digest)
 
     def check(self, vocabulary: KeptVocabulary) -> None:
-        """Raise UserError if a kept vocabulary lacks tokens that the tokenizer or the model's files need.
-
-        Raises:
-          UserError: names the first missing token, and why it is needed.
-        """
+        """Raise UserError if a kept vocabulary lacks tokens that the tokenizer or the model's files need."""
         kept = set(vocabulary.kept)
         missing = sorted(i for i in {*self.needed, *self.subwords.required} if i not in kept)
         if missing:

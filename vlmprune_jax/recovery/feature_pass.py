@@ -32,10 +32,7 @@ TOWER = "vision"
 
 
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Raise UserError if features are cached for a text model, or while training changes the vision tower.
-
-    Raises UserError with the name of the setting.
-    """
+    """Raise UserError if features are cached for a text model, or while training changes the vision tower."""
     if cfg.vision is None:
         raise UserError("data.feature_cache: this model has no vision tower: unset feature_cache")
     trained = assign_groups(list(param_shapes(cfg)), config.trainable)

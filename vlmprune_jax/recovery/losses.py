@@ -290,11 +290,7 @@ def _over_chunk(
 def _at_positions(
     name: str, function: Callable[..., jax.Array], inputs: Sequence[Any], positions: jax.Array
 ) -> jax.Array:
-    """Call `function(*inputs)`; raise UserError unless it returns one number per position [batch, seq].
-
-    Raises:
-      UserError: the function is a user's and fails, or returns something else.
-    """
+    """Call `function(*inputs)`; raise UserError unless it returns one number per position [batch, seq]."""
     with blaming(f"loss term {name!r}", function):
         values = function(*inputs)
     if getattr(values, "shape", None) != positions.shape or jnp.iscomplexobj(values):

@@ -56,10 +56,7 @@ def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
 
 
 def check_losses(loss: LossConfig) -> None:
-    """Raise UserError for unknown loss terms, or terms that these settings make impossible.
-
-    Raises UserError with the names of the terms.
-    """
+    """Raise UserError for unknown loss terms, or terms that these settings make impossible."""
     for name in loss.weights():
         if name not in TERMS:
             raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, TERMS)}")

@@ -209,10 +209,7 @@ def teacher_folder(spec: ModelSpec) -> Path:
 
 @contextlib.contextmanager
 def in_memory(stage: str) -> Iterator[None]:
-    """Context that converts a stage's out-of-memory error to a one-line UserError.
-
-    Raises UserError with the settings that make it smaller.
-    """
+    """Context that converts a stage's out-of-memory error to a one-line UserError."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -48,11 +48,7 @@ class SpeedConfig:
         return self.image and cfg.vision is not None and cfg.image_token_id is not None
 
     def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
-        """Raise UserError if the workload's prompt does not fit the model; messages prefix settings with `named`.
-
-        Raises:
-          UserError: a row is too long for the model, or too short for an image.
-        """
+        """Raise UserError if the workload's prompt does not fit the model; messages prefix settings with `named`."""
         cfg.check_row(f"{named}prompt_tokens + new_tokens + 1", self.prompt_tokens + self.new_tokens + 1)
         if self.with_image(cfg) and cfg.tokens_per_image >= self.prompt_tokens:
             raise UserError(

@@ -55,10 +55,7 @@ def _has_card(folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError if the disk has fewer than this many free bytes.
-
-    Raises UserError if the disk of `folder` has fewer than `needed` + SPARE_BYTES bytes free.
-    """
+    """Raise UserError if the disk has fewer than this many free bytes."""
     free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
         raise UserError(
