@@ -30,8 +30,7 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
     Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
     names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature as it was.
 
-    Raises:
-      UserError: an unknown recipe.
+    Raises UserError for an unknown recipe.
     """
     return _section(Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe)))
 

@@ -55,8 +55,7 @@ def common(values: Flags) -> None:
 def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     """Parse a command line into flags; `values.config` is a locked ConfigDict, `values.args` the other arguments.
 
-    Raises:
-      UserError: an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
+    Raises UserError for an unknown flag or config field (with the nearest known one), a bad value, a missing --config.
     """
     values, loaded, unset = _define(command), None, dict[str, None]()
     explicit = [setting for arg in argv if (setting := _setting_of(arg)) is not None]

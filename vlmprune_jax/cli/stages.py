@@ -61,8 +61,7 @@ class StageCommand:
     def run(self, flags: Any) -> None:
         """Run the command's stage for every variant of the experiment.
 
-        Raises:
-          UserError: there is no such command, not even one that the config adds.
+        Raises UserError if there is no such command, not even one that the config adds.
         """
         if self.name not in commands():
             raise UserError(f"no command {self.name!r}{suggest(self.name, commands())}")

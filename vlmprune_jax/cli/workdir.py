@@ -36,8 +36,7 @@ def prepare(flags: Any) -> tuple[Experiment, Context]:
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     """Return the runs listed in a config file, their `Sweep`, and a console reporter.
 
-    Raises:
-      UserError: no config or workdir, a setting that does not exist, or one that the command line sets as well.
+    Raises UserError for no config or workdir, a setting that does not exist, or one that the command line sets as well.
     """
     reporter = _join(flags)
     base = read_experiment(flags.config, explicit=flags.explicit)

@@ -58,8 +58,7 @@ def reading(what: object, todo: str = "restore it from its source", done: str = 
       todo: what the user should do.
       done: the participle in "cannot be read".
 
-    Raises:
-      UserError: in place of any other error.
+    Raises UserError in place of any other error.
     """
     try:
         yield
@@ -184,8 +183,7 @@ def read_json(
       most: maximum size (bytes).
       unicode: require texts that UTF-8 can encode, since they are written again; file names need not be.
 
-    Raises:
-      UserError: see `read_text`; or the content is not JSON, or not of type `kind`.
+    Raises UserError as `read_text` does, or if the content is not JSON, or not of type `kind`.
     """
     if missing is None:
         missing = f"is missing (is {path.parent} a Hugging Face model folder?)"
@@ -252,8 +250,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
       cut: end the file at a line that is not JSON, since the writer may have been killed in the middle of a line.
       missing: message if the file does not exist.
 
-    Raises:
-      UserError: see `read_text`; or a line is not JSON, or not of type `kind`.
+    Raises UserError as `read_text` does, or if a line is not JSON, or not of type `kind`.
     """
     values, todo = [], "remove the file and run the same command"
     for number, line in enumerate(read_text(path, MAX_JSON_BYTES, missing).split("\n"), start=1):

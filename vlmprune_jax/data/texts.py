@@ -32,8 +32,7 @@ def read_texts(source: str, template: Template) -> Texts:
         texts or of token ids, or else a text file, in parts of a few paragraphs.
       template: the model's prompt template.
 
-    Raises:
-      UserError: there is no such file, or it holds something else.
+    Raises UserError if there is no such file, or it holds something else.
     """
     if source.startswith((TFDS, DATASETS)):
         records = read_set(source, None, "prune.vocabulary.sources", True, "skip")

@@ -96,8 +96,7 @@ def write_tfds(
       image_root: folder that image names are relative to (None: full paths).
       progress: called with the number of examples written, first records, then images.
 
-    Raises:
-      UserError: the folder exists, there are no records, or an image cannot be read.
+    Raises UserError if the folder exists, there are no records, or an image cannot be read.
     """
     out_dir = Path(out_dir)
     if os.path.lexists(out_dir):

@@ -35,8 +35,7 @@ def questions(
       batch_size: questions per batch.
       prompt_suffix: text after every question, such as "\\nAnswer the question using a single word or phrase."
 
-    Raises:
-      UserError: malformed records, an unreadable image or an unknown setting.
+    Raises UserError for malformed records, an unreadable image or an unknown setting.
     """
     cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings)
     read = to_records(records, inputs)
@@ -66,8 +65,7 @@ def answer(
       max_new_tokens: maximum length of the answer.
       settings: settings of the section `data`, such as template="vicuna_v1".
 
-    Raises:
-      UserError: a loaded model without `source_dir`, an image that cannot be read, or a model that takes none.
+    Raises UserError for a loaded model without `source_dir`, an image that cannot be read, or a model that takes none.
     """
     folder = source_dir if isinstance(model, Model) else model
     if folder is None:

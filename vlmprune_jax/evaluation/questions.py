@@ -140,8 +140,7 @@ def arrange_questions(
       prompt_suffix: text after every last question, such as "\\nAnswer the question using a single word or phrase."
       by_length: group questions of similar length, one shape for every doubling; for sets with very unequal lengths.
 
-    Raises:
-      UserError: there is no record, a prompt is too long, the model takes no images, or a record has too many.
+    Raises UserError if there is no record, a prompt is too long, the model takes no images, or a record has too many.
     """
     if not records or batch_size < 1:
         raise UserError(f"evaluation of {len(records)} questions in batches of {batch_size}: both must be at least 1")

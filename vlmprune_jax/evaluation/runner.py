@@ -105,8 +105,7 @@ def evaluate(
       tokenizer: see `ask`; None takes that of `vp.questions`.
       metric: a metric, or the name of one in `vp.metrics`.
 
-    Raises:
-      UserError: there is no question, a question has no reference answer, or the metric is unknown or fails.
+    Raises UserError if there is no question, a question has no reference answer, or the metric is unknown or fails.
     """
     start = time.perf_counter()
     metric = metric_named(metric) if isinstance(metric, str) else metric
@@ -156,8 +155,7 @@ def ask(
       journal: stores the answers of each batch, to continue after an interruption (`seconds` then counts the time
         since the restart).
 
-    Raises:
-      UserError: there is no question.
+    Raises UserError if there is no question.
     """
     model = on_decoding_mesh(model)
     asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
@@ -265,8 +263,7 @@ def log_likelihoods(
       progress: called with the number of batches done.
       journal: stores the values of each batch, to continue after an interruption.
 
-    Raises:
-      UserError: there are fewer than two tokens, or the window or batch size is too small.
+    Raises UserError if there are fewer than two tokens, or the window or batch size is too small.
     """
     ids = np.asarray(token_ids, np.int32).reshape(-1)
     if len(ids) < 2 or window < 2 or batch_size < 1:

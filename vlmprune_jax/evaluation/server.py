@@ -76,8 +76,7 @@ class Server:
     def connect(cls, url: str) -> Server:
         """Connect to a server and return it, with the single model that it serves.
 
-        Raises:
-          UserError: the address is not http, nothing answers there, or it serves no model or several.
+        Raises UserError if the address is not http, nothing answers there, or it serves no model or several.
         """
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -117,8 +116,7 @@ def ask_server(
       progress: called with the number of batches done.
       journal: stores the answers of each batch, to continue after an interruption.
 
-    Raises:
-      UserError: the server refuses a question, or its answer is not a chat completion.
+    Raises UserError if the server refuses a question, or its answer is not a chat completion.
     """
     batches = [records[start : start + parallel] for start in range(0, len(records), parallel)]
     replies = list[Reply]()

@@ -44,8 +44,7 @@ def retained_interval(
     Returns:
       (low, high); None if the unpruned model scores 0 in some sample.
 
-    Raises:
-      UserError: the models answered different numbers of questions.
+    Raises UserError if the models answered different numbers of questions.
     """
     if len(scores) != len(original) or not scores:
         raise UserError(

@@ -75,8 +75,7 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
 def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:
     """Return {name: evaluation set}; unset settings are filled in from `evaluate` and `data`.
 
-    Raises:
-      UserError: a name that no file can have, or a metric that does not exist or does not fit.
+    Raises UserError for a name that no file can have, or a metric that does not exist or does not fit.
     """
     sets = dict(spec.sets)
     if not sets and (data.eval is not None or (spec.text is None and not spec.tasks)):

@@ -49,8 +49,7 @@ def paper_cut(
       attn_layers, mlp_layers: layers that lose heads and neurons, half-open, of 32.
       longest_text: tokens of a calibration record for Taylor.
 
-    Raises:
-      UserError: another form, an unknown method or option, a ratio outside of 0 to 1.
+    Raises UserError for another form, an unknown method or option, a ratio outside of 0 to 1.
     """
     method, target, *options = variant.split(",") if "," in variant else (variant, "")
     one_of("method of the variant", method, ("depth", "width"))

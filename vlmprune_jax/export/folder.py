@@ -84,8 +84,7 @@ def make_tensors(
     In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow, in
     the same dtype.
 
-    Raises:
-      UserError: the source lacks a tensor of the model.
+    Raises UserError if the source lacks a tensor of the model.
     """
     flat, family = flatten(model.params), family_of(model.cfg)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
@@ -206,8 +205,7 @@ def make_storage(
     Without `group_size`, 8 bits have one scale per row, and 4 bits the largest size that divides every row. If no size
     does, 4 bits use the smallest one, and rows that it does not divide stay plain.
 
-    Raises:
-      UserError: `group_size` does not divide every row, or no size divides any row.
+    Raises UserError if `group_size` does not divide every row, or no size divides any row.
     """
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]

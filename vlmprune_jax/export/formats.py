@@ -30,8 +30,7 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     `name` may lead to a format that extends it (see `Format.extends`). Options of other formats are accepted at their
     defaults, as a config has them.
 
-    Raises:
-      UserError: an unknown format or option, or a value that the format does not have.
+    Raises UserError for an unknown format or option, or a value that the format does not have.
     """
     base = FORMATS[one_of("format", name, tuple(FORMATS))]
     quantize, storage = one_of("quantize", values.get("quantize", "none"), quantizations()), values.get("storage")

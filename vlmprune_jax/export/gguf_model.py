@@ -93,8 +93,7 @@ def make_gguf(
 
     `source` is its folder, for tokenizer, template, image statistics and licence; other arguments are as in `save`.
 
-    Raises:
-      UserError: llama.cpp has no architecture, tower or tokenizer like this model's.
+    Raises UserError if llama.cpp has no architecture, tower or tokenizer like this model's.
     """
     family, cfg = family_of(model.cfg), model.cfg
     architecture, wide = fit(cfg, uneven)

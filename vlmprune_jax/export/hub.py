@@ -35,8 +35,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
       private: make a new repository private.
       dry_run: check everything that needs no network, and upload nothing.
 
-    Raises:
-      UserError: the card names no base model or license, the repository name is malformed, or the hub refuses.
+    Raises UserError if the card names no base model or license, the repository name is malformed, or the hub refuses.
     """
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.utils import validate_repo_id

@@ -25,8 +25,7 @@ from vlmprune_jax.hf.read import read_fields
 def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator[Path]:
     """Context that yields the folder, or a weightless copy whose files limit images to `most` tokens.
 
-    Raises:
-      UserError: the model cannot have this limit.
+    Raises UserError if the model cannot have this limit.
     """
     if most is None:
         yield source

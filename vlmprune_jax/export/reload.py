@@ -47,8 +47,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
 
     `vision_dir` is the folder of the vision tower, for an original-layout LLaVA that does not include it.
 
-    Raises:
-      UserError: the difference exceeds the tolerance, or transformers does not load the folder cleanly.
+    Raises UserError if the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """
     folder, tower = Path(out_dir), None if vision_dir is None else resolve(vision_dir)
     config = read_fields(folder / "config.json")

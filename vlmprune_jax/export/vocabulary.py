@@ -54,8 +54,7 @@ def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig)
       vocabulary: of the plan; None, or of a plan that made `source`, leaves the files as they are.
       cfg: the model to write.
 
-    Raises:
-      UserError: see `trim_files`.
+    Raises UserError as `trim_files` does.
     """
     section = family_of(cfg).text_config(read_fields(source / "config.json"))
     if vocabulary is None or section.get("vocab_size", vocabulary.rows_before) != vocabulary.rows_before:
@@ -196,8 +195,7 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
 def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDict:
     """Return a config file's content with the new token ids and vocabulary size.
 
-    Raises:
-      UserError: it has the id of a token that is not kept.
+    Raises UserError if it has the id of a token that is not kept.
     """
 
     def change(name: str, old: int) -> int | None:

@@ -159,8 +159,7 @@ def check_saved(
 
     `vision_dir` is the vision tower's folder, for an original-layout LLaVA without its own.
 
-    Raises:
-      UserError: the folder cannot be loaded, or its outputs differ from the model's.
+    Raises UserError if the folder cannot be loaded, or its outputs differ from the model's.
     """
     source, tower = resolve(source_dir), None if vision_dir is None else resolve(vision_dir)
     chosen, settings = choose_format(format, options)

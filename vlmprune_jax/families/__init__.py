@@ -69,8 +69,7 @@ def detect(config: Mapping[str, Any], where: str) -> Family:
 def family_of(cfg: ModelConfig) -> Family:
     """Return the model family of a `ModelConfig`.
 
-    Raises:
-      UserError: the family is unknown, since the file that adds it was not imported.
+    Raises UserError if the family is unknown, since the file that adds it was not imported.
     """
     for family in reversed(FAMILIES.values()):
         if (family.name, family.layout) == (cfg.family, cfg.layout):
@@ -84,8 +83,7 @@ def family_of(cfg: ModelConfig) -> Family:
 def target_of(family: Family) -> Family | None:
     """Return the transformers family to which a hub layout converts; None if it has no conversion.
 
-    Raises:
-      UserError: that family is unknown, or accepts no models of other layouts.
+    Raises UserError if that family is unknown, or accepts no models of other layouts.
     """
     if family.conversion is None:
         return None
@@ -113,8 +111,7 @@ def template_of(family: Family, config: Mapping[str, Any], text_end: str | None)
       text_end: the tokenizer's end token, which identifies the original family of a converted checkpoint (an exported
         Bunny is a LLaVA).
 
-    Raises:
-      UserError: the config names an unknown template.
+    Raises UserError if the config names an unknown template.
     """
     named = None if family.template_field is None else config.get(family.template_field)
     if named is None:

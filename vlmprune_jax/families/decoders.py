@@ -16,8 +16,7 @@ from vlmprune_jax.families.table import FAMILIES, Decoder, Family, JsonDict, Sto
 def decoder_of(model_type: str) -> Decoder:
     """Return the decoder declaration for a config's `model_type`.
 
-    Raises:
-      UserError: the decoder is unknown; the message lists the known ones.
+    Raises UserError if the decoder is unknown; the message lists the known ones.
     """
     decoders = {f.decoder.model_type: f.decoder for f in FAMILIES.values() if f.decoder is not None}
     if model_type not in decoders:

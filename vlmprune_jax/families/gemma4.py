@@ -92,8 +92,7 @@ _TEMPLATE = Template(
 def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[int, int]:
     """Return (head_dim, key/value heads) of full-attention layers, from the hub's or transformers' field names.
 
-    Raises:
-      UserError: `per_layer_config` gives layers of one type different heads, as stale entries do.
+    Raises UserError if `per_layer_config` gives layers of one type different heads, as stale entries do.
     """
     kv_heads, other = int(config["num_key_value_heads"]), config.get("num_global_key_value_heads")
     if "per_layer_config" not in config:

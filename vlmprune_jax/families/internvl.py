@@ -166,8 +166,7 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
     """Return the tiling settings in an InternVL chat folder's config.json.
 
-    Raises:
-      UserError: a field is missing or not a number.
+    Raises UserError if a field is missing or not a number.
     """
     fields = {**_TILE_DEFAULTS, **{name: config[name] for name in _TILE_DEFAULTS if config.get(name) is not None}}
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
@@ -193,8 +192,7 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
 def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token: str) -> ProcessorFiles:
     """Return the files of transformers' InternVL processor, which tiles images and adds a thumbnail.
 
-    Raises:
-      UserError: the config needs image processing that transformers does not have.
+    Raises UserError if the config needs image processing that transformers does not have.
     """
     tiling = _tiling(source, "config.json")
     for field, unsupported in (

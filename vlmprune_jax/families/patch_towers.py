@@ -22,8 +22,7 @@ EPS = 1e-6  # of all norms in both towers, fixed in their code
 def square_side(positions: int) -> int:
     """Return the side length of a square position embedding table.
 
-    Raises:
-      UserError: the number of positions is not a square.
+    Raises UserError if the number of positions is not a square.
     """
     side = math.isqrt(positions)
     if side**2 != positions:
@@ -34,8 +33,7 @@ def square_side(positions: int) -> int:
 def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
     """Return the VisionConfig of a vision config dictionary; `traits` are further VisionConfig fields.
 
-    Raises:
-      UserError: the heads do not divide the width, or the type of rotary embedding is not supported.
+    Raises UserError if the heads do not divide the width, or the type of rotary embedding is not supported.
     """
     hidden, heads = int(config["hidden_size"]), int(config["num_heads"])
     if "head_dim" not in config and hidden % heads:
@@ -63,8 +61,7 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
 def window_side(config: Mapping[str, Any]) -> int:
     """Return the side length of an attention window, in merged patches (tokens).
 
-    Raises:
-      UserError: a window is smaller than one cell.
+    Raises UserError if a window is smaller than one cell.
     """
     window, merge, patch = (int(config[name]) for name in ("window_size", "spatial_merge_size", "patch_size"))
     side = window // merge // patch
@@ -78,8 +75,7 @@ def window_side(config: Mapping[str, Any]) -> int:
 def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
     """Return the vision layer shapes: full attention in `fullatt_block_indexes`, windowed attention elsewhere.
 
-    Raises:
-      UserError: an index is not a block number.
+    Raises UserError if an index is not a block number.
     """
     depth, whole = int(config["depth"]), set(config["fullatt_block_indexes"])
     if not whole <= set(range(depth)):
@@ -122,8 +118,7 @@ def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[
 
     `read` returns the VisionConfig of a vision_config.
 
-    Raises:
-      UserError: the layers have unequal widths, which no class loads.
+    Raises UserError if the layers have unequal widths, which no class loads.
     """
     old = source.get("vision_config") or {}
     if read(old).layers == vision.layers:

@@ -20,8 +20,7 @@ def layers_from_hf(
 ) -> tuple[LayerShape, ...]:
     """Return one layer shape per layer, from config.json's per-layer widths or else the same `widths` for all.
 
-    Raises:
-      UserError: the recorded widths and the config have different numbers of layers.
+    Raises UserError if the recorded widths and the config have different numbers of layers.
     """
     recorded = config.get(PER_LAYER) or [widths] * len(windows)
     if len(recorded) != len(windows):
@@ -32,8 +31,7 @@ def layers_from_hf(
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
     """Return each layer's sliding window size in a Qwen config (None = full attention).
 
-    Raises:
-      UserError: `layer_types` has a wrong number of layers or an unknown type of attention.
+    Raises UserError if `layer_types` has a wrong number of layers or an unknown type of attention.
     """
     window = int(config.get("sliding_window") or 4096) if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")

@@ -78,8 +78,7 @@ def vision_from_hf(
       default_type: type of tower if the config has none.
       image_size: side of the images (pixels), if it differs from that of the tower's position table.
 
-    Raises:
-      UserError: the type of tower or an option is not supported, or there are several feature layers.
+    Raises UserError if the type of tower or an option is not supported, or there are several feature layers.
     """
     kind = _OUTER.get(config.get("model_type", ""), default_type)
     config = config.get("vision_config") or config
@@ -122,8 +121,7 @@ def vision_to_hf(
     A pruned tower ends with its feature layer, which then is the last hidden state. `feature_layer` is the name and the
     default of the field with the feature layer; None for classes that always use the last.
 
-    Raises:
-      UserError: the layers have unequal widths, which no class loads.
+    Raises UserError if the layers have unequal widths, which no class loads.
     """
     old = source.get("vision_config") or {}
     before = vision_from_hf(old, source.get(*feature_layer) if feature_layer else -1, default_type)
@@ -146,8 +144,7 @@ def vision_to_hf(
 def equal_shape(vision: VisionConfig) -> LayerShape:
     """Return the layer shape that all layers of a vision tower share, from its config dictionary.
 
-    Raises:
-      UserError: the layers have unequal widths, which no class loads.
+    Raises UserError if the layers have unequal widths, which no class loads.
     """
     if not vision.even:
         raise UserError(

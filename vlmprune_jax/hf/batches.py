@@ -68,8 +68,7 @@ def batches(
       int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (images of any size:
       see `Batch`).
 
-    Raises:
-      UserError: malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
+    Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")

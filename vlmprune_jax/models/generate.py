@@ -65,8 +65,7 @@ def generate(
         padding ids (the model's, or else the first end id).
       prefix: what precedes the rows, computed once per prefix; all images are then the prefixes'.
 
-    Raises:
-      UserError: see `forward`; max_new_tokens below 1; a prompt without a real token.
+    Raises UserError as `forward` does, and for max_new_tokens below 1 or a prompt without a real token.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -127,8 +126,7 @@ def compile_generation(
     Args:
       model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
 
-    Raises:
-      UserError: see `forward`.
+    Raises UserError as `forward` does.
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
     mesh, host = mesh_of(model.params), _prompts(model.cfg, input_ids, None, pixel_values, None)

@@ -14,8 +14,7 @@ from vlmprune_jax.models.patch_rows import check_patches
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
     """Return `pixel_attention_mask`, or None if it hides no part of any image.
 
-    Raises:
-      UserError: its shape is not that of the pixels, or the tower reads whole images only.
+    Raises UserError if its shape is not that of the pixels, or the tower reads whole images only.
     """
     if pixel_attention_mask is None:
         return None

@@ -36,8 +36,7 @@ def patch_rows(
       without an image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see
       `mrope_positions`.
 
-    Raises:
-      UserError: pixels, grids, image tokens or their types that do not fit together, or a video.
+    Raises UserError for pixels, grids, image tokens or their types that do not fit together, or a video.
     """
     ids, merge = np.asarray(input_ids), _merge(cfg)
     is_image = ids == cfg.image_token_id
@@ -65,8 +64,7 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
     Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
     as they are.
 
-    Raises:
-      UserError: positions that are no whole grid of cells, or not those of the pixels.
+    Raises UserError for positions that are no whole grid of cells, or not those of the pixels.
     """
     if image_position_ids is None:
         return pixel_values, image_grid_thw

@@ -27,8 +27,7 @@ def mrope_positions(
         int[batch, slots, 3] by row (0, 0, 0 = empty slot), or None.
       image_token_id, merge: of the model; `merge` x `merge` patches make one token.
 
-    Raises:
-      UserError: grids that are no multiples of `merge`, or that do not match a row's image tokens.
+    Raises UserError for grids that are no multiples of `merge`, or that do not match a row's image tokens.
     """
     ids = np.asarray(input_ids)
     valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0

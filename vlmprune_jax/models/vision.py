@@ -85,8 +85,7 @@ class VisionTower(BlockStack):
     def positions(self, rows: int, columns: int) -> jax.Array:
         """Return the position embeddings for an image of rows x columns patches, class token first.
 
-        Raises:
-          UserError: the tower was trained on another grid and does not resize its table (only InternViT does).
+        Raises UserError if the tower was trained on another grid and does not resize its table (only InternViT does).
         """
         table, cfg = self._table(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):

@@ -202,8 +202,7 @@ def encode(
     (`positions.mrope_positions`). `states`, `tap`, `tap_inputs`: see `Decoder.__call__`. aux always has "inputs_embeds"
     and "added" and, with images, "image_features".
 
-    Raises:
-      UserError: images of any size without their positions.
+    Raises UserError for images of any size without their positions.
     """
     module = to_nnx(Model(params, cfg))
     features = None

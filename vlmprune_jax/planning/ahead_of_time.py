@@ -47,8 +47,7 @@ class Slice:
 def make_slice(name: str) -> Slice:
     """Return the TPU slice with this name; no TPU is needed.
 
-    Raises:
-      UserError: the generation or topology does not exist (names those that do), or libtpu is missing.
+    Raises UserError if the generation or topology does not exist (it lists those that do), or libtpu is missing.
     """
     chip, _ = slice_of(name)
     if importlib.util.find_spec("libtpu") is None:

@@ -96,8 +96,7 @@ class Shapes:
 def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: int | None = None) -> Case:
     """Return the planning inputs for a recovery of the pruned model.
 
-    Raises:
-      UserError: the topology is unknown, or the settings do not determine the shapes of rows.
+    Raises UserError if the topology is unknown, or the settings do not determine the shapes of rows.
     """
     target = make_slice(topology)
     cfg, plan = shapes.cfg, shapes.plan

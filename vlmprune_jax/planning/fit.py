@@ -101,8 +101,7 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
 def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Planned:
     """Compile one recovery step for a TPU slice and print its cost; with `searching`, also find settings that fit.
 
-    Raises:
-      UserError: the case does not fit and `searching` is False (with advice), or the settings do not fit.
+    Raises UserError if the case does not fit and `searching` is False (with advice), or the settings do not fit.
     """
 
     def say_rows(planned: Planned) -> None:
@@ -140,8 +139,7 @@ def fit_all(
 
     `search`: also search for settings that fit. `evaluation`: plan the evaluation of each pruned model as well.
 
-    Raises:
-      UserError: the slice is unknown, a step does not fit it (with advice), or there is nothing to plan.
+    Raises UserError if the slice is unknown, a step does not fit it (with advice), or there is nothing to plan.
     """
     recoveries, evaluations = dict[str, Planned](), dict[str, PlannedEvaluation]()
     for pruned in prune_runs(experiment, workdir or Path()):

@@ -141,8 +141,7 @@ class Guide:
 def read_guide(path: Path = FILE) -> Guide:
     """Return the bundled guide, or the guide in a file that `tools/study_guide.py` wrote.
 
-    Raises:
-      UserError: the file is missing or damaged.
+    Raises UserError if the file is missing or damaged.
     """
     guide = msgspec.convert(read_json(path, Guide, missing="no such file", todo=_TODO), Guide)
     problem = next(_problems(guide), None)

@@ -58,8 +58,7 @@ class Advice:
 def parse_bytes(text: str) -> float:
     """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
 
-    Raises:
-      UserError: another form, or not above 0.
+    Raises UserError for text of another form, and numbers that are not above 0.
     """
     found = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
     try:
@@ -74,8 +73,7 @@ def parse_bytes(text: str) -> float:
 def parse_share(name: str, text: str) -> float:
     """Convert a share such as 5%, 0.05 or "none" (0) to a fraction.
 
-    Raises:
-      UserError: another form.
+    Raises UserError for text of another form.
     """
     number = text.strip().removesuffix("%")
     try:
@@ -87,8 +85,7 @@ def parse_share(name: str, text: str) -> float:
 def saved_as(text: str | None) -> Path:
     """Return the path of the recommended config file (default: recommended.py).
 
-    Raises:
-      UserError: not the name of a Python file, or the file exists.
+    Raises UserError if it is not the name of a Python file, or the file exists.
     """
     path = Path(text or "recommended.py")
     if path.suffix != ".py" or "\0" in path.name:

@@ -83,8 +83,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
       compute: "none" (no training), "projector" (the projector alone) or "full" (with the teacher).
       speed: the pruned model's speed matters as much as its accuracy.
 
-    Raises:
-      UserError: an invalid ratio or share, or an unknown `compute`.
+    Raises UserError for an invalid ratio or share, or an unknown `compute`.
     """
     if not fraction("ratio", target.ratio):
         raise UserError("ratio=0 must be above 0: set the share of parameters to remove")

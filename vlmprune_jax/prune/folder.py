@@ -39,8 +39,7 @@ def prune_folder(
       dtype: data type of the weights; "source" keeps that of every tensor.
       overwrite, **options: as in `save`, for example format, layout, uneven and quantize.
 
-    Raises:
-      UserError: as `load`, `apply_plan` and `save`; also when a disk gives back other bytes than were written.
+    Raises UserError as `load`, `apply_plan` and `save` do, and if a disk returns other bytes than were written.
     """
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))

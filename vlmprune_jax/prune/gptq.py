@@ -96,8 +96,7 @@ def gptq(
       weights: weights of the calibration tokens; `options` override single ones.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
-    Raises:
-      UserError: groups or batches that do not fit, activations that are not finite.
+    Raises UserError for groups or batches that do not fit, activations that are not finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
     dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype

@@ -48,8 +48,7 @@ def prune_iteratively(
     Returns:
       The pruned model, one plan that leads from `model` to it, and the scores of every step.
 
-    Raises:
-      UserError: as `score` and `make_plan`; steps < 1.
+    Raises UserError as `score` and `make_plan` do, and for steps < 1.
     """
     if steps < 1:
         raise UserError(f"steps={steps} must be at least 1")

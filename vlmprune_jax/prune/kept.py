@@ -119,8 +119,7 @@ class KeptVocabulary:
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """Return the model config with the new token ids; negative ids such as LLaVA's -200 are unchanged.
 
-        Raises:
-          UserError: the vocabulary has another size, or a token that the model itself uses is not kept.
+        Raises UserError if the vocabulary has another size, or a token that the model itself uses is not kept.
         """
         if cfg.text.vocab_size != self.rows_before:
             raise UserError(

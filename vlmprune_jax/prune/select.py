@@ -156,8 +156,7 @@ class Trim:
 def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
     """Choose the tokens that a trimmed vocabulary keeps.
 
-    Raises:
-      UserError: see `choose_vocabulary`; or no folder of a tokenizer is given.
+    Raises UserError as `choose_vocabulary` does, or if no folder of a tokenizer is passed.
     """
     if config.size is None:
         return Trim.of(None, cfg)
@@ -188,8 +187,7 @@ def plan_stacks(
       scores: for each stack, as `make_plan` takes them.
       cfg, config, options: as for `make_plan`.
 
-    Raises:
-      UserError: as `make_plan`; with several stacks also a setting that numbers layers of one stack.
+    Raises UserError as `make_plan` does; with several stacks also for a setting that numbers layers of one stack.
     """
     if len(scores) == 1:
         return make_plan(scores[0], cfg, config, **options)

@@ -76,8 +76,7 @@ def row_steps(
 
     Without a `held_out` in the settings none is held out.
 
-    Raises:
-      UserError: there are too few rows, or no token of them has weight.
+    Raises UserError if there are too few rows, or no token of them has weight.
     """
     rows = [
         {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))

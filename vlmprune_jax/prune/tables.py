@@ -27,8 +27,7 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequenc
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
         them, of every stack that was pruned, of hybrid both.
 
-    Raises:
-      UserError: the plan is of another model.
+    Raises UserError if the plan is of another model.
     """
     tables = []
     for name, kept in plan.stacks.items():

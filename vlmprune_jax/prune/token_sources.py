@@ -52,8 +52,7 @@ class Source:
     def of(cls, folder: Path, cfg: ModelConfig) -> Source:
         """Return the tokenizer of a model folder, for trimming.
 
-        Raises:
-          UserError: there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
+        Raises UserError if there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
         """
         content = read_tokenizer(folder)
         if content is None:
@@ -122,8 +121,7 @@ class Sample:
 def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     """Read the texts in `config.sources` and `config.held_out`.
 
-    Raises:
-      UserError: no sources are named, see `read_texts`, or a listed id is beyond the vocabulary.
+    Raises UserError as `read_texts` does, if no sources are named, or if a listed id is beyond the vocabulary.
     """
     from vlmprune_jax.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
 
@@ -150,8 +148,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
     """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`.
 
-    Raises:
-      UserError: see `Source.of`, `read_sample` and `choose_tokens`.
+    Raises UserError as `Source.of`, `read_sample` and `choose_tokens` do.
     """
     source = Source.of(Path(folder), cfg)
     sample = read_sample(source, config)

@@ -170,8 +170,7 @@ def choose_tokens(
       multiple: the number of rows of the embedding is a multiple of it (64; 128 per way of a sharded vocabulary).
       always: further ids to keep (ids in config files, chat templates, label sets).
 
-    Raises:
-      UserError: ids beyond the vocabulary, or `size` is smaller than what must be kept.
+    Raises UserError for ids beyond the vocabulary, or if `size` is smaller than what must be kept.
     """
     known = {*subwords.tokens, *subwords.added}
     beyond = sorted(set(used) - known)

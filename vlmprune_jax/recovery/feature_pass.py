@@ -93,8 +93,7 @@ def compute_features(
       mesh: where the tower is computed.
       progress: called with the number of finished pictures.
 
-    Raises:
-      UserError: an image cannot be read, the disk is full, or the processes see different folders.
+    Raises UserError if an image cannot be read, the disk is full, or the processes see different folders.
     """
     mine = _share(loader, pictures, on_error)
     queue, local = _Queue(loader, mine, on_error, threads), len(rows_of_process(mesh, batch_size))

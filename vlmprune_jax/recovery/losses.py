@@ -66,8 +66,7 @@ class LossTerms(UserDict[str, LossTerm]):
           config: weights of the terms; a `RecoverConfig` also sets the precision (default: the model's own).
           teacher, plan: see `recover`.
 
-        Raises:
-          UserError: terms, teacher or batch do not fit.
+        Raises UserError if terms, teacher or batch do not fit.
         """
         loss, dtype = (config.losses, config.compute_dtype) if isinstance(config, RecoverConfig) else (config, None)
         theirs = None if teacher is None else teacher.cfg

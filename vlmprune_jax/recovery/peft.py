@@ -53,8 +53,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
       base_dir: folder of the model that was trained.
       trained: flat paths of all trained parameters; other trained modules (the projector) are written in full.
 
-    Raises:
-      UserError: the model has no adapters, the vision tower was trained, or `base_dir` has no config.
+    Raises UserError if the model has no adapters, the vision tower was trained, or `base_dir` has no config.
     """
     lora = model.cfg.lora
     if lora is None:

@@ -53,8 +53,7 @@ def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
     Returns:
       The page's path.
 
-    Raises:
-      UserError: nothing of a run is there, or a file is damaged.
+    Raises UserError if nothing of a run is there, or a file is damaged.
     """
     path = workdir / RESULT
     if path.exists() or path.is_symlink():

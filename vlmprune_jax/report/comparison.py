@@ -60,8 +60,7 @@ NOTES = (
 def build_comparison(workdir: Path) -> Path:
     """Write a sweep's comparison page `sweep.html` (one self-contained file); return its path.
 
-    Raises:
-      UserError: `sweep.json` is missing or damaged.
+    Raises UserError if `sweep.json` is missing or damaged.
     """
     sweep = read_sweep(workdir)
     groups = groups_of(sweep)

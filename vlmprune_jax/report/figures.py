@@ -123,8 +123,7 @@ def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
     """Plot importance scores, and mark the layers and heads that a plan removes.
 
-    Raises:
-      UserError: the scores are too many for a figure, or of a stack that the plan does not have.
+    Raises UserError if the scores are too many for a figure, or of a stack that the plan does not have.
     """
     if plan is not None and scores.stack not in plan.stacks:
         raise UserError(f"{scores.criterion} scores are for the {scores.stack} stack, which the plan does not contain")

@@ -31,8 +31,7 @@ from vlmprune_jax.workdir.ledger import Job, run_job
 def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[str, Evaluated]:
     """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
 
-    Raises:
-      UserError: see `Server`; the run has several processes, or there are only texts.
+    Raises UserError as `Server` does, or if the run has several processes, or there are only texts.
     """
     if process_count() > 1:
         raise UserError("--server works with one process only: run the command without --coordinator")

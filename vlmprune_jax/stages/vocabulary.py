@@ -73,8 +73,7 @@ def report_vocabulary(work: Work, config: VocabularyConfig, vocabulary: KeptVoca
 def parse_size(text: str) -> int:
     """Convert a vocabulary size such as "16384" or "16k" (k = 1,024) to a number of tokens.
 
-    Raises:
-      UserError: another form.
+    Raises UserError for text of another form.
     """
     found = re.fullmatch(r"(\d{1,9})(k?)", text.strip().lower())
     if found is None or not int(found[1]):

@@ -58,8 +58,7 @@ class Hyper:
     def zipit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[Point]:
         """Combine the lists of runs elementwise: first with first, second with second.
 
-        Raises:
-          UserError: the sweeps have different lengths.
+        Raises UserError if the sweeps have different lengths.
         """
         lengths = [len(runs) for runs in sweeps]
         if len(set(lengths)) > 1:
@@ -113,8 +112,7 @@ class SweepRun:
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     """Convert overrides from a config file to sweep runs, in the same order.
 
-    Raises:
-      UserError: not a list of overrides, or empty; a setting or value does not exist; or two runs have the same name.
+    Raises UserError if it is no list of overrides or empty, a setting or value does not exist, or two names are equal.
     """
     if not isinstance(points, list | tuple) or not all(isinstance(point, Mapping) for point in points):
         raise UserError(

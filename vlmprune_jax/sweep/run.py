@@ -81,8 +81,7 @@ def _below(folder: str, made_from: Any) -> str:
 def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     """Run all stages of one sweep run and write `run.json`; an interrupted run resumes.
 
-    Raises:
-      UserError: a stage refuses its settings or inputs.
+    Raises UserError if a stage refuses its settings or inputs.
     """
     folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))

@@ -46,8 +46,7 @@ MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU
 def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     """Check the settings of all sweep runs before the first one starts.
 
-    Raises:
-      UserError: see `check_experiment`; runs have different evaluation sets; or `jobs` is not possible.
+    Raises UserError as `check_experiment` does, or if runs have different evaluation sets, or `jobs` is not possible.
     """
     if jobs < 1 or (jobs > 1 and process_count() > 1):
         raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
@@ -66,8 +65,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
     """Return shard `i/n` of the runs: every n-th run, starting with the i-th.
 
-    Raises:
-      UserError: not of the form i/n with 1 <= i <= n.
+    Raises UserError unless it has the form i/n with 1 <= i <= n.
     """
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
     number, count = map(int, found.groups()) if found else (0, 0)
@@ -79,8 +77,7 @@ def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
 def runs_named(runs: Sequence[SweepRun], pattern: str) -> list[SweepRun]:
     """Return the runs whose names match a pattern with * and ?; "" matches all.
 
-    Raises:
-      UserError: no run matches.
+    Raises UserError if no run matches.
     """
     matches = [run for run in runs if not pattern or fnmatch.fnmatchcase(run.name, pattern)]
     if not matches:
@@ -106,8 +103,7 @@ def run_sweep(
     in sequence in this process, or together by all processes of a pod. `page` writes the comparison page, `table` makes
     the table that is printed.
 
-    Raises:
-      UserError: some runs failed.
+    Raises UserError if some runs failed.
     """
     digest_once.cache_clear()  # files may have changed since another command of this process
     mine, written = shard_of(runs_named(runs, only), shard), time.monotonic()
@@ -216,8 +212,7 @@ def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResu
 def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """Print which runs failed, and the paths of the comparison files.
 
-    Raises:
-      UserError: a run of this call failed.
+    Raises UserError if a run of this call failed.
     """
     names = {run.name for run in mine}
     failed = [entry for entry in found.models if entry.status == FAILED]

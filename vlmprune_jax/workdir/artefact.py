@@ -44,8 +44,7 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
       kind: the class that it must hold.
       missing: what to say if there is no such file.
 
-    Raises:
-      UserError: the file is missing, too large, damaged, of another format, or holds something else.
+    Raises UserError if the file is missing, too large, damaged, of another format, or holds something else.
     """
     value = read_json(path, missing=missing, todo=kind.HINT, most=kind.MAX_BYTES, unicode=False)
     ours, found = kind.__struct_config__.tag, value.get("format")

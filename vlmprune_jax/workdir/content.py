@@ -52,8 +52,7 @@ def digest(path: Path | str, *, every_byte: bool = False) -> str:
 
     Files whose names begin with a dot are left out. A text describes something elsewhere and is hashed itself.
 
-    Raises:
-      UserError: nothing is there.
+    Raises UserError if nothing is there.
     """
     total = hashlib.sha256()
     if isinstance(path, str):

@@ -252,7 +252,6 @@ def recovery_label(recovery: str, *, reconstructed: bool) -> str:
 def read_result(workdir: Path) -> Result:
     """Read `result.json`.
 
-    Raises:
-      UserError: see `read_artefact`; or the file names something outside the workdir.
+    Raises UserError as `read_artefact` does, or if the file names something outside the workdir.
     """
     return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")

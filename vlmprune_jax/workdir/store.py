@@ -80,8 +80,7 @@ class Store:
 def _link(source: Path, target: Path) -> None:
     """Hard-link a file, or the files of a folder.
 
-    Raises:
-      UserError: a link is among them.
+    Raises UserError if a link is among them.
     """
     if source.is_symlink():
         raise UserError(

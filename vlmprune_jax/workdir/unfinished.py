@@ -106,8 +106,7 @@ class Unfinished:
 def read_unfinished(workdir: Path) -> Unfinished:
     """Read the finished part of an unfinished run.
 
-    Raises:
-      UserError: nothing of a run is there, or a file is damaged.
+    Raises UserError if nothing of a run is there, or a file is damaged.
     """
     try:
         workdir.stat()

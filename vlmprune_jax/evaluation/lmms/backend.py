@@ -118,8 +118,7 @@ class Backend(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return greedy answers to lmms-eval requests; stop texts (`until`) are ignored, as in its transformers models.
 
-        Raises:
-          UserError: a request needs sampling or beam search, or has an input that the model does not take.
+        Raises UserError if a request needs sampling or beam search, or has an input that the model does not take.
         """
         start = time.perf_counter()
         groups: dict[int, list[int]] = {}
@@ -162,8 +161,7 @@ class VlmpruneJax(Backend):
       device, max_batch_size: options of lmms-eval for PyTorch; must not be set.
       settings: `SETTINGS` of the section `data`; the default prompt is that of the family (`template`, `system`).
 
-    Raises:
-      UserError: an argument or value is unknown, or the folder cannot be read.
+    Raises UserError if an argument or value is unknown, or the folder cannot be read.
     """
 
     def __init__(

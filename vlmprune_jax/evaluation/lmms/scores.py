@@ -86,8 +86,7 @@ def sets_of(
       samples: {metric: entry}, one per question.
       higher_is_better: by metric; True for metrics that are missing.
 
-    Raises:
-      UserError: the task has no value (lmms-eval leaves none when a task fails).
+    Raises UserError if the task has no value (lmms-eval leaves none when a task fails).
     """
     if not samples or not values or not all(math.isfinite(value) for value in values.values()):
         raise UserError(

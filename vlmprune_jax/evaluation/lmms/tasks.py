@@ -37,8 +37,7 @@ _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
     """Return the folder of a user's task file (None: built into lmms-eval), and {name: file or data set} that it reads.
 
-    Raises:
-      UserError: its data set does not exist.
+    Raises UserError if its data set does not exist.
     """
     folder = None if spec.tasks_path is None else Path(spec.tasks_path)
     if folder is not None and not folder.is_dir():
@@ -121,8 +120,7 @@ def ask_task(
 def _evaluated(spec: EvaluateSpec, task: str, files: Path | None, backend: Any, scratch: Path) -> dict[str, Any]:
     """Run lmms-eval on one task and return its raw results.
 
-    Raises:
-      UserError: it does not know the task, or fails.
+    Raises UserError if it does not know the task, or fails.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager

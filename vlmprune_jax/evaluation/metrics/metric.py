@@ -87,8 +87,7 @@ class Metric:
     def score_all(self, predictions: Sequence[str], records: Sequence[Record]) -> list[Scores]:
         """Return the scores of every answer, {name: value} each.
 
-        Raises:
-          UserError: this is a metric of text, or `score` fails; names the record.
+        Raises UserError if this is a metric of text, or `score` fails; names the record.
         """
         if self.score is None:
             raise UserError(f'metric "{self.main}": scores a text, not answers to questions: choose another metric')
@@ -106,8 +105,7 @@ class Metric:
     def values(self, scores: Sequence[Scores], records: Sequence[Record]) -> Values:
         """Return the metric's values over all answers, after checking them.
 
-        Raises:
-          UserError: `aggregate` fails, does not return `main`, or returns NaN.
+        Raises UserError if `aggregate` fails, does not return `main`, or returns NaN.
         """
         try:
             values = {name: float(value) for name, value in self.aggregate(scores, records).items()}

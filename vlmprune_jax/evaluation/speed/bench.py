@@ -119,8 +119,7 @@ def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tup
 
     Returns: the machine's load average before, and the measurements.
 
-    Raises:
-      UserError: an engine does not load its model, or ends.
+    Raises UserError if an engine does not load its model, or ends.
     """
     load = round(os.getloadavg()[0], 1)
     with contextlib.ExitStack() as stack:

@@ -122,8 +122,7 @@ class _Stamps:
 class InLlamaCpp:
     """Program that runs llama.cpp's server code in this process; prompt tokens and times are llama.cpp's own numbers.
 
-    Raises:
-      UserError: it does not load the file, does not answer, or an image fills the whole prompt.
+    Raises UserError if it does not load the file, does not answer, or an image fills the whole prompt.
     """
 
     def __init__(self, job: Job):

@@ -28,8 +28,7 @@ def measure_speed(
       models: models by name; all must fit in memory together.
       config: workload; `options` override single settings of `SpeedConfig`.
 
-    Raises:
-      UserError: see `SpeedConfig.check` and `Stopwatch.read`.
+    Raises UserError as `SpeedConfig.check` and `Stopwatch.read` do.
     """
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:

@@ -72,8 +72,7 @@ def gradient_channels(
       progress: called with the number of finished layers.
       cache: saves an eighth of the layers at a time, and on `Stopped`, for an interrupted pass to continue from.
 
-    Raises:
-      UserError: no label at all.
+    Raises UserError if no batch has a label.
     """
     data = _stack(batches, 1 if squares else rows_per_step)
     labels = (data["labels"][..., 1:] != IGNORED).sum(axis=-1)  # int[steps, rows]; the first position is not predicted

@@ -55,8 +55,7 @@ def greedy_loss(
       search: number of layers to search for, default half; the others follow by their last cost.
       cache: keeps the loss of every trial, for an interrupted search to continue from.
 
-    Raises:
-      UserError: options out of range, too few rows to solve for, or a loss that is not finite.
+    Raises UserError for options out of range, too few rows to solve for, or a loss that is not finite.
     """
     n_layers = len(model.cfg.text.layers)
     most = n_layers - max(1, model.cfg.deepstack)  # features of the tower go to so many layers

@@ -47,8 +47,7 @@ def tower_channels(
     Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
     with 0 after every step before.
 
-    Raises:
-      UserError: no image, or no label in a batch that has one.
+    Raises UserError if no batch has an image, or none with an image has a label.
     """
     mesh, cfg = mesh_of(model.params), model.cfg
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
