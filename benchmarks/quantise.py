@@ -118,7 +118,7 @@ def easyvqa(options: argparse.Namespace, work: Path) -> Subject:
 
 def make(subject: Subject, cut: str) -> vp.Model:
     """Return the model of a row: pruned, and reconstructed if the row says so, on the calibration records."""
-    model, plan = vp.load(subject.source), CUTS[cut]
+    model, plan = vp.load(subject.source), CUTS[cut.removesuffix(", reconstructed")]
     if plan is None:
         return model
     criterion = "block_influence" if plan["method"] == "depth" else "taylor"

