@@ -98,6 +98,9 @@ def test_bytes_are_kept_to(folder, tmp_path, capsys):
         plan = predict_plan(experiment_of(path), cfg)
         assert 0.7 * whole < 2 * plan.parameters_after <= 0.8 * whole
         assert "asked: 20 % of all parameters" in out
+        assert 'instead, if only the size matters: export the unpruned model with export.quantize="w8a16"' in out
+    assert 'export.quantize="w4a16"' in told(capsys, f"--model={folder}", f"--bytes={0.5 * whole:.0f}")
+    assert "export.quantize" not in told(capsys, f"--model={folder}", "--ratio=0.5")
     assert f"the unpruned weights have only {whole:,} bytes in bfloat16, so no pruning is needed" in failing(
         capsys, f"--model={folder}", "--bytes=2GB"
     )

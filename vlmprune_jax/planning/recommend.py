@@ -44,7 +44,7 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 class Advice:
     """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
-    `bench`: speeds measured on this machine, shown instead of the guide's speeds.
+    `bench`: speeds measured on this machine, shown instead of the guide's speeds; `most_bytes`: the size asked for.
     """
 
     folder: str
@@ -53,6 +53,7 @@ class Advice:
     plans: dict[str, PrunePlan]
     config: str
     bench: Bench | None = None
+    most_bytes: float | None = None
 
 
 def parse_bytes(text: str) -> float:
@@ -145,7 +146,7 @@ def advise(
             plans[method] = predict_plan(override(Experiment(), merge(found.recipe, variant, {"prune": target})), cfg)
     model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
     told = found if measured is None else dataclasses.replace(found, speed=())
-    return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured)
+    return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured, most_bytes)
 
 
 def as_lines(advice: Advice) -> list[str]:
@@ -157,6 +158,7 @@ def as_lines(advice: Advice) -> list[str]:
         f"asked: {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of the decoder)",
         "",
         *_vocabulary_lines(advice),
+        *_integer_lines(advice),
     ]
     headline, *rest = advice_lines(found)
     sizes = []
@@ -249,6 +251,25 @@ def _vocabulary_lines(advice: Advice) -> list[str]:
         f"  sizes: vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k",
         "",
     ]
+
+
+def _integer_lines(advice: Advice) -> list[str]:
+    """Return advice to quantise the unpruned model if its integers are as small as the size asked for.
+
+    The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
+    """
+    cfg = advice.cfg
+    layers = count_params(cfg, "text") - vocabulary_share(cfg) * count_params(cfg)
+    for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
+        size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
+        if advice.most_bytes is not None and size <= advice.most_bytes:
+            return [
+                f'instead, if only the size matters: export the unpruned model with export.quantize="{quantize}" '
+                f"(about {size / 1e9:.3g} GB): of equal size, quantised models were better than pruned ones",
+                "  from: docs/explanation/results.md, Quantisation (SmolLM2-135M, with and without training)",
+                "",
+            ]
+    return []
 
 
 def commands(advice: Advice, config: str) -> list[str]:
