@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     if variant == "quick":
         config.evaluate.questions = 256
-        config.recover.steps = 2
+        config.recover.steps, config.recover.epochs = 2, 1.0
         config.score.samples = 32
         config.reconstruct.samples = 32
     return config

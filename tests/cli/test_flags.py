@@ -118,3 +118,8 @@ def test_every_spelling_of_a_setting_replaces_that_of_a_variant(config_file):
     spellings = ["--config.data.threads=2", "-config.prune.ratio", "0.4", "--noconfig.data.truncate"]
     found = parse("run", StageCommand("run"), [f"--config={config_file}", *spellings])
     assert found.explicit == ["data.threads", "prune.ratio", "data.truncate"]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--only=width"])
+def test_a_report_is_of_all_models(capsys, tmp_path, flag):
+    assert "leave --dry_run and --only out" in failing(capsys, "report", f"--workdir={tmp_path}", flag)

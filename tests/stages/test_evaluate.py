@@ -196,6 +196,8 @@ def test_a_set_has_its_own_settings_or_those_of_all():
         ({"sets": {"a": 3}}, "config.evaluate.sets.a=3: is a section"),
         ({"sets": {"a": {"max_new_tokens": 0}}}, "evaluate.sets.max_new_tokens=0 must be at least 1"),
         ({"sets": {"a": {"text": "t", "data": "d"}}}, "a set cannot have both a text (t) and questions"),
+        ({"sets": {"a": {"text": "t", "max_new_tokens": 9}}}, "a set cannot have both a text (t) and questions"),
+        ({"sets": {"a": {"data": "d", "text_window": 9}}}, "evaluate.sets: text_window=9 needs a text"),
         ({"sets": {"a/b": {}}}, "the name 'a/b' is used as a file name: use only letters, digits, _ and -"),
         ({"sets": {"a": {"metric": "exact"}}}, "evaluate.sets.a.metric 'exact' is not one of exact_match, "),
         ({"sets": {"a": {"metric": "perplexity"}}}, "metric perplexity scores a text, but the set has questions"),

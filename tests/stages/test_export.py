@@ -3,6 +3,7 @@
 import json
 import shutil
 from importlib import resources
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,16 @@ from hf_cases import copy_llava, keep_layers
 from PIL import Image
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import override
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import choose_variants
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.prune import prune_folder
+from vlmprune_jax.stages import pipeline
+from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.work import Context
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -141,3 +150,21 @@ def test_integers_by_command(tmp_path, capsys):
     assert main([*command, "--config.export.rounding=gptq", "--config.export.quantize=none"]) == 2
     said = "rounding='gptq' is an option of format 'compressed-tensors', not of 'huggingface'"
     assert said in capsys.readouterr().err
+
+
+def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):
+    found = SimpleNamespace(runs=[SimpleNamespace(path=f"{name}/pruned") for name in ("depth", "width")], sets={})
+    exported = []
+    monkeypatch.setattr(pipeline, "read_result", lambda _: found)
+    monkeypatch.setattr(pipeline, "best_run", lambda runs, _: runs[0])
+    monkeypatch.setattr(Pipeline, "_export_run", lambda _, run, __: exported.append(run.path))
+    (tmp_path / "result.json").touch()
+    variants = {name: {"prune": {"method": name}} for name in ("depth", "width", "hybrid")}
+    experiment = override(Experiment(), {"prune_variants": variants})
+    for only in ("", "width"):
+        Pipeline(choose_variants(experiment, only), Context(workdir=tmp_path, reporter=make_reporter(False))).export()
+    assert exported == ["depth/pruned", "width/pruned"]
+    with pytest.raises(UserError, match="has no model of these variants"):
+        Pipeline(
+            choose_variants(experiment, "hybrid"), Context(workdir=tmp_path, reporter=make_reporter(False))
+        ).export()

@@ -50,7 +50,8 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
     code, out = run("--dry_run", "--config.score.samples=64", "--config.mesh.data=8", "--config.recover.batch_size=8")
     assert code == 2  # six records do not fill a batch of eight rows
     assert "6 training records in 1 epochs fill no batch of 8 rows" in out
-    code, out = run("--dry_run", "--config.score.samples=64", "--config.data.fraction=0.7")
+    idle = ["--config.recover.lora.rank=4", "--config.recover.lora.alpha=8"]
+    code, out = run("--dry_run", "--config.score.samples=64", "--config.data.fraction=0.7", *idle)
     assert code == 0, out
     first, *lines = out.splitlines()
     assert first.startswith("  cpu: ")
@@ -63,9 +64,10 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
         "  control/recover: 4 of 6 records, 2 steps of 2 rows (the unpruned model, for comparison: "
         "recover.control=False leaves it out)",
         "  export as huggingface, reloaded and compared in torch",
+        "  no effect: recover.lora.rank, recover.lora.alpha, because recover.trainable='projector' trains no adapters",
     ]
     assert not (tmp_path / "w").exists()
-    code, out = run("--dry_run", command="prune")
+    code, out = run("--dry_run", *idle, command="prune")
     assert (code, out.splitlines()[1:]) == (0, ["  prune"])
 
 

@@ -63,8 +63,9 @@ def test_answers_of_a_server_are_kept_and_scored(tmp_path, url, capsys):
     flags = ["evaluate", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}"]
     server = f"--server=http://127.0.0.1:{url.server_port}/v1"
     for _ in range(2):
-        assert main([*flags, server]) == 0, capsys.readouterr().err
+        assert main([*flags, server, "--config.data.system=Be brief."]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
+    assert "  no effect: data.system, because the server has" in out
     assert "serves runs/a model: its answers go to eval/served-runs-a-model*.json" in out
     assert "wiki: not evaluated" in out
     assert "evaluate served-runs-a-model colour: unchanged, skipped" in out
@@ -74,5 +75,7 @@ def test_answers_of_a_server_are_kept_and_scored(tmp_path, url, capsys):
     assert found.mean_generated_tokens == 2
     lines = (tmp_path / "w/eval" / found.answers).read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["r0", "r1", "r2"]
+    assert main([*flags, server, "--dry_run"]) == 2
+    assert "--dry_run is not supported with --server" in capsys.readouterr().err
     assert main([*flags, "--server=ftp://x"]) == 2
     assert "--server=ftp://x: must be an address" in capsys.readouterr().err

@@ -79,6 +79,7 @@ def run_command(name: str, flags: Any) -> None:
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
     from vlmprune_jax.stages.served import evaluate_server
+    from vlmprune_jax.stages.unused import unused_settings
 
     if name == "report":
         _report(flags)
@@ -88,9 +89,14 @@ def run_command(name: str, flags: Any) -> None:
     experiment, context = prepare(flags)
     pipeline = Pipeline(experiment, context)
     if name == "evaluate" and flags.server is not None:
+        if flags.dry_run:
+            raise UserError("--dry_run is not supported with --server: leave one of them out")
         evaluate_server(pipeline.work(), pipeline.sections, flags.server)
         return
     preflight(pipeline, name)
+    work, sections = pipeline.work(), () if name == "run" else ("model", *STAGES[name].sections)
+    for why, settings in unused_settings(experiment, work.config(work.teacher), sections).items():
+        context.say(f"  no effect: {', '.join(settings)}, because {why}")
     if flags.dry_run:
         return
     if name == "run":
@@ -113,6 +119,8 @@ def _report(flags: Any) -> None:
 
     if not flags.workdir:
         raise UserError("no workdir given: add --workdir=DIR, the workdir of a finished or unfinished `vlmprune run`")
+    if flags.dry_run or flags.only:
+        raise UserError("vlmprune report writes the page of all models: leave --dry_run and --only out")
     finish(Context(workdir=to_workdir(flags.workdir), reporter=make_reporter(True), overwrite=flags.overwrite))
 
 

@@ -36,11 +36,14 @@ class EvaluationSetSpec:
 
     def __post_init__(self) -> None:
         check_settings("evaluate.sets", self)
-        if self.text is not None and (self.data or self.images or self.prompt_suffix or self.questions):
+        of_questions = (self.data, self.images, self.prompt_suffix, self.questions, self.max_new_tokens)
+        if self.text is not None and any(of_questions):
             raise UserError(
                 f"evaluate.sets: a set cannot have both a text ({self.text}) and questions: remove text, or data, "
-                "images, prompt_suffix and questions"
+                "images, prompt_suffix, questions and max_new_tokens"
             )
+        if self.text is None and self.text_window is not None:
+            raise UserError(f"evaluate.sets: text_window={self.text_window} needs a text: set text, or remove it")
 
 
 @dataclass(frozen=True)

@@ -241,14 +241,19 @@ class Pipeline:
         return speed.medians()
 
     def export(self) -> None:
-        """Export the best model in `result.json`; without that file, the workdir's last model.
+        """Export the best model of these variants in `result.json`; without that file, the workdir's last model.
 
         Raises UserError if there is none.
         """
         workdir = self.context.workdir
         if (workdir / RESULT).is_file():
-            result = read_result(workdir)
-            self._export_run(best_run(result.runs, result.sets), result)
+            result, paths = read_result(workdir), {step.path for step in self.steps() if step.makes_model}
+            runs = [run for run in result.runs if run.path in paths]
+            if not runs:
+                raise UserError(
+                    f"{workdir / RESULT}: has no model of these variants: run `vlmprune run` for them first"
+                )
+            self._export_run(best_run(runs, result.sets), result)
             return
         made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
         made = [step for step in made if step.work.folder == workdir and step.work.pruned]

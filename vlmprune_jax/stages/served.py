@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.distributed.mesh import process_count
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
@@ -27,6 +28,11 @@ from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.evaluation import Evaluated, evaluation_file
 from vlmprune_jax.workdir.ledger import Job, run_job
 
+UNUSED = (
+    *(("data", name) for name in ("template", "system", "min_tiles", "max_tiles", "thumbnail", "max_image_tokens")),
+    *(("evaluate", name) for name in ("max_length", "tasks")),
+)  # settings of evaluation that a server does not get
+
 
 def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[str, Evaluated]:
     """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
@@ -38,6 +44,10 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[s
     spec, server, found = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
     name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
     work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
+    declared = {place: settings_of(sections[place]) for place in ("data", "evaluate")}
+    unused = [f"{at}.{name}" for at, name in UNUSED if getattr(sections[at], name) != declared[at][name].default]
+    if unused:
+        work.say(f"  no effect: {', '.join(unused)}, because the server has its own template and limits")
     for key, of in evaluation_sets(sections["data"], spec).items():
         if of.text is not None:
             work.say(f"  {key}: not evaluated, because a server does not return log-likelihoods of a text")

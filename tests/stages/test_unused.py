@@ -1,0 +1,80 @@
+"""Settings that change nothing are named with the reason, and no others are."""
+
+import dataclasses
+
+import pytest
+from repository import ROOT
+
+from vlmprune_jax.cli.flags import load_file, locate
+from vlmprune_jax.core.settings import nested, override
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.stages.unused import unused_settings
+
+WIDTH = {"prune.method": "width", "score.width": "l1"}
+TRIMMED = {"prune.vocabulary.size": 300}
+
+
+@pytest.fixture(scope="module")
+def cfg(goldens):
+    return read_config(goldens / "ckpt/llava_hf")[1]
+
+
+def unused(cfg, changes, sections=()):
+    found = unused_settings(override(Experiment(), nested(Experiment(), changes)), cfg, sections)
+    return sorted(name for names in found.values() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"score.variant": "param_mix", "score.reference_compat": True}, "score.variant"),
+        (WIDTH | {"score.image_weight": 0.1, "score.samples": 9, "score.seed": 1},
+         "score.image_weight score.samples score.seed"),
+        ({"prune.method": "width", "score.depth": "angular", "score.memory_budget": 9}, "score.depth"),
+        ({"score.width": "l1", "score.options": {"candidates": 3}}, "score.options score.width"),
+        (TRIMMED | {"prune.protect": (1,), "score.samples": 9}, "prune.protect score.samples"),
+        ({"prune.ratio": 0.2, "prune.vocabulary.bits": False}, "prune.vocabulary.bits"),
+        ({"prune.layers_removed": 1, "prune.rounding": "at_least"}, "prune.rounding"),
+        (WIDTH | {"prune.heads": "keep", "prune.attn_layers": (1, 2), "prune.mlp_layers": (1, 2)}, "prune.attn_layers"),
+        ({"prune.deepstack": "move", "prune.producers": "redirect"}, "prune.deepstack prune.producers"),
+        ({"prune.budget.flops": 1e9, "prune.budget.context": 99, "prune.budget.batch": 2}, "prune.budget.batch"),
+        ({"prune.budget.step_ms": 9, "prune.budget.slice": "v5e:2x4", "prune.budget.images": 2}, ""),
+        ({"reconstruct.samples": 9, "reconstruct.refit": True}, "reconstruct.refit reconstruct.samples"),
+        ({"reconstruct.samples": 9, "export.quantize": "w8a16", "export.rounding": "gptq"}, ""),
+        ({"recover.steps": 3, "recover.epochs": 2.0, "data.seed": 1}, "data.seed recover.epochs"),
+        ({"recover.trainable": "decoder", "recover.lora.rank": 4}, "recover.lora.rank"),
+        ({"recover.teacher_cache": "t", "recover.teacher_top_k": 9}, "recover.teacher_cache recover.teacher_top_k"),
+        ({"recover.losses.kl": 1.0, "recover.losses.temperature": 3.0, "recover.teacher_top_k": 9},
+         "recover.teacher_top_k"),
+        ({"recover.losses.l2_layers": (1,), "recover.losses.temperature": 3.0, "recover.losses.teacher_inputs": "own"},
+         "recover.losses.l2_layers recover.losses.teacher_inputs recover.losses.temperature"),
+        ({"recover.method": "none", "recover.teacher_cache": "t", "data.fraction": 0.1},
+         "data.fraction recover.teacher_cache"),
+        ({"evaluate.tasks_data": "d", "evaluate.text_window": 99}, "evaluate.tasks_data evaluate.text_window"),
+        ({"evaluate.sets": {"a": {"data": "a.json", "metric": "pope"}}, "data.eval": "b", "evaluate.metric": "mme",
+          "evaluate.max_length": 9}, "data.eval evaluate.metric"),
+        ({"evaluate.sets": {"a": {"text": "a.txt"}}, "data.eval": "b", "evaluate.text_window": 99}, "data.eval"),
+        ({"model.vision_dir": "tower", "data.aspect_ratio": "square"}, "model.vision_dir"),
+        ({"export.format": "gguf", "export.rolled_positions": True, "speed.batch_size": 2}, "speed.batch_size"),
+        ({"recover_variants": {"a": {"recover": {"steps": 3}}, "b": {"recover": {"epochs": 2.0}}}}, ""),
+        ({"recover_variants": {"a": {"recover": {"steps": 3, "epochs": 2.0}}, "b": {"recover": {"steps": 1}}}},
+         "recover.epochs"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect(cfg, changes, names):
+    assert unused(cfg, changes) == names.split()
+
+
+def test_a_decoder_takes_no_images(cfg):
+    decoder = dataclasses.replace(cfg, vision=None, projector=None, family="llama", layout="transformers")
+    changes = {"data.max_image_tokens": 9, "data.max_length": 9, "recover.projector_learning_rate": 1e-3}
+    assert unused(decoder, changes) == ["data.max_image_tokens", "recover.projector_learning_rate"]
+    assert unused(decoder, changes, ("recover",)) == ["recover.projector_learning_rate"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_setting_of_a_shipped_config_counts(cfg, file):
+    for variant in ("", ":full", ":quick") if file.stem == "demo" else ("",):
+        config = load_file(locate(f"{file.stem}{variant}"))[1]
+        assert unused_settings(override(Experiment(), config.to_dict()), cfg) == {}

@@ -1,0 +1,142 @@
+"""Settings that have no effect on a run although they differ from their defaults, each with the reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.settings import settings_of
+from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.experiment.arguments import evaluation_sets, export_options
+from vlmprune_jax.experiment.options import options
+from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.families import family_of
+from vlmprune_jax.prune import CRITERIA
+from vlmprune_jax.prune.config import ScoreConfig
+from vlmprune_jax.recovery.objective import compares_logits, needs_teacher, on_hidden
+from vlmprune_jax.stages.score import criteria_of
+
+# (patterns of settings, separated by spaces; True if they have no effect; why)
+Rule = tuple[str, bool, str]
+
+
+def unused_settings(experiment: Experiment, cfg: ModelConfig, sections: Collection[str] = ()) -> dict[str, list[str]]:
+    """Return {reason: settings} for settings that differ from their defaults but change nothing in any variant.
+
+    `cfg`: the unpruned model. `sections`: only settings of these sections; () = of all.
+    """
+    runs = list[Experiment]()
+    for pruned in prune_runs(experiment, Path()):
+        runs += [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
+    # The name of a recovery is that of its variant.
+    names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
+    names = [name for name in names if not sections or name.partition(".")[0] in sections]
+    changed = [name for name in names if any(_value(run, name) != _value(Experiment(), name) for run in runs)]
+    reasons = [_reasons(run, cfg, changed) for run in runs]
+    found: dict[str, list[str]] = {}
+    for name in changed:
+        if all(name in one for one in reasons):
+            found.setdefault(reasons[0][name], []).append(name)
+    return found
+
+
+def _value(experiment: Experiment, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), experiment)
+
+
+def _reasons(one: Experiment, cfg: ModelConfig, names: list[str]) -> dict[str, str]:
+    """Return {setting: why it has no effect in this variant}."""
+    rules = [*_scoring(one), *_pruning(one, cfg), *_training(one, cfg), *_evaluation(one), *_model(one, cfg)]
+    found: dict[str, str] = {}
+    for patterns, idle, why in rules:
+        for name in names if idle else ():
+            if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+                found.setdefault(name, why)
+    return found
+
+
+def _scoring(one: Experiment) -> Iterator[Rule]:
+    score, method = one.score, one.prune.method
+    criteria = [*dict.fromkeys(criteria_of(score, one.prune).values())]
+    used = {name for criterion in criteria for name in CRITERIA[criterion].options_in(score)}
+    calibrates = any(CRITERIA[criterion].needs_batches for criterion in criteria)
+    yield "score.*", not criteria, "only the vocabulary is trimmed"
+    yield "score.depth", method == "width", 'prune.method="width" scores heads and neurons only'
+    yield "score.width", method == "depth", 'prune.method="depth" scores layers only'
+    of = f"the criterion {' and '.join(criteria)}"
+    for name in {*settings_of(ScoreConfig)} - {"seed", "options"}:
+        yield f"score.{name}", name not in used, f"{of} does not use it"
+    yield "score.options", not used & {*score.options}, f"{of} has none of these options"
+    yield "score.samples score.batch_size score.longest_text", not calibrates, f"{of} reads no records"
+    yield "score.seed", not calibrates and "seed" not in used, f"{of} reads no records"
+
+
+def _pruning(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    prune, budget, method = one.prune, one.prune.budget, one.reconstruct.method
+    chosen, values = choose_format(one.export.format, export_options(one.export))
+    of_rows = (budget.memory_bytes, budget.step_ms)
+    yield "prune.[!vl]*", prune.only_vocabulary, "only the vocabulary is trimmed"  # loads_in is checked nevertheless
+    yield "prune.rounding prune.depth_share", prune.layers_removed is not None, "prune.layers_removed is set"
+    yield "prune.attn_layers prune.heads_multiple", prune.heads == "keep", 'prune.heads="keep" removes no heads'
+    yield "prune.deepstack", not cfg.deepstack, "vision features enter no decoder layer of this model"
+    yield "prune.producers", not cfg.text.producers, "no layer of this model reuses keys and values of another layer"
+    yield "prune.budget.bench", budget.decode_ms is None, "prune.budget.decode_ms is not set"
+    yield "prune.budget.slice", budget.step_ms is None, "prune.budget.step_ms is not set"
+    yield "prune.budget.batch", of_rows == (None, None), "no limit on memory or step time is set"
+    unused = (*of_rows, budget.flops) == (None, None, None)
+    yield "prune.budget.context prune.budget.images", unused, "no limit on memory, FLOPs or step time is set"
+    yield "prune.vocabulary.*", prune.vocabulary.size is None, "prune.vocabulary.size is not set"
+    off = 'reconstruct.method="none" repairs no weights'
+    yield "reconstruct.readers reconstruct.refit reconstruct.held_out", method == "none", off
+    yield "reconstruct.*", method == "none" and chosen.calibration(values) is None, off
+
+
+def _training(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    recover, losses, data = one.recover, one.recover.losses, one.data
+    if recover.method == "none":
+        yield "recover.*_cache data.*_cache data.fraction data.group_by", True, 'recover.method="none" trains nothing'
+        return
+    taught = needs_teacher(losses)
+    yield "data.seed", data.fraction == 1, "data.fraction is 1"
+    yield "data.truncate", not (data.max_length or data.length_buckets), "data.max_length is not set"
+    yield "recover.epochs", recover.steps is not None, "recover.steps is set"
+    yield "recover.lora.*", recover.adapters is None, f"recover.trainable={recover.trainable!r} trains no adapters"
+    yield "recover.projector_learning_rate", cfg.projector is None, "this model has no projector"
+    yield "recover.teacher_*", not taught, "no loss needs a teacher"
+    yield "recover.teacher_top_k", recover.teacher_cache is None, "recover.teacher_cache is not set"
+    compares = compares_logits(losses) or bool(losses.extra)
+    yield "recover.losses.temperature recover.losses.kl_positions", not compares, "no loss compares logits"
+    yield "recover.losses.l2_layers", not on_hidden(losses), "no loss compares hidden states"
+    yield "recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
+    yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
+
+
+def _evaluation(one: Experiment) -> Iterator[Rule]:
+    spec, sets = one.evaluate, evaluation_sets(one.data, one.evaluate)
+    own = {name: spec.sets.get(name, EvaluationSetSpec()) for name in sets}
+    asked, texts = ([own[name] for name in sets if (sets[name].text is None) == of] for of in (True, False))
+    shared = "no set with questions uses it"
+    for name in ("metric", "prompt_suffix", "max_new_tokens", "questions"):
+        tasks = name == "questions" and spec.tasks
+        yield f"evaluate.{name}", not tasks and all(getattr(one, name) is not None for one in asked), shared
+    yield "data.eval", all(one.data is not None for one in asked), shared
+    yield "data.eval_images", all(one.images is not None for one in asked), shared
+    yield "evaluate.max_length", not (asked or spec.tasks), "no set has questions"
+    yield "evaluate.text_window", all(one.text_window is not None for one in texts), "no set with a text uses it"
+    yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
+
+
+def _model(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+    family, tower = family_of(cfg), cfg.vision
+    of_images = "max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens tile_buckets eval_images"
+    yield " ".join(f"data.{name}" for name in of_images.split()), tower is None, "this model takes no images"
+    yield "data.aspect_ratio", family.images != "whole", "this model does not make images square"
+    yield "model.vision_dir", not family.separate_vision, "the folder of this model has its vision tower"
+    yield "export.rolled_positions", tower is None or not tower.class_token, "no vision tower has a class token"
+    yield "speed.new_tokens speed.batch_size", not one.speed.rounds, "speed.rounds is 0"
