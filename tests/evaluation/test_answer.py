@@ -59,3 +59,8 @@ def test_wrong_arguments(goldens, folder, capsys, argv, message):
 def test_a_loaded_model_needs_its_folder(folder):
     with pytest.raises(vp.UserError, match="a model in memory has no tokenizer: pass source_dir="):
         vp.answer(vp.load(folder), None, QUESTION)
+
+
+def test_settings_that_no_question_has(folder):
+    with pytest.raises(vp.UserError, match="setting 'max_length' has no effect here"):
+        vp.questions(folder, [], max_length=9)

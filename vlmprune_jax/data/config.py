@@ -14,6 +14,11 @@ records_setting = functools.partial(setting, affects=_RECORDS)
 rows_setting = functools.partial(setting, affects=(*_RECORDS, "teacher_cache"))
 _TRAINING = ("score", "reconstruct", "recover")
 training_setting = functools.partial(setting, affects=_TRAINING)
+# Settings that change how a single record becomes a row of tokens and images, in any command.
+ROW_SETTINGS = (
+    *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
+    *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads"),
+)
 
 
 class Calibration(Protocol):

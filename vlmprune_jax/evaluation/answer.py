@@ -30,7 +30,7 @@ def questions(
     """Return question batches for `vp.evaluate`; each image is encoded once for all of its questions.
 
     Args:
-      hf_dir, images, vision_dir, settings: as for `vp.batches`.
+      hf_dir, images, vision_dir, settings: as for `vp.batches`, without max_length and truncate.
       records: a data file, or its entries, with the right answer as last turn or in "answers".
       batch_size: questions per batch.
       prompt_suffix: text after every question, such as "\\nAnswer the question using a single word or phrase."
@@ -63,7 +63,7 @@ def answer(
       source_dir: for a loaded model, the folder with its tokenizer and image processor.
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       max_new_tokens: maximum length of the answer.
-      settings: settings of the section `data`, such as template="vicuna_v1".
+      settings: settings of rows in the section `data`, such as template="vicuna_v1".
 
     Raises UserError for a loaded model without `source_dir`, an image that cannot be read, or a model that takes none.
     """

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.config import ROW_SETTINGS, DataSpec
 from vlmprune_jax.data.encoding import measure
 from vlmprune_jax.data.inputs import Inputs, load_inputs, training_records
 from vlmprune_jax.data.records import Record, make_records
@@ -23,9 +24,20 @@ Records = str | Path | Sequence[Mapping[str, Any]]
 
 
 def open_inputs(
-    hf_dir: str | Path, vision_dir: str | Path | None, images: str | Path | None, settings: Mapping[str, Any]
+    hf_dir: str | Path,
+    vision_dir: str | Path | None,
+    images: str | Path | None,
+    settings: Mapping[str, Any],
+    others: Collection[str] = (),
 ) -> tuple[ModelConfig, Inputs]:
-    """Return a model's config, and its tokenizer, prompt template and image processor, from a folder or hub id."""
+    """Return a model's config, and its tokenizer, prompt template and image processor, from a folder or hub id.
+
+    `settings`: of the section `data`. Raises UserError for all but those of single rows and `others`.
+    """
+    known = (*ROW_SETTINGS, "max_images", "image_buckets", "tile_buckets", *others)
+    for name in settings:
+        if name not in known:
+            raise UserError(f"setting {name!r} has no effect here{suggest(name, known)}")
     data = override(DataSpec(), {**settings, "images": None if images is None else os.fspath(images)}, "data")
     folder, tower = resolve(hf_dir), None if vision_dir is None else resolve(vision_dir)
     cfg = read_config(folder, tower)[1]
@@ -61,7 +73,7 @@ def batches(
       images: root folder of the image paths.
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
-      settings: settings of the section `data` in docs/reference/settings.md, such as max_length=2048.
+      settings: settings of rows in the section `data` of docs/reference/settings.md, such as max_length=2048.
 
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
@@ -72,15 +84,9 @@ def batches(
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings)
+    cfg, inputs = open_inputs(hf_dir, vision_dir, images, settings, ("max_length", "truncate"))
     data, read, encoder = inputs.data, to_records(records, inputs), inputs.training_encoder(cfg)
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
         encoder = dataclasses.replace(encoder, max_length=longest)
-    rows = train_batches(
-        read,
-        dataclasses.replace(encoder, length_buckets=None),
-        batch_size=batch_size,
-        threads=data.threads,
-    )
-    return list(rows)
+    return list(train_batches(read, encoder, batch_size=batch_size, threads=data.threads))

@@ -33,7 +33,7 @@ from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.data.batching import PREFETCH
-from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.config import ROW_SETTINGS, DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.inputs import Inputs, load_inputs
 from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
@@ -51,11 +51,6 @@ from vlmprune_jax.models.vlm import mesh_of as params_mesh
 NEW_TOKENS = 1024
 # What a prompt that fills the model's positions still gets: rotary ones go on.
 LEAST_NEW_TOKENS = 128
-# Settings of the section `data` for the conversion of a request to a row.
-SETTINGS = (
-    *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
-    *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads"),
-)
 Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -159,7 +154,7 @@ class VlmpruneJax(Backend):
       vision_dir: folder of the vision tower, if it is not in `pretrained`.
       data, fsdp, tensor: sizes of the device mesh.
       device, max_batch_size: options of lmms-eval for PyTorch; must not be set.
-      settings: `SETTINGS` of the section `data`; the default prompt is that of the family (`template`, `system`).
+      settings: `ROW_SETTINGS` of the section `data`; the default prompt is that of the family (`template`, `system`).
 
     Raises UserError if an argument or value is unknown, or the folder cannot be read.
     """
@@ -177,9 +172,9 @@ class VlmpruneJax(Backend):
         max_batch_size: int | None = None,
         **settings: Any,
     ) -> None:
-        unknown = next((name for name in settings if name not in SETTINGS), None)
+        unknown = next((name for name in settings if name not in ROW_SETTINGS), None)
         if unknown is not None:
-            known = ("pretrained", "batch_size", "dtype", "vision_dir", "data", "fsdp", "tensor", *SETTINGS)
+            known = ("pretrained", "batch_size", "dtype", "vision_dir", "data", "fsdp", "tensor", *ROW_SETTINGS)
             raise UserError(f"--model_args: vlmprune_jax has no argument {unknown!r}{suggest(unknown, known)}")
         if not pretrained:
             raise UserError("--model_args: vlmprune_jax needs pretrained=DIR, a Hugging Face model folder")
