@@ -88,7 +88,10 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
     assert "Traceback (most recent call last)" in said
 
 
-@pytest.mark.parametrize(("command", "then"), [("bench", "begins anew"), ("report", "continues with what is left")])
+@pytest.mark.parametrize(
+    ("command", "then"),
+    [("bench", "begins anew"), ("plan", "begins anew"), ("report", "continues with what is left")],
+)
 def test_what_an_interruption_costs(capsys, monkeypatch, command, then):
     place = "stages.run_command" if command == "report" else f"{command}.run"
     monkeypatch.setattr(f"vlmprune_jax.cli.{place}", raising(KeyboardInterrupt()))

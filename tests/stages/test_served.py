@@ -76,6 +76,6 @@ def test_answers_of_a_server_are_kept_and_scored(tmp_path, url, capsys):
     lines = (tmp_path / "w/eval" / found.answers).read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["r0", "r1", "r2"]
     assert main([*flags, server, "--dry_run"]) == 2
-    assert "--dry_run is not supported with --server" in capsys.readouterr().err
+    assert "--dry_run and --only are not for models behind --server" in capsys.readouterr().err
     assert main([*flags, "--server=ftp://x"]) == 2
     assert "--server=ftp://x: must be an address" in capsys.readouterr().err

@@ -14,6 +14,8 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.report import comparison
 from vlmprune_jax.sweep import run as sweep_run
 from vlmprune_jax.sweep import sweep as stages
+from vlmprune_jax.sweep.hyper import sweep_runs
+from vlmprune_jax.sweep.run import Sweep
 from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.sweep import read_sweep
 
@@ -173,7 +175,12 @@ def test_runs_are_chosen_by_their_names(sweep, capsys):
             "return [{'prune.ratio': 0.1}, {'evaluate.metric': 'vqa_accuracy'}]",
             "its evaluation sets differ from those of",
         ),
-        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting for every run"),
+        (("--config.prune.ratio=0.2",), BODY, "--config.prune.ratio: get_hyper sets this setting too"),
+        (
+            ("--config.recover.lora.rank=4",),
+            "return [{'recover.lora': {'rank': 3}}]",
+            "--config.recover.lora.rank: get_hyper sets this setting too",
+        ),
         (("--jobs=0",), BODY, "--jobs=0: must be at least 1"),
         (("--shard=5",), BODY, "--shard=5: must be i/n"),
         (("--only=decoder=*",), BODY, "--only=decoder=*: no run matches (the first is ratio=0.1)"),
@@ -184,6 +191,14 @@ def test_what_cannot_be_is_refused_before_anything_runs(sweep, capsys, flags, bo
     assert told in capsys.readouterr().err
     assert sweep.ran == []
     assert not sweep.workdir.exists()
+
+
+def test_runs_with_other_tasks_cannot_be_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmprune_jax.experiment.arguments.importlib.util.find_spec", lambda _: True)
+    runs = sweep_runs(Experiment(), [{"evaluate.tasks": ("pope",)}, {"evaluate.tasks": ("pope", "mme")}])
+    stages.check_runs(runs[:1], Sweep(tmp_path, "x.py", False), 1)
+    with pytest.raises(UserError, match="run tasks=pope-mme: its evaluation sets differ from those of tasks=pope"):
+        stages.check_runs(runs, Sweep(tmp_path, "x.py", False), 1)
 
 
 def test_a_config_without_runs(sweep, tmp_path, capsys):

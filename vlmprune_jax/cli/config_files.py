@@ -118,7 +118,7 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
     if data.source != "files":
-        own = [f"data.{name}" for name in ("train", "eval", "images") if getattr(data, name) is not None]
+        own = [f"data.{name}" for name in ("train", "eval", "images", "eval_images") if getattr(data, name) is not None]
         if own:
             raise UserError(
                 f"{own[0]} is set, but this config reads {data.source}: add --config.data.source=files to use your own "

@@ -36,7 +36,7 @@ def config_flag(values: Flags) -> None:
 
 def only_flag(values: Flags) -> None:
     """Define the flag --only, which selects variants or runs by name."""
-    text = "run only variants (in a sweep: runs) whose names match a pattern such as 'width*'; several: with commas"
+    text = "run only variants whose names match a pattern such as 'width*' (several: with commas); in a sweep: runs"
     flags.DEFINE_string("only", "", text, flag_values=values)
 
 

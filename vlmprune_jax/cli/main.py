@@ -54,7 +54,7 @@ usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help        vlmprune -
 {configs}
 """
 # Commands that keep nothing of what they have done.
-_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "recommend", "vocabulary")
+_ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "plan", "recommend", "tfds", "vocabulary")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
 # What a person can do something about: no room (disk, quota, largest file), no right to write.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

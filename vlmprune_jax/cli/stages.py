@@ -89,8 +89,8 @@ def run_command(name: str, flags: Any) -> None:
     experiment, context = prepare(flags)
     pipeline = Pipeline(experiment, context)
     if name == "evaluate" and flags.server is not None:
-        if flags.dry_run:
-            raise UserError("--dry_run is not supported with --server: leave one of them out")
+        if flags.dry_run or flags.only:
+            raise UserError("--dry_run and --only are not for models behind --server: leave them out")
         evaluate_server(pipeline.work(), pipeline.sections, flags.server)
         return
     preflight(pipeline, name)

@@ -43,10 +43,11 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     if not flags.workdir:
         raise UserError("no workdir given: add --workdir=DIR, a folder for all runs of the sweep")
     runs = sweep_runs(base, read_hyper(flags.config_file))
+    swept = {name for run in runs for name in run.overrides}
     for setting in flags.explicit:
-        if any(setting in run.overrides for run in runs):
+        if any(f"{one}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{one}.") for one in swept):
             raise UserError(
-                f"--config.{setting}: get_hyper sets this setting for every run: remove the flag, or change get_hyper"
+                f"--config.{setting}: get_hyper sets this setting too: remove the flag, or change get_hyper"
             )
     return runs, Sweep(to_workdir(flags.workdir), flags.config_file, flags.overwrite), reporter
 

@@ -53,9 +53,10 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     for run in runs:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
-        if evaluation_sets(run.experiment.data, run.experiment.evaluate) != evaluation_sets(
-            runs[0].experiment.data, runs[0].experiment.evaluate
-        ):
+        sets, first = (
+            (evaluation_sets(of.data, of.evaluate), of.evaluate.tasks) for of in (run.experiment, runs[0].experiment)
+        )
+        if sets != first:
             raise UserError(
                 f"run {run.name}: its evaluation sets differ from those of {runs[0].name}: use the same sets in all "
                 "runs"

@@ -119,7 +119,7 @@ def read_evaluated(path: Path) -> Evaluated:
 
 
 def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
-    """Read the evaluation file of the model at `path` (None = the unpruned model); None if it does not exist."""
+    """Return the evaluation file of the model at `path` (None = the unpruned model), or None if there is none."""
     if not re.fullmatch(r"[\w-]{1,100}", key, re.ASCII):  # a foreign result may name sets as it likes
         return None
     folder = workdir / (TEACHER if path is None else path)
