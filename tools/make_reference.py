@@ -62,7 +62,7 @@ This page lists the files that a run writes. It is generated: `make docs` writes
 
 A config with variants has a folder per variant: `width/sft/recovered/` is the model of `width` recovered with `sft`.
 JSON files have a format number, `format`; each vlmprune version reads one format per file.
-The tables below list the fields of the JSON files; a field marked `=` is optional.
+The tables below list the fields of the JSON files. A field marked `=` is optional.
 """
 API = """\
 # Python API

@@ -56,7 +56,7 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
     of = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"The score of the {len(points)} pruned models ({of}) is the {markdown(measured(sweep))}."
+    about = f"The {len(points)} pruned models ({of}) are scored by {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     return "\n".join([*lines, *insight_lines(conclude(points), settings=settings), *perplexity_lines(sweep)])
 
@@ -216,7 +216,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
             continue
         columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
-        lines += [f"The next table has the perplexity of {markdown(name)} ({told} unpruned).", ""]
+        lines += [f"The next table has the perplexity of {markdown(name)} ({told} for the unpruned model).", ""]
         lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):

@@ -33,7 +33,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class MeshSpec:
-    """Sizes of the device mesh axes (-1 = all remaining devices); if all are 1, one device is used without a mesh."""
+    """Sizes of the device mesh axes (-1 = all remaining devices, all 1 = a single device without a mesh)."""
 
     data: int = setting(1, "Number of copies of the model; each copy processes a part of every batch.", unit="devices")
     fsdp: int = setting(
@@ -62,7 +62,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of low-rank adapters on decoder projections (Hu et al. 2021): y += alpha/rank * B A dropout(x).
+    """Settings of low-rank adapters (LoRA) on decoder projections, y += alpha/rank * B A dropout(x).
 
     Used if `recover.trainable` trains adapters.
     """

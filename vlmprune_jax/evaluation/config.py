@@ -11,7 +11,7 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """Settings of one evaluation set (questions, or a text for perplexity); None takes the value in `evaluate`."""
+    """Settings of one evaluation set (questions, or a text for perplexity); unset ones are those of `evaluate`."""
 
     data: str | None = evaluate_setting(
         None, "Evaluation records of this set, in the formats of `data.train` (None = `data.eval`).", by_content=True
@@ -48,7 +48,7 @@ class EvaluationSetSpec:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """Settings of the evaluation of every model: greedy answers to questions, and perplexity of texts.
+    """Settings of the evaluation of every model by greedy answers to questions and by perplexity of texts.
 
     `sets` has evaluation sets by name, whose settings replace those of `evaluate`. Without `sets`, the set "questions"
     is `data.eval`, and the set "text" is the file `evaluate.text`.

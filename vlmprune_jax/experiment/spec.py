@@ -32,7 +32,7 @@ RECOVERIES = ("train", "none")
 
 @dataclass(frozen=True)
 class ScoreSpec(ScoreConfig):
-    """Settings of importance scoring: layers, heads and neurons are scored on calibration records."""
+    """Settings of the importance scores of layers, heads and neurons, computed on calibration records."""
 
     SECTION: ClassVar[str] = "score"
 
@@ -58,7 +58,7 @@ class ScoreSpec(ScoreConfig):
 
 @dataclass(frozen=True)
 class PruneSpec(PlanConfig):
-    """Settings of pruning: the method, the amount to remove, and the parts of the model to prune."""
+    """Settings of pruning, such as the method, the amount to remove, and the parts of the model to prune."""
 
     stack: str = prune_setting(
         "text",
@@ -72,7 +72,7 @@ class PruneSpec(PlanConfig):
 
 @dataclass(frozen=True)
 class ReconstructSpec(ReconstructConfig):
-    """Settings of reconstruction: least-squares repair of the pruned weights, before any training."""
+    """Settings of reconstruction, the least-squares repair of pruned weights before any training."""
 
     SECTION: ClassVar[str] = "reconstruct"
 
@@ -98,7 +98,7 @@ class ReconstructSpec(ReconstructConfig):
 
 @dataclass(frozen=True)
 class RecoverSpec(RecoverConfig):
-    """Settings of recovery, the training after pruning; recipe "llava" has the settings of the paper."""
+    """Settings of recovery, the training after pruning (recipe "llava" has the paper's settings)."""
 
     method: str = setting(
         "train",
@@ -134,7 +134,7 @@ class RecoverSpec(RecoverConfig):
 
 @dataclass(frozen=True)
 class SpeedSpec(SpeedConfig):
-    """Settings of the speed measurement: unpruned and pruned models take turns on this machine.
+    """Settings of the speed measurement, in which unpruned and pruned models take turns on this machine.
 
     The report's FLOPs are for the same prompt.
     """

@@ -39,7 +39,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
-    """Settings of the export: its format, and the options of all built-in formats."""
+    """Settings of the export, with the options of all built-in formats."""
 
     quantize: str = export_setting(
         "none",

@@ -47,10 +47,10 @@ class _Weights(dict[str, float]):
 class LossConfig:
     """Weights of the training loss terms, and options for computing them.
 
-    `reference_compat` computes the losses as the paper's trainers do. Distillation losses are then averaged over all
-    positions including padding. KL losses are divided by the batch size only. `l2_layers` index the hidden states of
-    teacher and student separately. LLaVA's and Bunny's trainers pad with zero embeddings (`teacher_inputs="student"`).
-    InternVL's trainer pads with token ids at position 0 (`teacher_inputs="own"`).
+    `reference_compat` computes the losses as the paper's trainers do. Distillation losses
+    include padding positions in that mode, and KL losses are divided by the batch size only. `l2_layers` index the
+    hidden states of teacher and student separately in that mode. LLaVA's and Bunny's trainers pad with zero embeddings
+    (`teacher_inputs="student"`). InternVL's trainer pads with token ids at position 0 (`teacher_inputs="own"`).
     """
 
     ce: float = recover_setting(
