@@ -246,7 +246,7 @@ class ModelConfig:
 
     @property
     def longest_row(self) -> int:
-        """Maximum tokens per sequence that vlmprune accepts: 4 x max_position_embeddings."""
+        """Maximum tokens per sequence that vlmprune accepts: 4 x max_position_embeddings, at least 4,096."""
         return max(TIMES_POSITIONS * self.text.max_positions, SHORT_ROW)
 
     def check_row(self, setting: str, tokens: int) -> None:

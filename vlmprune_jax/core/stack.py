@@ -95,7 +95,7 @@ class Stack:
                 raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
 
     def producer(self, shape: LayerShape) -> int | None:
-        """Return the earlier layer whose keys and values this layer reuses; None if it computes its own."""
+        """Return the number of the layer whose keys and values `shared` layers of this window reuse, or None."""
         found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
         return found[-1] if found else None
 

@@ -58,7 +58,7 @@ class _Steps(TypedDict, total=False):
 
 
 class ProcessorFile(_Steps, total=False):
-    """Fields of preprocessor_config.json that are read for images of one size."""
+    """Fields of preprocessor_config.json that are read unless images are cut into patches (`PatchFile`)."""
 
     size: _AnySize
     do_center_crop: bool | None

@@ -198,7 +198,7 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
 
 
 def patch_family(name: str, decoder: Decoder, **own: Any) -> Family:
-    """Return a Qwen-VL family; `decoder` is the decoder's class name in transformers, `own` has further fields."""
+    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `own` are further fields."""
     return Family(
         name=name,
         layout="transformers",

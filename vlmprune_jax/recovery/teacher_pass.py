@@ -27,7 +27,7 @@ _SPREAD = 256  # records whose sizes tell that of a pass
 
 
 def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:
-    """Return batches of record indices whose teacher outputs are not cached, without duplicates.
+    """Return the record numbers in all batches of `size` that are not cached completely, without duplicates.
 
     Rows of like length share a batch if lengths are known, the longest first: what does not fit in memory is met at
     once.
