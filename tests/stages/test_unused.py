@@ -44,6 +44,9 @@ def unused(cfg, changes, sections=()):
         ({"reconstruct.samples": 9, "export.quantize": "w8a16", "export.rounding": "gptq"}, ""),
         ({"recover.steps": 3, "recover.epochs": 2.0, "data.seed": 1}, "data.seed recover.epochs"),
         ({"recover.trainable": "decoder", "recover.lora.rank": 4}, "recover.lora.rank"),
+        ({"recover.losses.ce": 0.0, "recover.losses.l2": 1.0, "recover.losses.chunk": 9, "recover.control": False},
+         "recover.control recover.losses.chunk"),
+        ({"recover.method": "none", "evaluate.unrecovered": False}, "evaluate.unrecovered"),
         ({"recover.teacher_cache": "t", "recover.teacher_top_k": 9}, "recover.teacher_cache recover.teacher_top_k"),
         ({"recover.losses.kl": 1.0, "recover.losses.temperature": 3.0, "recover.teacher_top_k": 9},
          "recover.teacher_top_k"),
@@ -68,8 +71,9 @@ def test_settings_without_effect(cfg, changes, names):
 
 def test_a_decoder_takes_no_images(cfg):
     decoder = dataclasses.replace(cfg, vision=None, projector=None, family="llama", layout="transformers")
-    changes = {"data.max_image_tokens": 9, "data.max_length": 9, "recover.projector_learning_rate": 1e-3}
-    assert unused(decoder, changes) == ["data.max_image_tokens", "recover.projector_learning_rate"]
+    changes = {"data.max_image_tokens": 9, "data.max_length": 9, "speed.image": False}
+    changes |= {"recover.projector_learning_rate": 1e-3}
+    assert unused(decoder, changes) == ["data.max_image_tokens", "recover.projector_learning_rate", "speed.image"]
     assert unused(decoder, changes, ("recover",)) == ["recover.projector_learning_rate"]
 
 

@@ -19,7 +19,7 @@ from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.families import family_of
 from vlmprune_jax.prune import CRITERIA
 from vlmprune_jax.prune.config import ScoreConfig
-from vlmprune_jax.recovery.objective import compares_logits, needs_teacher, on_hidden
+from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
 from vlmprune_jax.stages.score import criteria_of
 
 # (patterns of settings, separated by spaces; True if they have no effect; why)
@@ -112,8 +112,10 @@ def _training(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
     yield "recover.teacher_top_k", recover.teacher_cache is None, "recover.teacher_cache is not set"
     compares = compares_logits(losses) or bool(losses.extra)
     yield "recover.losses.temperature recover.losses.kl_positions", not compares, "no loss compares logits"
+    yield "recover.losses.chunk", not needs_logits(losses), "no loss uses logits"
     yield "recover.losses.l2_layers", not on_hidden(losses), "no loss compares hidden states"
     yield "recover.losses.teacher_inputs", not taught, "no loss needs a teacher"
+    yield "recover.control", not uses_labels(losses), "no loss uses labels, so there is no control"
     yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
 
 
@@ -127,6 +129,8 @@ def _evaluation(one: Experiment) -> Iterator[Rule]:
         yield f"evaluate.{name}", not tasks and all(getattr(one, name) is not None for one in asked), shared
     yield "data.eval", all(one.data is not None for one in asked), shared
     yield "data.eval_images", all(one.images is not None for one in asked), shared
+    last = one.recover.method == one.reconstruct.method == "none"
+    yield "evaluate.unrecovered", last, "nothing is reconstructed or trained after pruning"
     yield "evaluate.max_length", not (asked or spec.tasks), "no set has questions"
     yield "evaluate.text_window", all(one.text_window is not None for one in texts), "no set with a text uses it"
     yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
@@ -134,8 +138,8 @@ def _evaluation(one: Experiment) -> Iterator[Rule]:
 
 def _model(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
     family, tower = family_of(cfg), cfg.vision
-    of_images = "max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens tile_buckets eval_images"
-    yield " ".join(f"data.{name}" for name in of_images.split()), tower is None, "this model takes no images"
+    of_images = "data.*tile* data.thumbnail data.max_image* data.aspect_ratio data.eval_images speed.image"
+    yield of_images, tower is None, "this model takes no images"
     yield "data.aspect_ratio", family.images != "whole", "this model does not make images square"
     yield "model.vision_dir", not family.separate_vision, "the folder of this model has its vision tower"
     yield "export.rolled_positions", tower is None or not tower.class_token, "no vision tower has a class token"
