@@ -138,6 +138,17 @@ def test_the_budget_of_tokens_is_an_option(models, tmp_path):
     assert len(found["features"]) == shape.tokens <= 140
 
 
+@pytest.mark.parametrize("crops", [True, False])
+def test_the_card_says_that_images_are_not_cropped(models, tmp_path, crops):
+    source, model = models("gemma3")
+    copy = shutil.copytree(source, tmp_path / "source")
+    settings = json.loads((copy / "processor_config.json").read_text())
+    settings["image_processor"]["do_pan_and_scan"] = crops
+    (copy / "processor_config.json").write_text(json.dumps(settings))
+    save(model, tmp_path / "out", source_dir=copy, format="gguf", dtype="float32")
+    assert ("llama.cpp has no pan and scan" in (tmp_path / "out/README.md").read_text()) == crops
+
+
 def test_large_tables_are_written_in_parts(models, tmp_path, monkeypatch):
     """Embedding and per-layer table, cut and whole, read from files: the same bytes as from memory."""
     source, whole = models("gemma4")

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 import vlmprune_jax as vp
+from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.export.processor import limited_images
 from vlmprune_jax.hf.read import read_config
@@ -23,6 +25,8 @@ LIMITS = {
     "smolvlm": (4, 19, 20),
     "gemma3": (16, 32, 48, 64),
 }
+CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 3,
+         "pan_and_scan_min_ratio_to_activate": 1.2}  # fmt: skip
 OPTIONS = {"aspect_ratio": "pad", "max_pixels": 10**7, "cache_bytes": 0}
 
 
@@ -60,8 +64,7 @@ def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
     source = tmp_path / "source"
     shutil.copytree(ckpt, source, ignore=shutil.ignore_patterns("*.safetensors"))
     if name == "gemma3":
-        add(source, do_pan_and_scan=True, pan_and_scan_min_crop_size=8, pan_and_scan_max_num_crops=3,
-            pan_and_scan_min_ratio_to_activate=1.2)  # fmt: skip
+        add(source, **CROPS)
     _, cfg = read_config(source, None)
     ours = load_image_processor(source, **OPTIONS, max_image_tokens=most, slot_tokens=cfg.tokens_per_image)
     whole = load_image_processor(source, **OPTIONS)
@@ -79,6 +82,46 @@ def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
                 mine = mine.reshape(1, -1, mine.shape[-1])
             np.testing.assert_allclose(mine.reshape(pixels.shape), pixels, atol=1e-5, rtol=0)
     assert bool(others) == (most != LIMITS[name][-1])
+
+
+CONFIG = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{root}/source"
+    config.data.eval = "{root}/records.json"
+    config.data.images = "{root}"
+    config.evaluate.batch_size = 2
+    config.evaluate.max_new_tokens = 1
+    return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITS)
+def test_evaluation_has_the_tokens_that_stock_processors_make_of_the_export(goldens, tmp_path, monkeypatch, name):
+    """At every limit; the highest of Gemma 4's budgets, 1,120, exceeds the golden model's positions."""
+    source = shutil.copytree(goldens / "families" / name / "ckpt", tmp_path / "source")
+    if name == "gemma3":
+        add(source, **CROPS)
+    paths, turns = [*pictures(tmp_path)], [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": path.stem, "image": path.name, "conversations": turns} for path in paths]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "run.py").write_text(CONFIG.format(root=tmp_path))
+    model, rows = vp.load(source), {}
+    prompt_ids = Encoder.prompt_ids
+    monkeypatch.setattr(Encoder, "prompt_ids", lambda one, record: rows.setdefault(record.id, prompt_ids(one, record)))
+    for most in LIMITS[name] if name != "gemma4" else (*LIMITS[name], 560):
+        rows.clear()
+        flags = [f"--config={tmp_path / 'run.py'}", f"--config.data.max_image_tokens={most}"]
+        assert main(["evaluate", *flags, f"--workdir={tmp_path / f'w{most}'}"]) == 0
+        vp.save(model, tmp_path / f"out{most}", source_dir=source, max_image_tokens=most)
+        merge = model.cfg.projector.downsample if model.cfg.any_size else 0
+        for path in paths:
+            tokens = stock(tmp_path / f"out{most}", path, merge, model.cfg.tokens_per_image)[1]
+            assert (rows[path.stem] == model.cfg.image_token_id).sum() == tokens <= most
 
 
 def add(folder, **settings):

@@ -38,22 +38,32 @@ def get_config():
 """
 
 
-FLAGS = {
-    "qwen3_vl": (),
-    "qwen2_5_vl": (),
-    "gemma4": (  # from caches of features and of the teacher's logits
-        "--config.recover.losses={{'kl': 0.5, 'l2': 0.0, 'teacher_inputs': 'own'}}",
-        "--config.recover.teacher_cache={root}/teacher",
-        "--config.recover.teacher_top_k=8",
-        "--config.data.feature_cache={root}/features",
-        "--config.data.max_length=160",
-    ),
+CACHES = (
+    "--config.recover.losses={{'kl': 0.5, 'l2': 0.0, 'teacher_inputs': 'own'}}",
+    "--config.recover.teacher_cache={root}/teacher",
+    "--config.recover.teacher_top_k=8",
+    "--config.data.feature_cache={root}/features",
+    "--config.data.max_length=160",
+)
+VOCABULARY = (
+    "--config.prune.vocabulary.size=400",
+    "--config.prune.vocabulary.sources=('{root}/records.json',)",
+    "--config.prune.vocabulary.multiple=8",
+)
+REPAIR = ("--config.prune.stack=both", "--config.reconstruct.method=least_squares", "--config.reconstruct.samples=8")
+RUNS = {
+    "qwen3_vl": ("qwen3_vl", ()),
+    "qwen2_5_vl": ("qwen2_5_vl", ()),
+    "gemma3, caches": ("gemma3", CACHES),
+    "gemma4, caches and vocabulary": ("gemma4", (*CACHES, *VOCABULARY)),
+    "gemma4, tower and vocabulary, repaired": ("gemma4", (*VOCABULARY, *REPAIR, "--config.data.max_length=160")),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FLAGS)
-def test_whole_run(goldens, tmp_path, torch_outputs, family):
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_run(goldens, tmp_path, torch_outputs, name):
+    family, flags = RUNS[name]
     golden = goldens / "families" / family
     records = [
         {
@@ -68,13 +78,14 @@ def test_whole_run(goldens, tmp_path, torch_outputs, family):
     ]
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "run.py").write_text(CONFIG.format(golden=golden, root=tmp_path))
-    flags = [flag.format(root=tmp_path) for flag in FLAGS[family]]
+    flags = [flag.format(root=tmp_path) for flag in flags]
     assert main(["run", f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}", *flags]) == 0
     result = read_result(tmp_path / "w")
     assert result.sets["questions"].count == 8
-    assert len(result.runs) == 2
+    assert len(result.runs) == 2 + ("repaired" in name)
     assert result.export.max_abs_logit_difference <= 1e-4
     model = vp.load(tmp_path / "w/export")
+    assert (model.cfg.text.vocab_size == 400) == ("vocabulary" in name)
     assert len(model.cfg.text.layers) < len(vp.load(golden / "ckpt").cfg.text.layers)
     inputs = random_ids(model) if family.startswith("qwen") else {"input_ids": np.arange(9, 49)[None]}
     found = torch_outputs(tmp_path / "w/export", inputs, class_name="AutoModelForImageTextToText", version="5")

@@ -135,8 +135,13 @@ def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Templa
 
 
 def with_marks(prompt: str, template: Template) -> str:
-    """Return a prompt whose image tokens are replaced by `<image>` placeholders."""
+    """Return a chat template's prompt whose image tokens are replaced by `<image>` placeholders.
+
+    A chat template writes all image tokens, or only the context or start token, to which the processor adds the others.
+    """
     if template.image_tokens is None:
         return prompt
-    whole, context = "".join(template.image_tokens), template.image_tokens[1]
-    return prompt.replace(whole if whole in prompt else context, IMAGE_TOKEN)
+    start, context, end = template.image_tokens
+    lines = start[: -len(start.lstrip())], end[len(end.rstrip()) :]
+    forms = (start + context + end, context.join(lines), context, start.strip())
+    return prompt.replace(next((form for form in forms if form in prompt), context), IMAGE_TOKEN)

@@ -207,9 +207,18 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
 _FAULT = "builds of llama.cpp that put the class token after the patches (#25814, #25844)"
 
 
-def tower_remarks(cfg: ModelConfig, rolled: bool) -> tuple[str, ...]:
-    """Return notes for the model card on how llama.cpp's vision tower differs from the model's."""
+def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ...]:
+    """Return notes for the model card on how llama.cpp's vision tower and image processing differ from the model's.
+
+    `source` is the folder with the image processor.
+    """
     remarks = []
+    processor = processor_settings(source) if family_of(cfg).images == "crops" else None
+    if processor is not None and processor[0].get("do_pan_and_scan"):
+        remarks.append(
+            "llama.cpp has no pan and scan: it encodes every image whole, without the crops that the processor of this "
+            "model adds, so answers about wide and tall images differ."
+        )
     if vision_of(cfg).class_token and rolled:
         remarks.append(f"The tower's positions are rolled, for {_FAULT}: the file is wrong for all others.")
     elif vision_of(cfg).class_token:

@@ -157,7 +157,7 @@ def _tower(
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     fields |= _size_label(tensors)
-    about_tower = tower_remarks(wide, rolled), image_options(family, source)
+    about_tower = tower_remarks(wide, rolled, source), image_options(family, source)
     return GgufFile(f"{stem}-{plain.lower()}.gguf", TOWER, fields, tensors, vision.layers, *about_tower)
 
 

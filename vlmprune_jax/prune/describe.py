@@ -162,7 +162,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
         *(
-            [f"              num_parameters() of transformers: {carried:,}, with tower layers that are not computed"]
+            [f"              num_parameters() of transformers: {carried:,}, with unused tower layers or an audio tower"]
             if found["carried"]
             else []
         ),

@@ -144,7 +144,7 @@ def parameter_note(teacher: Unpruned) -> str:
         return ""
     return (
         f"Parameters are those that the model computes with, and ratios refer to them. num_parameters() of "
-        f"transformers also counts {teacher.carried:,} in tower layers after the feature layer "
+        f"transformers also counts {teacher.carried:,} in unused tower layers or an audio tower "
         f"({teacher.parameters + teacher.carried:,} unpruned)."
     )
 
