@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, processors
-from vocabulary import SMOLVLM_CHAT, make_tokenizer
+from vocabulary import SMOLVLM_CHAT, make_qwen_tokenizer, make_tokenizer
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -22,8 +22,7 @@ from vlmprune_jax.core.files import read_json
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.tokenizer_files import TOKENIZER
-from vlmprune_jax.families import family_of
-from vlmprune_jax.families.llava import LLAVA_HF
+from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, init_params, locate, param_axes
@@ -34,21 +33,34 @@ _TOKENS = ("<fake_token_around_image>", "<global-img>", IMAGE_TOKEN)
 
 
 def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *, seed: int) -> None:
-    """Write a complete `llava-hf` folder with random weights (including the tower blocks above the feature layer)."""
+    """Write a complete folder with random weights.
+
+    That is a LLaVA (`llava-hf`, all tower blocks), or a Qwen3-VL with the tower of a LLaVA (`architecture["tower"]`).
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    vision = architecture["vision_config"]
-    size = make_tokenizer(
-        read_json(records, list[Any]), folder, image_size=vision["image_size"], patch_size=vision["patch_size"]
-    )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    vision, entries = architecture["vision_config"], read_json(records, list[Any])
+    if architecture["model_type"] == "llava":
+        size = make_tokenizer(entries, folder, image_size=vision["image_size"], patch_size=vision["patch_size"])
+        ids, images = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}, {"image_token_index": 4}
+    else:
+        size, tokens = make_qwen_tokenizer(entries, folder, vision, **architecture["pixels"])
+        ids = {f"{name}_token_id": tokens.pop(name) for name in ("eos", "pad")}
+        images = {f"{name}_token_id": token for name, token in tokens.items()}
     text = {**architecture["text_config"], **ids, "vocab_size": size}
-    config = {**architecture, **ids, "image_token_index": 4, "text_config": text}
+    config = {**architecture, **ids, **images, "text_config": text}
+    config = {name: value for name, value in config.items() if name not in ("pixels", "tower")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({**ids, "do_sample": False}, indent=2) + "\n")
-    whole = LLAVA_HF.from_hf({**config, "vision_feature_layer": vision["num_hidden_layers"]}, None)
-    tensors = _hf_tensors(whole, flatten(init_params(whole, jax.random.key(seed), jnp.float32)))
-    for part, value in (("weight", 1.0), ("bias", 0.0)):
-        tensors[f"vision_tower.vision_model.post_layernorm.{part}"] = np.full(vision["hidden_size"], value, np.float32)
+    last = {"vision_feature_layer": vision["num_hidden_layers"]} if architecture["model_type"] == "llava" else {}
+    whole = detect(config, str(folder)).from_hf({**config, **last}, None)
+    flat = flatten(init_params(whole, jax.random.key(seed), jnp.float32))
+    if "tower" in architecture:
+        flat |= _tower_in_frames(Path(architecture["tower"]), vision["temporal_patch_size"])
+    tensors = _hf_tensors(whole, flat)
+    if architecture["model_type"] == "llava":
+        for part, value in (("weight", 1.0), ("bias", 0.0)):
+            key = f"vision_tower.vision_model.post_layernorm.{part}"
+            tensors[key] = np.full(vision["hidden_size"], value, np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -139,6 +151,15 @@ def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -
     }
 
 
+def _tower_in_frames(llava: Path, frames: int) -> dict[str, Any]:
+    """Return a LLaVA's flat CLIP tower for images of any size: see `_without_first_norm`; a patch has equal frames."""
+    normalize = read_json(llava / "preprocessor_config.json")
+    flat = _without_first_norm(flatten({"vision": load(llava).params["vision"]}), normalize)
+    flat = {path: leaf for path, leaf in flat.items() if path.split("/")[1] != "post_layernorm"}
+    kernel = flat["vision/patch_embedding/weight"]
+    return flat | {"vision/patch_embedding/weight": jnp.stack([kernel / frames] * frames, axis=2)}
+
+
 def _write_processor(tower: Path, folder: Path, *, side: int, patches: int) -> dict[str, Any]:
     """Write a SmolVLM processor for unsplit images of one size; return LLaVA's normalisation, which it uses."""
     normalize = {key: read_json(tower / "preprocessor_config.json")[key] for key in ("image_mean", "image_std")}
@@ -206,5 +227,6 @@ def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarr
             array = np.asarray(flat[path] if index is None else flat[path][index])
             names = axes[path] if index is None else axes[path][1:]
             key = line.key.replace("vision_tower.", "vision_tower.vision_model.")  # LLaVA's
-            tensors[key] = np.ascontiguousarray(einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"))
+            rows = einops.rearrange(array, f"{' '.join(names)} -> {line.layout}")
+            tensors[key] = np.concatenate([tensors[key], rows]) if key in tensors else np.ascontiguousarray(rows)
     return tensors

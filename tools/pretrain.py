@@ -1,7 +1,7 @@
 """python tools/pretrain.py --config=tools/pretrain_easyvqa.py --workdir=DIR: train the demo's teacher from scratch.
 
-With tools/pretrain_smollm2.py a pretrained language model learns to see. Writes DIR/teacher, a LLaVA or SmolVLM folder
-in the layout of transformers, with its tokenizer and processor. Every stage resumes.
+With tools/pretrain_smollm2.py a pretrained language model learns to see; tools/pretrain_tokens.py trains a Qwen3-VL.
+Writes DIR/teacher, a folder in the layout of transformers, with its tokenizer and processor. Every stage resumes.
 
 Training goes as LLaVA's: a tower and a language model first, then both together. Each stage is a run of the package's
 own training loop and differs from another by its records, its number of decoder layers and its trained parameters. The
@@ -13,6 +13,7 @@ decoder learns the prior of the answers and stays there (decision 10).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import einops
 import numpy as np
 from initial import write_joined, write_random
+from PIL import Image
 from pretraining_data import write_pretraining_data
 
 from vlmprune_jax.cli.config_files import to_workdir
@@ -32,10 +35,11 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.files import replacing
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.encoding import Encoder, measure
-from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.images import GRIDS, load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.topics import topic_records
@@ -57,10 +61,10 @@ class Stage:
     """One training run: records, questions per row, decoder depth and training settings.
 
     `words`: number of words of description instead of the image (0: the image itself); `also_images`: use every record
-    once with words and once with its image. `text_share`: share of rows of English text (`topics`) without images, in
-    batches of their own. `keeps`: regex of the parameters that the next stage starts from; the others are reset.
-    `until_loss`: a stage that ends with a larger loss continues with its rows in another order, at most `runs` times
-    in total.
+    once with words and once with its image. `sides`: pixels per side of images; each record occurs once with every size
+    (() = as they are). `text_share`: share of rows of English text (`topics`) without images, in batches of their
+    own. `keeps`: regex of the parameters that the next stage starts from; the others are reset. `until_loss`: a stage
+    that ends with a larger loss continues with its rows in another order, at most `runs` times in total.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Stage:
     keeps: str
     training: RecoverConfig
     also_images: bool = False
+    sides: tuple[int, ...] = ()
     text_share: float = 0.0
     until_loss: float = math.inf
     runs: int = 1
@@ -102,8 +107,8 @@ def pretrain(
 ) -> Path:
     """Train a model on easy-VQA and return its folder, `workdir/teacher`.
 
-    A LLaVA starts with random weights of `architecture`, a LlavaConfig dictionary without the fields that depend on the
-    tokenizer; a SmolVLM starts from `joined`, the folders of a language model and of a LLaVA whose tower it uses
+    A LLaVA or Qwen3-VL starts with random weights of `architecture`, a config dictionary without the fields that depend
+    on the tokenizer; a SmolVLM starts from `joined`, the folders of a language model and of a LLaVA whose tower it uses
     (`write_joined`). Every stage resumes from its checkpoints in `workdir/<stage>`.
 
     Raises:
@@ -145,7 +150,11 @@ def _train_stage(
     encoder = make_encoder(model.cfg, folder)
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
+    if stage.sides:
+        records = [one for side in stage.sides for one in resized(records, side, workdir.parent / f"images_{side}")]
     sizes = measure(records, encoder, on_error="stop", threads=2)
+    if encoder.image_buckets is not None:
+        encoder = dataclasses.replace(encoder, image_buckets=(int(sizes[:, 2].max()),))
     longest = int(sizes[:, 0].max())
     encoder = dataclasses.replace(encoder, max_length=longest)
     if stage.text_share:
@@ -168,7 +177,8 @@ def _train_stage(
         group_by="modality_length" if stage.text_share else "none",
     )
     if stage.augment == "flip_shift":
-        moved = batches.batches.random_map(flip_shift, seed=stage.training.seed)
+        patching = encoder.image_loader.preparation if encoder.image_buckets else None
+        moved = batches.batches.random_map(functools.partial(flip_shift, patching=patching), seed=stage.training.seed)
         batches = dataclasses.replace(batches, batches=moved)
     layers, rest = unstack_layers(model.params, model.cfg)
     cfg = model.cfg.with_layers(model.cfg.text.layers[: stage.decoder_layers])
@@ -181,21 +191,49 @@ def _train_stage(
     return Model(unflatten({**flatten(model.params), **kept}), model.cfg), summary["last"]["loss"]
 
 
-def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4) -> Batch:
+def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4, patching: Any | None = None) -> Batch:
     """Return the batch with each image flipped at random along both axes and moved by up to `max_shift` pixels.
 
     Each flip has probability 1/2; both offsets are uniform in -max_shift..max_shift and the edge pixels fill the gap.
-    For images whose meaning does not change when mirrored.
+    For images whose meaning does not change when mirrored. `patching` is the layout of images of any size.
     """
     if "pixel_values" not in batch.arrays:
         return batch
     pixels = batch.arrays["pixel_values"].copy()
-    for image in pixels.reshape(-1, *pixels.shape[-3:]):
-        rows, columns = generator.integers(2, size=2) * 2 - 1
-        down, right = generator.integers(0, 2 * max_shift + 1, size=2)
-        padded = np.pad(image[:, ::rows, ::columns], [(0, 0), *[(max_shift, max_shift)] * 2], mode="edge")
-        image[:] = padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+    if patching is None:
+        for image in pixels.reshape(-1, *pixels.shape[-3:]):
+            image[:] = _moved(image, generator, max_shift)
+    else:
+        grids = batch.arrays[GRIDS].reshape(-1, 3)
+        for rows, (_, height, width) in zip(pixels.reshape(-1, *pixels.shape[-2:]), grids, strict=True):
+            sizes = {"h": height // patching.merge, "w": width // patching.merge, "m": patching.merge}
+            sizes |= {"n": patching.merge, "p": patching.patch, "q": patching.patch, "t": patching.temporal}
+            cells = "(h w m n) (c t p q)"
+            image = einops.rearrange(rows[: height * width], f"{cells} -> t c (h m p) (w n q)", **sizes)[0]
+            moved = np.broadcast_to(_moved(image, generator, max_shift), (patching.temporal, *image.shape))
+            rows[: height * width] = einops.rearrange(moved, f"t c (h m p) (w n q) -> {cells}", **sizes)
     return dataclasses.replace(batch, arrays=batch.arrays | {"pixel_values": pixels})
+
+
+def _moved(image: np.ndarray, generator: np.random.Generator, max_shift: int) -> np.ndarray:
+    rows, columns = generator.integers(2, size=2) * 2 - 1
+    down, right = generator.integers(0, 2 * max_shift + 1, size=2)
+    padded = np.pad(image[:, ::rows, ::columns], [(0, 0), *[(max_shift, max_shift)] * 2], mode="edge")
+    return padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+
+
+def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
+    """Return the records with their images resized to `side` x `side` pixels, in files that `folder` keeps."""
+    folder.mkdir(exist_ok=True)
+    paths = {path: folder / path.name for record in records for path in record.images}
+    for source, path in paths.items():
+        if not path.exists():
+            with replacing(path) as file:
+                Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(file, "png")
+    return [
+        dataclasses.replace(record, id=f"{record.id}-{side}", images=tuple(paths[path] for path in record.images))
+        for record in records
+    ]
 
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
@@ -228,11 +266,13 @@ def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
     assert cfg.image_token_id is not None
     tokenizer = load_tokenizer(folder)
     template = choose_template(AUTO, family_of(cfg), tokenizer, config={}, has_vision=True)
+    loader = load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES)
     return Encoder(
         tokenizer=tokenizer,
         template=dataclasses.replace(template, system=""),
         max_length=cfg.text.max_positions,
-        image_loader=load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES),
+        image_loader=loader,
+        image_buckets=loader.preparation.image_buckets or None,
         image_token_id=cfg.image_token_id,
         tokens_per_image=cfg.tokens_per_image,
         max_images=1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,28 @@ SMOLVLM_CHAT = (
 )
 
 
+# Qwen3-VL's, for texts and images.
+QWEN_CHAT = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_QWEN_TOKENS = {
+    "pad": "<|endoftext|>",
+    "eos": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+}
+
+
 def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image_size: int, patch_size: int) -> int:
     """Write tokenizer and LLaVA processor files for `records` (LLaVA JSON records) and return the vocabulary size.
 
@@ -58,32 +80,6 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
     Raises:
       UserError: there are more than MAX_VOCABULARY tokens.
     """
-    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    counts = _count_words(records, pre_tokenizer)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
-    tokens = [*SPECIAL_TOKENS, *alphabet, *words]
-    if len(tokens) > MAX_VOCABULARY:
-        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}: use it for easy-VQA only")
-    # ignore_merges looks a whole word up before any merge: one entry per word, no intermediate pieces.
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out_dir / "tokenizer.json"))
-    for name, content in _side_files(image_size, patch_size).items():
-        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return len(tokens)
-
-
-def _count_words(records: Iterable[Mapping[str, Any]], pre_tokenizer: pre_tokenizers.PreTokenizer) -> Counter[str]:
-    """Count the words as the tokenizer will cut them: after a role's colon, after `<image>` newline, after `</s>`."""
     texts = Counter([LLAVA_V1.system + " USER:", "USER:", " ASSISTANT:", " Describe", " image."])
     for record in records:
         for turn in record["conversations"]:
@@ -91,11 +87,61 @@ def _count_words(records: Iterable[Mapping[str, Any]], pre_tokenizer: pre_tokeni
             texts[text.removeprefix("<image>") if text.startswith("<image>") else f" {text}"] += 1
             if turn["from"] == "human":  # a question may come without its image, or as a later turn
                 texts[" " + text.removeprefix("<image>\n")] += 1
+    # cut as the tokenizer will: after a role's colon, after `<image>` newline, after `</s>`
+    size = _write_words(texts, SPECIAL_TOKENS, out_dir, begin="<s>", unknown="<unk>")
+    for name, content in _side_files(image_size, patch_size).items():
+        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return size
+
+
+def make_qwen_tokenizer(
+    records: Iterable[Mapping[str, Any]], out_dir: Path, vision: Mapping[str, Any], *, least: int, most: int
+) -> tuple[int, dict[str, int]]:
+    """Write tokenizer and processor files of a Qwen3-VL for images of `least` to `most` pixels.
+
+    Words are tokens as in `make_tokenizer`. Returns the vocabulary size and the ids of the special tokens, by the names
+    that config.json has for them.
+    """
+    texts = Counter(["user\n", "assistant\n", " Describe the image."])
+    for record in records:
+        for turn in record["conversations"]:
+            text = turn["value"].removeprefix("<image>\n")
+            texts.update([text, f" {text}"])
+    special = ("<|im_start|>", *_QWEN_TOKENS.values())
+    size = _write_words(texts, special, out_dir, begin=None, unknown=None)
+    for name, content in _qwen_side_files(vision, least, most).items():
+        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out_dir / "chat_template.jinja").write_text(QWEN_CHAT, encoding="utf-8")
+    return size, {name: special.index(token) for name, token in _QWEN_TOKENS.items()}
+
+
+def _write_words(
+    texts: Counter[str], special: Sequence[str], out_dir: Path, *, begin: str | None, unknown: str | None
+) -> int:
+    """Write tokenizer.json with a token per special token, byte and word of `texts`; return the vocabulary size."""
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     counts: Counter[str] = Counter()
     for text, number in texts.items():
         for word, _ in pre_tokenizer.pre_tokenize_str(text):
             counts[word] += number
-    return counts
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
+    tokens = [*special, *alphabet, *words]
+    if len(tokens) > MAX_VOCABULARY:
+        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}: use it for easy-VQA only")
+    # ignore_merges looks a whole word up before any merge: one entry per word, no intermediate pieces.
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token=unknown, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    if begin is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, special.index(begin))]
+        )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    return len(tokens)
 
 
 def _side_files(image_size: int, patch_size: int) -> dict[str, dict[str, Any]]:
@@ -141,4 +187,36 @@ def _side_files(image_size: int, patch_size: int) -> dict[str, dict[str, Any]]:
             "num_additional_image_tokens": 1,
             "image_token": "<image>",
         },
+    }
+
+
+def _qwen_side_files(vision: Mapping[str, Any], least: int, most: int) -> dict[str, dict[str, Any]]:
+    """Return the files beside `tokenizer.json` from which transformers 4.57 and 5.x build a Qwen3VLProcessor."""
+    pixels = {
+        "min_pixels": least,
+        "max_pixels": most,
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    kinds = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": _QWEN_TOKENS["eos"],
+            "pad_token": _QWEN_TOKENS["pad"],
+            "extra_special_tokens": {f"{name}_token": _QWEN_TOKENS[name] for name in ("image", "video")},
+            "model_max_length": _MODEL_MAX_LENGTH,
+            "clean_up_tokenization_spaces": False,
+            "processor_class": "Qwen3VLProcessor",
+        },
+        "preprocessor_config.json": {**kinds, **pixels},
     }

@@ -8,17 +8,54 @@ import easy_vqa
 import numpy as np
 import pytest
 from hf_cases import LLAMA, make_folder
-from initial import write_joined
+from initial import write_joined, write_random
+from PIL import Image
 from pretrain import make_encoder
+from pretrain_tokens import get_config as tokens_config
 from repository import ROOT
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.chat_template import chat_prompt, prompt_of
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.features import tower_features
+from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import forward
 
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
+
+
+def test_a_qwen_vl_of_random_weights(tmp_path):
+    """Every word of the data set is one token, images have the tokens of their size, the tower is LLaVA's."""
+    records = [
+        {
+            "id": "r",
+            "conversations": [{"from": "human", "value": "<image>\nis it red?"}, {"from": "gpt", "value": "no"}],
+        }
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
+    write_random(tmp_path / "qwen", tokens_config().architecture.to_dict(), tmp_path / "records.json", seed=1)
+    model = load(tmp_path / "qwen")
+    tower = {path: np.asarray(leaf) for path, leaf in flatten(model.params).items() if path.startswith("vision/")}
+    (fc1,) = (leaf for path, leaf in tower.items() if path.endswith("mlp/fc1/weight"))
+    (teachers,) = (
+        leaf
+        for path, leaf in flatten(load(TEACHER).params).items()
+        if path.endswith("mlp/fc1/weight") and "vision" in path
+    )
+    np.testing.assert_array_equal(fc1, teachers)
+    encoder = make_encoder(model.cfg, tmp_path / "qwen")
+    chat = chat_prompt(tmp_path / "qwen", encoder.tokenizer, has_image=True)
+    assert chat == prompt_of(encoder.template, has_image=True).replace(
+        "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
+    )
+    for side, tokens in ((64, 16), (48, 9), (32, 4), (20, 4), (100, 16)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+        record = Record("r", (("human", "<image>\nis it red?"), ("gpt", "no")), (tmp_path / f"{side}.png",))
+        ids = encoder.training_tokens(record)[0]
+        assert (ids == model.cfg.image_token_id).sum() == tokens
+        assert len(ids) == tokens + 17  # a token per word, newline and special token
+    assert encoder.tokenizer.decode(ids[-3:]) == "no<|im_end|>\n"
 
 
 def test_a_language_model_is_joined_with_a_tower(tmp_path):

@@ -10,12 +10,14 @@ import numpy as np
 import PIL.Image
 import pretrain
 import pytest
-from pretrain import Stage, describe, flip_shift, mixed_in, split_conversations, stage_records
+from pretrain import Stage, describe, flip_shift, mixed_in, resized, split_conversations, stage_records
 from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Batch
+from vlmprune_jax.data.images import GRIDS
+from vlmprune_jax.data.patching import Patching
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.demo.topics import topic_records, topics
 from vlmprune_jax.hf.read import load
@@ -56,6 +58,36 @@ def test_augmentation_flips_and_shifts_by_seed() -> None:
                             seen.add((flip_rows, flip_columns, down, right))
     assert {key[:2] for key in seen} == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
     assert {key[2] for key in seen} == {key[3] for key in seen} == set(range(9))
+
+
+def test_augmentation_of_patches_is_that_of_pixels() -> None:
+    """Images of two sizes in one batch, whose patches lie token by token; padding stays zero."""
+    patching = Patching(2, 2, 2, 16, 10**4, (0.5,) * 3, (0.5,) * 3, 3)
+    sizes = ((8, 12), (12, 8), (8, 8))
+    noise = [np.random.default_rng(n).integers(0, 256, (*size, 3)).astype(np.uint8) for n, size in enumerate(sizes)]
+    rows, grids = np.zeros((3, 1, 24, 24), np.float32), np.zeros((3, 1, 3), np.int32)
+    for row, image, (height, width) in zip(rows, noise, sizes, strict=True):
+        row[0, : height * width // 4] = patching.prepare(PIL.Image.fromarray(image), 1)[0]
+    grids[:, 0] = [(1, height // 2, width // 2) for height, width in sizes]
+    found = flip_shift(
+        Batch({"pixel_values": rows, GRIDS: grids}, ("r",) * 3), np.random.default_rng(5), patching=patching
+    )
+    draw = np.random.default_rng(5)
+    for row, image, (height, width) in zip(found.arrays["pixel_values"], noise, sizes, strict=True):
+        plain = Batch({"pixel_values": image.transpose(2, 0, 1)[None, None]}, ("r",))
+        moved = flip_shift(plain, draw).arrays["pixel_values"][0, 0].transpose(1, 2, 0)
+        expected = patching.prepare(PIL.Image.fromarray(moved), 1)[0]
+        np.testing.assert_allclose(row[0, : height * width // 4], expected, atol=1e-6)
+        assert not row[0, height * width // 4 :].any()
+
+
+def test_images_of_other_sizes(tmp_path):
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "0.png")
+    record = Record("r", TURNS, (tmp_path / "0.png",))
+    (small,) = resized([record], 32, tmp_path / "images_32")
+    assert (small.id, small.turns, small.images) == ("r-32", TURNS, (tmp_path / "images_32/0.png",))
+    with PIL.Image.open(small.images[0]) as image:
+        assert (image.size, image.getpixel((5, 5))) == ((32, 32), (255, 0, 0))
 
 
 @pytest.mark.parametrize(("words", "also_images", "expected"), [(0, False, "i"), (2, False, "w"), (2, True, "wi")])

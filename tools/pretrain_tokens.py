@@ -1,0 +1,59 @@
+"""A small Qwen3-VL for the study of image tokens, trained from scratch on easy-VQA images of three sizes.
+
+python tools/pretrain.py --config=tools/pretrain_tokens.py --workdir=runs/qwen_easyvqa
+
+Images have 64, 48 or 32 pixels per side: 16, 9 or 4 tokens. The stages are those of tools/pretrain_easyvqa.py.
+"""
+
+from importlib import resources
+
+from ml_collections import ConfigDict
+from pretrain_easyvqa import get_config as llava_config
+
+SIDES = (64, 48, 32)
+LAYERS = 6
+STEPS = {"tower": 200, "words": 300, "patches": 100, "align": 300, "together": 200}
+
+
+def get_config() -> ConfigDict:
+    """Return the architecture (a Qwen3VLConfig, limits of pixels, and the LLaVA whose tower it has) and the stages."""
+    config = llava_config()
+    text = config.architecture.text_config.to_dict()
+    config.architecture = ConfigDict(
+        {
+            "model_type": "qwen3_vl",
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "tie_word_embeddings": False,
+            "pixels": {"least": min(SIDES) ** 2, "most": max(SIDES) ** 2},
+            "tower": str(resources.files("vlmprune_jax") / "demo" / "teacher"),
+            "text_config": {
+                **text,
+                "model_type": "qwen3_vl_text",
+                "num_hidden_layers": LAYERS,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            },
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "hidden_size": 96,
+                "out_hidden_size": text["hidden_size"],
+                "intermediate_size": 384,
+                "depth": 4,
+                "num_heads": 4,
+                "hidden_act": "quick_gelu",
+                "in_channels": 3,
+                "patch_size": 8,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [],
+            },
+        }
+    )
+    for stage in config.stages:
+        stage.steps, stage.decoder_layers = STEPS[stage.name], min(stage.decoder_layers, LAYERS)
+        stage.batch_size = 64
+        if not stage.words:
+            stage.sides = SIDES
+        if stage.name == "patches":
+            stage.words = (max(SIDES) // 16) ** 2  # as many as an image has tokens
+    return config
