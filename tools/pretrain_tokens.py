@@ -12,7 +12,7 @@ from pretrain_easyvqa import get_config as llava_config
 
 SIDES = (64, 48, 32)
 LAYERS = 6
-STEPS = {"tower": 200, "words": 300, "patches": 100, "align": 300, "together": 200}
+STEPS = {"tower": 200, "words": 300, "patches": 100, "balanced": 300, "together": 250}
 
 
 def get_config() -> ConfigDict:
@@ -49,6 +49,13 @@ def get_config() -> ConfigDict:
             },
         }
     )
+    tower, words, patches, align, together = config.stages
+    # Questions that no wording answers make the decoder look at images; the tower knows enough already.
+    balanced = align.copy_and_resolve_references()
+    balanced.update(name="balanced", records="train_balanced", turns_per_row=1, learning_rate=1e-3)
+    balanced.trainable = (("projector/.*", "projector"), ("text/.*", True))
+    together.update(learning_rate=5e-4, projector_learning_rate=5e-4)
+    config.stages = (tower, words, patches, balanced, together)
     for stage in config.stages:
         stage.steps, stage.decoder_layers = STEPS[stage.name], min(stage.decoder_layers, LAYERS)
         stage.batch_size = 64

@@ -32,7 +32,7 @@ def get_config(folder: str = "") -> ConfigDict:
     config.recover.control = False  # nine more trainings
     config.evaluate.questions = 1000
     config.evaluate.unrecovered = False  # these are separate runs of the sweep
-    config.speed.rounds = 0
+    config.speed.rounds, config.speed.prompt_tokens = 0, 32
     return config
 
 
