@@ -218,7 +218,7 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the checkpoint tensors of params, under names that every transformers release reads."""
-    axes, tensors = param_axes(cfg), {}
+    axes, tensors = param_axes(cfg), dict[str, np.ndarray]()
     for weight in family_of(cfg).weights(cfg):
         for i, path, index in locate(cfg, weight.path):
             if path not in flat:

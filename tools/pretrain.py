@@ -177,7 +177,8 @@ def _train_stage(
         group_by="modality_length" if stage.text_share else "none",
     )
     if stage.augment == "flip_shift":
-        patching = encoder.image_loader.preparation if encoder.image_buckets else None
+        loader = encoder.image_loader
+        patching = loader.preparation if loader is not None and encoder.image_buckets else None
         moved = batches.batches.random_map(functools.partial(flip_shift, patching=patching), seed=stage.training.seed)
         batches = dataclasses.replace(batches, batches=moved)
     layers, rest = unstack_layers(model.params, model.cfg)
@@ -225,14 +226,16 @@ def _moved(image: np.ndarray, generator: np.random.Generator, max_shift: int) ->
 def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
     """Return the records with their images resized to `side` x `side` pixels, in files that `folder` keeps."""
     folder.mkdir(exist_ok=True)
-    paths = {path: folder / path.name for record in records for path in record.images}
+    paths = {path: folder / path.name for record in records for path in record.images if isinstance(path, Path)}
     for source, path in paths.items():
         if not path.exists():
             with replacing(path) as file:
                 Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(file, "png")
     return [
-        dataclasses.replace(record, id=f"{record.id}-{side}", images=tuple(paths[path] for path in record.images))
-        for record in records
+        dataclasses.replace(
+            one, id=f"{one.id}-{side}", images=tuple(paths[path] for path in one.images if path in paths)
+        )
+        for one in records
     ]
 
 
