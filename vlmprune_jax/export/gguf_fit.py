@@ -26,7 +26,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
         )
     misplaced = None if able[0].windows is None else able[0].windows(cfg.text)
     if misplaced is not None:
-        raise UserError(f"llama.cpp's {able[0].name} has no {misplaced}")
+        raise UserError(f"llama.cpp's {able[0].name} cannot run these layers, since it has no {misplaced}")
     if cfg.vision is not None:
         lacks = tower_lacks(cfg)
         if lacks is not None or not cfg.tower:

@@ -162,7 +162,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)
     if problem is not None:
-        raise UserError(f"Gemma 4: {problem}")
+        raise UserError(f"transformers' Gemma 4 class does not support these layers: {problem}")
     return text
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import read_json, reading
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data.tokenizer_files import added_tokens
@@ -133,14 +133,11 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     vision = None
     if family.separate_vision:
         vision = read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
-    with reading(path):
-        try:
-            cfg = family.from_hf(config, vision)
-            for part in (cfg.text, cfg.vision, cfg.projector):
-                if part is not None:
-                    activation(part.activation)  # refuses unknown ones
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+    with reading(path), error_context(path):
+        cfg = family.from_hf(config, vision)
+        for part in (cfg.text, cfg.vision, cfg.projector):
+            if part is not None:
+                activation(part.activation)  # refuses unknown ones
     return family, cfg
 
 

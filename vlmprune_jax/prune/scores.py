@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import checked, parse_json, read_arrays, reading, replacing
 from vlmprune_jax.prune.criteria import scoring
 
@@ -156,7 +156,7 @@ class Scores:
             raise UserError(f"{path}: its arrays do not match the {meta['layers']} layers that it declares: {_TODO}")
         if any({n: a.shape for n, a in one.items()} != {n: a.shape for n, a in whole.items()} for one in sets.values()):
             raise UserError(f"{path}: scores by token type and total scores have different shapes: {_TODO}")
-        try:
+        with error_context(path):
             return cls(
                 criterion=meta["criterion"],
                 fingerprint=meta["fingerprint"],
@@ -165,8 +165,6 @@ class Scores:
                 **_parts(whole, meta["layers"]),
                 by_kind={kind: _parts(one, meta["layers"]) for kind, one in sets.items()},
             )
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a scores file by name: `importance`, `heads_0`, `image/heads_0`."""

@@ -182,7 +182,7 @@ class InLlamaCpp:
         answer = call({**self.request, **settings})
         answer = answer if isinstance(answer, dict) else parse_json(answer, "answer of llama.cpp", "report it")
         if "error" in answer:
-            raise UserError(answer["error"].get("message", answer["error"]))
+            raise UserError(f"llama.cpp reports an error: {answer['error'].get('message', answer['error'])}")
         used = answer["usage"]
         if used["completion_tokens"] != tokens:
             raise UserError(f"llama.cpp generated {used['completion_tokens']} of {tokens} tokens")

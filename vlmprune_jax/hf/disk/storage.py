@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import reading
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Entry, Extent
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
@@ -129,11 +129,8 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
                 f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
                 "and cannot be pruned: use the unquantised checkpoint"
             )
-        with reading(f"{where}: quantization_config"):
-            try:
-                return storages[method](settings)
-            except UserError as error:
-                raise UserError(f"{where}: quantization_config: {error}") from None
+        with reading(f"{where}: quantization_config"), error_context(f"{where}: quantization_config"):
+            return storages[method](settings)
     return None
 
 

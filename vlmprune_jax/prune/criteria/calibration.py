@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.patch_rows import in_cells, patch_rows
 from vlmprune_jax.models.positions import with_images
@@ -34,10 +34,8 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     number = -1
     for number, batch in enumerate(batches):
         arrays = {name: array for name, array in getattr(batch, "arrays", batch).items() if array is not None}
-        try:
+        with error_context(f"calibration batch {number}"):
             yield _checked(arrays, cfg, labels)
-        except UserError as error:
-            raise UserError(f"calibration batch {number}: {error}") from None
     if number < 0:
         raise UserError("there are no calibration batches: pass at least one")
 
