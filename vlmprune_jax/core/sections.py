@@ -69,7 +69,7 @@ class LoraConfig:
 
     rank: int = setting(128, "Rank of the LoRA update.", affects=("recover",), least=1)
     alpha: float = setting(
-        256.0, "Scale of the LoRA update: it is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
+        256.0, "Scale of the LoRA update, which is multiplied by `alpha` / `rank`.", affects=("recover",), above=0
     )
     dropout: float = setting(
         0.05, "Dropout rate of LoRA adapter inputs in training.", affects=("recover",), least=0, below=1

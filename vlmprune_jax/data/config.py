@@ -77,7 +77,7 @@ class DataSpec:
     )
     truncate: bool = setting(
         True,
-        "Truncate training rows that are longer than `max_length`; otherwise they are refused.",
+        "Truncate training records that are longer than `max_length`; otherwise they are refused.",
         affects=(*_TRAINING, "teacher_cache"),
     )
     max_images: int = records_setting(1, "Maximum number of images per record.", unit="images", least=1, most=10_000)

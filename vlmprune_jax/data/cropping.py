@@ -55,7 +55,9 @@ class Cropping(SquarePieces):
         """
         crops = tokens // slot_tokens - 1
         if crops < 0:
-            raise UserError(f"must be at least {slot_tokens}, the number of tokens of an image without crops: raise it")
+            raise UserError(
+                f"tokens per image must be at least {slot_tokens}, the number for an image without crops: raise it"
+            )
         if crops < 2:  # an image is cut into at least two
             return dataclasses.replace(self, crops=False)
         return dataclasses.replace(self, most_crops=min(crops, self.most_crops))

@@ -74,8 +74,8 @@ class Patching(Preparation):
         if pixels < self.min_pixels:
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
             raise UserError(
-                f"must be at least {least}, the number of tokens of the smallest image that the model takes "
-                f"({self.min_pixels} pixels): raise it"
+                f"tokens per image must be at least {least}, the number of tokens of the smallest image "
+                f"that the model takes ({self.min_pixels} pixels): raise it"
             )
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 

@@ -65,7 +65,7 @@ class Preparation(Protocol):
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
         """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
-        Raises UserError (`must be ...: what to do`) if the model does not have such images.
+        Raises UserError if the model does not have such images.
         """
 
 

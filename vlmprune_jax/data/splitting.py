@@ -60,7 +60,7 @@ class Splitting(SquarePieces):
         slots = tokens // slot_tokens
         if not slots:
             raise UserError(
-                f"must be at least {slot_tokens}, the number of tokens of an image that is not split: raise it"
+                f"tokens per image must be at least {slot_tokens}, the number for an image that is not split: raise it"
             )
         along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)

@@ -60,7 +60,9 @@ class Tiling(TilingConfig, SquarePieces):
         tiles = slots - (self.thumbnail and slots > 1)
         if tiles < self.min_tiles:
             least = (self.min_tiles + (self.thumbnail and self.min_tiles > 1)) * slot_tokens
-            raise UserError(f"must be at least {least}, since a tile has {slot_tokens} tokens: raise it")
+            raise UserError(
+                f"tokens per image must be at least {least}, since a tile has {slot_tokens}: raise the limit"
+            )
         return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:

@@ -50,7 +50,9 @@ class TokenBudget(Preparation):
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
         """Return a copy with this token budget; raise UserError if the model was not trained with it."""
         if tokens not in BUDGETS:
-            raise UserError(f"must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})")
+            raise UserError(
+                f"tokens per image must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})"
+            )
         return dataclasses.replace(self, tokens=tokens)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
