@@ -1,7 +1,8 @@
 """One process of a run of several: `python pod_worker.py IDS_FILE COMMAND,COMMAND FLAG...`.
 
 Runs the commands one after the other with these flags, and writes the record ids of each training step that this
-process was handed to IDS_FILE, a line per step; and to IDS_FILE.written what it wrote, renamed or made in the workdir.
+process was handed to IDS_FILE, a line per step; to IDS_FILE.written what it wrote, renamed or made in the workdir; and
+to IDS_FILE.images the images that it prepared.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.data.images import ImageLoader
 from vlmprune_jax.recovery import loop
 
 
@@ -32,6 +34,17 @@ def list_writes(workdir: Path, file: Path) -> None:
     sys.addaudithook(hook)
 
 
+def list_images(file: Path) -> None:
+    """From here on the name of every image that this process prepares is a line of `file`."""
+    original, said = ImageLoader.load, file.open("a", buffering=1)
+
+    def load(self: ImageLoader, path: Path, *args: object) -> object:
+        said.write(f"{path.name}\n")
+        return original(self, path, *args)
+
+    ImageLoader.load = load
+
+
 def run(ids_file: str, commands: str, *flags: str) -> int:
     """The exit code of the first command that fails, or 0."""
     original = loop._next
@@ -43,6 +56,7 @@ def run(ids_file: str, commands: str, *flags: str) -> int:
         return batch
 
     loop._next = listed
+    list_images(Path(f"{ids_file}.images"))
     workdir = next(Path(flag.removeprefix("--workdir=")) for flag in flags if flag.startswith("--workdir="))
     list_writes(workdir, Path(f"{ids_file}.written"))
     return next((code for code in (main([command, *flags]) for command in commands.split(",")) if code), 0)

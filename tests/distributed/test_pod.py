@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import pytest
 from hf_cases import copy_llava
-from repository import ROOT, WORKERS
+from repository import WORKERS
 
 from vlmprune_jax.core.weight_files import read_header
 from vlmprune_jax.data.cache import ArrayCache
@@ -371,6 +371,26 @@ def test_groups_buckets_skipped_records_and_a_shared_feature_cache(experiment, p
 
 
 @pytest.mark.slow
+def test_two_processes_answer_what_one_does_and_open_their_own_images(experiment, pruned, goldens):
+    """Each prepares the images of its rows: of 16 images in two batches, each half."""
+    (experiment / "shown").mkdir()
+    for number in range(16):
+        shutil.copy(goldens / f"data/images/img{number % 4}.png", experiment / f"shown/{number}.png")
+    lines = [entry(f"r{n}", f"{n}.png", "Yes.") for n in range(16)]
+    (experiment / "asked.jsonl").write_text("\n".join(lines))
+    flags = [f"--config.data.eval={experiment / 'asked.jsonl'}", f"--config.data.eval_images={experiment / 'shown'}"]
+    flags += ["--config.recover.method=none", "--config.evaluate.batch_size=8", "--config.evaluate.max_new_tokens=4"]
+    for count in (1, 2):
+        pruned(f"asked{count}")
+        finish(experiment, f"asked{count}", "evaluate", count, *flags)
+    first, second = ((experiment / f"asked{count}/eval/pruned.answers.jsonl").read_text() for count in (1, 2))
+    assert first == second
+    opened = [set((experiment / f"asked2-{n}.ids.images").read_text().split()) for n in (0, 1)]
+    assert [len(names) for names in opened] == [8, 8]
+    assert opened[0].isdisjoint(opened[1])
+
+
+@pytest.mark.slow
 def test_no_usable_record_stops_every_process(experiment, pruned):
     (experiment / "gone.jsonl").write_text("\n".join(entry(f"r{n}", "none.png", "Yes.") for n in range(20)))
     pruned("gone")
@@ -378,16 +398,3 @@ def test_no_usable_record_stops_every_process(experiment, pruned):
     assert [process.wait(timeout=300) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
     words = "none of the 20 records is usable (the first:"
     assert all(words in (experiment / f"gone-{number}.log").read_text() for number in range(2))
-
-
-@pytest.mark.slow
-def test_kill_9_at_a_random_moment(tmp_path):
-    """The benchmark's run of two processes, whose every byte is compared with an undisturbed one's.
-
-    By the seed it is the second checkpoint being written; results.md has 20 moments of all kinds.
-    """
-    script = ROOT / "benchmarks/preemption.py"
-    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=1", "--seed=9", "--no-alone"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["phases"] == {"save": 1}

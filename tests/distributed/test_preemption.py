@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hf_cases import copy_llava
+from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.distributed.journal import Journal
@@ -148,3 +151,16 @@ def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, 
     assert sorted(os.listdir(straight)) == before
     assert main(["export", *flags, "--config.export.dtype=float32"]) == 0
     assert sorted(os.listdir(straight)) == sorted([*before, "export"])
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(tmp_path):
+    """The benchmark's run of two processes, whose every byte is compared with an undisturbed one's.
+
+    By the seed it is the second checkpoint being written; results.md has 20 moments of all kinds.
+    """
+    script = ROOT / "benchmarks/preemption.py"
+    command = [sys.executable, str(script), f"--work={tmp_path / 'work'}", "--kills=1", "--seed=9", "--no-alone"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["phases"] == {"save": 1}

@@ -11,9 +11,10 @@ from prune_cases import config, model, on_mesh
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Encoder
-from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.evaluation import questions
 from vlmprune_jax.evaluation.questions import arrange_questions
 from vlmprune_jax.evaluation.runner import _windows, evaluate, perplexity
 from vlmprune_jax.families import templates
@@ -111,6 +112,22 @@ def test_shared_images_are_computed_once(goldens, encoder):
     assert sorted(place for batch in batches for place in batch.places[batch.valid]) == list(range(8))
     shapes = {tuple(a.shape for a in [*batch.arrays.values(), batch.prefix.input_ids]) for batch in batches}
     assert len(shapes) == 1  # one program
+
+
+def test_images_of_other_processes_are_not_opened(goldens, encoder, monkeypatch):
+    """Of two processes, each opens what its rows show; between them the pixels are those that one process has."""
+    asking = arrange_questions(records(goldens, ["x"] * 8), encoder, batch_size=8, multiple=4)
+    whole = [batch.arrays["pixel_values"] for batch in asking.batches(threads=1, prefetch=1)]
+    parts, opened, load_image = [], [], ImageLoader.load
+    monkeypatch.setattr(ImageLoader, "load", lambda *of: opened[-1].add(of[1].name) or load_image(*of))
+    for process in (0, 1):
+        monkeypatch.setattr(questions, "rows_of_process", lambda _, count, first=process: np.arange(first, count, 2))
+        opened.append(set())
+        parts.append([batch.arrays["pixel_values"] for batch in asking.batches(threads=1, prefetch=1)])
+    assert opened == [{"img0.png", "img2.png"}, {"img0.png", "img1.png"}]  # padding shows the first again
+    for together, first, second in zip(whole, *parts, strict=True):
+        assert not first[1::2].any()
+        np.testing.assert_array_equal(first + second, together)
 
 
 def test_a_suffix_continues_the_last_question(goldens, encoder):

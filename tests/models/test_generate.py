@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models import decoder
+from vlmprune_jax.models import attention, decoder
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.params import init_params
 from vlmprune_jax.models.vlm import Model, forward
@@ -58,12 +58,16 @@ def test_text_only_and_grouped_queries(llava, goldens):
     np.testing.assert_array_equal(tokens[0], golden["gen_tokens"])
 
 
-def test_a_cache_padded_as_on_tpus_gives_the_same_tokens(llava, goldens, monkeypatch):
+@pytest.mark.parametrize(("lanes", "count"), [(8, 7), (14, 6), (128, 5)])  # no other test compiles for as many tokens
+def test_a_cache_as_on_tpus_gives_the_same_tokens(lanes, count, llava, goldens, monkeypatch):
+    """Eight heads of 6 channels: one, two and all of them in each padded row."""
     golden, compiled_for = np.load(goldens / "forward/llava.npz"), []
     monkeypatch.setattr(decoder, "for_tpu", lambda: compiled_for.append("tpu") or True)
-    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=7, eos_token_ids=())
-    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"][:7])
-    assert compiled_for  # no other test has compiled for as many tokens
+    for module in (attention, decoder):
+        monkeypatch.setattr(module, "LANES", lanes)
+    tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=count, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"][:count])
+    assert compiled_for
 
 
 def test_shared_prefix_equals_whole_prompts(llava, goldens):

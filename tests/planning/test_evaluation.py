@@ -27,7 +27,7 @@ def get_config():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [96, 128])
+@pytest.mark.parametrize("head", [64, 96, 128])
 def test_decoding_touches_little_more_than_weights_and_cache(head, monkeypatch):
     """Compiled for a slice; the bar is 1.25 times the bytes of weights and cache on a chip. The cache is not copied."""
     real, compiled = evaluation.compile_for_tpu, []

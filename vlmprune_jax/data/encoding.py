@@ -122,6 +122,13 @@ class Encoder:
                 slot += 1
         return arrays
 
+    def empty_images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
+        """Return the image arrays of a row that another process computes: grids, and zeros as pixels."""
+        arrays = self._empty_slots(shape)
+        for slot, image in enumerate(self.shapes(record) if GRIDS in arrays else ()):
+            arrays[GRIDS][slot] = image.grid
+        return arrays
+
     def _empty_slots(self, shape: Shape) -> dict[str, np.ndarray]:
         arrays = {} if self.image_loader is None else self.image_loader.arrays(shape.slots, shape.image_tokens)
         return {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}

@@ -14,6 +14,7 @@ from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questio
 from vlmprune_jax.evaluation.runner import ask
 from vlmprune_jax.hf.batches import Records, open_inputs, to_records
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.models.generate import on_decoding_mesh
 from vlmprune_jax.models.vlm import Model
 
 
@@ -78,7 +79,7 @@ def answer(
     text = f"{IMAGE_TOKEN}\n" * len(pictures) + question
     record = Record("question", (("human", text),), tuple(map(_source, pictures)))
     asked = arrange_questions([record], inputs.encoder(cfg, 0), batch_size=1)
-    return ask(loaded, asked, tokenizer=inputs.tokenizer, max_new_tokens=max_new_tokens)[0].prediction
+    return ask(on_decoding_mesh(loaded), asked, tokenizer=inputs.tokenizer, max_new_tokens=max_new_tokens)[0].prediction
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -23,6 +24,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder, Shape, check_length
 from vlmprune_jax.data.inputs import load_inputs, read_set
 from vlmprune_jax.data.records import Record
+from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.models.generate import SharedPrefix
 
@@ -90,14 +92,17 @@ class ArrangedQuestions:
         questions = (question for group in self.groups for question in group.questions)
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
-    def batches(self, *, threads: int, prefetch: int) -> grain.IterDataset[QuestionBatch]:
-        """Return an iterator over all batches, which threads prepare ahead."""
+    def batches(self, *, threads: int, prefetch: int, mesh: Mesh | None = None) -> grain.IterDataset[QuestionBatch]:
+        """Return an iterator over all batches, which threads prepare ahead.
+
+        `mesh`: device mesh of the model; a process opens only the images of its own rows (None: all images).
+        """
         for group in self.groups:
             check_memory(group.beginnings, group.shape, self.encoder, prefetch)
-        rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number]))
+        rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number], mesh))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
-    def _load(self, group: _Group) -> QuestionBatch:
+    def _load(self, group: _Group, mesh: Mesh | None) -> QuestionBatch:
         questions = group.questions
         numbers = sorted({question.beginning for question in questions})
         slots = {number: slot for slot, number in enumerate(numbers)}
@@ -108,7 +113,11 @@ class ArrangedQuestions:
         shared = [self.beginnings[number] for number in numbers]
         shared += [shared[0]] * (group.beginnings - len(shared))
         prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
-        images = [self.encoder.images(beginning.record, group.shape) for beginning in shared]
+        mine, encoder = set(rows_of_process(mesh, len(shared)).tolist()), self.encoder
+        images = [
+            (encoder.images if row in mine else encoder.empty_images)(beginning.record, group.shape)
+            for row, beginning in enumerate(shared)
+        ]
         arrays |= {name: np.stack([row[name] for row in images]) for name in images[0]}
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(

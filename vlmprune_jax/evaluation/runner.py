@@ -111,7 +111,7 @@ def evaluate(
     metric = metric_named(metric) if isinstance(metric, str) else metric
     tokenizer = batches.encoder.tokenizer if tokenizer is None and isinstance(batches, ArrangedQuestions) else tokenizer
     replies = ask(
-        model,
+        on_decoding_mesh(model),
         _with_answers(batches),
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
@@ -146,7 +146,7 @@ def ask(
     """Generate the greedy answers to all questions; return them in the records' order.
 
     Args:
-      model: the model; sharded parameters split every batch over the mesh.
+      model: the model; sharded parameters split every batch over their mesh (see `on_decoding_mesh`).
       batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
         image once; rows with `valid` False are ignored.
       tokenizer: decodes the answers.
@@ -157,7 +157,6 @@ def ask(
 
     Raises UserError if there is no question.
     """
-    model = on_decoding_mesh(model)
     asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
     said: list[tuple[str, int]] = []
 

@@ -33,25 +33,48 @@ def for_tpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
-def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def heads_per_row(kv_heads: int, head: int) -> int:
+    """Return how many heads of `head` channels share a row of a TPU's cache, which is padded to the lanes.
+
+    As many as fit, if the number of rows is divisible by the size of `tensor` in the mesh in use.
+    """
+    rows = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
+
+
+def heads_of_rows(x: jax.Array, heads: int, head: int) -> jax.Array:
+    """Return [batch, slots, heads, head] from the rows of a cache, which contain one or more heads and padding."""
+    return x[..., : heads // x.shape[2] * head].reshape(*x.shape[:2], heads, head)
+
+
+def xla_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, in_row: int = 1
+) -> jax.Array:
     """Return softmax attention computed with XLA operations, with float32 scores.
 
-    `mask`: bool[batch, 1, queries, keys], true where a query sees a key. Heads of `k` and `v` may end with zeros, the
-    padding of a cache.
+    `mask`: bool[batch, 1, queries, keys], true where a query sees a key. `k` and `v` may be the rows of a cache, each
+    with `in_row` heads and padding; queries are then 0 at the channels of other heads.
 
     The narrow arrays are scaled and transposed, so that no pass but softmax goes over the scores: jax.nn's attention
     has XLA:CPU transpose them, forward and backward (6 % of a step of SmolLM2-135M).
     """
     batch, queries, heads, head = q.shape
     scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
-    if k.shape[-1] > head:
-        scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - head),))
+    places = (batch, k.shape[2], in_row, -1, queries)
+    own = np.eye(in_row, dtype=bool)[:, None, None, :, None]
+    if in_row > 1:
+        scaled = jnp.where(own, scaled.reshape(*places, 1, head), 0).reshape(*scaled.shape[:-1], in_row * head)
+    if k.shape[-1] > scaled.shape[-1]:
+        scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - scaled.shape[-1]),))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkgth,bksh->bkgts", scaled, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return saveable(mixed[..., :head].transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
+    mixed = mixed[..., : in_row * head]
+    if in_row > 1:
+        mixed = jnp.where(own, mixed.reshape(*places, in_row, head), 0).sum(axis=-2).reshape(*scores.shape[:-1], head)
+    return saveable(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head))
 
 
 def splash_attention(

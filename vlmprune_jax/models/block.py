@@ -22,7 +22,7 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import LayerShape, Stack
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.attention import for_tpu, splash_attention, xla_attention
+from vlmprune_jax.models.attention import for_tpu, heads_of_rows, splash_attention, xla_attention
 from vlmprune_jax.models.layers import (
     Leaf,
     Norm,
@@ -47,8 +47,8 @@ FIXED_POINT_STEPS = 16
 _MLPS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
 
 # (keys, values) of one run: [layer, slots, kv_heads, batch, head] each, the order in which TPUs read them for a token
-# (in another, XLA copies the cache before and after the loop; on TPUs `head` is padded, see `Decoder.empty_cache`). A
-# block also gets its place on the first axis.
+# (in another, XLA copies the cache before and after the loop; on TPUs heads share rows that are padded, see
+# `Decoder.empty_cache`). A block also gets its place on the first axis.
 RunCache = tuple[jax.Array, jax.Array]
 Cache = dict[str, RunCache]
 LayerCache = tuple[jax.Array, jax.Array, jax.Array]
@@ -122,6 +122,7 @@ class Attention(nnx.Module):
         own, head_dim = not shape.shared, cfg.head_dim_of(shape)
         values = own and not (isinstance(cfg, TextConfig) and cfg.keys_as_values and shape.window is None)
         self.window, self.causal, self.out_name = shape.window or 0, cfg.causal, names.out
+        self.kv_heads = shape.kv_heads
         self.query_gain = cfg.query_scale * head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
         self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), cfg.qkv_bias)
         self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if own else None
@@ -180,10 +181,10 @@ class Attention(nnx.Module):
             segments = None if ctx.segments is None else ctx.segments[self.window]
             valid = None if ctx.valid is None else ctx.valid[:, :seen]
             keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
-            keys, values = keys[..., : q.shape[-1]], values[..., : q.shape[-1]]
+            keys, values = (heads_of_rows(x, self.kv_heads, q.shape[-1]) for x in (keys, values))
             mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window, segments=segments)
         else:
-            mixed = xla_attention(q, k, v, ctx.masks.get(self.window))
+            mixed = xla_attention(q, k, v, ctx.masks.get(self.window), self.kv_heads // k.shape[2])
         return out_proj(mixed, dropout_masks[-1]), mixed, updated, (k, v)
 
 
@@ -192,10 +193,12 @@ def _write(cache: RunCache, new: RunCache, layer: jax.Array, slot: Any) -> tuple
 
     Only the new slots are written: a loop over layers and tokens then updates the cache in place.
     """
-    head = new[0].shape[-1]
 
     def written(stack: jax.Array, x: jax.Array) -> jax.Array:
-        x = jnp.pad(x.transpose(1, 2, 0, 3)[None], ((0, 0),) * 4 + ((0, stack.shape[-1] - head),))
+        in_row = x.shape[2] // stack.shape[2]
+        # not a reshape: XLA would copy the cache before and after the loop over tokens
+        x = jnp.concatenate([x[:, :, head::in_row] for head in range(in_row)], axis=-1)
+        x = jnp.pad(x.transpose(1, 2, 0, 3)[None], ((0, 0),) * 4 + ((0, stack.shape[-1] - x.shape[-1]),))
         return constrain(jax.lax.dynamic_update_slice(stack, x, (layer, slot, 0, 0, 0)), CACHE_AXES)
 
     def own(stack: jax.Array) -> jax.Array:

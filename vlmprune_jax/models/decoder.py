@@ -13,7 +13,7 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.core.stack import runs
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.attention import LANES, attention_mask, for_tpu, windowed
+from vlmprune_jax.models.attention import LANES, attention_mask, for_tpu, heads_per_row, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
 from vlmprune_jax.models.rounding import rounded_product
@@ -175,13 +175,15 @@ class Decoder(BlockStack):
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
         """Return an empty (zero-filled) key/value cache.
 
-        TPUs pad the last axis to their lanes. Unpadded, the compiler stores the cache in another order than the one in
-        which tokens read it, and copies it before and after them.
+        On TPUs, small heads share a row, and rows are padded to the lanes. The compiler would store unpadded rows in
+        another order than decoding reads them, and copy the cache before and after decoding.
         """
         cache: Cache = {}
         for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
             head = self.cfg.head_dim_of(shape)
-            size = (length, slots, shape.kv_heads, batch, -(-head // LANES) * LANES if for_tpu() else head)
+            in_row = heads_per_row(shape.kv_heads, head) if for_tpu() else 1
+            row = -(-in_row * head // LANES) * LANES if for_tpu() else head
+            size = (length, slots, shape.kv_heads // in_row, batch, row)
             if not shape.shared:
                 cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
         return cache

@@ -16,7 +16,6 @@ from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.families.tiles import ImageShape
-from vlmprune_jax.models.attention import LANES
 from vlmprune_jax.models.block import CACHE_AXES
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.generate import decode, prefill
@@ -91,7 +90,7 @@ class EvaluationCase:
 class _Memory:
     """Memory per chip in bytes: all weights, the weights read per token, and key/value cache per row and token.
 
-    `padded`: that cache with each head padded to a multiple of 128 channels, as TPUs hold it.
+    `padded`: that cache as TPUs hold it (see `Decoder.empty_cache`).
     """
 
     weights: float
@@ -115,7 +114,8 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
         begun = jax.eval_shape(lambda *of: prefill(of[0], case.cfg, of[1], _NEW_TOKENS, ()), params, arrays)
         first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
         later = compile_for_tpu(decode, params, case.cfg, *_placed(begun, mesh), _NEW_TOKENS, ())
-    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params)
+    cached = sum(leaf.size for leaf in jax.tree.leaves(begun[0])) / (rows * (length + _NEW_TOKENS))
+    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params, cached)
     needed = max(one.arguments + one.temporaries for one in (first, later))
     largest = int((chip.hbm - memory.weights) / max(needed - memory.weights, 1) * rows / ways) * ways
     received = sum(later.received.values()) / steps
@@ -191,12 +191,10 @@ def _placed(begun: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, begun)
 
 
-def _memory(case: EvaluationCase, mesh: Mesh, params: Any) -> _Memory:
+def _memory(case: EvaluationCase, mesh: Mesh, params: Any, cached: float) -> _Memory:
+    """Return the memory of a case; `cached`: numbers in the cache per row and token on all chips."""
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    heads = [(shape.kv_heads, cfg.text.head_dim_of(shape)) for shape in cfg.text.layers if not shape.shared]
-    cache, padded = (
-        sum(2 * count * -(-head // lanes) * lanes for count, head in heads) * size / mesh.size for lanes in (1, LANES)
-    )
-    return _Memory(sum(flat.values()), read, cache, padded)
+    cache = sum(2 * shape.kv_heads * cfg.text.head_dim_of(shape) for shape in cfg.text.layers if not shape.shared)
+    return _Memory(sum(flat.values()), read, cache * size / mesh.size, cached * size / mesh.size)

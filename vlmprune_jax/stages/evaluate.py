@@ -189,7 +189,7 @@ def _ask(asking: Asking, of: EvaluationSetSpec) -> Lines:
     with EnergyMeter() as meter, asking.phase(len(questions)) as progress:
         replies = ask(
             model,
-            questions.batches(threads=data.threads, prefetch=PREFETCH),
+            questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh_of(model.params)),
             tokenizer=questions.encoder.tokenizer,
             max_new_tokens=of.max_new_tokens,
             progress=progress,

@@ -84,7 +84,9 @@ class Answering:
         with self.phase(len(arranged)) as progress:
             return ask(
                 self.model,
-                arranged.batches(threads=self.inputs.data.threads, prefetch=PREFETCH),
+                arranged.batches(
+                    threads=self.inputs.data.threads, prefetch=PREFETCH, mesh=params_mesh(self.model.params)
+                ),
                 tokenizer=encoder.tokenizer,
                 max_new_tokens=max_new_tokens,
                 progress=progress,
