@@ -145,7 +145,7 @@ def _spread(ids: jax.Array, values: jax.Array, vocab: int) -> jax.Array:
 
 
 def _log_rest(logprobs: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Return the log of the summed probability, float32[...], of all tokens that are _ABSENT in `chosen`."""
+    """Return the log of the summed probability, float32[...], of all tokens that are not in `chosen`."""
     return jax.nn.logsumexp(jnp.where(chosen > _ABSENT, -jnp.inf, logprobs), axis=-1)
 
 

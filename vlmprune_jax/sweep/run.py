@@ -55,7 +55,7 @@ class Sweep:
 
 
 def with_caches(experiment: Experiment) -> Experiment:
-    """Return the experiment with cache folders that only runs with equal cached content share.
+    """Return the experiment with cache folders of its own, shared only with runs whose caches have equal content.
 
     A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """

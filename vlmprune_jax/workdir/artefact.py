@@ -28,7 +28,7 @@ class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="f
     COMPACT: ClassVar[bool] = False  # one line for each field: files with thousands of numbers
 
     def problems(self, folder: Path) -> str | None:
-        """Return an error in the content that types do not show, as text; None if there is none."""
+        """Return an error message if the content is inconsistent although all types are right; None otherwise."""
         del folder
         return None
 

@@ -229,7 +229,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:
-        """Return the result without duplicates, such as one pruned model before several recoveries."""
+        """Return the result without duplicate models, such as one pruned model before several recoveries."""
         shown: dict[object, Run] = {}
         for run in sorted(self.runs, key=lambda run: run.name != self.best):
             evaluation = repr(msgspec.structs.replace(run.evaluation, seconds=0.0))

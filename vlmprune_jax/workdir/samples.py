@@ -137,7 +137,7 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
 
 
 def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, most: int) -> list[int]:
-    """Choose up to `most` questions by rank, with varied answers and images."""
+    """Choose up to `most` sample questions, the best ranked first, with varied answers and images."""
     places = sorted(np.flatnonzero(chosen).tolist(), key=lambda place: (-int(ranks[place]), place))
     found: list[int] = []
     seen: set[tuple[str, ...]] = set()

@@ -104,7 +104,7 @@ class Unfinished:
 
 
 def read_unfinished(workdir: Path) -> Unfinished:
-    """Read the finished part of an unfinished run.
+    """Return the finished results of an unfinished run, and its missing steps.
 
     Raises UserError if nothing of a run is there, or a file is damaged.
     """
