@@ -11,7 +11,7 @@ from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_settin
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """Settings of one evaluation set (questions, or a text for perplexity); unset ones are those of `evaluate`."""
+    """Settings of one evaluation set (questions, or a text for perplexity), by default those of `evaluate`."""
 
     data: str | None = evaluate_setting(
         None, "Evaluation records of this set, in the formats of `data.train` (None = `data.eval`).", by_content=True

@@ -205,7 +205,7 @@ def tied_head(cfg: ModelConfig, family: Family) -> str | None:
 
 
 def _in_computed_block(number: int | None, cfg: ModelConfig) -> bool:
-    """Return True if a block number of the vision tower is one of the used layers, or beyond the last layer."""
+    """Return True if a vision tower's block is computed, or has a number that does not exist."""
     if number is None or cfg.vision is None:
         return False
     return number < len(cfg.vision.layers) or number >= cfg.vision.n_layers_total

@@ -86,7 +86,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Folder and config of an unpruned model, and the prune plan."""
+    """Layer shapes for planning: folder and config of the unpruned model, and its prune plan."""
 
     folder: Path
     cfg: ModelConfig
