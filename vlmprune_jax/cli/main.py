@@ -186,7 +186,7 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
 
 
 def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
-    """Return the message for an error in a user's file, such as a custom export format; None for any other error."""
+    """Return the message for an error raised in a user's Python file, such as a config; None for any other error."""
     line = line_of_users(error, ours)
     told = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
     return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}") if line else None

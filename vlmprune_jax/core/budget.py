@@ -89,7 +89,9 @@ class Budget:
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False
     )
-    other_bytes: int = setting(0, "Size of exported weights that no forward pass uses.", unit="bytes", offered=False)
+    other_bytes: int = setting(
+        0, "Size of weights that an export copies unchanged, which `disk_bytes` counts.", unit="bytes", offered=False
+    )
     curve: tuple[tuple[float, float], ...] = setting(
         (),
         "Measured decode times as pairs (number of parameters, milliseconds per token), instead of those in the file "

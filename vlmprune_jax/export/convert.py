@@ -30,8 +30,8 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
     needed = max((cfg.text.vocab_size, *(token + 1 for token in ids.values())))
     if needed > 2 * cfg.text.vocab_size + VOCAB_MULTIPLE:
         raise UserError(
-            f"the tokenizer has token id {needed - 2:,}, but the vocabulary has {cfg.text.vocab_size:,} rows: use the "
-            "tokenizer of this model"
+            f"the tokenizer has token id {needed - 2:,}, but the model has {cfg.text.vocab_size:,} tokens: use "
+            "the tokenizer of this model"
         )
     return cfg.text.vocab_size if needed == cfg.text.vocab_size else -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 

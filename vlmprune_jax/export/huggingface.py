@@ -36,7 +36,7 @@ class FolderOptions:
         choices="core.weight_files:WRITTEN",
     )
     storage: Any = setting(
-        None, "Quantised storage of weights, such as the result of `vp.gptq` (None = unquantised).", offered=False
+        None, "Weights that are already quantised, such as the result of `vp.gptq` (None = none).", offered=False
     )
 
 

@@ -136,7 +136,7 @@ class Trim:
 
     @classmethod
     def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return the `Trim` of a kept vocabulary (None = whole vocabulary)."""
+        """Return the cuts that trim the vocabulary to the kept tokens; for None, those that keep all tokens."""
         trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
         return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 

@@ -49,8 +49,8 @@ class LossConfig:
 
     `reference_compat` computes the losses as the paper's trainers do. Distillation losses
     include padding positions in that mode, and KL losses are divided by the batch size only. `l2_layers` index the
-    hidden states of teacher and student separately in that mode. LLaVA's and Bunny's trainers pad with zero embeddings
-    (`teacher_inputs="student"`). InternVL's trainer pads with token ids at position 0 (`teacher_inputs="own"`).
+    hidden states of teacher and student separately in that mode. `teacher_inputs="student"` then reproduces LLaVA's and
+    Bunny's trainers, which pad with zero embeddings; "own" reproduces InternVL's, which pads with token ids.
     """
 
     ce: float = recover_setting(

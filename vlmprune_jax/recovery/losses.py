@@ -300,7 +300,7 @@ def _at_positions(
 
 
 def combine(sums: dict[str, jax.Array], weights: dict[str, jax.Array], loss: LossConfig) -> jax.Array:
-    """Return the total loss: the sum over terms of coefficient * sum / weight; terms of weight 0 add nothing."""
+    """Return the total loss: each term is its coefficient times its mean over tokens (0 without tokens)."""
     coefficients = loss.weights()
     total = jnp.float32(0)
     for name, value in sums.items():
