@@ -3,7 +3,7 @@
   python tools/pretrain.py --config=tools/pretrain_tokens.py --workdir=runs/qwen_easyvqa
   vlmprune sweep --config=configs/sweeps/image_tokens.py:runs/qwen_easyvqa/teacher --workdir=runs/image_tokens
 
-{16, 9, 4 tokens per image} x {none, SFT + L2 on 5 % of the data} x 3 seeds: 18 runs that each lose 30 % of the decoder.
+{16, 9, 4 tokens per image} x {30, 45 % of the decoder} x {none, SFT + L2 on 5 % of the data} x 3 seeds: 36 runs.
 A model is trained and evaluated at one budget and compared with the unpruned model at this budget. 1,000 questions.
 """
 
@@ -13,7 +13,7 @@ from study_easyvqa import TRAINED, WITHOUT_RECOVERY, named, of_decoder, seeded
 from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.core.errors import UserError
 
-TOKENS, SHARE, SEEDS = (16, 9, 4), 30, (1, 2, 3)
+TOKENS, SHARES, SEEDS = (16, 9, 4), (30, 45), (1, 2, 3)
 _folder = ""
 
 
@@ -40,6 +40,6 @@ def get_hyper(hyper):
     """Return the runs seed by seed, so that an interrupted sweep has complete tables."""
     none = {"none": WITHOUT_RECOVERY["none"]}
     trained = [hyper.named("recovery", named({"sft_l2": TRAINED["sft_l2"]})), hyper.fixed("data.fraction", 0.05)]
-    cuts = [hyper.sweep("data.max_image_tokens", TOKENS), hyper.named("decoder", of_decoder(_folder, [SHARE]))]
+    cuts = [hyper.sweep("data.max_image_tokens", TOKENS), hyper.named("decoder", of_decoder(_folder, SHARES))]
     untrained = [hyper.product([*cuts, hyper.named("recovery", none), seeded(hyper, SEEDS)])]
     return hyper.chainit([*untrained, *(hyper.product([*cuts, *trained, seeded(hyper, [seed])]) for seed in SEEDS)])
