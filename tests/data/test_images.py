@@ -53,7 +53,7 @@ def test_siglip_pixels_equal_the_reference(goldens: Path, tmp_path: Path, aspect
     for images in (tower, bunny):
         pixels = np.concatenate([images.load(path, "r") for path in paths])
         np.testing.assert_allclose(pixels, expected, atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"has neither preprocessor_config\.json nor processor_config\.json"):
         load_image_processor(goldens / "ckpt/bunny", **options)
 
 
@@ -172,7 +172,7 @@ def test_cache_is_bounded_and_keeps_the_latest(goldens: Path, tmp_path: Path) ->
 
 def test_bad_processor_folders(goldens: Path, tmp_path: Path) -> None:
     options = {"max_pixels": 10**6, "cache_bytes": 0}
-    with pytest.raises(UserError, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(UserError, match=r"has neither preprocessor_config\.json nor processor_config\.json"):
         load_image_processor(tmp_path, aspect_ratio="pad", **options)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):

@@ -337,7 +337,9 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
         return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
-    raise UserError(f"{folder}: has no preprocessor_config.json: copy it from the model or its vision tower")
+    raise UserError(
+        f"{folder}: has neither {' nor '.join(dict(PROCESSOR_FILES))}: copy it from the model or its vision tower"
+    )
 
 
 # `Family.images` -> preparation, for images that are cut or keep their size.
