@@ -63,6 +63,8 @@ def test_accuracy_over_the_tokens_per_image(tmp_path):
     sweep = write_sweep(tmp_path, runs=image_runs())
     assert [one.image_tokens for one in sweep.done] == [70, 140, 280]
     assert sorted(sweep.unpruned) == sorted(f" at {one} tokens per image" for one in (70, 140, 280))
+    unpruned = [row[0] for row in table_of(sweep).rows[:3]]
+    assert unpruned == [f"unpruned, {tokens} image tokens" for tokens in (280, 140, 70)]
     page = build_comparison(tmp_path).read_text()
     assert "Over the tokens per image" in page
     assert "over the maximum number of tokens per image, 2 lines." in page

@@ -197,11 +197,10 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
     if len({group.first.image_tokens for group in limited}) < 2:
         return
     series, lines = series_of(groups, by_images=False), dict[str, dict[int, list[ModelEvaluation]]]()
-    for name, unpruned in sweep.unpruned.items():
+    names = _unpruned_names(sweep)
+    for key, unpruned in sweep.unpruned.items():
         if unpruned.image_tokens:
-            model = name.removesuffix(unpruned_key("", unpruned.image_tokens))
-            line = "unpruned" if len({group.first.model for group in groups}) == 1 else f"unpruned {model}"
-            lines.setdefault(line, {})[unpruned.image_tokens] = [unpruned.evaluation]
+            lines.setdefault(names[key], {})[unpruned.image_tokens] = [unpruned.evaluation]
     for group in limited:
         name = f"{series[group.name]}, {_asked(group):g}, {way_of(group)}"
         lines.setdefault(name, {})[group.first.image_tokens or 0] = [model.evaluation for model in group.models]
@@ -270,7 +269,8 @@ def table_of(sweep: SweepResult) -> Table:
     """Return a table with one row per unpruned model and per group of runs."""
     sets, groups = sweep.sets, groups_of(sweep)
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
-    rows = [_unpruned_row(name, model, sweep, names) for name, model in sweep.unpruned.items()]
+    unpruned = sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0))
+    rows = [_unpruned_row(key, model, sweep, names) for key, model in unpruned]
     for group in groups:
         mean, low, high = group.retained or (None, 0.0, 0.0)
         averages = [value for one in group.models if (value := one.evaluation.paper_average) is not None]
@@ -302,8 +302,16 @@ def table_of(sweep: SweepResult) -> Table:
     return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)
 
 
-def _unpruned_row(name: str, model: UnprunedModel, sweep: SweepResult, names: Sequence[str]) -> dict[str, str]:
-    sets, label = sweep.sets, "unpruned" if len(sweep.unpruned) == 1 else f"unpruned {printable(name)}"
+def _unpruned_names(sweep: SweepResult) -> dict[str, str]:
+    """Return {key in `sweep.unpruned`: name of the model in tables}, with its folder if there are several models."""
+    models = {key: key.removesuffix(unpruned_key("", of.image_tokens)) for key, of in sweep.unpruned.items()}
+    several = len({*models.values()}) > 1
+    return {key: f"unpruned {printable(model)}" if several else "unpruned" for key, model in models.items()}
+
+
+def _unpruned_row(key: str, model: UnprunedModel, sweep: SweepResult, names: Sequence[str]) -> dict[str, str]:
+    sets, label = sweep.sets, _unpruned_names(sweep)[key]
+    label += f", {model.image_tokens} image tokens" if model.image_tokens else ""
     scores = {
         f"{one}: {sets[one].label}": sets[one].show(model.evaluation.main(one, sets), unit=False) for one in names
     }
