@@ -202,7 +202,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         if unpruned.image_tokens:
             lines.setdefault(names[key], {})[unpruned.image_tokens] = [unpruned.evaluation]
     for group in limited:
-        name = f"{series[group.name]}, {_asked(group):g}, {way_of(group)}"
+        name = f"{series[group.name]} {100 * _asked(group):.3g} %, {way_of(group)}"
         lines.setdefault(name, {})[group.first.image_tokens or 0] = [model.evaluation for model in group.models]
     figures = []
     for name, of in itertools.islice(sweep.sets.items(), MOST_FIGURES):
@@ -216,7 +216,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
             for line, at in lines.items()
         }
         alt = f"{label} over the maximum number of tokens per image, {len(lines)} lines."
-        caption = "Number after the method: share removed. Bands: 95 % intervals over seeds."
+        caption = "Percentages: removed share of the parameters. Bands: 95 % intervals over seeds."
         figures.append(figure_of(plots.images_figure(points, label), alt, caption))
     note = (
         "Models are trained and evaluated at the same limit; retention is relative to the unpruned model at that limit."
