@@ -1,13 +1,14 @@
 """Cost of reconstruction on a TPU slice for the real families, compiled ahead of time, as a Markdown table.
 
-    python benchmarks/reconstruction_plan.py [--topology=v5e:8x8] [--families llava bunny internvl]
+    python benchmarks/reconstruction_plan.py [--topology=v5e:8x8] [--families llava bunny internvl] [--layerwise]
 
 The programs of one layer at its true widths, 30 % of the parameters gone by width (heads kept): the stream behind a
 layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time.
 Bytes are of one chip. Times are of 65,536 tokens to fit to and as many held out (an eighth of them, padded), all
 layers. Arithmetic: 1 pass of the bf16 unit for a layer's products, 6 for those of sums and solves (float32). Streams:
 what moves between hosts and chips, every host that of its chips. Both overlap in each of the three passes over the
-rows of a layer, but not with the solve between them; that is the least time.
+rows of a layer, but not with the solve between them; that is the least time. --layerwise: one layer's training
+(`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on one chip instead.
 """
 
 from __future__ import annotations
@@ -33,11 +34,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--families", nargs="+", default=list(LENGTHS))
+    parser.add_argument("--layerwise", action="store_true")
     options = parser.parse_args()
+    if options.layerwise:
+        for family in options.families:
+            print(layerwise(family, options.topology), flush=True)
+        return
     print("| family | G and C | layer: temporaries | sums | 9 ridges | change | arithmetic, streams, least, s |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for family in options.families:
         print(row(family, options.topology), flush=True)
+
+
+def layerwise(family: str, topology: str) -> str:
+    """Return memory and least time of one layer's training on one chip."""
+    import jax
+    import jax.numpy as jnp
+
+    from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
+    from vlmprune_jax.distributed.rules import sharding
+    from vlmprune_jax.hf.read import read_config
+    from vlmprune_jax.models.params import layer_shapes
+    from vlmprune_jax.planning.ahead_of_time import compile_for_tpu, make_slice
+    from vlmprune_jax.prune import layers, layerwise
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
+        _, cfg = read_config(Path(folder), None)
+    target = make_slice(topology)
+    mesh = make_mesh(1, 1, 1, devices=target.devices[:1])
+    text, length = cfg.text.with_layers(cfg.text.layers[:1]), LENGTHS[family]
+
+    def abstract(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, ())), tree)
+
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layer_shapes(cfg, "text").items()}
+    tokens = jax.ShapeDtypeStruct((layerwise.ROWS, length), jnp.float32)
+    stream = jax.ShapeDtypeStruct((*tokens.shape, cfg.text.hidden_size), jnp.float32)
+    given = layers.Given({"attention_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.int32)}, None, {})
+    state, rate = jax.eval_shape(layerwise._ADAM.init, params), jax.ShapeDtypeStruct((), jnp.float32)
+    step = jax.jit(functools.partial(layerwise._step, stack="text", cfg=text), donate_argnums=(0, 1))
+    with use_mesh(mesh):
+        found = compile_for_tpu(step, *abstract((params, state, rate, stream, stream, tokens, given)))
+    steps = layerwise.EPOCHS * TOKENS // (layerwise.ROWS * length)
+    seconds = steps * found.flops / target.chip.flops, steps * 2 * stream.size * 4 / HOST
+    gib = [size / 2**30 for size in (found.arguments, found.temporaries)]
+    return (
+        f"{family}: {gib[0]:.2f} GiB arguments, {gib[1]:.2f} GiB temporaries; a layer at least "
+        f"{max(seconds):.1f} s (arithmetic {seconds[0]:.1f}, streams {seconds[1]:.1f}), {steps} steps"
+    )
 
 
 def row(family: str, topology: str) -> str:
@@ -95,7 +140,9 @@ def row(family: str, topology: str) -> str:
     products = 2 * rows * length * mlp * (mlp + width)
     passes = [found["dense"].flops, found["sums"].flops + (PASSES - 1) * products, found["ours"].flops]
     passes = [steps * flops / chips / target.chip.flops for flops in passes]
-    solve = PASSES * (found["errors"].flops + found["change"].flops) / target.chip.flops  # every chip for itself
+    solve = (
+        PASSES * (found["errors"].flops / chips + found["change"].flops) / target.chip.flops
+    )  # the last on every chip
     moved = steps * 2 * rows * length * width * 4 / hosts / HOST  # of a pass: in and out, or two in
     least = sum(max(arithmetic, moved) for arithmetic in passes) + solve
     times = n_layers * np.array([sum(passes) + solve, 3 * moved, least])

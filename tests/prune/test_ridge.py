@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.prune.ridge import RIDGES, Sums, change, held_out_errors, in_blocks
 
 
@@ -26,6 +27,15 @@ def test_blocks_solve_what_float64_solves(n, ridge):
     np.testing.assert_allclose(found * scale, expected * scale, atol=1e-4 * np.abs(expected * scale).max())
     lapack = np.asarray(change(Sums(gram, cross, 0.0), ridge))
     np.testing.assert_allclose(found * scale, lapack * scale, atol=1e-4 * np.abs(expected * scale).max())
+
+
+def test_the_devices_of_a_mesh_share_the_ridges():
+    fit, held = sums(7, 14), sums(7, 14, seed=1)
+    expected = np.asarray(held_out_errors(fit, held, np.float32(RIDGES)))
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        found = held_out_errors(fit, held, np.float32(RIDGES))
+    assert found.is_fully_replicated
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_what_cannot_be_solved_is_nan_and_not_chosen():
