@@ -23,6 +23,7 @@ from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.variants import PruneRun
 from vlmprune_jax.export.loads import keeps_heads
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
@@ -126,13 +127,12 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
     )
 
 
-def read_shapes(experiment: Experiment, folder: Path | None) -> Shapes:
-    """Read an unpruned model's config, and the plan in `folder`; without a plan, predict one."""
-    model = experiment.model
+def read_shapes(run: PruneRun, pruned: bool) -> Shapes:
+    """Read an unpruned model's config, and if the run has `pruned` already, its plan; else predict the plan."""
+    model, file = run.experiment.model, run.folder / "plan.json"
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
-    file = None if folder is None else folder / "plan.json"
-    plan = predict_plan(experiment, cfg) if file is None or not file.is_file() else PrunePlan.from_json(file)
+    plan = PrunePlan.from_json(file) if pruned and file.is_file() else predict_plan(run.experiment, cfg)
     return Shapes(hf_dir, cfg, plan)
 
 

@@ -143,7 +143,7 @@ def fit_all(
     """
     recoveries, evaluations = dict[str, Planned](), dict[str, PlannedEvaluation]()
     for pruned in prune_runs(experiment, workdir or Path()):
-        shapes = read_shapes(pruned.experiment, None if workdir is None else pruned.folder)
+        shapes = read_shapes(pruned, workdir is not None)
         for run in recover_runs(pruned):
             records = count_records(run.experiment.data) if n_records is None else n_records
             case = make_case(run.experiment, shapes, topology, records)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.settings import settings_of
-from vlmprune_jax.evaluation.config import EvaluationSetSpec
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.experiment.arguments import evaluation_sets, export_options
 from vlmprune_jax.experiment.options import options
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ReconstructSpec, RecoverSpec, ScoreSpec, SpeedSpec
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
+from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.families import family_of
 from vlmprune_jax.prune import CRITERIA
@@ -38,7 +41,16 @@ def unused_settings(experiment: Experiment, cfg: ModelConfig, sections: Collecti
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
     names = [name for name in names if not sections or name.partition(".")[0] in sections]
     changed = [name for name in names if any(_value(run, name) != _value(Experiment(), name) for run in runs)]
-    reasons = [_reasons(run, cfg, changed) for run in runs]
+    reasons = list[dict[str, str]]()
+    for run in runs:
+        rules = itertools.chain(
+            _scoring(run.score, run.prune),
+            _pruning(run.prune, run.reconstruct, run.export, cfg),
+            _training(run.recover, run.data, cfg),
+            _evaluation(run.evaluate, run.data, last=run.recover.method == run.reconstruct.method == "none"),
+            _model(run.speed, cfg),
+        )
+        reasons.append(_reasons(rules, changed))
     found: dict[str, list[str]] = {}
     for name in changed:
         if all(name in one for one in reasons):
@@ -46,13 +58,12 @@ def unused_settings(experiment: Experiment, cfg: ModelConfig, sections: Collecti
     return found
 
 
-def _value(experiment: Experiment, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), experiment)
+def _value(settings: object, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), settings)
 
 
-def _reasons(one: Experiment, cfg: ModelConfig, names: list[str]) -> dict[str, str]:
+def _reasons(rules: Iterable[Rule], names: list[str]) -> dict[str, str]:
     """Return {setting: why it has no effect in this variant}."""
-    rules = [*_scoring(one), *_pruning(one, cfg), *_training(one, cfg), *_evaluation(one), *_model(one, cfg)]
     found: dict[str, str] = {}
     for patterns, idle, why in rules:
         for name in names if idle else ():
@@ -61,9 +72,8 @@ def _reasons(one: Experiment, cfg: ModelConfig, names: list[str]) -> dict[str, s
     return found
 
 
-def _scoring(one: Experiment) -> Iterator[Rule]:
-    score, method = one.score, one.prune.method
-    criteria = [*dict.fromkeys(criteria_of(score, one.prune).values())]
+def _scoring(score: ScoreSpec, prune: PruneSpec) -> Iterator[Rule]:
+    method, criteria = prune.method, [*dict.fromkeys(criteria_of(score, prune).values())]
     used = {name for criterion in criteria for name in CRITERIA[criterion].options_in(score)}
     calibrates = any(CRITERIA[criterion].needs_batches for criterion in criteria)
     yield "score.*", not criteria, "only the vocabulary is trimmed"
@@ -77,9 +87,9 @@ def _scoring(one: Experiment) -> Iterator[Rule]:
     yield "score.seed", not calibrates and "seed" not in used, f"{of} reads no records"
 
 
-def _pruning(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
-    prune, budget, method = one.prune, one.prune.budget, one.reconstruct.method
-    chosen, values = choose_format(one.export.format, export_options(one.export))
+def _pruning(prune: PruneSpec, reconstruct: ReconstructSpec, export: ExportSpec, cfg: ModelConfig) -> Iterator[Rule]:
+    budget, method = prune.budget, reconstruct.method
+    chosen, values = choose_format(export.format, export_options(export))
     of_rows = (budget.memory_bytes, budget.step_ms)
     yield "prune.[!vl]*", prune.only_vocabulary, "only the vocabulary is trimmed"  # loads_in is checked nevertheless
     yield "prune.rounding prune.depth_share", prune.layers_removed is not None, "prune.layers_removed is set"
@@ -97,8 +107,8 @@ def _pruning(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
     yield "reconstruct.*", method == "none" and chosen.calibration(values) is None, off
 
 
-def _training(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
-    recover, losses, data = one.recover, one.recover.losses, one.data
+def _training(recover: RecoverSpec, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
+    losses = recover.losses
     if recover.method == "none":
         yield "recover.*_cache data.*_cache data.fraction data.group_by", True, 'recover.method="none" trains nothing'
         return
@@ -119,8 +129,8 @@ def _training(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
     yield "recover.losses.reference_compat", not (taught or losses.extra), "no loss needs a teacher"
 
 
-def _evaluation(one: Experiment) -> Iterator[Rule]:
-    spec, sets = one.evaluate, evaluation_sets(one.data, one.evaluate)
+def _evaluation(spec: EvaluateSpec, data: DataSpec, *, last: bool) -> Iterator[Rule]:
+    sets = evaluation_sets(data, spec)
     own = {name: spec.sets.get(name, EvaluationSetSpec()) for name in sets}
     asked, texts = ([own[name] for name in sets if (sets[name].text is None) == of] for of in (True, False))
     shared = "no set with questions uses it"
@@ -129,18 +139,17 @@ def _evaluation(one: Experiment) -> Iterator[Rule]:
         yield f"evaluate.{name}", not tasks and all(getattr(one, name) is not None for one in asked), shared
     yield "data.eval", all(one.data is not None for one in asked), shared
     yield "data.eval_images", all(one.images is not None for one in asked), shared
-    last = one.recover.method == one.reconstruct.method == "none"
     yield "evaluate.unrecovered", last, "nothing is reconstructed or trained after pruning"
     yield "evaluate.max_length", not (asked or spec.tasks), "no set has questions"
     yield "evaluate.text_window", all(one.text_window is not None for one in texts), "no set with a text uses it"
     yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
 
 
-def _model(one: Experiment, cfg: ModelConfig) -> Iterator[Rule]:
+def _model(speed: SpeedSpec, cfg: ModelConfig) -> Iterator[Rule]:
     family, tower = family_of(cfg), cfg.vision
     of_images = "data.*tile* data.thumbnail data.max_image* data.aspect_ratio data.eval_images speed.image"
     yield of_images, tower is None, "this model takes no images"
     yield "data.aspect_ratio", family.images != "whole", "this model does not make images square"
     yield "model.vision_dir", not family.separate_vision, "the folder of this model has its vision tower"
     yield "export.rolled_positions", tower is None or not tower.class_token, "no vision tower has a class token"
-    yield "speed.new_tokens speed.batch_size", not one.speed.rounds, "speed.rounds is 0"
+    yield "speed.new_tokens speed.batch_size", not speed.rounds, "speed.rounds is 0"
