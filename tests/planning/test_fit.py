@@ -98,7 +98,7 @@ def test_a_cached_teacher_takes_no_memory_and_no_arithmetic(experiment_file, mon
     """Its top-k logits come with the rows; what is compiled for has no weights of a teacher."""
     compiled_for, saved = [], tmp_path / "tpu_plan.json"
 
-    def seen(step, *arguments, slices=1):
+    def seen(step, *arguments):
         compiled_for.append(arguments)
         return tpu_case.Compiled(0, 0, {}, executed_flops(step.trace(*arguments).jaxpr.jaxpr), 0.0)
 
@@ -153,7 +153,7 @@ def test_what_to_do_about_a_step_that_does_not_fit(experiment_file, monkeypatch,
 def test_cached_features_take_the_tower_out_of_the_plan(experiment_file, monkeypatch, capsys):
     seen = []
 
-    def refuse(step, state, frozen, teacher, batch, slices=1):
+    def refuse(step, state, frozen, teacher, batch):
         seen.append(([*state.params, *frozen, *flatten(teacher)], batch))
         raise DoesNotFit(20 * 2**30, 16 * 2**30)
 
@@ -201,7 +201,7 @@ def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, caps
     """Whether twice the rows fit; the step that does, of the smallest slice and without remat, is not compiled here."""
     real, fitting = tpu_case.compile_for_tpu, tpu_case.Compiled(2**30, 8 * 2**30, {}, 10**12, 1.0)
 
-    def half(step, state, frozen, teacher, batch, slices=1):
+    def half(step, state, frozen, teacher, batch):
         return fitting if len(batch["input_ids"]) == 2048 else real(step, state, frozen, teacher, batch)
 
     monkeypatch.setattr(tpu_case, "compile_for_tpu", half)
@@ -221,7 +221,7 @@ def test_a_search_asks_the_compiler(experiment_file, monkeypatch, tmp_path, caps
 def test_buckets_are_planned_by_the_largest(experiment_file, monkeypatch, capsys):
     seen = []
 
-    def fake(_, state, frozen, teacher, batch, slices=1):
+    def fake(_, state, frozen, teacher, batch):
         seen.append(batch["input_ids"].shape)
         return tpu_case.Compiled(1, 1, {}, 10**12, 1.0)
 

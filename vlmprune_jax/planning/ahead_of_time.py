@@ -96,7 +96,7 @@ class DoesNotFit(UserError):
         self.needed, self.capacity = needed, capacity
 
 
-def compile_for_tpu(program: Any, *arguments: Any, slices: int = 1) -> Compiled:
+def compile_for_tpu(program: Any, *arguments: Any) -> Compiled:
     """Compile a jitted function for a TPU slice from abstract arguments, without the hardware.
 
     Raises:
@@ -117,7 +117,7 @@ def compile_for_tpu(program: Any, *arguments: Any, slices: int = 1) -> Compiled:
         memory.argument_size_in_bytes,
         # outputs beyond the donated arguments are temporary as well
         memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collective_bytes(text, slices),
+        collective_bytes(text),
         executed_flops(traced.jaxpr.jaxpr),
         seconds,
         text,
@@ -175,6 +175,8 @@ def _times(equation: Any) -> int:
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+# With several slices, the program is that of one; the network's share of a collective is a transfer of the host.
+_BETWEEN_SLICES = re.compile(r'= \((\S+), u32\[\], token\[\]\) recv\(.*_xla_megascale_transfer_type="(\w+)"')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
@@ -184,22 +186,24 @@ _SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
-def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
+def collective_bytes(hlo: str) -> dict[str, int]:
     """Return {collective operation: bytes that each chip receives} for one run of a compiled program.
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
     gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
-    reduction twice as many, and a permutation n. With several slices, along which devices are numbered, collectives
-    over more than one are listed apart, as "KIND between slices".
+    reduction twice as many, and a permutation n. What comes from other slices is listed apart,
+    as "KIND between slices".
     """
     computations = computations_of(hlo)
     runs = executions(hlo, computations)
     # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
-    crossing = set[tuple[str, str]]()
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             found = _INSTRUCTION.search(line)
+            if between := _BETWEEN_SLICES.search(line):
+                kind = f"{between[2].lower().replace('_', '-')} between slices"
+                largest[kind, f"{name}/{number}"] = runs[name] * round(_bytes(between[1]))
             if found is None:
                 continue
             channel = _CHANNEL.search(line)
@@ -207,11 +211,9 @@ def collective_bytes(hlo: str, slices: int = 1) -> dict[str, int]:
             # The start of an all-reduce names only its result, other starts (operands, results, ...).
             result = _second(found[1]) if found[3] and found[2] != "all-reduce" else found[1]
             largest[key] = max(largest[key], runs[name] * _received(found[2], result, line))
-            if slices > 1 and _crosses(line, slices):
-                crossing.add(key)
     total: dict[str, int] = defaultdict(int)
     for key, count in largest.items():
-        total[f"{key[0]} between slices" if key in crossing else key[0]] += count
+        total[key[0]] += count
     return dict(sorted(total.items()))
 
 
@@ -287,11 +289,14 @@ def _second(result: str) -> str:
     return parts[1]
 
 
-def _received(kind: str, result: str, line: str) -> int:
-    size = sum(
+def _bytes(result: str) -> float:
+    return sum(
         math.prod(map(int, filter(None, dims.split(",")))) * width_of(dtype) for dtype, dims in _SHAPE.findall(result)
     )
-    group = _group_size(line)
+
+
+def _received(kind: str, result: str, line: str) -> int:
+    size, group = _bytes(result), _group_size(line)
     share = (group - 1) / group
     factor = {"all-reduce": 2 * share, "reduce-scatter": share * group, "collective-permute": 1.0}.get(kind, share)
     return round(size * factor)
@@ -307,13 +312,6 @@ def _group_size(line: str) -> int:
     """Return the number of chips in a replica group."""
     groups = _groups(line)
     return len(groups[0]) if len(groups) and "source_target_pairs" not in line else 2
-
-
-def _crosses(line: str, slices: int) -> bool:
-    """Return True if a collective operation connects devices of different TPU slices."""
-    groups = np.asarray(_groups(line))
-    per_slice = (groups.max(initial=0) + 1) // slices
-    return bool(len(groups) and per_slice and (groups // per_slice != groups[:, :1] // per_slice).any())
 
 
 def _groups(line: str) -> np.ndarray:

@@ -209,7 +209,7 @@ def estimate(case: Case) -> PlannedStep:
     )
     arguments = _arguments(case, program, mesh)
     with step_context(mesh, config.compute_dtype):
-        compiled = compile_for_tpu(program.step, *arguments, slices=case.slice.count)
+        compiled = compile_for_tpu(program.step, *arguments)
     model = step_flops(
         program.cfg,
         case.teacher_cfg,
