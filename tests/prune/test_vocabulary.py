@@ -67,12 +67,17 @@ def trimmed(kind: str) -> tuple[Tokenizer, tuple[int, ...]]:
 
 
 def check(kind: str, text: str) -> bool:
-    """Assert the guarantee for a text; returns True if the text is made of kept tokens."""
+    """Assert the guarantee for a text; returns True if the text is made of kept tokens.
+
+    A unigram model can split a run such as "=====" into the same tokens in several orders. All are equally probable,
+    so the last bit of a sum chooses one, and dropped tokens change the sums that are compared.
+    """
     full, (small, kept) = trained(kind), trimmed(kind)
     before, after = full.encode(text), small.encode(text)
     whole = {*before.ids} <= {*kept}
     if whole:
-        assert [kept[i] for i in after.ids] == before.ids
+        split = [kept[i] for i in after.ids]
+        assert split == before.ids or (kind == "unigram" and sorted(split) == sorted(before.ids)), (split, before.ids)
     return whole
 
 

@@ -6,7 +6,8 @@ BPE applies the merge of lowest rank that is present, and never undoes one. If e
 kept merge of lowest rank is the same at every step, so both runs are identical. No merge crosses the borders of a final
 token, so the merges that build a token are those of the full run on the string of that token: `Subwords.closure` adds
 their operands and results. Unigram (best path) and WordPiece (longest match) need no closure: the best of more paths
-that uses kept tokens only is still the best.
+that uses kept tokens only is still the best. Only the order in a run such as "=====", all orders of which are equally
+probable, may change: rounding decides it.
 """
 
 from __future__ import annotations
