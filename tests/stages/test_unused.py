@@ -9,6 +9,8 @@ from vlmprune_jax.cli.flags import load_file, locate
 from vlmprune_jax.core.settings import nested, override
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.stage import Stage
 from vlmprune_jax.stages.unused import unused_settings
 
 WIDTH = {"prune.method": "width", "score.width": "l1"}
@@ -75,6 +77,15 @@ def test_a_decoder_takes_no_images(cfg):
     changes |= {"recover.projector_learning_rate": 1e-3}
     assert unused(decoder, changes) == ["data.max_image_tokens", "recover.projector_learning_rate", "speed.image"]
     assert unused(decoder, changes, ("recover",)) == ["recover.projector_learning_rate"]
+
+
+def test_a_stage_of_the_users_own_may_use_any_setting_of_its_sections(cfg, monkeypatch):
+    changes = {"recover.steps": 3, "recover.epochs": 2.0, "data.seed": 1}
+    monkeypatch.setitem(
+        STAGES, "average", Stage(help="Average weights.", run=lambda work, recover: None, sections=("recover",))
+    )
+    assert unused(cfg, changes) == ["data.seed"]
+    assert unused(cfg, changes, ("recover",)) == []
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

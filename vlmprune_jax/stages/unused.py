@@ -23,6 +23,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.prune import CRITERIA
 from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
+from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import criteria_of
 
 # (patterns of settings, separated by spaces; True if they have no effect; why)
@@ -32,14 +33,17 @@ Rule = tuple[str, bool, str]
 def unused_settings(experiment: Experiment, cfg: ModelConfig, sections: Collection[str] = ()) -> dict[str, list[str]]:
     """Return {reason: settings} for settings that differ from their defaults but change nothing in any variant.
 
-    `cfg`: the unpruned model. `sections`: only settings of these sections; () = of all.
+    `cfg`: the unpruned model. `sections`: only settings of these sections; () = of all. Sections that a stage of the
+    user's own takes are left out, because only that stage knows which of their settings it uses.
     """
     runs = list[Experiment]()
     for pruned in prune_runs(experiment, Path()):
         runs += [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
-    names = [name for name in names if not sections or name.partition(".")[0] in sections]
+    own = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
+    taken = ({*sections} or {name.partition(".")[0] for name in names}) - own
+    names = [name for name in names if name.partition(".")[0] in taken]
     changed = [name for name in names if any(_value(run, name) != _value(Experiment(), name) for run in runs)]
     reasons = list[dict[str, str]]()
     for run in runs:
