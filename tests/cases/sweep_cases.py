@@ -39,10 +39,11 @@ def some_runs(seeds=(1, 2), **base) -> list[SweepRun]:
     return sweep_runs(override(Experiment(), {"evaluate": {"unrecovered": False}, **base}), points)
 
 
-def image_runs(limits=(70, 140, 280)) -> list[SweepRun]:
-    """Depth at one ratio, without training, at limits of tokens per image."""
+def image_runs(limits=(70, 140, 280), seeds=(1,)) -> list[SweepRun]:
+    """Depth at one ratio, without training, at limits of tokens per image, over seeds."""
     base = {"evaluate": {"unrecovered": False}, "recover": {"method": "none"}, "prune": {"ratio": 0.1}}
-    points = Hyper().product([Hyper().sweep("prune.method", ["depth"]), Hyper().sweep("data.max_image_tokens", limits)])
+    swept = {"prune.method": ["depth"], "data.max_image_tokens": limits, "score.seed": seeds}
+    points = Hyper().product([Hyper().sweep(setting, values) for setting, values in swept.items()])
     return sweep_runs(override(Experiment(), base), points)
 
 

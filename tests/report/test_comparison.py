@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from sweep_cases import image_runs, some_runs, with_models, write_sweep
 
 from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.report import comparison
 from vlmprune_jax.report.comparison import build_comparison, table_of
+from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.sweep import as_csv
 
@@ -72,6 +74,18 @@ def test_accuracy_over_the_tokens_per_image(tmp_path):
     assert "image_tokens" in as_csv(sweep).splitlines()[0].split(",")
     one = replace(sweep, unpruned={" at 70 tokens per image": sweep.unpruned[" at 70 tokens per image"]})
     assert "nothing is known of ' at 140 tokens per image'" in one.problems(tmp_path)
+
+
+@pytest.mark.parametrize(("seeds", "drawn"), [(2, False), (3, True)])
+def test_intervals_are_drawn_from_three_seeds_on(tmp_path, monkeypatch, seeds, drawn):
+    figures = []
+    monkeypatch.setattr(comparison, "figure_of", lambda figure, *of: figures.append(figure) or figure_of(figure, *of))
+    write_sweep(tmp_path, ("docs",), runs=image_runs((70, 140), range(seeds)))
+    build_comparison(tmp_path)
+    costs, *_, images = (figure.axes[0] for figure in figures)
+    assert [bool(band.get_paths()) for band in images.collections] == [False, drawn]  # the unpruned model has one seed
+    bars = [line for line in costs.lines if len(line.get_xdata()) == 2 and len({*line.get_xdata()}) == 1]
+    assert len(bars) == 2 * drawn  # a bar per limit
 
 
 def test_names_of_anybody_are_text(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison_plots as plots
-from vlmprune_jax.report.comparison_plots import DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
+from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.tables import OF_CONTROL, over
@@ -171,7 +171,7 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
             figure_of(
                 figure,
                 f"{of}: retained percent over the share of parameters removed, {len(some)} points.",
-                f"{of}. Bands: 95 % intervals over seeds.",
+                f"{of}. {BANDS}",
             )
         )
     yield Section("Over the ratio", figures=tuple(figures))
@@ -187,7 +187,7 @@ def _data_section(groups: Sequence[Group]) -> Iterator[Section]:
         some = sorted((group for group in trained if series[group.name] == name), key=_asked)
         figure = plots.curves_figure(some, lambda group: shares[series[group.name], _asked(group)], way_of, DATA, "log")
         alt = f"{name}: retained percent over the share of the training data, {len(some)} points."
-        figures.append(figure_of(figure, alt, f"{name}. Bands: 95 % intervals over seeds."))
+        figures.append(figure_of(figure, alt, f"{name}. {BANDS}"))
     yield Section("Over the training data", figures=tuple(figures))
 
 
@@ -208,15 +208,15 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
     for name, of in itertools.islice(sweep.sets.items(), MOST_FIGURES):
         label = f"{of.label} on {name}"
         points = {
-            line: {
-                tokens: interval_of_mean([of.scale * value for value in values])
+            line: [
+                (tokens, interval_of_mean([of.scale * value for value in values]), len(values))
                 for tokens, models in at.items()
                 if (values := [value for model in models if (value := model.main(name, sweep.sets)) is not None])
-            }
+            ]
             for line, at in lines.items()
         }
         alt = f"{label} over the maximum number of tokens per image, {len(lines)} lines."
-        caption = "Percentages: removed share of the parameters. Bands: 95 % intervals over seeds."
+        caption = f"Percentages: removed share of the parameters. {BANDS}"
         figures.append(figure_of(plots.images_figure(points, label), alt, caption))
     note = (
         "Models are trained and evaluated at the same limit; retention is relative to the unpruned model at that limit."

@@ -34,7 +34,11 @@ from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 MOST_PANELS = 9
 LABEL = "retained (%)"
 LINE_LETTERS = 110  # beside each other in a legend
+LEAST_SEEDS = 3  # fewest seeds whose interval is drawn; that of two says little
+BANDS = f"Bands: 95 % intervals over seeds ({LEAST_SEEDS} or more)."
 _DASHES = ("-", "--", ":", "-.")
+
+Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
     assert group.retained is not None
     (mean, low, high), (x, left, right) = group.retained, place
     bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
-    if len(group.models) > 1:
+    if len(group.models) >= LEAST_SEEDS:
         axes.plot([x, x], [low, high], **bar)
     if left < right:
         axes.plot([left, right], [mean, mean], **bar)
@@ -212,7 +216,7 @@ def curves_figure(
 ) -> Figure:
     """Plot retention against `x`, one panel per value of `panel_of` and one line per value of `line_of`.
 
-    Bands are 95 % intervals over seeds, at points with several seeds.
+    Bands are 95 % intervals over seeds, at points with at least `LEAST_SEEDS`.
     """
     panels: dict[str, dict[str, list[Group]]] = {}
     for group in drawable(groups):
@@ -238,17 +242,18 @@ def curves_figure(
 
 
 def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
-    rows = []
-    for group in groups:
-        if group.retained is not None:
-            mean, *interval = group.retained if len(group.models) > 2 else (group.retained[0], np.nan, np.nan)
-            rows.append((float(np.mean([x.of(model) for model in group.models])), mean, *interval))
-    places, means, lows, highs = np.transpose(sorted(rows))
-    _band(axes, places, means, lows, highs, look)  # ends before places of one or two seeds, whose interval says little
+    points = [
+        (float(np.mean([x.of(model) for model in group.models])), group.retained, len(group.models))
+        for group in groups
+        if group.retained is not None
+    ]
+    _band(axes, points, look)
 
 
-def _band(axes: Axes, places: Sequence[float], means: Any, lows: Any, highs: Any, look: Mapping[str, Any]) -> None:
-    """Draw a line through mean values, and a band between their interval ends."""
+def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
+    """Draw a line through mean values, and a band between their interval ends where enough seeds are known."""
+    rows = [(x, *(ends if seeds >= LEAST_SEEDS else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
+    places, means, lows, highs = np.transpose(rows)
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
 
@@ -260,16 +265,15 @@ def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def images_figure(lines: Mapping[str, Mapping[int, tuple[float, float, float]]], label: str) -> Figure:
-    """Plot a metric against tokens per image, given as {line: {tokens: (mean, low, high)}}."""
+def images_figure(lines: Mapping[str, Sequence[Point]], label: str) -> Figure:
+    """Plot a metric against tokens per image, given as {line: points}."""
     lines = {name: points for name, points in list(lines.items())[:MOST_NAMED] if points}
     styles = _styles(lines)
     with styled(label, *lines):
         figure, [axes] = _panels(1, 3.6)
         for name, points in lines.items():
-            tokens, (means, lows, highs) = sorted(points), np.transpose([points[at] for at in sorted(points)])
-            _band(axes, tokens, means, lows, highs, styles[name])
-        _log_ticks(axes, sorted({at for points in lines.values() for at in points}), ",")
+            _band(axes, points, styles[name])
+        _log_ticks(axes, sorted({tokens for points in lines.values() for tokens, *_ in points}), ",")
         axes.set_xlabel("maximum number of tokens per image")
         axes.set_ylabel(legible(label))
         _add_legend(figure, [Line2D([], [], marker="o", markersize=4, label=legible(n), **styles[n]) for n in lines])
