@@ -23,7 +23,7 @@ def cfg(goldens):
 
 
 def unused(cfg, changes, sections=()):
-    found = unused_settings(override(Experiment(), nested(Experiment(), changes)), cfg, sections)
+    found = unused_settings([(override(Experiment(), nested(Experiment(), changes)), cfg)], sections)
     return sorted(name for names in found.values() for name in names)
 
 
@@ -92,4 +92,4 @@ def test_a_stage_of_the_users_own_may_use_any_setting_of_its_sections(cfg, monke
 def test_every_setting_of_a_shipped_config_counts(cfg, file):
     for variant in ("", ":full", ":quick") if file.stem == "demo" else ("",):
         config = load_file(locate(f"{file.stem}{variant}"))[1]
-        assert unused_settings(override(Experiment(), config.to_dict()), cfg) == {}
+        assert unused_settings([(override(Experiment(), config.to_dict()), cfg)]) == {}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import sweep_cases as cases
@@ -210,6 +211,23 @@ def test_a_config_without_runs(sweep, tmp_path, capsys):
     assert "no config given: add --config=FILE.py" in capsys.readouterr().err
     assert main(["sweep", f"--config={file}"]) == 2
     assert "no workdir given: add --workdir=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_settings_without_effect_in_any_run_are_named_once(sweep, goldens, capsys, flags):
+    shutil.copy(goldens / "ckpt/llava_hf/config.json", sweep.workdir.parent / "teacher")
+    body = """return hyper.product([
+        hyper.sweep("prune.method", ["depth", "width"]), hyper.sweep("data.fraction", [0.1, 0.2]),
+        hyper.fixed("prune.ratio", 0.1), hyper.fixed("score.width", "l1"), hyper.fixed("reconstruct.refit", True),
+    ])"""
+    assert sweep(*flags, body=body) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "no effect" in line] == [
+        'no effect: data.fraction, because recover.method="none" trains nothing',
+        'no effect: reconstruct.refit, because reconstruct.method="none" repairs no weights',
+        "no effect: evaluate.unrecovered, because nothing is reconstructed or trained after pruning",
+    ]  # but score.width has an effect in the runs of width
+    assert out.index("no effect") < out.index("4 runs" if flags else "run 1 of 4")
 
 
 def test_a_dry_run_tells_what_is_shared(sweep, capsys):

@@ -79,7 +79,7 @@ def run_command(name: str, flags: Any) -> None:
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
     from vlmprune_jax.stages.served import evaluate_server
-    from vlmprune_jax.stages.unused import unused_settings
+    from vlmprune_jax.stages.unused import unused_lines
 
     if name == "report":
         _report(flags)
@@ -95,8 +95,8 @@ def run_command(name: str, flags: Any) -> None:
         return
     preflight(pipeline, name)
     work, sections = pipeline.work(), () if name == "run" else ("model", *STAGES[name].sections)
-    for why, settings in unused_settings(experiment, work.config(work.teacher), sections).items():
-        context.say(f"  no effect: {', '.join(settings)}, because {why}")
+    for line in unused_lines([(experiment, work.config(work.teacher))], sections):
+        context.say(f"  {line}")
     if flags.dry_run:
         return
     if name == "run":

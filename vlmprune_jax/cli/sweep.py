@@ -33,16 +33,17 @@ def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
-    from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing
+    from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
 
     runs, sweep, reporter = prepare_sweep(flags)
     check_runs(runs, sweep, flags.jobs)
     mine = shard_of(runs_named(runs, flags.only), flags.shard)
+    placed = runs if flags.dry_run else place_all(runs, sweep)
+    tell_unused(placed, reporter)
     if flags.dry_run:
         tell_sharing(mine, sweep, reporter)
         return
     start = functools.partial(start_worker, sweep)
-    placed = place_all(runs, sweep)
     shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
     pages: dict[str, Any] = {"page": build_comparison, "table": lambda found: table_of(found).printed}
     run_sweep(placed, sweep, reporter, **shared, **pages, start=start)

@@ -30,23 +30,34 @@ from vlmprune_jax.stages.score import criteria_of
 Rule = tuple[str, bool, str]
 
 
-def unused_settings(experiment: Experiment, cfg: ModelConfig, sections: Collection[str] = ()) -> dict[str, list[str]]:
+def unused_lines(pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = ()) -> list[str]:
+    """Return the result of `unused_settings` as lines, one per reason."""
+    return [f"no effect: {', '.join(names)}, because {why}" for why, names in unused_settings(pairs, sections).items()]
+
+
+def unused_settings(
+    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = ()
+) -> dict[str, list[str]]:
     """Return {reason: settings} for settings that differ from their defaults but change nothing in any variant.
 
-    `cfg`: the unpruned model. `sections`: only settings of these sections; () = of all. Sections that a stage of the
-    user's own takes are left out, because only that stage knows which of their settings it uses.
+    `pairs`: experiments, each with the config of its unpruned model. `sections`: only settings of these sections; () =
+    of all. Sections that a stage of the user's own takes are left out, because only that stage knows which of their
+    settings it uses.
     """
-    runs = list[Experiment]()
-    for pruned in prune_runs(experiment, Path()):
-        runs += [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
+    runs = list[tuple[Experiment, ModelConfig]]()
+    for experiment, cfg in pairs:
+        for pruned in prune_runs(experiment, Path()):
+            variants = [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
+            runs += [(variant, cfg) for variant in variants]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
     own = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
     taken = ({*sections} or {name.partition(".")[0] for name in names}) - own
     names = [name for name in names if name.partition(".")[0] in taken]
-    changed = [name for name in names if any(_value(run, name) != _value(Experiment(), name) for run in runs)]
+    default = Experiment()
+    changed = [name for name in names if any(_value(run, name) != _value(default, name) for run, _ in runs)]
     reasons = list[dict[str, str]]()
-    for run in runs:
+    for run, cfg in runs:
         rules = itertools.chain(
             _scoring(run.score, run.prune),
             _pruning(run.prune, run.reconstruct, run.export, cfg),

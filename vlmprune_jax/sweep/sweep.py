@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import re
@@ -11,14 +12,19 @@ from pathlib import Path
 
 import jax
 
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, error_context, reason
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.variants import CONTROL, check_experiment
+from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.registry import STAGES
+from vlmprune_jax.stages.unused import unused_lines
+from vlmprune_jax.stages.work import teacher_folder
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.sweep.run import (
     Sweep,
@@ -227,6 +233,18 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
             f"{len(ours)} of {len(mine)} runs failed, first {ours[0].name}: {ours[0].error}: run the same command to "
             "retry"
         )
+
+
+def tell_unused(runs: Sequence[SweepRun], reporter: Reporter) -> None:
+    """Print the settings without effect in any run, without runs of unreadable models, which fail on their own."""
+    configs = dict[ModelSpec, ModelConfig]()
+    for model in dict.fromkeys(run.experiment.model for run in runs):
+        with contextlib.suppress(UserError):
+            tower = None if model.vision_dir is None else Path(model.vision_dir)
+            configs[model] = read_config(teacher_folder(model), tower)[1]
+    experiments = (run.experiment for run in runs if run.experiment.model in configs)
+    for line in unused_lines((experiment, configs[experiment.model]) for experiment in experiments):
+        reporter.say(line)
 
 
 def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
