@@ -61,6 +61,11 @@ def test_a_loaded_model_needs_its_folder(folder):
         vp.answer(vp.load(folder), None, QUESTION)
 
 
+def test_a_folder_has_its_own_tokenizer(folder):
+    with pytest.raises(vp.UserError, match=f"source_dir=other has no effect, because {folder} has its own tokenizer"):
+        vp.answer(folder, None, QUESTION, source_dir="other")
+
+
 def test_settings_that_no_question_has(folder):
     with pytest.raises(vp.UserError, match="setting 'max_length' has no effect here"):
         vp.questions(folder, [], max_length=9)

@@ -61,17 +61,22 @@ def answer(
       model: a model's folder or hub id, or a loaded model.
       image: a file or a PIL image, a list of these, or None.
       question: the question, without image placeholders.
-      source_dir: for a loaded model, the folder with its tokenizer and image processor.
+      source_dir: for a loaded model only, the folder with its tokenizer and image processor.
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       max_new_tokens: maximum length of the answer.
       settings: settings of rows in the section `data`, such as template="vicuna_v1".
 
-    Raises UserError for a loaded model without `source_dir`, an image that cannot be read, or a model that takes none.
+    Raises UserError for a loaded model without `source_dir` or a folder with one, an image that cannot be read, or a
+    model that takes none.
     """
     folder = source_dir if isinstance(model, Model) else model
     if folder is None:
         raise UserError(
             "answer: a model in memory has no tokenizer: pass source_dir=, the folder that the model was loaded from"
+        )
+    if source_dir is not None and not isinstance(model, Model):
+        raise UserError(
+            f"answer: source_dir={source_dir} has no effect, because {model} has its own tokenizer: leave it out"
         )
     pictures = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
     cfg, inputs = open_inputs(folder, vision_dir, None, {"max_images": max(1, len(pictures)), **settings})
