@@ -30,6 +30,21 @@ def test_digest_sees_content_names_and_sampled_blocks(tmp_path):
         digest(tmp_path / "none")
 
 
+@pytest.mark.parametrize("every_byte", [False, True])
+def test_hidden_folders_are_no_part_of_a_model(tmp_path, every_byte):
+    """Downloads of the hub and clones of git leave folders of their own beside, and below, the model's files."""
+    model = tmp_path / ".cache/model"  # may lie in one
+    (model / "more").mkdir(parents=True)
+    (model / "more/config.json").write_text("{}")
+    first = digest(model, every_byte=every_byte)
+    for name in (".cache/huggingface/download/config.json.metadata", ".git/HEAD", "more/.git/HEAD"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("of this copy")
+        assert digest(model, every_byte=every_byte) == first
+    (model / "more/config.json").write_text("[]")
+    assert digest(model, every_byte=every_byte) != first
+
+
 def test_a_large_file_is_hashed_in_no_time_and_its_size_counts(tmp_path):
     path, found = tmp_path / "weights", []
     for size in (1 << 42, (1 << 42) + 1):

@@ -50,7 +50,7 @@ def content_key(*parts: Any) -> str:
 def digest(path: Path | str, *, every_byte: bool = False) -> str:
     """Hash a file or folder: names, sizes and content (a sample of files over 8 MiB, unless `every_byte`).
 
-    Files whose names begin with a dot are left out. A text describes something elsewhere and is hashed itself.
+    Hidden files and folders are left out. A text describes something elsewhere and is hashed itself.
 
     Raises UserError if nothing is there.
     """
@@ -58,7 +58,7 @@ def digest(path: Path | str, *, every_byte: bool = False) -> str:
     if isinstance(path, str):
         total.update(os.fsencode(path))
     elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if not p.name.startswith(".")):
+        for file in sorted(p for p in path.rglob("*") if not is_hidden(p.relative_to(path))):
             if file.is_file():
                 content = _file_digest(file, every_byte)
             elif file.is_symlink():  # to a folder, which is not read
@@ -71,6 +71,11 @@ def digest(path: Path | str, *, every_byte: bool = False) -> str:
     else:
         raise UserError(f"{path}: no such file or folder")
     return total.hexdigest()[:32]
+
+
+def is_hidden(path: Path) -> bool:
+    """Return True if a name in a relative path begins with a dot, as those of git, the hub's cache and editors do."""
+    return any(name.startswith(".") for name in path.parts)
 
 
 def _file_digest(path: Path, every_byte: bool) -> str:

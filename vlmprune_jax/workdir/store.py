@@ -16,7 +16,7 @@ from typing import IO, Any
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, replacing
 from vlmprune_jax.hf.disk.atomic import atomic_folder
-from vlmprune_jax.workdir.content import content_key, made_from
+from vlmprune_jax.workdir.content import content_key, is_hidden, made_from
 
 RECORD = "stage.json"
 _AT_ONCE = 16 << 20
@@ -88,7 +88,7 @@ def _link(source: Path, target: Path) -> None:
         )
     if source.is_dir():
         target.mkdir(exist_ok=True)
-        for path in sorted(path for path in source.iterdir() if not path.name.startswith(".")):
+        for path in sorted(path for path in source.iterdir() if not is_hidden(path.relative_to(source))):
             _link(path, target / path.name)
         return
     try:
