@@ -143,7 +143,7 @@ def _retained(points: Sequence[Point]) -> str:
 
 def measured(sweep: SweepResult) -> str:
     """Name the metrics behind the retained percentages (perplexity only if there are no questions)."""
-    return ", ".join(f"{sweep.sets[name].main} of {name}" for name in averaged_sets(sweep.sets))
+    return ", ".join(f"{sweep.sets[name].main} on {name}" for name in averaged_sets(sweep.sets))
 
 
 def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
@@ -216,7 +216,7 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
             continue
         columns = sorted({column for row in cells.values() for column in row})
         told = ", ".join(_short(value) for value in before.values())
-        lines += [f"The next table has the perplexity of {markdown(name)} ({told} for the unpruned model).", ""]
+        lines += [f"The next table has the perplexity on {markdown(name)} ({told} for the unpruned model).", ""]
         lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):

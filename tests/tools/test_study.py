@@ -204,7 +204,7 @@ def test_names_are_text_and_no_markup():
     for model in (*found.done, *found.unpruned.values()):
         model.evaluation.scores[evil] = {"perplexity": 3.0}
     text = as_markdown("study", found)
-    assert "perplexity of a" in text
+    assert "perplexity on a" in text
     assert not re.search(r"(?<!\\)[<\[]|^# |[^\\|\n-]\|b", text, re.M)
 
 
@@ -221,12 +221,12 @@ def test_perplexities_stand_in_a_table_over_seeds():
     of_text = replace(found.sets["questions"], name="perplexity", main="perplexity", full=None)
     found = replace(found, sets={**found.sets, "text": of_text})
     found.unpruned["models/teacher"].evaluation.scores["text"] = {"perplexity": 10.0}
-    assert "\nThe 4 pruned models (2 seeds) are scored by accuracy of questions.\n" in as_markdown("study", found)
+    assert "\nThe 4 pruned models (2 seeds) are scored by accuracy on questions.\n" in as_markdown("study", found)
     found.models.append(text(row("width", 0.45, "none", 60.0), 1e6))
     found.models.append(text(row("width", 0.45, "none", 60.0, solved=True), 600.0))
     table = (
         as_markdown("study", found)
-        .split("The next table has the perplexity of text (10.00 for the unpruned model).")[1]
+        .split("The next table has the perplexity on text (10.00 for the unpruned model).")[1]
         .split("\n")
     )
     assert table[2:] == [
