@@ -6,8 +6,8 @@ The programs of one layer at its true widths, 30 % of the parameters gone by wid
 layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time.
 Bytes are of one chip. Times are of 65,536 tokens to fit to and as many held out (an eighth of them, padded), all
 layers. Arithmetic: 1 pass of the bf16 unit for a layer's products, 6 for those of sums and solves (float32). Streams:
-what moves between hosts and chips, every host that of its chips. Both overlap in each of the three passes over the
-rows of a layer, but not with the solve between them; that is the least time. --layerwise: one layer's training
+what moves between hosts and chips, every host that of its chips. Both overlap while the rows pass a layer of each model
+and its sums, but not with the solve that follows; that is the least time. --layerwise: one layer's training
 (`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on one chip instead.
 """
 
@@ -138,20 +138,18 @@ def row(family: str, topology: str) -> str:
     n_layers, steps = len(cfg.text.layers), 2 * max(TOKENS // (rows * length), 1)
     chips, hosts = len(target.devices), len({device.process_index for device in target.devices})
     products = 2 * rows * length * mlp * (mlp + width)
-    passes = [found["dense"].flops, found["sums"].flops + (PASSES - 1) * products, found["ours"].flops]
-    passes = [steps * flops / chips / target.chip.flops for flops in passes]
-    solve = (
-        PASSES * (found["errors"].flops / chips + found["change"].flops) / target.chip.flops
-    )  # the last on every chip
-    moved = steps * 2 * rows * length * width * 4 / hosts / HOST  # of a pass: in and out, or two in
-    least = sum(max(arithmetic, moved) for arithmetic in passes) + solve
-    times = n_layers * np.array([sum(passes) + solve, 3 * moved, least])
+    flops = found["dense"].flops + found["sums"].flops + (PASSES - 1) * products + found["ours"].flops
+    arithmetic = steps * flops / chips / target.chip.flops
+    solve = PASSES * (found["errors"].flops + found["change"].flops) / chips / target.chip.flops
+    moved = steps * 4 * rows * length * width * 4 / hosts / HOST  # both models' streams, in and out
+    least = max(arithmetic, moved) + solve
+    times = n_layers * np.array([arithmetic + solve, moved, least])
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}
     cells = [
         f"{family}, {mlp:,} of {dense.text.layers[0].mlp:,} neurons",
         f"{(mlp + width) * mlp * 4 / 2**30:.2f} GiB",
         *(gib[name] for name in ("dense", "sums", "errors", "change")),
-        ", ".join(f"{one:.1f}" for one in times),
+        f"{', '.join(f'{one:.1f}' for one in times)} ({times[2] / max(times[:2]):.2f} x the larger)",
     ]
     return f"| {' | '.join(cells)} |"
 

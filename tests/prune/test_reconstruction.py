@@ -15,8 +15,11 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
 from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, reconstruction
+from vlmprune_jax.prune.config import ReconstructConfig
+from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
+from vlmprune_jax.prune.steps import row_steps
 
 SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
 NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
@@ -176,22 +179,48 @@ def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
                                       for batch in rows() for at in range(2)]  # fmt: skip
     pruned = apply_plan(teacher, plan)
     expected, told = reconstruct(pruned, plan, teacher, batches)
-    kinds, moved = set(), layers.to_devices
-
-    def to_hosts(x):
-        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-
-    def to_devices(x):
-        kinds.add(x.sharding.memory_kind)
-        return moved(x)
-
-    monkeypatch.setattr(layers, "to_hosts", to_hosts)
-    for module in (layers, reconstruction):
-        monkeypatch.setattr(module, "to_devices", to_devices)
+    moved = _on_hosts(monkeypatch)
     found, again = reconstruct(pruned, plan, teacher, batches)
-    assert (again, kinds) == (told, {"pinned_host"})
+    assert again == told
+    assert moved
     pairs = zip(*(jax.tree.leaves(one.params) for one in (found, expected)), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _on_hosts(monkeypatch):
+    """Keep streams in host memory as on accelerators; return a list that gets "in" or "out" for each that moves."""
+    moved, to_devices = [], layers.to_devices
+
+    def count(x, way, kind):
+        moved.extend([way] * (x.ndim == 3 and x.sharding.memory_kind == kind))
+
+    def out(x):
+        count(x, "out", "device")
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    def back(x):
+        count(x, "in", "pinned_host")
+        return to_devices(x)
+
+    monkeypatch.setattr(layers, "to_hosts", out)
+    for module in (layers, reconstruction):
+        monkeypatch.setattr(module, "to_devices", back)
+    return moved
+
+
+def test_streams_of_both_models_move_once_per_layer(monkeypatch):
+    """In and out, though three programs read them: a layer of either model, and its sums."""
+    teacher = model(config(EQUAL))
+    heads, n_layers = (tuple(range(4)), (0, 1)), 5
+    plan = plan_for(teacher, [(layer, *heads, tuple(range(8))) for layer in range(n_layers)])
+    batches = rows(8)
+    moved = _on_hosts(monkeypatch)
+    reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    checked, defaults = list(calibration_batches(batches, teacher.cfg, labels=False)), ReconstructConfig()
+    n_steps = len(row_steps(checked, {**defaults.by_name, "held_out": defaults.held_out}))
+    embedded, last = 2 * n_steps, n_steps  # nothing reads what the pruned model's last layer adds
+    assert moved.count("in") == 2 * n_layers * n_steps
+    assert moved.count("out") == embedded + 2 * n_layers * n_steps - last
 
 
 def test_copies_are_a_few_steps_behind(monkeypatch):

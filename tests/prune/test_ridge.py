@@ -16,7 +16,7 @@ def sums(n, tokens, seed=0, width=5):
     return Sums(x.T @ x, x.T @ r, np.sum(r * r))
 
 
-@pytest.mark.parametrize("n", [7, 256, 300, 700])
+@pytest.mark.parametrize("n", [7, 256, 300, 700, 1300])
 @pytest.mark.parametrize("ridge", [RIDGES[1], 1.0])
 def test_blocks_solve_what_float64_solves(n, ridge):
     gram, cross, _ = sums(n, 2 * n)
@@ -29,13 +29,16 @@ def test_blocks_solve_what_float64_solves(n, ridge):
     np.testing.assert_allclose(found * scale, lapack * scale, atol=1e-4 * np.abs(expected * scale).max())
 
 
-def test_the_devices_of_a_mesh_share_the_ridges():
+@pytest.mark.parametrize("ridges", [RIDGES, RIDGES[3:6]], ids=["8 devices, 9 ridges", "2 devices per ridge"])
+def test_the_devices_of_a_mesh_share_the_solves(ridges):
     fit, held = sums(7, 14), sums(7, 14, seed=1)
-    expected = np.asarray(held_out_errors(fit, held, np.float32(RIDGES)))
+    expected, best = np.asarray(held_out_errors(fit, held, np.float32(ridges))), change(fit, ridges[0])
     with jax.set_mesh(make_mesh(2, 2, 2)):
-        found = held_out_errors(fit, held, np.float32(RIDGES))
+        found, shared = held_out_errors(fit, held, np.float32(ridges)), change(fit, ridges[0])
     assert found.is_fully_replicated
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert shared.is_fully_replicated
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(shared, best, rtol=1e-5)
 
 
 def test_what_cannot_be_solved_is_nan_and_not_chosen():

@@ -43,7 +43,16 @@ from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Given, Layer, run_block, streamed, to_devices
-from vlmprune_jax.prune.steps import Step, embedded, names_of_rows, row_steps
+from vlmprune_jax.prune.steps import (
+    Step,
+    embedded,
+    names_of_rows,
+    pass_all,
+    pass_layers,
+    pass_ours,
+    row_steps,
+    wait_for,
+)
 
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
 _FLOOR = 1e-6  # of the mean: weight of columns that are never active
@@ -170,9 +179,8 @@ def _pass_layers(
         for number in range(len(cfg.text.layers)):
             matrices = [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
             layer = visit(Layer.of(model, "text", number), matrices, steps)
-            after = streamed(lambda step: layer.run(step.ours, step.given(number)), steps)  # noqa: B023
-            for step, (x, shared) in zip(steps, after, strict=True):
-                step.ours, step.shared_ours = x, shared
+            pass_all(steps)
+            wait_for(steps, functools.partial(pass_ours, layer, number))
             if progress is not None:
                 progress(number + 1)
     return steps
@@ -299,7 +307,7 @@ def finite_sums(
         given = step.given(layer.number).placed(layer.mesh)
         return sums(layer.params, to_devices(step.ours), weight, given, stack=layer.stack, cfg=layer.cfg)
 
-    for step, found in zip(steps, streamed(of_rows, steps), strict=True):
+    for step, found in pass_layers(steps, of_rows):
         for name, one in found.items():
             own = np.asarray(one, np.float64)
             if not np.isfinite(own).all():

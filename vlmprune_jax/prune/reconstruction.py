@@ -17,7 +17,7 @@ reads the features of the reconstructed tower, and its dense stream those of the
 The residual streams of the dense and of the pruned model are on the hosts, float32[rows, seq, embed] each, of a tower
 float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer to
 whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums are
-reduced over the mesh. On the device are one layer of either model, the
+reduced over the mesh. On the device are one layer of the dense and two of the pruned model, the
 activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed],
 of fitted and held-out rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the
 next norm: otherwise the few tokens with a massive residual would dominate.
@@ -47,13 +47,13 @@ from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.kept import KeptStack
-from vlmprune_jax.prune.layers import Layer, Streams, run_block, streamed, to_devices, with_layers
+from vlmprune_jax.prune.layers import Layer, run_block, streamed, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
 from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
-from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows
+from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows, pass_all, pass_layers, pass_ours, wait_for
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 
 SolveReport = dict[str, Any]
@@ -156,6 +156,8 @@ def _solve(
         before = [step.dense for step in steps] if reads else []
         _advance(steps, teacher, stack, range(first, end), middle=reads or "o_proj" in _modules(kept, number))
         layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
+        if reads:
+            pass_all(steps)
         for module in WRITERS:
             key, lost = f"{stack}/{number}/{module}", module in _modules(kept, number)
             if reads and can_read(layer, READER_OF[module]):
@@ -172,6 +174,7 @@ def _solve(
                 if change is not None:
                     layer = layer.changed(module, change)
         trains = trains or (config.trains_layers and end - first > 1)
+        pass_all(steps)
         if trains:
             train = functools.partial(train_layer, layer, steps, number)
             vector, told = _recorded(cache, f"{stack}/{number}/layer", train)
@@ -180,9 +183,7 @@ def _solve(
                 layer = replaced(layer, vector)
         if layer.changed_paths:
             solved[number] = layer.written
-        after = streamed(lambda step: layer.run(step.ours, step.given(number)), steps)  # noqa: B023
-        for step, (x, shared) in zip(steps, after, strict=True):
-            step.ours, step.shared_ours = x, shared
+        wait_for(steps, functools.partial(pass_ours, layer, number))
         tick()
     return solved, report
 
@@ -250,18 +251,20 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:
-    """Run the unpruned model's residual streams through these layers."""
+    """Run the unpruned model's residual streams through these layers; the last one waits for its rows."""
     for number in layers:
-        layer, first = Layer.of(teacher, stack, number), number == layers.start
+        if number > layers.start:
+            pass_all(steps)
+        first = number == layers.start
+        wait_for(steps, functools.partial(_pass_dense, Layer.of(teacher, stack, number), first, first and middle))
 
-        def passed(step: Step, layer: Layer = layer, middle: bool = first and middle) -> Streams:
-            streams = layer.streams(step.dense, step.given(layer.number, dense=True))
-            return streams if middle else streams._replace(middle=None)
 
-        for step, streams in zip(steps, streamed(passed, steps), strict=True):
-            step.dense, step.shared_dense = streams.after, streams.shared
-            if first:
-                step.middle, step.statistics = streams.middle, streams.statistics
+def _pass_dense(layer: Layer, first: bool, middle: bool, step: Step) -> None:
+    """Run a layer of the unpruned model; keep what the first layer's writers are solved for."""
+    streams = layer.streams(step.dense, step.given(layer.number, dense=True))
+    step.dense, step.shared_dense = streams.after, streams.shared
+    if first:
+        step.middle, step.statistics = streams.middle if middle else None, streams.statistics
 
 
 def _recorded(
@@ -352,7 +355,7 @@ def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums
         totals = parts if totals is None else add_into(totals, parts)
         return sums.energy
 
-    for step, sums_of_rows in zip(steps, streamed(add, steps), strict=True):
+    for step, sums_of_rows in pass_layers(steps, add):
         energy = np.asarray(sums_of_rows)
         wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
         if wrong:

@@ -9,6 +9,7 @@ entries.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from vlmprune_jax.distributed.rules import constrain
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _FLOOR = 1e-6  # of the mean diagonal: weight of neurons that are never active
 _BLOCK = 256
+_PARTS = 4  # of the rows and columns of a matrix, so that products leave most of a factor's zeros out
 _PRODUCT: Any = {"precision": "highest"}
 
 
@@ -41,35 +43,59 @@ def add_into(totals: Any, parts: Any) -> Any:
 
 @jax.jit
 def change(sums: Sums, ridge: Any) -> jax.Array:
-    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed]."""
-    diagonal = jnp.diagonal(sums.gram)
+    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed].
+
+    The devices of a mesh share the columns of C.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _solved(sums.gram, sums.cross, ridge)
+    columns, whole = PartitionSpec(None, mesh.axis_names), PartitionSpec()
+    shared = jax.shard_map(_solved, in_specs=(whole, columns, whole), out_specs=columns, check_vma=False)
+    width = sums.cross.shape[1]
+    cross = jnp.pad(sums.cross, ((0, 0), (0, -width % mesh.size)))
+    return constrain(shared(sums.gram, cross, jnp.float32(ridge))[:, :width], ())
+
+
+def _solved(gram: jax.Array, cross: jax.Array, ridge: Any) -> jax.Array:
+    diagonal = jnp.diagonal(gram)
     diagonal = jnp.maximum(diagonal, _FLOOR * jnp.mean(diagonal))
-    matrix = sums.gram + jnp.diag(ridge * diagonal)
-    return jax.lax.platform_dependent(matrix, sums.cross, cpu=_by_lapack, default=in_blocks)
+    matrix = gram + jnp.diag(ridge * diagonal)
+    return jax.lax.platform_dependent(matrix, cross, cpu=_by_lapack, default=in_blocks)
 
 
 @jax.jit
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
     """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if the solve fails.
 
-    The devices of a mesh share the penalties.
+    The devices of a mesh share the penalties and, if there are more devices, the columns of C.
     """
+    mesh, width = jax.sharding.get_abstract_mesh(), fit.cross.shape[1]
+    parts = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
+    size = -(-width // parts)
 
     def errors(ridges: jax.Array, fit: Sums, held: Sums) -> jax.Array:
+        part = jax.lax.axis_index(mesh.axis_names) % parts if parts > 1 else 0
+
+        def own(cross: jax.Array) -> jax.Array:
+            padded = jnp.pad(cross, ((0, 0), (0, parts * size - width)))
+            return jax.lax.dynamic_slice_in_dim(padded, part * size, size, axis=1)
+
         def error(ridge: jax.Array) -> jax.Array:
-            changed = change(fit, ridge)
+            changed = _solved(fit.gram, own(fit.cross), ridge)
             bent = jnp.einsum("ij,je->ie", held.gram, changed, **_PRODUCT)
-            return jnp.sum(changed * (bent - 2 * held.cross))
+            return jnp.sum(changed * (bent - 2 * own(held.cross)))
 
         return jax.lax.map(error, ridges)
 
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return errors(ridges, fit, held)
     every, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     shared = jax.shard_map(errors, in_specs=(every, whole, whole), out_specs=every, check_vma=False)
-    padded = jnp.resize(ridges, -(-len(ridges) // mesh.size) * mesh.size)
-    return constrain(shared(padded, fit, held)[: len(ridges)], (None,))
+    repeated = jnp.repeat(ridges, parts)
+    padded = jnp.resize(repeated, -(-len(repeated) // mesh.size) * mesh.size)
+    found = shared(padded, fit, held)[: len(repeated)]
+    return constrain(jnp.sum(found.reshape(len(ridges), parts), axis=1), (None,))
 
 
 def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
@@ -89,16 +115,21 @@ def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
     rows = jnp.arange(n + rest)[:, None]
     steps = (n + rest) // _BLOCK
 
-    def factor(step: Any, lower: jax.Array) -> jax.Array:
-        start = step * _BLOCK
-        above = jax.lax.dynamic_slice(lower, (start, 0), (_BLOCK, n + rest))
-        column = jax.lax.dynamic_slice(matrix, (0, start), (n + rest, _BLOCK))
-        column -= jnp.einsum("ik,jk->ij", lower, above, **_PRODUCT)
-        corner = jnp.linalg.cholesky(jax.lax.dynamic_slice(column, (start, 0), (_BLOCK, _BLOCK)))
-        column = jax.scipy.linalg.solve_triangular(corner, column.T, lower=True).T
-        return jax.lax.dynamic_update_slice(lower, jnp.where(rows >= start, column, 0.0), (0, start))
+    lower = jnp.zeros_like(matrix)
+    for first, last in itertools.pairwise(steps * part // _PARTS for part in range(_PARTS + 1)):
+        # the factor's columns up to here are known, and its rows above are finished
+        top, known = first * _BLOCK, last * _BLOCK
 
-    lower = jax.lax.fori_loop(0, steps, factor, jnp.zeros_like(matrix))
+        def factor(step: Any, lower: jax.Array, top: int = top, known: int = known) -> jax.Array:
+            start = step * _BLOCK
+            above = jax.lax.dynamic_slice(lower, (start, 0), (_BLOCK, known))
+            column = jax.lax.dynamic_slice(matrix, (top, start), (n + rest - top, _BLOCK))
+            column -= jnp.einsum("ik,jk->ij", lower[top:, :known], above, **_PRODUCT)
+            corner = jnp.linalg.cholesky(jax.lax.dynamic_slice(column, (start - top, 0), (_BLOCK, _BLOCK)))
+            column = jax.scipy.linalg.solve_triangular(corner, column.T, lower=True).T
+            return jax.lax.dynamic_update_slice(lower, jnp.where(rows[top:] >= start, column, 0.0), (top, start))
+
+        lower = jax.lax.fori_loop(first, last, factor, lower)
 
     def substitute(step: Any, found: jax.Array, transposed: bool) -> jax.Array:
         start = step * _BLOCK

@@ -1,6 +1,8 @@
 """Calibration rows on their way through a stack layer by layer: a few at a time, between layers on the hosts.
 
-Every process has the inputs of all rows; the streams of a row are where its devices are (`layers.to_hosts`).
+Every process has the inputs of all rows; the streams of a row are where its devices are (`layers.to_hosts`). A layer
+whose weights are known waits until the rows are on the devices for sums of the next one, so that streams are copied
+once per layer.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ from vlmprune_jax.models.block import STREAM
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
-from vlmprune_jax.prune.layers import Given, Shared
+from vlmprune_jax.prune.layers import Given, Layer, Shared, streamed
+
+R = TypeVar("R")
 
 
 @dataclasses.dataclass
@@ -33,7 +37,8 @@ class Step:
     float32[rows, seq], of the tokens. `names`: of the rows, for messages. `labels`: of text, int32[rows, seq] with -100
     where there is none. `middle`, `statistics`: of the dense model's layer at work, see `layers.Streams`.
     `added_dense`, `added_ours`: added to the outputs of the first layers of either model, whatever their number in the
-    other, or the layers' own inputs. `shared_dense`, `shared_ours`: keys and values of the layers so far.
+    other, or the layers' own inputs. `shared_dense`, `shared_ours`: keys and values of the layers so far. `waiting`:
+    layers that the rows pass next, see `pass_layers`.
     """
 
     inputs: dict[str, Any]
@@ -44,17 +49,54 @@ class Step:
     labels: np.ndarray | None = None
     dense: jax.Array = dataclasses.field(init=False)
     ours: jax.Array = dataclasses.field(init=False)
-    middle: jax.Array = dataclasses.field(init=False)
+    middle: Any = dataclasses.field(init=False)
     statistics: dict[str, jax.Array] = dataclasses.field(init=False)
     added_dense: tuple[jax.Array, ...] = ()
     added_ours: tuple[jax.Array, ...] = ()
     shared_dense: Shared = dataclasses.field(init=False, default_factory=dict)
     shared_ours: Shared = dataclasses.field(init=False, default_factory=dict)
+    waiting: list[Callable[[Step], None]] = dataclasses.field(init=False, default_factory=list)
 
     def given(self, place: int, *, dense: bool = False) -> Given:
         """Return a layer's inputs besides the residual stream; `dense` selects the unpruned model's."""
         added, shared = (self.added_dense, self.shared_dense) if dense else (self.added_ours, self.shared_ours)
         return Given(self.context, added[place] if place < len(added) else None, shared)
+
+
+_MOVED = ("dense", "ours", "middle", "statistics", "shared_dense", "shared_ours")  # by a layer
+
+
+def pass_layers(steps: Sequence[Step], compute: Callable[[Step], R]) -> Iterator[tuple[Step, R]]:
+    """Run the layers that wait for each step's rows, then `compute`; yield the step and the result, both on the hosts.
+
+    All processes call it in step.
+    """
+
+    def run(step: Step) -> tuple[R, dict[str, Any]]:
+        while step.waiting:
+            step.waiting.pop(0)(step)
+        return compute(step), {name: value for name, value in vars(step).items() if name in _MOVED}
+
+    for step, (found, streams) in zip(steps, streamed(run, steps), strict=True):
+        vars(step).update(streams)
+        yield step, found
+
+
+def pass_all(steps: Sequence[Step]) -> None:
+    """Run all layers that wait for rows."""
+    for _ in pass_layers([step for step in steps if step.waiting], lambda step: None):
+        pass
+
+
+def wait_for(steps: Sequence[Step], layer: Callable[[Step], None]) -> None:
+    """Let a layer wait for the rows of all steps; `layer(step)` replaces the step's streams."""
+    for step in steps:
+        step.waiting.append(layer)
+
+
+def pass_ours(layer: Layer, place: int, step: Step) -> None:
+    """Run a layer of the pruned model, number `place` of those that are left."""
+    step.ours, step.shared_ours = layer.run(step.ours, step.given(place))
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
