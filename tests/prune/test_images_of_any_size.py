@@ -21,7 +21,7 @@ from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.select import moved_features
-from vlmprune_jax.prune.steps import STEPS, image_steps, row_steps
+from vlmprune_jax.prune.steps import STEPS, image_steps, pass_all, row_steps
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -222,6 +222,7 @@ def test_reconstruction(goldens, family, monkeypatch):
         dense, ours = (forward_of(model, step)[0][at] for model, at in ((teacher, 2), (pruned, 1)))
         errors.append(np.mean((dense - ours) ** 2, axis=2) / np.mean(dense**2, axis=2))
     np.testing.assert_allclose(report[0]["error_before"], np.average(errors, weights=weights), rtol=1e-4)
+    pass_all(steps)
     for step in (steps[0], steps[-1]):
         real = step.context["attention_mask"] == 1
         for model, stream in ((teacher, step.dense), (solved, step.ours)):
@@ -267,6 +268,7 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
     assert sum(int((step.weight[:, 0] > 0).sum()) for step in steps) == len(images)
     assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
+    pass_all(steps)
     for step in (steps[0], steps[-1]):
         real = step.weight == 1
         for model, stream in ((teacher, step.dense), (solved, step.ours)):

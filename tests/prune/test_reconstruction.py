@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_cases import keep_layers, prune, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, missing, model, on_mesh, plan_for, rows
 
+import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
+from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
 from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, reconstruction
@@ -32,6 +35,10 @@ def hybrid(teacher):
         (0, (0, 1), (0,), tuple(range(12))), (1, heads, keys, tuple(range(8))), (3, heads, keys, tuple(range(12))),
         (4, (2, 3), (1,), tuple(range(3, 12))),
     ])  # fmt: skip
+
+
+def heads_of(shape):
+    return tuple(range(shape.q_heads)), tuple(range(shape.kv_heads))
 
 
 def streams(model, batch):
@@ -221,6 +228,46 @@ def test_streams_of_both_models_move_once_per_layer(monkeypatch):
     embedded, last = 2 * n_steps, n_steps  # nothing reads what the pruned model's last layer adds
     assert moved.count("in") == 2 * n_layers * n_steps
     assert moved.count("out") == embedded + 2 * n_layers * n_steps - last
+
+
+@pytest.mark.parametrize(
+    ("family", "kept"), [("qwen3_vl", (0, 1, 3, 4)), ("gemma4", (0, 1, 2, 3, 5, 7, 8))], ids=["qwen3_vl", "gemma4"]
+)  # features in the decoder; per-layer inputs
+def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkeypatch, family, kept):
+    """The weights are those of loaded models, byte by byte; of one model the tower is cut as well."""
+    folder = goldens / f"families/{family}/ckpt"
+    teacher = vp.load(folder, dtype="bfloat16")
+    pruned, plan = keep_layers(teacher, kept)
+    if family == "qwen3_vl":
+        tower = [KeptLayer(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
+        stacks = {**plan.stacks, "vision": prune(teacher, tower, "vision")[1].stacks["vision"]}
+        after = count_params(dataclasses.replace(plan, stacks=stacks).apply_to(teacher.cfg))
+        plan = dataclasses.replace(plan, stacks=stacks, parameters_after=after)
+        pruned = apply_plan(teacher, plan)
+    vp.prune_folder(folder, plan, tmp_path / "pruned")
+    batches = [
+        {**(ids := random_ids(teacher, seed)), "attention_mask": np.ones_like(ids["input_ids"])} for seed in (0, 1)
+    ]
+    expected, told = reconstruct(pruned, plan, teacher, batches)
+    del pruned, teacher
+    files = [open_model(one, dtype="bfloat16") for one in (tmp_path / "pruned", folder)]
+    leaves = [pair for one in files for pair in flatten(one.params).items()]
+    stacked = {
+        leaf.shape for path, leaf in leaves if "/mlp/" in path and path.startswith("text/") and len(leaf.shape) == 3
+    }
+    known, found_on_device = {id(array) for array in jax.live_arrays()}, []
+
+    def look(done):
+        found_on_device.extend(one for one in jax.live_arrays() if id(one) not in known and one.shape in stacked)
+
+    embed = reconstruction.embedded
+    monkeypatch.setattr(reconstruction, "embedded", lambda *arguments: look(0) or embed(*arguments))
+    found, again = reconstruct(files[0], plan, files[1], batches, progress=look)
+    assert (again, found_on_device) == (told, [])
+    vp.save(found, tmp_path / "files", source_dir=tmp_path / "pruned", plan=plan)
+    vp.save(expected, tmp_path / "loaded", source_dir=tmp_path / "pruned", plan=plan)
+    assert len({(tmp_path / one / "model.safetensors").read_bytes() for one in ("files", "loaded")}) == 1
+    assert len(told) > 1
 
 
 def test_copies_are_a_few_steps_behind(monkeypatch):

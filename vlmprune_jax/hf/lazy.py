@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import open_file
-from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent, advise
+from vlmprune_jax.core.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
 from vlmprune_jax.hf.disk.storage import StoredWeight
 from vlmprune_jax.hf.layout import Slot, make_slots
-from vlmprune_jax.hf.read import Sources, find_weights, read_config
+from vlmprune_jax.hf.read import Sources, check_finite, find_weights, read_config
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model
@@ -34,6 +35,7 @@ class FileArray:
       stored: shape of the weight in the file.
       first: position of its first element, in a tensor that holds several weights in sequence.
       picks: pairs (axis, kept indices).
+      cast: dtype of the weight once it is read; None = that of the file.
 
     Only `read` and `elements` read data. Like a numpy array, it has `shape`, `dtype` and `take`.
     """
@@ -42,6 +44,7 @@ class FileArray:
     stored: tuple[int, ...]
     first: int = 0
     picks: tuple[tuple[int, np.ndarray], ...] = ()
+    cast: np.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,8 +56,8 @@ class FileArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the weight in its file."""
-        return WEIGHT_DTYPES[self.source.dtype]
+        """Dtype of the weight once it is read."""
+        return self._stored_dtype if self.cast is None else self.cast
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
         """Return the weight restricted to `indices` of one axis, without reading it; once per axis."""
@@ -62,19 +65,17 @@ class FileArray:
 
     @property
     def extent(self) -> Extent | None:
-        """Byte range of the weight in its file; None if its bytes are not contiguous (pruned or quantised)."""
-        if self.picks:
-            return None
-        return self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize)
+        """Byte range of the weight in its file; None if its bytes differ (pruned, cast or quantised)."""
+        return None if self.picks or self.dtype != self._stored_dtype else self._stored_extent()
 
     def read(self) -> np.ndarray:
         """Read the weight from its file."""
         # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
-        bits = self.source.values(self.first, self._size).view(f"u{self.dtype.itemsize}")
+        bits = self.source.values(self.first, self._size).view(f"u{self._stored_dtype.itemsize}")
         array = bits.reshape(self.stored)
         for axis, indices in self.picks:
             array = np.take(array, indices, axis=axis)
-        return array.view(self.dtype)
+        return array.view(self._stored_dtype).astype(self.dtype, copy=False)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the weight in consecutive groups of rows, of at most `BLOCK` bytes each."""
@@ -94,7 +95,7 @@ class FileArray:
 
     def forget(self) -> None:
         """Drop the weight's bytes from the operating system's page cache, which speeds up surgery on large files."""
-        if extent := self.source.extent(self.first * self.dtype.itemsize, self._size * self.dtype.itemsize):
+        if extent := self._stored_extent():
             with open_file(extent.file) as file:
                 advise(file.fileno(), extent.begin, extent.end - extent.begin, "POSIX_FADV_DONTNEED")
 
@@ -107,6 +108,14 @@ class FileArray:
     @property
     def _size(self) -> int:
         return math.prod(self.stored)
+
+    @property
+    def _stored_dtype(self) -> np.dtype:
+        return WEIGHT_DTYPES[self.source.dtype]
+
+    def _stored_extent(self) -> Extent | None:
+        size = self._stored_dtype.itemsize
+        return self.source.extent(self.first * size, self._size * size)
 
     @staticmethod
     def stack(members: Sequence[FileArray]) -> FileStack:
@@ -127,29 +136,34 @@ class FileStack:
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the stacked weight in its files."""
+        """Dtype of the stacked weight once it is read."""
         return self.members[0].dtype
 
     def __getitem__(self, index: int) -> FileArray:
         return self.members[index]
 
 
-def open_model(folder: Path, vision_dir: Path | None = None) -> Model:
+def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None = None) -> Model:
     """Open a model folder without reading weights; the arrays are `FileArray` and `FileStack`.
 
-    `apply_plan` and `save` accept the model; it cannot compute. Raises UserError as `load` does, except for weights
-    that are not finite (found when they are written).
+    `dtype`: of the weights once they are read; None = as stored. `apply_plan`, `save` and `reconstruct` accept the
+    model; it cannot compute. Raises UserError as `load` does, except for weights that are not finite (found when they
+    are read).
     """
     family, cfg = read_config(folder, vision_dir)
     slots = make_slots(cfg, family)
-    return Model(file_params(cfg, slots, find_weights(slots, cfg, family, folder, vision_dir)), cfg)
+    sources, cast = find_weights(slots, cfg, family, folder, vision_dir), None if dtype is None else DTYPES[dtype]
+    return Model(file_params(cfg, slots, sources, cast), cfg)
 
 
-def file_params(cfg: ModelConfig, slots: Sequence[Slot], sources: Sources) -> dict[str, Any]:
+def file_params(
+    cfg: ModelConfig, slots: Sequence[Slot], sources: Sources, cast: np.dtype | None = None
+) -> dict[str, Any]:
     """Return `params` whose arrays stay in their checkpoint files."""
     flat: dict[str, Any] = {}
     for slot in slots:
-        array = FileArray(sources[slot.key], slot.shape, first=slot.start * math.prod(slot.hf_shape[1:]))
+        first = slot.start * math.prod(slot.hf_shape[1:])
+        array = FileArray(sources[slot.key], slot.shape, first, cast=cast)
         if slot.index is None:
             flat[slot.path] = array
         else:
@@ -180,6 +194,21 @@ def to_host(array: Any, index: int | None) -> np.ndarray:
     for shard in part.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
     return host
+
+
+def to_device(array: Any, index: int | None = None) -> jax.Array:
+    """Return an array, or layer `index` of a stacked array, on the device, read from its file if it is there.
+
+    Raises UserError if a weight from a file is not finite.
+    """
+    if isinstance(array, jax.Array):
+        return array if index is None else array[index]
+    if isinstance(array, FileStack) and index is None:
+        return jnp.stack([to_device(member) for member in array.members])
+    host, where = to_host(array, index), origin(array, index)
+    if where is not None:
+        check_finite(host, where)
+    return jnp.asarray(host)
 
 
 def is_split(array: Any) -> bool:

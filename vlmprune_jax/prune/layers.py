@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from vlmprune_jax.core.stack import Stack, runs
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.hf.lazy import to_device, to_host
 from vlmprune_jax.models.block import KEYS, WRITERS, Block
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import fill
@@ -107,13 +108,13 @@ class Layer:
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int) -> Layer:
-        """Return layer `number` of a model's decoder or vision tower."""
+        """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files."""
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
             (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
         )
         flat = flatten(model.params[stack]["layers"][str(run)])
-        own = {path: leaf[number - start] for path, leaf in flat.items()}
+        own = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
         dtype = next(iter(own.values())).dtype
         params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
         shares = not shape.shared and bool(cfg.producers)
@@ -208,9 +209,12 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
         flat = flatten(layers[str(run)])
         # sorted: all processes must place the same array at a time
         for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):
-            own = np.array(gather_to_host(flat[path]))
-            for number in range(start, start + length):
-                own[number - start] = changed.get(number, {}).get(path, own[number - start])
-            flat[path] = jax.device_put(own, flat[path].sharding)
+            leaf, numbers = flat[path], range(start, start + length)
+            old = np.asarray(gather_to_host(leaf)) if isinstance(leaf, jax.Array) else None
+            parts = (to_host(leaf, at) if old is None else old[at] for at in range(length))
+            own = np.stack(
+                [changed.get(number, {}).get(path, part) for number, part in zip(numbers, parts, strict=True)]
+            )
+            flat[path] = own if old is None else jax.device_put(own, leaf.sharding)
         layers[str(run)] = unflatten(flat)
     return model.replace(params={**model.params, stack: {**model.params[stack], "layers": layers}})

@@ -17,10 +17,10 @@ reads the features of the reconstructed tower, and its dense stream those of the
 The residual streams of the dense and of the pruned model are on the hosts, float32[rows, seq, embed] each, of a tower
 float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer to
 whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums are
-reduced over the mesh. On the device are one layer of the dense and two of the pruned model, the
-activations of a batch, and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed],
-of fitted and held-out rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the
-next norm: otherwise the few tokens with a massive residual would dominate.
+reduced over the mesh. On the device are one layer of the dense and two of the pruned model, the activations of a batch,
+and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out
+rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise
+the few tokens with a massive residual would dominate.
 """
 
 from __future__ import annotations
@@ -53,7 +53,17 @@ from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
 from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
 from vlmprune_jax.prune.ridge import change as solve
-from vlmprune_jax.prune.steps import STEPS, Step, embedded, names_of_rows, pass_all, pass_layers, pass_ours, wait_for
+from vlmprune_jax.prune.steps import (
+    STEPS,
+    Step,
+    embedded,
+    entrance,
+    names_of_rows,
+    pass_all,
+    pass_layers,
+    pass_ours,
+    wait_for,
+)
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 
 SolveReport = dict[str, Any]
@@ -80,7 +90,8 @@ def reconstruct(
     tokens do no harm.
 
     Args:
-      pruned: the model that `plan` leaves of `teacher`, on one device or a mesh.
+      pruned: the model that `plan` leaves of `teacher`, on one device or a mesh; weights on the host or in files
+        (`hf.lazy.open_model`) go to the device one layer at a time.
       plan: the plan.
       teacher: the dense model, in the same place.
       batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
@@ -111,8 +122,6 @@ def reconstruct(
             "reconstruct: the pruned model was not made with this plan from this teacher: apply the plan to the teacher"
         )
     teacher, mesh = trim_vocabulary(teacher, plan.vocabulary), mesh_of(pruned.params)
-    if mesh is None:
-        pruned, teacher = (m.replace(params=jax.tree.map(jnp.asarray, m.params)) for m in (pruned, teacher))
     batches = list(batches)
     checked = list(calibration_batches(batches, pruned.cfg, labels=False))
     names = names_of_rows(batches, checked)
@@ -120,7 +129,7 @@ def reconstruct(
     with use_mesh(mesh):
         for stack in _stacks(plan):
             steps = STEPS[stack](checked, settings, names, pruned.cfg)
-            _enter(steps, teacher, pruned)
+            _enter(steps, *(entrance(model, stack) for model in (teacher, pruned)))
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)

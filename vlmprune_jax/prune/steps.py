@@ -20,7 +20,9 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.block import STREAM
+from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
@@ -225,6 +227,21 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tu
 
 # stack -> its inputs in calibration batches, as steps
 STEPS: dict[str, Callable[..., list[Step]]] = {"text": row_steps, "vision": image_steps}
+
+
+def entrance(model: Model, stack: str) -> Model:
+    """Return the model with what embeds the inputs of a stack on the device, and the rest without memory.
+
+    Arrays that are on devices already stay there.
+    """
+
+    def place(path: str, leaf: Any) -> Any:
+        used = path.startswith("vision/") or stack == "text"
+        if isinstance(leaf, jax.Array) or (used and not path.startswith((f"{stack}/layers/", "text/lm_head/"))):
+            return to_device(leaf)
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # jit drops what a program does not use
+
+    return model.replace(params=unflatten({path: place(path, leaf) for path, leaf in flatten(model.params).items()}))
 
 
 def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:

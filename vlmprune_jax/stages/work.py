@@ -162,9 +162,9 @@ class Work(Context):
             shared[folder] = load(folder, vision_dir=tower, dtype=dtype, mesh=mesh, parts=parts)
         return shared[folder]
 
-    def open_model(self, folder: Path) -> Model:
-        """Open a model folder without reading its weights."""
-        return lazy.open_model(folder, self.tower)
+    def open_model(self, folder: Path, dtype: str | None = None) -> Model:
+        """Open a model folder without reading its weights; `dtype`: of the weights once they are read."""
+        return lazy.open_model(folder, self.tower, dtype)
 
     def open_folder(self, folder: Path) -> ModelFolder:
         """Open a model folder whose weights are read later."""
