@@ -5,8 +5,9 @@
 DIR is a model that answers easy-VQA, from tools/pretrain_smollm2.py: a SmolVLM with SmolLM2-135M and the demo's tower.
 {depth, width} x {15, 30, 45 % of the decoder} x {none, reconstruct, SFT + L2, reconstruct + SFT + L2} on 5 % of the
 data, 3 seeds: 72 runs and 3 controls, about six hours on two cores. The projector alone, SFT and SFT + KL do not fit
-into this time, nor do more seeds or shares of the data. Evaluates the answers, and perplexity on the same part of
-Python's language reference as study_smollm2.py; perplexity has no full score, so averages leave it out.
+into this time, nor do more seeds or shares of the data. Evaluates the answers to the first 1,000 test questions, and
+perplexity on the same part of Python's language reference as study_smollm2.py; perplexity has no full score, so
+averages leave it out.
 """
 
 from ml_collections import ConfigDict
@@ -36,6 +37,7 @@ def get_config(folder: str = "") -> ConfigDict:
     config.recover.learning_rate = 1e-4
     config.recover.projector_learning_rate = 1e-3
     config.evaluate.unrecovered = False
+    config.evaluate.questions = 1000
     config.speed.rounds = 0
     config.evaluate.text = write_topics(TEXTS / "topics_1.txt", 1, LETTERS["text"])
     return config
