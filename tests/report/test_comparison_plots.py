@@ -61,7 +61,8 @@ def test_the_front_ignores_differences_inside_the_range_of_speeds(tmp_path):
     assert plots._front(sure, groups, rising=True) == [(1.81, 90.0), (1.54, 99.0)]
 
 
-def test_colours_repeat_with_other_dashes():
+def test_colours_repeat_with_other_dashes_and_markers():
     styles = plots._styles(["without recovery", *"abcdefgh"])
     assert styles["a"]["color"] == styles["g"]["color"] == COLOURS[0]
     assert len({tuple(style.values()) for style in styles.values()}) == 9
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == 9  # a single point has no dashes

@@ -36,7 +36,7 @@ LABEL = "retained (%)"
 LINE_LETTERS = 110  # beside each other in a legend
 LEAST_SEEDS = 3  # fewest seeds whose interval is drawn; that of two says little
 BANDS = f"Bands: 95 % intervals over seeds ({LEAST_SEEDS} or more)."
-_DASHES = ("-", "--", ":", "-.")
+_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
 
 Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
 
@@ -125,9 +125,11 @@ def drawable(groups: Sequence[Group]) -> list[Group]:
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return {line name: line style}; "without recovery" is grey."""
     others = [name for name in dict.fromkeys(names) if name != WITHOUT]
-    dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(others))]
-    found = {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes[i]} for i, name in enumerate(others)}
-    return {WITHOUT: {"color": UNRECOVERED, "linestyle": "-"}, **found}
+    found = {WITHOUT: {"color": UNRECOVERED, "linestyle": "-", "marker": "o"}}
+    for i, name in enumerate(others):
+        dashes, marker = _LINES[i // len(COLOURS) % len(_LINES)]
+        found[name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker}
+    return found
 
 
 def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
@@ -236,7 +238,7 @@ def curves_figure(
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
             retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
-        handles = [Line2D([], [], marker="o", markersize=4, label=legible(name), **styles[name]) for name in names]
+        handles = [Line2D([], [], markersize=4, label=legible(name), **styles[name]) for name in names]
         _add_legend(figure, handles)
         return figure
 
@@ -255,7 +257,7 @@ def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
     rows = [(x, *(ends if seeds >= LEAST_SEEDS else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
     places, means, lows, highs = np.transpose(rows)
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
-    axes.plot(places, means, marker="o", markersize=4, linewidth=1.4, **look)
+    axes.plot(places, means, markersize=4, linewidth=1.4, **look)
 
 
 def _log_ticks(axes: Axes, ticks: Sequence[float], form: str) -> None:
@@ -276,7 +278,7 @@ def images_figure(lines: Mapping[str, Sequence[Point]], label: str) -> Figure:
         _log_ticks(axes, sorted({tokens for points in lines.values() for tokens, *_ in points}), ",")
         axes.set_xlabel("maximum number of tokens per image")
         axes.set_ylabel(legible(label))
-        _add_legend(figure, [Line2D([], [], marker="o", markersize=4, label=legible(n), **styles[n]) for n in lines])
+        _add_legend(figure, [Line2D([], [], markersize=4, label=legible(n), **styles[n]) for n in lines])
         return figure
 
 
@@ -303,7 +305,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: 
             axes.plot(around, np.full(len(around), 100.0), color=MUTED, linestyle="--", linewidth=1)
             for name, of in models.items():
                 values = np.clip([of[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
-                axes.plot(around, values, linewidth=1.5, **styles[name])
+                axes.plot(around, values, linewidth=1.5, markersize=3, **styles[name])
                 axes.fill(around, values, color=styles[name]["color"], alpha=0.08)
             axes.set_xticks(angles, [legible(name, 14) for name in sets])
             axes.set_ylim(0, 1.05 * top)
@@ -312,6 +314,6 @@ def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: 
             axes.set_title(legible(title, LONGEST_TITLE), loc="center", pad=14)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        handles = [Line2D([], [], label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
+        handles = [Line2D([], [], markersize=3, label=legible(name), **styles[name]) for name in names[:MOST_NAMED]]
         _add_legend(figure, handles)
         return figure
