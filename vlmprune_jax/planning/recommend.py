@@ -198,7 +198,7 @@ def expectation(found: Recommendation) -> str:
     """Return the expected retention as text, with its interval and what the interval covers (models or seeds)."""
     expected = found.expected
     if expected is None:
-        return "unknown, as no model of like size was measured"
+        return "unknown, as no model of like size was measured with these steps"
     models = len({row.model for row in expected.rows})
     of = "one model" if models == 1 else f"{models} models, on average,"
     told = f"{expected.value:.1f} % on {'this shape' if expected.same else f'{of} within {LIKE} times this size'}"

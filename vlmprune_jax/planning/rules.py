@@ -262,7 +262,7 @@ def _notes(
     guide: Guide,
 ) -> Iterator[str]:
     if expected is None:
-        yield f"No model of this kind within {LIKE} times its size was measured at this ratio: evaluate before use."
+        yield f"No model of this kind within {LIKE} times its size was measured with these steps: evaluate first."
     if not target.vision:
         yield "The guide is for models with a vision tower; for decoders there are only measurements on text."
     if head is not None:
