@@ -12,9 +12,8 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
 from vlmprune_jax.hf.layout import PARTS
-from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
-from vlmprune_jax.stages.work import ModelFolder, Pair, Work
+from vlmprune_jax.stages.work import Pair, Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,9 +49,9 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})
     with work.phase("reconstruct", layers_to_solve(pair.plan)) as progress:
         model, reports = reconstruct(
-            _opened(work, pair.student),
+            pair.student.load(PARTS, by_layer=True),
             pair.plan,
-            _opened(work, pair.teacher),
+            pair.teacher.load(PARTS, by_layer=True),
             batches,
             spec,
             progress=progress,
@@ -68,12 +67,6 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
             f"{scarce[0].unknowns:,} inputs: raise reconstruct.samples for a better repair"
         )
     return ReconstructFacts(samples=spec.samples, modules=modules)
-
-
-def _opened(work: Work, folder: ModelFolder) -> Model:
-    """Return a model for reconstruction; on one device, layers are read when they are needed, so any model fits."""
-    one = work.devices is None or work.devices.size == 1
-    return work.open_model(folder.path, work.model.dtype) if one else folder.load(PARTS)
 
 
 def _summary(modules: Sequence[Repaired]) -> str:

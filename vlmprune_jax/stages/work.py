@@ -69,7 +69,7 @@ class ModelFolder:
 
     path: Path
     model: Model
-    load: Callable[[Collection[str]], Model]
+    load: Callable[..., Model]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -154,17 +154,24 @@ class Work(Context):
         folder: Path,
         parts: Collection[str] = PARTS,
         choose_mesh: Callable[[ModelConfig], Mesh | None] | None = None,
+        *,
+        by_layer: bool = False,
     ) -> Model:
-        """Load a model folder, or some parts of the model, in the experiment's dtype and mesh."""
+        """Load a model folder, or some parts of the model, in the experiment's dtype and mesh.
+
+        `by_layer`: on one device, leave the weights in their files for a pass over the layers, so that any model fits.
+        """
+        if by_layer and (self.devices is None or self.devices.size == 1):
+            return lazy.open_model(folder, self.tower, self.model.dtype)
         shared, mesh = {} if self.loaded is None else self.loaded, choose_mesh or self.devices
         if folder not in shared:
             dtype, tower = self.model.dtype, self.model.vision_dir
             shared[folder] = load(folder, vision_dir=tower, dtype=dtype, mesh=mesh, parts=parts)
         return shared[folder]
 
-    def open_model(self, folder: Path, dtype: str | None = None) -> Model:
-        """Open a model folder without reading its weights; `dtype`: of the weights once they are read."""
-        return lazy.open_model(folder, self.tower, dtype)
+    def open_model(self, folder: Path) -> Model:
+        """Open a model folder without reading its weights."""
+        return lazy.open_model(folder, self.tower)
 
     def open_folder(self, folder: Path) -> ModelFolder:
         """Open a model folder whose weights are read later."""
