@@ -209,12 +209,13 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
         flat = flatten(layers[str(run)])
         # sorted: all processes must place the same array at a time
         for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):
-            leaf, numbers = flat[path], range(start, start + length)
+            leaf, own = flat[path], list[np.ndarray]()
             old = np.asarray(gather_to_host(leaf)) if isinstance(leaf, jax.Array) else None
-            parts = (to_host(leaf, at) if old is None else old[at] for at in range(length))
-            own = np.stack(
-                [changed.get(number, {}).get(path, part) for number, part in zip(numbers, parts, strict=True)]
-            )
-            flat[path] = own if old is None else jax.device_put(own, leaf.sharding)
+            for at in range(length):
+                new = changed.get(start + at, {}).get(path)
+                if new is None:  # only then read it
+                    new = to_host(leaf, at) if old is None else old[at]
+                own.append(new)
+            flat[path] = np.stack(own) if old is None else jax.device_put(np.stack(own), leaf.sharding)
         layers[str(run)] = unflatten(flat)
     return model.replace(params={**model.params, stack: {**model.params[stack], "layers": layers}})
