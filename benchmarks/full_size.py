@@ -218,26 +218,28 @@ def make_plans(folder: Path, work: Path) -> None:
     from vlmprune_jax.hf.lazy import open_model
     from vlmprune_jax.models.params import count_params
     from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, fingerprint
+    from vlmprune_jax.prune.width import kept_layer
 
     model = open_model(folder)
-    shapes, draw = model.cfg.text.layers, np.random.default_rng(1)
-    middle = len(shapes) // 2
-    free = [i for i in range(middle, len(shapes)) if i not in model.cfg.text.producers]
+    sizes, draw = [layer.sizes for layer in model.cfg.text.layers], np.random.default_rng(1)
+    middle = len(sizes) // 2
+    free = [i for i in range(middle, len(sizes)) if i not in model.cfg.text.producers]
     gone = {middle - 3, *free[: DROPPED - 1]}
-    depth = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in gone]
+    depth = [KeptLayer.whole(i, layer) for i, layer in enumerate(model.cfg.text.layers) if i not in gone]
     width = []
-    for i, shape in enumerate(shapes):
-        group, shares = shape.q_heads // shape.kv_heads, bool(model.cfg.text.producers)
-        order = np.arange(shape.kv_heads) if shares else draw.permutation(shape.kv_heads)
-        kv_heads = np.sort(order[: max(1, shape.kv_heads * 3 // 4)])
-        q_heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
-        neurons = np.sort(draw.permutation(shape.mlp)[: shape.mlp * 3 // 4])
-        width.append(KeptLayer(i, *(tuple(map(int, kept)) for kept in (q_heads, kv_heads, neurons))))
+    for i, axes in enumerate(sizes):
+        shares, heads, neurons = bool(model.cfg.text.producers), axes["kv_heads"], axes["mlp"]
+        order = np.arange(heads) if shares else draw.permutation(heads)
+        units = {
+            "kv_heads": np.sort(order[: max(1, heads * 3 // 4)]),
+            "mlp": np.sort(draw.permutation(neurons)[: neurons * 3 // 4]),
+        }
+        width.append(kept_layer(i, units, model.cfg.text.layers[i]))
     mark, before = fingerprint(model), count_params(model.cfg)
     for name, layers in (("depth", depth), ("width", width)):
-        after = count_params(model.cfg.with_layers([layer.shape for layer in layers]))
-        stacks = {"text": KeptStack(shapes, tuple(layers))}
-        plan = PrunePlan(mark, name, "benchmark", stacks, before, after, before)
+        stack = KeptStack(tuple(sizes), tuple(layers))
+        after = count_params(model.cfg.with_layers(stack.of(model.cfg.text.layers)))
+        plan = PrunePlan(mark, name, "benchmark", {"text": stack}, before, after, before)
         plan.to_json(work / f"{name}.json")
 
 
@@ -288,7 +290,9 @@ def commands(args: argparse.Namespace, folder: Path, work: Path) -> dict[str, li
     found |= {step: own(args, step, folder, work) for step in ("read", "load", "inspect", "depth", "width")}
     vision = "vision_config" in json.loads((folder / "config.json").read_text())
     if args.mergekit and not vision:  # mergekit slices decoders only
-        kept = json.loads((work / "depth.json").read_text())["stacks"]["text"]["kept_layers"]
+        import vlmprune_jax as vp
+
+        kept = vp.PrunePlan.from_json(work / "depth.json").kept_layers
         starts = [i for i in range(len(kept)) if i == 0 or kept[i] != kept[i - 1] + 1]
         ends = [*starts[1:], len(kept)]
         slices = [

@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace, ids: np.ndarray) -> Pass:
         scores = vp.score(model, batches, criterion=args.criterion, **given)
         if args.criterion == "block_influence":
             return [scores.layers]
-        return [np.concatenate(parts) for parts in zip(*scores.widths, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*map(scores.along, scores.axes), strict=True)]
 
     return run
 

@@ -161,6 +161,7 @@ def scores_of(cfg):
         f"{shape_digest(cfg)}-",
         {"gqa": "groups", "variant": None},
         importance=draw.random(len(layers)),
-        heads=tuple(draw.random(layer.kv_heads) for layer in layers),
-        mlp=tuple(draw.random(layer.mlp) for layer in layers),
+        units={
+            (i, axis): draw.random(layer.sizes[axis]) for i, layer in enumerate(layers) for axis in ("kv_heads", "mlp")
+        },
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from prune_cases import kept_stack, kept_units
 from safetensors.numpy import load_file, save_file
 
 from vlmprune_jax.families import detect
@@ -133,8 +134,8 @@ def assert_same_tensors(first: Path, second: Path) -> None:
 def prune(model: Model, layers: Sequence[KeptLayer], stack: str = "text") -> tuple[Model, PrunePlan]:
     """The model with these layers of a stack, and the plan that says so."""
     cfg = model.cfg
-    after = cfg.with_layers([layer.shape for layer in layers], stack)
-    kept = KeptStack(cfg.stack(stack).layers, tuple(layers))
+    kept = kept_stack(cfg.stack(stack).layers, layers)
+    after = cfg.with_layers(kept.of(cfg.stack(stack).layers), stack)
     plan = PrunePlan(
         fingerprint=fingerprint(model),
         method="hybrid",
@@ -162,10 +163,10 @@ def keep_width(
     """A width-pruned model, in all layers or `only` some: whole groups of heads, or the first query heads of each."""
     layers = []
     for i, shape in enumerate(model.cfg.text.layers):
-        per_group = shape.q_heads // shape.kv_heads
+        per_group = shape.mixer.q_heads // shape.mixer.kv_heads
         q_heads = tuple(g * per_group + r for g in kv_heads for r in range(of_each_group or per_group))
         cut = only is None or i in only
-        layers.append(KeptLayer(i, q_heads, tuple(kv_heads), tuple(neurons)) if cut else KeptLayer.whole(i, shape))
+        layers.append(kept_units(i, q_heads, tuple(kv_heads), tuple(neurons)) if cut else KeptLayer.whole(i, shape))
     return prune(model, layers)
 
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.parts import Layer, decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.hf.read import load
@@ -21,11 +21,21 @@ from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
 from vlmprune_jax.prune.fingerprint import shape_digest
 
-UNEQUAL = (LayerShape(4, 2, 12), LayerShape(4, 2, 12), LayerShape(8, 2, 10), LayerShape(4, 4, 12))
-EQUAL = (LayerShape(4, 2, 12),) * 5
+UNEQUAL = (decoder_layer(4, 2, 12), decoder_layer(4, 2, 12), decoder_layer(8, 2, 10), decoder_layer(4, 4, 12))
+EQUAL = (decoder_layer(4, 2, 12),) * 5
 
 
-def text_config(layers: tuple[LayerShape, ...], **changes) -> TextConfig:
+def kept_units(index: int, q_heads, kv_heads, neurons) -> KeptLayer:
+    """The entry of a layer of attention and a dense MLP."""
+    return KeptLayer(index, {"kv_heads": tuple(kv_heads), "q_heads": tuple(q_heads), "mlp": tuple(neurons)})
+
+
+def kept_stack(layers, kept) -> KeptStack:
+    """The entry of a component with these layers before pruning."""
+    return KeptStack(tuple(layer.sizes for layer in layers), tuple(kept))
+
+
+def text_config(layers: tuple[Layer, ...], **changes) -> TextConfig:
     """A decoder whose every hyper-parameter is unusual."""
     values = {
         "vocab_size": 62,
@@ -46,12 +56,14 @@ def text_config(layers: tuple[LayerShape, ...], **changes) -> TextConfig:
     return TextConfig(**{**values, **changes})
 
 
-def config(layers: tuple[LayerShape, ...] = EQUAL, *, vision: bool = False, **changes) -> ModelConfig:
+def config(layers: tuple[Layer, ...] = EQUAL, *, vision: bool = False, **changes) -> ModelConfig:
     """A plain decoder, or a LLaVA with a tower of 4 patches (image id 61)."""
     text = text_config(layers, **changes)
     if not vision:
         return ModelConfig(family="llama", layout="transformers", text=text)
-    tower = VisionConfig(8, 4, (LayerShape(2, 2, 10),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip")
+    tower = VisionConfig(
+        8, 4, (decoder_layer(2, 2, 10),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip"
+    )
     projector = ProjectorConfig("relu", True)
     return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
 
@@ -120,7 +132,7 @@ def llava_7b() -> ModelConfig:
         vocab_size=32000,
         hidden_size=4096,
         head_dim=128,
-        layers=(LayerShape(32, 32, 11008),) * 32,
+        layers=(decoder_layer(32, 32, 11008),) * 32,
         norm_eps=1e-5,
         activation="silu",
         rope=RopeConfig(10000.0, "default"),
@@ -132,7 +144,7 @@ def llava_7b() -> ModelConfig:
         max_positions=4096,
         decoder="llama",
     )
-    shapes, block = (LayerShape(16, 16, 4096),) * 23, {"norm_eps": 1e-5, "activation": "quick_gelu"}
+    shapes, block = (decoder_layer(16, 16, 4096),) * 23, {"norm_eps": 1e-5, "activation": "quick_gelu"}
     vision = VisionConfig(1024, 64, shapes, 24, 336, 14, 3, **block, kind="clip")
     return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
 
@@ -140,9 +152,19 @@ def llava_7b() -> ModelConfig:
 def width_scores(cfg: ModelConfig, seed: int = 0, gqa: str = "groups") -> Scores:
     """Random ones."""
     draw = np.random.default_rng(seed)
-    heads = tuple(draw.random(s.kv_heads if gqa == "groups" else s.q_heads) for s in cfg.text.layers)
-    neurons = tuple(draw.random(s.mlp) for s in cfg.text.layers)
-    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, heads=heads, mlp=neurons)
+    heads = tuple(draw.random(s.mixer.kv_heads if gqa == "groups" else s.mixer.q_heads) for s in cfg.text.layers)
+    neurons = tuple(draw.random(s.channel.mlp) for s in cfg.text.layers)
+    return Scores("l1", shape_digest(cfg) + "-x", {"gqa": gqa}, units=unit_scores(heads, neurons, gqa))
+
+
+def unit_scores(heads, mlp, gqa: str = "groups") -> dict[tuple[int, str], np.ndarray]:
+    """Scores of heads and neurons per layer, by layer and axis."""
+    axis = "q_heads" if gqa == "q_heads" else "kv_heads"
+    return {
+        (i, name): part
+        for i, both in enumerate(zip(heads, mlp, strict=True))
+        for name, part in zip((axis, "mlp"), both, strict=True)
+    }
 
 
 def depth_scores(cfg: ModelConfig, importance: list[float]) -> Scores:
@@ -161,7 +183,7 @@ def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
 
 def plan_for(teacher: Model, keep) -> PrunePlan:
     """A plan that keeps (layer, query heads, key heads, neurons)."""
-    stack = KeptStack(tuple(teacher.cfg.text.layers), tuple(KeptLayer(*one) for one in keep))
+    stack = kept_stack(teacher.cfg.text.layers, [kept_units(*one) for one in keep])
     plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
     before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
     return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)

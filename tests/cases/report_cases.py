@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 from msgspec.structs import replace
-from prune_cases import EQUAL, config, model
+from prune_cases import EQUAL, config, model, unit_scores
 
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
@@ -22,7 +22,7 @@ from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedW
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps
 
-CFG = config((LayerShape(4, 4, 12),) * len(EQUAL))
+CFG = config((decoder_layer(4, 4, 12),) * len(EQUAL))
 SIZE = count_params(CFG)
 GROUPS = {
     "yes": Group(questions=30, values={"accuracy": 0.9}), "<b>": Group(questions=10, values={"accuracy": 0.5})
@@ -57,7 +57,7 @@ def pruned_run(workdir, method, recovery, accuracy, **changes):
         scores = Scores("block_influence", fingerprint(one), {}, importance=importance)
     else:
         heads, mlp = tuple(draw.random(4) for _ in EQUAL), tuple(draw.random(12) for _ in EQUAL)
-        scores = Scores("taylor", fingerprint(one), {"gqa": "groups"}, heads=heads, mlp=mlp)
+        scores = Scores("taylor", fingerprint(one), {"gqa": "groups"}, units=unit_scores(heads, mlp))
     plan = make_plan(scores, CFG, method=method, ratio=0.3)
     scores.save(workdir / method / "scores.npz")
     plan.to_json(workdir / method / "plan.json")

@@ -64,8 +64,8 @@ def replayed(
         current, plan = apply_plan(current, now), now if plan is None else compose(plan, now)
     assert plan is not None
     for layer in plan.layers:
-        assert list(layer.q_heads) == want["kept_heads"][str(layer.index)]
-        assert list(layer.neurons) == want["kept_neurons"][str(layer.index)]
+        assert list(layer.kept["q_heads"]) == want["kept_heads"][str(layer.index)]
+        assert list(layer.kept["mlp"]) == want["kept_neurons"][str(layer.index)]
     assert count_params(current.cfg, "text") == want["params_after"]
     assert plan.parameters_after == count_params(current.cfg)
     return plan

@@ -5,7 +5,7 @@ import pytest
 from prune_cases import EQUAL, config, expanded
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.hf.read import read_config
 
 
@@ -64,4 +64,4 @@ def test_what_does_not_fit_is_refused(ids, options, message):
 
 def test_a_model_without_images():
     with pytest.raises(vp.UserError, match="takes no images"):
-        vp.expand_images([[1]], config((LayerShape(2, 2, 4),)))
+        vp.expand_images([[1]], config((decoder_layer(2, 2, 4),)))

@@ -63,7 +63,7 @@ QUICK = [("llama", UNEVEN), ("phi2", UNEVEN), ("qwen2", DEPTH)]
 
 def prune(model, how):
     """Two layers, or the same heads and neurons of all, or other ones in each."""
-    kv_heads = model.cfg.text.layers[0].kv_heads
+    kv_heads = model.cfg.text.layers[0].mixer.kv_heads
     if how == DEPTH:
         return keep_layers(model, [0, 2])[0]
     if how == WIDTH:

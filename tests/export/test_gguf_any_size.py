@@ -11,6 +11,7 @@ from hf_cases import keep_layers, keep_width
 from hf_cases import prune as prune_by_hand
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from prune_cases import kept_units
 from qwen_cases import FAMILIES, LIMITS, make_qwen
 
 from vlmprune_jax.core.errors import UserError
@@ -19,7 +20,6 @@ from vlmprune_jax.export.gguf_check import check_gguf
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import KeptLayer
 
 pytest.importorskip("xllamacpp")
 
@@ -86,7 +86,10 @@ def pruned(model, how):
         return keep_width(model, range(1), range(3, 51))[0]
     if how == "neurons":
         return keep_width(model, range(2), range(3, 51))[0]
-    kept = [KeptLayer(i, range(s.q_heads), range(s.kv_heads), range(i, 30 + i)) for i, s in enumerate(shapes)]
+    kept = [
+        kept_units(i, range(s.sizes["q_heads"]), range(s.sizes["kv_heads"]), range(i, 30 + i))
+        for i, s in enumerate(shapes)
+    ]
     return prune_by_hand(model, kept, "vision")[0]
 
 

@@ -10,6 +10,7 @@ from gguf_cases import differences
 from hf_cases import edit_weights, keep_layers, keep_width, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from prune_cases import kept_units
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -20,7 +21,6 @@ from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
 from vlmprune_jax.hf.lazy import FileArray
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import KeptLayer
 
 pytest.importorskip("xllamacpp")
 S, F = "sliding_attention", "full_attention"
@@ -98,7 +98,7 @@ def test_images(models, tmp_path, name):
     source, model = models(name)
     if name == "gemma4":
         shapes = model.cfg.text.layers
-        kept = [KeptLayer(i, (0, 2), (0,), range(s.mlp // 7, s.mlp)) for i, s in enumerate(shapes)]
+        kept = [kept_units(i, (0, 2), (0,), range(s.channel.mlp // 7, s.channel.mlp)) for i, s in enumerate(shapes)]
         model = prune(model, kept)[0]
     save(model, tmp_path / "out", source_dir=source, format="gguf", dtype="float32")
     image = np.random.default_rng(0).integers(0, 256, (*SIZES[name], 3)).astype(np.uint8)

@@ -10,6 +10,7 @@ from gguf_cases import differences
 from hf_cases import copy_golden, edit_config, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from prune_cases import kept_units
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
@@ -22,7 +23,6 @@ from vlmprune_jax.families.towers import PIXELS
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import forward
-from vlmprune_jax.prune import KeptLayer
 
 pytest.importorskip("xllamacpp")
 TOWERS = {"bunny": "bunny", "llava_orig": "llava", "llava_hf": "llava", "internvl": "internvl", "smolvlm": None,
@@ -162,8 +162,14 @@ def test_pruned_towers(golden, tmp_path):
     """Neurons of each layer's own; heads are padded where that is asked for."""
     source, model = golden("bunny")
     shapes = model.cfg.vision.layers
-    neurons = [KeptLayer(i, range(s.q_heads), range(s.kv_heads), range(i, 30 + i)) for i, s in enumerate(shapes)]
-    heads = [KeptLayer(i, range(1, s.q_heads), range(1, s.kv_heads), range(s.mlp)) for i, s in enumerate(shapes)]
+    neurons = [
+        kept_units(i, range(s.sizes["q_heads"]), range(s.sizes["kv_heads"]), range(i, 30 + i))
+        for i, s in enumerate(shapes)
+    ]
+    heads = [
+        kept_units(i, range(1, s.mixer.q_heads), range(1, s.mixer.kv_heads), range(s.channel.mlp))
+        for i, s in enumerate(shapes)
+    ]
     image, pixels = image_of(model)
     for kept, uneven in ((neurons, "per_layer"), (heads, "pad")):
         pruned, out = prune(model, kept, "vision")[0], tmp_path / uneven

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 from decoder_cases import PHI, QWEN2, QWEN3
 from hf_cases import LLAMA, keep_width, make_folder
@@ -49,7 +48,7 @@ def test_what_the_descriptions_say(models, name):
 def test_transformers_loads_fewer_heads(models, tmp_path, name):
     """In the stock class, without code of the folder's."""
     folder, model = models[name]
-    pruned, _ = keep_width(model, range(1, model.cfg.text.layers[0].kv_heads), range(20))
+    pruned, _ = keep_width(model, range(1, model.cfg.text.layers[0].mixer.kv_heads), range(20))
     vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
     assert not list((tmp_path / "out").glob("*.py"))
     stock, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -62,10 +61,10 @@ def test_plans_are_held_to_targets(models):
     _, model = models["qwen2"]
     scores = vp.score(model, [], criterion="l2")
     # attention that weighs nothing is what "auto" removes first
-    scores = dataclasses.replace(scores, heads=tuple(np.zeros_like(one) for one in scores.heads))
+    scores = dataclasses.replace(scores, units={key: part * (key[1] == "mlp") for key, part in scores.units.items()})
 
     total, (shape, *_) = vp.count_params(model.cfg), model.cfg.text.layers
-    fewer = dataclasses.replace(shape, q_heads=shape.q_heads // 2, kv_heads=shape.kv_heads // 2)
+    fewer = dataclasses.replace(shape, q_heads=shape.mixer.q_heads // 2, kv_heads=shape.mixer.kv_heads // 2)
     ratio = (
         1.01 - vp.count_params(model.cfg.with_layers([fewer] * len(model.cfg.text.layers))) / total
     )  # a group of heads of every layer, and a few neurons
@@ -74,10 +73,10 @@ def test_plans_are_held_to_targets(models):
         made = vp.make_plan(scores, model.cfg, method="width", **{"ratio": ratio, **options})
         return made.stacks["text"]
 
-    full = shape.q_heads
-    assert plan(heads="auto").shapes[0].q_heads < full
-    assert plan(heads="auto", loads_in=("transformers", "gguf")).shapes[0].q_heads < full
-    assert plan(heads="auto", loads_in=("vllm",)).shapes[0].q_heads == full
+    full = shape.mixer.q_heads
+    assert plan(heads="auto").sizes[0]["q_heads"] < full
+    assert plan(heads="auto", loads_in=("transformers", "gguf")).sizes[0]["q_heads"] < full
+    assert plan(heads="auto", loads_in=("vllm",)).sizes[0]["q_heads"] == full
     for options, said in (
         (
             {"ratio": None, "sparsity": 0.5, "heads": "proportional", "loads_in": ("vllm",)},

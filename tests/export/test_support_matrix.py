@@ -53,7 +53,7 @@ QUICK = {("phi3", "transformers"), ("internvl", "source")}
 def uneven(model):
     """No layer is whole, and no two neighbours are alike."""
     layers = model.cfg.text.layers
-    heads = layers[0].kv_heads
+    heads = layers[0].mixer.kv_heads
     pieces = [(range(max(1, heads - 1 - i % 2)), range(i, 38 + 6 * (i % 2))) for i in range(len(layers))]
     pruned = model
     for i, (kv_heads, neurons) in enumerate(pieces):
@@ -63,7 +63,7 @@ def uneven(model):
 
 def fewer_heads(model):
     """All layers lose the same heads and neurons; neurons alone where the class has no other size of a head."""
-    heads = model.cfg.text.layers[0].kv_heads
+    heads = model.cfg.text.layers[0].mixer.kv_heads
     return keep_width(model, range(0 if model.cfg.text.whole_heads else 1, heads), range(3, 51))[0]
 
 

@@ -33,7 +33,7 @@ NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 def narrow(model):
     """No layer is whole, no two neighbours are alike, and groups of several query heads become smaller in layer 1."""
     first = model.cfg.text.layers[0]
-    heads, per_group = first.kv_heads, first.q_heads // first.kv_heads
+    heads, per_group = first.mixer.kv_heads, first.mixer.q_heads // first.mixer.kv_heads
     for i in range(len(model.cfg.text.layers)):
         kv_heads, neurons = range(max(1, heads - 1 - i % 2)), range(i, i + 38 + 6 * (i % 2))
         of_each_group = max(1, per_group - 1) if i == 1 else None

@@ -322,16 +322,16 @@ def test_pad_is_the_same_function(uneven, tmp_path):
 
 def test_pad_keeps_query_heads_with_their_group(llama, tmp_path):
     """Layers with other group sizes: 2 query heads for each of 3 groups, 3 for one group, 1 for each of 2."""
-    from vlmprune_jax.core.stack import LayerShape
+    from vlmprune_jax.core.parts import decoder_layer
     from vlmprune_jax.models.params import init_params
 
     source = load(llama)
-    shapes = (LayerShape(6, 3, 20), LayerShape(3, 1, 8), LayerShape(2, 2, 20), LayerShape(2, 2, 9))
+    shapes = (decoder_layer(6, 3, 20), decoder_layer(3, 1, 8), decoder_layer(2, 2, 20), decoder_layer(2, 2, 9))
     cfg = source.cfg.with_layers(shapes)
     model = Model(init_params(cfg, jax.random.key(0), np.float32), cfg)
     save(model, tmp_path / "out", source_dir=llama, uneven="pad", dtype="float32")
     padded = load(tmp_path / "out")
-    assert set(padded.cfg.text.layers) == {LayerShape(9, 3, 20)}
+    assert set(padded.cfg.text.layers) == {decoder_layer(9, 3, 20)}
     inputs = random_ids(model)
     np.testing.assert_allclose(forward(padded, **inputs)[0], forward(model, **inputs)[0], atol=1e-5, rtol=0)
 
@@ -345,7 +345,7 @@ def test_every_padded_decoder_is_the_same_function(tmp_path, name):
     if name == "phi3":  # at full size it amplifies rounding (decision 31)
         edit_weights(source, lambda tensors: {k: v if "norm" in k else v * np.float32(0.5) for k, v in tensors.items()})
     model = load(source)
-    kv_heads = model.cfg.text.layers[0].kv_heads
+    kv_heads = model.cfg.text.layers[0].mixer.kv_heads
     for i in range(len(model.cfg.text.layers)):
         model, _ = keep_width(model, range(i % 2, kv_heads), range(i, 40 + 4 * i), only=[i])
     save(model, tmp_path / "out", source_dir=source, uneven="pad", dtype="float32")

@@ -93,7 +93,7 @@ def test_scored_pruned_and_reloaded(config, tmp_path, torch_outputs):
     assert main(["score", config, f"--workdir={tmp_path / 'w'}"]) == 0
     assert main(["prune", config, f"--workdir={tmp_path / 'w'}"]) == 0
     pruned, before = vp.load(tmp_path / "w/pruned"), vp.load(tmp_path / "source")
-    assert pruned.cfg.text.layers[0].mlp < before.cfg.text.layers[0].mlp
+    assert pruned.cfg.text.layers[0].channel.mlp < before.cfg.text.layers[0].channel.mlp
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     inputs = random_ids(pruned)
     expected = np.asarray(vp.forward(vp.apply_plan(before, plan), **inputs)[0])

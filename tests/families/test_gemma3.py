@@ -36,4 +36,4 @@ def test_heads_that_do_not_divide_the_width_are_refused(tmp_path):
     model = vp.load(make_vlm_folder(tmp_path / "model", config))
     with pytest.raises(vp.UserError, match=r"refuses 8 heads.*keep 2/1"):
         keep_width(model, range(4), range(56))
-    assert keep_width(model, range(1), range(56))[0].cfg.text.layers[0].q_heads == 2
+    assert keep_width(model, range(1), range(56))[0].cfg.text.layers[0].mixer.q_heads == 2

@@ -130,8 +130,8 @@ def test_tower(golden):
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None], slice(len(pixels))
         pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
         _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
-        if any(shape.window for shape in tower.cfg.layers):  # stored window by window
-            windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].window]
+        if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
+            windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].mixer.window]
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(before[:, order], after[:, order]) for before, after in found]
     else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hf_cases import prune
 from PIL import Image
+from prune_cases import kept_units
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -22,7 +23,6 @@ from vlmprune_jax.data.splitting import Splitting
 from vlmprune_jax.families import templates
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.vlm import to_nnx
-from vlmprune_jax.prune import KeptLayer
 
 HUB = Splitting(384, 1536, True, (0.5,) * 3, (0.5,) * 3, 1)
 
@@ -195,7 +195,7 @@ def test_a_position_table_with_impossible_cells(folder, tmp_path):
 def test_a_pruned_tower_loads_in_transformers(folder, model, row, torch_outputs, tmp_path):
     """Its last layer is still followed by the norm behind the tower."""
     tower = model.cfg.vision
-    kept = [KeptLayer(i, (0, 1, 2), (0, 1, 2), tuple(range(40))) for i in (0, 3)]
+    kept = [kept_units(i, (0, 1, 2), (0, 1, 2), tuple(range(40))) for i in (0, 3)]
     pruned, _ = prune(model, kept, "vision")
     assert [shape.widths for shape in pruned.cfg.vision.layers] == [(3, 3, 40)] * 2 != tower.layers
     vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")

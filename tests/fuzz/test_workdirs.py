@@ -44,7 +44,8 @@ def test_plans(tmp_path):
         if plan is not None:
             for layer in plan.layers:
                 assert all(
-                    type(index) is int for index in (layer.index, *layer.q_heads, *layer.kv_heads, *layer.neurons)
+                    type(index) is int
+                    for index in (layer.index, *layer.kept["q_heads"], *layer.kept["kv_heads"], *layer.kept["mlp"])
                 )
             assert isinstance(plan.reached, float)
             plan.to_json()

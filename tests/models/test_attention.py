@@ -12,7 +12,7 @@ import pytest
 import recover_cases as cases
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.models import attention, block
@@ -97,7 +97,7 @@ def _logits(params, cfg, batch):
 
 def _case():
     """A LLaVA whose two layers differ in heads and window, and two rows of it."""
-    cfg = cases.config().with_layers((LayerShape(4, 2, 24), LayerShape(2, 2, 16, window=5)))
+    cfg = cases.config().with_layers((decoder_layer(4, 2, 24), decoder_layer(2, 2, 16, window=5)))
     rng, shapes = np.random.default_rng(4), param_shapes(cfg)
     params = {path: jnp.asarray(rng.normal(0.0, 0.2, shape), jnp.float32) for path, shape in shapes.items()}
     batch = next(cases.Stream(cfg, rows=2)).arrays

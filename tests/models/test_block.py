@@ -9,7 +9,7 @@ import pytest
 from prune_cases import EQUAL, batch, config, model
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.block import VALUES
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.layers import rope_tables
@@ -148,7 +148,7 @@ def test_blocks_name_what_writes_to_the_stream():
 
 
 def test_new_norms_start_as_the_identity():
-    cfg = config((LayerShape(4, 2, 12),), norm_place="both", norm_offset=1.0)
+    cfg = config((decoder_layer(4, 2, 12),), norm_place="both", norm_offset=1.0)
     params = init_params(cfg, jax.random.key(0), jnp.float32)
     for name in ("input_layernorm", "post_attention_layernorm", "attention_output_norm", "mlp_output_norm"):
         assert not params["text"]["layers"]["0"][name]["weight"].any()

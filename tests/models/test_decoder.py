@@ -157,8 +157,8 @@ def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, prun
     found = torch_outputs(tmp_path / "out", inputs, class_name=STOCK, version=version)
     np.testing.assert_allclose(forward(model, **inputs)[0], found["logits"], atol=1e-4, rtol=0)
     again = load(tmp_path / "out")
-    windows = [shape.window for shape in again.cfg.text.layers]
-    assert windows == [shape.window for shape in model.cfg.text.layers]
+    windows = [shape.mixer.window for shape in again.cfg.text.layers]
+    assert windows == [shape.mixer.window for shape in model.cfg.text.layers]
     if pruning != "uneven":
         assert again.cfg.text.layers == model.cfg.text.layers
 
@@ -166,7 +166,7 @@ def test_pruned_folder_in_stock_transformers(tmp_path, torch_outputs, name, prun
 def test_qwen_layers_keep_their_own_windows(tmp_path):
     source = make_folder(tmp_path / "source", QWEN2)
     model, _ = keep_layers(load(source), [1, 2, 3])
-    assert [shape.window for shape in model.cfg.text.layers] == [None, 9, 9]
+    assert [shape.mixer.window for shape in model.cfg.text.layers] == [None, 9, 9]
     save(model, tmp_path / "out", source_dir=source)
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["max_window_layers"] == 1

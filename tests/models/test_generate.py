@@ -7,8 +7,8 @@ import pytest
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models import attention, decoder
 from vlmprune_jax.models.generate import SharedPrefix, generate
@@ -108,7 +108,7 @@ def test_end_token_is_kept_then_padding(llava, goldens):
 def test_sliding_window_equals_full_forwards():
     text = TextConfig(
         vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
-        layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20)), rotary_dim=6, max_positions=64,
+        layers=(decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20)), rotary_dim=6, max_positions=64,
         rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     )  # fmt: skip
     cfg = ModelConfig("llama", "transformers", text)
@@ -122,7 +122,7 @@ def test_sliding_window_equals_full_forwards():
     one = model.params["text"]["layers"]
     stack = {"0": jax.tree.map(lambda *layers: jnp.concatenate(layers), one["0"], one["1"])}
     wide = {"text": {**model.params["text"], "layers": stack}}
-    wide = Model(wide, cfg.with_layers((LayerShape(4, 2, 20),) * 2))
+    wide = Model(wide, cfg.with_layers((decoder_layer(4, 2, 20),) * 2))
     assert (np.asarray(forward(wide, ids)[0]) != np.asarray(forward(model, ids)[0])).any()
 
 
@@ -130,7 +130,7 @@ def test_sliding_window_across_a_shared_prefix():
     """Padding between the prefix and its rows takes no place in a window: 4 keys are seen, however far they are."""
     text = TextConfig(
         vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
-        layers=(LayerShape(4, 2, 20, window=4), LayerShape(4, 2, 20, window=6)), rotary_dim=6, max_positions=64,
+        layers=(decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20, window=6)), rotary_dim=6, max_positions=64,
         rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
     )  # fmt: skip
     cfg = ModelConfig("llama", "transformers", text)

@@ -9,8 +9,8 @@ import pytest
 from recover_cases import Stream, config, model
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import Rounding
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.models.rounding import rounded_product
 from vlmprune_jax.models.vlm import Model, forward
@@ -55,7 +55,7 @@ def test_gradients_pass_the_rounding_and_rows_that_do_not_divide_stay():
 def _wide(**changes):
     """A decoder whose matrices have rows that groups of 32 divide."""
     cfg = config(vision=False, decoder="llama", **{name: False for name in ("qkv_bias", "out_bias", "mlp_bias")})
-    shapes = (LayerShape(4, 2, 64),) * 2
+    shapes = (decoder_layer(4, 2, 64),) * 2
     text = dataclasses.replace(cfg.text, hidden_size=32, head_dim=8, rotary_dim=8, layers=shapes, activation="silu")
     return dataclasses.replace(cfg, text=text, **changes)
 

@@ -94,7 +94,7 @@ def test_fewer_heads_where_the_class_takes_their_size_from_their_number(goldens,
         vp.save(pruned, tmp_path / "out", **options)
     vp.save(pruned, tmp_path / "padded", uneven="pad", **options)
     again = vp.load(tmp_path / "padded")
-    assert {shape.q_heads for shape in again.cfg.text.layers} == {4}
+    assert {shape.mixer.q_heads for shape in again.cfg.text.layers} == {4}
     inputs = single(np.load(goldens / "families/qwen2_5_vl/golden.npz"))
     np.testing.assert_allclose(vp.forward(again, **inputs)[0], vp.forward(pruned, **inputs)[0], atol=1e-5, rtol=0)
 

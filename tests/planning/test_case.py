@@ -62,7 +62,7 @@ def test_heads_that_must_stay_are_predicted_to_stay(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     _, cfg = read_config(tmp_path, None)
     plan = tpu_case.predict_plan(override(Experiment(), {"prune": {"method": "width", "ratio": 0.2}}), cfg)
-    assert {shape.q_heads for shape in plan.apply_to(cfg).text.layers} == {10}
+    assert {shape.mixer.q_heads for shape in plan.apply_to(cfg).text.layers} == {10}
 
 
 def reduced(config):

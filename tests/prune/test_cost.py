@@ -1,5 +1,8 @@
 """Budgets in place of a ratio: what they count, that they are kept to, and how they are refused."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,8 @@ from report_cases import BENCH
 from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Layer, decoder_layer
 from vlmprune_jax.core.settings import override
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec, PruneSpec
@@ -25,7 +28,7 @@ from vlmprune_jax.prune.cost import make_measure
 from vlmprune_jax.workdir.artefact import write_artefact
 
 shapes = st.builds(
-    lambda kv, group, mlp, window: LayerShape(kv * group, kv, mlp, window),
+    lambda kv, group, mlp, window: decoder_layer(kv * group, kv, mlp, window),
     *map(st.integers, (1, 1, 2), (4, 3, 30)), st.sampled_from([None, 5]),
 )  # fmt: skip
 ALL = dict.fromkeys(LIMITS, 1.0) | {"curve": ((0.5, 2.0), (10**12, 4.0))}
@@ -44,10 +47,12 @@ ALL = dict.fromkeys(LIMITS, 1.0) | {"curve": ((0.5, 2.0), (10**12, 4.0))}
 @settings(max_examples=15, deadline=None)
 def test_costs_are_those_of_the_config(before, after, options, work):
     cfg = config(tuple(before), **options)
+    windows = itertools.cycle(layer.mixer.window for layer in before)  # pruning makes no other kinds of layers
+    after = [Layer(dataclasses.replace(layer.mixer, window=next(windows)), layer.channel) for layer in after]
     now = cfg.with_layers(after)
     found = make_measure(cfg, Budget(**ALL, **work, slice="v6e:2x2", dtype="float32"))(now)
     text, images = now.text, work["images"] if options["vision"] else 0
-    kept = [(s.kv_heads, s.q_heads, min(s.window or work["context"], work["context"])) for s in after]
+    kept = [(s.mixer.kv_heads, s.mixer.q_heads, min(s.mixer.window or work["context"], work["context"])) for s in after]
     cache = work["batch"] * sum(2 * kv * text.head_dim * tokens for kv, _, tokens in kept)
     assert found["parameters"] == count_params(now)
     assert found["disk_bytes"] == 4 * count_params(now)

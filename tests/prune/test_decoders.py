@@ -113,7 +113,7 @@ def test_biases_are_pruned_with_their_rows(tmp_path):
     model = load(make_folder(tmp_path / "phi", PHI))
     pruned, plan = keep_width(model, [0, 2], range(3, 50))
     before, after = (unstack_layers(one.params, one.cfg)[0] for one in (model, pruned))
-    heads, neurons = np.array(plan.layers[0].q_heads), np.array(plan.layers[0].neurons)
+    heads, neurons = np.array(plan.layers[0].mixer.q_heads), np.array(plan.layers[0].neurons)
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(new["self_attn/q_proj/bias"], old["self_attn/q_proj/bias"][heads])
         np.testing.assert_array_equal(new["self_attn/v_proj/bias"], old["self_attn/v_proj/bias"][np.array([0, 2])])

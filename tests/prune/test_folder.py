@@ -102,10 +102,10 @@ def keep_some(model):
 def keep_mixed(model):
     """Layer 1 whole, 2 gone, the first without half its neurons, the last without its first group of heads."""
     shape = model.cfg.text.layers[0]
-    group = shape.q_heads // shape.kv_heads
-    heads, groups = tuple(range(group, shape.q_heads)), tuple(range(1, shape.kv_heads))
+    group = shape.mixer.q_heads // shape.mixer.kv_heads
+    heads, groups = tuple(range(group, shape.mixer.q_heads)), tuple(range(1, shape.mixer.kv_heads))
     whole = KeptLayer.whole(1, shape)
-    first = dataclasses.replace(whole, index=0, neurons=tuple(range(1, shape.mlp, 2)))
+    first = dataclasses.replace(whole, index=0, neurons=tuple(range(1, shape.channel.mlp, 2)))
     return prune(model, [first, whole, dataclasses.replace(whole, index=3, q_heads=heads, kv_heads=groups)])
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_cases import keep_layers, mean_loss, prune, random_ids
+from prune_cases import kept_units
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
@@ -103,7 +104,7 @@ def test_blocks_with_windows_keep_them(goldens):
         dataclasses.replace(scores, importance=np.array([3.0, 0, 2, 1])), model.cfg, method="depth", layers_removed=1
     )
     shorter = vp.apply_plan(model, plan).cfg.vision.layers
-    assert shorter == tuple(LayerShape(5, 5, 52, window) for window in (3, 3, None))
+    assert shorter == tuple(decoder_layer(5, 5, 52, window) for window in (3, 3, None))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +207,7 @@ def test_reconstruction(goldens, family, monkeypatch):
     """Features of the tower move with the cut: the dense stream has them behind layers 0 and 1, ours behind 0 and 2."""
     teacher, _ = golden(goldens, family)
     whole = [KeptLayer.whole(i, shape) for i, shape in enumerate(teacher.cfg.text.layers)]
-    pruned, plan = prune(teacher, [whole[0], whole[2], KeptLayer(3, (2, 3), (1,), tuple(range(40))), whole[4]])
+    pruned, plan = prune(teacher, [whole[0], whole[2], kept_units(3, (2, 3), (1,), tuple(range(40))), whole[4]])
     steps = []
 
     def seen(*arguments):
@@ -250,7 +251,12 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     """Images of several sizes beside each other, each with its own rows, columns and windows."""
     teacher, _ = golden(goldens, family)
     layers = [
-        KeptLayer(i, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(0, shape.mlp, 2)))
+        kept_units(
+            i,
+            tuple(range(shape.mixer.q_heads)),
+            tuple(range(shape.mixer.kv_heads)),
+            tuple(range(0, shape.channel.mlp, 2)),
+        )
         for i, shape in enumerate(teacher.cfg.vision.layers)
     ]
     pruned, plan = prune(teacher, layers, "vision")

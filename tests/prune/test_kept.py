@@ -1,20 +1,20 @@
 """Kept layers and tokens: what they refuse, and two prunings as one."""
 
 import pytest
-from prune_cases import EQUAL, config
+from prune_cases import EQUAL, config, kept_stack, kept_units
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
 
-BEFORE = (LayerShape(6, 3, 10), LayerShape(4, 2, 8), LayerShape(6, 3, 10))
-FIRST = KeptStack(BEFORE, (KeptLayer(0, (0, 1, 4, 5), (0, 2), (1, 3, 8)), KeptLayer.whole(2, BEFORE[2])))
+BEFORE = (decoder_layer(6, 3, 10), decoder_layer(4, 2, 8), decoder_layer(6, 3, 10))
+FIRST = kept_stack(BEFORE, (kept_units(0, (0, 1, 4, 5), (0, 2), (1, 3, 8)), KeptLayer.whole(2, BEFORE[2])))
 
 
 def test_a_stack_pruned_twice_is_one_stack_in_original_numbers():
-    second = KeptStack(FIRST.shapes, (KeptLayer(0, (2, 3), (1,), (0, 2)),))
-    assert FIRST.then(second) == KeptStack(BEFORE, (KeptLayer(0, (4, 5), (2,), (1, 8)),))
-    assert KeptStack.whole(BEFORE).then(FIRST) == FIRST == FIRST.then(KeptStack.whole(FIRST.shapes))
+    second = KeptStack(FIRST.sizes, (kept_units(0, (2, 3), (1,), (0, 2)),))
+    assert FIRST.then(second) == kept_stack(BEFORE, (kept_units(0, (4, 5), (2,), (1, 8)),))
+    assert KeptStack.whole(BEFORE).then(FIRST) == FIRST == FIRST.then(KeptStack.whole(FIRST.of(BEFORE)))
     assert (FIRST.kept_layers, FIRST.removed_layers) == ((0, 2), (1,))
 
 
@@ -23,14 +23,17 @@ def test_a_stack_pruned_twice_is_one_stack_in_original_numbers():
     [
         ((), "no layer is kept"),
         ((KeptLayer.whole(2, BEFORE[2]), KeptLayer.whole(0, BEFORE[0])), r"kept layers \[2, 0\] are not increasing"),
-        ((KeptLayer(1, (0, 4), (0, 1), (0,)),), "q_heads of layer 1 are not increasing numbers below 4, at least one"),
-        ((KeptLayer(1, (0, 1), (0,), ()),), "neurons of layer 1 are not increasing numbers below 8, at least one"),
-        ((KeptLayer(1, (0, 1, 2), (0, 1), (0,)),), r"keeps query heads \[0, 1, 2\] that do not share its .* evenly"),
+        (
+            (kept_units(1, (0, 4), (0, 1), (0,)),),
+            "query heads of layer 1 are not increasing numbers below 4, at least one",
+        ),
+        ((kept_units(1, (0, 1), (0,), ()),), "neurons of layer 1 are not increasing numbers below 8, at least one"),
+        ((kept_units(1, (0, 1, 2), (0, 1), (0,)),), r"keeps query heads \[0, 1, 2\] that do not share its .* evenly"),
     ],
 )
 def test_stacks_refuse(layers, message):
     with pytest.raises(UserError, match=f"prune plan: .*{message}"):
-        KeptStack(BEFORE, layers)
+        kept_stack(BEFORE, layers)
 
 
 def test_a_vocabulary_trimmed_twice_is_one_vocabulary_in_original_ids():

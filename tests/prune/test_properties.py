@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, batch, config, depth_scores, model, width_scores
+from prune_cases import EQUAL, batch, config, depth_scores, kept_stack, kept_units, model, width_scores
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, compose, keep_everything, make_plan, score
+from vlmprune_jax.core.parts import decoder_layer
+from vlmprune_jax.prune import PrunePlan, compose, keep_everything, make_plan, score
 
-shapes = st.builds(lambda kv, group, mlp: LayerShape(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))
+shapes = st.builds(lambda kv, group, mlp: decoder_layer(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))
 
 
 def plans_at(ratios, scores, cfg, **options):
@@ -28,7 +28,7 @@ def plans_at(ratios, scores, cfg, **options):
 
 
 def units(plan, kind):
-    return {(layer.index, unit) for layer in plan.layers for unit in getattr(layer, kind)}
+    return {(layer.index, unit) for layer in plan.layers for unit in layer.kept[kind]}
 
 
 @given(
@@ -47,10 +47,10 @@ def test_of_more_that_is_asked_for_no_more_stays(layers, gqa, seed):
         for less, more in itertools.pairwise(family):
             assert more.parameters_after <= less.parameters_after
             # a head more that goes lets neurons stay: with as many heads neurons are the same or fewer
-            heads = [[layer.shape.q_heads for layer in plan.layers] for plan in (less, more)]
+            heads = [[layer.sizes["q_heads"] for layer in plan.layers] for plan in (less, more)]
             if family is not both or heads[0] == heads[1]:
                 assert units(more, "q_heads") <= units(less, "q_heads")
-                assert units(more, "neurons") <= units(less, "neurons")
+                assert units(more, "mlp") <= units(less, "mlp")
 
 
 @st.composite
@@ -62,14 +62,14 @@ def successive(draw):
         kept = []
         for i in alive:
             shape = layers[i]
-            kv = sorted(draw(st.sets(st.sampled_from(range(shape.kv_heads)), min_size=1)))
-            group = shape.q_heads // shape.kv_heads
-            neurons = sorted(draw(st.sets(st.sampled_from(range(shape.mlp)), min_size=1)))
+            kv = sorted(draw(st.sets(st.sampled_from(range(shape.mixer.kv_heads)), min_size=1)))
+            group = shape.mixer.q_heads // shape.mixer.kv_heads
+            neurons = sorted(draw(st.sets(st.sampled_from(range(shape.channel.mlp)), min_size=1)))
             q = [head * group + r for head in kv for r in range(group)]
-            kept.append(KeptLayer(i, tuple(q), tuple(kv), tuple(neurons)))
-        stack = KeptStack(layers, tuple(kept))
+            kept.append(kept_units(i, tuple(q), tuple(kv), tuple(neurons)))
+        stack = kept_stack(layers, kept)
         plans.append(PrunePlan(f"f{step}", "hybrid", f"c{step}", {"text": stack}, before, left, before))
-        layers, before, left = stack.shapes, left, left - 1000
+        layers, before, left = stack.of(layers), left, left - 1000
     return plans
 
 
@@ -83,8 +83,13 @@ def essence(plan):
 def test_composition_is_associative_and_keeping_everything_its_identity(plans):
     a, b, c = plans
     assert essence(compose(compose(a, b), c)) == essence(compose(a, compose(b, c)))
-    before = keep_everything(config(a.layers_before), a.fingerprint, a.parameters_before)
-    after = keep_everything(config(a.stacks["text"].shapes), a.fingerprint, a.parameters_after)
+    before, after = (
+        keep_everything(config(tuple(decoder_layer(**axes) for axes in sizes)), a.fingerprint, parameters)
+        for sizes, parameters in (
+            (a.stacks["text"].sizes_before, a.parameters_before),
+            (a.stacks["text"].sizes, a.parameters_after),
+        )
+    )
     assert essence(compose(before, a)) == essence(compose(a, after)) == essence(a)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hf_cases import keep_layers, prune, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, config, missing, model, on_mesh, plan_for, rows
+from prune_cases import EQUAL, UNEQUAL, config, kept_units, missing, model, on_mesh, plan_for, rows
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -38,7 +38,7 @@ def hybrid(teacher):
 
 
 def heads_of(shape):
-    return tuple(range(shape.q_heads)), tuple(range(shape.kv_heads))
+    return tuple(range(shape.mixer.q_heads)), tuple(range(shape.mixer.kv_heads))
 
 
 def streams(model, batch):
@@ -239,7 +239,7 @@ def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkey
     teacher = vp.load(folder, dtype="bfloat16")
     pruned, plan = keep_layers(teacher, kept)
     if family == "qwen3_vl":
-        tower = [KeptLayer(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
+        tower = [kept_units(i, *heads_of(shape), tuple(range(20))) for i, shape in enumerate(teacher.cfg.vision.layers)]
         stacks = {**plan.stacks, "vision": prune(teacher, tower, "vision")[1].stacks["vision"]}
         after = count_params(dataclasses.replace(plan, stacks=stacks).apply_to(teacher.cfg))
         plan = dataclasses.replace(plan, stacks=stacks, parameters_after=after)

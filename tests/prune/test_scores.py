@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh, unit_scores
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
@@ -67,12 +67,29 @@ def test_load_refuses(tmp_path):
     with pytest.raises(UserError, match=r"other.npz: cannot be read \('meta' is missing\): score again"):
         Scores.load(tmp_path / "other.npz")
     np.savez(tmp_path / "new.npz", meta=np.array(json.dumps({"format": 9})))
-    with pytest.raises(UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 1"):
+    with pytest.raises(UserError, match=r"new.npz: has format 9, but this version of vlmprune reads 2"):
         Scores.load(tmp_path / "new.npz")
 
 
-META = {"format": 1, "criterion": "l1", "fingerprint": "a-b", "options": {"gqa": "groups"}, "layers": 1}
-ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
+META = {"format": 2, "criterion": "l1", "fingerprint": "a-b", "options": {"gqa": "groups"}}
+ARRAYS = {"0/kv_heads": np.ones(2), "0/mlp": np.ones(3)}
+EARLIER = {"heads_0": np.ones(2), "mlp_0": np.arange(3.0)}
+
+
+@pytest.mark.parametrize(("gqa", "axis"), [("groups", "kv_heads"), ("q_heads", "q_heads")])
+def test_scores_of_format_1_are_read(tmp_path, gqa, axis):
+    arrays = EARLIER | {f"image/{name}": 2 * part for name, part in EARLIER.items()}
+    meta = META | {"format": 1, "layers": 1, "kinds": ["image"], "options": {"gqa": gqa}}
+    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta)), **arrays)
+    scores = Scores.load(tmp_path / "s.npz")
+    for units, times in ((scores.units, 1), (scores.by_kind["image"]["units"], 2)):
+        assert list(units) == [(0, axis), (0, "mlp")]
+        np.testing.assert_array_equal(units[0, "mlp"], times * EARLIER["mlp_0"])
+    scores.save(tmp_path / "again.npz")
+    assert repr(Scores.load(tmp_path / "again.npz")) == repr(scores)
+    np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta | {"layers": 2})), **arrays)
+    with pytest.raises(UserError, match="its arrays do not match the 2 layers"):
+        Scores.load(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize(
@@ -80,22 +97,22 @@ ARRAYS = {"heads_0": np.ones(2), "mlp_0": np.ones(3)}
     [
         ({"layers": 10**9}, {}, r"meta: .*Expected `int` <= 10000 - at `\$.layers`\): score again"),
         ({"layers": True}, {}, r"Expected `int`, got `bool` - at `\$.layers`"),
-        ({"layers": 2}, {}, "its arrays do not match the 2 layers"),
-        ({"layers": 0}, {}, "its arrays do not match the 0 layers"),
+        ({"format": 1, "layers": 0}, {}, "its arrays do not match the 0 layers"),
+        ({"kinds": ["image"]}, {}, "scores by token type and total scores have different shapes"),
         ({"criterion": 1}, {}, r"Expected `str`, got `int` - at `\$.criterion`"),
         ({"options": {"gqa": "all"}}, {}, "Invalid enum value 'all'"),
         ({"options": {"layers_removed": 1.5}}, {}, "Expected `int .* null`, got `float`"),
         ({"format": True}, {}, "Expected `int`, got `bool`"),
         (
             {},
-            {"mlp_0": np.ones((3, 1))},
-            r"mlp_0 is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
+            {"0/mlp": np.ones((3, 1))},
+            r"0/mlp is float64\[3, 1\], expected a one-dimensional array of numbers: score again",
         ),
-        ({}, {"mlp_0": np.ones(3, complex)}, r"mlp_0 is complex128\[3\], expected a one-dim"),
-        ({}, {"mlp_0": np.array(["a"])}, r"mlp_0 is <U1\[1\], expected a one-dim"),
-        ({}, {"mlp_0": np.ones(0)}, r"mlp_0 is float64\[0\], expected a one-dim"),
-        ({}, {"mlp_0": np.array([np.nan])}, r"hostile.npz: l1 scores mlp_0 contain NaN"),
-        ({}, {"extra": np.ones(1)}, "its arrays do not match the 1 layers"),
+        ({}, {"0/mlp": np.ones(3, complex)}, r"0/mlp is complex128\[3\], expected a one-dim"),
+        ({}, {"0/mlp": np.array(["a"])}, r"0/mlp is <U1\[1\], expected a one-dim"),
+        ({}, {"0/mlp": np.ones(0)}, r"0/mlp is float64\[0\], expected a one-dim"),
+        ({}, {"0/mlp": np.array([np.nan])}, r"hostile.npz: l1 scores 0/mlp contain NaN"),
+        ({}, {"extra": np.ones(1)}, "its arrays do not match the layers and axes"),
     ],
 )
 def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
@@ -107,8 +124,8 @@ def test_hostile_scores_are_refused(tmp_path, meta, arrays, message):
 
 def test_scores_of_other_widths_plan_nothing():
     cfg = config(UNEQUAL)
-    mlp = tuple(np.ones(shape.mlp) for shape in cfg.text.layers)
-    scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, heads=(np.ones(1),) * len(mlp), mlp=mlp)
+    mlp = tuple(np.ones(shape.channel.mlp) for shape in cfg.text.layers)
+    scores = Scores("l1", f"{shape_digest(cfg)}-x", {"gqa": "groups"}, units=unit_scores((np.ones(1),) * len(mlp), mlp))
     with pytest.raises(UserError, match="do not match the text stack of this model"):
         make_plan(scores, cfg, method="width", ratio=0.1)
 

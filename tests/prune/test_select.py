@@ -9,6 +9,7 @@ from prune_cases import (
     config,
     depth_scores,
     llava_7b,
+    unit_scores,
 )
 
 from vlmprune_jax.core.errors import UserError
@@ -102,7 +103,7 @@ def test_scores_of_another_model_or_kind_are_refused():
     cfg = config(EQUAL)
     with pytest.raises(UserError, match="these scores are for another model"):
         make_plan(depth_scores(config(UNEQUAL), [0, 1, 2, 3]), cfg, method="depth", layers_removed=1)
-    widths = Scores("l1", shape_digest(cfg) + "-x", {}, heads=(np.ones(2),) * 5, mlp=(np.ones(12),) * 5)
+    widths = Scores("l1", shape_digest(cfg) + "-x", {}, units=unit_scores((np.ones(2),) * 5, (np.ones(12),) * 5))
     with pytest.raises(UserError, match="l1 does not score layers: for depth pruning, score with block_influence"):
         make_plan(widths, cfg, method="depth", layers_removed=1)
     with pytest.raises(

@@ -10,7 +10,7 @@ from hf_cases import keep_layers
 from prune_cases import config, missing, model, plan_for, rows, width_scores
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import encode, forward
 from vlmprune_jax.models.vocabulary import cross_entropy
@@ -19,8 +19,8 @@ from vlmprune_jax.prune.criteria.gradients import gradient_channels
 
 HEADS, KEYS, NEURONS = tuple(range(4)), (0, 1), tuple(range(12))
 LAYERS = (
-    LayerShape(4, 2, 12, 5), LayerShape(4, 2, 12), LayerShape(4, 2, 12, 5), LayerShape(4, 2, 12, 5, True),
-    LayerShape(4, 2, 12, None, True),
+    decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, True),
+    decoder_layer(4, 2, 12, None, True),
 )  # fmt: skip
 TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "query_scale": 1.0, "layer_scalar": True}
 VALUES = ("o_proj", "down_proj", "down_proj_out", "middle")
@@ -162,9 +162,9 @@ def test_layers_that_share_keys_lose_the_same_groups():
     cfg = config(LAYERS, **TRAITS)
     scores = width_scores(cfg)
     plan = vp.make_plan(scores, cfg, method="width", sparsity=0.5, heads="proportional")
-    kept = [layer.kv_heads for layer in plan.stacks["text"].layers]
+    kept = [layer.kept["kv_heads"] for layer in plan.stacks["text"].layers]
     assert kept[2] == kept[3]
     assert kept[1] == kept[4]
     together = scores.heads[2] + scores.heads[3]
     assert kept[2] == (int(np.argmax(together)),)
-    assert plan.apply_to(cfg).text.layers[3].kv_heads == 1
+    assert plan.apply_to(cfg).text.layers[3].mixer.kv_heads == 1

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import make_plan
-from vlmprune_jax.prune.solver import BLOCKS, Units, layer_costs, smallest_sparsity, widths_at
+from vlmprune_jax.prune.solver import BLOCKS, AxisUnits, Polynomial, Units, layer_costs, smallest_sparsity, widths_at
 
 # heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
 ARCHITECTURES = {
@@ -18,14 +18,23 @@ ARCHITECTURES = {
     "bunny": (32, 10240, 819_440, 5_121, 80, 3_182_254_624),
     "internvl": (32, 8192, 1_179_648, 9_216, 96, 4_146_855_936),
 }
-TOWER = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(2, 2, 7), LayerShape(2, 2, 10))
+TOWER = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(2, 2, 7), decoder_layer(2, 2, 10))
 RANGES = {"A": (range(3, 21), range(3, 20)), "B": (range(3, 31), range(4, 30)), "C": (range(4, 30), range(4, 30))}
 
 
 def reference_units(name, ranges):
     heads, neurons, per_head, per_neuron, head_dim, total = ARCHITECTURES[name]
     attn, mlp = RANGES[ranges]
-    return [Units(heads, neurons, per_head, per_neuron, i in attn, i in mlp, 1, 1) for i in range(32)], head_dim, total
+    layer, cost = decoder_layer(heads, heads, neurons), Polynomial(((("kv_heads",), per_head), (("mlp",), per_neuron)))
+    units = [
+        Units(
+            layer,
+            cost,
+            (AxisUnits("kv_heads", heads, 1, head_dim, 1, i in attn), AxisUnits("mlp", neurons, 1, 1, 1, i in mlp)),
+        )
+        for i in range(32)
+    ]
+    return units, total
 
 
 @pytest.mark.parametrize(
@@ -37,10 +46,10 @@ def reference_units(name, ranges):
     ],
 )  # fmt: skip
 def test_sparsity_truncates_as_the_reference(name, s, heads, neurons):
-    units, head_dim, _ = reference_units(name, "C")
-    widths = widths_at(units, head_dim, s)
-    assert (32 - widths.heads[5], units[5].neurons - widths.neurons[5]) == (heads, neurons)
-    assert (widths.heads[2], widths.neurons[2]) == (32, units[5].neurons)
+    units, _ = reference_units(name, "C")
+    widths, whole = widths_at(units, s), units[5].whole
+    assert {axis: whole[axis] - kept for axis, kept in widths.counts[5].items()} == {"kv_heads": heads, "mlp": neurons}
+    assert widths.counts[2] == whole
 
 
 @pytest.mark.parametrize(
@@ -58,8 +67,8 @@ def test_sparsity_truncates_as_the_reference(name, s, heads, neurons):
     ],
 )
 def test_sparsity_to_total_ratio_table(ranges, name, percents):
-    units, head_dim, total = reference_units(name, ranges)
-    reached = [100 * widths_at(units, head_dim, s).removed / total for s in (0.2, 0.25, 0.3, 0.4, 0.6, 0.8)]
+    units, total = reference_units(name, ranges)
+    reached = [100 * widths_at(units, s).removed / total for s in (0.2, 0.25, 0.3, 0.4, 0.6, 0.8)]
     assert [round(r, 2) for r in reached] == list(percents)
 
 
@@ -79,21 +88,23 @@ def test_sparsity_to_total_ratio_table(ranges, name, percents):
     ],
 )
 def test_smallest_sparsity_table(name, ranges, target, s, heads, neurons):
-    units, head_dim, total = reference_units(name, ranges)
-    widths = smallest_sparsity(units, head_dim, target * total)
-    assert (widths.sparsity, 32 - widths.heads[10], units[0].neurons - widths.neurons[10]) == (s, heads, neurons)
+    units, total = reference_units(name, ranges)
+    widths, whole = smallest_sparsity(units, target * total), units[0].whole
+    gone = {axis: whole[axis] - kept for axis, kept in widths.counts[10].items()}
+    assert (widths.sparsity, gone) == (s, {"kv_heads": heads, "mlp": neurons})
 
 
 def test_llava_7b_costs_and_sparsity_from_the_config():
     cfg = llava_7b()
     costs = layer_costs(cfg)
-    assert (costs.q_head + costs.kv_head, costs.neuron, costs.layer) == (2_097_152, 12_288, 8_192)
-    assert costs.of(cfg.text.layers[0]) == 202_383_360
+    layer = cfg.text.layers[0]
+    assert (costs.price(layer, "kv_heads"), costs.price(layer, "mlp")) == (2_097_152, 12_288)
+    assert costs.of(layer) == 202_383_360
     options = {"attn_layers": (3, 31), "mlp_layers": (4, 30), "parameters_total": REFERENCE_TOTAL}
     plan = make_plan(width_scores(cfg), cfg, method="width", sparsity=0.4, **options)
     assert round(100 * plan.reached, 2) == 29.90
-    assert plan.layers[10].shape == LayerShape(20, 20, 11008 - 4404)
-    assert plan.layers[2].shape == cfg.text.layers[2]
+    assert plan.layers[10].sizes == {"kv_heads": 20, "q_heads": 20, "mlp": 11008 - 4404}
+    assert plan.layers[2].sizes == layer.sizes
     assert plan.asked is None
     with pytest.raises(
         UserError,
@@ -108,19 +119,22 @@ def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio)
     assert plan.asked == ratio
     assert abs(plan.reached - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
-    assert len({layer.shape for layer in plan.layers}) == 1  # equal widths: a stock loader takes the folder
+    assert all(
+        layer.sizes == plan.layers[0].sizes for layer in plan.layers
+    )  # equal widths: a stock loader takes the folder
     assert plan.parameters_after == count_params(plan.apply_to(cfg))
     snapped = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio, heads_multiple=4, neurons_multiple=128)
     assert abs(snapped.reached - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
-    assert {(s.shape.q_heads % 4, s.shape.kv_heads % 4, s.shape.mlp % 128) for s in snapped.layers} == {(0, 0, 0)}
+    multiples = {"q_heads": 4, "kv_heads": 4, "mlp": 128}
+    assert all(layer.sizes[axis] % n == 0 for layer in snapped.layers for axis, n in multiples.items())
 
 
 def test_costs_of_the_tower():
     cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
     shapes = {path: np.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith("vision/layers/")}
     assert sum(map(layer_costs(cfg, "vision").of, TOWER)) == sum(shapes.values())
-    narrow = cfg.with_layers([LayerShape(1, 1, 3)] * 2, "vision")
-    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(LayerShape(1, 1, 3))
+    narrow = cfg.with_layers([decoder_layer(1, 1, 3)] * 2, "vision")
+    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(decoder_layer(1, 1, 3))
     assert count_params(cfg) - count_params(narrow) == gone
 
 
@@ -156,7 +170,7 @@ def test_multiples_of_llava_7b(options, heads, neurons):
 )
 @settings(max_examples=40, deadline=None)
 def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices, ratio):
-    cfg = config((LayerShape(kv * group, kv, 1600),) * 2, head_dim=head_dim, rotary_dim=head_dim)
+    cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim, rotary_dim=head_dim)
     try:
         plan = make_plan(
             width_scores(cfg, gqa=gqa), cfg, method="width", ratio=ratio, snap_for=target, tensor_parallel=devices
@@ -165,11 +179,11 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
         assume(False)
     block = BLOCKS.get(target, 1)
     for layer in plan.layers:
-        shape = layer.shape
-        for channels in (shape.q_heads * head_dim, shape.mlp):
+        sizes = layer.sizes
+        for channels in (sizes["q_heads"] * head_dim, sizes["mlp"]):
             assert channels % devices == 0
             assert channels // devices % block == 0
-        assert shape.q_heads % devices == shape.kv_heads % devices == 0
+        assert sizes["q_heads"] % devices == sizes["kv_heads"] % devices == 0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +197,7 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
         ),
         (
             {"snap_for": "tpu"},
-            r"snap_for='tpu': heads_multiple=4 is more than the 2 heads of layer 0: keep all heads \(heads='keep'\)",
+            "snap_for='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0: .* keep .*heads='keep'",
         ),
         (
             {"snap_for": "int4", "tensor_parallel": 16, "heads": "keep"},
@@ -198,7 +212,7 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
     ],
 )
 def test_targets_that_do_not_suit_are_refused(options, message):
-    cfg = config((LayerShape(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
     options = {"method": "width", "ratio": 0.1, **options}
     scores = width_scores(cfg) if options["method"] == "width" else depth_scores(cfg, [0.0, 1, 2])
     with pytest.raises(UserError, match=message):
@@ -206,10 +220,10 @@ def test_targets_that_do_not_suit_are_refused(options, message):
 
 
 def test_heads_that_are_kept_need_not_fill_blocks():
-    cfg = config((LayerShape(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, snap_for="tpu", heads="keep")
-    assert {(layer.shape.q_heads, layer.shape.mlp % 128) for layer in plan.layers} == {(4, 0)}
+    assert {(layer.sizes["q_heads"], layer.sizes["mlp"] % 128) for layer in plan.layers} == {(4, 0)}
     budget = {"parameters": plan.parameters_before * 0.7}
     within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, snap_for="tpu", heads="keep")
-    assert within.layers[0].shape.mlp % 128 == 0
+    assert within.layers[0].sizes["mlp"] % 128 == 0
     assert within.parameters_after <= budget["parameters"]

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prune_cases import EQUAL, UNEQUAL, batch, config, model, on_mesh
+from prune_cases import EQUAL, UNEQUAL, batch, config, kept_stack, kept_units, model, on_mesh
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, stack_layers, unstack_layers
 from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, compose, fingerprint, keep_everything
 
-TOWER = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(2, 2, 7), LayerShape(2, 2, 10))
+TOWER = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(2, 2, 7), decoder_layer(2, 2, 10))
 CFG = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
 STACKS = pytest.mark.parametrize("stack", ["text", "vision"])
 # What heads and neurons write with, in each stack.
@@ -28,8 +28,8 @@ OUTPUTS = {"text": ("self_attn/o_proj", "mlp/down_proj"), "vision": ("self_attn/
 
 def plan_for(one: Model, layers, stack="text") -> PrunePlan:
     before = count_params(one.cfg)
-    after = count_params(one.cfg.with_layers([layer.shape for layer in layers], stack))
-    kept = KeptStack(one.cfg.stack(stack).layers, tuple(layers))
+    kept = kept_stack(one.cfg.stack(stack).layers, layers)
+    after = count_params(one.cfg.with_layers(kept.of(one.cfg.stack(stack).layers), stack))
     stacks = {"text": KeptStack.whole(one.cfg.text.layers), stack: kept}
     return PrunePlan(fingerprint(one), "width", "test", stacks, before, after, parameters_total=before)
 
@@ -47,12 +47,12 @@ def kept_layers(draw, shapes, drop_layers=True, prune_widths=True):
         if not prune_widths:
             result.append(KeptLayer.whole(index, shape))
             continue
-        group = shape.q_heads // shape.kv_heads
-        each, kv_heads = draw(st.integers(1, group)), subset(shape.kv_heads)
+        group = shape.mixer.q_heads // shape.mixer.kv_heads
+        each, kv_heads = draw(st.integers(1, group)), subset(shape.mixer.kv_heads)
         q_heads = []
         for kv in kv_heads:
             q_heads += sorted(draw(st.permutations(range(kv * group, (kv + 1) * group)))[:each])
-        result.append(KeptLayer(index, tuple(q_heads), kv_heads, subset(shape.mlp)))
+        result.append(kept_units(index, tuple(q_heads), kv_heads, subset(shape.channel.mlp)))
     return result
 
 
@@ -89,9 +89,11 @@ def test_every_plan_leaves_the_shapes_it_says(stack, data):
     heads, neurons = OUTPUTS[stack]
     for layer, new in zip(plan.stacks[stack].layers, after, strict=True):
         old = before[layer.index]
-        np.testing.assert_array_equal(new[f"{heads}/weight"], old[f"{heads}/weight"][:, list(layer.q_heads)])
-        np.testing.assert_array_equal(new["self_attn/k_proj/bias"], old["self_attn/k_proj/bias"][list(layer.kv_heads)])
-        np.testing.assert_array_equal(new[f"{neurons}/weight"], old[f"{neurons}/weight"][:, list(layer.neurons)])
+        np.testing.assert_array_equal(new[f"{heads}/weight"], old[f"{heads}/weight"][:, list(layer.kept["q_heads"])])
+        np.testing.assert_array_equal(
+            new["self_attn/k_proj/bias"], old["self_attn/k_proj/bias"][list(layer.kept["kv_heads"])]
+        )
+        np.testing.assert_array_equal(new[f"{neurons}/weight"], old[f"{neurons}/weight"][:, list(layer.kept["mlp"])])
         np.testing.assert_array_equal(new[f"{neurons}/bias"], old[f"{neurons}/bias"])
 
 
@@ -133,8 +135,8 @@ def with_zeroed_outputs(one: Model, plan: PrunePlan, stack: str = "text") -> Mod
     layers = [dict(layer) for layer in layers]
     alive = {kept.index: kept for kept in plan.stacks[stack].layers}
     for i, layer in enumerate(layers):
-        for owner, field in zip(OUTPUTS[stack], ("q_heads", "neurons"), strict=True):
-            name, stay = f"{owner}/weight", list(getattr(alive[i], field)) if i in alive else []
+        for owner, field in zip(OUTPUTS[stack], ("q_heads", "mlp"), strict=True):
+            name, stay = f"{owner}/weight", list(alive[i].kept[field]) if i in alive else []
             masked = np.zeros_like(layer[name])
             masked[:, stay] = layer[name][:, stay]
             layer[name] = masked
@@ -143,13 +145,13 @@ def with_zeroed_outputs(one: Model, plan: PrunePlan, stack: str = "text") -> Mod
     return one.replace(params=stack_layers(layers, rest, one.cfg, stack))
 
 
-SLICED = [KeptLayer(0, (0, 1), (0,), (1, 2, 5)), KeptLayer(1, (0, 3), (0, 1), tuple(range(12))),
-          KeptLayer(2, (1, 3, 4, 6), (0, 1), (0, 9)), KeptLayer(3, (1, 2), (1, 2), (4,))]  # fmt: skip
+SLICED = [kept_units(0, (0, 1), (0,), (1, 2, 5)), kept_units(1, (0, 3), (0, 1), tuple(range(12))),
+          kept_units(2, (1, 3, 4, 6), (0, 1), (0, 9)), kept_units(3, (1, 2), (1, 2), (4,))]  # fmt: skip
 
 
 # A layer gone; heads, neurons and both gone of the others.
-SLICED_TOWER = [KeptLayer(0, (1,), (1,), tuple(range(10))), KeptLayer(2, (0, 1), (0, 1), (0, 2, 6)),
-                KeptLayer(3, (0,), (0,), (9,))]  # fmt: skip
+SLICED_TOWER = [kept_units(0, (1,), (1,), tuple(range(10))), kept_units(2, (0, 1), (0, 1), (0, 2, 6)),
+                kept_units(3, (0,), (0,), (9,))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stack", "layers"), [("text", SLICED), ("vision", SLICED_TOWER)])
@@ -193,7 +195,7 @@ def test_a_mesh_keeps_its_shardings_and_numbers():
     cfg = config(vision=True)
     one, arrays = model(cfg), batch(cfg)
     sharded = on_mesh(one, 2, 2, 2)
-    layers = [KeptLayer(i, (0, 3), (0, 1), (0, 2, 3, 11)) for i in (0, 2, 3)]
+    layers = [kept_units(i, (0, 3), (0, 1), (0, 2, 3, 11)) for i in (0, 2, 3)]
     pruned = apply_plan(sharded, plan_for(one, layers))
     same(pruned, apply_plan(one, plan_for(one, layers)))
     mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
@@ -207,21 +209,21 @@ def test_a_mesh_keeps_its_shardings_and_numbers():
 
 @pytest.mark.slow
 def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
-    cfg = config(vision=True).with_layers((LayerShape(2, 2, 10),) * 4, "vision")
+    cfg = config(vision=True).with_layers((decoder_layer(2, 2, 10),) * 4, "vision")
     one, sharded = model(cfg), on_mesh(model(cfg), 2, 2, 2)
-    layers = [KeptLayer(0, (0, 1), (0, 1), (0, 2, 3, 9)), KeptLayer(3, (0, 1), (0, 1), (5, 8))]
+    layers = [kept_units(0, (0, 1), (0, 1), (0, 2, 3, 9)), kept_units(3, (0, 1), (0, 1), (5, 8))]
     pruned = apply_plan(sharded, plan_for(one, layers, "vision"))
     same(pruned, apply_plan(one, plan_for(one, layers, "vision")))
     mesh, axes = flatten(sharded.params)["text/norm/weight"].sharding.mesh, param_axes(pruned.cfg)
     for path, leaf in flatten(pruned.params).items():
         assert leaf.sharding.is_equivalent_to(sharding(mesh, axes[path]), leaf.ndim), path
-    with pytest.raises(UserError, match="does not divide q_heads of vision layer 0 = 1; kv_heads of vision"):
-        apply_plan(sharded, plan_for(one, [KeptLayer(0, (0,), (0,), (0, 1))], "vision"))
+    with pytest.raises(UserError, match="does not divide kv_heads of vision layer 0 = 1; q_heads of vision"):
+        apply_plan(sharded, plan_for(one, [kept_units(0, (0,), (0,), (0, 1))], "vision"))
 
 
 def test_widths_that_the_mesh_does_not_divide_are_refused():
     one = model(config())
-    plan = plan_for(one, [KeptLayer(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
+    plan = plan_for(one, [kept_units(i, (0, 1), (0,), tuple(range(11))) for i in range(5)])
     with pytest.raises(UserError, match=r"does not divide kv_heads of text layer 0 = 1; mlp of text layer 0 = 11"):
         apply_plan(on_mesh(one, 2, 2, 2), plan)
 
@@ -229,7 +231,7 @@ def test_widths_that_the_mesh_does_not_divide_are_refused():
 def test_adapters_are_pruned_with_their_weights():
     cfg = dataclasses.replace(config(EQUAL), lora=LoraConfig(2, 4.0, 0.0, ("q_proj", "o_proj", "down_proj")))
     one = model(cfg)
-    layers = [KeptLayer(i, (2, 3), (1,), (0, 5)) for i in range(5)]
+    layers = [kept_units(i, (2, 3), (1,), (0, 5)) for i in range(5)]
     pruned = apply_plan(one, plan_for(one, layers))
     assert {path: leaf.shape for path, leaf in flatten(pruned.params).items()} == param_shapes(pruned.cfg)
     old, new = (unstack_layers(m.params, m.cfg)[0][4] for m in (one, pruned))
@@ -253,7 +255,7 @@ def test_plans_of_other_models_are_refused():
         match=r"plan of another model: shapes are equal, but fingerprints differ .* score and plan this model",
     ):
         apply_plan(model(config(EQUAL), seed=1), plan)
-    with pytest.raises(UserError, match=r"text stack has 5 layers \(5 x 4/2 heads, 12 neurons\), this model's 4"):
+    with pytest.raises(UserError, match=r"text stack has 5 layers \(5 x \(4/2 heads, 12 neurons\)\), this model's 4"):
         apply_plan(apply_plan(one, plan), plan)
     seeing = model(CFG)
     tower = plan_for(seeing, [KeptLayer.whole(0, TOWER[0])], "vision")
@@ -261,7 +263,7 @@ def test_plans_of_other_models_are_refused():
         apply_plan(apply_plan(seeing, tower), tower)
     with pytest.raises(UserError, match=r"the plan's vision stack has 4 layers .*, this model's no layers"):
         apply_plan(model(config(UNEQUAL)), tower)
-    wider = config((LayerShape(4, 2, 13),) * 5)
+    wider = config((decoder_layer(4, 2, 13),) * 5)
     with pytest.raises(
         UserError, match=r"plan of another model: .*this model's 5 layers \(5 x 4/2 heads, 13 neurons\)"
     ):

@@ -53,17 +53,17 @@ def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys,
     assert rows[str(gone)][1:5] == ["0 of 8", "0 of 80", f"{cost(cfg.text.layers[gone]):,}", "100.0 %"]
     assert rows[str(gone)][6:] == [f"1 of {len(cfg.text.layers)}", "-", "-", "goes"]
     layer = plan.layers[0]
-    lost = cost(cfg.text.layers[layer.index]) - cost(layer.shape)
+    lost = cost(cfg.text.layers[layer.index]) - cost(cfg.text.layers[layer.index].resized(layer.sizes))
     neurons = width.mlp[layer.index]
-    share = 1 - neurons[list(layer.neurons)].sum() / neurons.sum()
+    share = 1 - neurons[list(layer.kept["mlp"])].sum() / neurons.sum()
     cells = rows[str(layer.index)]
-    assert cells[1:4] == [f"{len(layer.q_heads)} of 8", f"{len(layer.neurons)} of 80", f"{lost:,}"]
+    assert cells[1:4] == [f"{len(layer.kept['q_heads'])} of 8", f"{len(layer.kept['mlp'])} of 80", f"{lost:,}"]
     assert (cells[5], cells[8]) == (f"{depth.importance[layer.index]:.4g}", f"{100 * share:.1f} %")
     assert rows["all"][3] == f"{plan.parameters_before - plan.parameters_after:,}"
     assert main(["diff", str(tmp_path / "width"), str(tmp_path / "hybrid/plan.json")]) == 0
     rows, other = rows_of(capsys.readouterr().out), vp.PrunePlan.from_json(tmp_path / "width/plan.json")
     assert rows[str(gone)] == [str(gone), "A", "-", "-", "-", "-"]
-    a, b = (set(one.neurons) for one in (other.layers[layer.index], layer))
+    a, b = (set(one.kept["mlp"]) for one in (other.layers[layer.index], layer))
     assert rows[str(layer.index)][4:] == [f"{len(a)} / {len(b)}", f"{100 * len(a & b) / len(a | b):.1f} %"]
     assert rows["all"][1] == f"both: {100 * (1 - 1 / len(other.layers)):.1f} %"
 
@@ -95,7 +95,7 @@ def test_overlaps_of_plans_and_plans_that_have_none(tmp_path, capsys):
     there, back = compare(*plans)[0][2], compare(*reversed(plans))[0][2]
     assert [row[3::2] for row in there] == [row[3::2] for row in back]
     assert {cell for row in compare(plans[0], plans[0])[0][2] for cell in row[3::2]} == {"100.0 %"}
-    sets = [{(layer.index, n) for layer in plan.layers for n in layer.neurons} for plan in plans]
+    sets = [{(layer.index, n) for layer in plan.layers for n in layer.kept["mlp"]} for plan in plans]
     assert there[-1][-1] == f"{100 * len(sets[0] & sets[1]) / len(sets[0] | sets[1]):.1f} %"
     for name, plan in (("a", plans[0]), ("b", keep_everything(cfg, "another", 9))):
         plan.to_json(tmp_path / name / "plan.json")
@@ -106,6 +106,6 @@ def test_overlaps_of_plans_and_plans_that_have_none(tmp_path, capsys):
     assert main(["diff", str(tmp_path / "a"), str(tmp_path)]) == 2
     assert "plan.json: no such plan" in capsys.readouterr().err
     data = json.loads((tmp_path / "a/plan.json").read_text())
-    data["stacks"]["text"]["layers_before"] = data["stacks"]["text"]["layers_before"][:1]
+    del data["components"]["text"]["sizes_before"]["4"]
     (tmp_path / "b/plan.json").write_text(json.dumps(data))
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 2

@@ -45,8 +45,8 @@ def scores_of(model, width=False):
     shapes = model.cfg.text.layers
     values = {"importance": None, "heads": None, "mlp": None}
     if width:
-        values["heads"] = tuple(draw.random(shape.kv_heads) for shape in shapes)
-        values["mlp"] = tuple(draw.random(shape.mlp) for shape in shapes)
+        values["heads"] = tuple(draw.random(shape.mixer.kv_heads) for shape in shapes)
+        values["mlp"] = tuple(draw.random(shape.channel.mlp) for shape in shapes)
     else:
         values["importance"] = draw.random(len(shapes))
     return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, **values)

@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, config, model
+from prune_cases import EQUAL, config, kept_stack, kept_units, model
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model, forward, to_nnx
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint
+from vlmprune_jax.prune import KeptStack, PrunePlan, apply_plan, fingerprint
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
 
-TOWER = (LayerShape(2, 2, 10),) * 4
+TOWER = (decoder_layer(2, 2, 10),) * 4
 HEADS = (0, 1)
 WHOLE = tuple(range(10))
-NEURONS = [KeptLayer(0, HEADS, HEADS, WHOLE[:6]), KeptLayer(1, (1,), (1,), WHOLE), KeptLayer(3, HEADS, HEADS, WHOLE)]
-DEPTH = [KeptLayer(i, HEADS, HEADS, WHOLE) for i in (0, 1, 3)]
+NEURONS = [kept_units(0, HEADS, HEADS, WHOLE[:6]), kept_units(1, (1,), (1,), WHOLE), kept_units(3, HEADS, HEADS, WHOLE)]
+DEPTH = [kept_units(i, HEADS, HEADS, WHOLE) for i in (0, 1, 3)]
 SCALED = {"layer_scale": True, "class_token": False, "patch_bias": True, "pre_norm": False}
 
 
@@ -35,7 +35,7 @@ def seeing(**changes):
 def plan_for(teacher, **stacks):
     """A plan that keeps these layers of stacks, and all others whole."""
     kept = {
-        name: KeptStack(tuple(stack.layers), tuple(stacks[name])) if name in stacks else KeptStack.whole(stack.layers)
+        name: kept_stack(stack.layers, stacks[name]) if name in stacks else KeptStack.whole(stack.layers)
         for name, stack in teacher.cfg.stacks.items()
     }
     plan = PrunePlan(fingerprint(teacher), "hybrid", "none", kept, 1, 1, 1)
@@ -98,7 +98,7 @@ def test_the_layer_before_a_cut_equals_normal_equations_in_float64():
 @pytest.mark.slow
 def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
     teacher, batches = seeing(), rows(32)
-    text = [KeptLayer(i, tuple(range(4)), HEADS, tuple(range(9))) for i in (1, 2, 3, 4)]
+    text = [kept_units(i, tuple(range(4)), HEADS, tuple(range(9))) for i in (1, 2, 3, 4)]
     plan = plan_for(teacher, vision=NEURONS, text=text)
     pruned, seen = apply_plan(teacher, plan), list[int]()
     solved, report = reconstruct(pruned, plan, teacher, batches, progress=seen.append)
@@ -142,7 +142,7 @@ def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
 def test_a_first_layer_that_goes_is_part_of_the_target():
     """Nothing before it can make up for it, but what follows is measured against a stream that went through it."""
     teacher, batches = seeing(), rows()
-    kept = [KeptLayer(1, HEADS, HEADS, WHOLE[:5]), *(KeptLayer(i, HEADS, HEADS, WHOLE) for i in (2, 3))]
+    kept = [kept_units(1, HEADS, HEADS, WHOLE[:5]), *(kept_units(i, HEADS, HEADS, WHOLE) for i in (2, 3))]
     plan = plan_for(teacher, vision=kept)
     pruned = apply_plan(teacher, plan)
     _, (told,) = reconstruct(pruned, plan, teacher, batches, held_out=0.9)

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 from hf_cases import edit_config, prune
+from prune_cases import kept_units
 from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.params import flatten, stack_layers, unstack_layers
@@ -23,13 +24,13 @@ CONFIGS = {
     "internvl": internvl_config("qwen2"),
     "internvl_chat": internvl_chat_config("llama"),
 }
-SHAPE = LayerShape(3, 3, 40)
+SHAPE = decoder_layer(3, 3, 40)
 SOME = tuple(range(1, 40, 3))
 CUTS = {
     "depth": [KeptLayer.whole(0, SHAPE), KeptLayer.whole(2, SHAPE)],
-    "neurons": [KeptLayer(i, (0, 1, 2), (0, 1, 2), SOME) for i in range(3)],
-    "heads": [KeptLayer(0, (0, 2), (0, 2), SOME), KeptLayer(2, (0, 1), (0, 1), SOME)],
-    "uneven": [KeptLayer(0, (1,), (1,), SOME), KeptLayer(1, (0, 1), (0, 1), SOME[:4]), KeptLayer.whole(2, SHAPE)],
+    "neurons": [kept_units(i, (0, 1, 2), (0, 1, 2), SOME) for i in range(3)],
+    "heads": [kept_units(0, (0, 2), (0, 2), SOME), kept_units(2, (0, 1), (0, 1), SOME)],
+    "uneven": [kept_units(0, (1,), (1,), SOME), kept_units(1, (0, 1), (0, 1), SOME[:4]), KeptLayer.whole(2, SHAPE)],
 }
 
 
@@ -83,7 +84,7 @@ def test_file_surgery_computes_what_masking_does(source, tmp_path, cut):
     vision, feature_layer = tower_of(out)
     n_layers = len(layers)
     assert (vision["num_hidden_layers"], feature_layer) == (n_layers, -1)
-    heads = 3 if cut == "uneven" else len(layers[0].q_heads)
+    heads = 3 if cut == "uneven" else len(layers[0].mixer.q_heads)
     assert (vision["num_attention_heads"], vision.get("head_dim", 8)) == (heads, 8)
     assert vision.get("vision_use_head", True) == (model.cfg.vision.kind != "siglip")
     assert vision["intermediate_size"] == (40 if cut == "uneven" else len(layers[0].neurons))
@@ -153,7 +154,7 @@ def test_a_tower_in_its_own_folder(goldens, tmp_path, name, tower, cut):
     shapes = model.cfg.vision.layers
     layers = [KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i or cut != "depth"]
     if cut == "neurons":
-        layers = [KeptLayer(x.index, x.q_heads, x.kv_heads, x.neurons[1:]) for x in layers]
+        layers = [kept_units(x.index, x.kept["q_heads"], x.kept["kv_heads"], x.kept["mlp"][1:]) for x in layers]
     pruned, plan = prune(model, layers, "vision")
     with pytest.raises(
         UserError, match=r'the vision tower was pruned, but this layout does not contain .*layout="transform'
@@ -166,7 +167,7 @@ def test_a_tower_in_its_own_folder(goldens, tmp_path, name, tower, cut):
 
 def test_fewer_heads_say_how_they_load(tmp_path):
     source = make_vlm_folder(tmp_path / "source", CONFIGS["clip"])
-    layers = [KeptLayer(0, (0, 2), (0, 2), SOME), KeptLayer(1, (0, 1), (0, 1), SOME)]
+    layers = [kept_units(0, (0, 2), (0, 2), SOME), kept_units(1, (0, 1), (0, 1), SOME)]
     pruned, plan = prune(vp.load(source), layers, "vision")
     vp.prune_folder(source, plan, tmp_path / "out")
     with pytest.raises(UserError, match=r'tower has fewer heads than its width requires, .* with heads="keep", or exp'):

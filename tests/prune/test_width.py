@@ -63,8 +63,8 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
     assert len(second.mlp[1]) < len(first.mlp[1])
     assert prune_iteratively(original, batches, scores=first, **settings)[1] == plan
     assert asked == [0, 1, 1]
-    assert [list(layer.q_heads) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
-    assert [list(layer.neurons) for layer in plan.layers] == [want["kept_neurons"][str(i)] for i in range(6)]
+    assert [list(layer.kept["q_heads"]) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
+    assert [list(layer.kept["mlp"]) for layer in plan.layers] == [want["kept_neurons"][str(i)] for i in range(6)]
     assert pruned.cfg == plan.apply_to(original.cfg)
     np.testing.assert_array_equal(
         forward(apply_plan(original, plan), calibration["text"]["input_ids"])[0],
@@ -117,8 +117,8 @@ def expected_widths(cfg, variant, gqa):
     for layer, shape in zip(plain_gradients(cfg), cfg.text.layers, strict=True):
         q, k, v = (channel(variant, *layer[f"self_attn/{n}_proj/weight"], -1).sum(-1) for n in "qkv")
         o = channel(variant, *layer["self_attn/o_proj/weight"], 0).sum(-1)
-        if gqa == "groups" or shape.q_heads == shape.kv_heads:
-            heads.append((q + o).reshape(shape.kv_heads, -1).sum(1) + k + v)
+        if gqa == "groups" or shape.mixer.q_heads == shape.mixer.kv_heads:
+            heads.append((q + o).reshape(shape.mixer.kv_heads, -1).sum(1) + k + v)
         else:
             heads.append(q + o)
         rows = [channel(variant, *layer[f"mlp/{n}_proj/weight"], -1) for n in ("gate", "up")]
@@ -224,7 +224,7 @@ def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
     for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
         np.testing.assert_array_equal(mine, whole)
     for kind, parts in expected.by_kind.items():
-        for mine, whole in zip(again.by_kind[kind]["mlp"], parts["mlp"], strict=True):
+        for mine, whole in zip(again.by_kind[kind]["units"].values(), parts["units"].values(), strict=True):
             np.testing.assert_array_equal(mine, whole)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import recover_cases as cases
 import torch
+from prune_cases import kept_stack, kept_units
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import load
@@ -18,7 +19,7 @@ from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.models.vocabulary import Head
 from vlmprune_jax.prune.fingerprint import fingerprint
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack
+from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig
@@ -71,9 +72,9 @@ def _plan(teacher, facts) -> PrunePlan:
         whole = KeptLayer.whole(i, shape)
         if "kept_heads" in facts:
             heads, neurons = tuple(facts["kept_heads"][str(i)]), tuple(facts["kept_neurons"][str(i)])
-            whole = KeptLayer(i, heads, heads, neurons)
+            whole = kept_units(i, heads, heads, neurons)
         layers.append(whole)
-    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": KeptStack(shapes, tuple(layers))}, 1, 1, 1)
+    return PrunePlan(fingerprint(teacher), "depth", "golden", {"text": kept_stack(shapes, layers)}, 1, 1, 1)
 
 
 def _expand(arrays, n: int) -> dict[str, jax.Array]:

@@ -12,8 +12,8 @@ import pytest
 import recover_cases as cases
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import Teacher
@@ -75,7 +75,7 @@ def test_frozen_weights_have_no_gradients():
     """What a LoRA step needs beside its arguments, its activations included, is less than gradients would take."""
     cfg = dataclasses.replace(cases.config(vision=False), lora=cases.LORA)
     text = dataclasses.replace(cfg.text, hidden_size=256)
-    cfg = dataclasses.replace(cfg, text=text).with_layers((LayerShape(4, 2, 2048),) * 4)
+    cfg = dataclasses.replace(cfg, text=text).with_layers((decoder_layer(4, 2, 2048),) * 4)
     frozen = sum(math.prod(shape) for path, shape in param_shapes(cfg).items() if path.endswith("/weight"))
     compiled = compiled_step(cfg, LossConfig(), "lora", seq=4)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * frozen
@@ -89,7 +89,7 @@ def test_what_the_backward_pass_keeps():
     lora = LoraConfig(rank=8, alpha=6.0, dropout=0.1, targets=tuple(inputs))
     n_layers, seq = 24, 64
     cfg = dataclasses.replace(cases.config(vision=False, mlp_kind="plain"), lora=lora)
-    cfg = cfg.with_layers((LayerShape(4, 2, 96),) * n_layers)
+    cfg = cfg.with_layers((decoder_layer(4, 2, 96),) * n_layers)
     held = {
         remat: compiled_step(cfg, LossConfig(chunk=4), "lora", seq, remat).memory_analysis().temp_size_in_bytes
         for remat in ("none", "dots", "full")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import LoraConfig, Rounding
-from vlmprune_jax.core.stack import LayerShape, Stack
+from vlmprune_jax.core.stack import Stack
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
@@ -32,9 +33,9 @@ class TextConfig(Stack):
     those with a window, "all".
 
     Layers without a window may have other heads: of `full_head_dim` channels (0: `head_dim`), and with `keys_as_values`
-    their values are their keys before norm and rotation. `double_wide`: shared layers have twice the neurons. Logits
-    are bounded by `logit_cap` (0: not). With `layer_inputs`, every layer also gets so many channels by token, from a
-    table of its own and from the embeddings, and its output is multiplied by one learned number.
+    their values are their keys before norm and rotation. Logits are bounded by `logit_cap` (0: not). With
+    `layer_inputs`, every layer also gets so many channels by token, from a table of its own and from the embeddings,
+    and its output is multiplied by one learned number.
     """
 
     causal: ClassVar[bool] = True
@@ -51,7 +52,6 @@ class TextConfig(Stack):
     sees_images: str = ""
     full_head_dim: int = 0
     keys_as_values: bool = False
-    double_wide: bool = False
     logit_cap: float = 0.0
     layer_inputs: int = 0
     layer_scalar: bool = False
@@ -59,18 +59,18 @@ class TextConfig(Stack):
     norm: str = field(default="rms", kw_only=True)
     mlp_kind: str = field(default="gated", kw_only=True)
 
-    def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the number of channels per attention head in a layer of this shape."""
-        return self.head_dim if shape.window is not None else self.full_head_dim or self.head_dim
+    def head_dim_of(self, layer: Layer) -> int:
+        """Return the number of channels per attention head in a layer."""
+        return self.head_dim if layer.mixer.window is not None else self.full_head_dim or self.head_dim
 
     @property
     def even(self) -> bool:
         """True if all layers have equal widths, so that one number per width in config.json describes them."""
-        full = [shape for shape in self.layers if shape.window is None]
-        own = [shape for shape in self.layers if shape.window is not None or not self.keys_as_values]
-        wide = {shape.mlp / (2 if self.double_wide and shape.shared else 1) for shape in self.layers}
-        heads, kv_full, kv_own = {s.q_heads for s in self.layers}, {s.kv_heads for s in full}, {s.kv_heads for s in own}
-        return max(len(heads), len(kv_full), len(kv_own), len(wide)) <= 1
+        mixers = [layer.mixer for layer in self.layers]
+        full = {mixer.kv_heads for mixer in mixers if mixer.window is None}
+        own = {mixer.kv_heads for mixer in mixers if mixer.window is not None or not self.keys_as_values}
+        neurons = {layer.channel.mlp / layer.channel.wide for layer in self.layers}
+        return max(len({mixer.q_heads for mixer in mixers}), len(full), len(own), len(neurons)) <= 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,9 +162,9 @@ class VisionConfig(Stack):
     @property
     def whole_heads(self) -> bool:
         """True if heads x head_dim equals hidden_size in every layer, as stock PyTorch classes assume."""
-        return all(shape.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
+        return all(shape.mixer.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
 
-    def with_layers(self, layers: Sequence[LayerShape]) -> Self:
+    def with_layers(self, layers: Sequence[Layer]) -> Self:
         """Return a copy of the vision config with other layer shapes; the projector then reads the last layer."""
         layers = tuple(layers)
         if self.deepstack and len(layers) != len(self.layers):
@@ -174,7 +174,7 @@ class VisionConfig(Stack):
             )
         return self if layers == self.layers else dataclasses.replace(self, layers=layers, n_layers_total=len(layers))
 
-    def alone(self, shape: LayerShape) -> Self:
+    def alone(self, shape: Layer) -> Self:
         """Return a copy of the vision config with a single layer of this shape."""
         return dataclasses.replace(self, layers=(shape,), n_layers_total=1, deepstack=())
 
@@ -270,7 +270,7 @@ class ModelConfig:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")
         return stack
 
-    def with_layers(self, layers: Sequence[LayerShape], stack: str = "text") -> ModelConfig:
+    def with_layers(self, layers: Sequence[Layer], stack: str = "text") -> ModelConfig:
         """Return a copy of the model config in which one stack ("text" or "vision") has other layer shapes."""
         changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
         return dataclasses.replace(self, **changes)

@@ -1,49 +1,14 @@
-"""Stacks of transformer blocks as frozen dataclasses: one shape per layer, and the kind of block that all share."""
+"""Stacks of transformer blocks as frozen dataclasses: the parts of each layer, and the kind of block that all share."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Widths of one transformer layer: numbers of query heads, key/value heads and MLP neurons.
-
-    `window` is the layer's attention window, None for full attention (causal in a decoder): the number of tokens of a
-    sliding window, or in a tower the side, in merged cells, of square windows. A `shared` layer has no keys and values
-    of its own: it attends to those of the last layer before it that has, with the same window. Pruning never changes
-    either, and plans do not record them.
-    """
-
-    q_heads: int
-    kv_heads: int
-    mlp: int
-    window: int | None = None
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        if min(*self.widths, 1 if self.window is None else self.window) < 1:
-            raise UserError(
-                f"{self}: numbers of heads, channels and neurons, and the attention window, must be at least 1"
-            )
-        if self.q_heads % self.kv_heads:
-            raise UserError(f"{self}: q_heads must be a multiple of kv_heads (grouped-query attention)")
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Tuple (q_heads, kv_heads, mlp) of the layer, the form in which plans and `per_layer_shapes` store widths."""
-        return self.q_heads, self.kv_heads, self.mlp
-
-    def with_widths(self, q_heads: int, kv_heads: int, mlp: int) -> LayerShape:
-        """Return a copy of the layer shape with other numbers of heads and neurons."""
-        return dataclasses.replace(self, q_heads=q_heads, kv_heads=kv_heads, mlp=mlp)
-
+from vlmprune_jax.core.parts import Axis, Layer, describe_layers
 
 _CHOICES = {
     "block": ("sequential", "parallel"),
@@ -55,7 +20,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Stack:
-    """Configuration of the decoder's or the vision tower's transformer layers, with one `LayerShape` per layer.
+    """Configuration of the decoder's or the vision tower's transformer layers, one `Layer` each.
 
     The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
     each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
@@ -70,7 +35,7 @@ class Stack:
 
     hidden_size: int
     head_dim: int
-    layers: tuple[LayerShape, ...]
+    layers: tuple[Layer, ...]
     _: KW_ONLY
     norm_eps: float
     activation: str
@@ -94,56 +59,39 @@ class Stack:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
 
-    def producer(self, shape: LayerShape) -> int | None:
-        """Return the number of the layer whose keys and values `shared` layers of this window reuse, or None."""
-        found = [i for i, other in enumerate(self.layers) if not other.shared and other.window == shape.window]
-        return found[-1] if found else None
+    def producer(self, window: int | None) -> int | None:
+        """Return the number of the layer whose keys and values later layers with this window reuse, or None."""
+        mixers = enumerate(layer.mixer for layer in self.layers)
+        return max((i for i, mixer in mixers if not mixer.kv_shared and mixer.window == window), default=None)
 
     @property
     def producers(self) -> frozenset[int]:
         """Numbers of the layers whose keys and values later layers reuse."""
-        found = map(self.producer, {shape for shape in self.layers if shape.shared})
-        return frozenset(number for number in found if number is not None)
+        numbers = map(self.producer, {layer.mixer.window for layer in self.layers if layer.mixer.kv_shared})
+        return frozenset(number for number in numbers if number is not None)
 
     @property
     def even(self) -> bool:
         """True if all layers have equal widths, as stock transformers classes require."""
-        return len({shape.widths for shape in self.layers}) <= 1
+        return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
 
-    def head_dim_of(self, shape: LayerShape) -> int:
-        """Return the number of channels per attention head in a layer of this shape."""
+    def head_dim_of(self, layer: Layer) -> int:
+        """Return the number of channels per attention head in a layer."""
         return self.head_dim
 
-    def with_layers(self, layers: Sequence[LayerShape]) -> Self:
-        """Return a copy of the stack config with other layer shapes."""
+    def channels_of(self, axis: Axis) -> int:
+        """Return the number of channels that make up one unit of a prunable axis."""
+        return self.head_dim if axis.channels else 1
+
+    def describe(self, most: int | None = None) -> str:
+        """Return the sizes of the layers as text (see `parts.describe_layers`)."""
+        windows = [layer.mixer.window for layer in self.layers]
+        return describe_layers([layer.sizes for layer in self.layers], windows, most)
+
+    def with_layers(self, layers: Sequence[Layer]) -> Self:
+        """Return a copy of the stack config with other layers."""
         return dataclasses.replace(self, layers=tuple(layers))
 
-    def alone(self, shape: LayerShape) -> Self:
-        """Return a copy of the stack config with a single layer of this shape."""
-        return self.with_layers((shape,))
-
-
-def runs(layers: Sequence[LayerShape]) -> tuple[tuple[int, int, LayerShape], ...]:
-    """Group consecutive layers of equal shape as (first layer, number of layers, shape); each group is one scan."""
-    result, start = [], 0
-    for shape, group in itertools.groupby(layers):
-        length = len(list(group))
-        result.append((start, length, shape))
-        start += length
-    return tuple(result)
-
-
-def describe_layers(layers: Sequence[LayerShape], most: int | None = None) -> str:
-    """Return layer widths as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
-
-    Only the first `most` groups of equal neighbours are listed, with the number of all layers.
-    """
-    parts = []
-    for (q_heads, kv_heads, mlp), alike in itertools.groupby(layers, lambda shape: shape.widths):
-        windows = [shape.window for shape in alike]
-        heads = f"{q_heads} heads" if q_heads == kv_heads else f"{q_heads}/{kv_heads} heads"
-        whole = windows.count(None)
-        without = f", {whole} of them without windows" if 0 < whole < len(windows) else ""
-        parts.append(f"{len(windows)} x ({heads}, {mlp:,} neurons){without}")
-    more = [] if most is None or len(parts) <= most else [f"... ({len(layers)} layers)"]
-    return ", ".join([*(parts[:most] if more else parts), *more])
+    def alone(self, layer: Layer) -> Self:
+        """Return a copy of the stack config with this layer alone."""
+        return self.with_layers((layer,))

@@ -90,12 +90,8 @@ def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
         "vocab_size": ("tensor", text.vocab_size),
     }
     for name, stack in cfg.stacks.items():
-        for i, shape in enumerate(stack.layers):
-            sizes |= {
-                f"q_heads of {name} layer {i}": ("tensor", shape.q_heads),
-                f"kv_heads of {name} layer {i}": ("tensor", shape.kv_heads),
-                f"mlp of {name} layer {i}": ("tensor", shape.mlp),
-            }
+        for i, layer in enumerate(stack.layers):
+            sizes |= {f"{axis} of {name} layer {i}": ("tensor", size) for axis, size in layer.sizes.items()}
     if cfg.vision is not None:
         sizes |= {
             "vision hidden_size": ("fsdp", cfg.vision.hidden_size),

@@ -6,18 +6,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
-
-from msgspec import Meta
+from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
 from vlmprune_jax.core.markup import code, markdown, yaml
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer, describe_sizes
+from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
-from vlmprune_jax.families.fields import MAX_LAYERS
 from vlmprune_jax.models.params import count_params
 
 TAGS = ("vlmprune-jax", "pruned")
@@ -28,30 +25,6 @@ _STEPS = {
 _MAX_LANGUAGES = 100
 _DECODED = "CompressedTensorsConfig"
 _PARTS = (("language model", "text"), ("projector", "projector"), ("vision tower (computed part)", "vision"))
-
-
-_Shape = tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]
-_Shapes = Annotated[list[_Shape], Meta(min_length=1, max_length=MAX_LAYERS)]
-
-
-class _Stack(TypedDict):
-    """Fields of one stack in plan.json that the model card shows."""
-
-    layers_before: _Shapes
-    kept_layers: list[int]
-
-
-class _Plan(TypedDict):
-    """Fields of plan.json that the model card shows."""
-
-    method: str
-    criterion: str
-    asked: float | None
-    reached: float
-    parameters_before: int
-    parameters_total: int
-    fingerprint: str
-    stacks: dict[str, _Stack]
 
 
 def model_name(folder: Path) -> str:
@@ -101,7 +74,7 @@ def write_card(
     arguments see `save`.
     """
     plan_file = folder / "plan.json"
-    plan = read_json(plan_file, _Plan, todo="move it away") if os.path.lexists(plan_file) else None
+    plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
     steps = [step for step, done in (("reconstructed", reconstructed), ("recovered", recovered)) if done]
     all_steps = [*(["pruned"] if plan else []), *steps]
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
@@ -111,13 +84,8 @@ def write_card(
     fields |= license_of(source) if license is None else {"license": license}
     metadata = [f"{field}: {yaml(value)}" for field, value in fields.items()]
     metadata += [f"datasets: [{', '.join(listed)}]"] if listed else []
-    try:
-        removed, table = _removed(plan), _table(cfg, plan)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{name}: plan.json is not a prune plan ({error!r}): move this file out of the folder"
-        ) from error
-    tower = cfg.vision if plan is not None and "vision" in plan["stacks"] else None
+    removed, table = _removed(plan), _table(cfg, plan)
+    tower = cfg.vision if plan is not None and "vision" in plan["components"] else None
     layers = f"Decoder layers: {len(cfg.text.layers)}, {_shapes(cfg.text.layers)}."
     layers += "" if tower is None else f"\nVision layers: {len(tower.layers)}, {_shapes(tower.layers)}."
     card = f"""---
@@ -143,32 +111,34 @@ Made from {code(name)} by vlmprune-jax (structural pruning of the language model
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
-def _removed(plan: dict[str, Any] | None) -> str:
+def _removed(plan: PlanJson | None) -> str:
     if plan is None:
         return "No prune plan came with this model."
-    text = plan["stacks"]["text"]
-    before = text["layers_before"]
-    removed = sorted(set(range(len(before))) - set(text["kept_layers"]))
+    text = plan["components"]["text"]
+    before = text["sizes_before"].keys() - {WHOLE}
+    removed = sorted(int(layer) for layer in before - text["kept"].keys())
     request = "" if plan["asked"] is None else f" (requested: {plan['asked']:.1%})"
     method, criterion = markdown(plan["method"]), markdown(plan["criterion"])
+    reached = (plan["parameters_before"] - plan["parameters_after"]) / plan["parameters_total"]
     return (
-        f"Method: {method}, criterion: {criterion}. Removed: {plan['reached']:.1%} of "
+        f"Method: {method}, criterion: {criterion}. Removed: {reached:.1%} of "
         f"{plan['parameters_total']:,} parameters{request}; {len(removed)} of {len(before)} layers"
         f"{' (numbers ' + ', '.join(map(str, removed)) + ')' if removed else ''}. "
         f"`plan.json` lists the kept heads and neurons. Plan fingerprint: {code(plan['fingerprint'])}."
     )
 
 
-def _table(cfg: ModelConfig, plan: dict[str, Any] | None) -> str:
+def _table(cfg: ModelConfig, plan: PlanJson | None) -> str:
     parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
     if plan is None:
         rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
         return "\n".join(["| part | parameters |", "|---|---|", *rows])
     original = cfg
-    for name, stack in plan["stacks"].items():
-        original = original.with_layers([LayerShape(*shape) for shape in stack["layers_before"]], name)
+    for name, component in plan["components"].items():
+        if name != "text":  # removed decoder layers may have been of kinds that sizes alone do not tell (Gemma 4)
+            sizes = component["sizes_before"].values()
+            original = original.with_layers([cfg.stack(name).layers[0].resized(axes) for axes in sizes], name)
     before = {part: count_params(original, part) for _, part in parts} | {"": plan["parameters_before"]}
-    # Removed layers may have been of types that widths alone do not tell (Gemma 4), and removed tokens are no layers.
     before["text"] = before[""] - before.get("vision", 0) - before.get("projector", 0)
     rows = [f"| {name} | {before[part]:,} | {count_params(cfg, part):,} |" for name, part in parts]
     return "\n".join(["| parameters | before | after |", "|---|---|---|", *rows])
@@ -187,12 +157,9 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
 
 
-def _shapes(layers: tuple[LayerShape, ...]) -> str:
-    shapes = [LayerShape(*widths) for widths in sorted({shape.widths for shape in layers})]
-    if len(shapes) == 1:
-        shape = shapes[0]
-        return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
-    return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
+def _shapes(layers: tuple[Layer, ...]) -> str:
+    shapes = sorted({describe_sizes(layer.sizes) for layer in layers})
+    return f"each with {shapes[0]}" if len(shapes) == 1 else f"of unequal width: {'; '.join(shapes)}"
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
@@ -256,7 +223,7 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             '`layout="transformers"` (includes a loader file) or `uneven="pad"`.'
         )
     text = written.text
-    if any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+    if any(shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
         return (
             f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "
             'hidden_size / heads. For PyTorch, export with `layout="transformers"`.'

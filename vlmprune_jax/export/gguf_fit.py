@@ -6,7 +6,6 @@ import dataclasses
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.export.uneven import padded
 from vlmprune_jax.families.decoders import decoder_of, uneven_problem
 from vlmprune_jax.families.gguf import Architecture
@@ -38,7 +37,8 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
         text = _padded_text(text, able[0])
         if vision is not None:
             heads = vision.hidden_size // vision.head_dim
-            vision = vision.with_layers([LayerShape(heads, heads, s.mlp, s.window) for s in vision.layers])
+            whole = {"q_heads": heads, "kv_heads": heads}
+            vision = vision.with_layers([layer.resized(whole) for layer in vision.layers])
     chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
     problem = None if vision is None else tower_misfit(vision)
     if chosen is None or (uneven == "refuse" and not text.even):

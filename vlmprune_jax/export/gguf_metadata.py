@@ -40,7 +40,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
-        column = [getattr(shape, name) for shape in text.layers]
+        column = [layer.sizes[name] for layer in text.layers]
         return column[0] if len(set(column)) == 1 else column
 
     rope = text.rope
@@ -81,7 +81,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
 
 def _window_fields(text: TextConfig) -> JsonDict:
     """Return GGUF metadata of sliding windows, shared keys and values, and per-layer embeddings."""
-    windows = [shape.window for shape in text.layers if shape.window is not None]
+    windows = [shape.mixer.window for shape in text.layers if shape.mixer.window is not None]
     fields: JsonDict = {
         "sliding_window": max(windows, default=text.max_positions),
         "sliding_window_pattern": full_attention_period(text.layers),
@@ -89,11 +89,11 @@ def _window_fields(text: TextConfig) -> JsonDict:
     }
     if text.full_head_dim:
         fields |= {
-            "sliding_window_pattern": [shape.window is not None for shape in text.layers],
+            "sliding_window_pattern": [shape.mixer.window is not None for shape in text.layers],
             "key_length_swa": text.head_dim,
             "value_length_swa": text.head_dim,
             "rope_dimension_count_swa": text.rotary_dim,
-            "shared_kv_layers": sum(shape.shared for shape in text.layers),
+            "shared_kv_layers": sum(shape.mixer.kv_shared for shape in text.layers),
             "embedding_length_per_layer_input": text.layer_inputs,
         }
     return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
@@ -188,7 +188,7 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
             f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
             "context length in the file."
         )
-    widths = sorted({shape.mlp for shape in text.layers if shape.mlp % _BLOCK})
+    widths = sorted({shape.channel.mlp for shape in text.layers if shape.channel.mlp % _BLOCK})
     if widths:
         listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
         remarks.append(

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape, Stack
+from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of
@@ -40,7 +41,7 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
         return problem
     if not text.even:
         return f"its class has one width for all layers: {_ALIKE}"
-    own = any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
+    own = any(shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
     if own and target in decoder_of(text.decoder).derives_head_dim:
         return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'
     if vision is not None and not vision.even:
@@ -68,11 +69,11 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
-    copies: dict[str, Callable[[Stack], list[LayerShape]]] = {
+    copies: dict[str, Callable[[Stack], list[Layer]]] = {
         "fewer layers": _fewer_layers,
-        "neurons": lambda stack: [_cut(shape, neurons=_width(stack, shape)) for shape in stack.layers],
+        "neurons": lambda stack: [_without(layer, "mlp", layer.channel.wide) for layer in stack.layers],
         "heads": _fewer_heads,
-        "unequal widths": lambda stack: [_cut(stack.layers[0], neurons=1), *stack.layers[1:]],
+        "unequal widths": lambda stack: [_without(stack.layers[0], "mlp"), *stack.layers[1:]],
     }
     return {
         target: {
@@ -83,7 +84,7 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     }
 
 
-def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], target: str) -> str | None:
+def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], target: str) -> str | None:
     """Return why an engine cannot load the model with these layers, or why no class allows them; None if it can."""
     try:
         changed = cfg.with_layers(layers, stack)
@@ -95,28 +96,21 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[LayerShape], ta
 # Copies with the least removed -----------------------------------------------------------------------------
 
 
-def _fewer_layers(stack: Stack) -> list[LayerShape]:
+def _fewer_layers(stack: Stack) -> list[Layer]:
     """Return the layers without the last layer that the decoder's transformers class allows to remove."""
     cuts = [[*stack.layers[:i], *stack.layers[i + 1 :]] for i in reversed(range(len(stack.layers)))]
     fits = (left for left in cuts if left and _fits(stack, left))
     return next(fits, cuts[0] or [*stack.layers])
 
 
-def _fits(stack: Stack, layers: Sequence[LayerShape]) -> bool:
+def _fits(stack: Stack, layers: Sequence[Layer]) -> bool:
     return not isinstance(stack, TextConfig) or layer_problem(stack.with_layers(layers)) is None
 
 
-def _width(stack: Stack, shape: LayerShape) -> int:
-    """Return 2 for layers with double-width MLPs (Gemma 4), which lose two neurons per neuron of others; else 1."""
-    return 2 if isinstance(stack, TextConfig) and stack.double_wide and shape.shared else 1
+def _fewer_heads(stack: Stack) -> list[Layer]:
+    return [_without(layer, "kv_heads") for layer in stack.layers]
 
 
-def _fewer_heads(stack: Stack) -> list[LayerShape]:
-    return [_cut(shape, heads=1) for shape in stack.layers]
-
-
-def _cut(shape: LayerShape, heads: int = 0, neurons: int = 0) -> LayerShape:
-    """Return a layer shape with fewer head groups and MLP neurons."""
-    groups = max(1, shape.kv_heads - heads)
-    widths = shape.q_heads // shape.kv_heads * groups, groups, max(1, shape.mlp - neurons)
-    return shape.with_widths(*widths)
+def _without(layer: Layer, axis: str, units: int = 1) -> Layer:
+    """Return the layer with fewer units of an axis, and with what belongs to these units gone; one unit stays."""
+    return layer.resized(layer.completed({axis: max(1, layer.sizes[axis] - units)}))

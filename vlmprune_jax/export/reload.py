@@ -173,7 +173,7 @@ def _random_patches(
     vision = cfg.vision
     assert vision is not None
     assert cfg.image_token_id is not None
-    side = max((shape.window or 0 for shape in vision.layers), default=0) + 1
+    side = max((shape.mixer.window or 0 for shape in vision.layers), default=0) + 1
     cells = np.array([[1, side + 1, 2], [1, 1, side + 2]])
     grids = cells * [1, vision.merge, vision.merge]
     longest = ids.shape[1] + int(cells.prod(axis=1).max())

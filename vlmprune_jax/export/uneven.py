@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
@@ -21,23 +20,23 @@ _LOADER = Path(__file__).parent / "remote" / LOADER_FILE
 _PREFIX = "PerLayer"
 
 
-def widest(layers: Sequence[LayerShape], heads: int | None = None) -> LayerShape:
-    """Return the smallest layer shape to which every layer can be zero-padded.
+def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ...]:
+    """Return all layers after zero-padding to equal sizes, the smallest that hold every layer.
 
-    With `heads`, it has that many query heads if some group size of at least the largest allows it.
+    With `heads`, they have that many query heads if some group size of at least the largest allows it.
     """
-    kv_heads = max(shape.kv_heads for shape in layers)
-    per_group = max(shape.q_heads // shape.kv_heads for shape in layers)
-    if heads is not None:
-        fits = [n for n in range(kv_heads, heads // per_group + 1) if heads % n == 0]
-        kv_heads, per_group = (fits[0], heads // fits[0]) if fits else (kv_heads, per_group)
-    return LayerShape(kv_heads * per_group, kv_heads, max(shape.mlp for shape in layers))
-
-
-def padded(layers: Sequence[LayerShape], heads: int | None = None) -> tuple[LayerShape, ...]:
-    """Return the shapes of all layers after zero-padding to equal widths; sliding windows are unchanged."""
-    widths = widest(layers, heads).widths
-    return tuple(shape.with_widths(*widths) for shape in layers)
+    axes = {axis.name: axis for layer in layers for axis in layer.axes}
+    sizes = {name: max(layer.sizes[name] for layer in layers if name in layer.sizes) for name in axes}
+    for name, axis in axes.items():
+        if axis.parent:  # counts of parents and of children per parent are padded separately
+            per_parent = max(x.sizes[name] // x.sizes[axis.parent] for x in layers if name in x.sizes)
+            if heads is not None and name == "q_heads":
+                fits = [n for n in range(sizes[axis.parent], heads // per_parent + 1) if heads % n == 0]
+                sizes[axis.parent], per_parent = (
+                    (fits[0], heads // fits[0]) if fits else (sizes[axis.parent], per_parent)
+                )
+            sizes[name] = sizes[axis.parent] * per_parent
+    return tuple(layer.resized(sizes) for layer in layers)
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
@@ -46,7 +45,7 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
         heads = stack.hidden_size // stack.head_dim
         layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
         if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads
-            layers = tuple(dataclasses.replace(shape, q_heads=heads, kv_heads=heads) for shape in layers)
+            layers = tuple(layer.resized({"q_heads": heads, "kv_heads": heads}) for layer in layers)
         cfg = cfg.with_layers(layers, name)
     return cfg
 
@@ -57,16 +56,19 @@ def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int,
     A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
     attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
     """
-    shape, target = (cfg.stack(stack).layers[layer] for cfg in cfgs)
-    if "q_heads" in axes:
-        at = axes.index("q_heads")
-        per_group = shape.q_heads // shape.kv_heads
-        array = array.reshape(*array.shape[:at], shape.kv_heads, per_group, *array.shape[at + 1 :])
-        array = _extend(_extend(array, at, target.kv_heads), at + 1, target.q_heads // target.kv_heads)
-        return array.reshape(*array.shape[:at], target.q_heads, *array.shape[at + 2 :])
-    for axis, size in (("kv_heads", target.kv_heads), ("mlp", target.mlp)):
-        if axis in axes:
-            array = _extend(array, axes.index(axis), size)
+    layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
+    before, after = layer_before.sizes, layer_after.sizes
+    for axis in layer_before.axes:
+        if axis.name not in axes:
+            continue
+        at, size = axes.index(axis.name), after[axis.name]
+        if axis.parent:
+            old, new = before[axis.parent], after[axis.parent]
+            array = array.reshape(*array.shape[:at], old, before[axis.name] // old, *array.shape[at + 1 :])
+            array = _extend(_extend(array, at, new), at + 1, size // new)
+            array = array.reshape(*array.shape[:at], size, *array.shape[at + 2 :])
+        else:
+            array = _extend(array, at, size)
     return array
 
 

@@ -23,7 +23,7 @@ def implementation(cfg: ModelConfig) -> str:
     """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
     family, text = family_of(cfg), cfg.text
     found = (target_of(family) or family).vllm_tpu
-    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].q_heads
+    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].mixer.q_heads
     return "torchax" if found and mistral else found
 
 
@@ -63,8 +63,8 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
 
 def _tensor_sizes(cfg: ModelConfig) -> list[int]:
     """Return the possible tensor-parallel sizes: chips over which all layers' heads can be split."""
-    query = {shape.q_heads for stack in cfg.stacks.values() for shape in stack.layers}
-    keys = {shape.kv_heads for shape in cfg.text.layers}
+    query = {shape.mixer.q_heads for stack in cfg.stacks.values() for shape in stack.layers}
+    keys = {shape.mixer.kv_heads for shape in cfg.text.layers}
     fits = lambda size: not any(heads % size for heads in query)  # noqa: E731
     return [n for n in _TENSOR_SIZES if fits(n) and not any(max(heads, n) % min(heads, n) for heads in keys)]
 
@@ -87,8 +87,12 @@ def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str |
     if problem is not None:
         return f"{problem}: " + (f"use symmetric {fits}" if fits else 'use quantize="none"')
     for shape in cfg.text.layers if storage.bits == 4 else ():
-        inputs = (cfg.text.hidden_size, shape.q_heads * cfg.text.head_dim_of(shape) // tensor, shape.mlp // tensor)
-        if shape.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
+        inputs = (
+            cfg.text.hidden_size,
+            shape.mixer.q_heads * cfg.text.head_dim_of(shape) // tensor,
+            shape.channel.mlp // tensor,
+        )
+        if shape.mixer.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
             needed = f"each of {tensor} chips needs whole key/value heads and groups of {storage.group}"
             return f"{needed}: use a smaller group_size or tensor_parallel"
     return None

@@ -33,8 +33,7 @@ def layer_problem(text: TextConfig) -> str | None:
 def uneven_problem(text: TextConfig) -> str | None:
     """Return why no export can hold this decoder with layers of unequal width; None if one can."""
     first, *others = text.layers
-    q_heads, kv_heads, mlp = first.widths
-    return layer_problem(text.with_layers([first.with_widths(q_heads, kv_heads, mlp + 1), *others]))
+    return layer_problem(text.with_layers([first.resized({"mlp": first.channel.mlp + 1}), *others]))
 
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:

@@ -114,7 +114,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     scaling = {name: value for name, value in ropes[_FULL].items() if name != "rope_theta"}
     return {
         **config,
-        "layer_types": [_FULL if shape.window is None else _SLIDING for shape in text.layers],
+        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
         "rope_parameters": ropes,
         "rope_theta": ropes[_FULL]["rope_theta"],
         "rope_local_base_freq": ropes[_SLIDING]["rope_theta"],
@@ -124,12 +124,12 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 def _problem(text: TextConfig) -> str | None:
     """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
-    heads = {shape.q_heads for shape in text.layers}
+    heads = {shape.mixer.q_heads for shape in text.layers}
     wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
     if not wrong:
         return None
-    group = text.layers[0].q_heads // text.layers[0].kv_heads
-    fits = [n for n in range(1, text.layers[0].kv_heads + 1) if text.hidden_size % (n * group) == 0]
+    group = text.layers[0].mixer.q_heads // text.layers[0].mixer.kv_heads
+    fits = [n for n in range(1, text.layers[0].mixer.kv_heads + 1) if text.hidden_size % (n * group) == 0]
     return (
         f"transformers 5 refuses {wrong[0]} heads in Gemma 3: hidden_size {text.hidden_size} is not a multiple: keep "
         f"{' or '.join(f'{n * group}/{n}' for n in fits[-3:])} (heads_multiple={max(fits)}), or all (heads='keep')"

@@ -5,14 +5,15 @@ Its audio tower is carried along unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Dense, Layer, decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.gemma3 import NORMS, THETA
@@ -145,7 +146,6 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         sees_images="windows" if config.get("use_bidirectional_attention") == "vision" else "",
         full_head_dim=full_head_dim,
         keys_as_values=bool(config.get("attention_k_eq_v")),
-        double_wide=double,
         logit_cap=float(config.get("final_logit_softcapping") or 0.0),
         layer_inputs=extra,
         layer_scalar=True,
@@ -153,11 +153,12 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
     stated = config.get(PER_LAYER)
 
-    def shape(i: int, layer: LayerShape) -> LayerShape:
+    def shape(i: int, layer: Layer) -> Layer:
         shared = i >= first_shared
-        kv_heads = full_kv_heads if layer.window is None and not stated else layer.kv_heads
-        wide = layer.mlp * (2 if double and shared and not stated else 1)
-        return LayerShape(layer.q_heads, kv_heads, wide, layer.window, shared)
+        wide = 2 if double and shared else 1
+        kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
+        neurons = layer.channel.mlp * (1 if stated else wide)
+        return Layer(dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared), Dense(neurons, wide=wide))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)
@@ -168,13 +169,15 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 def _problem(text: TextConfig) -> str | None:
     """Return why transformers' Gemma 4 class does not support these layers, with advice; None if it does."""
-    if text.layers[-1].window is not None:
+    if text.layers[-1].mixer.window is not None:
         return "the last layer of Gemma 4 must have full attention (its class turns it into that): keep it"
-    lacking = {shape.window for shape in text.layers} - {shape.window for shape in text.layers if not shape.shared}
+    lacking = {shape.mixer.window for shape in text.layers} - {
+        shape.mixer.window for shape in text.layers if not shape.mixer.kv_shared
+    }
     if lacking:
         kind = "full" if None in lacking else "sliding"
         return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
-    own = [shape.shared for shape in text.layers]
+    own = [shape.mixer.kv_shared for shape in text.layers]
     if own != sorted(own):
         return "layers that share keys and values must follow all others"
     return None if text.even else "its class has one width for all layers: prune them alike, with selection local"
@@ -183,16 +186,16 @@ def _problem(text: TextConfig) -> str | None:
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return a Gemma 4 config with updated layers that all transformers versions read alike."""
     config = {name: value for name, value in layers_to_hf(text, source).items() if name != "per_layer_config"}
-    full = [shape for shape in text.layers if shape.window is None]
-    local = [shape for shape in text.layers if shape.window is not None] or full
+    full = [shape for shape in text.layers if shape.mixer.window is None]
+    local = [shape for shape in text.layers if shape.mixer.window is not None] or full
     return {
         **config,
-        "layer_types": [_FULL if shape.window is None else _SLIDING for shape in text.layers],
-        "num_key_value_heads": max(shape.kv_heads for shape in local),
-        "intermediate_size": max(s.mlp // (2 if text.double_wide and s.shared else 1) for s in text.layers),
-        "num_kv_shared_layers": sum(shape.shared for shape in text.layers),
+        "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
+        "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
+        "intermediate_size": max(layer.channel.mlp // layer.channel.wide for layer in text.layers),
+        "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
         "global_head_dim": text.full_head_dim,
-        "num_global_key_value_heads": max(s.kv_heads for s in full) if text.keys_as_values else None,
+        "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.keys_as_values else None,
     }
 
 
@@ -273,7 +276,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         hidden_size=int(full["hidden_size"]),
         head_dim=int(full["head_dim"]),
-        layers=(LayerShape(heads, kv_heads, int(full["intermediate_size"])),) * depth,
+        layers=(decoder_layer(heads, kv_heads, int(full["intermediate_size"])),) * depth,
         n_layers_total=depth,
         image_size=_TYPICAL * merge * patch,
         patch_size=patch,
@@ -335,8 +338,8 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     vision, old = vision_of(cfg), source.get("vision_config") or {}
     if _vision_from_hf(old).layers != vision.layers:
         shape = equal_shape(vision)
-        new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.q_heads}
-        new |= {"num_key_value_heads": shape.kv_heads, "intermediate_size": shape.mlp}
+        new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.mixer.q_heads}
+        new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.channel.mlp}
         source = {**source, "vision_config": {**old, **new}}
     return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
@@ -49,7 +49,7 @@ class Architecture:
 
     def context_length(self, text: TextConfig) -> int:
         """Return the longest context for which llama.cpp computes the model exactly."""
-        sizes = {shape.window for shape in text.layers if shape.window is not None and self.windows is None}
+        sizes = {shape.mixer.window for shape in text.layers if shape.mixer.window is not None and self.windows is None}
         return min([text.max_positions, *sizes])
 
     def query_gain(self, text: TextConfig) -> float:
@@ -78,7 +78,9 @@ class Architecture:
         if not (text.even or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.head_dim
-        if not self.free_heads and any(shape.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+        if not self.free_heads and any(
+            shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers
+        ):
             return f"other numbers of heads than hidden_size / head_dim ({heads})"
         return None
 
@@ -160,21 +162,21 @@ PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES
 _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another attention scale
 
 
-def full_attention_period(layers: Sequence[LayerShape]) -> int | None:
+def full_attention_period(layers: Sequence[Layer]) -> int | None:
     """Return n if every n-th layer has full attention and all others have sliding windows; None otherwise."""
-    full, count = [shape.window is None for shape in layers], len(layers)
+    full, count = [shape.mixer.window is None for shape in layers], len(layers)
     return next((n for n in range(1, count + 2) if full == [(i + 1) % n == 0 for i in range(count)]), None)
 
 
 def _gemma3_scale(text: TextConfig) -> float:
-    heads = text.layers[0].q_heads
+    heads = text.layers[0].mixer.q_heads
     return float(text.hidden_size // heads if len(text.layers) == _27B else text.head_dim) ** -0.5
 
 
 def _gemma3_windows(text: TextConfig) -> str | None:
     if full_attention_period(text.layers) is not None:
         return None
-    full = [i for i, shape in enumerate(text.layers) if shape.window is None]
+    full = [i for i, shape in enumerate(text.layers) if shape.mixer.window is None]
     return (
         f"full attention in layers {full} of {len(text.layers)}, only in every n-th: remove n consecutive layers, 6 of "
         "a released model (criterion angular), or the last ones, or neurons"
@@ -182,7 +184,7 @@ def _gemma3_windows(text: TextConfig) -> str | None:
 
 
 def _gemma4_windows(text: TextConfig) -> str | None:
-    own = [shape.window is not None for shape in text.layers if not shape.shared]
+    own = [shape.mixer.window is not None for shape in text.layers if not shape.mixer.kv_shared]
     if len(own) < len(text.layers) and own[-2:] != [True, False]:
         return (
             "shared keys and values unless the last two layers with their own are sliding, full: keep both "

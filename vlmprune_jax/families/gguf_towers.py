@@ -143,10 +143,10 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     base = _POOLED_ROPE_BASE if projector.pools else _ROPE_BASE
     wrong = {f"rotary base {vision.rope_theta:g} in a tower ({base:g})": vision.rope_theta != base}
     if projector.pools:
-        grouped = any(shape.q_heads != shape.kv_heads for shape in vision.layers)
+        grouped = any(shape.mixer.q_heads != shape.mixer.kv_heads for shape in vision.layers)
         return wrong | {"towers with grouped-query attention": grouped}
-    whole = [i for i, shape in enumerate(vision.layers) if shape.window is None]
-    sides = sorted({shape.window for shape in vision.layers if shape.window is not None})
+    whole = [i for i, shape in enumerate(vision.layers) if shape.mixer.window is None]
+    sides = sorted({shape.mixer.window for shape in vision.layers if shape.mixer.window is not None})
     window = _WINDOW // vision.patch_size // vision.merge
     return wrong | {
         f"patches of {vision.temporal} copies of an image ({_PATCHES})": vision.temporal != _PATCHES,
@@ -175,7 +175,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_image_size": size,
         "vision_patch_size": vision.patch_size,
         "vision_embedding_length": vision.hidden_size,
-        "vision_feed_forward_length": max(shape.mlp for shape in vision.layers),
+        "vision_feed_forward_length": max(shape.channel.mlp for shape in vision.layers),
         "vision_block_count": len(vision.layers),
         "vision_head_count": vision.hidden_size // vision.head_dim,
         "vision_projection_dim": cfg.text.hidden_size,

@@ -41,7 +41,7 @@ def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
         "rms_norm_eps": text.norm_eps,
         "max_position_embeddings": text.max_positions,
     }
-    config = {**defaults, **config, "model_type": "mistral", "sliding_window": text.layers[0].window}
+    config = {**defaults, **config, "model_type": "mistral", "sliding_window": text.layers[0].mixer.window}
     if config.get("architectures") in _OTHERS:
         config["architectures"] = [_DECODER.stock_class]
     return config

@@ -9,8 +9,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Layer, decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.shapes import vlm_token_ids
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
@@ -42,7 +42,7 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
     depth = int(config["depth"])
-    shape = LayerShape(heads, heads, int(config["intermediate_size"]))
+    shape = decoder_layer(heads, heads, int(config["intermediate_size"]))
     return VisionConfig(
         hidden_size=hidden,
         head_dim=int(config.get("head_dim", hidden // heads)),
@@ -72,7 +72,7 @@ def window_side(config: Mapping[str, Any]) -> int:
     return side
 
 
-def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, ...]:
+def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[Layer, ...]:
     """Return the vision layer shapes: full attention in `fullatt_block_indexes`, windowed attention elsewhere.
 
     Raises UserError if an index is not a block number.
@@ -83,7 +83,7 @@ def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[LayerShape, .
             f"vision tower: fullatt_block_indexes {sorted(whole)} must be layer numbers from 0 to {depth - 1}"
         )
     heads, mlp = int(config["num_heads"]), int(config["intermediate_size"])
-    return tuple(LayerShape(heads, heads, mlp, None if i in whole else side) for i in range(depth))
+    return tuple(decoder_layer(heads, heads, mlp, None if i in whole else side) for i in range(depth))
 
 
 def typical_size(config: Mapping[str, Any], cells: int) -> int:
@@ -124,9 +124,9 @@ def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[
     if read(old).layers == vision.layers:
         return source
     shape = equal_shape(vision)
-    new = {**old, "depth": len(vision.layers), "num_heads": shape.q_heads, "intermediate_size": shape.mlp}
-    if any(layer.window for layer in vision.layers):
-        new["fullatt_block_indexes"] = [i for i, layer in enumerate(vision.layers) if layer.window is None]
+    new = {**old, "depth": len(vision.layers), "num_heads": shape.mixer.q_heads, "intermediate_size": shape.channel.mlp}
+    if any(layer.mixer.window for layer in vision.layers):
+        new["fullatt_block_indexes"] = [i for i, layer in enumerate(vision.layers) if layer.mixer.window is None]
     if "head_dim" in old or not vision.whole_heads:
         new["head_dim"] = vision.head_dim
     return {**source, "vision_config": new}

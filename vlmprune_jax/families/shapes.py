@@ -7,17 +7,17 @@ from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer, decoder_layer
 from vlmprune_jax.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
-PER_LAYER = "per_layer_shapes"
+PER_LAYER, _PER_LAYER_AXES = "per_layer_shapes", ("q_heads", "kv_heads", "mlp")
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 def layers_from_hf(
     config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
-) -> tuple[LayerShape, ...]:
+) -> tuple[Layer, ...]:
     """Return one layer shape per layer, from config.json's per-layer widths or else the same `widths` for all.
 
     Raises UserError if the recorded widths and the config have different numbers of layers.
@@ -25,7 +25,7 @@ def layers_from_hf(
     recorded = config.get(PER_LAYER) or [widths] * len(windows)
     if len(recorded) != len(windows):
         raise UserError(f"num_hidden_layers is {len(windows)} but {PER_LAYER} lists {len(recorded)} layers")
-    return tuple(LayerShape(q, kv, mlp, window) for (q, kv, mlp), window in zip(recorded, windows, strict=True))
+    return tuple(decoder_layer(q, kv, mlp, window) for (q, kv, mlp), window in zip(recorded, windows, strict=True))
 
 
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
@@ -49,7 +49,7 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     """Return a config with its layer counts and widths updated; other fields are kept."""
     config = dict(source)
-    q_heads, kv_heads, mlp = (max(column) for column in zip(*(shape.widths for shape in text.layers), strict=True))
+    q_heads, kv_heads, mlp = (max(layer.sizes[axis] for layer in text.layers) for axis in _PER_LAYER_AXES)
     config.update(
         num_hidden_layers=len(text.layers),
         num_attention_heads=q_heads,
@@ -59,8 +59,8 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     )
     config.pop(PER_LAYER, None)
     if not text.even:
-        config[PER_LAYER] = [list(shape.widths) for shape in text.layers]
-    sliding = [shape.window is not None for shape in text.layers]
+        config[PER_LAYER] = [[layer.sizes[axis] for axis in _PER_LAYER_AXES] for layer in text.layers]
+    sliding = [shape.mixer.window is not None for shape in text.layers]
     if "max_window_layers" in source:
         config["max_window_layers"] = sliding.index(True) if any(sliding) else len(sliding)
     if "layer_types" in source or len(set(sliding)) > 1:

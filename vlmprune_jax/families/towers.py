@@ -8,8 +8,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Layer, decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.families.table import JsonDict, Weight
 
 # Defaults of each tower's config class in transformers (InternViT: in the hub's remote code).
@@ -100,7 +100,7 @@ def vision_from_hf(
     return VisionConfig(
         hidden_size=hidden,
         head_dim=int(full.get("head_dim", hidden // heads)),
-        layers=(LayerShape(heads, heads, int(full["intermediate_size"])),) * used,
+        layers=(decoder_layer(heads, heads, int(full["intermediate_size"])),) * used,
         n_layers_total=total,
         image_size=image_size or table_size,
         patch_size=_side(full["patch_size"], "patch_size"),
@@ -131,8 +131,8 @@ def vision_to_hf(
     new = {
         **old,
         "num_hidden_layers": len(vision.layers),
-        "num_attention_heads": shape.q_heads,
-        "intermediate_size": shape.mlp,
+        "num_attention_heads": shape.mixer.q_heads,
+        "intermediate_size": shape.channel.mlp,
     }
     if "head_dim" in old or not vision.whole_heads:
         new["head_dim"] = vision.head_dim
@@ -141,7 +141,7 @@ def vision_to_hf(
     return {**source, "vision_config": new, **({feature_layer[0]: -1} if feature_layer else {})}
 
 
-def equal_shape(vision: VisionConfig) -> LayerShape:
+def equal_shape(vision: VisionConfig) -> Layer:
     """Return the layer shape that all layers of a vision tower share, from its config dictionary.
 
     Raises UserError if the layers have unequal widths, which no class loads.
@@ -327,8 +327,8 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
     config = {
         "model_type": KINDS[vision.kind],
         "hidden_size": vision.hidden_size,
-        "intermediate_size": shape.mlp,
-        "num_attention_heads": shape.q_heads,
+        "intermediate_size": shape.channel.mlp,
+        "num_attention_heads": shape.mixer.q_heads,
         "num_hidden_layers": len(vision.layers),
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,

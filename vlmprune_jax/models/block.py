@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import LayerShape, Stack
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import for_tpu, heads_of_rows, splash_attention, xla_attention
 from vlmprune_jax.models.layers import (
@@ -115,14 +116,14 @@ class Names(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention with optional rotary embedding, query and key norms, and key/value cache."""
 
-    def __init__(self, cfg: Stack, shape: LayerShape, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
+    def __init__(self, cfg: Stack, shape: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
             return Projection(sizes, out, into, bias=bias, lora=_adapter(lora, name), clips=cfg.clips)
 
-        own, head_dim = not shape.shared, cfg.head_dim_of(shape)
-        values = own and not (isinstance(cfg, TextConfig) and cfg.keys_as_values and shape.window is None)
-        self.window, self.causal, self.out_name = shape.window or 0, cfg.causal, names.out
-        self.kv_heads = shape.kv_heads
+        own, head_dim = not shape.mixer.kv_shared, cfg.head_dim_of(shape)
+        values = own and not (isinstance(cfg, TextConfig) and cfg.keys_as_values and shape.mixer.window is None)
+        self.window, self.causal, self.out_name = shape.mixer.window or 0, cfg.causal, names.out
+        self.kv_heads = shape.mixer.kv_heads
         self.query_gain = cfg.query_scale * head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
         self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), cfg.qkv_bias)
         self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if own else None
@@ -251,14 +252,12 @@ class Block(nnx.Module):
     h = x + norm(attention(norm(x))), then h + norm(mlp(norm(h))).
     """
 
-    def __init__(self, cfg: Stack, shape: LayerShape, length: int, names: Names, lora: LoraConfig | None = None):
+    def __init__(self, cfg: Stack, shape: Layer, length: int, names: Names, lora: LoraConfig | None = None):
         sizes = {
             "layer": length,
             names.axis: cfg.hidden_size,
             "head": cfg.head_dim_of(shape),
-            "q_heads": shape.q_heads,
-            "kv_heads": shape.kv_heads,
-            "mlp": shape.mlp,
+            **shape.sizes,
         }
         self.names, self.parallel = names, cfg.block == "parallel"
         self.self_attn = Attention(cfg, shape, sizes, names, lora)

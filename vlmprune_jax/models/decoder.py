@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.core.sections import LoraConfig, Rounding
-from vlmprune_jax.core.stack import runs
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.attention import LANES, attention_mask, for_tpu, heads_per_row, windowed
 from vlmprune_jax.models.block import Cache, Context, Names, Tap
@@ -116,7 +116,7 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        windows = sorted({shape.window or 0 for shape in self.cfg.layers})
+        windows = sorted({shape.mixer.window or 0 for shape in self.cfg.layers})
         if self.cfg.sees_images and positions.ndim == 3:
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
@@ -179,11 +179,11 @@ class Decoder(BlockStack):
         another order than decoding reads them, and copy the cache before and after decoding.
         """
         cache: Cache = {}
-        for run, (_, length, shape) in enumerate(runs(self.cfg.layers)):
+        for run, (_, length, shape) in enumerate(scan_groups(self.cfg.layers)):
             head = self.cfg.head_dim_of(shape)
-            in_row = heads_per_row(shape.kv_heads, head) if for_tpu() else 1
+            in_row = heads_per_row(shape.mixer.kv_heads, head) if for_tpu() else 1
             row = -(-in_row * head // LANES) * LANES if for_tpu() else head
-            size = (length, slots, shape.kv_heads // in_row, batch, row)
-            if not shape.shared:
+            size = (length, slots, shape.mixer.kv_heads // in_row, batch, row)
+            if not shape.mixer.kv_shared:
                 cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
         return cache

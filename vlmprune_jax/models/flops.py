@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
@@ -53,7 +53,9 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 def causal_flops(cfg: ModelConfig, length: int) -> int:
     """Return the forward FLOPs of causal attention for one sequence: 4 per channel and visible query-key pair."""
     text = cfg.text
-    return sum(4 * seen(length, shape.window) * shape.q_heads * text.head_dim_of(shape) for shape in text.layers)
+    return sum(
+        4 * seen(length, shape.mixer.window) * shape.mixer.q_heads * text.head_dim_of(shape) for shape in text.layers
+    )
 
 
 def seen(length: int, window: int | None) -> int:
@@ -74,7 +76,7 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
         return images * projector
     positions = positions_of(cfg, image_tokens)
     blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
-    pairs = sum(shape.q_heads * tower_pairs(cfg, shape, positions) for shape in tower.layers)
+    pairs = sum(shape.mixer.q_heads * tower_pairs(cfg, shape, positions) for shape in tower.layers)
     blocks += 4 * tower.head_dim * pairs * (3 if in_tower else 1)
     patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
     return images * (blocks + patches + projector)
@@ -87,8 +89,8 @@ def positions_of(cfg: ModelConfig, image_tokens: int = 0) -> int:
     return (image_tokens * cfg.projector.downsample**2 or cfg.vision.grid**2) + cfg.vision.class_token
 
 
-def tower_pairs(cfg: ModelConfig, shape: LayerShape, positions: int) -> int:
+def tower_pairs(cfg: ModelConfig, shape: Layer, positions: int) -> int:
     """Return the number of query-key pairs of one image in one layer of the vision tower."""
     assert cfg.projector is not None
-    side = (shape.window or positions) * cfg.projector.downsample
+    side = (shape.mixer.window or positions) * cfg.projector.downsample
     return positions * min(positions, side**2)

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.stack import runs
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]
@@ -73,7 +73,7 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
     stack, _, leaf = path.partition("/layers/{i}/")
     if not leaf:
         return [(None, path, None)]
-    found = runs(cfg.stack(stack).layers)
+    found = scan_groups(cfg.stack(stack).layers)
     return [
         (start + index, f"{stack}/layers/{run}/{leaf}", index)
         for run, (start, length, _) in enumerate(found)
@@ -84,7 +84,7 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
     """Split a stack's stacked parameters into one flat dict per layer; also return the remaining params."""
     layers: list[Flat] = []
-    for run, (_, length, _) in enumerate(runs(cfg.stack(stack).layers)):
+    for run, (_, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
         flat = flatten(params[stack]["layers"][str(run)])
         layers += [{name: leaf[i] for name, leaf in flat.items()} for i in range(length)]
     rest = {name: leaf for name, leaf in params[stack].items() if name != "layers"}
@@ -94,7 +94,7 @@ def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tup
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
     """Stack per-layer parameter dicts again, for layers of these shapes (undoes `unstack_layers`)."""
     stacked = {}
-    for run, (start, length, _) in enumerate(runs(cfg.stack(stack).layers)):
+    for run, (start, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
         members = layers[start : start + length]
         kind = type(next(iter(members[0].values())))
         # arrays that stay in their files (hf/lazy.py) bring their own

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.core.sections import LoraConfig
-from vlmprune_jax.core.stack import Stack, runs
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.block import KEYS, WRITERS, Block, BlockValues, Cache, Context, Names, Tap
 from vlmprune_jax.models.layers import SAVEABLE
 
@@ -46,7 +47,7 @@ class BlockStack(nnx.Module):
         self.layers = nnx.Dict(
             {
                 str(run): Block(cfg, shape, length, names, lora)
-                for run, (_, length, shape) in enumerate(runs(cfg.layers))
+                for run, (_, length, shape) in enumerate(scan_groups(cfg.layers))
             }
         )
 
@@ -109,7 +110,7 @@ class BlockStack(nnx.Module):
         kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
         taps, caches, last = list[Any](), {}, None
         shared = dict[int, tuple[jax.Array, jax.Array]]()
-        for run, (start, length, shape) in enumerate(runs(self.cfg.layers)):
+        for run, (start, length, shape) in enumerate(scan_groups(self.cfg.layers)):
             apply, state = self.run_parts(str(run))
             own_cache = (cache or {}).get(str(run))
             produces = start + length - 1 in self.cfg.producers
@@ -136,7 +137,7 @@ class BlockStack(nnx.Module):
             if of_run is not None:
                 caches[str(run)] = of_run
             if produces:
-                shared = {**shared, shape.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
+                shared = {**shared, shape.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
             taps += [jax.tree.map(operator.itemgetter(i), tapped) for i in range(length)]
         if final is not None:
             x = final(x)

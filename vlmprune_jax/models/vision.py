@@ -129,7 +129,7 @@ class VisionTower(BlockStack):
             real = None if patches is None else patches.reshape(len(patches), -1)
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
         cfg, places = self.cfg, self.places(x, grid)
-        sides = sorted({shape.window or 0 for shape in cfg.layers})
+        sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
         masks = {side: (own[:, :, None] == own[:, None])[:, None] for side, own in segments.items()}
         rope = axial_angles(places, cfg.head_dim, cfg.rope_theta, columns_first=cfg.rope_parts > 1)

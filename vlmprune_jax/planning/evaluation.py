@@ -196,5 +196,7 @@ def _memory(case: EvaluationCase, mesh: Mesh, params: Any, cached: float) -> _Me
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    cache = sum(2 * shape.kv_heads * cfg.text.head_dim_of(shape) for shape in cfg.text.layers if not shape.shared)
+    cache = sum(
+        2 * shape.mixer.kv_heads * cfg.text.head_dim_of(shape) for shape in cfg.text.layers if not shape.mixer.kv_shared
+    )
     return _Memory(sum(flat.values()), read, cache * size / mesh.size, cached * size / mesh.size)

@@ -146,14 +146,20 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, St
 def _cache(text: Stack, context: int) -> int:
     """Return the number of key/value cache entries per sequence."""
     return sum(
-        2 * one.kv_heads * text.head_dim_of(one) * (not one.shared) * min(one.window or context, context)
+        2
+        * one.mixer.kv_heads
+        * text.head_dim_of(one)
+        * (not one.mixer.kv_shared)
+        * min(one.mixer.window or context, context)
         for one in text.layers
     )
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
     """Return the attention FLOPs for the last token of a sequence."""
-    return sum(4 * one.q_heads * text.head_dim_of(one) * min(one.window or context, context) for one in text.layers)
+    return sum(
+        4 * one.mixer.q_heads * text.head_dim_of(one) * min(one.mixer.window or context, context) for one in text.layers
+    )
 
 
 def _forward_of_layers(
@@ -162,13 +168,13 @@ def _forward_of_layers(
     """Return the layers' share of the forward FLOPs (`forward_flops`)."""
     total, text = 0, cfg.text
     for one in text.layers:
-        attention = 4 * seen(length, one.window) * one.q_heads * text.head_dim_of(one)
+        attention = 4 * seen(length, one.mixer.window) * one.mixer.q_heads * text.head_dim_of(one)
         total += 2 * length * products["text"].of(one) + attention
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)
         for one in tower.layers:
-            attention = 4 * tower_pairs(cfg, one, positions) * one.q_heads * tower.head_dim
+            attention = 4 * tower_pairs(cfg, one, positions) * one.mixer.q_heads * tower.head_dim
             total += slots * (2 * positions * products["vision"].of(one) + attention)
     return total
 

@@ -39,7 +39,8 @@ def choose_layers(
     if config.deepstack == "keep":
         protect |= set(range(features))
     if config.producers == "keep" and isinstance(own, TextConfig):
-        protect |= {i for i in map(own.producer, own.layers) if i is not None and any(s.shared for s in own.layers)}
+        windows = {layer.mixer.window for layer in own.layers} if own.producers else ()
+        protect |= {i for i in map(own.producer, windows) if i is not None}
     reason_of = functools.partial(_reason, cfg, stack, config.loads_in)
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed, reason_of)

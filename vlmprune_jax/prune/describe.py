@@ -9,7 +9,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.stack import LayerShape, Stack, describe_layers, runs
+from vlmprune_jax.core.parts import AXES, describe_layers, scan_groups
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import support
 from vlmprune_jax.export.loads import what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
@@ -69,8 +70,9 @@ def _stack(stack: Stack) -> dict[str, Any]:
     return {
         "layers": len(stack.layers),
         "runs": [
-            {name: value for name, value in {"first": first, "layers": n, **vars(shape)}.items() if value is not False}
-            for first, n, shape in runs(stack.layers)
+            {"first": first, "layers": n, **layer.sizes, "window": layer.mixer.window}
+            | ({"shared": True} if layer.mixer.kv_shared else {})
+            for first, n, layer in scan_groups(stack.layers)
         ],
         "hidden_size": stack.hidden_size,
         "head_dim": stack.head_dim,
@@ -100,14 +102,19 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     sizes = [costs.of(shape) for shape in layers]
     everywhere = range(len(layers))
     most_by_depth = sum(sorted(sizes)[max(1, cfg.deepstack) :]) / total  # features enter as many decoder layers
+    settings = [part.settings for part in layers[0].parts]
     units = units_of(
-        layers, costs, gqa="groups", attn_layers=everywhere, mlp_layers=everywhere, heads_multiple=1, neurons_multiple=1
+        cfg.stack(stack),
+        costs,
+        ("kv_heads", "mlp"),
+        ranges={layers: everywhere for layers, _ in settings},
+        multiples={multiple: 1 for _, multiple in settings},
     )
     return {
         "layer": max(sizes) / total,
-        "head_group": units[0].head_cost / total,
-        "query_heads_per_group": layers[0].q_heads // layers[0].kv_heads,
-        "neuron": costs.neuron / total,
+        "head_group": costs.price(layers[0], "kv_heads") / total,
+        "query_heads_per_group": layers[0].mixer.group,
+        "neuron": costs.price(layers[0], "mlp") / total,
         "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
         "most_by_width": most_removable(units) / total,
     }
@@ -215,12 +222,9 @@ def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
 
 
 def _runs(stack: dict[str, Any]) -> str:
-    shapes = [
-        LayerShape(run["q_heads"], run["kv_heads"], run["mlp"], run["window"])
-        for run in stack["runs"]
-        for _ in range(run["layers"])
-    ]
-    return describe_layers(shapes)
+    layers = [run for run in stack["runs"] for _ in range(run["layers"])]
+    sizes = [{name: size for name, size in layer.items() if name in AXES} for layer in layers]
+    return describe_layers(sizes, [layer["window"] for layer in layers])
 
 
 def _percent(share: float) -> str:

@@ -7,67 +7,73 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import AXES, Layer
+
+Sizes = Mapping[str, int]  # {axis: number of units} of one layer
+Units = Mapping[str, tuple[int, ...]]  # {axis: sorted original indices} of one layer
 
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """Kept units of layer `index`: sorted indices of query heads, key/value heads and MLP neurons."""
+    """Kept units of one layer."""
 
     index: int
-    q_heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    neurons: tuple[int, ...]
+    """Original number of the layer."""
+
+    kept: Units
+    """Sorted original indices of the kept units, for every prunable axis of the layer ("q_heads", "mlp", ...)."""
 
     @classmethod
-    def whole(cls, index: int, shape: LayerShape) -> KeptLayer:
+    def whole(cls, index: int, layer: Layer) -> KeptLayer:
         """Return the entry of a layer from which nothing is removed."""
-        return cls(index, tuple(range(shape.q_heads)), tuple(range(shape.kv_heads)), tuple(range(shape.mlp)))
+        return cls(index, {axis: tuple(range(size)) for axis, size in layer.sizes.items()})
 
     @property
-    def shape(self) -> LayerShape:
-        """Shape of the layer after pruning."""
-        return LayerShape(len(self.q_heads), len(self.kv_heads), len(self.neurons))
+    def sizes(self) -> dict[str, int]:
+        """Number of kept units by axis."""
+        return {axis: len(indices) for axis, indices in self.kept.items()}
 
     def then(self, second: KeptLayer) -> KeptLayer:
         """Combine two successive prunings of a layer (first this, then `second`) into one entry."""
-        return KeptLayer(
-            self.index,
-            _pick(self.q_heads, second.q_heads),
-            _pick(self.kv_heads, second.kv_heads),
-            _pick(self.neurons, second.neurons),
-        )
+        return KeptLayer(self.index, {axis: _pick(self.kept[axis], chosen) for axis, chosen in second.kept.items()})
 
 
 @dataclass(frozen=True)
 class KeptStack:
-    """Kept layers and units of a stack: all layer shapes before pruning, and one `KeptLayer` per kept layer."""
+    """Kept layers and units of one component (decoder or tower)."""
 
-    layers_before: tuple[LayerShape, ...]
+    sizes_before: tuple[Sizes, ...]
+    """Sizes of all layers before pruning, by axis."""
+
     layers: tuple[KeptLayer, ...]
+    """One entry per kept layer, ascending."""
 
     def __post_init__(self) -> None:
-        # Windows belong to the model, not to the plan: a plan is read back from widths alone.
-        object.__setattr__(self, "layers_before", tuple(LayerShape(*shape.widths) for shape in self.layers_before))
-        problem = _inconsistency(self.layers_before, self.layers)
+        problem = _inconsistency(self.sizes_before, self.layers)
         if problem:
             raise UserError(f"prune plan: {problem}")
 
     @classmethod
-    def whole(cls, layers: Sequence[LayerShape]) -> KeptStack:
-        """Return the entry of a stack from which nothing is removed."""
-        return cls(tuple(layers), tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(layers)))
+    def whole(cls, layers: Sequence[Layer]) -> KeptStack:
+        """Return the entry of a component from which nothing is removed."""
+        sizes = tuple(layer.sizes for layer in layers)
+        return cls(sizes, tuple(KeptLayer.whole(i, layer) for i, layer in enumerate(layers)))
 
     @property
-    def shapes(self) -> tuple[LayerShape, ...]:
-        """Shapes of the kept layers after pruning."""
-        return tuple(layer.shape for layer in self.layers)
+    def is_whole(self) -> bool:
+        """True if nothing is removed."""
+        return self.sizes == self.sizes_before
+
+    @property
+    def sizes(self) -> tuple[Sizes, ...]:
+        """Sizes of the kept layers after pruning, by axis."""
+        return tuple(layer.sizes for layer in self.layers)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -77,11 +83,15 @@ class KeptStack:
     @property
     def removed_layers(self) -> tuple[int, ...]:
         """Original numbers of the removed layers."""
-        return tuple(sorted(set(range(len(self.layers_before))) - set(self.kept_layers)))
+        return tuple(sorted(set(range(len(self.sizes_before))) - set(self.kept_layers)))
+
+    def of(self, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        """Return the layers that remain of a model's `layers`, with their sizes after pruning."""
+        return tuple(layers[layer.index].resized(layer.sizes) for layer in self.layers)
 
     def then(self, second: KeptStack) -> KeptStack:
-        """Combine two successive prunings of a stack (first this, then `second`) into one entry."""
-        return KeptStack(self.layers_before, tuple(self.layers[one.index].then(one) for one in second.layers))
+        """Combine two successive prunings of a component (first this, then `second`) into one entry."""
+        return KeptStack(self.sizes_before, tuple(self.layers[layer.index].then(layer) for layer in second.layers))
 
 
 # Fields of a `ModelConfig` with ids of tokens.
@@ -148,31 +158,40 @@ class KeptVocabulary:
         return self.new_ids[ids]
 
 
-def _inconsistency(before: Sequence[LayerShape], layers: Sequence[KeptLayer]) -> str | None:
-    """Return why a plan's kept layers and units do not fit the stack; None if they do."""
+def _inconsistency(before: Sequence[Sizes], layers: Sequence[KeptLayer]) -> str | None:
+    """Return why a plan's kept layers and units do not fit the component; None if they do."""
     if not layers:
         return "no layer is kept"
     indices = [layer.index for layer in layers]
     if not _increasing(indices, len(before)):
         return f"kept layers {_listed(indices)} are not increasing numbers below {len(before)}"
     for layer in layers:
-        shape = before[layer.index]
-        for name, units, size in (
-            ("q_heads", layer.q_heads, shape.q_heads),
-            ("kv_heads", layer.kv_heads, shape.kv_heads),
-            ("neurons", layer.neurons, shape.mlp),
-        ):
-            if not units or not _increasing(units, size):
-                return f"{name} of layer {layer.index} are not increasing numbers below {size}, at least one"
-        group = shape.q_heads // shape.kv_heads
-        heads = Counter(head // group for head in layer.q_heads)
-        per_group = [heads[kv] for kv in layer.kv_heads]
-        if len(set(per_group)) != 1 or sum(per_group) != len(layer.q_heads):
-            return (
-                f"layer {layer.index} keeps query heads {_listed(layer.q_heads)} that do not share its key/value heads "
-                f"{_listed(layer.kv_heads)} evenly (groups of {group})"
-            )
+        sizes = before[layer.index]
+        if layer.kept.keys() != sizes.keys() or not sizes.keys() <= AXES.keys():
+            return f"layer {layer.index} has axes {', '.join(layer.kept)}, expected {', '.join(sizes)}"
+        for axis, size in sizes.items():
+            if not layer.kept[axis] or not _increasing(layer.kept[axis], size):
+                return (
+                    f"{AXES[axis].title} of layer {layer.index} are not increasing numbers below {size}, at least one"
+                )
+            parent = AXES[axis].parent
+            problem = parent and _split_families(axis, layer.kept[axis], layer.kept[parent], size // sizes[parent])
+            if problem:
+                return f"layer {layer.index} {problem}"
     return None
+
+
+def _split_families(axis: str, children: Sequence[int], parents: Sequence[int], group: int) -> str | None:
+    """Return why kept children are not equally many of every kept parent; None if they are."""
+    counts = Counter(child // group for child in children)
+    per_parent = [counts[parent] for parent in parents]
+    if len(set(per_parent)) == 1 and sum(per_parent) == len(children):
+        return None
+    title, parent = AXES[axis].title, AXES[AXES[axis].parent].title
+    return (
+        f"keeps {title} {_listed(children)} that do not share its {parent} {_listed(parents)} evenly "
+        f"(groups of {group})"
+    )
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.stack import Stack, runs
+from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device, to_host
@@ -111,13 +112,13 @@ class Layer:
         """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files."""
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
-            (run, one) for run, one in enumerate(runs(cfg.layers)) if number < one[0] + one[1]
+            (run, one) for run, one in enumerate(scan_groups(cfg.layers)) if number < one[0] + one[1]
         )
         flat = flatten(model.params[stack]["layers"][str(run)])
         own = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
         dtype = next(iter(own.values())).dtype
         params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
-        shares = not shape.shared and bool(cfg.producers)
+        shares = not shape.mixer.kv_shared and bool(cfg.producers)
         return cls(number, stack, params, cfg.alone(shape), dtype, mesh_of(model.params), shares)
 
     @functools.cached_property
@@ -197,7 +198,7 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
     block, after, values = run_block(stack, cfg, params, x, given, want)
     norms = {name: block.norm_after(name) for name in WRITERS}
     statistics = {name: norm.statistics(values[f"{name}_out"]) for name, norm in norms.items() if norm is not None}
-    keys: dict[int, Any] = {cfg.layers[0].window or 0: values[KEYS]} if shares else {}
+    keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
     found = Streams(after, values["middle"], statistics, keys)
     return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), found)
 
@@ -205,7 +206,7 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
     """Return the model with some layers' parameters replaced, given as {layer number: {path: array}}."""
     layers = dict(model.params[stack]["layers"])
-    for run, (start, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
+    for run, (start, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])
         # sorted: all processes must place the same array at a time
         for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):

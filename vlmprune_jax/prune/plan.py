@@ -5,88 +5,64 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any
 
-import msgspec
-
-from vlmprune_jax.core.config import STACKS, ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import Count, Finite, checked, parse_json, read_json, replacing
-from vlmprune_jax.core.stack import LayerShape, describe_layers
+from vlmprune_jax.core.files import parse_json, read_json, replacing
+from vlmprune_jax.core.parts import describe_layers
+from vlmprune_jax.core.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 from vlmprune_jax.families.decoders import layer_problem
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
 
-FORMAT, READS = 3, (2, 3)  # format 2 has no vocabulary
 VOCABULARY_ONLY = "vocabulary"  # method of a plan that only removes tokens
-MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything has 16 MB
-_TODO = "plan again"
-_Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Width = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-_FEW = msgspec.Meta(max_length=10_000)
-
-
-class _VersionJson(TypedDict):
-    format: int
-
-
-class _StackJson(TypedDict):
-    """JSON form of a pruned stack; `kept_layers` repeats the layer numbers for human readers."""
-
-    kept_layers: NotRequired[list[_Index]]
-    layers_before: Annotated[list[tuple[_Width, _Width, _Width]], _FEW]
-    layers: Annotated[list[KeptLayer], _FEW]
-
-
-class _VocabularyJson(TypedDict):
-    """JSON form of a kept vocabulary; `kept` lists ranges [start, stop) of token ids."""
-
-    rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
-    tokenizer: str
-    kept: Annotated[list[tuple[_Index, _Width]], msgspec.Meta(min_length=1, max_length=2**22)]
-
-
-class _PlanJson(_VersionJson):
-    fingerprint: str
-    method: str
-    criterion: str
-    asked: Finite | None
-    reached: NotRequired[Finite]
-    parameters_before: Count
-    parameters_after: Count
-    parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-    options: dict[str, Any]
-    stacks: dict[str, _StackJson]
-    vocabulary: NotRequired[_VocabularyJson | None]
+MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything had 16 MB in format 3
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Prune plan: kept layers, heads, neurons and tokens, settings, and the fingerprint of the model that it is for.
+    """Kept layers, units and tokens of a model in original numbering, and the settings that led to them.
 
-    `stacks`: kept layers by name of the stack; always the decoder, "text"; a stack without an entry is kept whole.
-    `vocabulary`: kept tokens, None if all are.
-    `layers_before`, `layers`, `kept_layers` and `removed_layers` are the decoder's. `asked` and `reached` are
-    reductions relative to `parameters_total` (by default all parameters of the computed model); `asked` is None if no
-    ratio was asked for.
+    `layers`, `kept_layers` and `removed_layers` are the decoder's.
     """
 
     fingerprint: str
+    """Fingerprint of the model that the plan is for."""
+
     method: str
+    """Pruning method, or "none" or "vocabulary"."""
+
     criterion: str
+    """Names of the criteria whose scores decided."""
+
     stacks: Mapping[str, KeptStack]
+    """Kept units by component: always the decoder "text"; a component without an entry is kept whole."""
+
     parameters_before: int
+    """Parameters of the model that the plan is for."""
+
     parameters_after: int
+    """Parameters of the pruned model."""
+
     parameters_total: int
+    """Parameters that `asked` and `reached` are shares of (by default `parameters_before`)."""
+
     asked: float | None = None
+    """Share of parameters that should be removed; None if the target was not a ratio."""
+
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the plan was made with, and results of the solver."""
+
     vocabulary: KeptVocabulary | None = None
+    """Kept tokens; None if all are."""
 
     def __post_init__(self) -> None:
-        if "text" not in self.stacks or not self.stacks.keys() <= set(STACKS):
-            raise UserError(f"prune plan: stacks are {', '.join(self.stacks)}, expected text, or text and vision")
+        if "text" not in self.stacks:
+            raise UserError(f"prune plan: components are {', '.join(self.stacks)}, expected text among them")
 
     def __repr__(self) -> str:
         """Return method, sizes and layers of each pruned stack as text, without indices."""
@@ -95,18 +71,13 @@ class PrunePlan:
         )
         lines = [f"PrunePlan({self.method} by {self.criterion}: {sizes}"]
         for name, stack in self.stacks.items():
-            if stack.shapes != stack.layers_before:
+            if not stack.is_whole:
                 gone = f", without {', '.join(map(str, stack.removed_layers))}" if stack.removed_layers else ""
-                before = len(stack.layers_before)
+                before = len(stack.sizes_before)
                 lines.append(
-                    f"  {name}: {len(stack.layers)} of {before} layers{gone}; {describe_layers(stack.shapes, most=3)}"
+                    f"  {name}: {len(stack.layers)} of {before} layers{gone}; {describe_layers(stack.sizes, most=3)}"
                 )
         return "\n".join(lines) + ")"
-
-    @property
-    def layers_before(self) -> tuple[LayerShape, ...]:
-        """Shapes of the decoder's layers before pruning."""
-        return self.stacks["text"].layers_before
 
     @property
     def layers(self) -> tuple[KeptLayer, ...]:
@@ -131,11 +102,9 @@ class PrunePlan:
     def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         """Return the pruned model's config; raise UserError if its transformers class does not support the layers."""
         for name, kept in self.stacks.items():
-            before = cfg.stack(name).layers
             if name == "text":
                 _check_shared(cfg.text, kept.layers)
-            shapes = [before[one.index].with_widths(*one.shape.widths) for one in kept.layers]
-            cfg = cfg.with_layers(shapes, name)
+            cfg = cfg.with_layers(kept.of(cfg.stack(name).layers), name)
         problem = layer_problem(cfg.text)
         if problem is not None:
             raise UserError(f"transformers could not load the pruned model: {problem}")
@@ -154,15 +123,27 @@ class PrunePlan:
             "parameters_after": self.parameters_after,
             "parameters_total": self.parameters_total,
             "options": dict(self.options),
-            "vocabulary": None if self.vocabulary is None else _vocabulary_json(self.vocabulary),
+            "tokenizer": None if self.vocabulary is None else self.vocabulary.tokenizer,
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        stacks = ",\n".join(f"    {json.dumps(name)}: {_as_json(kept)}" for name, kept in self.stacks.items())
-        text = "\n".join(["{", *lines, '  "stacks": {', stacks, "  }", "}"]) + "\n"
+        components = ",\n".join(f"    {json.dumps(name)}: {_as_json(*part)}" for name, part in self._parts().items())
+        text = "\n".join(["{", *lines, '  "components": {', components, "  }", "}"]) + "\n"
         if path is not None:
             with replacing(Path(path)) as file:
                 file.write(text.encode())
         return text
+
+    def _parts(self) -> dict[str, tuple[dict[str, Sizes], dict[str, Units]]]:
+        """Return {component: (sizes before by layer, kept indices by layer)}, with the decoder's vocabulary."""
+        parts = {}
+        for name, stack in self.stacks.items():
+            before = {str(i): sizes for i, sizes in enumerate(stack.sizes_before)}
+            kept = {str(layer.index): layer.kept for layer in stack.layers}
+            if name == "text" and self.vocabulary is not None:
+                before = {WHOLE: {VOCAB: self.vocabulary.rows_before}, **before}
+                kept = {WHOLE: {VOCAB: self.vocabulary.kept}, **kept}
+            parts[name] = before, kept
+        return parts
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> PrunePlan:
@@ -171,11 +152,11 @@ class PrunePlan:
         Raises UserError if there is no such file, it is not JSON, or a key is missing or inconsistent.
         """
         if isinstance(source, str) and source.lstrip().startswith("{"):
-            where, data = "plan JSON", parse_json(source, "plan JSON", _TODO)
+            where, data = "plan JSON", parse_json(source, "plan JSON", TODO)
         else:
             where = str(source)
             missing = "no such plan: run `vlmprune prune` first"
-            data = read_json(Path(source), Any, missing=missing, todo=_TODO, most=MAX_BYTES)
+            data = read_json(Path(source), Any, missing=missing, todo=TODO, most=MAX_BYTES)
         try:
             return _from_dict(data, where)
         except UserError as error:
@@ -184,12 +165,13 @@ class PrunePlan:
 
 def _check_shared(text: TextConfig, layers: Sequence[KeptLayer]) -> None:
     """Raise UserError if a layer keeps other heads than the layer whose keys and values it reuses."""
-    kept = [text.layers[layer.index] for layer in layers]
-    for layer, shape in zip(layers, kept, strict=True):
-        makers = [one for one, s in zip(layers, kept, strict=True) if not s.shared and s.window == shape.window]
-        if shape.shared and makers and makers[-1].kv_heads != layer.kv_heads:
+    mixers = [text.layers[layer.index].mixer for layer in layers]
+    sources = {mixer.window: layer for layer, mixer in zip(layers, mixers, strict=True) if not mixer.kv_shared}
+    for layer, mixer in zip(layers, mixers, strict=True):
+        source = sources.get(mixer.window)
+        if mixer.kv_shared and source is not None and source.kept["kv_heads"] != layer.kept["kv_heads"]:
             raise UserError(
-                f"layer {layer.index} uses the keys and values of layer {makers[-1].index}, but the plan keeps "
+                f"layer {layer.index} uses the keys and values of layer {source.index}, but the plan keeps "
                 "different "
                 'heads in these two layers: score query heads (gqa="q_heads"), or keep all heads (heads="keep")'
             )
@@ -214,7 +196,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     Raises UserError if `second` is for other widths than `first` leaves.
     """
     both = first.stacks.keys() & second.stacks.keys()
-    follows = all(second.stacks[name].layers_before == first.stacks[name].shapes for name in both)
+    follows = all(second.stacks[name].sizes_before == first.stacks[name].sizes for name in both)
     if not follows or second.parameters_before != first.parameters_after:
         raise UserError("the plans cannot be composed: make the second plan for the model that the first plan leaves")
     together = {name: first.stacks[name].then(second.stacks[name]) for name in both}
@@ -227,7 +209,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
         fingerprint=first.fingerprint,
         method=methods.pop() if len(methods) == 1 else "hybrid" if methods else first.method,
         criterion=first.criterion if first.criterion == second.criterion else f"{first.criterion} + {second.criterion}",
-        stacks={name: stacks[name] for name in STACKS if name in stacks},
+        stacks=stacks,
         parameters_before=first.parameters_before,
         parameters_after=second.parameters_after,
         parameters_total=first.parameters_total,
@@ -236,48 +218,72 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     )
 
 
-def _vocabulary_json(vocabulary: KeptVocabulary) -> dict[str, Any]:
-    """Return a kept vocabulary's JSON form, with ranges [start, stop) of token ids."""
-    edges = [i for i, (low, high) in enumerate(itertools.pairwise(vocabulary.kept), 1) if high != low + 1]
-    bounds = itertools.pairwise([0, *edges, len(vocabulary.kept)])
-    ranges = [(vocabulary.kept[start], vocabulary.kept[stop - 1] + 1) for start, stop in bounds]
-    return {"rows_before": vocabulary.rows_before, "tokenizer": vocabulary.tokenizer, "kept": ranges}
+def _as_json(before: Mapping[str, Sizes], kept: Mapping[str, Units]) -> str:
+    """Return a pruned component as JSON text with one line per layer; indices are ranges such as "0-3,7"."""
+
+    def lines(layers: Mapping[str, Any]) -> str:
+        return ",\n".join(f"        {json.dumps(layer)}: {json.dumps(axes)}" for layer, axes in layers.items())
+
+    ranges = {layer: {axis: _as_ranges(units) for axis, units in axes.items()} for layer, axes in kept.items()}
+    return (
+        f'{{\n      "sizes_before": {{\n{lines(before)}\n      }},\n      "kept": {{\n{lines(ranges)}\n      }}\n    }}'
+    )
 
 
-def _vocabulary_from_dict(data: _VocabularyJson | None) -> KeptVocabulary | None:
-    if data is None:
-        return None
-    if sum(max(stop - start, 0) for start, stop in data["kept"]) > data["rows_before"]:
-        raise UserError(f"prune plan: keeps more tokens than the vocabulary has ({data['rows_before']:,}): {_TODO}")
-    kept = tuple(itertools.chain.from_iterable(range(*bounds) for bounds in data["kept"]))
-    return KeptVocabulary(data["rows_before"], kept, data["tokenizer"])
+def _as_ranges(indices: Sequence[int]) -> str:
+    """Return ascending indices as text: "0-3,7" for 0, 1, 2, 3 and 7."""
+    edges = [i for i, (low, high) in enumerate(itertools.pairwise(indices), 1) if high != low + 1]
+    bounds = itertools.pairwise([0, *edges, len(indices)])
+    ends = [(indices[start], indices[stop - 1]) for start, stop in bounds if stop > start]
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ends)
 
 
-def _as_json(kept: KeptStack) -> str:
-    """Return a pruned stack as JSON text with one line per layer."""
-    lines = [
-        f'"kept_layers": {json.dumps(kept.kept_layers)}',
-        f'"layers_before": {json.dumps([shape.widths for shape in kept.layers_before])}',
-        '"layers": [',
-    ]
-    layers = ",\n".join(f"        {json.dumps(vars(layer))}" for layer in kept.layers)
-    return "{\n" + ",\n".join(f"      {line}" for line in lines) + f"\n{layers}\n      ]\n    }}"
+def _from_ranges(text: str, size: int, where: str) -> tuple[int, ...]:
+    """Return the indices below `size` that `_as_ranges` wrote; raise UserError for other text."""
+    indices, edge = list[int](), -1
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part, re.ASCII)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not edge < low <= high < size:
+            raise UserError(
+                f"prune plan: {where} {part[:40]!r} are not ascending ranges of numbers below {size}: {TODO}"
+            )
+        indices += range(low, high + 1)
+        edge = high
+    return tuple(indices)
 
 
-def _stack_from_dict(data: _StackJson) -> KeptStack:
-    stack = KeptStack(tuple(LayerShape(*shape) for shape in data["layers_before"]), tuple(data["layers"]))
-    if data.get("kept_layers", [*stack.kept_layers]) != [*stack.kept_layers]:
-        raise UserError(f"prune plan: kept_layers disagree with layers: {_TODO}")
-    return stack
+def _component(name: str, data: Component) -> tuple[KeptStack, tuple[int, tuple[int, ...]] | None]:
+    """Return the kept layers of a component, and (size, kept tokens) of its vocabulary if that is trimmed."""
+    before, vocabulary = data["sizes_before"], None
+    layers = [before[str(i)] for i in range(len(before)) if str(i) in before]
+    if len(layers) + (WHOLE in before) != len(before) or data["kept"].keys() - before.keys():
+        raise UserError(f"prune plan: the layers of {name} are not numbered from 0 on: {TODO}")
+    kept = {}
+    for layer, axes in data["kept"].items():
+        sizes = before[layer]
+        if axes.keys() - sizes.keys():
+            raise UserError(f"prune plan: axes of layer {layer} of {name} have no size: {TODO}")
+        where = f"layer {layer} of {name}" if layer else name
+        kept[layer] = {axis: _from_ranges(text, sizes[axis], f"{axis} of {where}") for axis, text in axes.items()}
+    if WHOLE in kept:
+        whole = kept.pop(WHOLE)
+        if name != "text" or whole.keys() != {VOCAB}:
+            raise UserError(f"prune plan: {name} has no axes {', '.join(whole)} beside its layers: {TODO}")
+        vocabulary = before[WHOLE][VOCAB], whole[VOCAB]
+    entries = [KeptLayer(int(layer), axes) for layer, axes in kept.items()]
+    return KeptStack(tuple(layers), tuple(entries)), vocabulary
 
 
 def _from_dict(data: Any, where: str) -> PrunePlan:
-    known = checked(data, _VersionJson, where, _TODO)["format"]
-    if known not in READS:
-        todo = "upgrade vlmprune-jax" if known > FORMAT else _TODO
-        raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
-    fields = msgspec.convert(checked(data, _PlanJson, where, _TODO), _PlanJson)
-    stacks = {name: _stack_from_dict(one) for name, one in fields["stacks"].items()}
-    vocabulary = _vocabulary_from_dict(fields.get("vocabulary"))
-    stated: dict[str, Any] = {name: value for name, value in fields.items() if name not in ("format", "reached")}
-    return PrunePlan(**{**stated, "stacks": stacks, "vocabulary": vocabulary})
+    fields: dict[str, Any] = {**as_plan(data, where)}
+    components = {name: _component(name, part) for name, part in fields.pop("components").items()}
+    tokenizer, vocabulary = fields.pop("tokenizer"), components["text"][1]
+    if (tokenizer is None) != (vocabulary is None):
+        raise UserError(f"prune plan: kept tokens and the digest of their tokenizer belong together: {TODO}")
+    stated = {name: value for name, value in fields.items() if name not in ("format", "reached")}
+    return PrunePlan(
+        **stated,
+        stacks={name: stack for name, (stack, _) in components.items()},
+        vocabulary=None if vocabulary is None else KeptVocabulary(*vocabulary, tokenizer),
+    )

@@ -199,8 +199,8 @@ def _solve(
 
 def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
     """Return True if attention and MLP input projections are repaired as well as output projections."""
-    left = sum(len(layer.neurons) for layer in kept.layers)
-    whole = sum(kept.layers_before[layer.index].mlp for layer in kept.layers)
+    left = sum(layer.sizes["mlp"] for layer in kept.layers)
+    whole = sum(kept.sizes_before[layer.index]["mlp"] for layer in kept.layers)
     return config.readers == "auto" and left < READ_BELOW * whole
 
 
@@ -248,14 +248,17 @@ def _stacks(plan: PrunePlan) -> list[str]:
 
 def _spans(kept: KeptStack) -> list[tuple[int, int]]:
     """Return the original layers (start, stop) that each kept layer stands for: itself and removed ones after it."""
-    return list(itertools.pairwise((*kept.kept_layers, len(kept.layers_before))))
+    return list(itertools.pairwise((*kept.kept_layers, len(kept.sizes_before))))
 
 
 def _modules(kept: KeptStack, number: int) -> list[str]:
     """Return the names of a layer's output projections to repair, in the order of the forward pass."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
-    before, cut = kept.layers_before[layer.index], end - first > 1
-    lost = {"o_proj": len(layer.q_heads) < before.q_heads, "down_proj": cut or len(layer.neurons) < before.mlp}
+    before, cut = kept.sizes_before[layer.index], end - first > 1
+    lost = {
+        "o_proj": layer.sizes["q_heads"] < before["q_heads"],
+        "down_proj": cut or layer.sizes["mlp"] < before["mlp"],
+    }
     return [module for module in WRITERS if lost[module]]
 
 

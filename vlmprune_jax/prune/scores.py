@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -14,12 +15,12 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import checked, parse_json, read_arrays, reading, replacing
+from vlmprune_jax.core.parts import AXES, Layer
 from vlmprune_jax.prune.criteria import scoring
 
-FORMAT = 1
-MOST_UNITS = 10_000  # layers of a model, heads of a layer
+FORMAT = 2
+MOST_UNITS = 10_000  # layers of a model, units of an axis of a layer that is no MLP
 _TODO = "score again"
-_PARTS = ("importance", "heads", "mlp")
 
 
 class _Version(TypedDict):
@@ -35,40 +36,52 @@ class _Options(TypedDict, total=False):
 
 
 class _Meta(_Version):
-    """Metadata of a scores file.
-
-    `layers`: number of layers with width scores; `stack`: absent in files of older versions, which scored the decoder;
-    `kinds`: token types with scores of their own.
-    """
+    """Metadata of a scores file."""
 
     criterion: str
     fingerprint: str
     options: _Options
-    layers: Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
-    stack: NotRequired[Literal["text", "vision"]]
-    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]
+    stack: NotRequired[str]  # absent in files of early versions, which scored the decoder
+    kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]  # token types with scores of their own
+    layers: NotRequired[
+        Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
+    ]  # format 1: number of layers with scores of heads and neurons
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance scores of a stack's layers, or heads and neurons, by one criterion; low scores are pruned first.
-
-    `stack`: the decoder, "text", or the tower, "vision". `importance`: float64[n_layers], or None if the criterion does
-    not score whole layers; with an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
-    `by_kind`: the same over calibration tokens of one type alone, "image", "prompt" or "answer" -> some of importance,
-    heads and mlp; empty if the criterion does not split, or all tokens are of one type. `heads[i]`: float64[kv_heads]
-    (whole groups of grouped-query attention) or float64[q_heads] of layer i, as `options["gqa"]` says; `mlp[i]`:
-    float64[neurons]. Both None if the criterion does not score widths.
-    """
+    """Importance scores of a component's layers, or of units inside them, by one criterion; low scores go first."""
 
     criterion: str
+    """Name of the criterion."""
+
     fingerprint: str
+    """Fingerprint of the scored model."""
+
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the criterion."""
+
     importance: np.ndarray | None = None
-    heads: tuple[np.ndarray, ...] | None = None
-    mlp: tuple[np.ndarray, ...] | None = None
+    """float64[n_layers], scores of whole layers; None if the criterion does not score them.
+
+    With an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
+    """
+
+    units: Mapping[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    """{(layer, axis): float64[units]}, scores of single units; empty if the criterion does not score them.
+
+    Of axes with a parent, either the parents are scored ("kv_heads": whole groups of grouped-query attention), or the
+    children ("q_heads"), which then leave in equal numbers from every parent.
+    """
+
     stack: str = "text"
+    """The scored component: the decoder "text", or the tower "vision"."""
+
     by_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """{token type: {"importance": ..., "units": ...}}, the same over calibration tokens of one type alone.
+
+    Types are "image", "prompt" and "answer"; empty if the criterion does not split, or all tokens are of one type.
+    """
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
@@ -78,17 +91,27 @@ class Scores:
                 )
 
     def __repr__(self) -> str:
-        """Return criterion, stack and type of scores as text, without numbers."""
-        heads, neurons = (None if part is None else sum(map(len, part)) for part in (self.heads, self.mlp))
-        layers = len(self.heads or ()) if self.importance is None else len(self.importance)
-        unit = "heads" if self.options.get("gqa") == "q_heads" else "head groups"
-        scored = [
-            f"{layers} layers" if heads is None else f"{heads:,} {unit} and {neurons:,} neurons of {layers} layers"
-        ]
-        if heads is not None and self.importance is not None:
-            scored.insert(0, f"{layers} layers")
+        """Return criterion, component and number of scores as text, without the scores."""
+        layers = self.n_layers
+        scored = [] if self.importance is None else [f"{layers} layers"]
+        if self.units:
+            counts = [
+                f"{sum(len(part) for (_, name), part in self.units.items() if name == axis):,} {AXES[axis].title}"
+                for axis in self.axes
+            ]
+            scored.append(f"{' and '.join(counts)} of {layers} layers")
         kinds = f", also by token type ({', '.join(self.by_kind)})" if self.by_kind else ""
         return f"Scores({self.name}, {self.stack}: importance of {', '.join(scored)}{kinds}; model {self.fingerprint})"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the scored axes."""
+        return tuple(dict.fromkeys(axis for _, axis in self.units))
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers with scores."""
+        return len({i for i, _ in self.units}) if self.importance is None else len(self.importance)
 
     @property
     def name(self) -> str:
@@ -101,14 +124,26 @@ class Scores:
         """Number of consecutive layers that each `importance` entry scores together; None if each layer has its own."""
         return self.options.get("layers_removed")
 
-    @property
-    def widths(self) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        """Scores of (heads, neurons); raise UserError if the criterion scores only layers."""
-        if self.heads is None or self.mlp is None:
+    def check_units(self) -> None:
+        """Raise UserError if the criterion scores only layers."""
+        if not self.units:
             raise UserError(
                 f"{self.criterion} does not score heads and neurons: for width pruning, score with {scoring('widths')}"
             )
-        return self.heads, self.mlp
+
+    def along(self, axis: str) -> tuple[np.ndarray, ...]:
+        """Return the scores of one axis, layer by layer (of the layers that have it)."""
+        return tuple(part for (_, name), part in self.units.items() if name == axis)
+
+    @property
+    def heads(self) -> tuple[np.ndarray, ...] | None:
+        """Scores of attention units, layer by layer: groups of heads ("kv_heads") or query heads; None if unscored."""
+        return self.along("q_heads") or self.along("kv_heads") or None
+
+    @property
+    def mlp(self) -> tuple[np.ndarray, ...] | None:
+        """Scores of MLP neurons, layer by layer; None if unscored."""
+        return self.along("mlp") or None
 
     @property
     def layers(self) -> np.ndarray:
@@ -127,7 +162,6 @@ class Scores:
             "criterion": self.criterion,
             "fingerprint": self.fingerprint,
             "options": dict(self.options),
-            "layers": 0 if self.heads is None else len(self.heads),
             "stack": self.stack,
             "kinds": list(self.by_kind),
         }
@@ -140,21 +174,22 @@ class Scores:
         where, arrays = Path(path), dict[str, np.ndarray]()
         missing = "no such scores file: run `vlmprune score` first"
         for name, array in read_arrays(where, missing=missing, todo=_TODO).items():
-            most = array.size if "mlp_" in name else MOST_UNITS
+            most = array.size if "mlp" in name else MOST_UNITS
             arrays[name] = array if name == "meta" else _numbers(array, most, f"{path}: {name}")
         with reading(path, _TODO):
             meta = parse_json(str(arrays.pop("meta")), f"{path}: meta", _TODO)
-        if checked(meta, _Version, f"{path}: meta", _TODO)["format"] != FORMAT:
-            raise UserError(
-                f"{path}: has format {meta['format']}, but this version of vlmprune reads {FORMAT}: score again"
-            )
+        known = checked(meta, _Version, f"{path}: meta", _TODO)["format"]
+        if known not in (1, FORMAT):
+            raise UserError(f"{path}: has format {known}, but this version of vlmprune reads {FORMAT}: score again")
         checked(meta, _Meta, f"{path}: meta", _TODO)
-        names = {f"{kind}_{i}" for kind in ("heads", "mlp") for i in range(meta["layers"])}
-        sets = {kind: _below(arrays, f"{kind}/") for kind in ("", *meta.get("kinds", ()))}
-        whole = sets.pop("")
-        if whole.keys() - {"importance"} != names:
-            raise UserError(f"{path}: its arrays do not match the {meta['layers']} layers that it declares: {_TODO}")
-        if any({n: a.shape for n, a in one.items()} != {n: a.shape for n, a in whole.items()} for one in sets.values()):
+        if known == 1:
+            arrays = _upgraded(arrays, meta, path)
+        prefixes = {"": "", **{kind: f"{kind}/" for kind in meta.get("kinds", ())}}
+        sets = {kind: _parts(arrays, prefix) for kind, prefix in prefixes.items()}
+        if sum(map(_count, sets.values())) != len(arrays):
+            raise UserError(f"{path}: its arrays do not match the layers and axes that it declares: {_TODO}")
+        total = sets.pop("")
+        if any(_shapes(part) != _shapes(total) for part in sets.values()):
             raise UserError(f"{path}: scores by token type and total scores have different shapes: {_TODO}")
         with error_context(path):
             return cls(
@@ -162,35 +197,68 @@ class Scores:
                 fingerprint=meta["fingerprint"],
                 options=meta["options"],
                 stack=meta.get("stack", "text"),
-                **_parts(whole, meta["layers"]),
-                by_kind={kind: _parts(one, meta["layers"]) for kind, one in sets.items()},
+                **total,
+                by_kind=sets,
             )
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays of a scores file by name: `importance`, `heads_0`, `image/heads_0`."""
-        whole = {name: getattr(self, name) for name in _PARTS}
+        """Return the arrays of a scores file by name: `importance`, `0/kv_heads`, `image/0/kv_heads`."""
+        total = {"importance": self.importance, "units": self.units}
         arrays = {}
-        for prefix, parts in (("", whole), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
+        for prefix, parts in (("", total), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
             if parts.get("importance") is not None:
                 arrays[f"{prefix}importance"] = parts["importance"]
-            for name in ("heads", "mlp"):
-                arrays |= {f"{prefix}{name}_{i}": part for i, part in enumerate(parts.get(name) or ())}
+            arrays |= {f"{prefix}{i}/{axis}": part for (i, axis), part in parts.get("units", {}).items()}
         return arrays
 
 
-def _below(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays of one token type, with the prefix removed from their names."""
-    if prefix == "/":
-        return {name: array for name, array in arrays.items() if "/" not in name}
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+def _upgraded(arrays: Mapping[str, np.ndarray], meta: Any, path: Any) -> dict[str, np.ndarray]:
+    """Return the arrays of a file of format 1 (`heads_0`, `mlp_0`) by the names of the present one."""
+    heads = "q_heads" if meta["options"].get("gqa") == "q_heads" else "kv_heads"
+    sets = ("", *(f"{kind}/" for kind in meta.get("kinds", ())))
+    whole = {f"{prefix}importance": f"{prefix}importance" for prefix in sets if f"{prefix}importance" in arrays}
+    names = {
+        f"{prefix}{old}_{i}": f"{prefix}{i}/{axis}"
+        for prefix in sets
+        for i in range(min(meta.get("layers", 0), MOST_UNITS))
+        for old, axis in (("heads", heads), ("mlp", "mlp"))
+    }
+    if (names | whole).keys() != arrays.keys():
+        raise UserError(f"{path}: its arrays do not match the {meta.get('layers')} layers that it declares: {_TODO}")
+    return {new: arrays[old] for old, new in (names | whole).items()}
 
 
-def _parts(arrays: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """Return the fields of `Scores` that a file's arrays contain."""
-    found: dict[str, Any] = {"importance": arrays["importance"]} if "importance" in arrays else {}
-    for name in ("heads", "mlp") if layers else ():
-        found[name] = tuple(arrays[f"{name}_{i}"] for i in range(layers))
-    return found
+def _parts(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+    """Return the fields of `Scores` that a file's arrays below a prefix contain."""
+    names = {name.removeprefix(prefix): name for name in arrays if name.startswith(prefix)}
+    units = {}
+    for name in sorted((name for name in names if re.fullmatch("[0-9]{1,5}/[a-z_]+", name)), key=_layer_first):
+        layer, axis = name.split("/")
+        if axis in AXES:
+            units[int(layer), axis] = arrays[names[name]]
+    importance = {"importance": arrays[names["importance"]]} if "importance" in names else {}
+    return {**importance, "units": units}
+
+
+def _layer_first(name: str) -> tuple[int, int]:
+    layer, axis = name.split("/")
+    return int(layer), [*AXES].index(axis) if axis in AXES else -1
+
+
+def _count(parts: Mapping[str, Any]) -> int:
+    return ("importance" in parts) + len(parts["units"])
+
+
+def _shapes(parts: Mapping[str, Any]) -> dict[Any, Any]:
+    shapes = {key: part.shape for key, part in parts["units"].items()}
+    return {**shapes, "importance": np.shape(parts.get("importance", 0))}
+
+
+def fits_layers(units: Mapping[tuple[int, str], Any], layers: Sequence[Layer]) -> bool:
+    """Return True if scores of units have the sizes of these layers, and cover every layer that has a scored axis."""
+    axes = {axis for _, axis in units}
+    expected = {(i, axis): size for i, layer in enumerate(layers) for axis, size in layer.sizes.items() if axis in axes}
+    return {key: np.shape(part) for key, part in units.items()} == {key: (size,) for key, size in expected.items()}
 
 
 def _numbers(array: np.ndarray, most: int, where: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import blaming, one_of, with_defaults
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model
@@ -20,7 +20,7 @@ from vlmprune_jax.prune.criteria.activations import accumulate
 from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS, calibration_batches, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprint import fingerprint
-from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.scores import Scores, fits_layers
 
 # Options that change how scores are computed, but not the scores.
 OPERATIONAL = ("memory_budget",)
@@ -74,7 +74,7 @@ def score(
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
         parts, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
         for one in (parts, *by_kind.values()):
-            _check(criterion, chosen, one, settings, model.cfg.stack(stack).layers)
+            _check(criterion, chosen, one, model.cfg.stack(stack).layers)
         return Scores(criterion, fingerprint(model), told, **parts, stack=stack, by_kind=by_kind)
 
 
@@ -116,20 +116,15 @@ def _measure(
     return finish(sums), {name: finish(one) for name, one in by_kind.items()}
 
 
-def _check(
-    name: str, chosen: Criterion, parts: Parts, settings: Mapping[str, Any], layers: Sequence[LayerShape]
-) -> None:
+def _check(name: str, chosen: Criterion, parts: Parts, layers: Sequence[Layer]) -> None:
     """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
-    heads = [one.q_heads if settings.get("gqa") == "q_heads" else one.kv_heads for one in layers]
-    shapes = {
-        "importance": (len(layers),),
-        "heads": [(n,) for n in heads],
-        "mlp": [(one.mlp,) for one in layers],
-    }
-    wanted = {field: shapes[field] for what in chosen.scores for field in FIELDS[what]}
-    found = {
-        field: np.shape(part) if field == "importance" else [np.shape(one) for one in part]
-        for field, part in parts.items()
-    }
-    if found != wanted:
-        raise UserError(f"criterion {name!r} returns {found}, expected the shapes {wanted}")
+    fields = {field for what in chosen.scores for field in FIELDS[what]}
+    if parts.keys() != fields:
+        raise UserError(f"criterion {name!r} returns {', '.join(parts) or 'nothing'}, expected {', '.join(fields)}")
+    importance = np.shape(parts.get("importance", np.empty(len(layers))))
+    if importance != (len(layers),):
+        raise UserError(f"criterion {name!r} returns importance of shape {importance}, expected {(len(layers),)}")
+    if "units" in fields and not (parts["units"] and fits_layers(parts["units"], layers)):
+        shapes = {key: np.shape(part) for key, part in parts["units"].items()}
+        sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
+        raise UserError(f"criterion {name!r} returns units {shapes}, expected scores of shapes among {sizes}")

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -22,10 +20,10 @@ from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.prune.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
-from vlmprune_jax.prune.scores import Scores
+from vlmprune_jax.prune.scores import Scores, fits_layers
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary
-from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, shape_of
+from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 
 OF_ONE_STACK = ("layers_removed", "protect", "attn_layers", "mlp_layers")  # settings that name or count layers
 
@@ -98,7 +96,7 @@ def plan_layers(
     depth, width = _pair(scores, config.method)
     used = [one for one in (depth, width) if one is not None]
     stack = used[0].stack
-    shapes = cfg.stack(stack).layers
+    layers = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
     before = count_params(cfg)
     unpruned = count_params(config.base or cfg)
@@ -108,15 +106,16 @@ def plan_layers(
     request = _Request(costed, depth, width, config, total, stack)
     share, within = request.fit_budget() if config.budget.limits else (share, {})
     kept, solved = request.decide(share)
-    layers = [kept_layer(i, one, shapes[i], request.gqa) for i, one in kept.items()]
+    pruned = KeptStack(
+        tuple(layer.sizes for layer in layers), tuple(kept_layer(i, units, layers[i]) for i, units in kept.items())
+    )
     cost = layer_costs(cfg, stack).of
-    left = [shapes[layer.index].with_widths(*layer.shape.widths) for layer in layers]
-    gone = sum(map(cost, shapes)) - sum(map(cost, left))
+    gone = sum(map(cost, layers)) - sum(map(cost, pruned.of(layers)))
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=config.method,
         criterion=" + ".join(one.name for one in used),
-        stacks={"text": KeptStack.whole(cfg.text.layers), stack: KeptStack(shapes, tuple(layers))},
+        stacks={"text": KeptStack.whole(cfg.text.layers), stack: pruned},
         parameters_before=before,
         parameters_after=before - gone,
         parameters_total=total,
@@ -246,21 +245,15 @@ class _Request:
     total: int
     stack: str
 
-    @property
-    def gqa(self) -> str:
-        """Unit in which attention is pruned: "groups" (key/value groups) or "q_heads"."""
-        return "groups" if self.width is None else self.width.options.get("gqa", "groups")
-
     def decide(self, ratio: float | None) -> tuple[dict[int, Kept], Mapping[str, Any]]:
         """Return the kept units of every kept layer at this ratio, and the width solver's result."""
         cfg, config, stack, total = self.cfg, self.config, self.stack, self.total
         removed: tuple[int, ...] = ()
         if self.depth is not None:
             removed = choose_layers(self.depth, cfg, ratio, config, total, stack)
-        shapes = cfg.stack(stack).layers
-        alive = [i for i in range(len(shapes)) if i not in removed]
+        alive = [i for i in range(len(cfg.stack(stack).layers)) if i not in removed]
         if self.width is None:
-            return {i: (np.arange(shapes[i].kv_heads), np.arange(shapes[i].mlp)) for i in alive}, {}
+            return {i: {} for i in alive}, {}
         return choose_widths(self.width, cfg, alive, ratio, config, total, stack)
 
     def fit_budget(self) -> tuple[float, dict[str, Any]]:
@@ -271,23 +264,19 @@ class _Request:
 
     def config_at(self, ratio: float) -> ModelConfig:
         """Return the config of the model pruned at this ratio."""
-        shapes = self.cfg.stack(self.stack).layers
+        layers = self.cfg.stack(self.stack).layers
         kept, _ = self.decide(ratio)
-        return self.cfg.with_layers([shape_of(one, shapes[i], self.gqa) for i, one in kept.items()], self.stack)
+        return self.cfg.with_layers([pruned_layer(units, layers[i]) for i, units in kept.items()], self.stack)
 
 
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
     if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
         raise UserError("these scores are for another model (their shapes do not match this config): score this model")
-    shapes = cfg.stack(stack).layers
-    for one in used:
-        by_group = one.options.get("gqa", "groups") == "groups"
-        widths = [(shape.kv_heads if by_group else shape.q_heads, shape.mlp) for shape in shapes]
-        layers = len(shapes) if one.importance is None else len(one.importance)
-        heads, neurons = ([*map(len, scored or ())] for scored in (one.heads, one.mlp))
-        scored = list(zip(heads, neurons, strict=False))
-        if layers != len(shapes) or scored not in ([], widths):
-            raise UserError(f"{one.criterion} scores do not match the {stack} stack of this model: score this model")
+    layers = cfg.stack(stack).layers
+    for scores in used:
+        n_layers = len(layers) if scores.importance is None else len(scores.importance)
+        if n_layers != len(layers) or not fits_layers(scores.units, layers):
+            raise UserError(f"{scores.criterion} scores do not match the {stack} stack of this model: score this model")
 
 
 def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
@@ -304,7 +293,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan records, as JSON values."""
-    shares = any(shape.shared for shape in cfg.text.layers)
+    shares = any(shape.mixer.kv_shared for shape in cfg.text.layers)
     unused = (
         *(() if shares else ("producers",)),
         *(() if cfg.deepstack else ("deepstack",)),

@@ -1,19 +1,21 @@
-"""From a ratio to widths: the cost of a layer, a head and a neuron, and the sparsity that reaches a target."""
+"""From a ratio to widths: the cost of a layer as a function of its sizes, and the sizes that reach a target."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape, Stack, runs
+from vlmprune_jax.core.parts import AXES, Layer, scan_groups
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import PlanConfig
 
@@ -29,55 +31,61 @@ class OutOfReach(UserError):
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Parameter counts of a layer: a constant part, and parameters per query head, key/value head and MLP neuron.
+class Polynomial:
+    """Number of parameters of a layer, exact for all sizes of its prunable axes.
 
-    `kinds`: the costs of layers that differ from the first, by whether they have full attention and shared keys.
+    No weight has an axis twice, so each weight is a product of sizes and a constant.
     """
 
-    layer: int
-    q_head: int
-    kv_head: int
-    neuron: int
-    kinds: Mapping[tuple[bool, bool], Costs] = field(default_factory=dict)
+    terms: tuple[tuple[tuple[str, ...], int], ...]
+    """Pairs (axes, coefficient)."""
 
-    def at(self, shape: LayerShape) -> Costs:
-        """Return the parameter costs for layers of one type (sliding window or not, own or reused keys and values)."""
-        return self.kinds.get((shape.window is None, shape.shared), self)
+    def __call__(self, sizes: Mapping[str, Any]) -> Any:
+        """Return the count for these sizes, numbers or arrays that broadcast against each other."""
+        return sum(coefficient * math.prod(sizes[axis] for axis in axes) for axes, coefficient in self.terms)
 
-    def of(self, shape: LayerShape) -> int:
-        """Return the number of parameters of a layer with these widths."""
-        cost = self.at(shape)
-        return cost.layer + shape.q_heads * cost.q_head + shape.kv_heads * cost.kv_head + shape.mlp * cost.neuron
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameter counts of the layers of one component."""
+
+    kinds: Mapping[Layer, Polynomial]
+    """Counts as polynomials, by `Layer.kind`."""
+
+    def at(self, layer: Layer) -> Polynomial:
+        """Return the count of this kind of layer as a polynomial in its sizes."""
+        return self.kinds[layer.kind]
+
+    def of(self, layer: Layer) -> int:
+        """Return the number of parameters of a layer."""
+        return int(self.at(layer)(layer.sizes))
+
+    def price(self, layer: Layer, axis: str) -> int:
+        """Return the number of parameters that one unit of an axis takes along, with the units that belong to it."""
+        fewer = layer.completed({axis: layer.sizes[axis] - 1})
+        return self.of(layer) - int(self.at(layer)({**layer.sizes, **fewer}))
 
 
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Return the parameter costs of a stack's layers; with `products` only matrices are counted.
+    """Return the parameter costs of a component's layers; with `products` only matrices are counted.
 
     A layer's part of a parameter of all layers (axis `depth`) is among them.
     """
-    axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[tuple[bool, bool], Costs]()
-    for run, (_, _, shape) in enumerate(runs(cfg.stack(stack).layers)):
-        kind = (shape.window is None, shape.shared)
-        if kind in kinds:
+    axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[Layer, Polynomial]()
+    for run, (_, _, layer) in enumerate(scan_groups(cfg.stack(stack).layers)):
+        if layer.kind in kinds:
             continue
-        fixed, pruned = 0, {"q_heads": 0, "kv_heads": 0, "mlp": 0}
+        terms = Counter[tuple[str, ...]]()
         for name, sizes in shapes.items():
             names, in_run = axes[name], name.startswith(f"{stack}/layers/{run}/")
             if not in_run and not (name.startswith(f"{stack}/") and "depth" in names and not products):
                 continue
             if products and (name.endswith("/bias") or len(names) < 3):
                 continue
-            apart = ("layer", "depth", *pruned)
-            size = math.prod(n for axis, n in zip(names, sizes, strict=True) if axis not in apart)
-            along = [axis for axis in names if axis in pruned]
-            if along:
-                pruned[along[0]] += size
-            else:
-                fixed += size
-        kinds[kind] = Costs(fixed, pruned["q_heads"], pruned["kv_heads"], pruned["mlp"])
-    first = next(iter(kinds.values()))
-    return dataclasses.replace(first, kinds=kinds if len(kinds) > 1 else {})
+            fixed = [n for axis, n in zip(names, sizes, strict=True) if axis not in ("layer", "depth", *layer.sizes)]
+            terms[tuple(axis for axis in names if axis in layer.sizes)] += math.prod(fixed)
+        kinds[layer.kind] = Polynomial(tuple(terms.items()))
+    return Costs(kinds)
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
@@ -90,15 +98,17 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
     block = 1 if config.snap_for is None else BLOCKS[config.snap_for]
     heads = devices * (block // math.gcd(block, stack.head_dim))  # of query heads
     if gqa == "groups":
-        groups = {shape.q_heads // shape.kv_heads for shape in stack.layers}
+        groups = {layer.mixer.group for layer in stack.layers}
         heads = math.lcm(devices, *(heads // math.gcd(heads, group) for group in groups))
-    found = {}
+    steps = {}
     for name, needed in (("heads_multiple", heads), ("neurons_multiple", devices * block)):
-        own = getattr(config, name)
-        if own != 1 and own % needed:
-            raise UserError(f"{name}={own} is not a multiple of {needed}, as {reason_of(config)} needs: leave it out")
-        found[name] = max(own, needed)
-    return found
+        multiple = getattr(config, name)
+        if multiple != 1 and multiple % needed:
+            raise UserError(
+                f"{name}={multiple} is not a multiple of {needed}, as {reason_of(config)} needs: leave it out"
+            )
+        steps[name] = max(multiple, needed)
+    return steps
 
 
 def reason_of(config: PlanConfig) -> str:
@@ -107,87 +117,141 @@ def reason_of(config: PlanConfig) -> str:
     return " with ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1))
 
 
-def check_divides(shapes: Iterable[tuple[int, LayerShape]], devices: int) -> None:
-    """Raise UserError if the heads or neurons of a layer cannot be split over this many devices."""
-    for index, shape in shapes:
-        for what, size in zip(("query heads", "key/value heads", "neurons"), shape.widths, strict=True):
+def check_divides(layers: Iterable[tuple[int, Layer]], devices: int) -> None:
+    """Raise UserError if the units of an axis of a layer cannot be split over this many devices."""
+    for index, layer in layers:
+        for axis, size in layer.sizes.items():
             if size % devices:
                 raise UserError(
-                    f"layer {index} keeps {size} {what}, which tensor_parallel={devices} does not divide: choose a "
-                    "number that divides them, or prune this layer too (attn_layers, mlp_layers, heads)"
+                    f"layer {index} keeps {size} {AXES[axis].title}, which tensor_parallel={devices} does not divide: "
+                    "choose a number that divides them, or prune this layer too (attn_layers, mlp_layers, heads)"
                 )
 
 
 @dataclass(frozen=True)
-class Units:
-    """Prunable units of one layer (heads or head groups, and neurons), with their parameter counts.
+class AxisUnits:
+    """Units of one axis of a layer, of which a number is kept."""
 
-    Attention units are whole key/value groups, or one query head of every group. `prune_heads`, `prune_neurons`: the
-    layer is in range. Neurons
-    of layers that are `wide` times as wide as others are kept in the same share, exactly.
-    """
+    axis: str
+    """Name of the axis."""
 
-    heads: int
-    neurons: int
-    head_cost: int
-    neuron_cost: int
-    prune_heads: bool
-    prune_neurons: bool
-    head_step: int
-    neuron_step: int
+    size: int
+    """Number of units; of an axis with a parent, those of each parent, which all keep equally many."""
+
+    parents: int
+    """Number of parents (1 without)."""
+
+    channels: int
+    """Number of channels of a unit: 1, or the channels of a head."""
+
+    step: int
+    """Number of which the kept units are a multiple."""
+
+    prune: bool
+    """True if units of this axis and layer may be removed."""
+
     wide: int = 1
+    """Width relative to other layers: all keep the same share, exactly."""
+
+    @property
+    def fine(self) -> bool:
+        """True if a unit is a single channel, so that the number of units makes up for what heads leave."""
+        return self.channels == 1
+
+    def at_sparsity(self, sparsity: np.ndarray, smallest: int) -> np.ndarray:
+        """Return how many units each sparsity s keeps, rounded as in the reference code (LLM-Pruner's MetaPruner).
+
+        Of C = units * channels, int(C (1 - s)) channels stay; units that lose one of their channels stay.
+        """
+        if not self.prune:
+            return np.full(len(sparsity), self.size)
+        usual = self.size // self.wide
+        channels = usual * self.channels
+        gone = channels - (channels * (1 - sparsity)).astype(np.int64)
+        kept = np.maximum(usual - gone // self.channels, smallest)
+        return self.wide * (kept if self.step == 1 else snap(kept, self.step, usual))
+
+
+@dataclass(frozen=True)
+class Units:
+    """Prunable units of one layer."""
+
+    layer: Layer
+    """The layer before width pruning."""
+
+    cost: Polynomial
+    """Number of parameters by sizes."""
+
+    axes: tuple[AxisUnits, ...]
+    """The axes that are scored."""
+
+    def removed(self, counts: Mapping[str, Any]) -> Any:
+        """Return the parameters removed if `counts` units are kept (of an axis with a parent: of each parent)."""
+        sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes}
+        return self.cost(self.layer.sizes) - self.cost({**self.layer.sizes, **self.layer.completed(sizes)})
+
+    @property
+    def whole(self) -> dict[str, int]:
+        """Counts that remove nothing."""
+        return {units.axis: units.size for units in self.axes}
+
+    def prunes(self, fine: bool) -> bool:
+        """Return True if units of a fine (or a coarse) axis may be removed."""
+        return any(units.prune and units.fine == fine for units in self.axes)
+
+    def without_coarse(self, counts: Mapping[str, int]) -> Units:
+        """Return the units of the layer after its coarse axes are pruned to `counts`, which then stay."""
+        sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes if not units.fine}
+        layer = self.layer.resized(self.layer.completed(sizes))
+        axes = tuple(
+            units if units.fine else dataclasses.replace(units, size=counts[units.axis], prune=False)
+            for units in self.axes
+        )
+        return Units(layer, self.cost, axes)
 
 
 def units_of(
-    shapes: Sequence[LayerShape],
+    stack: Stack,
     costs: Costs,
+    scored: Collection[str],
     *,
-    gqa: str,
-    attn_layers: Sequence[int],
-    mlp_layers: Sequence[int],
-    heads_multiple: int,
-    neurons_multiple: int,
-    double_wide: bool = False,
+    ranges: Mapping[str, Collection[int]],
+    multiples: Mapping[str, int],
 ) -> list[Units]:
-    """Return the prunable units of every layer; raise UserError if a layer is narrower than its multiple."""
-    result = []
-    for i, shape in enumerate(shapes):
-        group, each = shape.q_heads // shape.kv_heads, costs.at(shape)
-        if gqa == "groups":
-            heads, cost, step = shape.kv_heads, group * each.q_head + each.kv_head, heads_multiple
-        else:
-            heads, cost = group, shape.kv_heads * each.q_head
-            step = heads_multiple // math.gcd(heads_multiple, shape.kv_heads)
-        unit = Units(
-            heads, shape.mlp, cost, each.neuron, i in attn_layers, i in mlp_layers, step, neurons_multiple,
-            wide=2 if double_wide and shape.shared else 1,
-        )  # fmt: skip
-        if unit.prune_heads and step > heads:
-            raise UserError(
-                f"heads_multiple={heads_multiple} is more than the {shape.kv_heads} heads of layer {i}: keep all heads "
-                "(heads='keep')"
-            )
-        if unit.prune_neurons and neurons_multiple > shape.mlp:
-            raise UserError(
-                f"neurons_multiple={neurons_multiple} is more than the {shape.mlp} neurons of layer {i}: lower it"
-            )
-        result.append(unit)
-    return result
+    """Return the prunable units of every layer.
 
+    Args:
+      scored: axes that have scores.
+      ranges, multiples: layers that may be pruned and multiples of kept units, by setting (`Part.settings`).
 
-def kept_heads(units: int, head_dim: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many attention units each sparsity s keeps, rounded as in the reference code.
-
-    C = units * head_dim channels; int() truncates (algorithms of LLM-Pruner's MetaPruner).
+    Raises UserError if a layer is narrower than its multiple.
     """
-    channels = units * head_dim
-    kept = (channels * (1 - sparsity)).astype(np.int64)
-    return units - (channels - kept) // head_dim
-
-
-def kept_neurons(neurons: int, sparsity: np.ndarray) -> np.ndarray:
-    """Return how many of C MLP neurons each sparsity s keeps: int(C (1 - s))."""
-    return (neurons * (1 - sparsity)).astype(np.int64)
+    result = []
+    for i, layer in enumerate(stack.layers):
+        axes = list[AxisUnits]()
+        for part in layer.parts:
+            layers, name = part.settings
+            for axis in part.axes:
+                if axis.name not in scored:
+                    continue
+                parents = layer.sizes[axis.parent] if axis.parent else 1
+                units = AxisUnits(
+                    axis.name,
+                    size=layer.sizes[axis.name] // parents,
+                    parents=parents,
+                    channels=stack.channels_of(axis),
+                    step=multiples[name] // math.gcd(multiples[name], parents),
+                    prune=i in ranges[layers],
+                    wide=getattr(part, "wide", 1),
+                )
+                if units.prune and units.step > units.size:
+                    raise UserError(
+                        f"{name}={multiples[name]} is more than the {layer.sizes[axis.name]} {axis.title} of layer "
+                        f"{i}: lower it, or keep them all ({layers}, heads='keep')"
+                    )
+                axes.append(units)
+        result.append(Units(layer, costs.at(layer), tuple(axes)))
+    return result
 
 
 def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
@@ -195,143 +259,141 @@ def snap(kept: np.ndarray, step: int, full: int) -> np.ndarray:
     return np.clip((kept + step // 2) // step * step, step, full // step * step)
 
 
+Counts = Mapping[str, int]  # {axis: kept units}, of an axis with a parent those of each parent
+
+
 @dataclass(frozen=True)
 class Widths:
-    """Result of the width solver: kept attention units and neurons per layer, sparsity, parameters removed."""
+    """Result of the width solver."""
 
-    heads: tuple[int, ...]
-    neurons: tuple[int, ...]
+    counts: tuple[Counts, ...]
+    """Kept units of every layer."""
+
     sparsity: float
+    """Share of the units in range that is removed, before rounding."""
+
     removed: int
+    """Number of parameters removed."""
 
 
-def widths_at(units: Sequence[Units], head_dim: int, sparsity: float) -> Widths:
+def widths_at(units: Sequence[Units], sparsity: float) -> Widths:
     """Return the layer widths at a given sparsity, rounded as in the reference code.
 
-    Raises UserError if a layer would lose all its heads or neurons.
+    Raises UserError if a layer would lose all units of an axis.
     """
     if not 0 <= sparsity < 1:
         raise UserError(
             f"sparsity {sparsity:g} must be at least 0 and below 1 (0.3 removes 30 % of the prunable widths)"
         )
-    heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=0)
-    for i, (h, n) in enumerate(zip(heads[0], neurons[0], strict=True)):
-        if h < 1 or n < 1:
-            raise UserError(f"sparsity {sparsity:g} would remove all heads or neurons of layer {i}: lower it")
-    return Widths(tuple(map(int, heads[0])), tuple(map(int, neurons[0])), sparsity, int(removed[0]))
+    widths = _Grid.of(units, np.asarray([sparsity]), smallest=0).widths(units, 0)
+    for i, counts in enumerate(widths.counts):
+        for axis, count in counts.items():
+            if count < 1:
+                raise UserError(f"sparsity {sparsity:g} would remove all {AXES[axis].title} of layer {i}: lower it")
+    return widths
 
 
-def smallest_sparsity(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
+def smallest_sparsity(units: Sequence[Units], removal: float) -> Widths:
     """Return the widths at the lowest sparsity that removes at least `removal` parameters."""
-    heads, neurons, removed = _whole_grid(tuple(units), head_dim)
-    best = int(np.argmax(removed >= removal)) if removed[-1] >= removal else GRID
-    return Widths(tuple(map(int, heads[best])), tuple(map(int, neurons[best])), best / GRID, int(removed[best]))
+    grid = _whole_grid(tuple(units))
+    return grid.widths(units, int(np.argmax(grid.removed >= removal)) if grid.removed[-1] >= removal else GRID)
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Return the maximum number of parameters that width pruning can remove (one unit per type remains)."""
-    return sum(
-        u.prune_heads * (u.heads - u.head_step) * u.head_cost
-        + u.prune_neurons * (u.neurons - u.neuron_step) * u.neuron_cost
-        for u in units
-    )
+    """Return the maximum number of parameters that width pruning can remove (one unit per axis remains)."""
+    least = [{axis.axis: axis.step if axis.prune else axis.size for axis in layer.axes} for layer in units]
+    return sum(int(layer.removed(counts)) for layer, counts in zip(units, least, strict=True))
 
 
-def solve_widths(units: Sequence[Units], head_dim: int, removal: float) -> Widths:
+def solve_widths(units: Sequence[Units], removal: float) -> Widths:
     """Return equal layer widths whose removed parameters come nearest to `removal`.
 
-    Heads follow the smallest common sparsity that reaches the target; then the number of neurons, one fraction for all
-    layers in range, is moved until the total is nearest. With neurons in range the error is at most half of one neuron
-    (or multiple) in every layer; with heads alone, half of one head in every layer.
+    Heads follow the smallest common sparsity that reaches the target; then the number of fine units (neurons), one
+    fraction for all layers in range, is moved until the total is nearest. With neurons in range the error is at most
+    half of one neuron (or multiple) in every layer; with heads alone, half of one head in every layer.
     """
-    start = smallest_sparsity(units, head_dim, removal)
-    before = [widths_at_grid for widths_at_grid in (_previous(units, head_dim, start),) if widths_at_grid is not None]
-    candidates = [_tune_neurons(units, widths, removal) for widths in (start, *before)]
+    start = smallest_sparsity(units, removal)
+    index = round(start.sparsity * GRID)
+    before = [_whole_grid(tuple(units)).widths(units, index - 1)] if index else []
+    candidates = [_tune(units, widths, removal) for widths in (start, *before)]
     return min(candidates, key=lambda widths: abs(widths.removed - removal))
 
 
-def apart(units: Sequence[Units], head_dim: int, removal: float) -> list[Widths]:
+def apart(units: Sequence[Units], removal: float) -> list[Widths]:
     """Return one candidate per number of removed heads, each removing about `removal` parameters in all.
 
     Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
     removes too much or leaves too few neurons to remove.
     """
-    inside = [u for u in units if u.prune_heads]
-    found = []
-    for gone in range(max((u.heads for u in inside), default=0)):
+    sizes = [axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine]
+    candidates = []
+    for gone in range(max(sizes, default=0)):
         heads = [
-            int(snap(np.asarray(max(u.heads - gone, 1)), u.head_step, u.heads)) if u.prune_heads else u.heads
-            for u in units
+            layer.whole
+            | {
+                axis.axis: int(snap(np.asarray(max(axis.size - gone, 1)), axis.step, axis.size))
+                for axis in layer.axes
+                if axis.prune and not axis.fine
+            }
+            for layer in units
         ]
-        by_heads = sum((u.heads - kept) * u.head_cost for u, kept in zip(units, heads, strict=True))
-        fixed = [dataclasses.replace(u, prune_heads=False) for u in units]
+        by_heads = sum(int(layer.removed(counts)) for layer, counts in zip(units, heads, strict=True))
+        fixed = [layer.without_coarse(counts) for layer, counts in zip(units, heads, strict=True)]
         rest = removal - by_heads
         if 0 <= rest <= most_removable(fixed):
-            widths = solve_widths(fixed, head_dim, rest)
-            found.append(Widths(tuple(heads), widths.neurons, widths.sparsity, widths.removed + by_heads))
-    return found
+            widths = solve_widths(fixed, rest)
+            candidates.append(dataclasses.replace(widths, removed=widths.removed + by_heads))
+    return candidates
 
 
-def _previous(units: Sequence[Units], head_dim: int, start: Widths) -> Widths | None:
-    """Return the widths at the next lower sparsity that the solver tries; None at sparsity 0."""
-    if start.sparsity == 0:
-        return None
-    sparsity = round(start.sparsity * GRID - 1) / GRID
-    heads, neurons, removed = _on_grid(units, head_dim, np.asarray([sparsity]), smallest=1)
-    return Widths(tuple(map(int, heads[0])), tuple(map(int, neurons[0])), sparsity, int(removed[0]))
-
-
-def _tune_neurons(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
-    inside = [i for i, u in enumerate(units) if u.prune_neurons]
-    if not inside:
+def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
+    """Return the widths with the number of fine units, one fraction for all layers, that comes nearest to `removal`."""
+    fine = [axis for layer in units for axis in layer.axes if axis.fine and axis.prune]
+    if not fine:
         return widths
-    by_heads = sum((u.heads - kept) * u.head_cost for u, kept in zip(units, widths.heads, strict=True))
-    kept, by_neurons = _neuron_grid(tuple(units[i] for i in inside))
-    removed = by_heads + by_neurons
+    most = max(axis.size // axis.wide for axis in fine)
+    fractions = np.arange(1, most + 1)
+    # equal layers are computed once
+    alike = Counter((layer, tuple(counts.items())) for layer, counts in zip(units, widths.counts, strict=True))
+    kept, removed = {}, np.zeros(most, np.int64)
+    for (layer, counts), times in alike.items():
+        kept[layer, counts] = dict(counts) | {
+            axis.axis: axis.wide * snap(axis.size // axis.wide * fractions // most, axis.step, axis.size // axis.wide)
+            for axis in layer.axes
+            if axis.fine and axis.prune
+        }
+        removed += times * layer.removed(kept[layer, counts])
     gap = np.abs(removed - removal)
     best = int(np.flatnonzero(gap == gap.min())[-1])  # the widest of equally near ones
-    neurons = list(widths.neurons)
-    for column, i in enumerate(inside):
-        neurons[i] = int(kept[best, column])
-    return Widths(widths.heads, tuple(neurons), widths.sparsity, int(removed[best]))
+    chosen = [kept[layer, tuple(counts.items())] for layer, counts in zip(units, widths.counts, strict=True)]
+    tuned = [{axis: int(np.broadcast_to(n, most)[best]) for axis, n in counts.items()} for counts in chosen]
+    return Widths(tuple(tuned), widths.sparsity, int(removed[best]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Kept units of every layer, and removed parameters, for a range of sparsities."""
+
+    sparsities: np.ndarray
+    counts: Mapping[Units, Mapping[str, np.ndarray]]
+    removed: np.ndarray
+
+    @classmethod
+    def of(cls, units: Sequence[Units], sparsities: np.ndarray, smallest: int) -> _Grid:
+        """Compute the grid; at least `smallest` units of every axis are kept."""
+        counts, removed = {}, np.zeros(len(sparsities), np.int64)
+        for layer, times in Counter(units).items():
+            counts[layer] = {axis.axis: axis.at_sparsity(sparsities, smallest) for axis in layer.axes}
+            removed += times * layer.removed(counts[layer])
+        return cls(sparsities, counts, removed)
+
+    def widths(self, units: Sequence[Units], index: int) -> Widths:
+        """Return the widths at one sparsity of the grid."""
+        counts = tuple({axis: int(kept[index]) for axis, kept in self.counts[layer].items()} for layer in units)
+        return Widths(counts, float(self.sparsities[index]), int(self.removed[index]))
 
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
-def _neuron_grid(units: tuple[Units, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return kept neurons int[fractions, layers], and removed parameters int[fractions], for each fraction."""
-    usual = [u.neurons // u.wide for u in units]
-    fractions = np.arange(1, max(usual) + 1)
-    kept = np.stack(
-        [u.wide * snap(n * fractions // max(usual), u.neuron_step, n) for u, n in zip(units, usual, strict=True)],
-        axis=1,
-    )
-    full = np.asarray([u.neurons for u in units])
-    cost = np.asarray([u.neuron_cost for u in units])
-    return kept, ((full[None] - kept) * cost[None]).sum(axis=1)
-
-
-@functools.lru_cache(maxsize=4)
-def _whole_grid(units: tuple[Units, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _whole_grid(units: tuple[Units, ...]) -> _Grid:
     """Return kept units and removed parameters for every sparsity that the solver tries."""
-    return _on_grid(units, head_dim, np.arange(GRID + 1) / GRID, smallest=1)
-
-
-def _on_grid(
-    units: Sequence[Units], head_dim: int, sparsity: np.ndarray, smallest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return kept heads and neurons int[grid, layers], and removed parameters int[grid], for given sparsities."""
-    heads, neurons, removed = [], [], np.zeros(len(sparsity), np.int64)
-    for u in units:
-        h = np.full(len(sparsity), u.heads)
-        n = np.full(len(sparsity), u.neurons)
-        if u.prune_heads:
-            h = np.maximum(kept_heads(u.heads, head_dim, sparsity), smallest)
-            h = h if u.head_step == 1 else snap(h, u.head_step, u.heads)
-        if u.prune_neurons:
-            usual = u.neurons // u.wide
-            n = np.maximum(kept_neurons(usual, sparsity), smallest)
-            n = u.wide * (n if u.neuron_step == 1 else snap(n, u.neuron_step, usual))
-        heads.append(h)
-        neurons.append(n)
-        removed += (u.heads - h) * u.head_cost + (u.neurons - n) * u.neuron_cost
-    return np.stack(heads, axis=1), np.stack(neurons, axis=1), removed
+    return _Grid.of(units, np.arange(GRID + 1) / GRID, smallest=1)

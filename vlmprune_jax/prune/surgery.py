@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,12 +11,12 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape, runs
+from vlmprune_jax.core.parts import describe_layers
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
-from vlmprune_jax.prune.kept import KeptLayer, KeptVocabulary
+from vlmprune_jax.prune.kept import KeptLayer, KeptVocabulary, Sizes
 from vlmprune_jax.prune.plan import PrunePlan
 
 
@@ -73,11 +74,8 @@ def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -
 
 def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
     """Raise UserError if a plan was made for another model (compares widths, then weight samples)."""
-    stacks = model.cfg.stacks
-    pairs = [
-        (name, kept.layers_before, stacks[name].layers if name in stacks else ()) for name, kept in plan.stacks.items()
-    ]
-    others = [pair for pair in pairs if [shape.widths for shape in pair[1]] != [shape.widths for shape in pair[2]]]
+    stacks = {name: tuple(layer.sizes for layer in stack.layers) for name, stack in model.cfg.stacks.items()}
+    others = {name: kept.sizes_before for name, kept in plan.stacks.items() if kept.sizes_before != stacks.get(name)}
     if others or not plan.fingerprint.startswith(shape_digest(model.cfg)):
         if not others:
             tokens = "" if plan.vocabulary is None else f", the plan's {plan.vocabulary.rows_before:,}"
@@ -85,11 +83,10 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
                 "plan of another model: the layers match, but other weights have different shapes, perhaps the "
                 f"vocabulary (this model has {model.cfg.text.vocab_size:,} tokens{tokens}): score and plan this model"
             )
-        name, planned, found = others[0]
+        name, planned = next(iter(others.items()))
         raise UserError(
             f"plan of another model: the plan's {name} stack has {_describe(planned)}, this model's "
-            f"{_describe(found)}: "
-            "score and plan this model"
+            f"{_describe(stacks.get(name, ()))}: score and plan this model"
         )
     actual = fingerprint(model)
     if plan.fingerprint != actual:
@@ -101,13 +98,12 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
 
 
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
-    """Return one layer's parameter restricted to the kept heads or neurons.
+    """Return one layer's parameter restricted to the kept units.
 
     A tensor that is kept whole is returned as it is, without a copy.
     """
-    chosen = {"q_heads": layer.q_heads, "kv_heads": layer.kv_heads, "mlp": layer.neurons}
     for position, axis in enumerate(axes):
-        indices = chosen.get(axis)
+        indices = layer.kept.get(axis)
         if indices is None or len(indices) == leaf.shape[position]:
             continue
         leaf = leaf.take(np.asarray(indices), axis=position)
@@ -128,8 +124,5 @@ def _place(leaf: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
     return leaf if mesh is None else jax.device_put(leaf, sharding(mesh, axes, leaf.shape))
 
 
-def _describe(layers: tuple[LayerShape, ...]) -> str:
-    if not layers:
-        return "no layers"
-    parts = [f"{n} x {s.q_heads}/{s.kv_heads} heads, {s.mlp} neurons" for _, n, s in runs(layers)]
-    return f"{len(layers)} layers ({'; '.join(parts[:3])}{'; ...' if len(parts) > 3 else ''})"
+def _describe(layers: Sequence[Sizes]) -> str:
+    return f"{len(layers)} layers ({describe_layers(layers, most=3)})" if layers else "no layers"

@@ -9,9 +9,9 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import AXES
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack
+from vlmprune_jax.prune.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
@@ -31,11 +31,11 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequenc
     """
     tables = []
     for name, kept in plan.stacks.items():
-        if kept.layers_before != tuple(LayerShape(*shape.widths) for shape in cfg.stack(name).layers):
+        if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
             raise UserError("this plan is for another model than the config's: plan again")
-        if kept != KeptStack.whole(kept.layers_before) or len(plan.stacks) == 1:
-            own = [one for one in scores if one.stack == name]
-            tables.append(_explain_stack(plan, cfg, spec, own, name))
+        if not kept.is_whole or len(plan.stacks) == 1:
+            of_component = [one for one in scores if one.stack == name]
+            tables.append(_explain_stack(plan, cfg, spec, of_component, name))
     return tables
 
 
@@ -43,23 +43,27 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     kept, cost = plan.stacks[name], layer_costs(cfg, name).of
     layers = {layer.index: layer for layer in kept.layers}
     depth, width = None if plan.method == "width" else scores[0], None if plan.method == "depth" else scores[-1]
-    header = ["layer", "heads", "neurons", "parameters lost", "share"]
+    axes = _shown(kept.sizes_before)
+    header = ["layer", *(_heading(axis) for axis in axes), "parameters lost", "share"]
     order = [] if depth is None else np.argsort(depth.layers, kind="stable").tolist()
     header += [] if depth is None else ["score", "rank"]
-    header += [] if width is None else ["heads' score lost", "neurons'"]
-    shapes = cfg.stack(name).layers
-    rows, before = [], [cost(shape) for shape in shapes]
-    left = {i: cost(shapes[i].with_widths(*layer.shape.widths)) for i, layer in layers.items()}
-    for i, shape in enumerate(kept.layers_before):
+    header += [] if width is None else [f"{_heading(axis)}' score lost" for axis in width.axes]
+    whole = cfg.stack(name).layers
+    rows, before = [], [cost(layer) for layer in whole]
+    left = {layer.index: cost(pruned) for layer, pruned in zip(kept.layers, kept.of(whole), strict=True)}
+    for i, sizes in enumerate(kept.sizes_before):
         layer = layers.get(i)
-        heads, neurons = (len(layer.q_heads), len(layer.neurons)) if layer else (0, 0)
-        row = [str(i), f"{heads} of {shape.q_heads}", f"{neurons:,} of {shape.mlp:,}"]
+        remaining = {} if layer is None else layer.sizes
+        row = [str(i)]
+        row += [f"{remaining.get(axis, 0):,} of {sizes[axis]:,}" if axis in sizes else NONE for axis in axes]
         row += _loss(before[i], left.get(i, 0))
         row += [] if depth is None else [f"{depth.layers[i]:.4g}", f"{order.index(i) + 1} of {len(order)}"]
-        row += [] if width is None else _scores_lost(width, i, layer)
+        row += [] if width is None else [_score_lost(width, i, axis, layer) for axis in width.axes]
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(left.values()))
-    rows.append(["all", NONE, NONE, *total, *[NONE] * (len(header) - 5), f"{len(kept.layers)} layers stay"])
+    rows.append(
+        ["all", *[NONE] * len(axes), *total, *[NONE] * (len(header) - 3 - len(axes)), f"{len(kept.layers)} layers stay"]
+    )
     rounds = f", scores of the first of {plan.options['steps']} rounds" if plan.options.get("steps", 1) > 1 else ""
     return f"{name}: what each layer lost ({plan.method} by {plan.criterion}{rounds})", [*header, "why"], rows
 
@@ -68,17 +72,24 @@ def _loss(before: int, after: int) -> list[str]:
     return [f"{before - after:,}", f"{100 * (before - after) / before:.1f} %"]
 
 
-def _scores_lost(scores: Scores, index: int, layer: KeptLayer | None) -> list[str]:
-    """Return table cells with the shares of a layer's head and neuron scores that pruning removes."""
-    if layer is None:
-        return [NONE, NONE]
-    heads, neurons = (values[index] for values in scores.widths)
-    kept = layer.q_heads if scores.options.get("gqa") == "q_heads" else layer.kv_heads
-    shares = []
-    for values, units in ((heads, kept), (neurons, layer.neurons)):
-        total = float(values.sum())
-        shares.append(f"{100 * (1 - float(values[list(units)].sum()) / total):.1f} %" if total > 0 else NONE)
-    return shares
+def _shown(sizes: Sequence[Sizes]) -> list[str]:
+    """Return the axes that tables show: those that are not the parent of another."""
+    axes = dict.fromkeys(axis for layer in sizes for axis in layer)
+    parents = {AXES[axis].parent for axis in axes}
+    return [axis for axis in axes if axis not in parents]
+
+
+def _heading(axis: str) -> str:
+    return AXES[axis].title.split()[-1]
+
+
+def _score_lost(scores: Scores, index: int, axis: str, layer: KeptLayer | None) -> str:
+    """Return a table cell with the share of a layer's scores along an axis that pruning removes."""
+    if layer is None or (index, axis) not in scores.units:
+        return NONE
+    values = scores.units[index, axis]
+    total = float(values.sum())
+    return f"{100 * (1 - float(values[list(layer.kept[axis])].sum()) / total):.1f} %" if total > 0 else NONE
 
 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
@@ -129,24 +140,25 @@ def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
 
 
 def _compare_stack(name: str, first: KeptStack, second: KeptStack) -> Table:
-    a, b = ({layer.index: layer for layer in stack.layers} for stack in (first, second))
+    a, b = ({layer.index: layer.kept for layer in stack.layers} for stack in (first, second))
+    axes = _shown(first.sizes_before)
     rows = []
-    for i in range(len(first.layers_before)):
+    for i in range(len(first.sizes_before)):
         if i in a and i in b:
-            heads, neurons = _overlap(a[i].q_heads, b[i].q_heads), _overlap(a[i].neurons, b[i].neurons)
-            rows.append([str(i), "both", *heads, *neurons])
+            cells = [cell for axis in axes for cell in _overlap(a[i].get(axis, ()), b[i].get(axis, ()))]
+            rows.append([str(i), "both", *cells])
         else:
-            rows.append([str(i), "A" if i in a else "B" if i in b else NONE, *[NONE] * 4])
-    heads, neurons = (
-        _overlap(*([(i, unit) for i, layer in side.items() for unit in getattr(layer, kind)] for side in (a, b)))
-        for kind in ("q_heads", "neurons")
-    )
-    rows.append(["all", f"both: {_overlap(a, b)[1]}", *heads, *neurons])
-    header = ["layer", "kept by", "heads A / B", "in both", "neurons A / B", "in both"]
+            rows.append([str(i), "A" if i in a else "B" if i in b else NONE, *[NONE] * 2 * len(axes)])
+    totals = [
+        _overlap(*([(i, unit) for i, kept in side.items() for unit in kept.get(axis, ())] for side in (a, b)))
+        for axis in axes
+    ]
+    rows.append(["all", f"both: {_overlap(a, b)[1]}", *(cell for cells in totals for cell in cells)])
+    header = ["layer", "kept by", *(cell for axis in axes for cell in (f"{_heading(axis)} A / B", "in both"))]
     return f"{name}: what both plans keep, as a share of what either keeps", header, rows
 
 
 def _overlap(first: Collection[object], second: Collection[object]) -> list[str]:
     """Return table cells with the counts that two plans keep, and the Jaccard overlap of their choices."""
     a, b = set(first), set(second)
-    return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %"]
+    return [f"{len(a):,} / {len(b):,}", f"{100 * len(a & b) / len(a | b):.1f} %" if a | b else NONE]

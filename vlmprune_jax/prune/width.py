@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from vlmprune_jax.core.checks import layer_range
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.core.stack import LayerShape, Stack
+from vlmprune_jax.core.parts import AXES, Layer
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.scores import Scores
@@ -34,7 +35,7 @@ from vlmprune_jax.prune.solver import (
     widths_at,
 )
 
-Kept = tuple[np.ndarray, np.ndarray]  # sorted: key/value heads (gqa "groups") or query heads, and neurons
+Kept = Mapping[str, np.ndarray]  # {scored axis: sorted original indices}
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def choose_widths(
     total: int,
     stack: str = "text",
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Return the kept heads and neurons of every remaining layer, and the solver's result for the plan.
+    """Return the kept units of every remaining layer, and the solver's result for the plan.
 
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
     UserError for ranges or multiples that do not fit, or a target out of reach.
     """
+    scores.check_units()
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
@@ -74,7 +76,7 @@ def choose_widths(
     if gqa == "groups" and isinstance(base, TextConfig) and base.producers:
         scores = _tied(scores, base, alive)
     costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
-    units = _units(base, costs, gqa, alive, dataclasses.replace(config, **snapped))
+    units = _units(base, costs, scores.axes, alive, config, snapped)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
     target = Target(removal, config.sparsity, ratio, total, by_depth)
@@ -91,44 +93,43 @@ def choose_widths(
             raise UserError(
                 'selection="global" needs gqa="groups" and no multiples, because every layer gets its own width'
             )
-        kept, solved = _global(scores, base, units, alive, target)
+        kept, solved = _global(scores, units, alive, target)
     else:
         kept, solved = _local(scores, base, units, alive, target, trade=config.heads == "auto")
-    shapes = cfg.stack(stack).layers
-    check_divides(((i, shape_of(kept[i], shapes[i], gqa)) for i in alive), config.tensor_parallel)
+    layers = cfg.stack(stack).layers
+    check_divides(((i, pruned_layer(kept[i], layers[i])) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
 
 
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
     """Return head scores that make layers with shared keys and values lose the same heads."""
-    heads = [*scores.widths[0]]
+    units = dict(scores.units)
     kept = base.with_layers([base.layers[i] for i in alive])
     for producer in kept.producers:
-        window = kept.layers[producer].window
-        users = [i for i in alive if base.layers[i].shared and base.layers[i].window == window]
-        together = sum(heads[i] for i in users) + heads[alive[producer]]
-        for i in (*users, alive[producer]):
-            heads[i] = together
-    return dataclasses.replace(scores, heads=tuple(heads))
+        window = kept.layers[producer].mixer.window
+        users = [i for i in alive if base.layers[i].mixer.kv_shared and base.layers[i].mixer.window == window]
+        together = sum(units[i, "kv_heads"] for i in users) + units[alive[producer], "kv_heads"]
+        units |= {(i, "kv_heads"): together for i in (*users, alive[producer])}
+    return dataclasses.replace(scores, units=units)
 
 
-def _units(base: Stack, costs: Costs, gqa: str, alive: Collection[int], config: PlanConfig) -> list[Units]:
+def _units(
+    base: Stack,
+    costs: Costs,
+    axes: Collection[str],
+    alive: Collection[int],
+    config: PlanConfig,
+    snapped: Mapping[str, int],
+) -> list[Units]:
     n_layers = len(base.layers)
     lose_heads = () if config.heads == "keep" else alive
-    attn_layers = [i for i in layer_range("attn_layers", config.attn_layers, n_layers) if i in lose_heads]
-    mlp_layers = [i for i in layer_range("mlp_layers", config.mlp_layers, n_layers) if i in alive]
+    ranges = {
+        "attn_layers": [i for i in layer_range("attn_layers", config.attn_layers, n_layers) if i in lose_heads],
+        "mlp_layers": [i for i in layer_range("mlp_layers", config.mlp_layers, n_layers) if i in alive],
+    }
     reason = reason_of(config)
     with error_context(reason) if reason else contextlib.nullcontext():
-        return units_of(
-            base.layers,
-            costs,
-            gqa=gqa,
-            attn_layers=attn_layers,
-            mlp_layers=mlp_layers,
-            heads_multiple=config.heads_multiple,
-            neurons_multiple=config.neurons_multiple,
-            double_wide=isinstance(base, TextConfig) and base.double_wide,
-        )
+        return units_of(base, costs, axes, ranges=ranges, multiples=snapped)
 
 
 def _local(
@@ -141,25 +142,39 @@ def _local(
     """
     if target.removal is None:
         assert target.sparsity is not None
-        widths = widths_at(units, base.head_dim, target.sparsity)
+        widths = widths_at(units, target.sparsity)
     else:
-        found = [solve_widths(units, base.head_dim, target.removal)]
+        candidates = [solve_widths(units, target.removal)]
         if trade:
-            found += apart(units, base.head_dim, target.removal)
-        # of all that come about as near to the target: one unit more or less is immaterial
-        gap = max(abs(found[0].removed - target.removal), sum(u.prune_neurons * u.neuron_cost for u in units))
-        near = [one for one in found if abs(one.removed - target.removal) <= gap]
-        widths = min(near, key=lambda one: _lost(scores, base, one, alive)) if len(near) > 1 else near[0]
-    return _kept(scores, base, widths, alive), {"sparsity": widths.sparsity}
+            candidates += apart(units, target.removal)
+        # of all that come about as near to the target: one fine unit per layer more or less is immaterial
+        price = sum(_fine_price(layer) for layer in units)
+        gap = max(abs(candidates[0].removed - target.removal), price)
+        near = [widths for widths in candidates if abs(widths.removed - target.removal) <= gap]
+        widths = min(near, key=lambda widths: _lost(scores, base, widths, alive)) if len(near) > 1 else near[0]
+    pools = _ranked(scores, base.layers)
+    kept: dict[int, Kept] = {
+        i: {
+            axis: np.concatenate([pool.highest(widths.counts[i][axis]) for pool in pools[i, axis]])
+            for axis in widths.counts[i]
+        }
+        for i in alive
+    }
+    return kept, {"sparsity": widths.sparsity}
+
+
+def _fine_price(layer: Units) -> int:
+    """Return the parameters of one unit of every fine axis in range."""
+    fewer = {axis.axis: axis.size - (axis.fine and axis.prune) for axis in layer.axes}
+    return int(layer.removed(fewer))
 
 
 def _lost(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> float:
     """Return the summed scores of the units that are removed."""
-    heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
-    lost = 0.0
+    pools, lost = _ranked(scores, base.layers), 0.0
     for i in alive:
-        pools = [*((pool, widths.heads[i]) for pool in heads[i]), (neurons[i][0], widths.neurons[i])]
-        lost += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool, count in pools)
+        for axis, count in widths.counts[i].items():
+            lost += sum(float(pool.lost[max(len(pool.order) - count, 0)]) for pool in pools[i, axis])
     return lost
 
 
@@ -182,91 +197,82 @@ class _Pool:
 
 
 @functools.lru_cache(maxsize=4)  # by identity; a search for a budget repeats its arguments
-def _ranked(scores: Scores, kind: str, shapes: tuple[LayerShape, ...]) -> tuple[tuple[_Pool, ...], ...]:
-    """Return each layer's ranking of units, one ranking per key/value head if query heads are pruned singly."""
-    values = dict(zip(("heads", "mlp"), scores.widths, strict=True))[kind]
-    within = kind == "heads" and scores.options.get("gqa") == "q_heads"
-    parts = [one.reshape(shape.kv_heads if within else 1, -1) for one, shape in zip(values, shapes, strict=True)]
-    return tuple(tuple(_Pool.of(row, i * len(row)) for i, row in enumerate(part)) for part in parts)
+def _ranked(scores: Scores, layers: tuple[Layer, ...]) -> dict[tuple[int, str], tuple[_Pool, ...]]:
+    """Return {(layer, axis): rankings of its units}, one ranking per parent, inside which units compete."""
+    result = {}
+    for (i, axis), values in scores.units.items():
+        parent = AXES[axis].parent
+        rows = values.reshape(layers[i].sizes[parent] if parent else 1, -1)
+        result[i, axis] = tuple(_Pool.of(row, n * len(row)) for n, row in enumerate(rows))
+    return result
 
 
-def _kept(scores: Scores, base: Stack, widths: Widths, alive: Sequence[int]) -> dict[int, Kept]:
-    """Return {layer: indices of its highest-scoring units}, as many as the layer keeps."""
-    heads, neurons = (_ranked(scores, kind, base.layers) for kind in ("heads", "mlp"))
-    return {
-        i: (
-            np.concatenate([pool.highest(widths.heads[i]) for pool in heads[i]]),
-            neurons[i][0].highest(widths.neurons[i]),
-        )
-        for i in alive
-    }
+def pruned_layer(kept: Kept, layer: Layer) -> Layer:
+    """Return a layer after pruning its scored axes to the kept units."""
+    return layer.resized(layer.completed({axis: len(indices) for axis, indices in kept.items()}))
 
 
-def shape_of(kept: Kept, shape: LayerShape, gqa: str) -> LayerShape:
-    """Return a layer's shape after pruning."""
-    heads, neurons = map(len, kept)
-    q, kv = (heads * (shape.q_heads // shape.kv_heads), heads) if gqa == "groups" else (heads, shape.kv_heads)
-    return shape.with_widths(q, kv, neurons)
-
-
-def kept_layer(index: int, kept: Kept, shape: LayerShape, gqa: str) -> KeptLayer:
-    """Return a layer's entry in the prune plan."""
-    heads, neurons = kept
-    group = shape.q_heads // shape.kv_heads
-    if gqa == "groups":
-        kv, q = heads, (heads[:, None] * group + np.arange(group)[None]).reshape(-1)
-    else:
-        kv, q = np.arange(shape.kv_heads), heads
-    return KeptLayer(index, *(tuple(int(i) for i in part) for part in (q, kv, neurons)))
+def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
+    """Return a layer's entry in the prune plan; children of a scored axis stay with their parents."""
+    units = dict[str, tuple[int, ...]]()
+    for axis in layer.axes:
+        size, parents = layer.sizes[axis.name], kept.get(axis.parent)
+        if axis.name in kept:
+            indices = kept[axis.name]
+        elif parents is not None:
+            group = size // layer.sizes[axis.parent]
+            indices = (parents[:, None] * group + np.arange(group)[None]).reshape(-1)
+        else:
+            indices = np.arange(size)
+        units[axis.name] = tuple(map(int, indices))
+    return KeptLayer(index, units)
 
 
 def _global(
-    scores: Scores, base: Stack, units: Sequence[Units], alive: Sequence[int], target: Target
+    scores: Scores, units: Sequence[Units], alive: Sequence[int], target: Target
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
-    """Remove the lowest-scoring heads and neurons, compared over all layers.
+    """Remove the lowest-scoring units, compared over all layers and axes.
 
     As in the reference, scores are not normalised (heads, sums over many channels, are rarely removed), and a group
     that would lose everything stays whole. Everything up to the n-th smallest is removed: n = pool - int(initial units
     * (1 - sparsity)), or the count nearest to the ratio.
     """
-    head_scores, neuron_scores = scores.widths
-    attention = [head_scores[i] for i in alive if units[i].prune_heads]
-    mlp = [neuron_scores[i] for i in alive if units[i].prune_neurons]
-    pool = np.sort(np.concatenate([*attention, *mlp, np.empty(0)]))
+    axes = [(i, axis) for i in alive for axis in units[i].axes]
+    pool = np.sort(np.concatenate([*(scores.units[i, axis.axis] for i, axis in axes if axis.prune), np.empty(0)]))
 
     def keep(count: int) -> dict[int, Kept]:
         threshold = pool[count - 1] if count > 0 else -np.inf
-        return {
-            i: (
-                _above(head_scores[i], threshold, units[i].prune_heads),
-                _above(neuron_scores[i], threshold, units[i].prune_neurons),
-            )
-            for i in alive
-        }
+        kept = dict[int, dict[str, np.ndarray]]()
+        for i, axis in axes:
+            kept.setdefault(i, {})[axis.axis] = _above(scores.units[i, axis.axis], threshold, axis.prune)
+        return {i: kept.get(i, {}) for i in alive}
 
     def removed(count: int) -> int:
-        return sum(
-            (units[i].heads - len(heads)) * units[i].head_cost
-            + (units[i].neurons - len(neurons)) * units[i].neuron_cost
-            for i, (heads, neurons) in keep(count).items()
-        )
+        kept = keep(count)
+        return sum(int(units[i].removed({axis: len(left) for axis, left in kept[i].items()})) for i in alive)
 
     if target.removal is None:
         assert target.sparsity is not None
         if not 0 <= target.sparsity < 1:
             raise UserError(f"sparsity {target.sparsity:g} must be at least 0 and below 1")
-        initial = sum(u.prune_heads * u.heads + u.prune_neurons * u.neurons for u in units)
+        initial = sum(axis.prune * axis.size for layer in units for axis in layer.axes)
         count = max(len(pool) - int(initial * (1 - target.sparsity)), 0)
     else:
         count = _nearest_count(removed, len(pool), target.removal)
-        largest = max((u.head_cost if u.prune_heads else u.neuron_cost) for u in units)
-        if target.removal - removed(count) > largest:  # further away than the coarsest single unit
+        coarsest = max(_coarsest_price(layer) for layer in units)
+        if target.removal - removed(count) > coarsest:
             raise OutOfReach(
                 f"ratio {target.asked:g} cannot be reached by global selection, which never empties a layer "
                 f"(it reaches {(target.by_depth + removed(count)) / target.total:.4f}): "
                 'use selection="local" or a smaller ratio'
             )
     return keep(count), {"units_removed": count}
+
+
+def _coarsest_price(layer: Units) -> int:
+    """Return the parameters of the largest single unit in range."""
+    fewer = [{**layer.whole, axis.axis: axis.size - 1} for axis in layer.axes if axis.prune]
+    return max((int(layer.removed(counts)) for counts in fewer), default=0)
 
 
 def _above(values: np.ndarray, threshold: float, inside: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.parts import AXES
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.recovery.config import LossConfig
@@ -82,9 +83,9 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
     figures = list[Figure]()
     for names, plan in plans:
         for stack, kept in plan.stacks.items():
-            if kept.layers != KeptStack.whole(kept.layers_before).layers and len(figures) < MOST_DRAWN:
-                layers = {layer.index: (layer.q_heads, layer.neurons) for layer in kept.layers}
-                widths = [(shape.q_heads, shape.mlp) for shape in kept.layers_before]
+            if not kept.is_whole and len(figures) < MOST_DRAWN:
+                layers = {layer.index: (layer.kept["q_heads"], layer.kept["mlp"]) for layer in kept.layers}
+                widths = [(sizes["q_heads"], sizes["mlp"]) for sizes in kept.sizes_before]
                 where = "decoder" if stack == "text" else "vision tower"
                 drawn = plots.removed_figure(f"{plan.method}: what is left of the {where}", widths, layers)
                 caption = f"{', '.join(names[:MOST_LISTED])}, by {plan.criterion}"
@@ -94,13 +95,15 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
 
 
 def _removed_alt(where: str, kept: KeptStack) -> str:
-    before = kept.layers_before
+    before = kept.sizes_before
     gone = ", ".join(map(str, kept.removed_layers[:MOST_LISTED])) or "none"
-    heads = [sum(len(layer.q_heads) for layer in kept.layers), sum(shape.q_heads for shape in before)]
-    neurons = [sum(len(layer.neurons) for layer in kept.layers), sum(shape.mlp for shape in before)]
+    heads, neurons = (
+        f"{sum(sizes[axis] for sizes in kept.sizes):,} of {sum(sizes[axis] for sizes in before):,}"
+        for axis in ("q_heads", "mlp")
+    )
     return (
         f"Map of the {where}: {len(kept.layers)} of {len(before)} layers stay, removed layers: {gone}; "
-        f"{heads[0]:,} of {heads[1]:,} heads and {neurons[0]:,} of {neurons[1]:,} neurons stay"
+        f"{heads} heads and {neurons} neurons stay"
     )
 
 
@@ -134,15 +137,15 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
         gone = () if kept_of is None else kept_of.removed_layers
         return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
     _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
-    by_query = scores.options.get("gqa", "groups") != "groups"
+    axis = scores.axes[0]
     if kept_of is None:
         kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(scores.heads)}
     else:
         kept = {
             layer.index: (
-                set(layer.q_heads if by_query else layer.kv_heads),
-                len(layer.neurons),
-                kept_of.layers_before[layer.index].mlp,
+                set(layer.kept[axis]),
+                layer.sizes["mlp"],
+                kept_of.sizes_before[layer.index]["mlp"],
             )
             for layer in kept_of.layers
         }
@@ -210,13 +213,19 @@ def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
 
     Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
     """
-    values = parts["importance"] if "importance" in parts else [np.sum(layer) for layer in parts["mlp"]]
+    values = parts["importance"] if "importance" in parts else [*_by_layer(parts["units"]).values()]
     return _shares([np.asarray(values, np.float64)])[0]
 
 
 def head_shares(parts: Mapping[str, Any]) -> list[np.ndarray] | None:
     """Return each attention head's share of the total importance over all layers; None without head scores."""
-    return None if parts.get("heads") is None else _shares(parts["heads"])
+    heads = [scores for (_, axis), scores in parts.get("units", {}).items() if AXES[axis].channels]
+    return _shares(heads) if heads else None
+
+
+def _by_layer(units: Mapping[tuple[int, str], np.ndarray]) -> dict[int, float]:
+    """Return the summed scores of each layer's single channels (neurons, most of a layer)."""
+    return {layer: float(np.sum(scores)) for (layer, axis), scores in units.items() if not AXES[axis].channels}
 
 
 def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:

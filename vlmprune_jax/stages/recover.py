@@ -30,7 +30,7 @@ from vlmprune_jax.experiment.spec import RecoverSpec, affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import KeptStack, KeptVocabulary, PrunePlan
+from vlmprune_jax.prune import KeptVocabulary, PrunePlan
 from vlmprune_jax.prune.fingerprint import content_digest
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.recovery.config import RecoverConfig
@@ -149,7 +149,7 @@ def prepare(recovery: Recovery) -> Ready:
 
 def _check_teacher_differs(plan: PrunePlan, config: RecoverConfig) -> None:
     """Raise UserError if the teacher would compute exactly what the student computes."""
-    cut = [name for name, kept in plan.stacks.items() if kept != KeptStack.whole(kept.layers_before)]
+    cut = [name for name, kept in plan.stacks.items() if not kept.is_whole]
     if cut == ["vision"] and config.losses.teacher_inputs == "student":
         raise UserError(
             "the plan prunes only the vision tower, so a teacher with the student's image embeddings equals the "

@@ -8,7 +8,7 @@ import pytest
 from prune_cases import config, model
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.evaluation.speed import clock as clock_file
 from vlmprune_jax.evaluation.speed import measure as speed
 from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig
@@ -86,7 +86,7 @@ def test_the_program_is_that_of_generate(goldens):
 
 
 def test_workloads_that_no_model_can_have(goldens):
-    cfg = config((LayerShape(4, 4, 12),))
+    cfg = config((decoder_layer(4, 4, 12),))
     SpeedConfig(prompt_tokens=8, new_tokens=1).check(cfg)  # without an image: this model takes none
     with pytest.raises(UserError, match=r"speed\.prompt_tokens \+ new_tokens \+ 1=\d+ is more than 4 times"):
         measure_speed({"a": model(cfg)}, prompt_tokens=10**6)

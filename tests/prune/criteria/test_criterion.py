@@ -34,7 +34,7 @@ def test_a_tap_sees_what_the_output_projections_read():
         _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, want=("hidden",))
         names = ("dense", "fc2") if cfg.text.block == "parallel" else ("o_proj", "down_proj")
         for i, (block, shape) in enumerate(zip(aux["tap"], cfg.text.layers, strict=True)):
-            assert block.inputs["o_proj"].shape == (4, 9, shape.q_heads, 6)
+            assert block.inputs["o_proj"].shape == (4, 9, shape.mixer.q_heads, 6)
             out, down = block.params["self_attn"][names[0]], block.params["mlp"][names[1]]
             added = jnp.einsum("bthd,ehd->bte", block.inputs["o_proj"], out["weight"]) + out["bias"][None, None]
             added += jnp.einsum("btm,em->bte", block.inputs["down_proj"], down["weight"]) + down["bias"][None, None]

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prune_cases import EQUAL, config, model, on_mesh
+from prune_cases import EQUAL, config, kept_stack, model, on_mesh
 
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.models.vocabulary import cross_entropy
-from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, fingerprint, reconstruct, score
+from vlmprune_jax.prune import KeptLayer, PrunePlan, apply_plan, fingerprint, reconstruct, score
 from vlmprune_jax.prune.criteria import greedy
 
 
@@ -39,7 +39,7 @@ def without(teacher, gone, data, solved):
     """The loss of the teacher without these layers."""
     shapes = teacher.cfg.text.layers
     layers = tuple(KeptLayer.whole(i, shape) for i, shape in enumerate(shapes) if i not in gone)
-    plan = PrunePlan(fingerprint(teacher), "depth", "none", {"text": KeptStack(shapes, layers)}, 1, 1, 1)
+    plan = PrunePlan(fingerprint(teacher), "depth", "none", {"text": kept_stack(shapes, layers)}, 1, 1, 1)
     pruned = apply_plan(teacher, plan)
     return loss(reconstruct(pruned, plan, teacher, data)[0] if solved else pruned, data)
 

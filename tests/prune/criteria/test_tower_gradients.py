@@ -10,13 +10,13 @@ import pytest
 from prune_cases import batch, config, model, on_mesh
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, apply, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, Scores, make_plan, score
 
 SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
-SHAPES = (LayerShape(2, 2, 10), LayerShape(2, 2, 10), LayerShape(4, 4, 6))
+SHAPES = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(4, 4, 6))
 
 
 def seeing():

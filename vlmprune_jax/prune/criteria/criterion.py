@@ -16,7 +16,7 @@ from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
-FIELDS = {"layers": ("importance",), "widths": ("heads", "mlp")}
+FIELDS = {"layers": ("importance",), "widths": ("units",)}
 Parts = Mapping[str, Any]
 
 
@@ -36,7 +36,7 @@ class Criterion:
       labels: function(model, batches, progress, **options) -> parts, its own pass over checked batches with labels
         (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with `journals`
         it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
-    Parts are fields of `Scores`: {"importance": ...}, {"heads": ..., "mlp": ...} or all three.
+    Parts are fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
     `stacks`: stacks that it can score, see `config.STACKS`; a function with a parameter `stack` is passed the name.
     `counts`: unit of `progress`, finished "batches" or "layers". `journals`: the sums of every batch are kept on disk,

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig
 from vlmprune_jax.core.errors import Stopped, UserError
-from vlmprune_jax.core.stack import runs
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
@@ -31,7 +31,7 @@ from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
-from vlmprune_jax.prune.criteria.groups import coupled
+from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Shared, linearized
 
 Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
@@ -178,7 +178,7 @@ def _resume(
     cache: ArrayCache | None, structure: Callable[[int], Any], text: TextConfig, steps: int, mesh: Mesh | None
 ) -> tuple[list[Found], list[Cotangent]]:
     """Return the cached scores of finished layers, and the gradients from which an interrupted pass continues."""
-    n_layers, sizes = len(text.layers), [text.layers[number].window or 0 for number in text.producers]
+    n_layers, sizes = len(text.layers), [text.layers[number].mixer.window or 0 for number in text.producers]
 
     def there(done: int) -> bool:
         keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(steps))]
@@ -277,12 +277,12 @@ def _forward(
 def _used(shared: Shared, text: TextConfig) -> Shared:
     """Return the keys and values of an earlier layer that this layer reuses."""
     (shape,) = text.layers
-    return {shape.window or 0: shared[shape.window or 0]} if shape.shared else {}
+    return {shape.mixer.window or 0: shared[shape.mixer.window or 0]} if shape.mixer.kv_shared else {}
 
 
 def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
     """Return the parameters of one decoder layer, and a config that has only this layer."""
-    for run, (start, length, shape) in enumerate(runs(model.cfg.text.layers)):
+    for run, (start, length, shape) in enumerate(scan_groups(model.cfg.text.layers)):
         if number < start + length:
             stacked = model.params["text"]["layers"][str(run)]
             return at_layer(stacked, number - start), model.cfg.text.with_layers((shape,))
@@ -327,9 +327,8 @@ def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig
 
 
 def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
-    attention, mlp = coupled(cfg)
     flat = flatten(layer)
-    shapes = {name: (ways, *flat[name].shape) for name in attention | mlp if name in flat}
+    shapes = {name: (ways, *flat[name].shape) for name in summed_axes(cfg) if name in flat}
     zeros = [{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + squares)]
     return zeros[0], zeros[1] if squares else {}
 
@@ -354,7 +353,7 @@ def _differentiate(
     micro, own, shared = inputs
     counts, mask = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1), micro["attention_mask"]
     pull = linearized(layer, x, mask, counts, text, micro.get("position_ids"), own, shared, produces)[2]
-    (outgoing, keys), size = cotangent, text.layers[0].window or 0
+    (outgoing, keys), size = cotangent, text.layers[0].mixer.window or 0
     gradients, incoming, used = pull(products)((outgoing, {size: keys[size]} if produces else {}))
     keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in used.items()}}
     first, squared = sums
@@ -367,10 +366,9 @@ def _differentiate(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "channels"))
 def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelConfig, channels: Any) -> dict[str, Any]:
-    attention, mlp = coupled(cfg)
     flat, (first, squared) = flatten(layer), sums
     scores = {}
-    for name, axis in {name: axis for name, axis in (attention | mlp).items() if name in flat}.items():
+    for name, axis in {name: axis for name, axis in summed_axes(cfg).items() if name in flat}.items():
         found = [
             channels(
                 flat[name].astype(jnp.float32),

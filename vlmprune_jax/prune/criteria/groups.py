@@ -12,7 +12,8 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.stack import LayerShape
+from vlmprune_jax.core.parts import Axis, Layer
+from vlmprune_jax.models.block import WRITERS
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 
@@ -20,7 +21,6 @@ from vlmprune_jax.prune.criteria.criterion import Parts
 ORDER = (
     "q_proj", "o_proj", "dense", "out_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2",
 )  # fmt: skip
-PRUNED = {"q_heads", "kv_heads", "head", "mlp"}
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda stack: stack.sum(axis=0),
     "mean": lambda stack: stack.mean(axis=0),
@@ -32,28 +32,51 @@ GQA = ("groups", "q_heads")
 Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] or float[neurons]
 
 
-def coupled(cfg: ModelConfig, stack: str = "text") -> tuple[dict[str, int], dict[str, int]]:
-    """Return the weights that are pruned along with heads, and those pruned along with neurons.
+def coupled(cfg: ModelConfig, stack: str = "text") -> dict[str, dict[str, int]]:
+    """Return {axis: {path of a weight that is pruned along with the axis' units: the axis that scores sum over}}.
 
-    Each with its axis (of the layer's own array) that channel scores sum over: the axis that is not pruned.
+    Axes with children come with their children's weights (a key/value head with its query heads'). The axis summed over
+    is that of the layer's own array which is not pruned.
     """
-    attention: dict[str, int] = {}
-    mlp: dict[str, int] = {}
-    for name, axes in layer_axes(cfg, stack).items():
-        group = attention if {"q_heads", "kv_heads"} & set(axes) else mlp if "mlp" in axes else None
-        if group is not None and name.endswith("/weight"):
-            (group[name],) = (i for i, axis in enumerate(axes) if axis not in PRUNED)
+    groups: dict[str, dict[str, int]] = {}
+    axes = {axis.name: axis for layer in cfg.stack(stack).layers for axis in layer.axes}
+    for name, names in layer_axes(cfg, stack).items():
+        along = [axes[axis] for axis in names if axis in axes]
+        if not along or not name.endswith("/weight"):
+            continue
+        inner = {axis.channels for axis in along}
+        (summed,) = (i for i, axis in enumerate(names) if axis not in axes and axis not in inner)
+        groups.setdefault(along[0].parent or along[0].name, {})[name] = summed
+    return {axis: dict(sorted(group.items(), key=lambda item: _rank(item[0]))) for axis, group in groups.items()}
 
-    def ordered(group: dict[str, int]) -> dict[str, int]:
-        return dict(sorted(group.items(), key=lambda item: ORDER.index(item[0].split("/")[-2])))
 
-    return ordered(attention), ordered(mlp)
+def summed_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, int]:
+    """Return {path of every weight that is pruned along with an axis: the axis that scores sum over}."""
+    return {name: axis for group in coupled(cfg, stack).values() for name, axis in group.items()}
+
+
+def _rank(path: str) -> int:
+    """Return the place of a weight in the reference's order; others come last."""
+    name = path.split("/")[-2]
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
+    """Return the axes of a layer whose units are scored.
+
+    Of an axis and its children one: the axis, whose units take their children along, or for query heads with
+    gqa="q_heads" the children.
+    """
+    one_of("gqa", gqa, GQA)
+    children = {axis.parent: axis for axis in layer.axes if axis.parent}
+    singly = children if gqa == "q_heads" else {}
+    return tuple(singly.get(axis.name, axis) for axis in layer.axes if not axis.parent)
 
 
 def reduce_groups(
     channels: Sequence[Channels], cfg: ModelConfig, *, reduction: str, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...} scores per layer, combined over the weights that are pruned together.
+    """Return {"units": {(layer, axis): scores}}, combined over the weights that are pruned together.
 
     Args:
       channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
@@ -62,40 +85,37 @@ def reduce_groups(
         "q_heads" scores every query head by its q and o alone, since k and v stay.
     """
     reduce = REDUCTIONS[one_of("reduction", reduction, tuple(REDUCTIONS))]
-    one_of("gqa", gqa, GQA)
-    attention, mlp = coupled(cfg, stack)
-    heads: list[np.ndarray] = []
-    neurons: list[np.ndarray] = []
-    for layer, shape in zip(channels, cfg.stack(stack).layers, strict=True):
-        scores = {name: np.asarray(values, np.float64) for name, values in layer.items()}
-        neurons.append(reduce(np.stack([scores[name] for name in mlp])))
-        members = [_unit_channels(scores[name], shape, gqa) for name in attention if name in scores]
-        heads.append(reduce(np.stack([member for member in members if member is not None])).sum(axis=-1))
-    return {"heads": tuple(heads), "mlp": tuple(neurons)}
+    groups, units = coupled(cfg, stack), {}
+    for i, (scores, layer) in enumerate(zip(channels, cfg.stack(stack).layers, strict=True)):
+        for axis in scored_axes(layer, gqa):
+            names = [name for name in groups[axis.parent or axis.name] if name in scores]
+            members = [_unit_channels(np.asarray(scores[name], np.float64), layer, axis) for name in names]
+            values = reduce(np.stack([member for member in members if member is not None]))
+            units[i, axis.name] = values.sum(axis=-1) if axis.channels else values
+    return {"units": units}
 
 
 def reduce_inputs(
     channels: Sequence[Mapping[str, np.ndarray]], cfg: ModelConfig, *, gqa: str, stack: str = "text"
 ) -> Parts:
-    """Return {"heads": ..., "mlp": ...} scores per layer, from scores of the input channels of o_proj and down_proj.
+    """Return {"units": {(layer, axis): scores}}, from scores of the input channels of o_proj and down_proj.
 
     "o_proj": float[q_heads, head], summed over a unit's channels (`gqa`, see `reduce_groups`); "down_proj":
     float[neurons].
     """
-    one_of("gqa", gqa, GQA)
-    heads, neurons = [], []
-    for layer, shape in zip(channels, cfg.stack(stack).layers, strict=True):
-        units = shape.kv_heads if gqa == "groups" else shape.q_heads
-        heads.append(np.asarray(layer["o_proj"], np.float64).reshape(units, -1).sum(axis=-1))
-        neurons.append(np.asarray(layer["down_proj"], np.float64))
-    return {"heads": tuple(heads), "mlp": tuple(neurons)}
+    units = {}
+    for i, (scores, layer) in enumerate(zip(channels, cfg.stack(stack).layers, strict=True)):
+        for part, writer in zip(layer.parts, WRITERS, strict=True):
+            for axis in scored_axes(layer, gqa):
+                if axis in part.axes:
+                    values = np.asarray(scores[writer], np.float64).reshape(layer.sizes[axis.name], -1)
+                    units[i, axis.name] = values.sum(axis=-1)
+    return {"units": units}
 
 
-def _unit_channels(channels: np.ndarray, shape: LayerShape, gqa: str) -> np.ndarray | None:
-    """Return a tensor's channel scores as float[units, head]; None if one head belongs to several units."""
-    n, head = channels.shape
-    if gqa == "q_heads" and shape.q_heads != shape.kv_heads:
-        return channels if n == shape.q_heads else None
-    if n == shape.kv_heads:
+def _unit_channels(channels: np.ndarray, layer: Layer, axis: Axis) -> np.ndarray | None:
+    """Return a tensor's channel scores as float[units, ...]; None if one of its heads belongs to several units."""
+    size, n = layer.sizes[axis.name], len(channels)
+    if n == size:
         return channels
-    return channels.reshape(shape.kv_heads, n // shape.kv_heads, head).sum(axis=1)
+    return channels.reshape(size, n // size, *channels.shape[1:]).sum(axis=1) if n > size else None

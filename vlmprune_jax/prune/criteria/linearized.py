@@ -54,7 +54,7 @@ def linearized(
       produces: other layers use this one's keys and values.
     """
     decoder, used = stack_module("text", text), dict(shared or {})
-    ctx, size = decoder.context(mask, positions)._replace(layer_input=layer_input), text.layers[0].window or 0
+    ctx, size = decoder.context(mask, positions)._replace(layer_input=layer_input), text.layers[0].mixer.window or 0
 
     def block(own: Params, h: jax.Array, used: Shared) -> tuple[jax.Array, Shared]:
         module = fill(decoder.layers["0"], own)

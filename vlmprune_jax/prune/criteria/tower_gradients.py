@@ -19,7 +19,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import runs
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
@@ -27,7 +27,7 @@ from vlmprune_jax.models.vlm import Model, Params, encode, head_of, mesh_of, pla
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.activations import with_images
 from vlmprune_jax.prune.criteria.calibration import Arrays
-from vlmprune_jax.prune.criteria.groups import coupled
+from vlmprune_jax.prune.criteria.groups import summed_axes
 
 CHUNK = 256  # positions whose float32 logits exist at once
 _NAMES = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grid_thw", "position_ids")
@@ -51,8 +51,7 @@ def tower_channels(
     """
     mesh, cfg = mesh_of(model.params), model.cfg
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    attention, mlp = coupled(cfg, "vision")
-    axes = attention | mlp
+    axes = summed_axes(cfg, "vision")
     flat = flatten(params["vision"]["layers"])
     own = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
     sums, total, samples = (_zeros(own), _zeros(own) if squares else None), 0, 0
@@ -73,7 +72,7 @@ def tower_channels(
         of_axis = tuple((path, axes[path.partition("/")[2]]) for path in own)
         scores = jax.tree.map(np.asarray, _reduced(own, sums, float(total), float(samples), channels, of_axis))
     layers = []
-    for run, (_, length, _) in enumerate(runs(cfg.stack("vision").layers)):
+    for run, (_, length, _) in enumerate(scan_groups(cfg.stack("vision").layers)):
         stacked = {name: scores[f"{run}/{name}"] for name in axes}
         layers += [jax.tree.map(operator.itemgetter(i), stacked) for i in range(length)]
     if progress is not None:

@@ -8,21 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.stack import runs
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, stack_module
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
-from vlmprune_jax.prune.criteria.groups import GQA, Channels, coupled, reduce_groups
+from vlmprune_jax.prune.criteria.groups import Channels, reduce_groups, scored_axes, summed_axes
 
 
 def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str) -> Parts:
     """Return magnitude scores: sums of |W|^power per channel over the weights that are pruned together."""
-    attention, mlp = coupled(model.cfg, stack)
-    channels = _channel_sums(model, attention | mlp, power=power, stack=stack)
+    channels = _channel_sums(model, summed_axes(model.cfg, stack), power=power, stack=stack)
     return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
 
@@ -47,7 +45,7 @@ def _channel_sums(
     """
     mesh, layers = mesh_of(model.params), list[Channels]()
     with use_mesh(mesh):
-        for run, (_, length, _) in enumerate(runs(model.cfg.stack(stack).layers)):
+        for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
             params = model.params[stack]["layers"][str(run)]
             flat, block = flatten(params), fill(stack_module(stack, model.cfg.stack(stack)).layers[str(run)], params)
             gains = {f"{writer.projection}/weight": block.gain(name) for name, writer in block.writers.items()}
@@ -87,16 +85,14 @@ def random(model: Model, *, seed: int, gqa: str, stack: str) -> Parts:
 
 def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text") -> Parts:
     """Return random layer, head and neuron scores; a head's score is the sum over its channels of U(0, 1)."""
-    one_of("gqa", gqa, GQA)
-    draw = np.random.default_rng(seed)
-    layers = cfg.stack(stack).layers
-    importance = draw.random(len(layers))
-    heads = []
-    for shape in layers:
-        units = shape.kv_heads if gqa == "groups" else shape.q_heads
-        heads.append(draw.random((units, cfg.stack(stack).head_dim)).sum(axis=1))
-    mlp = tuple(draw.random(shape.mlp) for shape in layers)
-    return {"importance": importance, "heads": tuple(heads), "mlp": mlp}
+    draw, component = np.random.default_rng(seed), cfg.stack(stack)
+    importance = draw.random(len(component.layers))
+    axes = [(i, axis) for i, layer in enumerate(component.layers) for axis in scored_axes(layer, gqa)]
+    units = {
+        (i, axis.name): draw.random((component.layers[i].sizes[axis.name], component.channels_of(axis))).sum(axis=1)
+        for i, axis in sorted(axes, key=lambda item: not item[1].channels)  # all heads are drawn before all neurons
+    }
+    return {"importance": importance, "units": dict(sorted(units.items(), key=lambda item: item[0][0]))}
 
 
 RANDOM = Criterion(

@@ -1,0 +1,206 @@
+"""Parts of transformer layers as frozen dataclasses: a layer is a mixer and a channel mixer, each with named axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vlmprune_jax.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Prunable axis of a part; the part's field of the same name is its size."""
+
+    name: str
+    """Name in the weight layouts, plans and scores."""
+
+    title: str
+    """Units of the axis in messages and tables (plural)."""
+
+    parent: str = ""
+    """Axis of the same part of which every index owns equally many indices of this axis; "" for none.
+
+    Indices count over all parents: index i belongs to parent index i // (size / parent's size).
+    """
+
+    channels: str = ""
+    """Axis of the weights whose channels make up one unit (a head's "head"); "" if a unit is one channel."""
+
+
+# Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
+AXES: dict[str, Axis] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Facts of one part of a layer that do not depend on the other part, among them the sizes of its prunable axes."""
+
+    axes: ClassVar[tuple[Axis, ...]] = ()
+    """Prunable axes, parents before their children."""
+
+    settings: ClassVar[tuple[str, str]]
+    """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
+
+    def __init_subclass__(cls) -> None:
+        AXES.update({axis.name: axis for axis in cls.axes})
+
+    def __post_init__(self) -> None:
+        for axis in self.axes:
+            size, parents = self.sizes[axis.name], self.sizes.get(axis.parent, 1)
+            if size < 1:
+                raise UserError(f"{self}: {axis.name} must be at least 1")
+            if size % parents:
+                raise UserError(f"{self}: {axis.name} must be a multiple of {axis.parent} ({axis.title} in groups)")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every prunable axis by name."""
+        return {axis.name: getattr(self, axis.name) for axis in self.axes}
+
+    def resized(self, sizes: Mapping[str, int]) -> Self:
+        """Return a copy of the part with other sizes of its own axes; other names in `sizes` are ignored."""
+        changes: dict[str, Any] = {axis.name: sizes[axis.name] for axis in self.axes if axis.name in sizes}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Attention(Part):
+    """Grouped-query attention of one layer."""
+
+    axes = (
+        Axis("kv_heads", "key/value heads", channels="head"),
+        Axis("q_heads", "query heads", parent="kv_heads", channels="head"),
+    )
+    settings = ("attn_layers", "heads_multiple")
+
+    q_heads: int
+    """Number of query heads."""
+
+    kv_heads: int
+    """Number of key/value heads; each serves equally many query heads."""
+
+    window: int | None = None
+    """Attention window, None for full attention (causal in a decoder).
+
+    In a decoder the number of tokens of a sliding window; in a tower the side, in merged cells, of square windows.
+    """
+
+    kv_shared: bool = False
+    """True if the layer attends to the keys and values of the last earlier layer with its own and the same window."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise UserError(f"{self}: the attention window must be at least 1")
+
+    @property
+    def group(self) -> int:
+        """Number of query heads per key/value head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Dense(Part):
+    """Multi-layer perceptron of one layer."""
+
+    axes = (Axis("mlp", "neurons"),)
+    settings = ("mlp_layers", "neurons_multiple")
+
+    mlp: int
+    """Number of neurons."""
+
+    wide: int = 1
+    """Width relative to the layers that config.json states one number for (Gemma 4: some layers are twice as wide)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: a mixer over positions, then a mixer over channels."""
+
+    mixer: Attention
+    """Part that mixes positions."""
+
+    channel: Dense
+    """Part that mixes channels, position by position."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The layer's parts in the order in which a token passes them."""
+        return self.mixer, self.channel
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Prunable axes of all parts."""
+        return tuple(axis for part in self.parts for axis in part.axes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every prunable axis of the layer by name, the form in which plans store layers."""
+        return {name: size for part in self.parts for name, size in part.sizes.items()}
+
+    @property
+    def kind(self) -> Layer:
+        """The layer with all sizes 1: equal for layers that differ in their sizes only."""
+        return self.resized(dict.fromkeys(self.sizes, 1))
+
+    def resized(self, sizes: Mapping[str, int]) -> Layer:
+        """Return a copy of the layer with other sizes by axis name; axes that are not named keep theirs."""
+        return Layer(self.mixer.resized(sizes), self.channel.resized(sizes))
+
+    def completed(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return `sizes` with those of children that follow: an axis keeps its ratio to a parent that `sizes` names."""
+        follow = {
+            axis.name: self.sizes[axis.name] // self.sizes[axis.parent] * sizes[axis.parent]
+            for axis in self.axes
+            if axis.name not in sizes and axis.parent in sizes
+        }
+        return {**sizes, **follow}
+
+
+def decoder_layer(q_heads: int, kv_heads: int, mlp: int, window: int | None = None, kv_shared: bool = False) -> Layer:
+    """Return a layer of attention and a dense MLP."""
+    return Layer(Attention(q_heads, kv_heads, window, kv_shared), Dense(mlp))
+
+
+def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:
+    """Group equal neighbours as (first layer, number of layers, layer); each group is one scan."""
+    result, start = [], 0
+    for layer, group in itertools.groupby(layers):
+        length = len(list(group))
+        result.append((start, length, layer))
+        start += length
+    return tuple(result)
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """Return one layer's sizes as text, such as "6/2 heads, 64 neurons" (query heads / key/value heads)."""
+    parents = {AXES[name].parent for name in sizes}
+    texts = []
+    for name, size in sizes.items():
+        axis = AXES[name]
+        if axis.parent and size != sizes[axis.parent]:
+            texts.append(f"{size}/{sizes[axis.parent]} {axis.title.split()[-1]}")
+        elif name not in parents:
+            texts.append(f"{size:,} {axis.title.split()[-1]}")
+    return ", ".join(texts)
+
+
+def describe_layers(sizes: Sequence[Mapping[str, int]], windows: Sequence[Any] = (), most: int | None = None) -> str:
+    """Return layer sizes as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
+
+    With the `windows` of the layers, the text also says how many have none. Only the first `most` groups of equal
+    neighbours are listed, with the number of all layers.
+    """
+    groups, start = [], 0
+    for text, alike in itertools.groupby(map(describe_sizes, sizes)):
+        stop = start + len(list(alike))
+        full = list(windows[start:stop]).count(None)
+        without = f", {full} of them without windows" if 0 < full < stop - start else ""
+        groups.append(f"{stop - start} x ({text}){without}")
+        start = stop
+    more = [] if most is None or len(groups) <= most else [f"... ({len(sizes)} layers)"]
+    return ", ".join([*(groups[:most] if more else groups), *more])

@@ -1,0 +1,116 @@
+"""JSON form of prune plans, as `plan.json` stores it, and that of earlier versions (formats 2 and 3)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import Count, Finite, checked
+
+FORMAT, EARLIER = 4, (2, 3)  # format 2 has no vocabulary; 0.1.0 wrote format 3
+WHOLE, VOCAB = "", "vocab"  # "layer" and axis of the vocabulary, which a component has once
+TODO = "plan again"
+_FEW = msgspec.Meta(max_length=10_001)
+_Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
+class _Version(TypedDict):
+    format: int
+
+
+class Component(TypedDict):
+    """Sizes before pruning and kept units of a component, by layer ("" = once) and axis."""
+
+    sizes_before: Annotated[dict[str, dict[str, _Size]], _FEW]
+    kept: Annotated[dict[str, dict[str, str]], _FEW]  # ranges of original indices, such as "0-3,7"
+
+
+class PlanJson(_Version):
+    """Fields of `plan.json`."""
+
+    fingerprint: str
+    method: str
+    criterion: str
+    asked: Finite | None
+    reached: NotRequired[Finite]
+    parameters_before: Count
+    parameters_after: Count
+    parameters_total: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    options: dict[str, Any]
+    tokenizer: str | None  # digest of the tokenizer of the kept tokens
+    components: dict[str, Component]
+
+
+class _EarlierLayer(TypedDict):
+    index: _Index
+    q_heads: list[_Index]
+    kv_heads: list[_Index]
+    neurons: list[_Index]
+
+
+class _EarlierStack(TypedDict):
+    kept_layers: NotRequired[list[_Index]]
+    layers_before: Annotated[list[tuple[_Size, _Size, _Size]], _FEW]
+    layers: Annotated[list[_EarlierLayer], _FEW]
+
+
+class _EarlierVocabulary(TypedDict):
+    rows_before: Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+    tokenizer: str
+    kept: Annotated[list[tuple[_Index, _Size]], msgspec.Meta(min_length=1, max_length=2**22)]
+
+
+class _Earlier(TypedDict):
+    stacks: dict[str, _EarlierStack]
+    vocabulary: NotRequired[_EarlierVocabulary | None]
+
+
+def as_plan(data: Any, where: str) -> PlanJson:
+    """Return the JSON data of a plan, of any format, in the present one; raise UserError if it is no plan."""
+    known = checked(data, _Version, where, TODO)["format"]
+    if known in EARLIER:
+        data = _upgraded(data, where)
+    elif known != FORMAT:
+        todo = "upgrade vlmprune-jax" if known > FORMAT else TODO
+        raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
+    plan: PlanJson = msgspec.convert(checked(data, PlanJson, where, TODO), PlanJson)
+    if "text" not in plan["components"]:
+        raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them")
+    return plan
+
+
+def _upgraded(data: Any, where: str) -> dict[str, Any]:
+    """Return the JSON data of a plan of an earlier format in the present one."""
+    plan: _Earlier = msgspec.convert(checked(data, _Earlier, where, TODO), _Earlier)
+    components = {name: _component(stack) for name, stack in plan["stacks"].items()}
+    vocabulary = plan.get("vocabulary")
+    if vocabulary is not None and "text" in components:
+        kept = ",".join(f"{start}-{stop - 1}" for start, stop in vocabulary["kept"])
+        components["text"]["sizes_before"][WHOLE] = {VOCAB: vocabulary["rows_before"]}
+        components["text"]["kept"][WHOLE] = {VOCAB: kept}
+    rest = {name: value for name, value in data.items() if name not in ("stacks", "vocabulary")}
+    tokenizer = None if vocabulary is None else vocabulary["tokenizer"]
+    return {**rest, "format": FORMAT, "tokenizer": tokenizer, "components": components}
+
+
+def _component(stack: _EarlierStack) -> Component:
+    """Return the layers of a pruned component by axis, with lists of indices as ranges."""
+    indices = [layer["index"] for layer in stack["layers"]]
+    if stack.get("kept_layers", indices) != indices:
+        raise UserError(f"prune plan: kept_layers disagree with layers: {TODO}")
+    if any(low >= high for low, high in itertools.pairwise(indices)):
+        raise UserError(f"prune plan: kept layers {indices[:64]} are not increasing numbers: {TODO}")
+    axes = ("q_heads", "kv_heads", "mlp")
+    before = {str(i): dict(zip(axes, sizes, strict=True)) for i, sizes in enumerate(stack["layers_before"])}
+    kept = {
+        str(layer["index"]): {
+            axis: ",".join(map(str, units))
+            for axis, units in zip(axes, (layer["q_heads"], layer["kv_heads"], layer["neurons"]), strict=True)
+        }
+        for layer in stack["layers"]
+    }
+    return {"sizes_before": before, "kept": kept}
