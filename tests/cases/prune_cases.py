@@ -182,8 +182,9 @@ def rows(number=16, length=12, vocabulary=61, seed=0, batch=4):
 
 
 def plan_for(teacher: Model, keep) -> PrunePlan:
-    """A plan that keeps (layer, query heads, key heads, neurons)."""
-    stack = kept_stack(teacher.cfg.text.layers, [kept_units(*one) for one in keep])
+    """A plan that keeps these layers, or (layer, query heads, key heads, neurons)."""
+    layers = [layer if isinstance(layer, KeptLayer) else kept_units(*layer) for layer in keep]
+    stack = kept_stack(teacher.cfg.text.layers, layers)
     plan = PrunePlan(fingerprint(teacher), "hybrid", "none", {"text": stack}, 1, 1, 1)
     before, after = count_params(teacher.cfg), count_params(plan.apply_to(teacher.cfg))
     return dataclasses.replace(plan, parameters_before=before, parameters_after=after, parameters_total=before)

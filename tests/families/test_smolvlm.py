@@ -197,7 +197,7 @@ def test_a_pruned_tower_loads_in_transformers(folder, model, row, torch_outputs,
     tower = model.cfg.vision
     kept = [kept_units(i, (0, 1, 2), (0, 1, 2), tuple(range(40))) for i in (0, 3)]
     pruned, _ = prune(model, kept, "vision")
-    assert [shape.widths for shape in pruned.cfg.vision.layers] == [(3, 3, 40)] * 2 != tower.layers
+    assert [layer.sizes for layer in pruned.cfg.vision.layers] == [{"kv_heads": 3, "q_heads": 3, "mlp": 40}] * 2
     vp.save(pruned, tmp_path / "out", source_dir=folder, dtype="float32")
     written = json.loads((tmp_path / "out/config.json").read_text())["vision_config"]
     assert (written["num_hidden_layers"], written["intermediate_size"]) == (2, 40)

@@ -10,7 +10,7 @@ from prune_cases import EQUAL, batch, config, model
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import decoder_layer
-from vlmprune_jax.models.block import VALUES
+from vlmprune_jax.models.context import VALUES
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.layers import rope_tables
 from vlmprune_jax.models.params import init_params, unstack_layers

@@ -12,8 +12,8 @@ import pytest
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.models.attention import splash_attention, xla_attention
 from vlmprune_jax.models.generate import SharedPrefix
+from vlmprune_jax.models.kernels import splash_attention, xla_attention
 from vlmprune_jax.models.patches import places_of, windows_of
 
 

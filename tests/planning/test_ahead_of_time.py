@@ -8,7 +8,7 @@ import pytest
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import make_mesh
-from vlmprune_jax.models.attention import splash_attention
+from vlmprune_jax.models.kernels import splash_attention
 from vlmprune_jax.planning.ahead_of_time import collective_bytes, executed_flops, make_slice
 
 

@@ -113,7 +113,7 @@ def test_biases_are_pruned_with_their_rows(tmp_path):
     model = load(make_folder(tmp_path / "phi", PHI))
     pruned, plan = keep_width(model, [0, 2], range(3, 50))
     before, after = (unstack_layers(one.params, one.cfg)[0] for one in (model, pruned))
-    heads, neurons = np.array(plan.layers[0].mixer.q_heads), np.array(plan.layers[0].neurons)
+    heads, neurons = (np.array(plan.layers[0].kept[axis]) for axis in ("q_heads", "mlp"))
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(new["self_attn/q_proj/bias"], old["self_attn/q_proj/bias"][heads])
         np.testing.assert_array_equal(new["self_attn/v_proj/bias"], old["self_attn/v_proj/bias"][np.array([0, 2])])
@@ -127,8 +127,8 @@ def test_costs_are_those_of_phi_2():
     sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "vocab_size": 51200}
     cfg = PHI_FAMILY.from_hf({"model_type": "phi", **sizes, "num_attention_heads": 32}, None)
     costs = layer_costs(cfg)
-    assert costs.q_head + costs.kv_head == 819_440
-    assert costs.neuron == 5_121
+    assert costs.price(cfg.text.layers[0], "kv_heads") == 819_440
+    assert costs.price(cfg.text.layers[0], "mlp") == 5_121
     assert costs.of(cfg.text.layers[0]) == 78_671_360
 
 

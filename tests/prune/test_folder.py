@@ -1,6 +1,5 @@
 """File surgery: the bytes of load, apply and save without the model in memory, checked on the disk, all or nothing."""
 
-import dataclasses
 import errno
 import os
 import shutil
@@ -103,10 +102,10 @@ def keep_mixed(model):
     """Layer 1 whole, 2 gone, the first without half its neurons, the last without its first group of heads."""
     shape = model.cfg.text.layers[0]
     group = shape.mixer.q_heads // shape.mixer.kv_heads
-    heads, groups = tuple(range(group, shape.mixer.q_heads)), tuple(range(1, shape.mixer.kv_heads))
+    heads = {"q_heads": tuple(range(group, shape.mixer.q_heads)), "kv_heads": tuple(range(1, shape.mixer.kv_heads))}
     whole = KeptLayer.whole(1, shape)
-    first = dataclasses.replace(whole, index=0, neurons=tuple(range(1, shape.channel.mlp, 2)))
-    return prune(model, [first, whole, dataclasses.replace(whole, index=3, q_heads=heads, kv_heads=groups)])
+    first = KeptLayer(0, {**whole.kept, "mlp": tuple(range(1, shape.channel.mlp, 2))})
+    return prune(model, [first, whole, KeptLayer(3, {**whole.kept, **heads})])
 
 
 @pytest.mark.parametrize("options", [{"uneven": "pad"}, {"dtype": "bfloat16"}, {"dtype": "float16", "uneven": "pad"}])

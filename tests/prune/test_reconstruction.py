@@ -56,7 +56,7 @@ def streams(model, batch):
 def test_the_layer_before_a_cut_equals_normal_equations_in_float64(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
     whole = [KeptLayer.whole(i, one) for i, one in enumerate(teacher.cfg.text.layers)]
-    plan = plan_for(teacher, [dataclasses.astuple(whole[i]) for i in (0, 1, 3, 4)])
+    plan = plan_for(teacher, [whole[i] for i in (0, 1, 3, 4)])
     pruned, batches = apply_plan(teacher, plan), rows()
     solved, (told,) = reconstruct(pruned, plan, teacher, batches)
     assert (told["layer"], told["module"]) == (1, "down_proj")
@@ -101,9 +101,7 @@ def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
 def test_held_out_rows_stay_unseen_without_a_refit():
     """The reported error is of the fit without them; by default the weight is solved again with them."""
     teacher = model(config(EQUAL))
-    plan = plan_for(
-        teacher, [dataclasses.astuple(KeptLayer.whole(i, teacher.cfg.text.layers[i])) for i in (0, 1, 3, 4)]
-    )
+    plan = plan_for(teacher, [KeptLayer.whole(i, teacher.cfg.text.layers[i]) for i in (0, 1, 3, 4)])
     pruned, batches = apply_plan(teacher, plan), rows()
     found = {refit: reconstruct(pruned, plan, teacher, batches, refit=refit) for refit in (None, True, False)}
     assert found[None][1] == found[True][1] == found[False][1]

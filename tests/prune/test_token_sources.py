@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_cases import edit_config
+from prune_cases import unit_scores
 from smollm2 import smollm2_folder
 from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
@@ -43,10 +44,10 @@ def settings(folder, sources, size=440, **changes):
 def scores_of(model, width=False):
     draw = np.random.default_rng(0)
     shapes = model.cfg.text.layers
-    values = {"importance": None, "heads": None, "mlp": None}
+    values = {}
     if width:
-        values["heads"] = tuple(draw.random(shape.mixer.kv_heads) for shape in shapes)
-        values["mlp"] = tuple(draw.random(shape.channel.mlp) for shape in shapes)
+        heads, neurons = ([draw.random(layer.sizes[axis]) for layer in shapes] for axis in ("kv_heads", "mlp"))
+        values["units"] = unit_scores(heads, neurons)
     else:
         values["importance"] = draw.random(len(shapes))
     return Scores(criterion="random", fingerprint=fingerprint(model), options={"gqa": "groups"}, **values)
@@ -105,7 +106,7 @@ def test_one_plan_of_layers_and_tokens(folder, model, sources):
     first = dataclasses.replace(one, vocabulary=None)
     second = dataclasses.replace(
         tokens,
-        stacks={"text": dataclasses.replace(tokens.stacks["text"], layers_before=first.stacks["text"].shapes,
+        stacks={"text": dataclasses.replace(tokens.stacks["text"], sizes_before=first.stacks["text"].sizes,
                                             layers=tokens.stacks["text"].layers[:-1])},
         parameters_before=first.parameters_after,
         parameters_after=plan.parameters_after,

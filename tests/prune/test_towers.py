@@ -57,8 +57,8 @@ def masked(model, layers):
     result = []
     for i, layer in enumerate(flat):
         layer = {name: np.array(leaf) for name, leaf in layer.items()}
-        for owner, field, size in (("self_attn/out_proj", "q_heads", 3), ("mlp/fc2", "neurons", 40)):
-            gone = sorted(set(range(size)) - set(getattr(kept[i], field) if i in kept else ()))
+        for owner, field, size in (("self_attn/out_proj", "q_heads", 3), ("mlp/fc2", "mlp", 40)):
+            gone = sorted(set(range(size)) - set(kept[i].kept[field] if i in kept else ()))
             layer[f"{owner}/weight"][:, gone] = 0
             if i not in kept:
                 layer[f"{owner}/bias"][:] = 0
@@ -133,7 +133,7 @@ def test_both_stacks_in_one_plan(source, tmp_path):
         np.testing.assert_array_equal(flatten(again.params)[path], leaf, err_msg=path)
     card = (tmp_path / "out/README.md").read_text()
     assert "Decoder layers: 2, " in card
-    assert "Vision layers: 3, each with 3 query heads, 3 key/value heads and 13 MLP neurons." in card
+    assert "Vision layers: 3, each with 3 key/value heads, 3 query heads, 13 neurons." in card
 
 
 @pytest.mark.parametrize("uneven", ["per_layer", "refuse"])

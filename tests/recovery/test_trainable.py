@@ -16,7 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.models.block import _dropout_masks
+from vlmprune_jax.models.context import dropout_masks
 from vlmprune_jax.models.layers import Projection
 from vlmprune_jax.models.params import flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode
@@ -160,13 +160,13 @@ def test_dropout_scales_what_it_keeps():
     assert np.abs(first - second).max() > 1e-2
 
 
-def test_dropout_masks_are_independent_and_drop_the_share_asked_for():
+def testdropout_masks_are_independent_and_drop_the_share_asked_for():
     """Of one token's inputs, of two tokens and of two projections, which share a draw; an odd number of inputs too."""
     rate, lora = 0.3, LoraConfig(2, 4.0, 0.3, ("x",))
     sizes = {"embed": 45, "mlp": 30}
     module = nnx.eval_shape(lambda: [Projection(sizes, ("mlp",), (name,), bias=False, lora=lora) for name in sizes])
     x = jnp.zeros((40, 50, 45))
-    masks = jax.jit(lambda key: _dropout_masks(key, x, module))(jax.random.key(0))
+    masks = jax.jit(lambda key: dropout_masks(key, x, module))(jax.random.key(0))
     assert [mask.shape for mask in masks] == [(40, 50, 45), (40, 50, 30)]
     left = np.concatenate(masks, axis=-1).reshape(2000, 75) - (1 - rate)
     variance = rate * (1 - rate)

@@ -42,6 +42,9 @@ class Part:
     axes: ClassVar[tuple[Axis, ...]] = ()
     """Prunable axes, parents before their children."""
 
+    module: ClassVar[str]
+    """Name of the part in parameter paths and captured values."""
+
     settings: ClassVar[tuple[str, str]]
     """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
 
@@ -68,9 +71,23 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Attention(Part):
+class Mixer(Part):
+    """Part that mixes positions; what its computation costs beside its weights depends on the length of a sequence."""
+
+    def mixing_flops(self, length: int, head_dim: int, *, last: bool = False) -> int:
+        """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
+        raise NotImplementedError
+
+    def state_size(self, length: int, head_dim: int) -> int:
+        """Return the number of values that generation caches for a sequence of `length` tokens."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Attention(Mixer):
     """Grouped-query attention of one layer."""
 
+    module = "self_attn"
     axes = (
         Axis("kv_heads", "key/value heads", channels="head"),
         Axis("q_heads", "query heads", parent="kv_heads", channels="head"),
@@ -97,6 +114,16 @@ class Attention(Part):
         if self.window is not None and self.window < 1:
             raise UserError(f"{self}: the attention window must be at least 1")
 
+    def mixing_flops(self, length: int, head_dim: int, *, last: bool = False) -> int:
+        """Return 4 FLOPs per channel and pair of a query and a key that it sees."""
+        span = min(self.window or length, length)  # from this position on a query sees a whole window
+        pairs = span if last else span * (span + 1) // 2 + (length - span) * span
+        return 4 * pairs * self.q_heads * head_dim
+
+    def state_size(self, length: int, head_dim: int) -> int:
+        """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
+        return 0 if self.kv_shared else 2 * self.kv_heads * head_dim * min(self.window or length, length)
+
     @property
     def group(self) -> int:
         """Number of query heads per key/value head."""
@@ -107,6 +134,7 @@ class Attention(Part):
 class Dense(Part):
     """Multi-layer perceptron of one layer."""
 
+    module = "mlp"
     axes = (Axis("mlp", "neurons"),)
     settings = ("mlp_layers", "neurons_multiple")
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
 from vlmprune_jax.core.markup import code, markdown, yaml
-from vlmprune_jax.core.parts import Layer, describe_sizes
+from vlmprune_jax.core.parts import AXES, Layer
 from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
@@ -158,7 +158,9 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _shapes(layers: tuple[Layer, ...]) -> str:
-    shapes = sorted({describe_sizes(layer.sizes) for layer in layers})
+    shapes = sorted(
+        {", ".join(f"{size:,} {AXES[axis].title}" for axis, size in layer.sizes.items()) for layer in layers}
+    )
     return f"each with {shapes[0]}" if len(shapes) == 1 else f"of unequal width: {'; '.join(shapes)}"
 
 

@@ -13,9 +13,10 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.attention import LANES, attention_mask, for_tpu, heads_per_row, windowed
-from vlmprune_jax.models.block import Cache, Context, Names, Tap
+from vlmprune_jax.models.context import Cache, Context, Names, Tap
+from vlmprune_jax.models.kernels import attention_mask, windowed
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
+from vlmprune_jax.models.mixers import MIXERS
 from vlmprune_jax.models.rounding import rounded_product
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vocabulary import Head
@@ -173,17 +174,11 @@ class Decoder(BlockStack):
         return (self.lm_head or self.embed_tokens).logits(hidden)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Cache:
-        """Return an empty (zero-filled) key/value cache.
-
-        On TPUs, small heads share a row, and rows are padded to the lanes. The compiler would store unpadded rows in
-        another order than decoding reads them, and copy the cache before and after decoding.
-        """
-        cache: Cache = {}
-        for run, (_, length, shape) in enumerate(scan_groups(self.cfg.layers)):
-            head = self.cfg.head_dim_of(shape)
-            in_row = heads_per_row(shape.mixer.kv_heads, head) if for_tpu() else 1
-            row = -(-in_row * head // LANES) * LANES if for_tpu() else head
-            size = (length, slots, shape.mixer.kv_heads // in_row, batch, row)
-            if not shape.mixer.kv_shared:
-                cache[str(run)] = (jnp.zeros(size, dtype), jnp.zeros(size, dtype))
-        return cache
+        """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
+        states = {
+            str(run): MIXERS[type(layer.mixer)].empty_state(
+                self.cfg, layer, length=length, slots=slots, batch=batch, dtype=dtype
+            )
+            for run, (_, length, layer) in enumerate(scan_groups(self.cfg.layers))
+        }
+        return {run: state for run, state in states.items() if state is not None}

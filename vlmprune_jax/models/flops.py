@@ -51,17 +51,9 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """Return the forward FLOPs of causal attention for one sequence: 4 per channel and visible query-key pair."""
+    """Return the forward FLOPs of one causal sequence beside products with weights (attention's scores and sums)."""
     text = cfg.text
-    return sum(
-        4 * seen(length, shape.mixer.window) * shape.mixer.q_heads * text.head_dim_of(shape) for shape in text.layers
-    )
-
-
-def seen(length: int, window: int | None) -> int:
-    """Return the number of query-key pairs of a sequence that a causal layer with this sliding window computes."""
-    full = min(window or length, length)  # from this position on a query sees a whole window
-    return full * (full + 1) // 2 + (length - full) * full
+    return sum(layer.mixer.mixing_flops(length, text.head_dim_of(layer)) for layer in text.layers)
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:

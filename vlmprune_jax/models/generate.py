@@ -17,7 +17,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import sharding
-from vlmprune_jax.models.block import Cache
+from vlmprune_jax.models.context import Cache
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows

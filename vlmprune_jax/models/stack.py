@@ -15,7 +15,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.models.block import KEYS, WRITERS, Block, BlockValues, Cache, Context, Names, Tap
+from vlmprune_jax.models.block import Block
+from vlmprune_jax.models.context import KEYS, WRITERS, BlockValues, Cache, Context, LayerState, Names, Tap
 from vlmprune_jax.models.layers import SAVEABLE
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -123,7 +124,7 @@ class BlockStack(nnx.Module):
 
             def body(carry: Any, layer: Any, apply: Callable[..., Any] = apply, start: int = start) -> tuple[Any, Any]:
                 (x, kept, last, cache), (state, index, slot) = carry, layer
-                y, cache, values = apply(state, x, index, None if cache is None else (*cache, index - start))
+                y, cache, values = apply(state, x, index, None if cache is None else LayerState(cache, index - start))
                 if added is not None:
                     y = jax.lax.cond(index < len(added), lambda y: y + at_layer(added, index), lambda y: y, y)
                 if kept is not None:

@@ -14,7 +14,7 @@ from flax import nnx
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import Context, Names, Tap
+from vlmprune_jax.models.context import Context, Names, Tap
 from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
 from vlmprune_jax.models.stack import BlockStack

@@ -20,7 +20,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.models.block import Tap
+from vlmprune_jax.models.context import Tap
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.features import features_of, place, splice
 from vlmprune_jax.models.inputs import check_inputs, needed_mask

@@ -16,7 +16,7 @@ from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.families.tiles import ImageShape
-from vlmprune_jax.models.block import CACHE_AXES
+from vlmprune_jax.models.context import CACHE_AXES
 from vlmprune_jax.models.flops import causal_flops, head_of, vision_flops, weight_flops
 from vlmprune_jax.models.generate import decode, prefill
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
@@ -196,7 +196,5 @@ def _memory(case: EvaluationCase, mesh: Mesh, params: Any, cached: float) -> _Me
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    cache = sum(
-        2 * shape.mixer.kv_heads * cfg.text.head_dim_of(shape) for shape in cfg.text.layers if not shape.mixer.kv_shared
-    )
+    cache = sum(layer.mixer.state_size(1, cfg.text.head_dim_of(layer)) for layer in cfg.text.layers)
     return _Memory(sum(flat.values()), read, cache * size / mesh.size, cached * size / mesh.size)

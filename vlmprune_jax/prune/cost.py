@@ -26,7 +26,6 @@ from vlmprune_jax.models.flops import (
     head_of,
     limited_row,
     positions_of,
-    seen,
     tower_pairs,
     weight_flops,
 )
@@ -144,22 +143,13 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, St
 
 
 def _cache(text: Stack, context: int) -> int:
-    """Return the number of key/value cache entries per sequence."""
-    return sum(
-        2
-        * one.mixer.kv_heads
-        * text.head_dim_of(one)
-        * (not one.mixer.kv_shared)
-        * min(one.mixer.window or context, context)
-        for one in text.layers
-    )
+    """Return the number of values that generation caches per sequence."""
+    return sum(layer.mixer.state_size(context, text.head_dim_of(layer)) for layer in text.layers)
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
-    """Return the attention FLOPs for the last token of a sequence."""
-    return sum(
-        4 * one.mixer.q_heads * text.head_dim_of(one) * min(one.mixer.window or context, context) for one in text.layers
-    )
+    """Return the mixers' FLOPs beside their weights for the last token of a sequence."""
+    return sum(layer.mixer.mixing_flops(context, text.head_dim_of(layer), last=True) for layer in text.layers)
 
 
 def _forward_of_layers(
@@ -167,9 +157,9 @@ def _forward_of_layers(
 ) -> int:
     """Return the layers' share of the forward FLOPs (`forward_flops`)."""
     total, text = 0, cfg.text
-    for one in text.layers:
-        attention = 4 * seen(length, one.mixer.window) * one.mixer.q_heads * text.head_dim_of(one)
-        total += 2 * length * products["text"].of(one) + attention
+    for layer in text.layers:
+        mixing = layer.mixer.mixing_flops(length, text.head_dim_of(layer))
+        total += 2 * length * products["text"].of(layer) + mixing
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)

@@ -38,7 +38,7 @@ from vlmprune_jax.export.format import Importance
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
-from vlmprune_jax.models.block import READERS, WRITERS
+from vlmprune_jax.models.context import READERS, WRITERS
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive

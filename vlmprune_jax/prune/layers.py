@@ -22,7 +22,8 @@ from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device, to_host
-from vlmprune_jax.models.block import KEYS, WRITERS, Block
+from vlmprune_jax.models.block import Block
+from vlmprune_jax.models.context import KEYS, WRITERS
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module

@@ -41,7 +41,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import WRITERS
+from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
 from vlmprune_jax.prune.config import ReconstructConfig

@@ -21,7 +21,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
-from vlmprune_jax.models.block import STREAM
+from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images

@@ -26,8 +26,8 @@ def found(criterion, **weights):
 
 def flat(parts):
     parts = vars(parts) if isinstance(parts, Scores) else parts
-    kept = [parts[name] for name in ("importance", "heads", "mlp") if parts.get(name) is not None]
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(kept)])
+    importance = [] if parts.get("importance") is None else [parts["importance"]]
+    return np.concatenate([*importance, *parts.get("units", {}).values()])
 
 
 def test_these_split():

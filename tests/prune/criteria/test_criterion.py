@@ -170,9 +170,15 @@ def test_descriptions_that_contradict_themselves(changes, message):
 
 def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
     cfg = config(EQUAL)
-    for scores, parts in ((("layers",), {"mlp": ()}), (("layers",), {"importance": np.zeros(4)})):
+    units = {(i, axis): np.zeros(size) for i in range(5) for axis, size in (("kv_heads", 2), ("mlp", 11))}
+    for scores, parts, message in (
+        (("layers",), {"units": {}}, "units, expected importance"),
+        (("layers",), {"importance": np.zeros(4)}, r"importance of shape \(4,\), expected \(5,\)"),
+        (("widths",), {"units": {}}, "units {}, expected scores of shapes among"),
+        (("widths",), {"units": units}, r"\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
+    ):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
-        with pytest.raises(UserError, match=r"'mine' returns .* expected the shapes \{'importance': \(5,\)\}"):
+        with pytest.raises(UserError, match=f"'mine' returns {message}"):
             score(model(cfg), criterion="mine")
     gates = Criterion(("layers",), "activations", lambda blocks, tokens: blocks(len, ("gate_proj",)), lambda s, m: s)
     monkeypatch.setitem(CRITERIA, "mine", gates)

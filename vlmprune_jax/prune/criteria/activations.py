@@ -17,7 +17,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import VALUES, BlockValues, Tap
+from vlmprune_jax.models.context import VALUES, BlockValues, Tap
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
 from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
 
@@ -36,8 +36,8 @@ class Tokens(NamedTuple):
 class Blocks(Protocol):
     """Function that runs a stack's blocks on one batch and returns the result of `tap` for every block.
 
-    `tap(block)` sees `models.block.BlockValues`: `before` and `after` (of the decoder's last block after the final
-    norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `models.block.VALUES`; the same in every
+    `tap(block)` sees `models.context.BlockValues`: `before` and `after` (of the decoder's last block after the final
+    norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `context.VALUES`; the same in every
     family and tower), `params` and `scales`. Its results exist for all blocks at once: reduce them over the tokens.
     """
 

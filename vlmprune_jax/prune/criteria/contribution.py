@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS
-from vlmprune_jax.models.block import WRITERS, BlockValues
+from vlmprune_jax.models.context import WRITERS, BlockValues
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive

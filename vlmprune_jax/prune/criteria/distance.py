@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.block import BlockValues
+from vlmprune_jax.models.context import BlockValues
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
 from vlmprune_jax.prune.criteria.calibration import positive

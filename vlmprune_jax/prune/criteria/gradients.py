@@ -25,7 +25,7 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.block import STREAM
+from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import at_layer
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx

@@ -13,7 +13,7 @@ import numpy as np
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.parts import Axis, Layer
-from vlmprune_jax.models.block import WRITERS
+from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 

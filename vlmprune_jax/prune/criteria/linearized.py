@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.models.block import KEYS
+from vlmprune_jax.models.context import KEYS
 from vlmprune_jax.models.layers import Projection, contract
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import REMAT_POLICIES, fill

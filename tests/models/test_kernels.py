@@ -15,9 +15,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
-from vlmprune_jax.models import attention, block
-from vlmprune_jax.models.attention import attention_mask, splash_attention, windowed, xla_attention
+from vlmprune_jax.models import kernels
 from vlmprune_jax.models.generate import decode, prefill
+from vlmprune_jax.models.kernels import attention_mask, splash_attention, windowed, xla_attention
+from vlmprune_jax.models.mixers import attention
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, apply
 
@@ -27,7 +28,7 @@ SEQ = 200
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """200 tokens in two blocks of 128, so that blocks are skipped, summed over and padded."""
-    monkeypatch.setattr(attention, "_LARGEST_BLOCK", 128)
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
 
 
 def _valid(*lengths: int, left: bool = False) -> np.ndarray:
@@ -109,7 +110,7 @@ def test_a_model_with_splash_equals_one_with_xla(monkeypatch):
     model, batch = _case()
     expected = jax.jit(_logits, static_argnums=1)(model.params, model.cfg, batch)
     monkeypatch.setattr(block, "for_tpu", lambda: True)
-    monkeypatch.setattr(block, "splash_attention", functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(attention, "splash_attention", functools.partial(splash_attention, interpret=True))
     found = jax.jit(lambda params, batch: _logits(params, model.cfg, batch))(model.params, batch)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 

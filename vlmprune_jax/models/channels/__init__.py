@@ -1,0 +1,10 @@
+"""Channel mixers by the part that describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmprune_jax.core.parts import Dense, Part
+from vlmprune_jax.models.channels import dense
+
+CHANNELS: dict[type[Part], Any] = {Dense: dense.Mlp}

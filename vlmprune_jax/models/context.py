@@ -1,0 +1,145 @@
+"""What the parts of a layer share: inputs of a forward pass, names of intermediate values, LoRA dropout.
+
+A block adds two branches to its residual stream, a mixer (attention) and a channel mixer (MLP). The names of what they
+read and write are the same in every family: "o_proj" is the projection with which the mixer writes to the stream, and
+"down_proj" that of the channel mixer, whatever a family calls them (`Block.writers`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.layers import Projection, compute_once, saveable
+from vlmprune_jax.models.random import bernoulli
+
+STREAM = ("batch", "sequence", None)
+WRITERS = ("o_proj", "down_proj")  # projections that write to the stream, in this order
+BRANCHES = ("self_attn", "mlp")  # mixer and channel mixer, whatever they are
+READERS = (*BRANCHES, *WRITERS)  # groups of matrices that read the same input
+# "self_attn", "mlp": float[batch, seq, embed], inputs of both branches; "o_proj" float[batch, seq, q_heads, head] and
+# "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before what
+# `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
+VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
+KEYS = "keys"
+
+# State of the mixers of one run (a scan), each leaf with a leading layer axis. Attention's is (keys, values):
+# [layer, slots, kv_heads, batch, head] each, the order in which TPUs read them for a token
+# (in another, XLA copies the cache before and after the loop; on TPUs heads share rows that are padded, see
+# `Decoder.empty_cache`). A block also gets its place on the first axis.
+RunCache = tuple[jax.Array, jax.Array]
+Cache = dict[str, RunCache]
+CACHE_AXES = (None, None, "kv_heads", "batch", None)
+
+
+class Context(NamedTuple):
+    """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
+
+    `masks`: per attention window (0 = none) bool[batch, 1, seq, slots], true where a query sees a key (absent or None:
+    everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
+    none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
+    segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
+    `slot`: the first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: LoRA dropout
+    is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this
+    layer alone.
+    """
+
+    masks: Mapping[int, jax.Array | None]
+    ropes: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    ahead: jax.Array | None = None
+    valid: jax.Array | None = None
+    segments: Mapping[int, jax.Array] | None = None
+    slot: Any = 0
+    dropout_key: jax.Array | None = None
+    shared: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
+    layer_input: jax.Array | None = None
+
+
+class BlockValues(NamedTuple):
+    """Intermediate values of one transformer block, as passed to a tap function.
+
+    `before`, `after`: float[batch, seq, embed], the stream; `inputs`: the `VALUES` asked for; `params`: the block's
+    own, nested. `scales`: for writers among the inputs whose output is normalised, float32[batch, seq, 1], the factor
+    by which the norm multiplies it.
+    """
+
+    before: jax.Array
+    after: jax.Array
+    inputs: dict[str, jax.Array]
+    params: dict[str, Any]
+    scales: dict[str, jax.Array]
+
+
+Tap = Callable[[BlockValues], Any]
+
+
+class LayerState(NamedTuple):
+    """State of the mixers of a run of equal layers, and which of them is computed."""
+
+    stacked: Any
+    """What `empty_state` of the mixer's module returns: a pytree whose leaves have a leading layer axis."""
+
+    layer: jax.Array
+    """Place of the layer on that axis, int32[]."""
+
+
+class Mixed(NamedTuple):
+    """Result of a mixer."""
+
+    out: jax.Array
+    """float[batch, seq, embed], the output of its writer."""
+
+    written: jax.Array
+    """float[batch, seq, ...], the input of its writer."""
+
+    state: Any
+    """The updated state of all layers of the run; None without a cache."""
+
+    shared: Any
+    """What later layers may reuse, such as keys and values."""
+
+
+class Writer(NamedTuple):
+    """Parameter paths of a projection that adds to the residual stream, and of the norm and scale that follow it."""
+
+    projection: str
+    norm: str | None
+    scale: str | None
+
+
+class Names(NamedTuple):
+    """Parameter names in a stack's blocks: residual-stream axis, input norms, and attention output projection."""
+
+    axis: str
+    norms: tuple[str, str]
+    out: str
+
+
+def lora_of(lora: LoraConfig | None, name: str) -> LoraConfig | None:
+    """Return the LoRA settings of a projection; None if it gets no adapter."""
+    return lora if lora is not None and name in lora.targets else None
+
+
+def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
+    """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False drops an input.
+
+    One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
+    copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.
+    """
+    sizes = [math.prod(one.inputs) if key is not None and one.dropout else 0 for one in projections]
+    if key is None or not any(sizes):
+        return [None] * len(projections)
+    rate = max(one.dropout for one in projections)
+    drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
+    parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    return [
+        part.reshape(*x.shape[:2], *one.inputs) if size else None
+        for part, size, one in zip(parts, sizes, projections, strict=True)
+    ]
