@@ -194,7 +194,6 @@ def test_a_position_table_with_impossible_cells(folder, tmp_path):
 
 def test_a_pruned_tower_loads_in_transformers(folder, model, row, torch_outputs, tmp_path):
     """Its last layer is still followed by the norm behind the tower."""
-    tower = model.cfg.vision
     kept = [kept_units(i, (0, 1, 2), (0, 1, 2), tuple(range(40))) for i in (0, 3)]
     pruned, _ = prune(model, kept, "vision")
     assert [layer.sizes for layer in pruned.cfg.vision.layers] == [{"kv_heads": 3, "q_heads": 3, "mlp": 40}] * 2

@@ -12,7 +12,6 @@ from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models import kernels
 from vlmprune_jax.models.generate import SharedPrefix, generate
-from vlmprune_jax.models.mixers import attention
 from vlmprune_jax.models.params import init_params
 from vlmprune_jax.models.vlm import Model, forward
 
@@ -63,9 +62,8 @@ def test_text_only_and_grouped_queries(llava, goldens):
 def test_a_cache_as_on_tpus_gives_the_same_tokens(lanes, count, llava, goldens, monkeypatch):
     """Eight heads of 6 channels: one, two and all of them in each padded row."""
     golden, compiled_for = np.load(goldens / "forward/llava.npz"), []
-    monkeypatch.setattr(decoder, "for_tpu", lambda: compiled_for.append("tpu") or True)
-    for module in (kernels, attention):
-        monkeypatch.setattr(module, "LANES", lanes)
+    monkeypatch.setattr(kernels, "for_tpu", lambda: compiled_for.append("tpu") or True)
+    monkeypatch.setattr(kernels, "LANES", lanes)
     tokens = generate(llava, golden["gen_text_prompt"][None], max_new_tokens=count, eos_token_ids=())
     np.testing.assert_array_equal(tokens[0], golden["gen_text_tokens"][:count])
     assert compiled_for

@@ -109,7 +109,7 @@ def test_a_model_with_splash_equals_one_with_xla(monkeypatch):
     """Layers of unequal heads and windows, and the tower."""
     model, batch = _case()
     expected = jax.jit(_logits, static_argnums=1)(model.params, model.cfg, batch)
-    monkeypatch.setattr(block, "for_tpu", lambda: True)
+    monkeypatch.setattr(attention, "for_tpu", lambda: True)
     monkeypatch.setattr(attention, "splash_attention", functools.partial(splash_attention, interpret=True))
     found = jax.jit(lambda params, batch: _logits(params, model.cfg, batch))(model.params, batch)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)

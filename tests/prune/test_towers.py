@@ -84,7 +84,7 @@ def test_file_surgery_computes_what_masking_does(source, tmp_path, cut):
     vision, feature_layer = tower_of(out)
     n_layers = len(layers)
     assert (vision["num_hidden_layers"], feature_layer) == (n_layers, -1)
-    heads = 3 if cut == "uneven" else len(layers[0].mixer.q_heads)
+    heads = 3 if cut == "uneven" else layers[0].sizes["q_heads"]
     assert (vision["num_attention_heads"], vision.get("head_dim", 8)) == (heads, 8)
     assert vision.get("vision_use_head", True) == (model.cfg.vision.kind != "siglip")
     assert vision["intermediate_size"] == (40 if cut == "uneven" else len(layers[0].neurons))

@@ -66,11 +66,14 @@ class TextConfig(Stack):
     @property
     def even(self) -> bool:
         """True if all layers have equal widths, so that one number per width in config.json describes them."""
-        mixers = [layer.mixer for layer in self.layers]
-        full = {mixer.kv_heads for mixer in mixers if mixer.window is None}
-        own = {mixer.kv_heads for mixer in mixers if mixer.window is not None or not self.keys_as_values}
-        neurons = {layer.channel.mlp / layer.channel.wide for layer in self.layers}
-        return max(len({mixer.q_heads for mixer in mixers}), len(full), len(own), len(neurons)) <= 1
+        sizes: dict[tuple[str, bool], set[float]] = {}
+        for layer in self.layers:
+            # full attention whose values are its keys has a number of key/value heads of its own
+            apart = self.keys_as_values and layer.mixer.window is None
+            for axis, size in layer.sizes.items():
+                wide = layer.channel.wide if axis == "mlp" else 1
+                sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / wide)
+        return all(len(known) == 1 for known in sizes.values())
 
     def __post_init__(self) -> None:
         super().__post_init__()

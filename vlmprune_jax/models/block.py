@@ -72,7 +72,7 @@ class Block(nnx.Module):
         return dict(zip(WRITERS, self._writers, strict=True))
 
     def reader_of(self, path: str) -> str:
-        """Return the name of the block's intermediate value (one of `READERS`) that a weight multiplies; "" for none."""
+        """Return the name of the block's intermediate value (one of `READERS`) that a weight multiplies, or ""."""
         module = path.removesuffix("/weight")
         names = dict(zip(self.modules, BRANCHES, strict=True))
         names |= {writer.projection: name for name, writer in self.writers.items()}

@@ -42,6 +42,18 @@ def heads_per_row(kv_heads: int, head: int) -> int:
     return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
 
 
+def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
+    """Return (rows, channels of a row) in which the cache stores the heads of one token.
+
+    On TPUs, small heads share a row, and rows are padded to the lanes. The compiler would store unpadded rows in
+    another order than decoding reads them, and copy the cache before and after decoding.
+    """
+    if not for_tpu():
+        return kv_heads, head
+    in_row = heads_per_row(kv_heads, head)
+    return kv_heads // in_row, -(-in_row * head // LANES) * LANES
+
+
 def heads_of_rows(x: jax.Array, heads: int, head: int) -> jax.Array:
     """Return [batch, slots, heads, head] from the rows of a cache, which contain one or more heads and padding."""
     return x[..., : heads // x.shape[2] * head].reshape(*x.shape[:2], heads, head)

@@ -98,10 +98,11 @@ def test_files_hold_them_and_files_of_before_are_read(tmp_path):
     assert "kinds" not in str(old["meta"])
     np.savez(tmp_path / "old.npz", **old)
     assert Scores.load(tmp_path / "old.npz").by_kind == {}
-    np.savez(tmp_path / "odd.npz", **{**old, "image/mlp_0": np.zeros(3)})
-    Scores.load(tmp_path / "odd.npz")
+    np.savez(tmp_path / "odd.npz", **{**old, "image/0/mlp": np.zeros(3)})
+    with pytest.raises(UserError, match="its arrays do not match the layers and axes that it declares"):
+        Scores.load(tmp_path / "odd.npz")
     old["meta"] = np.array(str(old["meta"]).replace("{", '{"kinds": ["image"], ', 1))
-    np.savez(tmp_path / "cut.npz", **{**old, "image/mlp_0": np.zeros(3)})
+    np.savez(tmp_path / "cut.npz", **{**old, "image/0/mlp": np.zeros(3)})
     with pytest.raises(UserError, match="scores by token type and total scores have different shapes"):
         Scores.load(tmp_path / "cut.npz")
 

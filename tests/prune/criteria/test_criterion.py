@@ -175,7 +175,7 @@ def test_scores_of_another_kind_or_shape_are_refused(monkeypatch):
         (("layers",), {"units": {}}, "units, expected importance"),
         (("layers",), {"importance": np.zeros(4)}, r"importance of shape \(4,\), expected \(5,\)"),
         (("widths",), {"units": {}}, "units {}, expected scores of shapes among"),
-        (("widths",), {"units": units}, r"\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
+        (("widths",), {"units": units}, r"units .*\(0, 'mlp'\): \(11,\).*, expected .* \(0, 'mlp'\): \(12,\)"),
     ):
         monkeypatch.setitem(CRITERIA, "mine", Criterion(scores, "weights", lambda model, parts=parts: parts))
         with pytest.raises(UserError, match=f"'mine' returns {message}"):

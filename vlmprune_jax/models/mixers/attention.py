@@ -16,7 +16,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import CACHE_AXES, Context, LayerState, Mixed, Names, RunCache, dropout_masks, lora_of
-from vlmprune_jax.models.kernels import LANES, for_tpu, heads_of_rows, heads_per_row, splash_attention, xla_attention
+from vlmprune_jax.models.kernels import cache_rows, for_tpu, heads_of_rows, splash_attention, xla_attention
 from vlmprune_jax.models.layers import Norm, Projection, rotate, unit_rms
 
 
@@ -99,17 +99,11 @@ class Attention(nnx.Module):
     def empty_state(
         cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
     ) -> RunCache | None:
-        """Return zero-filled keys and values of `length` equal layers; None if they reuse those of another.
-
-        On TPUs, small heads share a row, and rows are padded to the lanes. The compiler would store unpadded rows in
-        another order than decoding reads them, and copy the cache before and after decoding.
-        """
+        """Return zero-filled keys and values of `length` equal layers; None if they reuse those of another."""
         if layer.mixer.kv_shared:
             return None
-        kv_heads, head = layer.mixer.kv_heads, cfg.head_dim_of(layer)
-        in_row = heads_per_row(kv_heads, head) if for_tpu() else 1
-        row = -(-in_row * head // LANES) * LANES if for_tpu() else head
-        size = (length, slots, kv_heads // in_row, batch, row)
+        rows, channels = cache_rows(layer.mixer.kv_heads, cfg.head_dim_of(layer))
+        size = (length, slots, rows, batch, channels)
         return jnp.zeros(size, dtype), jnp.zeros(size, dtype)
 
 
