@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.cli.flags import load_file, locate
+from vlmprune_jax.cli.flags import file_of, load_file, locate, shipped_configs
 from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.links import check_links
@@ -21,6 +21,8 @@ from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
 from vlmprune_jax.sweep.hyper import Hyper
+
+_START = "_start"  # attribute of a ConfigDict: the experiment that it was made from
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
@@ -32,7 +34,21 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
     Raises UserError for an unknown recipe.
     """
-    return _section(Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe)))
+    start = Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe))
+    return _starting_with(start, _section(start))
+
+
+def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
+    """Return the config, which remembers its settings before the user changes them, see `starting_point`."""
+    object.__setattr__(config, _START, start)  # ConfigDict's own would make it a setting
+    return config
+
+
+def starting_point(flags: Any) -> Experiment:
+    """Return the settings that the user did not choose: a shipped config's, or those a config file started from."""
+    if file_of(flags.config_file).resolve() in {path.resolve() for path in shipped_configs().values()}:
+        return getattr(shipped_config(flags.config_file), _START)
+    return getattr(flags.config, _START, Experiment())
 
 
 class _Section(ConfigDict):
@@ -158,7 +174,8 @@ def read_hyper(config: str) -> Any:
 
 def shipped_config(name: str) -> ConfigDict:
     """Return a config bundled with vlmprune (NAME or NAME:VARIANT), as a starting point for a config file."""
-    return load_file(locate(name))[1]
+    config = load_file(locate(name))[1]
+    return _starting_with(override(Experiment(), config.to_dict()), config)
 
 
 def to_workdir(text: str) -> Path:

@@ -31,6 +31,7 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
+    from vlmprune_jax.cli.config_files import starting_point
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
@@ -39,7 +40,7 @@ def run(flags: Any) -> None:
     check_runs(runs, sweep, flags.jobs)
     mine = shard_of(runs_named(runs, flags.only), flags.shard)
     placed = runs if flags.dry_run else place_all(runs, sweep)
-    tell_unused(placed, reporter)
+    tell_unused(placed, starting_point(flags), reporter)
     if flags.dry_run:
         tell_sharing(mine, sweep, reporter)
         return
