@@ -9,6 +9,7 @@ import shutil
 import pytest
 from PIL import Image
 from report_cases import BENCH
+from repository import full_size_models
 from study_cases import rows, write_sweep
 from study_guide import update_guide
 from vlm_cases import llava_config
@@ -140,7 +141,7 @@ def test_words(folder, capsys):
     assert "easy-VQA teacher" in out
     assert "\n  loads in transformers, vllm\n  not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
     unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed", "--evidence")
-    assert "because: nothing supports this; it is the nearest rule (above 15 % of the" in unsupported
+    assert "because: nothing supports this; nearest rule: above 15 % of the decoder" in unsupported
     assert "Decoding, times the unpruned speed" in unsupported
 
 
@@ -166,6 +167,19 @@ def test_what_is_printed_for_the_demo_runs_as_printed(tmp_path, capsys, monkeypa
     assert "no effect" not in lines
     assert "but the model folder says" not in lines
     assert "but those of the folder's chat template" not in lines
+
+
+@pytest.mark.parametrize("name", ["llava", "demo"])
+def test_prompts_and_images_are_prepared_as_the_model_folder_says(tmp_path, capsys, name):
+    """Neither as the family's recipe does (LLaVA's: llava_v1, pad) nor as the evidence did (the demo's: square)."""
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(full_size_models()["llava"]))
+    model = tmp_path / "llava" if name == "llava" else shipped_config("demo").model.hf_dir
+    told(capsys, f"--model={model}", "--ratio=0.3", f"--save={tmp_path / 'a.py'}")
+    data = experiment_of(tmp_path / "a.py").data
+    assert data.fraction == 0.05  # the paper does not say how much data its rows used
+    assert (data.template, data.system, data.aspect_ratio) == ("auto", None, "auto")
+    assert data.max_length == (2048 if name == "llava" else 88)
 
 
 def test_files_of_ones_own_take_the_place_of_the_evidences_data(folder, tmp_path, capsys):

@@ -236,7 +236,7 @@ def evidence(found: Recommendation) -> Iterator[tuple[str, str]]:
     elif found.rule.supported:
         yield "because", f"this is the guide's rule for {found.rule.label} of the decoder"
     else:
-        yield "because", f"nothing supports this; it is the nearest rule ({found.rule.label} of the decoder)"
+        yield "because", f"nothing supports this; nearest rule: {found.rule.label} of the decoder"
 
 
 def measured(expected: Expected) -> str:

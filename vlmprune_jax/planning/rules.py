@@ -115,7 +115,7 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
         methods: dict[str, list[str]] = {method: _words(rule, method) for method in rule.methods}
     else:
         expected, methods = _expect_same(target, head, guide), {head.method: head.made_by}
-        used = head.data_fraction or 0.0
+        used = min(data_fraction, needed) if head.data_fraction is None else head.data_fraction  # the paper's: unknown
     shown = () if expected is None else expected.rows
     shape = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
     row = shown[0] if shown else max(shape, key=lambda row: row.seeds or 1, default=None)
