@@ -17,7 +17,6 @@ from vlmprune_jax.evaluation.statistics import (
     interval_of_mean,
     mcnemar,
     p_of_difference,
-
     retained_interval,
 )
 

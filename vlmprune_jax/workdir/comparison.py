@@ -122,6 +122,19 @@ def paper_average(
     return 100.0 * ours / theirs if theirs else None
 
 
+def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple[float, float] | None:
+    """Return the 95 % interval of `mean_of_ratios` over questions (other questions for each set); None if unknown."""
+    ends = {name: evaluation.retained_interval.get(name) for name in averaged_sets(sets)}
+    middles = [evaluation.retained.get(name) for name in ends]
+    sides = [
+        (*pair, middle) for pair, middle in zip(ends.values(), middles, strict=True) if pair and middle is not None
+    ]
+    if len(sides) < len(ends) or evaluation.mean_of_ratios is None:
+        return None
+    below, above = (math.hypot(*(side[end] - side[2] for side in sides)) / len(sides) for end in (0, 1))
+    return evaluation.mean_of_ratios - below, evaluation.mean_of_ratios + above
+
+
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
     """Return the run with the highest mean retention; of equals, the smallest model."""
     if not runs:
