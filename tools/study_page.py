@@ -196,7 +196,7 @@ def measured(sweep: SweepResult) -> str:
 def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
     """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
 
-    Effects in single settings are only printed if settings do not differ. The figure of a sweep is NAME.png beside the page.
+    Effects in single settings are only printed if settings do not differ. A sweep's figure, NAME.png, is beside it.
 
     Raises:
       UserError: the page has no marks.

@@ -38,8 +38,8 @@ CONTROLS = (
     "adds to any model is not counted."
 )
 INTERVALS = (
-    " Intervals: 95 %, over questions that both models answer; of right and wrong answers by Bonett and Price (2006), of "
-    "other scores by a paired bootstrap."
+    " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
+    "by a paired bootstrap for other scores."
 )
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 

@@ -206,4 +206,10 @@ def percent(value: float | None) -> str:
 def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
     """Return a retention interval as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
-    return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+    return "" if ends is None else show_interval(*ends)
+
+
+def show_interval(low: float, high: float) -> str:
+    """Return an interval as text, with one decimal, or with as many (up to four) as tell its ends apart."""
+    texts = ([f"{end:.{digits}f}" for end in (low, high)] for digits in (1, 2, 3, 4))
+    return " to ".join(next((text for text in texts if text[0] != text[1]), [f"{low:.4f}", f"{high:.4f}"]))
