@@ -99,9 +99,9 @@ def pooled(cells: Cells) -> Effect:
     # Satterthwaite's degrees of freedom of a sum of variances
     freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_questions**2 / (count - 1)) if total else seeds - 1
     by_seed = {seed: [v.value for values in cells.values() for v in values if v.seed == seed] for seed in parts}
-    values = tuple(float(np.mean(of)) for of in by_seed.values()) if len(cells) == 1 else ()
+    of_setting = tuple(float(np.mean(of)) for of in by_seed.values()) if len(cells) == 1 else ()
     mean = float(np.mean(list(means.values())))
-    return Effect(mean, math.sqrt(total), freedom, seeds, values, math.sqrt(of_questions))
+    return Effect(mean, math.sqrt(total), freedom, seeds, of_setting, math.sqrt(of_questions))
 
 
 def _question_variance(cells: Cells) -> tuple[float, int]:

@@ -22,6 +22,7 @@ from vlmprune_jax.report.comparison_plots import Cost, curves_figure, drawable, 
 from vlmprune_jax.report.style import write_png
 from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.workdir.result import Set
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
@@ -52,24 +53,28 @@ def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
 
 
 def _with_intervals(folder: Path, sweep: SweepResult) -> SweepResult:
-    """Return a sweep whose intervals over questions are those of this version, if its evaluations are there."""
+    """Return a sweep with intervals over questions by this version's method, if its evaluations are there."""
     entries = []
     for entry in sweep.models:
-        if entry.found is not None:
-            intervals = dict(entry.found.evaluation.retained_interval)
-            for name, of in sweep.sets.items():
-                run = folder / Path(entry.found.path).parent
-                paths = find_evaluated(folder, entry.found.path, name), find_evaluated(run, None, name)
-                if of.name in METRICS and None not in paths and METRICS[of.name].drawn_by is None:
-                    scores = [
-                        [{of.main: one} for one in read_evaluated(path).question_scores] for path in paths if path
-                    ]
-                    if (ends := retained_interval(METRICS[of.name], scores[0], scores[1], ())) is not None:
-                        intervals[name] = ends
-            evaluation = replace(entry.found.evaluation, retained_interval=intervals)
-            entry = replace(entry, found=replace(entry.found, evaluation=evaluation))
-        entries.append(entry)
+        if entry.found is None:
+            entries.append(entry)
+            continue
+        evaluation, path = entry.found.evaluation, Path(entry.found.path)
+        ends = {name: _interval_over_questions(folder, path, name, sweep.sets[name]) for name in sweep.sets}
+        known = evaluation.retained_interval | {name: pair for name, pair in ends.items() if pair is not None}
+        evaluation = replace(evaluation, retained_interval=known)
+        entries.append(replace(entry, found=replace(entry.found, evaluation=evaluation)))
     return replace(sweep, models=entries)
+
+
+def _interval_over_questions(folder: Path, model: Path, name: str, of: Set) -> tuple[float, float] | None:
+    """Return the interval of a model's retention on a set; None if it is not there, or its metric is not a mean."""
+    paths = (find_evaluated(folder, str(model), name), find_evaluated(folder / model.parent, None, name))
+    metric = METRICS.get(of.name)
+    if metric is None or metric.full is None or metric.drawn is not None or metric.drawn_by is not None:
+        return None
+    scores = [[{of.main: one or 0.0} for one in read_evaluated(path).question_scores] for path in paths if path]
+    return retained_interval(metric, scores[0], scores[1], ()) if len(scores) == len(paths) else None
 
 
 def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, settings: bool = True) -> str:
