@@ -198,6 +198,9 @@ def test_a_difference_is_that_of_seeds_and_of_questions():
         right += p_of_difference(models[:3], models[3:] + 1.0) < 0.05
     assert wrong < 0.08 * 300
     assert right > 0.9 * 300
+    # two noisy seeds do not get the small spread of twelve quiet ones
+    quiet, noisy = (np.array([[value] * 50 for value in values]) for values in ([99.8, 99.9] * 6, [98.9, 99.7]))
+    assert 0.1 < p_of_difference(quiet, noisy) == p_of_difference(noisy, quiet)
 
 
 def test_holm_raises_every_p_and_keeps_their_order():

@@ -181,21 +181,23 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
     """Return the two-sided p-value of the difference between two models' mean scores, each float[seeds, questions].
 
-    One seed of right and wrong answers has McNemar's exact test. Otherwise it is Student's t, and the variance is that
-    over seeds (one for both models) plus that over questions, with Satterthwaite's degrees of freedom.
+    One seed of right and wrong answers has McNemar's exact test. Otherwise it is Student's t with Welch-Satterthwaite
+    degrees of freedom, and the variance is that of each model over its seeds (one seed: taken to be that of the other
+    model) plus that of the difference over questions.
     """
     if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
         return mcnemar(first[0] > 0, second[0] > 0).p_value
-    means = [model.mean(axis=1) for model in (first, second)]
-    seeds, questions = len(first) + len(second) - 2, first.shape[1] - 1
     by_question = first.mean(axis=0) - second.mean(axis=0)
-    variance = sum(((of - of.mean()) ** 2).sum() for of in means) / max(seeds, 1) * (1 / len(first) + 1 / len(second))
-    over_questions = by_question.var() / max(questions, 1)
-    total, mean_difference = variance + over_questions, by_question.mean()
+    variances = [(by_question.var() / max(len(by_question) - 1, 1), max(len(by_question) - 1, 1))]
+    for own, other in ((first, second), (second, first)):
+        seeds = own if len(own) > 1 else other
+        if len(seeds) > 1:
+            variances.append((seeds.mean(axis=1).var(ddof=1) / len(own), len(seeds) - 1))
+    total, difference = sum(variance for variance, _ in variances), by_question.mean()
     if not total:
-        return float(mean_difference == 0)
-    freedom = total**2 / (variance**2 / max(seeds, 1) + over_questions**2 / max(questions, 1))
-    return 2 * float(stdtr(freedom, -abs(mean_difference) / math.sqrt(total)))
+        return float(difference == 0)
+    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in variances)
+    return 2 * float(stdtr(freedom, -abs(difference) / math.sqrt(total)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
