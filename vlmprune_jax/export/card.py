@@ -181,8 +181,8 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
     note = (
-        "Retained: share of the unpruned model's score on the same questions. Intervals are from a paired "
-        "bootstrap over the questions; they do not cover other data or training runs."
+        "Retained: share of the unpruned model's score on the same questions. Intervals cover other questions of the "
+        "same type; they do not cover other data or training runs."
     )
     return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
 

@@ -38,7 +38,8 @@ CONTROLS = (
     "adds to any model is not counted."
 )
 INTERVALS = (
-    " Intervals: 95 % of the samples of a paired bootstrap over the questions, which the unpruned model answered too."
+    " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
+    "by a paired bootstrap for other scores."
 )
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 

@@ -122,6 +122,19 @@ def paper_average(
     return 100.0 * ours / theirs if theirs else None
 
 
+def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple[float, float] | None:
+    """Return the 95 % interval of `mean_of_ratios` over questions (other questions for each set); None if unknown."""
+    ends = {name: evaluation.retained_interval.get(name) for name in averaged_sets(sets)}
+    middles = [evaluation.retained.get(name) for name in ends]
+    sides = [
+        (*pair, middle) for pair, middle in zip(ends.values(), middles, strict=True) if pair and middle is not None
+    ]
+    if len(sides) < len(ends) or evaluation.mean_of_ratios is None:
+        return None
+    below, above = (math.hypot(*(side[end] - side[2] for side in sides)) / len(sides) for end in (0, 1))
+    return evaluation.mean_of_ratios - below, evaluation.mean_of_ratios + above
+
+
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
     """Return the run with the highest mean retention; of equals, the smallest model."""
     if not runs:
@@ -193,4 +206,10 @@ def percent(value: float | None) -> str:
 def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
     """Return a retention interval as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
-    return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+    return "" if ends is None else show_interval(*ends)
+
+
+def show_interval(low: float, high: float) -> str:
+    """Return an interval as text, with one decimal, or with as many (up to four) as tell its ends apart."""
+    texts = ([f"{end:.{digits}f}" for end in (low, high)] for digits in (1, 2, 3, 4))
+    return " to ".join(next((text for text in texts if text[0] != text[1]), [f"{low:.4f}", f"{high:.4f}"]))

@@ -55,7 +55,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     """Evaluation of one model on one set: a file `eval/*.json`.
 
     `scores` has one number per question (or None) for each score of the metric. `answers` names the file with the
-    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage (paired bootstrap);
+    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage over questions;
     None for the unpruned model, if the unpruned model scores 0, or if the interval would take long to compute.
     `control_interval` is the interval of the percentage relative to the control. `joules` is the energy that the
     machine used for answering, according to `counters`; None without counters or after an interruption.
