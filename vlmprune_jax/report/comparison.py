@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import printable
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.speed import LIMITS, RULE
 from vlmprune_jax.report.tables import OF_CONTROL, over
 from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.result import ModelEvaluation
@@ -44,16 +46,20 @@ COSTS = (
 
 def _speedup(title: str, part: str) -> Cost:
     label = "times the unpruned model's tokens/s"
-    return Cost(title, label, lambda model: getattr(model, part)[0], True, lambda model: getattr(model, part)[1:])
+
+    def ends(model: SweptModel) -> tuple[float, float]:
+        return getattr(model, part).low, getattr(model, part).high
+
+    return Cost(title, label, lambda model: getattr(model, part).ratio, True, ends)
 
 
 SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
 NOTES = (
     "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}; ± is half of the 95 % "
     "interval over seeds (Student's t), not over questions. Of control: share of the score of the unpruned model after "
-    "the same recovery. Size: share of the unpruned model's parameters. Decoding: "
-    "measured speed of the shape, as a multiple of the unpruned model's. Removed: share of all parameters, and of the "
-    "decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
+    "the same recovery. Size: share of the unpruned model's parameters. Decoding: measured speed of the shape, as a "
+    "multiple of the unpruned model's. {rule}. Removed: share of all parameters, and of the decoder's. Seconds: "
+    "scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
 )
 
 
@@ -73,7 +79,7 @@ def build_comparison(workdir: Path) -> Path:
         *_radar_section(sweep, groups),
         *_open_section(sweep),
     ]
-    notes = (NOTES.format(averages=_averages(sweep)),)
+    notes = (NOTES.format(averages=_averages(sweep), rule=f"{RULE}{LIMITS}"),)
     sections.insert(0, Section("Models", tables=(table,), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
@@ -115,12 +121,24 @@ def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None, title
 
 def _smaller(group: Group, sweep: SweepResult) -> str:
     before = sweep.unpruned[group.first.unpruned].parameters
-    times = f" and {SPEEDUPS[DECODE].of_group(group)[0]:.2f} times the decoding speed" if _timed(group) else ""
+    speedup, times = _speedup_of(group, DECODE), ""
+    if speedup is not None:
+        times = f" and {speedup} times the decoding speed" if speedup.measurable else f" and decoding speed {speedup}"
     return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters{times}"
 
 
+def _speedup_of(group: Group, part: str) -> SpeedUp | None:
+    """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
+    speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
+    unclear = next((of for of in speedups if of is None or not of.measurable), speedups[0])
+    if unclear is None or not unclear.measurable:
+        return unclear
+    return SpeedUp(*SPEEDUPS[part].of_group(group), spread=0.0)
+
+
 def _timed(group: Group) -> bool:
-    return all(getattr(model, part) is not None for model in group.models for part in SPEEDUPS)
+    """Return True if a group's speed-ups were measured, and are measurable."""
+    return all((of := _speedup_of(group, part)) is not None and of.measurable for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -145,8 +163,8 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
         caption = (
-            "A shape is measured once, in turns with the unpruned model; bars are the range of the rounds. The line "
-            "leaves out models that are faster than a better one by less than this range."
+            "A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. The line "
+            "leaves out models that are faster than a better one by less than this interval."
         )
         figures.append(figure_of(figure, alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
@@ -281,7 +299,7 @@ def table_of(sweep: SweepResult) -> Table:
                 "retained, %": "" if mean is None else f"{mean:.2f}",
                 OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
                 "size, %": f"{100 * group.mean('parameters') / before:.1f}",
-                "decoding, x": f"{SPEEDUPS[DECODE].of_group(group)[0]:.2f}" if _timed(group) else "",
+                "decoding, x": "" if (of := _speedup_of(group, DECODE)) is None else of.show(interval=False),
                 "±": f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
                 "seeds": f"{len(group.models)}",
                 "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
