@@ -52,7 +52,7 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
         if self.spread is None:
             return f"{self.show()} (the spread of the rounds is unknown)"
         busy = " on this busy machine" if self.spread > STEADY else ""
-        limit = f"; at most {self.limit:.2f} is possible" if self._steady else ""
+        limit = f"; FLOPs or bytes allow {self.limit:.2f}" if self._steady else ""
         return f"{self.show()}{busy} (rounds differ by {100 * self.spread:.3g} %{limit})"
 
 
