@@ -227,7 +227,7 @@ def test_speed(tmp_path):
 
     def shown():
         measured = read_artefact(tmp_path / "speed.json", Speed)
-        return speed_tables(measured, {}), speed_notes(measured, {}), measured.medians()
+        return speed_tables(measured, {}), speed_notes(measured), measured.medians()
 
     whole = saved(path, SPEED)
     assert len(shown()) == 3

@@ -200,7 +200,7 @@ def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tm
     assert "bench.json" in failing(capsys, *asked)
     write_artefact(tmp_path / "bench.json", BENCH)
     out = told(capsys, *asked)
-    assert "Times as fast, round by round" in out
+    assert "Times as fast: ratio of medians" in out
     assert "Decoding, times the unpruned speed" not in out
 
 

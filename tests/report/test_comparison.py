@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from report_cases import evaluated
 from sweep_cases import image_runs, some_runs, with_models, write_sweep
 
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.report import comparison
 from vlmprune_jax.report.comparison import build_comparison, table_of
@@ -43,12 +44,26 @@ def test_page(tmp_path, sets, figures, radar):
     assert "depth 10 %, SFT, 5 % of the data has the highest retention" in lead
     assert "Its lead over 11 of 11 is not tested" in lead
     assert "method=depth,ratio=0.1,recovery=sft,fraction=0.05" in page
-    assert "fewer parameters and 1.00 times the decoding speed" in page
+    assert "fewer parameters and 1.33 (1.28 to 1.39) times the decoding speed" in page
     assert "20 of 20 runs are done: 20 models." in page
     assert "The smallest that retains 95 % is" not in page or "fewer parameters" in page
     if not radar:
         assert "of the unpruned model" not in page or "on docs" in page
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
+    """Of rounds that differ by 146 % no ratio is in table, sentences, figures and CSV."""
+    busy = SpeedUp(5.1, 4.77, 5.43, 1.46)
+    sweep = with_models(write_sweep(tmp_path), decode_speedup=busy)
+    write_artefact(tmp_path / "sweep.json", sweep)
+    page = build_comparison(tmp_path).read_text().replace("\u00a0", " ")
+    reason = "not measurable on this busy machine (rounds differ by 146 %)"
+    assert f"fewer parameters and decoding speed {reason}." in page
+    table = table_of(sweep)
+    assert {row[table.header.index("decoding, x")] for row in table.rows} == {"", "not measurable"}
+    assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
+    assert page.count("<svg") == 7
 
 
 def test_the_table_of_terminal_and_page(tmp_path):

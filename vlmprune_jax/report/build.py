@@ -160,7 +160,7 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
         )
     if measured is not None:
         tables += speed_tables(measured, labels)
-        notes += speed_notes(measured, labels)
+        notes += speed_notes(measured)
     if os.path.lexists(workdir / BENCH):
         bench = read_artefact(workdir / BENCH, Bench)
         tables += bench_tables(bench)

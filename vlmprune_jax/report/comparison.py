@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.errors import printable
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import holm, interval_of_mean, p_of_difference
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.answers import CHANCE, SIGNIFICANT
 from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.speed import LIMITS, RULE
 from vlmprune_jax.report.tables import OF_CONTROL, over
 from vlmprune_jax.workdir.comparison import averaged_sets, show_interval
 from vlmprune_jax.workdir.result import ModelEvaluation
@@ -48,7 +50,11 @@ COSTS = (
 
 def _speedup(title: str, part: str) -> Cost:
     label = "times the unpruned model's tokens/s"
-    return Cost(title, label, lambda model: getattr(model, part)[0], True, lambda model: getattr(model, part)[1:])
+
+    def ends(model: SweptModel) -> tuple[float, float]:
+        return getattr(model, part).low, getattr(model, part).high
+
+    return Cost(title, label, lambda model: getattr(model, part).ratio, True, ends)
 
 
 SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
@@ -58,8 +64,9 @@ NOTES = (
     "Against the best: McNemar's exact test, or for several seeds Student's t over seeds and questions, corrected for "
     "the number of tests (Holm). Of control: share of the score of the unpruned model after "
     "the same recovery. Size: share of the unpruned model's parameters. Decoding: "
-    "measured speed of the shape, as a multiple of the unpruned model's. Removed: share of all parameters, and of the "
-    "decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
+    "measured speed of the shape, as a multiple of the unpruned model's. {rule}. Removed: share of all parameters, and "
+    "of the decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run "
+    "did it."
 )
 
 
@@ -79,7 +86,8 @@ def build_comparison(workdir: Path) -> Path:
         *_radar_section(sweep, groups),
         *_open_section(sweep),
     ]
-    notes = (NOTES.format(averages=_averages(sweep), enough=ENOUGH),)
+    rule = f"{RULE}{LIMITS}"
+    notes = (NOTES.format(averages=_averages(sweep), enough=ENOUGH, rule=rule),)
     sections.insert(0, Section("Models", tables=(_table(sweep, groups, verdicts),), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
@@ -166,12 +174,24 @@ def _interval(group: Group) -> str:
 
 def _smaller(group: Group, sweep: SweepResult) -> str:
     before = sweep.unpruned[group.first.unpruned].parameters
-    times = f" and {SPEEDUPS[DECODE].of_group(group)[0]:.2f} times the decoding speed" if _timed(group) else ""
+    speedup, times = _speedup_of(group, DECODE), ""
+    if speedup is not None:
+        times = f" and {speedup} times the decoding speed" if speedup.measurable else f" and decoding speed {speedup}"
     return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters{times}"
 
 
+def _speedup_of(group: Group, part: str) -> SpeedUp | None:
+    """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
+    speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
+    unclear = next((of for of in speedups if of is None or not of.measurable), speedups[0])
+    if unclear is None or not unclear.measurable:
+        return unclear
+    return SpeedUp(*SPEEDUPS[part].of_group(group), spread=0.0)
+
+
 def _timed(group: Group) -> bool:
-    return all(getattr(model, part) is not None for model in group.models for part in SPEEDUPS)
+    """Return True if a group's speed-ups were measured, and are measurable."""
+    return all((of := _speedup_of(group, part)) is not None and of.measurable for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -196,8 +216,8 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
         caption = (
-            "A shape is measured once, in turns with the unpruned model; bars are the range of the rounds. The line "
-            "leaves out models that are faster than a better one by less than this range."
+            "A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. The line "
+            "leaves out models that are faster than a better one by less than this interval."
         )
         figures.append(figure_of(figure, alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
@@ -336,7 +356,7 @@ def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, s
                 "retained, %": "" if group.retained is None else f"{group.retained[0]:.2f}",
                 OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
                 "size, %": f"{100 * group.mean('parameters') / before:.1f}",
-                "decoding, x": f"{SPEEDUPS[DECODE].of_group(group)[0]:.2f}" if _timed(group) else "",
+                "decoding, x": "" if (speed := _speedup_of(group, DECODE)) is None else speed.show(interval=False),
                 "95 % interval": _interval(group),
                 "against the best": verdicts.get(group.name, ""),
                 "seeds": f"{len(group.models)}",

@@ -175,7 +175,7 @@ def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return benchmark rows for the model card: set, both scores, retained %, interval; then speeds.
+    """Return benchmark rows for the model card: set, both scores, retained %, interval; then measurable speeds.
 
     After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
     """
@@ -188,13 +188,16 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
             alike = of.show(control.scores[name].get(of.main), unit=False)
             kept = percent(control.retained.get(name)), interval(control, name)
             rows.append((f"{name}, unpruned model after the same recovery", alike, ours, *kept))
-    if run.speed is not None and teacher.speed is not None:
-        for what, slow, fast in (
-            ("prompt", teacher.speed.prefill, run.speed.prefill),
-            ("generated", teacher.speed.decode, run.speed.decode),
+    if (speed := run.speed) is not None:
+        for what, after, speedup in (
+            ("prompt", speed.prefill, speed.prefill_speedup),
+            ("generated", speed.decode, speed.decode_speedup),
         ):
-            label = f"{what} tokens per second, our forward on the machine of the run"
-            rows.append((label, f"{slow:,.0f}", f"{fast:,.0f}", percent(100 * fast / slow), ""))
+            label, times = f"{what} tokens per second, our forward on the machine of the run", f"{speedup}"
+            if speedup is not None and speedup.measurable:
+                rows.append((label, f"{after / speedup.ratio:,.0f}", f"{after:,.0f}", f"{times} times as fast", ""))
+            elif speedup is not None:
+                rows.append((label, "", "", times, ""))
     return rows
 
 

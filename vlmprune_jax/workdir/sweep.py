@@ -15,12 +15,12 @@ from msgspec import Meta
 
 from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.core.markup import cell
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.comparison import average_interval, averaged_sets
 from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
 from vlmprune_jax.workdir.result import ModelEvaluation, OfControl, RunEvaluation, Set, Sets
-from vlmprune_jax.workdir.speed import SpeedUp
 
 SWEEP = "sweep.json"
 DONE, FAILED, PENDING = "done", "failed", "pending"
@@ -227,7 +227,7 @@ def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.n
 
 
 def as_csv(sweep: SweepResult) -> str:
-    """Return the content of `sweep.csv`, one line per model of the sweep."""
+    """Return the content of `sweep.csv`, one line per model of the sweep; without speed-ups that are not measurable."""
     labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
     speedups = ("prefill_speedup", "decode_speedup")
     facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]
@@ -240,7 +240,8 @@ def as_csv(sweep: SweepResult) -> str:
     lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts]))
     for one in sweep.models:
         row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
-        row += [end for name in speedups for end in getattr(one.found, name, None) or (None, None, None)]
+        for of in (getattr(one.found, name, None) for name in speedups):
+            row += [of.ratio, of.low, of.high] if of is not None and of.measurable else [None] * 3
         row += [one.labels.get(label) for label in labels]
         row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
         lines.writerow(map(cell, row))
