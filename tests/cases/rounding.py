@@ -1,4 +1,4 @@
-"""Comparison of models that compute the same function, on any processor.
+"""Comparisons that hold on any processor, with tolerances from bounds on rounding.
 
 The shape of a product and the processor decide in which order its sums are added: only a program that runs twice gives
 equal bits. Float32 logits of products of other shapes differ by rounding that grows from layer to layer (a padded
@@ -28,3 +28,13 @@ def assert_same_function(found: np.ndarray, expected: np.ndarray, message: str =
     """
     assert found.dtype == expected.dtype == np.float64
     np.testing.assert_allclose(found, expected, atol=2.0**-40 * np.abs(expected).max(), rtol=0, err_msg=message)
+
+
+def assert_same_sums(found: Any, expected: Any, magnitude: Any, message: str = "") -> None:
+    """Compare sums of weight x gradient, of which `magnitude` is the sum of absolute values.
+
+    If gradients have a relative error of 1e-4, these sums have one of at most 1e-4 x magnitude. Relative to a signed
+    sum that cancels, this is more: 1e-2 where a hundredth remains.
+    """
+    difference, limit = np.abs(np.asarray(found) - expected), 1e-4 * np.asarray(magnitude)
+    assert (difference <= limit).all(), f"{message}: {(difference / limit).max():.3g} times the tolerance"
