@@ -60,7 +60,7 @@ def test_speeds_of_a_busy_machine_are_not_shown(tmp_path):
     page = build_comparison(tmp_path).read_text().replace("\u00a0", " ")
     reason = "not measurable on this busy machine (rounds differ by 146 %)"
     assert f"fewer parameters and decoding speed {reason}." in page
-    table = table_of(sweep)
+    table = table_of(sweep, tmp_path)
     assert {row[table.header.index("decoding, x")] for row in table.rows} == {"", "not measurable"}
     assert not re.search(r"\b(5\.10?|4\.77|5\.43)\b", f"{table.rows}{as_csv(sweep)}")
     assert page.count("<svg") == 7
