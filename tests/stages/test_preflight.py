@@ -90,6 +90,10 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
             ["--config.prune.ratio=None", "--config.prune.layers_removed=9"],
             "prune: layers_removed=9 must be between 0 and 5 (6 layers, 0 protected)",
         ),
+        (
+            ["--config.prune.vocabulary.size=9999"],
+            "prune: prune.vocabulary.size=9,999 is more than the model's vocabulary of 416 tokens: set a smaller size",
+        ),
         (["--config.prune.ratio=0.99"], "prune: ratio 0.99 cannot be reached by depth pruning of the text stack"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -13,8 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 from vlmprune_jax.cli.flags import file_of, load_file, locate, shipped_configs
 from vlmprune_jax.core.checks import blaming
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.links import check_links
+from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.links import check_links, real_path
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.experiment import recipes
@@ -179,12 +180,17 @@ def shipped_config(name: str) -> ConfigDict:
 
 
 def to_workdir(text: str) -> Path:
-    """Return a workdir's path, which need not exist; raise UserError if the folder links to places outside it."""
+    """Return a workdir's path, which need not exist.
+
+    Raises UserError if no folder can be there, or the folder has links to places outside it.
+    """
     folder = Path(text)
-    if "\0" in text:
-        raise UserError(f"--workdir={text}: contains a NUL character, which paths cannot contain")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir={text}: is a file, expected a folder: choose another path")
+    with error_context("--workdir"):
+        real_path(folder)
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if not os.path.isdir(place) and os.path.lexists(place):
+        broken = "a link to itself or to nothing" if os.path.islink(place) and not os.path.exists(place) else "a file"
+        raise UserError(f"--workdir={text}: {place} is {broken}, expected a folder: choose another path")
     check_links(folder)
     return folder
 
