@@ -122,7 +122,9 @@ def test_a_result_names_no_file_outside_its_workdir(workdir, outside):
     for name, value in (("plan", outside), ("scores", [outside]), ("metrics", outside), ("path", outside)):
         good["runs"][0] |= {name: value}
         (workdir / "result.json").write_text(json.dumps(good))
-        with pytest.raises(UserError, match=r"result.json: ('.*' lies outside|is not valid JSON).*run `vlmprune run` ag"):
+        with pytest.raises(
+            UserError, match=r"result.json: ('.*' lies outside|is not valid JSON).*run `vlmprune run` ag"
+        ):
             read_result(workdir)
 
 

@@ -214,6 +214,10 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: the training data ended after {step} steps: set fewer steps, or pass more epochs of data"
         )
+    if not hasattr(batch, "arrays"):
+        raise UserError(
+            f"recover: batch of step {step + 1} must be a Batch, got {type(batch).__name__}: make it with vp.batches"
+        )
     rows = len(rows_of_process(run.mesh, config.batch_size))
     ids = batch.arrays["input_ids"]
     if len(ids) != rows:
