@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -118,19 +121,33 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
 
 
 def to_experiment(
-    config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
+    config: ConfigDict | None,
+    workdir: str | None,
+    *,
+    only: str = "",
+    explicit: Collection[str] = (),
+    dry_run: bool = False,
 ) -> tuple[Experiment, Path]:
-    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded."""
+    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
+
+    With `dry_run`, data sets that the workdir lacks go to a folder that is deleted when the process ends.
+    """
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: add --workdir=DIR, a folder for all files of this run")
     folder = to_workdir(workdir)
-    return placed(experiment, folder), folder
+    scratch = Path(tempfile.mkdtemp(prefix="vlmprune-")) if dry_run else None
+    if scratch is not None:
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return placed(experiment, folder, scratch), folder
 
 
-def placed(experiment: Experiment, workdir: Path) -> Experiment:
-    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made."""
-    model, data = experiment.model, experiment.data
+def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -> Experiment:
+    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
+
+    `scratch`: folder of data sets that the workdir lacks; None for the workdir.
+    """
+    model, data, folder = experiment.model, experiment.data, workdir / "data"
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
@@ -143,16 +160,17 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
             )
         from vlmprune_jax.demo.easyvqa import write_dataset
 
-        files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
+        out_dir = folder if scratch is None or folder.exists() else scratch / folder.name
+        files = {name: str(path) for name, path in write_dataset(out_dir).items()}
         data = dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])
     else:
         named = {name: text for name in ("train", "eval") if is_hub(text := getattr(data, name))}
         fetched: dict[str, Any] = {
-            name: fetch_dataset(text, workdir / "data", f"data.{name}") for name, text in named.items()
+            name: fetch_dataset(text, folder, f"data.{name}", scratch) for name, text in named.items()
         }
         data = dataclasses.replace(data, **fetched)
     sets = {
-        name: dataclasses.replace(one, data=fetch_dataset(one.data, workdir / "data", f"evaluate.sets.{name}.data"))
+        name: dataclasses.replace(one, data=fetch_dataset(one.data, folder, f"evaluate.sets.{name}.data", scratch))
         if one.data is not None and is_hub(one.data)
         else one
         for name, one in experiment.evaluate.sets.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
@@ -191,6 +192,20 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]
+
+
+def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
+    """Yield a line about empty answers, and one about ids of several records, in the set that `what` names.
+
+    All of these records are kept. A set that is repeated on purpose (InternVL's repeat_time) repeats no ids.
+    """
+    distinct = {id(record): record for record in records}.values()
+    empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
+    if empty:
+        yield f"{what}: {len(empty):,} of the records have an empty answer (first: {empty[0]}); all are kept"
+    repeated = [name for name, count in Counter(record.id for record in distinct).items() if count > 1]
+    if repeated:
+        yield f"{what}: {len(repeated):,} of the ids belong to several records (first: {repeated[0]}); all are kept"
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
