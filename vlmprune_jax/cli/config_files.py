@@ -50,7 +50,7 @@ def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
 
 def starting_point(flags: Any) -> Experiment:
     """Return the settings that the user did not choose: a shipped config's, or those a config file started from."""
-    if file_of(flags.config_file).resolve() in {path.resolve() for path in shipped_configs().values()}:
+    if real_path(file_of(flags.config_file)) in map(real_path, shipped_configs().values()):
         return getattr(shipped_config(flags.config_file), _START)
     return getattr(flags.config, _START, Experiment())
 
