@@ -205,6 +205,8 @@ def test_a_tokenizer_of_another_model_is_refused(folder, sources, tmp_path):
     listed.write_text("[640]")
     with pytest.raises(UserError, match="token id 640 is outside the model's vocabulary of 640 tokens"):
         choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed))
+    with pytest.raises(UserError, match="size=641 is more than the model's vocabulary of 640 tokens: set a smaller"):
+        choose_vocabulary(folder, open_model(folder).cfg, settings(folder, listed, size=641))
 
 
 @pytest.mark.slow

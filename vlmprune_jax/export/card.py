@@ -13,6 +13,7 @@ from msgspec import Meta
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
@@ -59,7 +60,7 @@ def model_name(folder: Path) -> str:
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
-    return folder.resolve().name
+    return real_path(folder).name
 
 
 def license_of(source: Path) -> dict[str, str]:

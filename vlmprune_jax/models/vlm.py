@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import Stack, describe_layers
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.block import Tap
@@ -49,12 +49,8 @@ class Model:
         """Return family, size, dtype and layers of every stack as text, without the arrays."""
         leaves, cfg = jax.tree.leaves(self.params), self.cfg
         size, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
-        stacks = [("text", cfg.text), *([("vision", cfg.vision)] if cfg.vision is not None and cfg.tower else [])]
-        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}"]
-        lines += [
-            f"  {name}: hidden size {one.hidden_size:,}, {describe_layers(one.layers, most=3)}" for name, one in stacks
-        ]
-        return "\n".join(lines) + ")"
+        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}", *cfg.stack_lines]
+        return "\n  ".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
         """Return a copy of the model with other `params` or another `cfg`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
 
     if work.store is None:
         return measure()
-    shapes = [content_key(repr(work.config(path))) for path in (work.teacher, folder)]
+    shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, folder)]
     settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
     job = Job(
         f"speed of {shapes[1][:8]}", 1, work.workdir, {**settings, "shapes": shapes}, {}, [], ShapeSpeed,

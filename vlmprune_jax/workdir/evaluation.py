@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.links import is_inside
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 Values = dict[str, float]
@@ -124,8 +124,7 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
         return None
     folder = workdir / (TEACHER if path is None else path)
     file = evaluation_file(folder.parent, folder.name, key)
-    inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(workdir))
-    return file if inside and file.is_file() else None
+    return file if is_inside(file, workdir) and file.is_file() else None
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
