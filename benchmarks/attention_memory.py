@@ -24,9 +24,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.stack import LayerShape
 from vlmprune_jax.distributed.rules import MESH_AXES, sharding
 from vlmprune_jax.models import block
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
@@ -34,11 +34,11 @@ from vlmprune_jax.models.vlm import Model, encode, to_nnx
 
 CHIPS, LAYERS = 4, 4
 TEXT = TextConfig(
-    4096, 128, (LayerShape(32, 32, 11008),) * LAYERS, 32000, RopeConfig(1e4, "default"), rotary_dim=128,
+    4096, 128, (decoder_layer(32, 32, 11008),) * LAYERS, 32000, RopeConfig(1e4, "default"), rotary_dim=128,
     norm_eps=1e-5, activation="silu", max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False,
     tie_embeddings=False, decoder="llama",
 )  # fmt: skip
-TILES, BLOCKS = 13, (LayerShape(16, 16, 4096),) * LAYERS
+TILES, BLOCKS = 13, (decoder_layer(16, 16, 4096),) * LAYERS
 TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, norm_eps=1e-6, activation="gelu", kind="internvit")
 
 

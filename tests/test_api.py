@@ -1,11 +1,16 @@
 """The public API: every documented name can be imported."""
 
+import dataclasses
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, width_scores
 
 import vlmprune_jax as vp
+from vlmprune_jax.prune.config import PlanOptions
 
 
 def test_every_public_name_loads():
@@ -21,8 +26,73 @@ def test_a_model_is_taken_where_its_config_is():
     np.testing.assert_array_equal(vp.expand_images(ids, one)["input_ids"], vp.expand_images(ids, cfg)["input_ids"])
 
 
+def test_names_and_settings_that_an_editor_shows():
+    assert dir(vp) == sorted(vp.__all__)
+    settings = PlanOptions.__annotations__.keys()
+    assert settings == {field.name for field in dataclasses.fields(vp.PlanConfig)}
+    for function in (vp.make_plan, vp.prune_iteratively):
+        assert settings <= inspect.signature(function).parameters.keys()
+    assert vp.make_plan.__module__ == "vlmprune_jax"  # so that worker processes find it
+
+
+EQ = config(EQUAL, vision=True)
+ONE, BATCH, SCORES = model(EQ), batch(EQ), depth_scores(EQ, [3.0, 1.0, 2.0, 5.0, 4.0])
+PLAN = vp.make_plan(SCORES, EQ, method="depth", ratio=0.1)
+BLOCKS = {"criterion": "block_influence"}
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (
+            lambda: vp.apply_plan(PLAN, ONE),
+            "model must be of type Model, got PrunePlan: call vp.apply_plan(model, plan)",
+        ),
+        (
+            lambda: vp.apply_plan(ONE, "plan.json"),
+            "plan must be of type PrunePlan, got str: pass vp.PrunePlan.from_json(",
+        ),
+        (
+            lambda: vp.score("DIR", [BATCH], **BLOCKS),
+            "vp.score: model must be of type Model, got str: pass vp.load(DIR)",
+        ),
+        (lambda: vp.score(ONE, BATCH, **BLOCKS), "must be of type Iterable, got dict: pass a list, such as [batch]"),
+        (lambda: vp.score(ONE, [[1]], **BLOCKS), "calibration batch 0: must be a mapping of arrays, got list: make it"),
+        (lambda: vp.reconstruct(ONE, PLAN, ONE, BATCH), "vp.reconstruct: batches must be of type Iterable, got dict"),
+        (
+            lambda: vp.make_plan(ONE, SCORES, ratio=0.1),
+            "scores must be of type Scores or tuple, got Model: call vp.make_p",
+        ),
+        (
+            lambda: vp.make_plan(SCORES, ONE, "depth"),
+            "config must be of type PlanConfig, got str: pass vp.PlanConfig(...)",
+        ),
+        (
+            lambda: vp.recover(ONE, [BATCH], vp.RecoverConfig(steps=1), progress=False),
+            "batch of step 1 must be a Batch",
+        ),
+        (
+            lambda: vp.evaluate(ONE, [{}], max_new_tokens=1),
+            "a batch must be a QuestionBatch, got dict: use vp.questions",
+        ),
+        (lambda: vp.perplexity(ONE, "a", window=2, batch_size=1), "token_ids: must be the ids of a text's tokens"),
+        (lambda: vp.measure_speed({"a": "DIR"}), "vp.measure_speed: models['a'] must be a Model: pass vp.load(DIR)"),
+        (lambda: vp.save(ONE, "out", source_dir=ONE), "got Model: call vp.save(model, out_dir, source_dir=...)"),
+        (lambda: vp.load(ONE), "vp.load: hf_dir must be of type str or Path, got Model: call vp.load(hf_dir)"),
+    ],
+)
+def test_arguments_of_another_type(call, line):
+    with pytest.raises(vp.UserError) as caught:
+        call()
+    assert line in str(caught.value)
+
+
 def test_what_a_notebook_shows_is_short():
     cfg = config(UNEQUAL, vision=True)
+    assert repr(cfg) == (
+        "ModelConfig(llava, transformers layout, 14,988 parameters; text: hidden size 20, 2 x (4/2 heads, 12 neurons), "
+        "1 x (8/2 heads, 10 neurons), 1 x (4 heads, 12 neurons); vision: hidden size 8, 2 x (2 heads, 10 neurons))"
+    )
     widths = width_scores(cfg)
     plan = vp.make_plan(widths, cfg, method="width", ratio=0.1)
     depth = vp.make_plan(depth_scores(cfg, [3.0, 1.0, 2.0, 4.0]), cfg, method="depth", layers_removed=1)

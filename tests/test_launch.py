@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import HANG
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -61,7 +62,7 @@ def launch(tmp_path):
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         quick = {"POLL_SECONDS": "0", "GRACE_SECONDS": "0", "TRIES": "3", "LOG": str(log), "PATH": path}
         done = subprocess.run([LAUNCH / script, *arguments], env={**quick, **env}, capture_output=True, text=True,
-                              timeout=60, cwd=tmp_path)  # fmt: skip
+                              timeout=HANG, cwd=tmp_path)  # fmt: skip
         return done, [shlex.split(line) for line in log.read_text().splitlines()]
 
     return call

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from repository import HANG
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 
@@ -33,7 +34,7 @@ def worker(tmp_path):
 
 
 def wait_for(path: Path, text: str) -> None:
-    for _ in range(600):
+    for _ in range(20 * HANG):
         if path.exists() and text in path.read_text():
             return
         subprocess.run(["sleep", "0.05"], check=True)
@@ -48,10 +49,10 @@ def test_a_worker_outlives_its_connection_and_is_not_started_twice(worker):
     first.wait()
     second = start("run", "recover", "--a=two words")
     other = start("run", "score")
-    assert "'recover --a=two words' is running here: stop it first" in other.communicate(timeout=30)[0]
+    assert "'recover --a=two words' is running here: stop it first" in other.communicate(timeout=HANG)[0]
     assert other.returncode == 2
     (home / "go").write_text("7")
-    assert second.communicate(timeout=30)[0] == "started: recover --a=two words\n"
+    assert second.communicate(timeout=HANG)[0] == "started: recover --a=two words\n"
     assert second.returncode == 7
 
 
@@ -59,11 +60,11 @@ def test_a_stopped_worker_saves_and_starts_again(worker):
     start, home = worker
     running = start("run", "recover")
     wait_for(home / "run.log", "started")
-    assert start("stop").communicate(timeout=30)[0] == ""
-    assert running.communicate(timeout=30)[0].endswith("saved\n")
+    assert start("stop").communicate(timeout=HANG)[0] == ""
+    assert running.communicate(timeout=HANG)[0].endswith("saved\n")
     assert running.returncode == 143
     (home / "go").write_text("0")
     again = start("run", "recover")
-    again.communicate(timeout=30)
+    again.communicate(timeout=HANG)
     assert again.returncode == 0
     assert (home / "run.log").read_text().count("started: recover") == 2

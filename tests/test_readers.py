@@ -9,7 +9,7 @@ import pytest
 from repository import ROOT
 
 PACKAGE = ROOT / "vlmprune_jax"
-CHECKED = ("core/files.py", "core/weight_files.py", "hf/disk/")
+CHECKED = ("core/files.py", "core/links.py", "core/weight_files.py", "hf/disk/")
 # Functions that open, read, copy or decode what a path, a file or a text holds. `copymode` reads no content.
 READERS = {
     "json.load", "json.loads", "msgspec.json.decode", "mmap.mmap", "zipfile.ZipFile", "zipfile.Path", "tarfile.open",
@@ -19,7 +19,9 @@ READERS = {
     "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copyfileobj", "shutil.copytree", "fileinput.input",
     "linecache.getlines", "runpy.run_path", "imageio.imread", "matplotlib.pyplot.imread", "yaml.load", "tomllib.load",
 }  # fmt: skip
-METHODS = {"read_text", "read_bytes"}  # of paths, of either library
+# Links are resolved by core/links.py: `Path.resolve` fails for a link to itself, `realpath` for a NUL character.
+READERS |= {"os.path.realpath", "pathlib.Path.resolve"}
+METHODS = {"read_text", "read_bytes", "resolve"}  # of paths, of either library
 OPENERS = {"open", "io.open", "os.open", "os.fdopen", "builtins.open", "codecs.open"}
 WRITES = {"w", "a", "x"}
 _OWN = "what this process made a moment ago, as JSON would return it"
@@ -45,6 +47,7 @@ EXCEPTIONS = {
         "_decode",
         "json.loads",
     ): "a text of a checkpoint that was checked; read within `reading`",
+    ("data/records.py", "find", "os.path.realpath"): "a file that is there; its root is resolved once for all images",
     ("data/records.py", "_parse", "json.loads"): "a text that read_text has read; the message counts the lines",
     ("data/images.py", "_opened", ".read_bytes"): _STORED,
     ("data/tfds.py", "_picture", ".read_bytes"): _STORED,

@@ -165,7 +165,7 @@ def api_page() -> str:
 def _parameters(function: Callable[..., object]) -> str:
     """Return the names of the parameters; those after `*` are keywords, those with `=` optional."""
     words, starred = [], False
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in inspect.signature(inspect.unwrap(function)).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             words.append("*")
         starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)

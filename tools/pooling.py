@@ -1,4 +1,4 @@
-"""Effects over seeds and questions, pooled over settings; tests of difference and of equivalence.
+"""Effects over seeds and questions, and over settings; tests of difference, equivalence and heterogeneity.
 
 Seeds and questions are crossed: every seed answers the same questions, and settings share their seeds. An effect's
 variance is that of its means over seeds plus that of its means over questions, so that it generalises to other seeds
@@ -7,14 +7,16 @@ and other questions (Owen 2007, "The pigeonhole bootstrap", of which this is the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import fdtrc, ndtr, stdtr, stdtrit
 
 LEVEL = 0.95
+LEAST_ERROR = 1e-6  # of an effect that is the same for all seeds
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,17 @@ Cells = Mapping[str, Sequence[Value]]  # values by setting
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean effect with its standard error and degrees of freedom; `error` is None for one seed alone."""
+    """Mean effect with its standard error and degrees of freedom; `error` is None for one seed alone.
+
+    `values` are those of the seeds (of one setting), and `question_error` is the error over questions alone.
+    """
 
     mean: float
     error: float | None
     freedom: float
     seeds: int
+    values: tuple[float, ...] = ()
+    question_error: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -59,6 +66,17 @@ class Effect:
         above = self.p_above(threshold)
         return 1.0 if self.error is None else min(1.0, 2 * min(above, 1 - above))
 
+    def p_signs(self, threshold: float) -> float:
+        """Return the two-sided p-value of the exact sign-flip test over the seeds of one setting (Fisher 1935).
+
+        No distribution is assumed, only that deviations from the threshold are as likely up as down; the least value
+        for six seeds is 1/32. It is at least the p-value of the mean over questions, which seeds share.
+        """
+        shifts = np.array(self.values) - threshold
+        sums = np.abs(np.array(list(itertools.product((1, -1), repeat=len(shifts)))) @ shifts)
+        by_questions = 2 * float(ndtr(-abs(self.mean - threshold) / self.question_error)) if self.question_error else 0
+        return max(float(np.mean(sums >= sums[0] * (1 - 1e-9))), by_questions)
+
     def p_equivalent(self, margin: float) -> float:
         """Return the p-value of the test that the effect is within ± margin (two one-sided tests, Schuirmann 1987)."""
         return 1.0 if self.error is None else max(self.p_above(-margin), 1 - self.p_above(margin))
@@ -80,7 +98,10 @@ def pooled(cells: Cells) -> Effect:
     total = of_seeds + of_questions
     # Satterthwaite's degrees of freedom of a sum of variances
     freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_questions**2 / (count - 1)) if total else seeds - 1
-    return Effect(float(np.mean(list(means.values()))), math.sqrt(total), freedom, seeds)
+    by_seed = {seed: [v.value for values in cells.values() for v in values if v.seed == seed] for seed in parts}
+    of_setting = tuple(float(np.mean(of)) for of in by_seed.values()) if len(cells) == 1 else ()
+    mean = float(np.mean(list(means.values())))
+    return Effect(mean, math.sqrt(total), freedom, seeds, of_setting, math.sqrt(of_questions))
 
 
 def _question_variance(cells: Cells) -> tuple[float, int]:
@@ -93,26 +114,34 @@ def _question_variance(cells: Cells) -> tuple[float, int]:
     return float(np.var(mean, ddof=1)) / len(mean), len(mean)
 
 
-def partially_pooled(cells: Cells) -> dict[str, Effect]:
-    """Return each setting's effect, drawn towards the mean of all as far as their spread is noise.
+@dataclass(frozen=True)
+class Heterogeneity:
+    """Test that settings have one effect: Cochran's Q and its p-value."""
 
-    The spread between settings is estimated by DerSimonian and Laird (1986); settings of one seed stay as they are.
+    q: float
+    freedom: int
+    p_value: float
+
+    @property
+    def i_squared(self) -> float:
+        """Share of the spread between settings that is not noise (%), I^2 of Higgins and Thompson (2002)."""
+        return 100 * max(0.0, 1 - self.freedom / self.q) if self.q else 0.0
+
+
+def heterogeneity(effects: Sequence[Effect]) -> Heterogeneity | None:
+    """Test whether the effects of settings differ; None if fewer than two have an error.
+
+    The p-value is Welch's (1951), as Q has no chi-squared distribution if errors are estimated from a few seeds. Seeds
+    that settings share make it too large rather than too small.
     """
-    alone = {where: pooled({where: values}) for where, values in cells.items()}
-    known = {where: one for where, one in alone.items() if one.error}
-    if len(known) < 2:
-        return alone
-    weights = {where: 1 / (one.error or 1.0) ** 2 for where, one in known.items()}
-    total = sum(weights.values())
-    mean = sum(weights[where] * one.mean for where, one in known.items()) / total
-    excess = sum(weights[where] * (one.mean - mean) ** 2 for where, one in known.items()) - (len(known) - 1)
-    between = max(0.0, excess / (total - sum(weight**2 for weight in weights.values()) / total))
-    center = sum(one.mean / (between + 1 / weights[where]) for where, one in known.items())
-    center /= sum(1 / (between + 1 / weights[where]) for where in known)
-    of_center = 1 / sum(1 / (between + 1 / weights[where]) for where in known)
-    found = dict(alone)
-    for where, one in known.items():
-        own = between / (between + 1 / weights[where])  # weight of the setting's own mean
-        variance = own / weights[where] + (1 - own) ** 2 * of_center
-        found[where] = Effect(own * one.mean + (1 - own) * center, math.sqrt(variance), one.freedom, one.seeds)
-    return found
+    known = [effect for effect in effects if effect.error is not None]
+    count = len(known)
+    if count < 2:
+        return None
+    means = np.array([effect.mean for effect in known])
+    weights = np.array([1 / max(effect.error or 0.0, LEAST_ERROR) ** 2 for effect in known])
+    shares = weights / weights.sum()
+    q = float(weights @ (means - shares @ means) ** 2)
+    unsure = float(sum((1 - share) ** 2 / effect.freedom for share, effect in zip(shares, known, strict=True)))
+    ratio = q / (count - 1) / (1 + 2 * (count - 2) / (count**2 - 1) * unsure)
+    return Heterogeneity(q, count - 1, float(fdtrc(count - 1, (count**2 - 1) / (3 * unsure), ratio)))

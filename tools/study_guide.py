@@ -76,16 +76,15 @@ def changed_settings(spec: Any, default: Any) -> dict[str, Any]:
 
 
 def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
-    """Return rows of the guide from points: mean over seeds and its interval (of a single run, its own interval)."""
+    """Return rows of the guide from points: mean over seeds and its interval over seeds and questions."""
     cells: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         key = (point.model, point.method, point.recovery, point.level, point.data)
         cells.setdefault(key, []).append(point)
     rows = []
     for (model, method, recovery, _, data), of in cells.items():
-        mean, *ends = interval_of_mean([point.retained for point in of])
+        mean, *ends = interval_of_mean([point.retained for point in of], [point.interval for point in of])
         controls = [point.of_control for point in of if point.of_control is not None]
-        interval = of[0].interval if len(of) == 1 else (ends[0], ends[1])
         rows.append(
             Evidence(
                 source=name,
@@ -96,7 +95,7 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
                 decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
                 data_fraction=data,
                 retained=round(mean, 2),
-                interval=None if interval is None else (round(interval[0], 2), round(interval[1], 2)),
+                interval=(round(ends[0], 2), round(ends[1], 2)) if ends[0] < ends[1] else None,
                 seeds=len(of),
                 note="",
                 counts=True,

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import SMALL, Conclusion, Point, conclude, points_of
+from insights import BY_SETTING, EQUAL, FAILS, HOLDS, OPEN, SMALL, Comparison, Conclusion, Point, conclude, points_of
 from matplotlib.figure import Figure
+from msgspec.structs import replace
 from pooling import Effect
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.core.markup import markdown
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.evaluation.metrics import METRICS
+from vlmprune_jax.evaluation.statistics import interval_of_mean, retained_interval
 from vlmprune_jax.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.style import write_png
 from vlmprune_jax.workdir.comparison import averaged_sets
+from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.workdir.result import Set
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
@@ -30,7 +34,7 @@ _SHARE = f", {100 * SMALL:g} % of the data"
 
 
 def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
-    """Read the sweeps of arguments NAME=SWEEP_DIR: (folder, sweep) by name.
+    """Read the sweeps of arguments NAME=SWEEP_DIR: (folder, sweep with intervals computed again) by name.
 
     Raises:
       UserError: no argument, another form, a repeated or reserved name, or see `read_sweep`.
@@ -42,16 +46,41 @@ def read_studies(given: Sequence[str]) -> dict[str, tuple[Path, SweepResult]]:
             raise UserError(f"{argument!r} must be NAME=SWEEP_DIR, as easyvqa=runs/study_easyvqa")
         if name in studies or name == PAPER:
             raise UserError(f"{argument!r}: the name {name!r} is taken: give another")
-        studies[name] = (Path(folder), read_sweep(Path(folder)))
+        studies[name] = (Path(folder), _with_intervals(Path(folder), read_sweep(Path(folder))))
     if not studies:
         raise UserError("no sweep given: python tools/study.py NAME=SWEEP_DIR ...")
     return studies
 
 
+def _with_intervals(folder: Path, sweep: SweepResult) -> SweepResult:
+    """Return a sweep with intervals over questions by this version's method, if its evaluations are there."""
+    entries = []
+    for entry in sweep.models:
+        if entry.found is None:
+            entries.append(entry)
+            continue
+        evaluation, path = entry.found.evaluation, Path(entry.found.path)
+        ends = {name: _interval_over_questions(folder, path, name, sweep.sets[name]) for name in sweep.sets}
+        known = evaluation.retained_interval | {name: pair for name, pair in ends.items() if pair is not None}
+        evaluation = replace(evaluation, retained_interval=known)
+        entries.append(replace(entry, found=replace(entry.found, evaluation=evaluation)))
+    return replace(sweep, models=entries)
+
+
+def _interval_over_questions(folder: Path, model: Path, name: str, of: Set) -> tuple[float, float] | None:
+    """Return the interval of a model's retention on a set; None if it is not there, or its metric is not a mean."""
+    paths = (find_evaluated(folder, str(model), name), find_evaluated(folder / model.parent, None, name))
+    metric = METRICS.get(of.name)
+    if metric is None or metric.full is None or metric.drawn is not None or metric.drawn_by is not None:
+        return None
+    scores = [[{of.main: one or 0.0} for one in read_evaluated(path).question_scores] for path in paths if path]
+    return retained_interval(metric, scores[0], scores[1], ()) if len(scores) == len(paths) else None
+
+
 def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, settings: bool = True) -> str:
     """Return the conclusions of one sweep as a section of a page; `folder`: see `points_of`.
 
-    `settings`: with the effect of every insight in each setting.
+    `settings`: with the effect of every insight in each setting, also if its settings do not differ.
     """
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
@@ -62,41 +91,64 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
 
 
 def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
-    """Return a table with a row per insight, and with `settings` one for each insight with a row per setting."""
+    """Return a table with a row per insight, and one with a row per insight and setting.
+
+    `settings`: False leaves claims out of the second table whose settings do not differ.
+    """
     known = [one for one in found if one.effect is not None and one.effect.interval is not None]
     lines = []
     if known:
         lines = [
-            "An effect is the mean over settings, with its 95 % interval over seeds (and questions, if known).",
-            "Each p-value is corrected for the number of tested claims (Holm).",
+            "Effects, in points of retained %, are means over settings, with 95 % intervals over seeds and questions.",
+            "If settings differ (Welch's test of Q, p < 0.1, or contrary verdicts), each has its own verdict.",
+            "Each p-value is corrected for the number of claims (Holm), and verdicts of settings for nothing.",
             "",
-            "|insight|effect (95 %)|seeds x settings|p|verdict|",
-            "|---|---|---|---|---|",
+            "|insight|effect (95 %)|seeds x settings|I², p|p|verdict|",
+            "|---|---|---|---|---|---|",
         ]
     for one in known:
         assert one.effect is not None
-        size, p = (
-            f"{one.effect.seeds} x {len(one.comparisons)}",
-            "< 0.001" if one.p_value < 1e-3 else f"{one.p_value:.3f}",
-        )
-        but = f", but not at {'; '.join(one.exceptions)}" if one.exceptions else ""
-        lines.append(
-            f"|{markdown(one.claim)}|{one.measure}: {_effect(one.effect)}|{size}|{p}|{one.verdict}{markdown(but)}|"
-        )
+        size, means = f"{one.effect.seeds} x {len(one.comparisons)}", sorted(row.effect.mean for row in one.comparisons)
+        effect = _effect(one.effect) if one.pooled else f"{means[0]:.2f} to {means[-1]:.2f} by setting"
+        spread, p = one.heterogeneity, _probability(one.p_value) if one.pooled else ""
+        of_spread = "" if spread is None else f"{spread.i_squared:.0f} %, {_probability(spread.p_value)}"
+        lines.append(f"|{markdown(one.claim)}|{one.measure}: {effect}|{size}|{of_spread}|{p}|{_verdict(one)}|")
     lines += [""] if known else []
-    for one in known if settings else ():
-        rows = [row for row in one.comparisons if row.effect.interval]
-        shared = {row.where.partition(_SHARE)[1] for row in rows} == {_SHARE}  # said once, in the header
-        lines += [f"**{one.claim}**: {one.verdict}.", ""]
-        lines += [f"|setting{_SHARE if shared else ''}|seeds|{one.measure} (95 %)|verdict|", "|---|---|---|---|"]
-        for row in rows:
-            where = markdown(row.where.removesuffix(_SHARE) if shared else row.where)
-            lines.append(f"|{where}|{row.pairs}|{_effect(row.effect)}|{row.verdict}|")
-        lines.append("")
+    shown = [one for one in known if settings or not one.pooled]
+    if shown:
+        lines += [f"|claim and setting ({_SHARE[2:]} if trained)|seeds|effect (95 %)|p: t/sign flips|verdict|"]
+        lines += ["|---|---|---|---|---|"]
+    for one in shown:
+        for row in (row for row in one.comparisons if row.effect.interval):
+            where = markdown(f"{_numbers([one.claim])}, {row.where.removesuffix(_SHARE)}")
+            tests = (row.effect.p_differs(one.threshold), row.effect.p_signs(one.threshold))
+            p = "/".join(map(_probability, tests))
+            lines.append(f"|{where}|{row.pairs}|{_effect(row.effect)}|{p}|{row.verdict.partition(' within')[0]}|")
+    lines += [""] if shown else []
     single = _numbers(one.claim for one in found if one.comparisons and one not in known)
     silent = _numbers(one.claim for one in found if not one.comparisons)
     lines += [f"One seed is too few to decide claims {single}.", ""] if single else []
     return lines + ([f"This sweep has no runs for claims {silent}.", ""] if silent else [])
+
+
+def _verdict(found: Conclusion) -> str:
+    """Return the verdict of a claim; if it is by setting, with the settings and their mean effects."""
+    if found.verdict != BY_SETTING:
+        return found.verdict
+    rows: dict[str, list[Comparison]] = {verdict: [] for verdict in (HOLDS, FAILS, EQUAL, OPEN)}
+    for row in found.comparisons:
+        rows[row.verdict].append(row)
+    most = max(reversed(rows), key=lambda verdict: len(rows[verdict]))
+    words = []
+    for verdict, of in rows.items():
+        if of and verdict != most:
+            settings = (f"{row.where.removesuffix(_SHARE)} ({row.effect.mean:.1f})" for row in of)
+            words.append(f"{verdict.partition(' within')[0]} at {', '.join(settings)}")
+    return markdown("; ".join([*words, f"{most} elsewhere"]))
+
+
+def _probability(p: float) -> str:
+    return "<0.001" if p < 1e-3 else f"{p:.3f}"
 
 
 def _effect(effect: Effect) -> str:
@@ -111,7 +163,7 @@ def _numbers(claims: Iterable[str]) -> str:
 def retention_lines(points: Sequence[Point]) -> list[str]:
     """Return a table of retained percentages: a row for each method and level, a column for each recovery.
 
-    A cell is the mean over seeds and half of its 95 % interval, or the number of a single seed.
+    A cell is the mean over seeds and half of its 95 % interval over seeds and questions, if that is known.
     """
     columns = sorted({(point.data, point.recovery) for point in points}, key=lambda one: (one[0], len(one[1]), one[1]))
     cells: dict[tuple[float, str, str], dict[tuple[float, str], list[Point]]] = {}
@@ -122,7 +174,7 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         return []
     heads = [markdown(recovery) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = [
-        "Retained score (%): mean ± half of the 95 % interval over seeds.",
+        "Retained score (%): mean ± half of the 95 % interval over seeds and questions.",
         "",
     ]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
@@ -137,8 +189,8 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
 def _retained(points: Sequence[Point]) -> str:
     if not points:
         return ""
-    mean, low, high = interval_of_mean([point.retained for point in points])
-    return f"{mean:.1f} ± {(high - low) / 2:.1f}" if len(points) > 1 else f"{mean:.1f}"
+    mean, low, high = interval_of_mean([point.retained for point in points], [point.interval for point in points])
+    return f"{mean:.1f}±{(high - low) / 2:.1f}" if low < high else f"{mean:.1f}"
 
 
 def measured(sweep: SweepResult) -> str:
@@ -149,7 +201,7 @@ def measured(sweep: SweepResult) -> str:
 def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> None:
     """Write conclusions between the marks of a page, replacing those of sweeps with the same names.
 
-    Effects in single settings are only printed. The figure of a sweep is NAME.png beside the page.
+    Effects in single settings are only printed if settings do not differ. A sweep's figure, NAME.png, is beside it.
 
     Raises:
       UserError: the page has no marks.

@@ -13,8 +13,10 @@ vp.prune_folder("DIR/llava-1.5-7b-hf", plan, "DIR/pruned")  # the same without t
 from __future__ import annotations
 
 import importlib
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from vlmprune_jax.core.checks import checked_call
 from vlmprune_jax.core.errors import UserError
 
 # Imported eagerly: the subpackages of the same names would otherwise shadow them. These import no jax.
@@ -177,9 +179,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'vlmprune_jax' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
     value = getattr(importlib.import_module(f"vlmprune_jax.{module}"), attribute or name)
+    value = checked_call(value) if isinstance(value, FunctionType) else value
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__]

@@ -14,6 +14,7 @@ from vlmprune_jax.cli.config_files import shipped_config
 from vlmprune_jax.core.errors import UserError
 
 TOKENS, SHARES, SEEDS = (16, 9, 4), (30, 45), (1, 2, 3)
+PARTS = ("score", "data", "recover")
 _folder = ""
 
 
@@ -41,5 +42,7 @@ def get_hyper(hyper):
     none = {"none": WITHOUT_RECOVERY["none"]}
     trained = [hyper.named("recovery", named({"sft_l2": TRAINED["sft_l2"]})), hyper.fixed("data.fraction", 0.05)]
     cuts = [hyper.sweep("data.max_image_tokens", TOKENS), hyper.named("decoder", of_decoder(_folder, SHARES))]
-    untrained = [hyper.product([*cuts, hyper.named("recovery", none), seeded(hyper, SEEDS)])]
-    return hyper.chainit([*untrained, *(hyper.product([*cuts, *trained, seeded(hyper, [seed])]) for seed in SEEDS)])
+    untrained = [hyper.product([*cuts, hyper.named("recovery", none), seeded(hyper, SEEDS, PARTS)])]
+    return hyper.chainit(
+        [*untrained, *(hyper.product([*cuts, *trained, seeded(hyper, [seed], PARTS)]) for seed in SEEDS)]
+    )

@@ -90,7 +90,6 @@ def named(recoveries):
     }
 
 
-def seeded(hyper, seeds):
+def seeded(hyper, seeds, parts=("score", "reconstruct", "data", "recover")):
     """Return one sweep over the seeds of calibration, records, order and adapters together."""
-    parts = ("score", "reconstruct", "data", "recover")
     return hyper.zipit([hyper.sweep(f"{part}.seed", seeds) for part in parts])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from repository import HANG
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import Scores
@@ -52,11 +53,11 @@ def _shown_short(draw: st.DrawFn, strategy: st.SearchStrategy[Any]) -> Any:
 
 
 def fuzz(examples: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
-    """A test of so many examples, times `TIMES`; each may take 20 seconds."""
+    """A test of so many examples, times `TIMES`, of which none may hang."""
     told = settings(
         max_examples=examples * TIMES,
         derandomize=TIMES == 1,
-        deadline=datetime.timedelta(seconds=20),
+        deadline=datetime.timedelta(seconds=HANG),
         database=None,
         phases=(Phase.generate,),  # one or two edits of a whole file: nothing to shrink
         suppress_health_check=list(HealthCheck),

@@ -22,6 +22,7 @@ VALUES = (
     1e308,
     "",
     "\x1b[31m\u202e$\\frac{<b>[/red]\0\udcff",
+    "\ud800",
     "中文" * 300,
     "../../etc/passwd",
     [],

@@ -6,6 +6,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WORKERS = Path(__file__).parent
+HANG = 600  # seconds after which a process hangs: far more than any takes, on however busy a machine
 
 
 def full_size_models() -> dict[str, dict[str, Any]]:

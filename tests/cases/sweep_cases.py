@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from report_cases import METRICS, found
 
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.sweep import run as stages
 from vlmprune_jax.sweep.hyper import Hyper, SweepRun, sweep_runs
@@ -67,7 +68,8 @@ def make_models(experiment: Experiment, context) -> Result:
         costs=costs,
         speed=MedianSpeed(
             prefill=1000.0 / size, decode=10.0, first_token=1.0, peak_bytes=None,
-            prefill_speedup=(2000.0 / size, 1900.0 / size, 2100.0 / size), decode_speedup=(1.0, 0.9, 1.1),
+            prefill_speedup=SpeedUp(2000.0 / size, 1900.0 / size, 2100.0 / size, 0.05),
+            decode_speedup=SpeedUp(1200.0 / size, 1150.0 / size, 1250.0 / size, 0.01),
         ),
     )  # fmt: skip
     speed = MedianSpeed(prefill=0.5, decode=10.0, first_token=1.0, peak_bytes=None)

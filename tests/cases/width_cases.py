@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from rounding import assert_same_sums
 
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, forward
@@ -29,15 +30,17 @@ def options_of(case: dict[str, Any]) -> dict[str, str]:
     return {"reduction": case.get("mag_reduction", "mean")}
 
 
-def check_scores(scores: Scores, arrays: dict[str, np.ndarray], case: str, step: int) -> None:
-    """Compare the scores of a step with all that the reference recorded."""
+def check_scores(
+    scores: Scores, arrays: dict[str, np.ndarray], case: str, step: int, magnitudes: Scores | None
+) -> None:
+    """Compare the scores of a step with all that the reference recorded; `magnitudes`: see `assert_same_sums`."""
     checked, recorded = 0, sum(key.startswith(f"{case}__step{step}_layer") for key in arrays)
     recorded -= sum(key.startswith(f"{case}__step{step}_layer") and "channel" in key for key in arrays)
-    for kind, parts in (("head", scores.heads), ("mlp", scores.mlp)):
-        for i, part in enumerate(parts):
+    for kind, name in (("head", "heads"), ("mlp", "mlp")):
+        for i, part in enumerate(getattr(scores, name)):
             golden = arrays.get(f"{case}__step{step}_layer{i}_{kind}_importance")
             if golden is not None:
-                np.testing.assert_allclose(part, golden, rtol=1e-4)
+                assert_same_sums(part, golden, golden if magnitudes is None else getattr(magnitudes, name)[i])
                 checked += 1
     assert checked == recorded >= 4  # the layers in range, both kinds
 
@@ -49,7 +52,9 @@ def replayed(
     current, base, steps, plan = model, model.cfg, want.get("iterative_steps", 1), None
     for step in range(steps):
         scores = score(current, [batch], criterion=want["pruner"], **options_of(want)) if step else first
-        check_scores(scores, arrays, case, step)
+        signed, options = want.get("taylor") == "vectorize", {**options_of(want), "variant": "param_first"}
+        magnitudes = score(current, [batch], criterion="taylor", **options) if signed else None
+        check_scores(scores, arrays, case, step, magnitudes)
         now = make_plan(
             scores,
             current.cfg,

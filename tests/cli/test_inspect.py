@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hf_cases import LLAMA, keep_width, make_folder
@@ -116,7 +117,7 @@ def sparse_folder(config, folder):
 
 
 def test_full_size_in_an_instant(tmp_path):
-    """LLaVA-1.5-7B, 14 GB, in under 2 s: in processor time, since the tests share the machine (0.9 s on an idle one).
+    """LLaVA-1.5-7B, 14 GB: 0.9 s on an idle machine, since no weight is read, and no slow package imported.
 
     No device is started, which takes a TPU ten seconds and fails where another process holds it.
     """
@@ -130,13 +131,13 @@ def test_full_size_in_an_instant(tmp_path):
         )
     with process.stdout:
         out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    assert status == 0
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its counters are still there
+    read = int(Path(f"/proc/{process.pid}/io").read_text().split()[1])
+    assert process.wait() == 0
     # the reference's 7,062,902,784, with 64 more words twice, without the tower's last block and final norm
     assert "parameters  7,050,828,800: text 6,738,939,904 (95.6 %)" in out
     assert "32 x (32 heads, 11,008 neurons)" in out
-    assert usage.ru_utime + usage.ru_stime < 2
+    assert read < 2e8  # bytes, of which the modules are nearly all
     imported = (tmp_path / "imports").read_text()
     assert "vlmprune_jax.prune.describe" in imported
     for slow in ("transformers", "torch", "orbax", "grain"):

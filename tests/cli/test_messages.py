@@ -190,12 +190,15 @@ def test_config_files_that_do_not_load(capsys, tmp_path, name):
 @pytest.mark.parametrize(
     ("workdir", "line"),
     [
-        ("file", "file: is a file, expected a folder"),
-        ("file/below", "Not a directory"),
+        ("file", "file is a file, expected a folder: choose another path"),
+        ("file/below", "--workdir=file/below: file is a file, expected a folder"),
         ("x" * 300, "File name too long: give a shorter name"),
-        ("a\0b", "--workdir=a\\x00b: contains a NUL character, which paths cannot contain"),
-        ("fifo", "fifo: is a file, expected a folder"),
-        ("loop", "remove the link that leads back to itself"),
+        ("a\0b", "--workdir: a\\x00b: contains a NUL character or half of a surrogate pair: choose another path"),
+        ("\ud800", "--workdir: \\ud800: contains a NUL character or half of a surrogate pair"),
+        ("fifo", "fifo is a file, expected a folder"),
+        ("loop", "loop is a link to itself or to nothing, expected a folder: choose another path"),
+        ("loop/below", "--workdir=loop/below: loop is a link to itself or to nothing"),
+        ("dangling", "dangling is a link to itself or to nothing"),
         (os.fsdecode(b"\xff\x1b[2J"), "\\udcff\\x1b[2J: no such folder: run `vlmprune run` first"),
     ],
 )
@@ -203,6 +206,7 @@ def test_workdirs_that_are_none(capsys, monkeypatch, tmp_path, workdir, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "fifo")
     assert main(["report", f"--workdir={workdir}"]) == 2
     said = capsys.readouterr().err

@@ -87,6 +87,9 @@ def test_half_a_surrogate_pair_as_a_name():
         a: int
 
     assert "does not have the expected content" in refused(checked, {"a": 1, "\ud800": 2}, Kind, "x.json", TODO)
+    for unicode in (True, False):
+        assert "surrogates not allowed" in refused(parse_json, '["\\ud800"]', "x.json", TODO, unicode=unicode)
+    assert os.fsencode(parse_json('"\\udcff"', "x.json", TODO, unicode=False)) == b"\xff"  # the name of a file
 
 
 def test_lines(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from vlmprune_jax.cli.config_files import to_workdir
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.links import check_links
+from vlmprune_jax.core.links import check_links, is_inside, real_path
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,17 @@ def test_a_workdir_leads_nowhere_else(tmp_path, link, target):
         UserError, match=rf"w/{link}: is a symbolic link to .*{target}, and vlmprune .*: replace it by a copy"
     ):
         to_workdir(str(tmp_path / "w"))
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    """A link to itself has a path; a text that no path can have is refused, or lies nowhere."""
+    os.symlink("loop", tmp_path / "loop")
+    assert real_path(tmp_path / "loop/x") == tmp_path / "loop/x"
+    assert is_inside(tmp_path / "loop", tmp_path)
+    for text in ("a\0b", "\ud800"):
+        assert not is_inside(tmp_path / text, tmp_path)
+        with pytest.raises(UserError, match="contains a NUL character or half of a surrogate pair: choose another"):
+            real_path(text)
 
 
 def test_links_to_files_inside_are_as_good_as_files(tmp_path):

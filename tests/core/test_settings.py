@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import check_settings, setting
+from vlmprune_jax.core.settings import check_settings, override, setting
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,9 @@ def test_choices_elsewhere_are_looked_up_when_a_command_starts():
     check_settings("toy", Toy(where="nothing"))
     with pytest.raises(UserError, match=r"toy.where 'kll' is not one of any, ce, .*; did you mean 'kl'"):
         check_settings("toy", Toy(where="kll"), elsewhere=True)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_texts_that_no_path_can_have(text):
+    with pytest.raises(UserError, match=r"config.where='.*' contains a NUL character or half of a surrogate pair"):
+        override(Toy(), {"where": text})

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from repository import HANG
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
@@ -183,5 +184,5 @@ for name in ("damaged.tiff", "samples.tiff"):
         continue
     raise AssertionError(name)
 """
-    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]

@@ -51,3 +51,5 @@ def test_refusals(tmp_path):
         read_texts(str(tmp_path / "none.txt"), QWEN3_VL)
     with pytest.raises(UserError, match=r"l.json, record 0: is a list, expected an object with 'conversations'"):
         read_texts(written(tmp_path / "l.json", [[]]), QWEN3_VL)
+    with pytest.raises(UserError, match=r"l.json: a text contains a lone surrogate \(.*\): remove it"):
+        read_texts(written(tmp_path / "l.json", ["\ud800"]), QWEN3_VL)

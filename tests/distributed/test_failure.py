@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from repository import HANG
 
 from vlmprune_jax.distributed import failure
 
@@ -46,7 +47,7 @@ def run(failing: str) -> list[tuple[int, list[str]]]:
         subprocess.Popen([sys.executable, "-c", PROCESS, address, str(n), failing], text=True, **PIPES)
         for n in range(3)
     ]
-    said = [process.communicate(timeout=50) for process in processes]
+    said = [process.communicate(timeout=HANG) for process in processes]
     assert all("so far" in out.splitlines() for out, _ in said)
     told = [lines.splitlines() for _, lines in said]
     ours = [[line for line in lines if "vlmprune" in line or line == "first line"] for lines in told]

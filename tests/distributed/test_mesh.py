@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from prune_cases import config
 
-from vlmprune_jax.core.config import LayerShape
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.distributed import mesh
 from vlmprune_jax.recovery.step import place_rows
 
@@ -73,7 +73,7 @@ def tpu_vm(monkeypatch):
 )
 def test_weights_stay_on_their_chips_while_decoding(monkeypatch, sizes, heads, gib, memory, expected):
     monkeypatch.setattr(mesh, "_memory_of", lambda device: memory and memory * 2**30)
-    cfg = config((LayerShape(heads, heads, 96),), vocab_size=64)
+    cfg = config((decoder_layer(heads, heads, 96),), vocab_size=64)
     found = mesh.decoding_mesh(cfg, mesh.make_mesh(*sizes), gib * 2**30)
     assert tuple(found.shape.values()) == expected
     assert mesh.decoding_mesh(cfg, None, gib * 2**30) is None

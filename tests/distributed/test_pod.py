@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import pytest
 from hf_cases import copy_llava
-from repository import WORKERS
+from repository import HANG, WORKERS
 
 from vlmprune_jax.core.weight_files import read_header
 from vlmprune_jax.data.cache import ArrayCache
@@ -97,7 +97,7 @@ def start(root: Path, workdir: str, commands: str, count: int, *flags: str) -> l
 
 def finish(root: Path, workdir: str, *args: str) -> None:
     for number, process in enumerate(start(root, workdir, *args)):
-        assert process.wait(timeout=600) == 0, (root / f"{workdir}-{number}.log").read_text()[-3000:]
+        assert process.wait(timeout=HANG) == 0, (root / f"{workdir}-{number}.log").read_text()[-3000:]
 
 
 def ids(root: Path, workdir: str, number: int) -> list[list[str]]:
@@ -151,7 +151,7 @@ def test_sigterm_to_one_process_stops_both_and_one_continues_on_another_mesh(exp
         assert processes[0].poll() is None, (experiment / "moved-0.log").read_text()[-3000:]
         time.sleep(0.05)
     processes[1].terminate()
-    assert [process.wait(timeout=300) for process in processes] == [143, 143]
+    assert [process.wait(timeout=HANG) for process in processes] == [143, 143]
     told = [(experiment / f"moved-{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
     assert told[0] == told[1]
     step = int(re.match(r"vlmprune: training stopped on SIGTERM after step (\d+) of 20; saved in ", told[0])[1])
@@ -174,7 +174,7 @@ def test_sigterm_to_one_process_ends_the_scoring_of_both(experiment):
         assert processes[0].poll() is None
         time.sleep(0.01)
     processes[0].terminate()
-    assert [process.wait(timeout=300) for process in processes] == [143, 143]
+    assert [process.wait(timeout=HANG) for process in processes] == [143, 143]
     lines = [(experiment / f"scoring-{number}.log").read_text().splitlines()[-1] for number in (0, 1)]
     assert lines[0] == lines[1]
     assert re.match(r"vlmprune: score \(block_influence\) stopped on SIGTERM after \d of 3; ", lines[0])
@@ -185,7 +185,7 @@ def test_sigterm_to_one_process_ends_the_scoring_of_both(experiment):
 @pytest.mark.slow
 def test_all_processes_end_when_one_finds_the_input_wrong(experiment):
     processes = start(experiment, "wrong", "prune", 2)
-    assert [process.wait(timeout=300) for process in processes] == [2, 2]
+    assert [process.wait(timeout=HANG) for process in processes] == [2, 2]
     assert "run `vlmprune score` (or `vlmprune run`) first" in (experiment / "wrong-1.log").read_text()
 
 
@@ -206,7 +206,7 @@ def test_both_end_when_one_cannot_read_an_image(experiment, pruned, goldens):
     while f"record r{record}" not in log.read_text():
         assert None in [process.poll() for process in processes]
         time.sleep(0.05)
-    assert [process.wait(timeout=10) for process in processes] == [2, 2]
+    assert [process.wait(timeout=HANG) for process in processes] == [2, 2]
     told = [(experiment / f"unreadable-{number}.log").read_text().splitlines() for number in (0, 1)]
     told = [[line.removeprefix("vlmprune: error: ") for line in log if line.startswith("vlmprune: ")] for log in told]
     assert f"record r{record}" in told[1][0]
@@ -395,6 +395,6 @@ def test_no_usable_record_stops_every_process(experiment, pruned):
     (experiment / "gone.jsonl").write_text("\n".join(entry(f"r{n}", "none.png", "Yes.") for n in range(20)))
     pruned("gone")
     flags = [f"--config.data.train={experiment / 'gone.jsonl'}", *RECOVER, "--config.data.on_error=skip"]
-    assert [process.wait(timeout=300) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
+    assert [process.wait(timeout=HANG) for process in start(experiment, "gone", "recover", 2, *flags)] == [2, 2]
     words = "none of the 20 records is usable (the first:"
     assert all(words in (experiment / f"gone-{number}.log").read_text() for number in range(2))

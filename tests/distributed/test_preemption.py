@@ -1,4 +1,4 @@
-"""SIGTERM in every long phase of a command: it ends in one line, leaves nothing half written, and is continued."""
+"""SIGTERM or SIGINT in every long phase of a command: one line, nothing half written, and it is continued."""
 
 from __future__ import annotations
 
@@ -61,25 +61,33 @@ def straight(experiment):
 
 
 @pytest.fixture
-def added(monkeypatch):
-    """Numbers of the batches whose results were noted; SIGTERM comes during the second."""
-    numbers, original = [], Journal.add
+def interrupts():
+    """SIGINT as a terminal sends it, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def added(monkeypatch, request):
+    """Numbers of the batches whose results were noted; a signal, SIGTERM by default, comes during the second."""
+    numbers, original, number = [], Journal.add, getattr(request, "param", signal.SIGTERM)
 
     def add(self, entry):
         original(self, entry)
         numbers.append(len(numbers))
         if len(numbers) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Journal, "add", add)
     return numbers
 
 
-def stopped(capsys, *argv: str) -> str:
-    """The one line of a command that SIGTERM ended."""
+def stopped(capsys, *argv: str, code: int = 143) -> str:
+    """The one line of a command that a signal ended."""
     before = signal.getsignal(signal.SIGTERM)
     capsys.readouterr()
-    assert main(argv) == 143
+    assert main(argv) == code
     assert signal.getsignal(signal.SIGTERM) is before
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -99,10 +107,11 @@ def test_scoring_continues_after_its_last_batch(straight, experiment, added, cap
     np.testing.assert_array_equal(scores, expected)
 
 
-def test_evaluation_continues_after_its_last_batch(straight, experiment, added, capsys):
+@pytest.mark.parametrize("added", [signal.SIGINT], indirect=True)
+def test_evaluation_continues_after_its_last_batch(straight, experiment, added, capsys, interrupts):
     flags = experiment("evaluation")
-    line = stopped(capsys, "evaluate", *flags)
-    assert line == "vlmprune: evaluate teacher stopped on SIGTERM after 2 of 3; the same command continues"
+    line = stopped(capsys, "evaluate", *flags, code=130)
+    assert line == "vlmprune: evaluate teacher stopped on SIGINT after 2 of 3; the same command continues"
     workdir = flags[1].removeprefix("--workdir=")
     assert os.listdir(f"{workdir}/eval") == ["teacher.json.journal"]
     assert main(["evaluate", *flags]) == 0
@@ -130,6 +139,19 @@ def test_outside_the_main_thread_signals_stay_what_they_are():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(entered).result()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_stops_at_once_and_ignored_signals_stay_so(interrupts):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        assert str(stop.stopped("work", "after 1")) == "work stopped on SIGINT after 1"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.requested()
 
 
 def test_a_folder_that_is_being_written_goes(straight, experiment, monkeypatch, capsys):

@@ -12,7 +12,13 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.metrics.metric import Metric, mean
-from vlmprune_jax.evaluation.statistics import holm, mcnemar, retained_interval
+from vlmprune_jax.evaluation.statistics import (
+    holm,
+    interval_of_mean,
+    mcnemar,
+    p_of_difference,
+    retained_interval,
+)
 
 ACCURACY = METRICS["exact_match"]
 
@@ -37,14 +43,45 @@ def test_an_interval_is_that_of_the_delta_method():
     assert high == pytest.approx(100 * share + width, abs=0.05)
 
 
-def test_what_is_equal_for_both_widens_nothing():
-    theirs = rights(i % 3 == 0 for i in range(50))
-    assert retained_interval(ACCURACY, theirs, theirs, questions(50)) == (100.0, 100.0)
-    ours = rights(i % 3 == 0 and i < 25 for i in range(50))
+def test_what_is_equal_for_both_widens_little():
+    """60 of 60 right is no certainty; questions that both get wrong do not matter."""
+    low, high = retained_interval(ACCURACY, rights([1] * 60), rights([1] * 60), questions(60))
+    assert (low, high) == (pytest.approx(96.85, abs=0.01), pytest.approx(103.25, abs=0.01))
+    padded = rights([1] * 60 + [0] * 40)
+    assert retained_interval(ACCURACY, padded, padded, questions(100)) == (low, high)
+    alike = [{"accuracy": 0.5}] * 60  # of no proportion: every sample of a bootstrap is equal
+    assert retained_interval(ACCURACY, alike, alike, questions(60)) == (low, high)
+    ours, theirs = ([{"accuracy": (i % 7 + extra) / 9} for i in range(50)] for extra in (1, 3))
     first, again, other = (retained_interval(ACCURACY, ours, theirs, questions(50), seed=seed) for seed in (0, 0, 1))
     assert first == again != other
     inner = retained_interval(ACCURACY, ours, theirs, questions(50), level=0.5)
     assert first[0] < inner[0] < inner[1] < first[1]
+
+
+def test_a_ratio_of_proportions_is_bonett_and_prices():
+    """The numbers by hand, from the formulas of the paper; by symmetry the inverse ratio has the inverse ends."""
+    ours, theirs = [1] * 70 + [0] * 10 + [1] * 5 + [0] * 15, [1] * 80 + [0] * 20
+    low, high = retained_interval(ACCURACY, rights(ours), rights(theirs), questions(100))
+    z = 1.959964 * math.sqrt(17 / (76 * 81)) / (math.sqrt((1 - 76 / 87) / 76) + math.sqrt((1 - 81 / 87) / 81))
+    ends = {}
+    for right in (75, 80):
+        root = z * math.sqrt(z**2 + 4 * right * (1 - right / 85))
+        ends[right] = [(2 * right + z**2 + sign * root) / (2 * (85 + z**2)) for sign in (-1, 1)]
+    assert (low, high) == pytest.approx((100 * ends[75][0] / ends[80][1], 100 * ends[75][1] / ends[80][0]))
+    inverse = retained_interval(ACCURACY, rights(theirs), rights(ours), questions(100))
+    assert inverse == pytest.approx((1e4 / high, 1e4 / low))
+
+
+@pytest.mark.parametrize(("right", "keeps"), [(1.0, 0.995), (0.98, 0.97), (0.8, 0.995)])
+def test_an_interval_at_the_edge_covers_the_truth(right, keeps):
+    """A bootstrap covers it in 25 to 83 % of such samples of 60 questions."""
+    draw, inside = np.random.default_rng(0), 0
+    for _ in range(300):
+        theirs = draw.random(60) < right
+        ours = theirs & (draw.random(60) < keeps)
+        low, high = retained_interval(ACCURACY, rights(ours), rights(theirs), questions(60))
+        inside += low <= 100 * keeps <= high
+    assert inside >= 0.93 * 300
 
 
 def test_a_metric_that_is_better_when_lower_is_turned_around():
@@ -108,7 +145,9 @@ def test_a_users_aggregate_is_worked_out_for_every_sample():
 
 
 def test_no_interval_where_the_unpruned_model_may_score_nothing():
-    assert retained_interval(ACCURACY, rights([1, 0]), rights([1, 0]), questions(2)) is None
+    assert retained_interval(ACCURACY, rights([1, 0]), rights([0, 0]), questions(2)) is None
+    half = [{"accuracy": value} for value in (0.5, 0.0)]
+    assert retained_interval(ACCURACY, half, half, questions(2)) is None
     with pytest.raises(UserError, match="1 and 2 answers: both must answer the same questions"):
         retained_interval(ACCURACY, rights([1]), rights([1, 0]), questions(2))
     with pytest.raises(UserError, match="0 and 0 answers"):
@@ -134,6 +173,34 @@ def test_mcnemar_of_many_questions_is_the_binomial_tail():
     found = mcnemar([1] * few + [0] * (number - few), [0] * few + [1] * (number - few))
     logs = (math.lgamma(number + 1) - math.lgamma(i + 1) - math.lgamma(number - i + 1) for i in range(few + 1))
     assert found.p_value == pytest.approx(2 * sum(math.exp(log - number * math.log(2)) for log in logs), rel=1e-8)
+
+
+def test_a_mean_over_seeds_has_an_interval_over_questions_too():
+    values, intervals = [1.0, 2.0, 3.0], [(0.0, 1.5), (1.0, 2.5), (2.0, 3.5)]
+    mean, low, high = interval_of_mean(values)
+    assert interval_of_mean(values, [*intervals[:2], None]) == (mean, low, high)
+    wide = mean - math.hypot(mean - low, 1.0), mean + math.hypot(high - mean, 0.5)
+    assert interval_of_mean(values, intervals) == pytest.approx((mean, *wide))
+    assert interval_of_mean([99.8] * 3, [(99.0, 100.1)] * 3) == pytest.approx((99.8, 99.0, 100.1))
+    assert interval_of_mean([5.0], [(4.0, 5.5)]) == (5.0, 4.0, 5.5)
+
+
+def test_a_difference_is_that_of_seeds_and_of_questions():
+    """One seed is McNemar's test; with several, chance rarely passes for a difference, and a real one is found."""
+    ours, theirs = np.array([[1.0] * 9 + [0.0]]), np.array([[1.0] * 3 + [0.0] * 6 + [1.0]])
+    assert p_of_difference(ours, theirs) == mcnemar(ours[0], theirs[0]).p_value == 0.125
+    assert p_of_difference(ours, ours) == 1.0
+    draw, wrong, right = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        hard, seeds = draw.normal(size=200), draw.normal(scale=0.2, size=(6, 1))
+        models = hard + seeds + draw.normal(scale=0.5, size=(6, 200))
+        wrong += p_of_difference(models[:3], models[3:]) < 0.05
+        right += p_of_difference(models[:3], models[3:] + 1.0) < 0.05
+    assert wrong < 0.08 * 300
+    assert right > 0.9 * 300
+    # two noisy seeds do not get the small spread of twelve quiet ones
+    quiet, noisy = (np.array([[value] * 50 for value in values]) for values in ([99.8, 99.9] * 6, [98.9, 99.7]))
+    assert 0.1 < p_of_difference(quiet, noisy) == p_of_difference(noisy, quiet)
 
 
 def test_holm_raises_every_p_and_keeps_their_order():

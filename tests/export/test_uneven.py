@@ -95,7 +95,9 @@ def test_check_export_loads_it_in_torch(exported, name):
 def test_config_of_the_folder(exported):
     model, out, *_ = exported("llama")
     config = json.loads((out / "config.json").read_text())
-    assert config["per_layer_shapes"] == [list(shape.widths) for shape in model.cfg.text.layers]
+    assert config["per_layer_shapes"] == [
+        [layer.sizes[axis] for axis in ("q_heads", "kv_heads", "mlp")] for layer in model.cfg.text.layers
+    ]
     assert config["a_field_of_the_future"] == {"kept": True}
     assert config["auto_map"] == {CAUSAL: "modeling_per_layer.PerLayerLlamaForCausalLM"}
     assert "trust_remote_code=True" in (out / "README.md").read_text()

@@ -67,7 +67,7 @@ def test_families(goldens, name):
 
 def test_fewer_heads_of_llama_are_written_as_mistral():
     cfg = config_of("llama")
-    cfg = cfg.with_layers([shape.with_widths(3, 1, shape.channel.mlp) for shape in cfg.text.layers])
+    cfg = cfg.with_layers([shape.resized({"q_heads": 3, "kv_heads": 1}) for shape in cfg.text.layers])
     assert loading(cfg) == {"w8a8"}
 
 
@@ -84,7 +84,11 @@ def test_heads(heads, head_dim, said):
     cfg = config_of("llama")
     text = dataclasses.replace(cfg.text, head_dim=head_dim, rotary_dim=head_dim, hidden_size=heads[0] * head_dim)
     cfg = dataclasses.replace(cfg, text=text)
-    assert said in facts(cfg.with_layers([shape.with_widths(*heads, shape.channel.mlp) for shape in text.layers]))
+    assert said in facts(
+        cfg.with_layers(
+            [shape.resized(dict(zip(("q_heads", "kv_heads"), heads, strict=True))) for shape in text.layers]
+        )
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from hf_cases import copy_llava, edit_config
+from rounding import assert_same_function, double_logits
 from vocabulary_cases import FAMILIES, SPECIAL, TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 from vlmprune_jax.core.errors import UserError
@@ -13,7 +14,6 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.export.vocabulary import ids_in, trim_config
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import apply_plan, prune_folder
 from vlmprune_jax.prune.kept import KeptVocabulary
 
@@ -45,11 +45,10 @@ def test_families_speak_the_new_ids(tmp_path, sources, name):
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     special = [new.convert_tokens_to_ids(token) for token in SPECIAL[name]]
     assert generation == {"eos_token_id": special[:2], "pad_token_id": special[2], "suppress_tokens": [special[0]]}
-    # kept rows give the same logits to the bit
     words = [i for i in before if i not in (model.cfg.image_token_id, model.cfg.video_token_id)]
     rows = [plan.vocabulary.new_ids[i] for i in words]
-    ours, theirs = forward(model, np.array([words]))[0], forward(small, np.array([rows]))[0]
-    np.testing.assert_array_equal(np.asarray(theirs), np.asarray(ours)[..., kept])
+    expected = double_logits(model, input_ids=np.array([words]))[..., kept]
+    assert_same_function(double_logits(small, input_ids=np.array([rows])), expected)
 
 
 def test_file_surgery_is_surgery_in_memory(tmp_path, sources):
@@ -76,7 +75,7 @@ def test_conversion_takes_the_new_ids(tmp_path, sources):
     words = load_tokenizer(source)(TOPICS[0][:60])["input_ids"]
     rows = np.array([[plan.vocabulary.new_ids[i] for i in words]])
     assert rows[0].tolist() == tokenizer(TOPICS[0][:60])["input_ids"]
-    np.testing.assert_array_equal(forward(stock, rows)[0][..., :440], forward(pruned, rows)[0])
+    assert_same_function(double_logits(stock, input_ids=rows)[..., :440], double_logits(pruned, input_ids=rows))
 
 
 def test_gguf_has_the_kept_tokens(tmp_path, sources):

@@ -73,7 +73,7 @@ def test_sweeps(tmp_path):
     def shown():
         found = read_sweep(tmp_path)
         groups = groups_of(found)
-        return table_of(found), as_csv(found), series_of(groups), [way_of(group) for group in groups]
+        return table_of(found, path.parent), as_csv(found), series_of(groups), [way_of(group) for group in groups]
 
     assert len(shown()[0].rows) == 4
 
@@ -227,7 +227,7 @@ def test_speed(tmp_path):
 
     def shown():
         measured = read_artefact(tmp_path / "speed.json", Speed)
-        return speed_tables(measured, {}), speed_notes(measured, {}), measured.medians()
+        return speed_tables(measured, {}), speed_notes(measured), measured.medians()
 
     whole = saved(path, SPEED)
     assert len(shown()) == 3

@@ -3,15 +3,18 @@
 import ast
 import json
 import re
+import shlex
 import shutil
 
 import pytest
+from PIL import Image
 from report_cases import BENCH
+from repository import full_size_models
 from study_cases import rows, write_sweep
 from study_guide import update_guide
 from vlm_cases import llava_config
 
-from vlmprune_jax.cli.config_files import read_experiment
+from vlmprune_jax.cli.config_files import read_experiment, shipped_config
 from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.cli.stages import StageCommand
@@ -44,6 +47,21 @@ def told(capsys, *argv):
     return capsys.readouterr().out
 
 
+def commands_in(out):
+    """Return the arguments of the commands in a recommendation."""
+    block = out.split("\n\n")[1].replace("\\\n", "")
+    return [shlex.split(command) for command in block.split("&&")]
+
+
+def write_records(folder):
+    """Write a small data set in place of easy-VQA; return its files as `write_dataset` does."""
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    turns = [{"from": "human", "value": "<image>\nRed?"}, {"from": "gpt", "value": "no"}]
+    records = [{"id": f"r{number}", "image": "a.png", "conversations": turns} for number in range(700)]
+    (folder / "a.json").write_text(json.dumps(records))
+    return {"train": folder / "a.json", "test": folder / "a.json", "images": folder}
+
+
 def failing(capsys, *argv):
     assert main(["recommend", *argv]) == 2
     err = capsys.readouterr().err
@@ -73,10 +91,13 @@ def test_the_config_does_what_is_advised(folder, tmp_path, capsys, asked, method
     assert experiment.model.hf_dir == str(folder)
     variants = experiment.prune_variants
     assert set(variants or {experiment.prune.method}) == methods
-    assert f"--config={path}" in out
-    assert f"vlmprune run --config={path}" in out
+    assert experiment.data.template == experiment.data.aspect_ratio == "auto"
+    assert experiment.data.system is None
+    (command,) = commands_in(out)
+    assert command[:3] == ["vlmprune", "run", f"--config={path}"]
+    files = ["--config.data.train=TRAIN.json", "--config.data.images=IMAGES", "--config.data.eval=QUESTIONS.json"]
+    assert command[4:] == files
     if recovery is None:
-        assert "vlmprune plan" not in out
         assert (experiment.recover.method, experiment.reconstruct.method) == ("none", "least_squares")
     else:
         assert recovery in {experiment.recover.name, *(one["recover"]["name"] for one in variants.values())}
@@ -97,8 +118,9 @@ def test_bytes_are_kept_to(folder, tmp_path, capsys):
         out = told(capsys, f"--model={folder}", f"--bytes={0.8 * whole:.0f}", f"--compute={compute}", f"--save={path}")
         plan = predict_plan(experiment_of(path), cfg)
         assert 0.7 * whole < 2 * plan.parameters_after <= 0.8 * whole
-        assert "asked: 20 % of all parameters" in out
-        assert 'instead, if only the size matters: export the unpruned model with export.quantize="w8a16"' in out
+        assert experiment_of(path).export.dtype == "bfloat16"
+        assert f"size: {2 * plan.parameters_after / 1e6:.3g} MB of {whole / 1e6:.3g} MB in bfloat16" in out
+        assert 'if only the size matters, export the unpruned model with\n  export.quantize="w8a16"' in out
     assert 'export.quantize="w4a16"' in told(capsys, f"--model={folder}", f"--bytes={0.5 * whole:.0f}")
     assert "export.quantize" not in told(capsys, f"--model={folder}", "--ratio=0.5")
     assert f"the unpruned weights have only {whole:,} bytes in bfloat16, so no pruning is needed" in failing(
@@ -109,15 +131,68 @@ def test_bytes_are_kept_to(folder, tmp_path, capsys):
 
 
 def test_words(folder, capsys):
-    out = told(capsys, f"--model={folder}", "--ratio=0.36", "--data=5%")
-    assert "recommended: remove whole layers by Block Influence; and beside it remove neurons and heads" in out
+    asked = (f"--model={folder}", "--ratio=0.36", "--data=5%")
+    out = told(capsys, *asked)
+    assert out.startswith("prune: remove whole layers by Block Influence; beside it remove neurons and\n  heads")
+    assert "conflict" not in out
+    out = told(capsys, *asked, "--evidence")
     assert "conflict: Between 30 and 45 %" in out
     assert "config = experiment_config(" in out
     assert "easy-VQA teacher" in out
-    assert "\n    loads in transformers, vllm\n    not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
-    unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed")
-    assert "nothing supports this; the nearest: remove whole layers" in unsupported
+    assert "\n  loads in transformers, vllm\n  not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
+    unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed", "--evidence")
+    assert "because: nothing supports this; nearest rule: above 15 % of the decoder" in unsupported
     assert "Decoding, times the unpruned speed" in unsupported
+
+
+@pytest.mark.parametrize("asked", ["--ratio=0.0815", "--ratio=0.15", "--ratio=0.3", "--ratio=45%", "--bytes=1.9MB"])
+def test_what_is_printed_for_the_demo_runs_as_printed(tmp_path, capsys, monkeypatch, asked):
+    """Three lines of decision, the commands, three lines of evidence; then the commands, up to the first model call."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlmprune_jax.demo.easyvqa.write_dataset", lambda path: write_records(tmp_path))
+    out = told(capsys, f"--model={shipped_config('demo').model.hf_dir}", asked)
+    blocks = [[line for line in block.splitlines() if line[0] != " "] for block in out.split("\n\n")]
+    assert [line.partition(":")[0] for line in blocks[0]][-3:] == ["prune", "recover", "size"]
+    assert [line.partition(":")[0] for line in blocks[2]] in (
+        ["expect", "measured", "because", "more"],
+        ["expect", "because", "more"],
+    )
+    assert max(len(line) for line in out.splitlines() if "/" not in line) <= 80
+    first, run = commands_in(out)  # recommend --save, then run
+    for _ in range(2):  # the same command again does no harm
+        assert main(first[1:]) == 0
+    assert commands_in(capsys.readouterr().out)[0] == run
+    assert main([*run[1:], "--dry_run"]) == 0
+    lines = capsys.readouterr().out
+    assert "no effect" not in lines
+    assert "but the model folder says" not in lines
+    assert "but those of the folder's chat template" not in lines
+
+
+@pytest.mark.parametrize("name", ["llava", "demo"])
+def test_prompts_and_images_are_prepared_as_the_model_folder_says(tmp_path, capsys, name):
+    """Neither as the family's recipe does (LLaVA's: llava_v1, pad) nor as the evidence did (the demo's: square)."""
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(full_size_models()["llava"]))
+    model = tmp_path / "llava" if name == "llava" else shipped_config("demo").model.hf_dir
+    told(capsys, f"--model={model}", "--ratio=0.3", f"--save={tmp_path / 'a.py'}")
+    data = experiment_of(tmp_path / "a.py").data
+    assert data.fraction == 0.05  # the paper does not say how much data its rows used
+    assert (data.template, data.system, data.aspect_ratio) == ("auto", None, "auto")
+    assert data.max_length == (2048 if name == "llava" else 88)
+
+
+def test_files_of_ones_own_take_the_place_of_the_evidences_data(folder, tmp_path, capsys):
+    model, path = shipped_config("demo").model.hf_dir, tmp_path / "own.py"
+    out = told(capsys, f"--model={model}", "--ratio=0.3", "--train=t.json", "--eval=e.json", f"--save={path}")
+    data = experiment_of(path).data
+    assert (data.source, data.train, data.eval, data.images) == ("files", "t.json", "e.json", None)
+    assert data.max_length is None
+    (command,) = commands_in(out)
+    assert len(command) == 4
+    assert "--train" not in out
+    out = told(capsys, f"--model={folder}", "--ratio=0.3", "--train=t.json")
+    assert commands_in(out)[1][4:] == ["--config.data.eval=QUESTIONS.json"]
 
 
 def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tmp_path, capsys):
@@ -125,7 +200,7 @@ def test_what_was_measured_here_is_told_in_place_of_the_guides_speeds(folder, tm
     assert "bench.json" in failing(capsys, *asked)
     write_artefact(tmp_path / "bench.json", BENCH)
     out = told(capsys, *asked)
-    assert "Times as fast, round by round" in out
+    assert "Times as fast: ratio of medians" in out
     assert "Decoding, times the unpruned speed" not in out
 
 
@@ -133,8 +208,8 @@ def test_rows_of_ones_own(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # room for every column
     study, guide = write_sweep(tmp_path / "sweep", rows()), tmp_path / "guide.json"
     update_guide(guide, {"mine": read_sweep(study)})
-    out = told(capsys, f"--model={folder}", "--ratio=0.1", f"--guide={guide}")
-    assert "% on 2 models, on average, within 10 times this size" in out
+    out = told(capsys, f"--model={folder}", "--ratio=0.1", f"--guide={guide}", "--evidence")
+    assert "% on average of 2 models within 10 times this size" in out
     assert "mine" in out
 
 

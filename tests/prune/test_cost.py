@@ -24,7 +24,7 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.flops import forward_flops, vision_flops
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
-from vlmprune_jax.prune.cost import make_measure
+from vlmprune_jax.prune.cost import make_measure, speed_limits
 from vlmprune_jax.workdir.artefact import write_artefact
 
 shapes = st.builds(
@@ -67,6 +67,21 @@ def test_costs_are_those_of_the_config(before, after, options, work):
     assert found["step_ms"] == pytest.approx(1000 * seconds, rel=1e-12)
     wide = make_measure(cfg, Budget(disk_bytes=1, dtype="float32", uneven="pad", other_bytes=-9))(now)
     assert wide == {"disk_bytes": 4 * count_params(padded_stacks(now)) - 9}
+
+
+def test_a_speedup_is_limited_by_the_component_that_shrank_most():
+    """6 of 10 layers, half of the tower, a smaller vocabulary: 10 / 6 of the decoder's time, whatever its share."""
+    whole = config((decoder_layer(4, 4, 12),) * 10, vision=True)
+    fewer = whole.with_layers(whole.text.layers[:6])
+    row = {"length": 32, "images": 1, "batch": 1}
+    assert speed_limits(whole, fewer, **row) == pytest.approx((10 / 6, 10 / 6))
+    assert forward_flops(whole, length=32, images=1) / forward_flops(fewer, length=32, images=1) < 1.65
+    blind = whole.with_layers(whole.vision.layers[:1], "vision")
+    prefill, decode = speed_limits(whole, blind, **row)
+    assert (1 < prefill < 2, decode) == (True, 1.0)
+    assert speed_limits(whole, blind, **row | {"images": 0}) == (1.0, 1.0)
+    words = dataclasses.replace(whole, text=dataclasses.replace(whole.text, vocab_size=whole.text.vocab_size // 2))
+    assert speed_limits(whole, words, **row) == (2.0, 2.0)
 
 
 def asked(method, cfg, seed=0):

@@ -82,15 +82,16 @@ def uninterrupted(tmp_path_factory):
     return model, summary, folder
 
 
-def test_resuming_after_sigterm_is_bitwise_the_same(uninterrupted, tmp_path):
+def test_resuming_after_sigterm_is_bitwise_the_same(uninterrupted, tmp_path, capsys):
     """Half way, in the middle of an epoch, with adapter dropout; a new stream, state and step function go on."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match=r"SIGTERM after step 3 of 6; saved in .*checkpoints"):
         train(Stopping(mid_epoch_stream(), 2), tmp_path)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [line["step"] for line in _metrics(tmp_path)] == [1, 2, 3]
-    model, summary = train(mid_epoch_stream(), tmp_path)
+    model, summary = train(mid_epoch_stream(), tmp_path, progress=True)
     assert summary["resumed_from"] == 3
+    assert f"train: continues after step 3 of 6, saved in {tmp_path}/checkpoints\n" in capsys.readouterr().out
     cases.assert_bitwise(model, uninterrupted[0])
     same = ("step", "loss", "ce", "l2", "grad_norm", "learning_rate", "padding")
     ours, straight = ([{k: line[k] for k in same} for line in _metrics(path)] for path in (tmp_path, uninterrupted[2]))

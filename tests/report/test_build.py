@@ -12,6 +12,7 @@ import matplotlib
 import pytest
 from msgspec.structs import replace
 from report_cases import PLANNED, change
+from repository import HANG
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
@@ -26,7 +27,7 @@ def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
     (tmp_path / "here").mkdir()
     os.mkfifo(tmp_path / "here/matplotlibrc")
     code = "import vlmprune_jax.report.plots"
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path / "here", check=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path / "here", check=True, timeout=HANG)
     first = build_report(workdir).read_text()
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "none"}):
         assert build_report(workdir).read_text() == first

@@ -124,7 +124,8 @@ def test_a_pruned_model_is_compared_with_the_unpruned_one(evaluate, goldens, mon
     code, lines = evaluate("questions", "--config.evaluate.metric=length")
     assert code == 0, lines
     found = {name: json.loads((evaluate.folder / f"{name}.json").read_text()) for name in ("teacher", "pruned")}
-    assert found["pruned"]["retained_interval"] == [100.0, 100.0]
+    low, high = found["pruned"]["retained_interval"]
+    assert low < 100 < high
     assert "retained_interval" not in found["teacher"]
     monkeypatch.setitem(METRICS, "length", dataclasses.replace(metric, aggregate=lambda *given: mean(*given)))
     assert evaluate("questions", "--config.evaluate.metric=length")[0] == 0

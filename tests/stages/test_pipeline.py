@@ -3,13 +3,18 @@
 import dataclasses
 import io
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
+from vlmprune_jax.evaluation.metrics import METRICS, Metric
+from vlmprune_jax.stages.step import Step
 from vlmprune_jax.workdir.artefact import read_artefact
+from vlmprune_jax.workdir.evaluation import Evaluated
 from vlmprune_jax.workdir.result import Workload, read_result
 from vlmprune_jax.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.workdir.speed import SPEED, Speed
@@ -168,6 +173,45 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.endswith(" ...")] == ["export ..."]
     assert "| questions (gqa): accuracy in %, 10 questions |" in (workdir / "export/README.md").read_text()
+
+
+# What a clock says differs between two runs, and so do the page that shows it and TensorBoard's file.
+CLOCK = re.compile(rb'"(?:[a-z_]*seconds|[a-z_]*_per_second|finished)": [^,}\n]+')
+
+
+@pytest.mark.slow
+def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experiment):
+    """Repeating a finished command changes no byte; a run that was killed after its control ends with equal files."""
+    monkeypatch.setitem(METRICS, "letters", Metric("letters", lambda said, *_: {"letters": 1.0 + len(said)}))
+    command = ["run", *experiment, "--only=depth", "--config.speed.rounds=0", "--config.evaluate.metric=letters"]
+    workdir, evaluate = tmp_path / "w", Step.evaluate
+
+    def files():
+        return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+    def timeless():
+        untimed = {name: of for name, of in files().items() if name != "report.html" and "tensorboard" not in name}
+        return {name: CLOCK.sub(b"", of) if "json" in name else of for name, of in untimed.items()}
+
+    def killed(self):
+        evaluations = evaluate(self)
+        if not self.work.pruned:
+            raise KeyboardInterrupt
+        return evaluations
+
+    assert main(command) == 0
+    assert read_artefact(workdir / "depth/sft_l2/eval/recovered.json", Evaluated).control_interval is not None
+    first, expected = files(), timeless()
+    assert main(command) == 0
+    assert files() == first
+    shutil.rmtree(workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "evaluate", killed)
+        assert main(command) == 130
+    assert (workdir / "control/sft_l2/eval/recovered.json").exists()
+    assert main(command) == 0
+    assert timeless() == expected
+    assert {"plan.json", "README.md", "model.safetensors"} <= {path.name for path in (workdir / "export").iterdir()}
 
 
 def tree_leaves(params):

@@ -69,6 +69,25 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
     assert not (tmp_path / "w").exists()
     code, out = run("--dry_run", *idle, command="prune")
     assert (code, out.splitlines()[1:]) == (0, ["  prune"])
+    demo = ["--config.data.source=easyvqa", "--config.data.train=None", "--config.data.eval=None"]
+    code, out = run("--dry_run", *demo, "--config.data.images=None", command="evaluate")
+    assert (code, " questions)" in out) == (0, True)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_reports_empty_answers_and_repeated_ids(run, tmp_path):
+    """Such training records are kept; a question without an answer is refused, before the first model call."""
+    records = json.loads((tmp_path / "records.json").read_text())
+    for record, text in ((records[1], " "), (records[4], "")):
+        record["conversations"] = [record["conversations"][0], {"from": "gpt", "value": text}]
+    records[3]["id"] = records[5]["id"] = "r2"
+    (tmp_path / "odd.json").write_text(json.dumps(records))
+    code, out = run("--dry_run", f"--config.data.train={tmp_path / 'odd.json'}")
+    assert code == 0, out
+    assert "data.train: 2 of the records have an empty answer (first: r1); all are kept\n" in out
+    assert "data.train: 1 of the ids belong to several records (first: r2); all are kept\n" in out
+    code, out = run("--dry_run", f"--config.data.eval={tmp_path / 'odd.json'}")
+    assert (code, "record r1: has no reference answer" in out) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +99,14 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
             "data.train is set, but this config reads easyvqa: add --config.data.source=files to use your own files",
         ),
         (["--config.data.train={root}/no.json"], "no.json: no such file or folder"),
+        (
+            ["--config.data.train={root}/images"],
+            "data.train={root}/images: is a folder, expected a file of records: ",
+        ),
+        (
+            ["--config.prune.vocabulary.size=400", "--config.prune.vocabulary.sources=('{root}/images',)"],
+            "prune.vocabulary={root}/images: is a folder, expected a file of records",
+        ),
         (["--config.data.eval={root}/no.json"], "evaluate: data.eval is {root}/no.json: no such file or folder"),
         (["--config.data.train={root}/text.json"], "text.json, record 0: 'conversations' must be a non-empty list of"),
         (["--config.data.images={root}/teacher"], "img0.png does not exist: check the image root"),
@@ -89,6 +116,10 @@ def test_a_dry_run_says_what_will_be_done_and_stops(run, tmp_path):
         (
             ["--config.prune.ratio=None", "--config.prune.layers_removed=9"],
             "prune: layers_removed=9 must be between 0 and 5 (6 layers, 0 protected)",
+        ),
+        (
+            ["--config.prune.vocabulary.size=9999"],
+            "prune: prune.vocabulary.size=9,999 is more than the model's vocabulary of 416 tokens: set a smaller size",
         ),
         (["--config.prune.ratio=0.99"], "prune: ratio 0.99 cannot be reached by depth pruning of the text stack"),
     ],

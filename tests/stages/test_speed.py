@@ -36,7 +36,9 @@ def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
         context = Context(workdir=workdir, reporter=QUIET, store=Store(tmp_path / "shared"))
         work = Pipeline(experiment, context).work(models={f"depth-{number}": workdir / "pruned"})
         stage.speed_stage(work, spec)
-        assert read_artefact(workdir / "speed.json", Speed).pairs[0].models == [f"depth-{number}"]
+        (measured_pair,) = read_artefact(workdir / "speed.json", Speed).pairs
+        assert measured_pair.models == [f"depth-{number}"]
+        assert measured_pair.prefill_limit == measured_pair.decode_limit == 1.0  # nothing is removed
     assert measured == [640, 100]
 
 

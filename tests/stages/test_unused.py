@@ -1,17 +1,21 @@
 """Settings that change nothing are named with the reason, and no others are."""
 
 import dataclasses
+import itertools
+from dataclasses import replace
 
 import pytest
-from repository import ROOT
 
-from vlmprune_jax.cli.flags import load_file, locate
+from vlmprune_jax.cli.config_files import read_experiment, read_hyper, starting_point
+from vlmprune_jax.cli.flags import parse, shipped_configs
+from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.settings import nested, override
-from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.stage import Stage
 from vlmprune_jax.stages.unused import unused_settings
+from vlmprune_jax.sweep.hyper import sweep_runs
 
 WIDTH = {"prune.method": "width", "score.width": "l1"}
 TRIMMED = {"prune.vocabulary.size": 300}
@@ -88,8 +92,35 @@ def test_a_stage_of_the_users_own_may_use_any_setting_of_its_sections(cfg, monke
     assert unused(cfg, changes, ("recover",)) == []
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_setting_of_a_shipped_config_counts(cfg, file):
-    for variant in ("", ":full", ":quick") if file.stem == "demo" else ("",):
-        config = load_file(locate(f"{file.stem}{variant}"))[1]
-        assert unused_settings([(override(Experiment(), config.to_dict()), cfg)]) == {}
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configs_print_no_note_on_their_own_settings(goldens, cfg, name):
+    """Not even if a user's settings or --only leave some of them without effect."""
+    variants = {"demo": ("", ":full", ":quick"), "demo_reconstruct": ("", ":tower")}
+    variants |= dict.fromkeys(
+        ("sweeps/image_tokens", "sweeps/study_vlm", "sweeps/study_vlm_text"), (f":{goldens / 'ckpt/llava_hf'}",)
+    )
+    for variant in variants.get(name, ("",)):
+        flags = parse("run", StageCommand("run"), [f"--config={name}{variant}", "--workdir=w"])
+        start, whole = starting_point(flags), read_experiment(flags.config)
+        if name.startswith("sweeps/"):
+            runs = [run.experiment for run in sweep_runs(whole, read_hyper(flags.config_file))]
+            assert unused_settings([(run, cfg) for run in runs], start=start) == {}
+            continue
+        assert unused_settings([(whole, cfg)]) == {}
+        runs = [read_experiment(flags.config, only=only) for only in whole.prune_variants]
+        runs.append(replace(whole, recover=replace(whole.recover, method="none"), speed=SpeedSpec()))
+        for run in runs:
+            assert unused_settings([(run, cfg)], start=start) == {}
+
+
+def test_settings_that_a_config_file_took_over_are_not_the_users(tmp_path, cfg):
+    file, body = tmp_path / "mine.py", "config = shipped_config('demo')\n    config.recover.lora.rank = 9"
+    file.write_text(
+        "from vlmprune_jax.cli.config_files import shipped_config\n\n\n"
+        f"def get_config():\n    {body}\n    return config\n"
+    )
+    for flag, names in ("rounds=0", ["recover.lora.rank"]), ("new_tokens=7", ["recover.lora.rank", "speed.new_tokens"]):
+        argv = [f"--config={file}", "--workdir=w", "--config.speed.rounds=0", f"--config.speed.{flag}"]
+        flags = parse("run", StageCommand("run"), argv)
+        unused = unused_settings([(read_experiment(flags.config), cfg)], start=starting_point(flags))
+        assert sorted(itertools.chain(*unused.values())) == names

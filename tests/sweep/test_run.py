@@ -78,7 +78,7 @@ def test_a_killed_sweep_goes_on_and_makes_nothing_twice(sweep, tmp_path, monkeyp
     facts = json.loads((workdir / "runs/recovery=sft,seed=1/.stages/recover.json").read_text())["facts"]
     assert (facts["resumed_from"], facts["steps"]) == (2, 4)
     assert out.count("linked from another run") == 3
-    begun = ["recover", "evaluate", "control/recover", "control/evaluate"]
+    begun = ["recover", "control/recover", "control/evaluate", "evaluate"]
     assert [line.split()[0] for line in out.splitlines() if line.endswith(" ...")] == begun * 2
 
     found = read_sweep(workdir)

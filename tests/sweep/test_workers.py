@@ -31,6 +31,15 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which it leaves out where SIGINT is ignored: in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_all_processes():
     told = []
 

@@ -8,6 +8,7 @@ import time
 
 import msgspec
 import pytest
+from repository import HANG
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.workdir import store as stores
@@ -140,13 +141,19 @@ def test_where_the_disk_has_no_links_files_are_copied(sweep, monkeypatch):
 
 def test_one_makes_it_while_another_one_waits(sweep):
     """Two at once, each with its lock (of one process, but of two openings of the file): one of them makes it."""
-    threads = [threading.Thread(target=sweep, args=(name,), kwargs={"body": lambda: time.sleep(0.3)}) for name in "ab"]
+    waiting = "recover: waiting for another run to compute it"
+
+    def until_the_other_waits():
+        while waiting not in sweep.said:
+            time.sleep(0.01)
+
+    options = {"kwargs": {"body": until_the_other_waits}, "daemon": True}
+    threads = [threading.Thread(target=sweep, args=(name,), **options) for name in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(HANG)
     assert len(sweep.made) == 1
-    assert "recover: waiting for another run to compute it" in sweep.said
     assert (sweep.folder / "a/out.txt").read_text() == (sweep.folder / "b/out.txt").read_text() == "text"
 
 

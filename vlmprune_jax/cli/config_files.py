@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
+import shutil
+import tempfile
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -11,16 +15,18 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.cli.flags import load_file, locate
+from vlmprune_jax.cli.flags import file_of, load_file, locate, shipped_configs
 from vlmprune_jax.core.checks import blaming
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.links import check_links
+from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.links import check_links, real_path
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.experiment import recipes
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
 from vlmprune_jax.sweep.hyper import Hyper
+
+_START = "_start"  # attribute of a ConfigDict: the experiment that it was made from
 
 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
@@ -32,7 +38,21 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
     Raises UserError for an unknown recipe.
     """
-    return _section(Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe)))
+    start = Experiment() if recipe is None else override(Experiment(), recipes.recipe(recipe))
+    return _starting_with(start, _section(start))
+
+
+def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
+    """Return the config, which remembers its settings before the user changes them, see `starting_point`."""
+    object.__setattr__(config, _START, start)  # ConfigDict's own would make it a setting
+    return config
+
+
+def starting_point(flags: Any) -> Experiment:
+    """Return the settings that the user did not choose: a shipped config's, or those a config file started from."""
+    if real_path(file_of(flags.config_file)) in map(real_path, shipped_configs().values()):
+        return getattr(shipped_config(flags.config_file), _START)
+    return getattr(flags.config, _START, Experiment())
 
 
 class _Section(ConfigDict):
@@ -101,19 +121,33 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
 
 
 def to_experiment(
-    config: ConfigDict | None, workdir: str | None, *, only: str = "", explicit: Collection[str] = ()
+    config: ConfigDict | None,
+    workdir: str | None,
+    *,
+    only: str = "",
+    explicit: Collection[str] = (),
+    dry_run: bool = False,
 ) -> tuple[Experiment, Path]:
-    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded."""
+    """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
+
+    With `dry_run`, data sets that the workdir lacks go to a folder that is deleted when the process ends.
+    """
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
         raise UserError("no workdir given: add --workdir=DIR, a folder for all files of this run")
     folder = to_workdir(workdir)
-    return placed(experiment, folder), folder
+    scratch = Path(tempfile.mkdtemp(prefix="vlmprune-")) if dry_run else None
+    if scratch is not None:
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return placed(experiment, folder, scratch), folder
 
 
-def placed(experiment: Experiment, workdir: Path) -> Experiment:
-    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made."""
-    model, data = experiment.model, experiment.data
+def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -> Experiment:
+    """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
+
+    `scratch`: folder of data sets that the workdir lacks; None for the workdir.
+    """
+    model, data, folder = experiment.model, experiment.data, workdir / "data"
     model = dataclasses.replace(
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
@@ -126,16 +160,17 @@ def placed(experiment: Experiment, workdir: Path) -> Experiment:
             )
         from vlmprune_jax.demo.easyvqa import write_dataset
 
-        files = {name: str(path) for name, path in write_dataset(workdir / "data").items()}
+        out_dir = folder if scratch is None or folder.exists() else scratch / folder.name
+        files = {name: str(path) for name, path in write_dataset(out_dir).items()}
         data = dataclasses.replace(data, train=files["train"], eval=files["test"], images=files["images"])
     else:
         named = {name: text for name in ("train", "eval") if is_hub(text := getattr(data, name))}
         fetched: dict[str, Any] = {
-            name: fetch_dataset(text, workdir / "data", f"data.{name}") for name, text in named.items()
+            name: fetch_dataset(text, folder, f"data.{name}", scratch) for name, text in named.items()
         }
         data = dataclasses.replace(data, **fetched)
     sets = {
-        name: dataclasses.replace(one, data=fetch_dataset(one.data, workdir / "data", f"evaluate.sets.{name}.data"))
+        name: dataclasses.replace(one, data=fetch_dataset(one.data, folder, f"evaluate.sets.{name}.data", scratch))
         if one.data is not None and is_hub(one.data)
         else one
         for name, one in experiment.evaluate.sets.items()
@@ -158,16 +193,22 @@ def read_hyper(config: str) -> Any:
 
 def shipped_config(name: str) -> ConfigDict:
     """Return a config bundled with vlmprune (NAME or NAME:VARIANT), as a starting point for a config file."""
-    return load_file(locate(name))[1]
+    config = load_file(locate(name))[1]
+    return _starting_with(override(Experiment(), config.to_dict()), config)
 
 
 def to_workdir(text: str) -> Path:
-    """Return a workdir's path, which need not exist; raise UserError if the folder links to places outside it."""
+    """Return a workdir's path, which need not exist.
+
+    Raises UserError if no folder can be there, or the folder has links to places outside it.
+    """
     folder = Path(text)
-    if "\0" in text:
-        raise UserError(f"--workdir={text}: contains a NUL character, which paths cannot contain")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--workdir={text}: is a file, expected a folder: choose another path")
+    with error_context("--workdir"):
+        real_path(folder)
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if not os.path.isdir(place) and os.path.lexists(place):
+        broken = "a link to itself or to nothing" if os.path.islink(place) and not os.path.exists(place) else "a file"
+        raise UserError(f"--workdir={text}: {place} is {broken}, expected a folder: choose another path")
     check_links(folder)
     return folder
 

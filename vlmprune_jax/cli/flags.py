@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
+from vlmprune_jax.core.links import real_path
 
 Flags = flags.FlagValues
 _SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
@@ -92,7 +93,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
 @contextlib.contextmanager
 def _importing_beside(config: str) -> Iterator[None]:
     """Context in which a config file can import Python files from its own folder, for example the user's criteria."""
-    folder = str(file_of(config).resolve().parent)
+    folder = str(real_path(file_of(config)).parent)
     sys.path.insert(0, folder)
     try:
         yield

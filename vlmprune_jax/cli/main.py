@@ -135,7 +135,7 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
     """Print as one line why a command ended, notify the run's other processes, and return the exit code."""
     if isinstance(error, Stopped):
         print(f"vlmprune: {error}", file=sys.stderr)
-        return TERMINATED
+        return INTERRUPTED if error.signal == "SIGINT" else TERMINATED
     if isinstance(error, SharedError):
         print(f"vlmprune: error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -1,9 +1,7 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-Prints rules from the decision guide of arXiv 2604.24380, the measurements behind them (the paper's and this project's),
-contradictions, and a config. Reads the model's config.json, no weights.
+By the decision guide of arXiv 2604.24380 and by measurements, the paper's and this project's; reads no weights.
   vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
-  vlmprune recommend --model=DIR --ratio=0.2 --speed --bench=bench.json    # with speeds measured on this machine
 """
 
 from __future__ import annotations
@@ -25,24 +23,28 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
+    for name in ("train", "images", "eval"):
+        text(name, None, f"your data.{name}, for the config", flag_values=values)
     text("bench", None, "file of `vlmprune bench --json=FILE` with speeds to show as well", flag_values=values)
     text("guide", None, "guide file with your own measurements", flag_values=values)
-    text("save", None, "file FILE.py for the config (default: print it)", flag_values=values)
+    text("save", None, "file FILE.py for the config", flag_values=values)
+    absl_flags.DEFINE_bool("evidence", False, "print all evidence and the config as well", flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Print a recommended pruning method and recovery, and print the matching config or write it to a file."""
+    """Print a recommended pruning method and recovery, and the command that follows it; write its config to a file."""
+    import shlex
     from pathlib import Path
 
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.planning.guide import FILE, read_guide
-    from vlmprune_jax.planning.recommend import advise, parse_bytes, parse_share, saved_as
+    from vlmprune_jax.planning.recommend import PLACEHOLDERS, advise, parse_bytes, parse_share
     from vlmprune_jax.report.advice import tell
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR")
-    saved_as(flags.save)
+    given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
     found = advise(
         flags.model,
         vision_dir=flags.vision_dir,
@@ -51,7 +53,8 @@ def run(flags: Any) -> None:
         data_fraction=parse_share("data", flags.data),
         compute=flags.compute,
         speed=flags.speed,
+        files={name: flags[name].value for name in PLACEHOLDERS if flags[name].value},
         bench=Path(flags.bench) if flags.bench else None,
         guide=read_guide(Path(flags.guide) if flags.guide else FILE),
     )
-    tell(found, flags.save, make_reporter(True))
+    tell(found, flags.save, given, flags.evidence, make_reporter(True))

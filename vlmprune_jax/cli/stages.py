@@ -75,6 +75,7 @@ def _details(name: str) -> str:
 
 def run_command(name: str, flags: Any) -> None:
     """Load the experiment and workdir that the flags name, and run a command on them."""
+    from vlmprune_jax.cli.config_files import starting_point
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages.pipeline import Pipeline
     from vlmprune_jax.stages.preflight import preflight
@@ -91,11 +92,11 @@ def run_command(name: str, flags: Any) -> None:
     if name == "evaluate" and flags.server is not None:
         if flags.dry_run or flags.only:
             raise UserError("--dry_run and --only are not for models behind --server: leave them out")
-        evaluate_server(pipeline.work(), pipeline.sections, flags.server)
+        evaluate_server(pipeline.work(), pipeline.sections, flags.server, starting_point(flags))
         return
     preflight(pipeline, name)
     work, sections = pipeline.work(), () if name == "run" else ("model", *STAGES[name].sections)
-    for line in unused_lines([(experiment, work.config(work.teacher))], sections):
+    for line in unused_lines([(experiment, work.config(work.teacher))], sections, starting_point(flags)):
         context.say(f"  {line}")
     if flags.dry_run:
         return

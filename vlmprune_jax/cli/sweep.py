@@ -31,6 +31,7 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Run all runs of a sweep and compare their results."""
+    from vlmprune_jax.cli.config_files import starting_point
     from vlmprune_jax.cli.workdir import place_all, prepare_sweep, start_worker
     from vlmprune_jax.report.comparison import build_comparison, table_of
     from vlmprune_jax.sweep.sweep import check_runs, run_sweep, runs_named, shard_of, tell_sharing, tell_unused
@@ -39,11 +40,11 @@ def run(flags: Any) -> None:
     check_runs(runs, sweep, flags.jobs)
     mine = shard_of(runs_named(runs, flags.only), flags.shard)
     placed = runs if flags.dry_run else place_all(runs, sweep)
-    tell_unused(placed, reporter)
+    tell_unused(placed, starting_point(flags), reporter)
     if flags.dry_run:
         tell_sharing(mine, sweep, reporter)
         return
     start = functools.partial(start_worker, sweep)
     shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
-    pages: dict[str, Any] = {"page": build_comparison, "table": lambda found: table_of(found).printed}
+    pages: dict[str, Any] = {"page": build_comparison, "table": lambda found: table_of(found, sweep.workdir).printed}
     run_sweep(placed, sweep, reporter, **shared, **pages, start=start)

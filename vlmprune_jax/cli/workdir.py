@@ -28,7 +28,9 @@ from vlmprune_jax.sweep.workers import Work
 def prepare(flags: Any) -> tuple[Experiment, Context]:
     """Return the experiment of a stage command, and its context (workdir and console output)."""
     reporter = _join(flags)
-    experiment, workdir = to_experiment(flags.config, flags.workdir, only=flags.only, explicit=flags.explicit)
+    experiment, workdir = to_experiment(
+        flags.config, flags.workdir, only=flags.only, explicit=flags.explicit, dry_run=flags.dry_run
+    )
     check_experiment(experiment, workdir)
     return experiment, Context(workdir=workdir, reporter=reporter, overwrite=flags.overwrite)
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import inspect
+import os
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +19,7 @@ from vlmprune_jax.core.errors import UserError, reason
 
 _T = TypeVar("_T")
 _PACKAGE = Path(__file__).parents[1]
+_READERS = {"Model": "vp.load(DIR)", "PrunePlan": "vp.PrunePlan.from_json(FILE)", "Scores": "vp.Scores.load(FILE)"}
 _LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
@@ -114,3 +120,63 @@ def line_of_users(error: BaseException, ours: Collection[Path] = ()) -> str:
         if path.is_file() and not known & {*path.parents} and "site-packages" not in path.parts:
             return f"{path}:{frame.lineno}"
     return ""
+
+
+def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a public function: an argument that does not fit its annotation raises a UserError that says what to do.
+
+    Numbers, arrays and protocols are not checked. `batches` must be several, not one. The signature shows the settings
+    of `**options: Unpack[...]` by name.
+    """
+    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    usage = [name for name, of in signature.parameters.items() if of.kind is of.POSITIONAL_OR_KEYWORD]
+    kinds = {name: kinds for name, hint in hints.items() if name != "return" and (kinds := _kinds(hint))}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name, value in {**dict(zip(usage, args, strict=False)), **kwargs}.items():
+            if name in kinds:
+                _check_argument(function.__name__, usage, name, value, kinds[name])
+        return function(*args, **kwargs)
+
+    call.__module__ = _PACKAGE.name  # where pickle finds it
+    call.__signature__ = _with_settings(signature, hints)  # type: ignore[attr-defined]
+    return call
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """Return the classes whose instances a type hint allows; () if any object may fit, or numbers of any library."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(option) or option for option in options]
+    unchecked = {Any, int, float, bool}
+    if any(kind in unchecked or getattr(kind, "_is_protocol", kind.__module__ == "numpy") for kind in kinds):
+        return ()
+    more = {Path: os.PathLike, tuple: list}
+    return (*kinds, *(more[kind] for kind in kinds if kind in more))
+
+
+def _check_argument(function: str, usage: Sequence[str], name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise UserError unless an argument of a public function is of one of these classes."""
+    one = isinstance(value, str) or (name == "batches" and (isinstance(value, Mapping) or hasattr(value, "arrays")))
+    if isinstance(value, kinds) and not (one and str not in kinds):
+        return
+    names = [kind.__name__ for kind in kinds if kind not in (types.NoneType, os.PathLike, list)]
+    if names == ["Iterable"]:
+        todo = "pass a list, such as [batch]"
+    elif name == "config":
+        todo = f"pass vp.{names[0]}(...)"
+    elif isinstance(value, str | os.PathLike) and names[0] in _READERS:
+        todo = f"pass {_READERS[names[0]]}"
+    else:
+        todo = f"call vp.{function}({', '.join([*usage, *([] if name in usage else [f'{name}=...'])])})"
+    raise UserError(f"vp.{function}: {name} must be of type {' or '.join(names)}, got {type(value).__name__}: {todo}")
+
+
+def _with_settings(signature: inspect.Signature, hints: Mapping[str, Any]) -> inspect.Signature:
+    """Return a signature in which the keys of `**options: Unpack[TypedDict]` are keyword arguments."""
+    *others, last = signature.parameters.values()
+    if typing.get_origin(hints.get(last.name)) is not typing.Unpack:
+        return signature
+    settings = typing.get_type_hints(typing.get_args(hints[last.name])[0])
+    keywords = [inspect.Parameter(name, last.KEYWORD_ONLY, default=..., annotation=of) for name, of in settings.items()]
+    return signature.replace(parameters=[*others, *keywords])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -259,6 +260,20 @@ class ModelConfig:
                 f"{setting}={tokens} is more than {TIMES_POSITIONS} times the model's max_position_embeddings "
                 f"({self.text.max_positions}): lower it"
             )
+
+    def __repr__(self) -> str:
+        """Return family, layout, size and layers of every stack as one line."""
+        size = importlib.import_module("vlmprune_jax.models.params").count_params(self)  # which loads jax
+        lines = [f"{self.family}, {self.layout} layout, {size:,} parameters", *self.stack_lines]
+        return f"ModelConfig({'; '.join(lines)})"
+
+    @property
+    def stack_lines(self) -> list[str]:
+        """Widths of every stack as text, a line each."""
+        return [
+            f"{name}: hidden size {stack.hidden_size:,}, {stack.describe(most=3)}"
+            for name, stack in self.stacks.items()
+        ]
 
     @property
     def stacks(self) -> dict[str, Stack]:

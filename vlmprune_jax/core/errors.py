@@ -54,7 +54,11 @@ def error_context(what: object) -> Iterator[None]:
 
 
 class Stopped(UserError):
-    """Raised after SIGTERM once work is saved; running the same command again continues from there."""
+    """Raised after SIGTERM or SIGINT (`signal`) once work is saved; running the same command again continues."""
+
+    def __init__(self, message: object, signal: str = "SIGTERM"):
+        super().__init__(message)
+        self.signal = signal
 
 
 class SharedError(UserError):

@@ -181,7 +181,8 @@ def read_json(
       missing: message if the file does not exist; by default, that a model folder has such a file.
       todo: what the user should do about a damaged file.
       most: maximum size (bytes).
-      unicode: require texts that UTF-8 can encode, since they are written again; file names need not be.
+      unicode: require texts that UTF-8 can encode, since they are written again; otherwise texts may also be file names
+        of any bytes.
 
     Raises UserError as `read_text` does, or if the content is not JSON, or not of type `kind`.
     """
@@ -215,8 +216,9 @@ def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True
         value = json.loads(text)
         if _nesting_depth(value) > MAX_JSON_DEPTH:
             raise RecursionError
-        if unicode and re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
-            json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
+        if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode("latin-1")):
+            # fails for a lone surrogate, unless it stands for a byte of a file name
+            json.dumps(value, ensure_ascii=False).encode(errors="strict" if unicode else "surrogateescape")
         return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not valid JSON ({_error_text(error)}): {todo}") from None

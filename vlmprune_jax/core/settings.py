@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmprune_jax.core.checks import one_of, suggest
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.links import is_path
 
 # What a setting may affect: the stages with results of their own, and the cache of the teacher's logits.
 STAGES = ("score", "prune", "reconstruct", "recover", "evaluate", "export", "speed", "teacher_cache")
@@ -216,6 +217,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
                 return {key: _section(inner(), item, f"{where}.{key}") for key, item in value.items()}
             return {key: _checked(item, inner, f"{where}.{key}") for key, item in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
+            if isinstance(value, str) and not is_path(value):
+                raise UserError(f"{where}={value!r} contains a NUL character or half of a surrogate pair: remove it")
             return value
     names = [_TYPES.get(typing.get_origin(option) or option) or option.__name__ for option in options]
     raise UserError(f"{where}={value!r} must be {' or '.join(names)}")

@@ -19,18 +19,21 @@ def is_hub(text: str | None) -> bool:
     return text is not None and text.startswith(PREFIX)
 
 
-def fetch_dataset(text: str, folder: Path, what: str) -> str:
+def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = None) -> str:
     """Download a hub data set into `folder` if it is missing, and return "datasets:FOLDER".
 
     `text` is "hub:ORG/NAME:SPLIT", with a configuration "hub:ORG/NAME/CONFIG:SPLIT". With "[:N]" at the end the first N
-    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages. Raises
-    UserError for another form, or if the package datasets is missing, or the hub has no such set or cannot be reached.
+    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages; a
+    missing set goes to `scratch` if there is one. Raises UserError for another form, or if the package datasets is
+    missing, or the hub has no such set or cannot be reached.
     """
     match = _NAME.fullmatch(text)
     if match is None:
         raise UserError(f"{what}={text}: expected hub:ORG/NAME:SPLIT, as hub:lmms-lab/VQAv2:validation[:5000]")
     name, config, split, rows = match.groups()
     target = folder / re.sub(r"[^\w.-]+", "--", text).strip("-")
+    if scratch is not None and not target.is_dir():
+        target = scratch / target.name
     if target.is_dir():
         return f"{DATASETS}{target}"
     try:

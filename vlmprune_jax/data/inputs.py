@@ -229,8 +229,18 @@ def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path
         return [folder if isinstance(folder, Path) else state], state
     if path.startswith(DATASETS):
         return [datasets_folder(path)], datasets_state(datasets_folder(path))
+    refuse_folder(path, what)
     files = data_files(Path(path), None if images is None else Path(images))
     return [*files], str([os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files])
+
+
+def refuse_folder(path: str, what: str) -> None:
+    """Raise UserError if the setting `what` names a folder in place of a file of records."""
+    if os.path.isdir(path):
+        raise UserError(
+            f"{what}={path}: is a folder, expected a file of records: name the file and set data.images to the folder "
+            f"of its images, or write {DATASETS}{path} for a folder of save_to_disk"
+        )
 
 
 def name_of_records(path: str) -> str:

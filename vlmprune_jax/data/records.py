@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
@@ -11,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.files import open_file, read_text
+from vlmprune_jax.core.links import real_path
 from vlmprune_jax.data.forms import IMAGE_TOKEN, SPEAKERS, from_messages, from_question
 
 _SPEAKERS = ("human", "gpt")
@@ -161,7 +163,7 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
                 f"{path}: {name!r} is not a data set, expected an object with 'root' and 'annotation' (InternVL), or a "
                 "file with a list of conversations"
             )
-        if _broken(name):
+        if has_lone_surrogate(name):
             raise UserError(f"{path}: the name of set {name!r} contains a lone surrogate: rename it")
         repeat = entry.get("repeat_time", 1)
         fits = isinstance(repeat, int | float) and (0 < repeat < 1 or repeat in range(1, MAX_REPEATS + 1))
@@ -190,6 +192,20 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
     count = max(1, int(len(records) * fraction))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))[:count]
     return [records[index] for index in sorted(chosen.tolist())]
+
+
+def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
+    """Yield a line about empty answers, and one about ids of several records, in the set that `what` names.
+
+    All of these records are kept. A set that is repeated on purpose (InternVL's repeat_time) repeats no ids.
+    """
+    distinct = {id(record): record for record in records}.values()
+    empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
+    if empty:
+        yield f"{what}: {len(empty):,} of the records have an empty answer (first: {empty[0]}); all are kept"
+    repeated = [name for name, count in Counter(record.id for record in distinct).items() if count > 1]
+    if repeated:
+        yield f"{what}: {len(repeated):,} of the ids belong to several records (first: {repeated[0]}); all are kept"
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
@@ -241,7 +257,7 @@ def make_record(
         if on_error == "stop":
             raise
         name = entry.get("id", index) if isinstance(entry, dict) else index
-        return Record(str(name) if _is_id(name) else str(index), (), (), str(error))
+        return Record(str(name) if is_name(name) else str(index), (), (), str(error))
 
 
 def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_lead: bool) -> Record:
@@ -250,7 +266,7 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     if not isinstance(entry, dict):
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
-    if not _is_id(name):
+    if not is_name(name):
         raise UserError(f"{path}, record {index}: id {_shown(name)} must be a non-empty string or a number")
     where = f"{path}, record {name}"
     if entry.get("video") is not None:
@@ -271,8 +287,10 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
 
 
-def _is_id(name: Any) -> bool:
-    return isinstance(name, str | int) and not isinstance(name, bool) and name != "" and not _broken(str(name))
+def is_name(name: Any) -> bool:
+    """Return True if a JSON value can name a record or a group: a whole number, or a valid text that is not empty."""
+    valid = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
+    return valid and not has_lone_surrogate(str(name))
 
 
 def _shown(value: Any) -> str:
@@ -292,7 +310,7 @@ def _answers(value: Any, where: str) -> tuple[str, ...]:
     )
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {_shown(value)}")
-    if any(map(_broken, answers)):
+    if any(map(has_lone_surrogate, answers)):
         raise UserError(f"{where}: 'answers' contains a lone surrogate (\\ud800 to \\udfff): remove it")
     return answers
 
@@ -309,7 +327,7 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
         speaker = SPEAKERS.get(name) if isinstance(name, str) else None
         if speaker not in _SPEAKERS or not isinstance(text, str):
             raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
-        if _broken(text):
+        if has_lone_surrogate(text):
             raise UserError(f"{where}: turn {len(turns)} contains a lone surrogate (\\ud800 to \\udfff): remove it")
         turns.append((speaker, text))
     if turns[0][0] == "gpt":
@@ -319,7 +337,7 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
     return tuple(turns)
 
 
-def _broken(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Return True if text contains half of a surrogate pair (a broken emoji), which is invalid Unicode."""
     try:
         text.encode()
@@ -344,10 +362,8 @@ class _ImageRoot:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else Path(folder)
-        try:
-            self._real = None if folder is None else os.path.realpath(folder)
-        except ValueError as error:
-            raise UserError(f"image root {_shown(str(folder))}: path contains an invalid character") from error
+        with error_context("image root"):
+            self._real = None if folder is None else str(real_path(folder))
         self._paths: dict[str, Path] = {}
 
     def find(self, name: str, where: str) -> Path:

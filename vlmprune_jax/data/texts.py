@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.inputs import read_set
 from vlmprune_jax.data.prompts import render
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, data_files, make_record, read_entries
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, data_files, has_lone_surrogate, make_record, read_entries
 from vlmprune_jax.data.tfds import PREFIX as TFDS
 from vlmprune_jax.families.templates import Template
 
@@ -51,6 +52,8 @@ def read_texts(source: str, template: Template) -> Texts:
                 ids.append(entry)
             else:
                 texts += _texts_of(make_record(entry, number, file, _Unopened(), True), template)
+    if any(map(has_lone_surrogate, texts)):
+        raise UserError(f"{source}: a text contains a lone surrogate (\\ud800 to \\udfff): remove it")
     return Texts(texts, ids)
 
 

@@ -203,6 +203,8 @@ def _decoded(batch: QuestionBatch, tokens: np.ndarray, tokenizer: Any, cfg: Mode
 def _with_answers(batches: Iterable[QuestionBatch]) -> Iterator[QuestionBatch]:
     """Yield question batches; raise UserError if a question has no reference answer."""
     for batch in batches:
+        if not isinstance(batch, QuestionBatch):
+            raise UserError(f"evaluate: a batch must be a QuestionBatch, got {type(batch).__name__}: use vp.questions")
         check_answered(record for record, valid in zip(batch.records, batch.valid, strict=True) if valid)
         yield batch
 
@@ -264,6 +266,8 @@ def log_likelihoods(
 
     Raises UserError if there are fewer than two tokens, or the window or batch size is too small.
     """
+    if isinstance(token_ids, str):
+        raise UserError("token_ids: must be the ids of a text's tokens, got a text: tokenize it")
     ids = np.asarray(token_ids, np.int32).reshape(-1)
     if len(ids) < 2 or window < 2 or batch_size < 1:
         raise UserError(

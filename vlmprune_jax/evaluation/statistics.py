@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
 from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.errors import UserError
@@ -28,21 +29,21 @@ def retained_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Return a confidence interval of retention in %, by the paired percentile bootstrap; None if undefined.
+    """Return a confidence interval of retention in % over questions; None if the unpruned model may score 0.
 
-    Questions are drawn with replacement, in units of `metric.drawn_by`, and both models are scored on the same sample,
-    so questions that are hard for both do not widen the interval. The interval covers other questions of the same type,
-    not another pruning, calibration or training run. Source: Efron and Tibshirani 1993, chapter 13.
+    Retention of right and wrong answers is a ratio of paired proportions, and has the interval of Bonett and Price
+    (2006), which is made of Wilson's: it has a width even if every answer is right. Other metrics have the paired
+    percentile bootstrap (Efron and Tibshirani 1993, chapter 13): units of `metric.drawn_by` are drawn with replacement,
+    and both models are scored on the same sample. If the models score the same in every unit, all samples are equal;
+    the interval is then that of as many right answers as there are units. All of them cover other questions of the same
+    type, not another pruning, calibration or training run, and questions that are hard for both do not widen them.
 
     Args:
       scores, original: scores of the pruned and of the unpruned model, per question (per window for a text).
       records: the questions; empty for a text.
       draws: number of bootstrap samples.
-      level: share of the samples inside the interval.
+      level: confidence level.
       seed: seed of numpy's PCG64; equal arguments give an equal interval.
-
-    Returns:
-      (low, high); None if the unpruned model scores 0 in some sample.
 
     Raises UserError if the models answered different numbers of questions.
     """
@@ -51,17 +52,42 @@ def retained_interval(
             f"retained interval: the models have {len(scores)} and {len(original)} answers: both must answer the "
             "same questions"
         )
-    random = np.random.Generator(np.random.PCG64(seed))
+    random, mean_of_scores = np.random.Generator(np.random.PCG64(seed)), _is_mean(metric, (*scores, *original))
+    if mean_of_scores:
+        pairs = np.array([[one[metric.main] for one in pair] for pair in zip(scores, original, strict=True)])
+        if np.isin(pairs, (0, 1)).all():
+            return _interval_of_ratio(pairs if metric.higher_is_better else pairs[:, ::-1], level)
     with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
-        if _is_mean(metric, (*scores, *original)):
-            ours, theirs = _drawn_sums(metric, (scores, original), draws, random)
+        if mean_of_scores:
+            ours, theirs = _drawn_sums(pairs, draws, random)
         else:
             ours, theirs = _drawn_values(metric, (scores, original), records, draws, random)
     above, below = (ours, theirs) if metric.higher_is_better else (theirs, ours)
     if not (np.isfinite(above).all() and np.isfinite(below).all() and below.all()):
         return None
+    if list(scores) == list(original):
+        return _interval_of_ratio(np.ones((len(set(_units(metric, records, len(scores)))), 2)), level)
     low, high = np.quantile(100.0 * above / below, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _interval_of_ratio(pairs: np.ndarray, level: float) -> tuple[float, float] | None:
+    """Return the interval (%) of the ratio of two columns' shares of ones, [questions, 2] (Bonett and Price 2006)."""
+    first, second = map(float, pairs.sum(axis=0))
+    count, different = int(pairs.any(axis=1).sum()), int((pairs[:, 0] != pairs[:, 1]).sum())
+    if not second:
+        return None
+    spread = [math.sqrt((1 - (right + 1) / (count + 2)) / (right + 1)) for right in (first, second)]
+    paired = math.sqrt((different + 2) / ((first + 1) * (second + 1)))
+    z = float(ndtri((1 + level) / 2)) * paired / sum(spread)
+    (low, high), (least, most) = (_wilson(right, count, z) for right in (first, second))
+    return 100 * low / most, 100 * high / least
+
+
+def _wilson(right: float, count: int, z: float) -> tuple[float, float]:
+    """Return Wilson's interval of a proportion (Wilson 1927)."""
+    center, half = 2 * right + z**2, z * math.sqrt(z**2 + 4 * right * (1 - right / count))
+    return max(0.0, center - half) / (2 * (count + z**2)), (center + half) / (2 * (count + z**2))
 
 
 def is_quick(metric: Metric, scores: Sequence[Scores]) -> bool:
@@ -73,19 +99,23 @@ def _is_mean(metric: Metric, scores: Sequence[Scores]) -> bool:
     return metric.aggregate is mean and metric.drawn_by is None and all(metric.main in score for score in scores)
 
 
-def _drawn_sums(metric: Metric, models: _Models, draws: int, random: np.random.Generator) -> np.ndarray:
-    """Return each model's sum of scores in every bootstrap sample, float[models, draws]."""
-    pairs = np.array([[score[metric.main] for score in pair] for pair in zip(*models, strict=True)])
+def _drawn_sums(pairs: np.ndarray, draws: int, random: np.random.Generator) -> np.ndarray:
+    """Return each model's sum of scores, [questions, models], in every bootstrap sample, float[models, draws]."""
     different, counts = np.unique(pairs, axis=0, return_counts=True)
     times = random.multinomial(len(pairs), counts / len(pairs), size=draws)
     return (times @ different).T
+
+
+def _units(metric: Metric, records: Sequence[Record], count: int) -> list[Hashable]:
+    """Return the bootstrap unit of each question."""
+    return [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(count))
 
 
 def _drawn_values(
     metric: Metric, models: _Models, records: Sequence[Record], draws: int, random: np.random.Generator
 ) -> np.ndarray:
     """Return each model's metric value in every bootstrap sample, float[models, draws]."""
-    keys = [metric.drawn_by(record) for record in records] if metric.drawn_by else list(range(len(models[0])))
+    keys = _units(metric, records, len(models[0]))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     units = np.array([numbers[key] for key in keys])
     values: list[list[np.ndarray]] = []
@@ -108,16 +138,20 @@ def _values(metric: Metric, scores: Sequence[Scores], records: Sequence[Record],
     return np.array(values)
 
 
-def interval_of_mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (mean, low, high): the mean over seeds and its 95 % interval by Student's t.
+def interval_of_mean(
+    values: Sequence[float], intervals: Sequence[tuple[float, float] | None] = ()
+) -> tuple[float, float, float]:
+    """Return (mean, low, high): a mean over seeds and its 95 % interval over seeds and questions.
 
-    The interval covers other seeds on the same questions, which `retained_interval` does not.
+    The part over seeds is Student's t. `intervals` has each seed's interval over questions: all seeds answer the same
+    questions, so their mean distance from the value is the part over questions, and the two are added as variances are.
+    If an interval is unknown, or none is given, only seeds are covered. low = high = mean: nothing is known.
     """
     mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return mean, mean, mean
-    half = stdtrit(count - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / np.sqrt(count)
-    return mean, mean - float(half), mean + float(half)
+    half = 0.0 if count == 1 else stdtrit(count - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / np.sqrt(count)
+    known = [ends for ends in intervals if ends is not None]
+    low, high = np.mean(known, axis=0) - mean if known and len(known) == count else (0.0, 0.0)
+    return mean, mean - math.hypot(half, low), mean + math.hypot(half, high)
 
 
 @dataclass(frozen=True)
@@ -142,6 +176,28 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     pairs = list(zip(first, second, strict=True))
     lost, gained = pairs.count((1, 0)), pairs.count((0, 1))
     return McNemar(lost, gained, min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5))))
+
+
+def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the two-sided p-value of the difference between two models' mean scores, each float[seeds, questions].
+
+    One seed of right and wrong answers has McNemar's exact test. Otherwise it is Student's t with Welch-Satterthwaite
+    degrees of freedom, and the variance is that of each model over its seeds (one seed: taken to be that of the other
+    model) plus that of the difference over questions.
+    """
+    if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
+        return mcnemar(first[0] > 0, second[0] > 0).p_value
+    by_question = first.mean(axis=0) - second.mean(axis=0)
+    variances = [(by_question.var() / max(len(by_question) - 1, 1), max(len(by_question) - 1, 1))]
+    for own, other in ((first, second), (second, first)):
+        seeds = own if len(own) > 1 else other
+        if len(seeds) > 1:
+            variances.append((seeds.mean(axis=1).var(ddof=1) / len(own), len(seeds) - 1))
+    total, difference = sum(variance for variance, _ in variances), by_question.mean()
+    if not total:
+        return float(difference == 0)
+    freedom = total**2 / sum(variance**2 / freedom for variance, freedom in variances)
+    return 2 * float(stdtr(freedom, -abs(difference) / math.sqrt(total)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

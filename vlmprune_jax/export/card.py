@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.parts import AXES, Layer
 from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
@@ -32,7 +33,7 @@ def model_name(folder: Path) -> str:
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/", 1)
-    return folder.resolve().name
+    return real_path(folder).name
 
 
 def license_of(source: Path) -> dict[str, str]:
@@ -151,8 +152,8 @@ def _benchmarks(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     header = ["| evaluation set | unpruned | this model | retained, % | 95 % interval |", "|---|---|---|---|---|"]
     note = (
-        "Retained: share of the unpruned model's score on the same questions. Intervals are from a paired "
-        "bootstrap over the questions; they do not cover other data or training runs."
+        "Retained: share of the unpruned model's score on the same questions. Intervals cover other questions of the "
+        "same type; they do not cover other data or training runs."
     )
     return "\n".join(["", "## Evaluation", "", *header, *lines, "", note, ""])
 

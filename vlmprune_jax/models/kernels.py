@@ -20,7 +20,7 @@ from vlmprune_jax.models.layers import SAVEABLE, saveable
 # Tiles are multiples of the 128 lanes of a vector register; 512 is what MaxText and Levanter run with by default.
 LANES, _LARGEST_BLOCK = 128, 512
 # A score that softmax turns to 0, finite so that a query that sees no key has an arbitrary finite output.
-_HIDDEN = np.float32(-0.7 * np.finfo(np.float32).max)
+_HIDDEN = float(-0.7 * np.finfo(np.float32).max)
 
 
 def for_tpu() -> bool:
@@ -79,7 +79,8 @@ def xla_attention(
     if k.shape[-1] > scaled.shape[-1]:
         scaled = jnp.pad(scaled, ((0, 0),) * 4 + ((0, k.shape[-1] - scaled.shape[-1]),))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkgth,bksh->bkgts", scaled, k, preferred_element_type=jnp.float32)
+    dtype = np.promote_types(k.dtype, np.float32)
+    scores = jnp.einsum("bkgth,bksh->bkgts", scaled, k, preferred_element_type=dtype)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _HIDDEN)
     mixed = jnp.einsum("bkgts,bksh->bkgth", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)

@@ -51,11 +51,16 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-class Norm(nnx.Module):
-    """RMS norm (`kind` "rms") or layer norm ("layer"), with float32 statistics.
+def widen(x: jax.Array) -> jax.Array:
+    """Return x in float32, or unchanged in a wider type."""
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
-    The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset in float32,
-    as Gemma does. A layer norm also has a bias.
+
+class Norm(nnx.Module):
+    """RMS norm (`kind` "rms") or layer norm ("layer"), with statistics in float32 or wider.
+
+    The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset before it
+    is cast, as Gemma does. A layer norm also has a bias.
     """
 
     def __init__(self, sizes: Mapping[str, int], axis: str, *, kind: str, eps: float, offset: float = 0.0):
@@ -65,7 +70,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, statistics: jax.Array | None = None) -> jax.Array:
         """Return x normalised, by its own statistics or by those passed in `statistics`."""
-        full = x.astype(jnp.float32)
+        full = widen(x)
         if statistics is not None:
             full = (full - statistics[..., :1]) * statistics[..., 1:]
         else:
@@ -79,11 +84,11 @@ class Norm(nnx.Module):
     def gain(self) -> jax.Array:
         """Factors by which the norm scales each channel (`1 + weight` in Gemma)."""
         weight = self.weight.get_value()
-        return weight.astype(jnp.float32) + self.offset if self.offset else weight
+        return widen(weight) + self.offset if self.offset else weight
 
     def statistics(self, x: jax.Array) -> jax.Array:
         """Return float32[..., 2] per position: the mean that the norm subtracts from x, and its factor on x."""
-        full = x.astype(jnp.float32)
+        full = widen(x)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
         return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
 
@@ -92,8 +97,8 @@ class Norm(nnx.Module):
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """Divide x by its root mean square over the last axis, computed in float32."""
-    full = x.astype(jnp.float32)
+    """Divide x by its root mean square over the last axis, computed in float32 or wider."""
+    full = widen(x)
     return (full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 

@@ -49,10 +49,8 @@ class Model:
         """Return family, size, dtype and layers of every stack as text, without the arrays."""
         leaves, cfg = jax.tree.leaves(self.params), self.cfg
         size, dtypes = sum(math.prod(leaf.shape) for leaf in leaves), sorted({str(leaf.dtype) for leaf in leaves})
-        stacks = [("text", cfg.text), *([("vision", cfg.vision)] if cfg.vision is not None and cfg.tower else [])]
-        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}"]
-        lines += [f"  {name}: hidden size {stack.hidden_size:,}, {stack.describe(most=3)}" for name, stack in stacks]
-        return "\n".join(lines) + ")"
+        lines = [f"Model({cfg.family}, {cfg.layout} layout, {size:,} parameters, {', '.join(dtypes)}", *cfg.stack_lines]
+        return "\n  ".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
         """Return a copy of the model with other `params` or another `cfg`."""

@@ -47,8 +47,8 @@ class Evidence:
 
     `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
     weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
-    close). `parameters`: of the unpruned model. `interval`: 95 %, over `seeds` runs, or over questions for a single
-    run. Rows without `counts` are shown but left out of ranges, for the reason in `note`. `of_control`: retention (%)
+    close). `parameters`: of the unpruned model. `interval`: 95 %, over `seeds` runs and questions; None if unknown.
+    Rows without `counts` are shown but left out of ranges, for the reason in `note`. `of_control`: retention (%)
     relative to the unpruned model after the same recovery, if that was measured.
     """
 

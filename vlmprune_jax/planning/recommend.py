@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import keyword
 import math
@@ -26,9 +27,10 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan
-from vlmprune_jax.planning.guide import SOLVED, Guide
-from vlmprune_jax.planning.rules import LIKE, Recommendation, Target, merge, recommend
+from vlmprune_jax.planning.guide import SOLVED, Evidence, Guide
+from vlmprune_jax.planning.rules import LIKE, Expected, Recommendation, Target, is_better, merge, recommend
 from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.stages.unused import unused_settings
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.speed import Bench
 
@@ -36,6 +38,9 @@ UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB"
 LARGE_VOCABULARY = 0.15  # share of the parameters from which trimming the vocabulary is advised first
 _LARGE = 10**9  # parameters; larger models are loaded in bfloat16
 _PRUNING = {"depth": "remove whole layers by Block Influence", "width": "remove neurons and heads by Taylor importance"}
+DTYPE = "bfloat16"  # of the export, in which all sizes are counted
+_FOLDERS_OWN = ("template", "system", "aspect_ratio")  # settings of data that the model folder says
+PLACEHOLDERS = {"train": "TRAIN.json", "images": "IMAGES", "eval": "QUESTIONS.json"}  # for files not given
 _TRAINED = {"projector": "the projector alone", "lora": "adapters and projector", "decoder": "decoder and projector"}
 _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 
@@ -44,7 +49,8 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 class Advice:
     """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
-    `bench`: speeds measured on this machine, shown instead of the guide's speeds; `most_bytes`: the size asked for.
+    `own_data`: the config names the user's files. `missing`: settings of `data` that the config leaves open. `bench`:
+    speeds measured on this machine, shown instead of the guide's speeds. `most_bytes`: the size asked for.
     """
 
     folder: str
@@ -52,6 +58,8 @@ class Advice:
     recommendation: Recommendation
     plans: dict[str, PrunePlan]
     config: str
+    own_data: bool
+    missing: tuple[str, ...]
     bench: Bench | None = None
     most_bytes: float | None = None
 
@@ -83,16 +91,14 @@ def parse_share(name: str, text: str) -> float:
         raise UserError(f"--{name}={text}: must be a share, such as 5% or 0.05") from None
 
 
-def saved_as(text: str | None) -> Path:
-    """Return the path of the recommended config file (default: recommended.py).
+def saved_as(text: str | None, ratio: float = 0.0) -> Path:
+    """Return the path of the recommended config file (default: recommended_30.py for 30 %).
 
-    Raises UserError if it is not the name of a Python file, or the file exists.
+    Raises UserError if it is not the name of a Python file.
     """
-    path = Path(text or "recommended.py")
+    path = Path(text or f"recommended_{100 * ratio:.3g}.py")
     if path.suffix != ".py" or "\0" in path.name:
         raise UserError(f"--save={text}: must be the name of a config file, such as recommended.py")
-    if text and path.exists():
-        raise UserError(f"--save={text}: exists already: give another name, or remove it")
     return path
 
 
@@ -106,6 +112,7 @@ def advise(
     compute: str,
     speed: bool,
     guide: Guide,
+    files: Mapping[str, str] | None = None,
     bench: Path | None = None,
 ) -> Advice:
     """Return the recommendation for a model folder or hub id, of which only JSON files are read.
@@ -114,6 +121,7 @@ def advise(
       hf_dir, vision_dir: see `load`.
       ratio, most_bytes: share of all parameters to remove, or maximum size of the bfloat16 weights; give one.
       data_fraction, compute, speed, guide: see `recommend`.
+      files: values of `data.train`, `data.images` and `data.eval` for the config, in place of the evidence's data.
       bench: what `vlmprune bench --json` wrote, told in place of the guide's speeds.
 
     Raises:
@@ -125,12 +133,12 @@ def advise(
     measured = None if bench is None else read_artefact(bench, Bench)
     folder = resolve(hf_dir)
     _, cfg = read_config(folder, None if vision_dir is None else resolve(vision_dir))
-    whole = count_params(cfg) * DTYPES["bfloat16"].itemsize
+    whole = _bytes(count_params(cfg))
     target: dict[str, Any] = {"ratio": ratio}
     if most_bytes is not None:
         if most_bytes >= whole:
             raise UserError(
-                f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in bfloat16, so no "
+                f"--bytes={most_bytes:,.0f}: the unpruned weights have only {whole:,} bytes in {DTYPE}, so no "
                 "pruning is needed"
             )
         ratio, target = 1 - most_bytes / whole, {"budget": {"disk_bytes": most_bytes}}
@@ -140,91 +148,133 @@ def advise(
     decoder_ratio = ratio * count_params(cfg) / count_params(cfg, "text")
     asked = Target(count_params(cfg), cfg.vision is not None, ratio, decoder_ratio)
     found = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
-    plans = {}
+    plans, export = {}, {"export": {"dtype": DTYPE}}
     for method, variant in found.variants.items():
         with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
-            plans[method] = predict_plan(override(Experiment(), merge(found.recipe, variant, {"prune": target})), cfg)
-    model = {"hf_dir": hf_dir, "vision_dir": vision_dir}
+            settings = merge(found.recipe, variant, {"prune": target}, export)
+            plans[method] = predict_plan(override(Experiment(), settings), cfg)
+    model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
+    data = {"data": dict(files)} if files else found.task
+    known = {"train", "images", "eval"} if "source" in data.get("data", {}) else {*(files or ())}
+    known |= {"images"} if files or cfg.vision is None else set()
+    config = _config_file(found, cfg, merge({"model": model}, data, export, {"prune": target}))
     told = found if measured is None else dataclasses.replace(found, speed=())
-    return Advice(str(folder), cfg, told, plans, _config_file(found, cfg, model, target), measured, most_bytes)
+    missing = tuple(name for name in PLACEHOLDERS if name not in known)
+    return Advice(str(folder), cfg, told, plans, config, bool(files), missing, measured, most_bytes)
 
 
-def as_lines(advice: Advice) -> list[str]:
-    """Return the recommendation as lines of text, without tables."""
-    found, cfg, asked = advice.recommendation, advice.cfg, advice.recommendation.target
+def _bytes(parameters: int) -> int:
+    return parameters * DTYPES[DTYPE].itemsize
+
+
+def _size(n_bytes: float) -> str:
+    unit = next((name for name in ("TB", "GB", "MB") if n_bytes >= UNITS[name]), "KB")
+    return f"{n_bytes / UNITS[unit]:.3g} {unit}"
+
+
+def decision(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of what to do: how to prune and recover, and the size of the pruned model."""
+    found, cfg = advice.recommendation, advice.cfg
+    yield from _vocabulary(advice)
+    yield from _integers(advice)
+    yield "prune", pruning_of(found)
+    yield "recover", recovery_of(found)
+    sizes = []
+    for method, plan in advice.plans.items():
+        layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method == "depth" else ""
+        size = f"{_size(_bytes(plan.parameters_after))} of {_size(_bytes(count_params(cfg)))} in {DTYPE}"
+        sizes.append(f"{size}{layers}, {percent(plan.reached)} removed")
+    yield "size", "; ".join(sizes)
+
+
+def details(advice: Advice) -> list[str]:
+    """Return further lines: the target, who loads the pruned models, the reasons, and where sources disagree."""
+    cfg, asked = advice.cfg, advice.recommendation.target
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "
         f"{percent(count_params(cfg, 'text') / count_params(cfg))} of them",
         f"asked: {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of the decoder)",
-        "",
-        *_vocabulary_lines(advice),
-        *_integer_lines(advice),
     ]
-    headline, *rest = advice_lines(found)
-    sizes = []
     for method, plan in advice.plans.items():
-        kept = plan.stacks["text"].layers
-        size = plan.parameters_after * DTYPES["bfloat16"].itemsize / 1e9
-        sizes.append(
-            f"  {method}: {len(kept)} of {len(cfg.text.layers)} layers, {plan.parameters_after:,} parameters, "
-            f"{size:.3g} GB in bfloat16, {percent(plan.reached)} removed"
-        )
-        sizes += _loading_lines(plan.apply_to(cfg))
-    return [*lines, headline, *sizes, *rest]
+        lines += [f"{method}: {plan.parameters_after:,} parameters", *_loading_lines(plan.apply_to(cfg))]
+    return [*lines, *reasons(advice.recommendation)]
 
 
 def _loading_lines(cfg: ModelConfig) -> list[str]:
     """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
-    reasons = {target: why_not(cfg, target) for target in TARGETS}
-    loads = ", ".join(target for target, reason in reasons.items() if reason is None) or "no engine"
-    on_tpus = [] if reasons["vllm_tpu"] else [f"    on TPUs: {facts(cfg)}"]
-    return [f"    loads in {loads}", *on_tpus, *(f"    not in {name}: {why}" for name, why in reasons.items() if why)]
+    unmet = {target: why_not(cfg, target) for target in TARGETS}
+    loads = ", ".join(target for target, reason in unmet.items() if reason is None) or "no engine"
+    on_tpus = [] if unmet["vllm_tpu"] else [f"  on TPUs: {facts(cfg)}"]
+    return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
 
 
-def advice_lines(found: Recommendation) -> list[str]:
-    """Return lines on what to do, the retention to expect, the reasons, and where sources disagree."""
-    rule, head = found.rule, found.head
-    sure = "recommended" if head is not None or rule.supported else "nothing supports this; the nearest"
-    lines = [f"{sure}: {summarize(found)}", f"  expect: {expectation(found)}"]
-    if head is None:
-        lines += [f"  why: {rule.why}", f"  from: {rule.source} ({rule.label} of the decoder)"]
-    else:
-        lines.append("  why: this retained most of all that was measured on a model of this shape at this ratio")
-    lines += [f"  note: {note}" for note in found.notes]
-    return lines + [f"  conflict: {text}" for text in found.conflicts]
+def reasons(found: Recommendation) -> list[str]:
+    """Return lines with the guide's rule, remarks, and where its sources disagree."""
+    rule = [] if found.head else [f"rule: {found.rule.why}", f"from: {found.rule.source}"]
+    return [*rule, *(f"note: {note}" for note in found.notes), *(f"conflict: {text}" for text in found.conflicts)]
 
 
-def expectation(found: Recommendation) -> str:
-    """Return the expected retention as text, with its interval and what the interval covers (models or seeds)."""
-    expected = found.expected
+def evidence(found: Recommendation) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of the retention to expect, the measurements behind it, and why this is recommended."""
+    expected, head, rival = found.expected, found.head, found.rival
     if expected is None:
-        return "unknown, as no model of like size was measured with these steps"
-    models = len({row.model for row in expected.rows})
-    of = "one model" if models == 1 else f"{models} models, on average,"
-    told = f"{expected.value:.1f} % on {'this shape' if expected.same else f'{of} within {LIKE} times this size'}"
-    if expected.of_control is not None:
-        told += f", {expected.of_control:.1f} % of the unpruned model after the same recovery"
-    if expected.interval is None:
-        return f"about {told}; one measurement, which has no interval: evaluate before use"
-    low, high = expected.interval
-    other = "another seed of the same task" if expected.same else "another model, task and seed"
-    return f"{low:.1f} to {high:.1f} % retained (95 % interval for {other}; measured: {told})"
+        yield "expect", "unknown, as no model of like size was measured with these steps"
+    elif expected.interval is None:
+        yield "expect", f"about {expected.value:.1f} % retained (one measurement without an interval)"
+    else:
+        other, (low, high) = "seed" if expected.same else "model, task and seed", expected.interval
+        yield "expect", f"{low:.1f} to {high:.1f} % retained (95 % interval for another {other})"
+    if expected is not None:
+        yield "measured", measured(expected)
+    if head is not None and rival is not None and rival != head:
+        data = f" on {percent(rival.data_fraction)} of data" if rival.data_fraction else ""
+        way = f"{rival.method} + {rival.recovery}{data}"
+        outside, chance = ("outside these options, ", "") if is_better(rival, head) else ("", " by chance at most")
+        yield "because", f"{outside}{way} is better{chance} ({rival.retained:.2f} %)"
+    elif head is not None:
+        yield "because", "nothing measured on this shape and ratio is better beyond chance"
+    elif found.rule.supported:
+        yield "because", f"this is the guide's rule for {found.rule.label} of the decoder"
+    else:
+        yield "because", f"nothing supports this; nearest rule: {found.rule.label} of the decoder"
+
+
+def measured(expected: Expected) -> str:
+    """Return the measurements behind an expected retention as text, and the retention relative to the control."""
+    rows, models = expected.rows, dict.fromkeys(row.model for row in expected.rows)
+    control = "" if expected.of_control is None else f", {expected.of_control:.1f} % of control"
+    if expected.same:
+        row = rows[0]
+        ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
+        return f"{row.retained:.2f} % ({ends}{_seeds(row)}), same shape{control}"
+    of = f"on {next(iter(models))}" if len(models) == 1 else f"on average of {len(models)} models"
+    return f"{expected.value:.1f} % {of} within {LIKE} times this size{control}"
+
+
+def _seeds(row: Evidence) -> str:
+    return "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
 
 
 def summarize(found: Recommendation) -> str:
     """Return the recommendation in one sentence."""
-    parts = []
-    for method, settings in found.variants.items():
-        repaired = ", reconstruct the kept weights by least squares" if SOLVED in settings else ""
-        parts.append(_PRUNING[method] + repaired)
-    pruning, settings = "; and beside it ".join(parts), merge(found.recipe, *found.variants.values())
-    recover = settings.get("recover", {})
+    return f"{pruning_of(found)}; {recovery_of(found)}"
+
+
+def pruning_of(found: Recommendation) -> str:
+    """Return how to prune, and whether to reconstruct the pruned weights, as text."""
+    then = ", then reconstruct"
+    return "; beside it ".join(f"{_PRUNING[name]}{then * (SOLVED in one)}" for name, one in found.variants.items())
+
+
+def recovery_of(found: Recommendation) -> str:
+    """Return the training after pruning as text."""
+    recover = merge(found.recipe, *found.variants.values()).get("recover", {})
     if recover.get("method") == "none":
-        return f"{pruning}; no training"
+        return "no training"
     trained = _TRAINED.get(str(recover.get("trainable", "lora")), "the chosen weights")
     weights = recover.get("losses", {"ce": 1})
     losses = " + ".join(words for name, words in _LOSSES.items() if weights.get(name)) or "other losses"
-    return f"{pruning}; then train {trained} by {losses} on {percent(found.data_fraction)} of the data"
+    return f"train {trained} by {losses} on {percent(found.data_fraction)} of the data"
 
 
 def percent(value: float) -> str:
@@ -240,21 +290,16 @@ def vocabulary_share(cfg: ModelConfig) -> float:
     return per_row * rows / count_params(cfg)
 
 
-def _vocabulary_lines(advice: Advice) -> list[str]:
-    """Return advice to trim a large vocabulary before other pruning; no lines for a small one."""
+def _vocabulary(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield advice to trim a large vocabulary before other pruning; nothing for a small one."""
     share, rows = vocabulary_share(advice.cfg), advice.cfg.text.vocab_size
-    if share <= LARGE_VOCABULARY:
-        return []
-    return [
-        f"first: trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters; texts made of kept "
-        "tokens stay the same",
-        f"  sizes: vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k",
-        "",
-    ]
+    if share > LARGE_VOCABULARY:
+        command = f"vlmprune vocabulary --model={shlex.quote(advice.folder)} --sources=TRAIN.json --sizes=16k,32k,64k"
+        yield "first", f"trim the vocabulary, whose {rows:,} tokens are {percent(share)} of the parameters: {command}"
 
 
-def _integer_lines(advice: Advice) -> list[str]:
-    """Return advice to quantise the unpruned model if its integers are as small as the size asked for.
+def _integers(advice: Advice) -> Iterator[tuple[str, str]]:
+    """Yield advice to quantise the unpruned model if its integers are as small as the size asked for.
 
     The decoder's layers have 8 or 4 bits per parameter and a bfloat16 scale per 64 parameters, the rest bfloat16.
     """
@@ -263,42 +308,40 @@ def _integer_lines(advice: Advice) -> list[str]:
     for quantize, n_bytes in (("w8a16", 1), ("w4a16", 0.5)):
         size = 2 * (count_params(cfg) - layers) + layers * (n_bytes + 2 / 64)
         if advice.most_bytes is not None and size <= advice.most_bytes:
-            return [
-                f'instead, if only the size matters: export the unpruned model with export.quantize="{quantize}" '
-                f"(about {size / 1e9:.3g} GB): of equal size, quantised models were better than pruned ones",
-                "  from: docs/explanation/results.md, Quantisation (SmolLM2-135M, with and without training)",
-                "",
-            ]
-    return []
+            about = f'export the unpruned model with export.quantize="{quantize}" (about {_size(size)})'
+            yield "instead", f"if only the size matters, {about}: better than pruning in docs/explanation/results.md"
+            return
 
 
-def commands(advice: Advice, config: str) -> list[str]:
-    """Return the shell commands to run with the recommended config file."""
-    workdir, config = shlex.quote(f"runs/{Path(config).stem}"), shlex.quote(config)
-    run = f"vlmprune run --config={config} --workdir={workdir}"
-    if not advice.recommendation.data_fraction:
-        return [run]
-    return [f"vlmprune plan --config={config} --topology=v5e:8x8 --records=N", run]
+def command(advice: Advice, config: str) -> list[str]:
+    """Return the arguments of the shell command to run with the recommended config file."""
+    flags = {"config": config, "workdir": f"runs/{Path(config).stem}"}
+    flags |= {f"config.data.{name}": PLACEHOLDERS[name] for name in advice.missing}
+    return ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in flags.items())]
 
 
-def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any], target: dict[str, Any]) -> str:
-    """Return the recommended config file's text: the family's recipe, model, data and advised settings."""
-    named = family_of(cfg).name
-    changes: dict[str, Any] = {"model": {name: value for name, value in model.items() if value is not None}}
+def _config_file(found: Recommendation, cfg: ModelConfig, settings: dict[str, Any]) -> str:
+    """Return the recommended config file's text: the family's recipe, advised settings, and `settings`.
+
+    Prompts and images are prepared as the model folder says, and settings without effect are left out.
+    """
+    named, changes = family_of(cfg).name, dict[str, Any]()
+    recipe = named if found.of_family and named in recipes() else None
     if count_params(cfg) >= _LARGE:
-        changes["model"]["dtype"] = "bfloat16"
-        changes["mesh"] = {"fsdp": -1}
-    data = {"data": {"fraction": found.data_fraction}} if found.data_fraction else {}
-    one = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
-    changes = merge(changes, found.recipe, data, one, {"prune": target})
-    recipe = f"recipe={_literal(named)}" if found.of_family and named in recipes() else ""
-    what = f"Advice of `vlmprune recommend` for {percent(found.target.ratio)} of all parameters: {summarize(found)}."
-    given = "source" in found.recipe.get("data", {})
-    todo = "Give data.train, data.images and data.eval here, or as --config.data.train=FILE.json ..."
+        changes = {"model": {"dtype": "bfloat16"}, "mesh": {"fsdp": -1}}
+    fraction = {"data": {"fraction": found.data_fraction}} if found.data_fraction else {}
+    only = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
+    changes = merge({"model": {}}, changes, found.recipe, settings, fraction, only)
+    start = Experiment() if recipe is None else override(Experiment(), recipes()[recipe])
+    data, default = override(start, changes).data, Experiment().data
+    own = {name: getattr(default, name) for name in _FOLDERS_OWN if getattr(data, name) != getattr(default, name)}
+    changes = merge(changes, {"data": own})
+    variants = {} if only else {"prune_variants": found.variants}
+    unused = unused_settings([(override(start, {**changes, **variants}), cfg)]).values()
+    without_effect = {*itertools.chain(*unused)}
+    about = f"Advice of `vlmprune recommend` for {percent(found.target.ratio)} of all parameters: {summarize(found)}."
     lines = [
-        *textwrap.wrap(f'"""{what}', 110),
-        "",
-        "The settings are those that the evidence was measured with." if given else todo,
+        *textwrap.wrap(f'"""{about}', 110),
         '"""',
         "",
         "from ml_collections import ConfigDict",
@@ -308,13 +351,13 @@ def _config_file(found: Recommendation, cfg: ModelConfig, model: dict[str, Any],
         "",
         "def get_config() -> ConfigDict:",
         '    """Recommended settings, on top of the defaults or of the family\'s recipe."""',
-        f"    config = experiment_config({recipe})",
-        *(f"    config.{name} = {_literal(value)}" for name, value in _leaves(changes)),
+        f"    config = experiment_config({'' if recipe is None else f'recipe={_literal(recipe)}'})",
+        *(f"    config.{name} = {_literal(to)}" for name, to in _leaves(changes) if name not in without_effect),
     ]
-    if not one:
+    if not only:
         lines.append("    config.prune_variants = {")
-        for method, settings in found.variants.items():
-            inner = [f"            {_literal(section)}: {_literal(value)}," for section, value in settings.items()]
+        for method, values in found.variants.items():
+            inner = [f"            {_literal(section)}: {_literal(value)}," for section, value in values.items()]
             lines += [f"        {_literal(method)}: {{", *inner, "        },"]
         lines.append("    }")
     return "\n".join([*lines, "    return config", ""])

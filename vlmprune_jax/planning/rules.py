@@ -15,6 +15,8 @@ from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.planning.guide import ALWAYS, COMPUTE, PAPER, SOLVED, Evidence, Guide, Rule, Speed
 
 LIKE = 10  # models within this factor of the target's size count as similar
+TIE = 1.0  # points of retention; lower ends of intervals further apart are no tie
+WORK = ("none", "projector", "sft")  # recoveries by their work; those with a teacher come last
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ class Expected:
 
     @property
     def of_control(self) -> float | None:
-        """Mean retention relative to the control (an unpruned model with the same training); None if not measured."""
-        known = [row.of_control for row in self.rows if row.of_control is not None]
+        """Retention relative to the control (an unpruned model with the same training); None if not measured.
+
+        Of the first row if `same`, else the mean.
+        """
+        known = [row.of_control for row in self.rows[: 1 if self.same else None] if row.of_control is not None]
         return sum(known) / len(known) if known else None
 
 
@@ -51,17 +56,20 @@ class Expected:
 class Recommendation:
     """Recommendation for a target model: settings, expected retention and evidence.
 
-    `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `expected`:
-    None without evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without
-    training. `beside`: other rows at a similar ratio. `conflicts`: contradictions between the sources. `notes`: remarks
-    for the user. `recipe`, `variants`: the partial experiment that made the evidence, and the part of it for each
-    recommended method; `of_family`: on top of the recipe of the model's family.
+    `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `rival`: the
+    row of this shape with the best retention at any cost (`head` if nothing is better). `expected`: None without
+    evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without training.
+    `beside`: other rows at a similar ratio. `conflicts`: contradictions between the sources. `notes`: remarks for the
+    user. `recipe`, `variants`: the partial experiment that made the evidence, and the part of it for each recommended
+    method; `of_family`: on top of the recipe of the model's family. `task`: data and evaluation of the evidence, empty
+    unless it is of this shape.
     """
 
     rule: Rule
     target: Target
     data_fraction: float
     head: Evidence | None
+    rival: Evidence | None
     expected: Expected | None
     beside: tuple[Evidence, ...]
     speed: tuple[Speed, ...]
@@ -69,14 +77,15 @@ class Recommendation:
     notes: tuple[str, ...]
     of_family: bool
     recipe: dict[str, Any]
+    task: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
 
 def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
     """Return the guide's recommendation for a target model (arXiv 2604.24380 and our own measurements).
 
-    The best row of a model of the same shape comes first; else the rule that fits applies, with the evidence of models
-    of like size. Either way the settings are those that the evidence was measured with.
+    Measurements of a model of the same shape come first (see `_choose`); else the rule that fits applies, with the
+    evidence of models of like size. Either way the settings are those that the evidence was measured with.
 
     Args:
       data_fraction: available share of the training data; 0: none.
@@ -100,16 +109,17 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
     )
     needed = guide.data.least if share < guide.data.suffices_below else 1.0
     used = min(data_fraction, needed) if rule.recovery != "none" else 0.0
-    head = _best_of_same_shape(target, trains, data_fraction, speed, guide)
+    head, rival = _choose(target, trains, data_fraction, speed, guide)
     if head is None:
         expected = _expect_like(target, rule, used, guide)
         methods: dict[str, list[str]] = {method: _words(rule, method) for method in rule.methods}
     else:
         expected, methods = _expect_same(target, head, guide), {head.method: head.made_by}
-        used = head.data_fraction or 0.0
+        used = min(data_fraction, needed) if head.data_fraction is None else head.data_fraction  # the paper's: unknown
     shown = () if expected is None else expected.rows
-    name = shown[0].source if shown else PAPER
-    source = guide.sources[name]
+    shape = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
+    row = shown[0] if shown else max(shape, key=lambda row: row.seeds or 1, default=None)
+    name = PAPER if row is None else row.source
     notes = [*_notes(target, rule, head, expected, data_fraction, needed, compute, guide)]
     if expected is not None and expected.of_control is None and any(row.is_trained for row in expected.rows):
         notes.append("No unpruned model was trained alike, so a part may be what training adds to any model.")
@@ -118,13 +128,15 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
         target=target,
         data_fraction=used,
         head=head,
+        rival=rival,
         expected=expected,
         beside=tuple(_beside(target, shown, guide)),
         speed=guide.speed if speed else (),
         conflicts=tuple(_conflicts(target, rule, head, used, guide)),
         notes=tuple(notes),
         of_family=name == PAPER,
-        recipe=merge(source.recipe, source.task if head else {}),
+        recipe=guide.sources[name].recipe,
+        task=guide.sources[name].task if row in shape else {},
         variants={method: merge(*(guide.settings[word] for word in words)) for method, words in methods.items()},
     )
 
@@ -155,18 +167,58 @@ def _alike(target: Target, row: Evidence, guide: Guide) -> bool:
     return guide.sources[row.source].vision == target.vision and 1 / LIKE <= ratio <= LIKE and row.counts
 
 
-def _best_of_same_shape(target: Target, trains: str, data: float, speed: bool, guide: Guide) -> Evidence | None:
-    """Return the measurement with the best retention for this model shape, ratio and budget; None if there is none."""
+def _choose(
+    target: Target, trains: str, data: float, speed: bool, guide: Guide
+) -> tuple[Evidence | None, Evidence | None]:
+    """Return the measurement of this shape and ratio to follow, and the best one at any cost; (None, None) without any.
+
+    The row with the most seeds stands for each way to prune and recover; single seeds decide only if there is nothing
+    else. Of the rows within the budget that tie with the best of them, the one with the least work is followed.
+    """
 
     def fits(row: Evidence) -> bool:
-        recovery = row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
-        budget = {"none": recovery == "none", "projector": recovery == "projector", "full": recovery != "none"}
         known = all(word in guide.settings for word in row.made_by)
-        return budget[trains] and known and (row.data_fraction or 0.0) <= data and not (speed and row.method != "depth")
+        affordable = trains == "full" or _trained(row) in ("none", trains)
+        return known and affordable and (row.data_fraction or 0.0) <= data and not (speed and row.method != "depth")
 
-    rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide) and fits(row)]
+    rows = [row for row in guide.evidence if row.counts and _same_shape(target, row, guide)]
     near = [row for row in rows if abs(row.decoder_ratio - target.decoder_ratio) <= guide.at]
-    return max(near, key=lambda row: row.retained, default=None)
+    quoted = dict[tuple[str, str, float | None], Evidence]()
+    for row in sorted(near, key=lambda row: (row.seeds or 1, -row.retained)):  # the last one stays
+        quoted[row.method, row.recovery, row.data_fraction] = row
+    rows = [row for row in quoted.values() if (row.seeds or 1) > 1] or [*quoted.values()]
+    within = [row for row in rows if fits(row)]
+    if not within:
+        return None, None
+    best, rival = max(within, key=_lower_end), max(rows, key=_lower_end)
+    ties = [row for row in within if not is_better(best, row) and _lower_end(row) >= _lower_end(best) - TIE]
+    return min(ties, key=lambda row: (*_work(row), -_lower_end(row))), rival
+
+
+def is_better(row: Evidence, other: Evidence) -> bool:
+    """Return True if a row retained more than another, and the 95 % interval of the difference excludes 0."""
+    return row.retained - other.retained > math.hypot(_half(row), _half(other))
+
+
+def _half(row: Evidence) -> float:
+    """Return half of the interval of a row; 0 without an interval."""
+    return 0.0 if row.interval is None else (row.interval[1] - row.interval[0]) / 2
+
+
+def _lower_end(row: Evidence) -> float:
+    return row.retained - _half(row)
+
+
+def _trained(row: Evidence) -> str:
+    """Return the training after pruning, without reconstruction."""
+    return row.recovery.removeprefix(SOLVED).removeprefix("+") or "none"
+
+
+def _work(row: Evidence) -> tuple[int, bool, float]:
+    """Return the work of a recovery, for sorting: training, reconstruction, share of the data."""
+    trained = _trained(row)
+    rank = WORK.index(trained) if trained in WORK else len(WORK)
+    return rank, row.recovery != trained, row.data_fraction or 0.0
 
 
 def _expect_same(target: Target, head: Evidence, guide: Guide) -> Expected:

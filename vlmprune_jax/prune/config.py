@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
@@ -279,6 +279,33 @@ class PlanConfig:
                 f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
                 f"{' and '.join(targets) or 'none'}"
             )
+
+
+class PlanOptions(TypedDict, total=False):
+    """Settings of `PlanConfig` as keyword arguments, in the types that callers may write, for editors."""
+
+    method: str
+    ratio: float | None
+    layers_removed: int | None
+    protect: Sequence[int]
+    rounding: str
+    deepstack: str
+    producers: str
+    attn_layers: Sequence[int] | str
+    mlp_layers: Sequence[int] | str
+    heads_multiple: int
+    neurons_multiple: int
+    snap_for: str | None
+    tensor_parallel: int
+    heads: str
+    selection: str
+    loads_in: Sequence[str]
+    sparsity: float | None
+    depth_share: float
+    parameters_total: int | None
+    base: ModelConfig | None
+    budget: Budget | Mapping[str, Any]
+    vocabulary: VocabularyConfig | Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.flops import (
+    causal_flops,
     forward_flops,
     head_of,
     limited_row,
     positions_of,
     tower_pairs,
+    vision_flops,
     weight_flops,
 )
 from vlmprune_jax.models.params import count_params
@@ -134,6 +136,29 @@ def costs_of(
         "kv_bytes_per_token": itemsize * _cache(text, 1),
         "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
     }
+
+
+def speed_limits(
+    before: ModelConfig, after: ModelConfig, *, length: int, images: int, batch: int
+) -> tuple[float, float]:
+    """Return the largest speed-ups that pruning allows: of a prompt by FLOPs, of a decoded token by bytes.
+
+    They are ratios of the component that shrank most: decoder layers, output head or vision tower. Whatever share of
+    the time each component takes, the whole model is not faster by more.
+    """
+
+    def flops(cfg: ModelConfig) -> list[int]:
+        layers = length * weight_flops(cfg, "text/layers/", (), False) + causal_flops(cfg, length)
+        return [layers, weight_flops(cfg, head_of(cfg), (), False), vision_flops(cfg, (), images)]
+
+    def weights(cfg: ModelConfig) -> list[int]:
+        layers = weight_flops(cfg, "text/layers/", (), False) // 2 + batch * _cache(cfg.text, length)
+        return [layers, weight_flops(cfg, head_of(cfg), (), False) // 2]
+
+    def largest(unpruned: Sequence[int], pruned: Sequence[int]) -> float:
+        return max(old / new for old, new in zip(unpruned, pruned, strict=True) if new)
+
+    return largest(flops(before), flops(after)), largest(weights(before), weights(after))
 
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:

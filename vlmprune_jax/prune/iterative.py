@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.prune.config import PlanConfig, PlanOptions, ScoreConfig
 from vlmprune_jax.prune.plan import PrunePlan, compose
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
@@ -31,7 +31,7 @@ def prune_iteratively(
     stack: str = "text",
     score_config: ScoreConfig | None = None,
     score_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
     """Prune heads and neurons to a target in equal steps, with new scores before every step.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
@@ -14,7 +14,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
-from vlmprune_jax.prune.config import PlanConfig, VocabularyConfig
+from vlmprune_jax.prune.config import PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
@@ -32,7 +32,7 @@ def make_plan(
     scores: Scores | tuple[Scores, Scores] | None,
     cfg: ModelConfig | Model,
     config: PlanConfig | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> PrunePlan:
     """Plan which layers, heads and neurons to remove for a target or budget; needs no forward pass.
 
@@ -178,7 +178,7 @@ def plan_stacks(
     scores: Sequence[Scores | tuple[Scores, Scores]],
     cfg: ModelConfig,
     config: PlanConfig | None = None,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> PrunePlan:
     """Plan several stacks at once, removing the same share of layer parameters from each.
 

@@ -25,7 +25,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.prune.config import VocabularyConfig
 from vlmprune_jax.prune.kept import TOKEN_IDS, KeptVocabulary
-from vlmprune_jax.prune.vocabulary import Subwords, choose_tokens
+from vlmprune_jax.prune.vocabulary import Subwords, check_size, choose_tokens
 
 _ROLES = ("system", "user", "assistant", "model", "tool")
 _CHUNK = 10_000  # texts that are tokenised together
@@ -148,8 +148,9 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
     """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`.
 
-    Raises UserError as `Source.of`, `read_sample` and `choose_tokens` do.
+    Raises UserError as `check_size`, `Source.of`, `read_sample` and `choose_tokens` do.
     """
+    check_size(config.size, cfg.text.vocab_size)
     source = Source.of(Path(folder), cfg)
     sample = read_sample(source, config)
     return source.keep(sample.used, sample.listed, config.size, config.multiple)

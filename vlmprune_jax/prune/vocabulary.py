@@ -154,6 +154,15 @@ class Subwords:
                 yield i
 
 
+def check_size(size: int | None, rows: int) -> None:
+    """Raise UserError if more tokens are to stay than the model's vocabulary has rows; None is no limit."""
+    if size is not None and size > rows:
+        raise UserError(
+            f"prune.vocabulary.size={size:,} is more than the model's vocabulary of {rows:,} tokens: set a smaller "
+            "size, or leave it out"
+        )
+
+
 def choose_tokens(
     subwords: Subwords,
     used: Mapping[int, int] | Collection[int],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.links import real_path
 
 PROJECT = "vlmprune"
 
@@ -56,7 +57,7 @@ class Tracker:
             raise UserError(
                 f"recover.loggers: {package} is not installed: pip install 'vlmprune-jax[{package}]', or leave it out"
             ) from error
-        path = folder.resolve()
+        path = real_path(folder)
         name = f"{path.parent.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         options: dict[str, Any] = {"project": os.environ.get(f"{package.upper()}_PROJECT", PROJECT), "name": name}
         options |= {"id": name, "dir": str(folder)} if package == "wandb" else {}

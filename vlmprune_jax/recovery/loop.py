@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import Kind
 from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.distributed.preemption import StopSignal
@@ -63,7 +63,7 @@ def recover(
     Raises:
       UserError: settings do not fit the model, mesh or checkpoint; a loss or gradient is not finite (names the
         records); the data ends early; a checkpoint cannot be written.
-      Stopped: on SIGTERM, after saving the state.
+      Stopped: on SIGTERM or SIGINT, after saving the state.
     """
     total = num_steps or config.steps
     if total is None:
@@ -81,6 +81,8 @@ def recover(
         context = step_context(run.mesh, config.compute_dtype)
         devices = sorted(jax.tree.leaves(state)[0].sharding.device_set, key=lambda device: device.id)
         with Recorder(folder, first, total, config.log_every, progress, devices, config.loggers) as recorder, context:
+            if saver is not None and 0 < first < total:
+                recorder.say(f"continues after step {first:,} of {total:,}, saved in {saver.folder}")
             state = _train(run, stream, config, state, (first, total), kinds, saver, recorder)
             terms = {name: term.label or name for name, term in reported_terms(config.losses).items()}
             summary = {**_summary(run, recorder, first, total), "terms": terms}
@@ -171,7 +173,7 @@ def _train(
                 recorder.saved = step + 1
             if stopping:
                 where = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
-                raise Stopped(f"training stopped on SIGTERM after step {step + 1} of {span[1]}; {where}")
+                raise stop.stopped("training", f"after step {step + 1} of {span[1]}; {where}")
         settle(0)
     return state
 
@@ -179,7 +181,7 @@ def _train(
 def _compile_ahead(
     programs: Programs, run: Run, state: TrainState, kinds: Sequence[Kind], stop: StopSignal, recorder: Recorder
 ) -> None:
-    """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM."""
+    """Compile the training step for every batch shape in advance; raise Stopped on SIGTERM or SIGINT."""
     if kinds:
         batches = [{name: np.broadcast_to(0, size) for name, (size, _) in kind.items()} for kind in kinds]
         recorder.say(f"compiling {len(kinds)} program{'s' if len(kinds) > 1 else ''}: {describe(run.cfg, batches)}")
@@ -187,7 +189,7 @@ def _compile_ahead(
         batch = stand_in(kind, run.mesh)
         programs.compile(state, run.frozen, run.teacher_params, batch)
         if stop.requested():
-            raise Stopped("training stopped on SIGTERM while compiling, before its first step; nothing is lost")
+            raise stop.stopped("training", "while compiling, before its first step; nothing is lost")
 
 
 def _run_step(
@@ -213,6 +215,10 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
     if batch is None:
         raise UserError(
             f"recover: the training data ended after {step} steps: set fewer steps, or pass more epochs of data"
+        )
+    if not hasattr(batch, "arrays"):
+        raise UserError(
+            f"recover: batch of step {step + 1} must be a Batch, got {type(batch).__name__}: make it with vp.batches"
         )
     rows = len(rows_of_process(run.mesh, config.batch_size))
     ids = batch.arrays["input_ids"]

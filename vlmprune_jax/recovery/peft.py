@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.mesh import is_main_process
@@ -70,7 +71,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
             tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
     if is_main_process():
-        base, stock = os.path.relpath(base_dir.resolve(), out_dir.resolve()), read_fields(base_dir / "config.json")
+        base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
         config = _config(adapters, list(whole), lora, base, _loader(plain, stock))
         with atomic_folder(Path(out_dir)) as folder:
             contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}

@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.planning.guide import Evidence, read_guide
-from vlmprune_jax.planning.recommend import Advice, advice_lines, as_lines, commands, percent, saved_as
+from vlmprune_jax.planning.recommend import (
+    Advice,
+    command,
+    decision,
+    details,
+    evidence,
+    percent,
+    reasons,
+    saved_as,
+    summarize,
+)
 from vlmprune_jax.planning.rules import Recommendation, Target, recommend
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.result import Result
 
+WIDTH = 80  # characters per line of a recommendation
 
-def tell(advice: Advice, save: str | None, reporter: Reporter) -> None:
-    """Print a recommendation and its config file; with `save`, write the config to that file instead."""
-    path, found = saved_as(save), advice.recommendation
-    tables, notes = tables_of(found), footnotes(found)
+
+def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
+    """Print a recommendation, the command that follows it, and its evidence; with `save`, write its config to a file.
+
+    `given`: the flags of this command, with which the printed command writes the config if `save` is None. `full`:
+    print all evidence and the config as well.
+    """
+    found = advice.recommendation
+    path = saved_as(save, found.target.ratio)
+    if save is not None:
+        _write(path, advice.config)
+    _say(decision(advice), reporter)
+    first = [] if save is not None else ["vlmprune", "recommend", *given, f"--save={path}", "&&"]
+    lines = [*_shell(first), *_shell(command(advice, str(path)))]
+    for line in ["", *lines, ""]:
+        reporter.say(line)
+    _say(evidence(found), reporter)
+    if not full:
+        own = "" if advice.own_data else "--train, --images and --eval set your files; "
+        _say([("more", f"{own}--evidence prints the rest")], reporter)
+    tables, notes = tables_of(found) if full else [], footnotes(found) if full else []
     if advice.bench is not None:
         tables, notes = tables + bench_tables(advice.bench), notes + bench_notes(advice.bench)
-    for line in as_lines(advice):
+    for line in details(advice) if full else ():
         reporter.say(line)
     for table in tables:
         reporter.table(*table.printed)
-    for line in notes:
+    for line in [*notes, *(["", "config:", *advice.config.splitlines()] if full else [])]:
         reporter.say(line)
-    if save is not None:
-        write_text(path, advice.config)
-        reporter.say(f"config: {path}")
-    else:
-        for line in ["", "config, which --save=FILE.py writes:", *advice.config.splitlines()]:
-            reporter.say(f"  {line}" if line else "")
-    reporter.say("commands:")
-    for line in commands(advice, str(path)):
-        reporter.say(f"  {line}")
+
+
+def _write(path: Path, config: str) -> None:
+    """Write the config file; raise UserError if there is a different one."""
+    if path.exists() and (not path.is_file() or read_bytes(path) != config.encode(errors="backslashreplace")):
+        raise UserError(f"--save={path}: exists already: give another name, or remove it")
+    write_text(path, config)
+
+
+def _say(pairs: Iterable[tuple[str, str]], reporter: Reporter) -> None:
+    """Print (label, text) pairs in lines of at most `WIDTH` characters."""
+    for label, text in pairs:
+        for line in textwrap.wrap(f"{label}: {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False):
+            reporter.say(line)
+
+
+def _shell(arguments: Sequence[str]) -> list[str]:
+    """Return a shell command in lines of at most `WIDTH` characters, as far as its arguments allow."""
+    lines = list[str]()
+    for argument in arguments:
+        if lines and len(f"{lines[-1]} {argument} \\") <= WIDTH:
+            lines[-1] += f" {argument}"
+        else:
+            lines.append(f"  {argument}" if not lines else f"      {argument}")
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def tables_of(found: Recommendation) -> list[Table]:
@@ -84,6 +132,7 @@ def advice_section(result: Result) -> Iterator[Section]:
         f"the decoder), {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
         "answers for other budgets."
     )
-    lines = [line.strip() for line in advice_lines(found)]
+    lines = [f"recommended: {summarize(found)}", *(f"{label}: {text}" for label, text in evidence(found))]
+    lines += reasons(found)
     notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(found)))
     yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(found)))

@@ -12,7 +12,7 @@ from vlmprune_jax.workdir.evaluation import UNPRUNED, find_evaluated, read_evalu
 from vlmprune_jax.workdir.result import Result, Run
 
 MOST_COMPARED = 40  # models in a table
-SIGNIFICANT = 0.05  # p below which a difference is reported
+SIGNIFICANT, CHANCE = 0.05, "could be chance"  # p below which a difference is reported, and the verdict above it
 Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for every question
 
 
@@ -101,7 +101,7 @@ def _against(title: str, reference: str, right: Right, labels: Mapping[str, str]
     for name, test, p in zip(names, tests, holm([test.p_value for test in tests]), strict=True):
         better = "better" if test.only_second > test.only_first else "worse"
         row = [labels[name], f"{test.only_first:,}", f"{test.only_second:,}", _probability(p)]
-        row.append(better if p < SIGNIFICANT else "could be chance")
+        row.append(better if p < SIGNIFICANT else CHANCE)
         if runs:
             pruned = pruned_of.get(plans[name])
             row.append("" if pruned in (None, name) else _repaired(right[reference], right[str(pruned)], right[name]))

@@ -38,7 +38,8 @@ CONTROLS = (
     "adds to any model is not counted."
 )
 INTERVALS = (
-    " Intervals: 95 % of the samples of a paired bootstrap over the questions, which the unpruned model answered too."
+    " Intervals: 95 %, over questions that both models answer; by Bonett and Price (2006) for right and wrong answers, "
+    "by a paired bootstrap for other scores."
 )
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
@@ -159,7 +160,7 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
         )
     if measured is not None:
         tables += speed_tables(measured, labels)
-        notes += speed_notes(measured, labels)
+        notes += speed_notes(measured)
     if os.path.lexists(workdir / BENCH):
         bench = read_artefact(workdir / BENCH, Bench)
         tables += bench_tables(bench)

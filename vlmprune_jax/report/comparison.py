@@ -8,14 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.evaluation.statistics import interval_of_mean
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
+from vlmprune_jax.evaluation.statistics import holm, interval_of_mean, p_of_difference
 from vlmprune_jax.report import comparison_plots as plots
+from vlmprune_jax.report.answers import CHANCE, SIGNIFICANT
 from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.speed import LIMITS, RULE
 from vlmprune_jax.report.tables import OF_CONTROL, over
-from vlmprune_jax.workdir.comparison import averaged_sets
+from vlmprune_jax.workdir.comparison import averaged_sets, show_interval
 from vlmprune_jax.workdir.result import ModelEvaluation
 from vlmprune_jax.workdir.sweep import (
     DONE,
@@ -25,6 +30,7 @@ from vlmprune_jax.workdir.sweep import (
     SweptModel,
     UnprunedModel,
     groups_of,
+    question_parts,
     read_sweep,
     unpruned_key,
 )
@@ -44,16 +50,23 @@ COSTS = (
 
 def _speedup(title: str, part: str) -> Cost:
     label = "times the unpruned model's tokens/s"
-    return Cost(title, label, lambda model: getattr(model, part)[0], True, lambda model: getattr(model, part)[1:])
+
+    def ends(model: SweptModel) -> tuple[float, float]:
+        return getattr(model, part).low, getattr(model, part).high
+
+    return Cost(title, label, lambda model: getattr(model, part).ratio, True, ends)
 
 
 SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
 NOTES = (
-    "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}; ± is half of the 95 % "
-    "interval over seeds (Student's t), not over questions. Of control: share of the score of the unpruned model after "
+    "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}. 95 % interval: over "
+    "questions, and over seeds (Student's t) if there are several; a model retains {enough:g} % if all of it is above. "
+    "Against the best: McNemar's exact test, or for several seeds Student's t over seeds and questions, corrected for "
+    "the number of tests (Holm). Of control: share of the score of the unpruned model after "
     "the same recovery. Size: share of the unpruned model's parameters. Decoding: "
-    "measured speed of the shape, as a multiple of the unpruned model's. Removed: share of all parameters, and of the "
-    "decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run did it."
+    "measured speed of the shape, as a multiple of the unpruned model's. {rule}. Removed: share of all parameters, and "
+    "of the decoder's. Seconds: scoring, pruning, reconstruction and training, without evaluation, in whichever run "
+    "did it."
 )
 
 
@@ -64,7 +77,7 @@ def build_comparison(workdir: Path) -> Path:
     """
     sweep = read_sweep(workdir)
     groups = groups_of(sweep)
-    best, titles, table = _best(groups), titles_of(groups), table_of(sweep)
+    best, titles, verdicts = _best(groups), titles_of(groups), _against_best(workdir, sweep, groups)
     sections = [
         *_pareto_section(sweep, groups),
         *_ratio_section(groups),
@@ -73,14 +86,15 @@ def build_comparison(workdir: Path) -> Path:
         *_radar_section(sweep, groups),
         *_open_section(sweep),
     ]
-    notes = (NOTES.format(averages=_averages(sweep)),)
-    sections.insert(0, Section("Models", tables=(table,), notes=notes, folded=False))
+    rule = f"{RULE}{LIMITS}"
+    notes = (NOTES.format(averages=_averages(sweep), enough=ENOUGH, rule=rule),)
+    sections.insert(0, Section("Models", tables=(_table(sweep, groups, verdicts),), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
         "Comparison of pruned models",
         sections,
-        lead=list(_lead(sweep, groups, best, titles)),
-        best="" if best is None else titles[best.name],
+        lead=list(_lead(sweep, groups, best, titles, verdicts)),
+        best=titles[best.name] if best is not None and _is_sure(groups, verdicts) else "",
         origin=f"Made by vlmprune sweep --config={printable(sweep.config)}; numbers: sweep.json, sweep.csv.",
     )
 
@@ -91,36 +105,93 @@ def _best(groups: Sequence[Group]) -> Group | None:
     return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
 
 
-def _lead(sweep: SweepResult, groups: Sequence[Group], best: Group | None, titles: Mapping[str, str]) -> Iterator[str]:
+def _against_best(workdir: Path, sweep: SweepResult, groups: Sequence[Group]) -> dict[str, str]:
+    """Return {group: verdict of the test against the best group}, of groups whose evaluations are in the workdir."""
+    best, scores = _best(groups), dict[str, np.ndarray]()
+    for group in groups:
+        parts = [question_parts(workdir, model, sweep) for model in group.models]
+        if all(part is not None for part in parts) and len({len(part) for part in parts if part is not None}) == 1:
+            scores[group.name] = np.stack([part for part in parts if part is not None])
+    if best is None or best.name not in scores:
+        return {}
+    reference = scores.pop(best.name)
+    others = {name: of for name, of in scores.items() if of.shape[1] == reference.shape[1]}
+    adjusted = holm([p_of_difference(reference, of) for of in others.values()])
+    return {name: "worse" if p < SIGNIFICANT else CHANCE for name, p in zip(others, adjusted, strict=True)}
+
+
+def _is_sure(groups: Sequence[Group], verdicts: Mapping[str, str]) -> bool:
+    """Return True if all groups but the best one were tested, and are worse."""
+    return len(verdicts) == len(groups) - 1 and CHANCE not in verdicts.values()
+
+
+def _lead(
+    sweep: SweepResult,
+    groups: Sequence[Group],
+    best: Group | None,
+    titles: Mapping[str, str],
+    verdicts: Mapping[str, str],
+) -> Iterator[str]:
     runs = {entry.run: entry.status for entry in sweep.models}
     count = {status: sum(found == status for found in runs.values()) for status in dict.fromkeys(runs.values())}
     left = ", ".join(f"{number} {status}" for status, number in count.items() if status != DONE)
     yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(sweep.done)} models."
     if best is None or best.retained is None:
         return
-    kept = f"{best.retained[0]:.2f} % {over(sweep.sets)}"
+    kept = f"{_shown(best)} {over(sweep.sets)}"
     if best.of_control is not None:
         kept += f" ({best.of_control[0]:.2f} % of the unpruned model's score after the same recovery)"
-    yield f"{titles[best.name]} retains most: {kept}, {_smaller(best, sweep)}."
-    enough = [group for group in groups if _retention(group) >= ENOUGH]
+    others, alike = len(groups) - 1, [*verdicts.values()].count(CHANCE)
+    most = "retains most" if _is_sure(groups, verdicts) else "has the highest retention"
+    yield f"{titles[best.name]} {most}: {kept}, {_smaller(best, sweep)}."
+    if alike:
+        yield f"Its lead over {alike} of {others} other models could be chance."
+    if len(verdicts) < others:
+        untested = others - len(verdicts)
+        yield f"Its lead over {untested} of {others} is not tested: their answers are not here, or no mean of scores."
+    enough = [group for group in groups if group.retained is not None and group.retained[1] >= ENOUGH]
     smallest = min(enough, key=lambda group: group.mean("parameters"), default=None)
     if smallest is None or smallest.retained is None:
         yield f"No model retains {ENOUGH:g} %."
     elif smallest is not best:
         yield (
-            f"The smallest that retains {ENOUGH:g} % is {titles[smallest.name]}: {smallest.retained[0]:.2f} %, "
+            f"The smallest that retains {ENOUGH:g} % is {titles[smallest.name]}: {_shown(smallest)}, "
             f"{_smaller(smallest, sweep)}."
         )
 
 
+def _shown(group: Group) -> str:
+    """Return a group's retention with its interval as text."""
+    ends = _interval(group)
+    return f"{_retention(group):.2f} %" + (f" (95 % interval {ends})" if ends else "")
+
+
+def _interval(group: Group) -> str:
+    """Return a group's 95 % interval as text, such as "95.1 to 97.3"; "" if it is unknown."""
+    _, low, high = group.retained or (0.0, 0.0, 0.0)
+    return show_interval(low, high) if low < high else ""
+
+
 def _smaller(group: Group, sweep: SweepResult) -> str:
     before = sweep.unpruned[group.first.unpruned].parameters
-    times = f" and {SPEEDUPS[DECODE].of_group(group)[0]:.2f} times the decoding speed" if _timed(group) else ""
+    speedup, times = _speedup_of(group, DECODE), ""
+    if speedup is not None:
+        times = f" and {speedup} times the decoding speed" if speedup.measurable else f" and decoding speed {speedup}"
     return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters{times}"
 
 
+def _speedup_of(group: Group, part: str) -> SpeedUp | None:
+    """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
+    speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
+    unclear = next((of for of in speedups if of is None or not of.measurable), speedups[0])
+    if unclear is None or not unclear.measurable:
+        return unclear
+    return SpeedUp(*SPEEDUPS[part].of_group(group), spread=0.0)
+
+
 def _timed(group: Group) -> bool:
-    return all(getattr(model, part) is not None for model in group.models for part in SPEEDUPS)
+    """Return True if a group's speed-ups were measured, and are measurable."""
+    return all((of := _speedup_of(group, part)) is not None and of.measurable for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -145,8 +216,8 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         figure = plots.pareto_figure(timed, None, list(SPEEDUPS.values()))
         alt = f"{len(timed)} models: retained percent against speed, as a multiple of the unpruned model's."
         caption = (
-            "A shape is measured once, in turns with the unpruned model; bars are the range of the rounds. The line "
-            "leaves out models that are faster than a better one by less than this range."
+            "A shape is measured once, in turns with the unpruned model; bars are intervals over the rounds. The line "
+            "leaves out models that are faster than a better one by less than this interval."
         )
         figures.append(figure_of(figure, alt, caption))
     yield Section("Retention and cost", figures=tuple(figures), folded=False)
@@ -250,8 +321,8 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
             name: {one: _kept(group, one) or 0.0 for one in names} for name, group in at.items()
         }
     figure = plots.radar_figure(panels, names)
-    alt = f"Radar of retention on {', '.join(names)}, for the best model of each method at each ratio."
-    caption = "The best model on average of each method at each ratio; dashed: the unpruned model."
+    alt = f"Radar of retention on {', '.join(names)}, for the model of each method and ratio with the highest mean."
+    caption = "The model of each method and ratio with the highest mean; dashed: the unpruned model."
     yield Section("Every benchmark", figures=(figure_of(figure, alt, caption),))
 
 
@@ -265,24 +336,29 @@ def _kept(group: Group, name: str) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def table_of(sweep: SweepResult) -> Table:
+def table_of(sweep: SweepResult, workdir: Path) -> Table:
     """Return a table with one row per unpruned model and per group of runs."""
-    sets, groups = sweep.sets, groups_of(sweep)
+    groups = groups_of(sweep)
+    return _table(sweep, groups, _against_best(workdir, sweep, groups))
+
+
+def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, str]) -> Table:
+    sets = sweep.sets
     names, titles = list(sets)[:MOST_SETS], titles_of(groups)
     unpruned = sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0))
     rows = [_unpruned_row(key, model, sweep, names) for key, model in unpruned]
     for group in groups:
-        mean, low, high = group.retained or (None, 0.0, 0.0)
         averages = [value for one in group.models if (value := one.evaluation.paper_average) is not None]
         before = sweep.unpruned[group.first.unpruned].parameters
         rows.append(
             {
                 "model": titles[group.name],
-                "retained, %": "" if mean is None else f"{mean:.2f}",
+                "retained, %": "" if group.retained is None else f"{group.retained[0]:.2f}",
                 OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
                 "size, %": f"{100 * group.mean('parameters') / before:.1f}",
-                "decoding, x": f"{SPEEDUPS[DECODE].of_group(group)[0]:.2f}" if _timed(group) else "",
-                "±": f"{(high - low) / 2:.2f}" if len(group.models) > 1 else "",
+                "decoding, x": "" if (speed := _speedup_of(group, DECODE)) is None else speed.show(interval=False),
+                "95 % interval": _interval(group),
+                "against the best": verdicts.get(group.name, ""),
                 "seeds": f"{len(group.models)}",
                 "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
                 "removed, % (of decoder)": f"{100 * group.mean('ratio_reached'):.1f} "
@@ -296,7 +372,7 @@ def table_of(sweep: SweepResult) -> Table:
         )
     header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
     lower = tuple(f"{name}: {sets[name].label}" for name in names if not sets[name].higher_is_better)
-    smallest = ("size, %", "±", "parameters", "MiB", "GFLOPs", "seconds", *lower)
+    smallest = ("size, %", "parameters", "MiB", "GFLOPs", "seconds", *lower)
     first = len({"model", "retained, %", OF_CONTROL, "size, %", "decoding, x"} & {*header})
     cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
     return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)

@@ -34,8 +34,8 @@ from vlmprune_jax.workdir.sweep import Group, UnprunedModel
 MOST_PANELS = 9
 LABEL = "retained (%)"
 LINE_LETTERS = 110  # beside each other in a legend
-LEAST_SEEDS = 3  # fewest seeds whose interval is drawn; that of two says little
-BANDS = f"Bands: 95 % intervals over seeds ({LEAST_SEEDS} or more)."
+FEW_SEEDS = 2  # whose interval says little, and is not drawn; that of one seed is over questions
+BANDS = "Bands: 95 % intervals over questions, and over seeds if there are three or more."
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # dashes and markers of lines that share a colour
 
 Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (mean, low, high), number of seeds
@@ -178,7 +178,7 @@ def _point(axes: Axes, place: tuple[float, float, float], group: Group, colour: 
     assert group.retained is not None
     (mean, low, high), (x, left, right) = group.retained, place
     bar: Any = {"color": colour, "linewidth": 1, "alpha": 0.7}
-    if len(group.models) >= LEAST_SEEDS:
+    if _is_drawn(group.retained, len(group.models)):
         axes.plot([x, x], [low, high], **bar)
     if left < right:
         axes.plot([left, right], [mean, mean], **bar)
@@ -218,7 +218,7 @@ def curves_figure(
 ) -> Figure:
     """Plot retention against `x`, one panel per value of `panel_of` and one line per value of `line_of`.
 
-    Bands are 95 % intervals over seeds, at points with at least `LEAST_SEEDS`.
+    Bands are 95 % intervals over seeds and questions, except at points of `FEW_SEEDS`.
     """
     panels: dict[str, dict[str, list[Group]]] = {}
     for group in drawable(groups):
@@ -252,9 +252,14 @@ def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]
     _band(axes, points, look)
 
 
+def _is_drawn(ends: tuple[float, float, float], seeds: int) -> bool:
+    """Return True if an interval is drawn: over three or more seeds, or over questions for one seed."""
+    return seeds > FEW_SEEDS or (seeds < FEW_SEEDS and ends[1] < ends[2])
+
+
 def _band(axes: Axes, points: Sequence[Point], look: Mapping[str, Any]) -> None:
     """Draw a line through mean values, and a band between their interval ends where enough seeds are known."""
-    rows = [(x, *(ends if seeds >= LEAST_SEEDS else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
+    rows = [(x, *(ends if _is_drawn(ends, seeds) else (ends[0], np.nan, np.nan))) for x, ends, seeds in sorted(points)]
     places, means, lows, highs = np.transpose(rows)
     axes.fill_between(places, lows, highs, color=look["color"], alpha=0.18, linewidth=0)
     axes.plot(places, means, markersize=4, linewidth=1.4, **look)

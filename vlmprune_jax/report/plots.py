@@ -47,14 +47,14 @@ class Measured:
 
 
 def score_figure(result: Result, measured: Measured) -> Figure:
-    """Plot a number per model against decoding speed or size, and as a ranking from best to worst.
+    """Plot a number per model against decoding speed (else size), and as a ranking from best to worst.
 
     The shape is the method, the colour the recovery.
     """
     runs, colours = result.runs, recovery_colours(result.runs)
     values = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
     speedups = [run.speed.decode_speedup for run in runs if run.speed is not None]
-    places = [speedup[0] for speedup in speedups if speedup is not None]
+    places = [speedup.ratio for speedup in speedups if speedup is not None and speedup.measurable]
     x_label = "decoding speed, as a multiple of the unpruned model's"
     if len(places) < len(runs):
         places = [100 * run.parameters / result.teacher.parameters for run in runs]

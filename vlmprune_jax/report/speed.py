@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
+from vlmprune_jax.evaluation.speed.ratio import STEADY, speedup, spread
 from vlmprune_jax.report.page import Table
 from vlmprune_jax.workdir.evaluation import UNPRUNED
-from vlmprune_jax.workdir.speed import Bench, Speed, speedup, spread
+from vlmprune_jax.workdir.speed import Bench, Speed
 
 _Row = tuple[str, ...]
-STEADY = 0.05  # spread of decoding speeds that a quiet machine keeps to
+RULE = 'A speed-up is "not measurable" if rounds differ by more than 20 % of the change in speed'
+LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 
 
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
@@ -25,11 +27,11 @@ def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tu
         name = _shape_name(pair.models, labels)
         beside = UNPRUNED if len(measured.pairs) == 1 else f"{UNPRUNED}, beside {name}"
         rows += [(beside, *_cells(pair.unpruned)), (name, *_cells(pair.pruned))]
-        times.append((name, *_speedups(pair.unpruned, pair.pruned)))
+        times.append((name, str(pair.prefill_speedup), str(pair.decode_speedup)))
     header = ("model", "prefill, tokens/s", "decoding, tokens/s", "first token, ms", "memory, MiB")
     return (
-        Table("Speed as a multiple of the unpruned model's, round by round", ("model", "prefill", "decoding"),
-              tuple(times)),
+        Table("Speed as a multiple of the unpruned model's: ratio of medians (interval over rounds)",
+              ("model", "prefill", "decoding"), tuple(times)),
         Table("Measured speed: median (range) of all rounds", header, tuple(rows), ascending=header[3:]),
     )  # fmt: skip
 
@@ -59,19 +61,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _speedups(before: Measurement, after: Measurement) -> tuple[str, str]:
-    """Return table cells with the prefill and decoding speed-ups over the unpruned model."""
-    return _speedup(before.prefill, after.prefill), _speedup(before.decode, after.decode)
-
-
-def _speedup(before: Sequence[float], after: Sequence[float]) -> str:
-    median, least, most = speedup(before, after)
-    text = f"{median:.2f} ({least:.2f} to {most:.2f})"
-    return text if least > 1 else f"{text}, {'slower' if most < 1 else 'no speed-up'}"
-
-
-def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> list[str]:
-    """Return notes on machine and workload of speed measurements, and on models that are not faster."""
+def speed_notes(measured: Speed) -> list[str]:
+    """Return notes on machine and workload of speed measurements, and on how steady they are."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
     lines = [
@@ -81,24 +72,17 @@ def speed_notes(measured: Speed, labels: Mapping[str, str] | None = None) -> lis
         "compiled program takes of a device. Our own forward pass; other machines and engines differ.",
     ]
     if measured.pairs:
-        lines.append(_spread_note([one for pair in measured.pairs for one in (pair.unpruned, pair.pruned)]))
-    for name, what in (("prefill", "the prompt"), ("decode", "generating tokens")):
-        slow = [
-            _shape_name(pair.models, labels)
-            for pair in measured.pairs
-            if speedup(getattr(pair.unpruned, name), getattr(pair.pruned, name))[1] <= 1
-        ]
-        if slow:
-            lines.append(f"No speed-up in {what}: {'; '.join(slow)}. Not every round was faster.")
+        speeds = [one for pair in measured.pairs for one in (pair.unpruned, pair.pruned)]
+        lines.append(f"{_spread_note(speeds)} {RULE}{LIMITS}.")
     return lines
 
 
 def _spread_note(speeds: Sequence[Measurement]) -> str:
     """Return a note on how much measured speeds vary between rounds."""
     prefill, decode = (max(spread(getattr(one, name)) for one in speeds) for name in ("prefill", "decode"))
-    advice = "" if decode <= STEADY else "; other work disturbed them: compare ratios, or measure on a quiet machine"
+    busy = "; other work disturbed them: measure on a quiet machine" if decode > STEADY else ""
     return (
-        f"Rounds of a model differ by up to {100 * prefill:.1f} % in prefill, {100 * decode:.1f} % in decoding{advice}."
+        f"Rounds of a model differ by up to {100 * prefill:.1f} % in prefill, {100 * decode:.1f} % in decoding{busy}."
     )
 
 
@@ -113,7 +97,8 @@ def bench_tables(bench: Bench) -> list[Table]:
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)
         if before is not side:
-            times.append((name, side.backend, _path_end(before.model, 24), *_speedups(before, side)))
+            speedups = speedup(before.prefill, side.prefill), speedup(before.decode, side.decode)
+            times.append((name, side.backend, _path_end(before.model, 24), *(one.show() for one in speedups)))
     tables = [
         Table("Speed: median (range) of all rounds",
               ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds),
@@ -123,7 +108,7 @@ def bench_tables(bench: Bench) -> list[Table]:
     ]  # fmt: skip
     if times:
         header = ("model", "engine", "than", "prefill", "decoding")
-        tables.append(Table("Times as fast, round by round", header, tuple(times)))
+        tables.append(Table("Times as fast: ratio of medians (interval over rounds)", header, tuple(times)))
     return tables
 
 
@@ -136,7 +121,7 @@ def bench_notes(bench: Bench) -> list[str]:
     return [
         f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
         f"one prompt, then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns.",
-        _spread_note(bench.sides),
+        f"{_spread_note(bench.sides)} {RULE}.",
         f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
         f"included: {named}.",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from vlmprune_jax.core.errors import printable
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.report.page import Table
 from vlmprune_jax.workdir.comparison import averaged_sets, interval, percent
 from vlmprune_jax.workdir.evaluation import Group
@@ -81,7 +82,7 @@ def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
     for column, name in ((DECODE, "decode_speedup"), (PROMPT, "prefill_speedup")):
         known = [None if run.speed is None else getattr(run.speed, name) for run in runs]
         same = ["1.00" if any(known) else ""] * (1 + len(controls))
-        yield column, [*same, *("" if one is None else f"{one[0]:.2f}" for one in known)]
+        yield column, [*same, *("" if one is None else one.show(interval=False) for one in known)]
     yield "removed, % (of decoder)", ["", *controls, *map(_removed, runs)]
     yield "data, %", ["", *(f"{100 * one.data_fraction:g}" if one.data_fraction else "" for one in result.entries)]
     if teacher.costs is None:  # else a table has the costs by shape
@@ -116,10 +117,8 @@ def lead(result: Result) -> str:
     files = ""
     if run.costs is not None and teacher.costs is not None:
         files = f"; {teacher.costs.file_bytes / 1e6:,.3g} to {run.costs.file_bytes / 1e6:,.3g} MB"
-    speed = ""
-    if run.speed is not None and run.speed.decode_speedup and run.speed.prefill_speedup:
-        decode, prompt = run.speed.decode_speedup[0], run.speed.prefill_speedup[0]
-        speed = f" It decodes {decode:.2f} times and reads prompts {prompt:.2f} times as fast."
+    speeds = ", ".join(f"{name} {speedup}" for name, speedup in _speedups(run).items())
+    speed = speeds and f" Speed as a multiple of the unpruned model's: {speeds}."
     return (
         f"{among}{result.labels[run.name]}{trained} {_scores(run, result)}, with {size} "
         f"({teacher.parameters:,} to {run.parameters:,}{decoder}{files}).{speed}"
@@ -132,10 +131,15 @@ def key_numbers(result: Result) -> list[tuple[str, str]]:
     kept = {"retained": run.evaluation, "of control": run.evaluation.control}
     found = [(name, f"{percent(of.mean_of_ratios)} %") for name, of in kept.items() if of and of.mean_of_ratios]
     found.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
-    if run.speed is not None and run.speed.decode_speedup and run.speed.prefill_speedup:
-        found.append(("decoding speed", f"{run.speed.decode_speedup[0]:.2f} x"))
-        found.append(("prompt speed", f"{run.speed.prefill_speedup[0]:.2f} x"))
-    return found
+    speedups = _speedups(run).items()
+    return found + [(f"{name} speed", f"{of.show(interval=False)} x") for name, of in speedups if of.measurable]
+
+
+def _speedups(run: Run) -> dict[str, SpeedUp]:
+    """Return a model's speed-ups in decoding and in reading prompts; {} if its speed was not measured."""
+    speed = run.speed
+    known = {} if speed is None else {"decoding": speed.decode_speedup, "prompt": speed.prefill_speedup}
+    return {name: speedup for name, speedup in known.items() if speedup is not None}
 
 
 def parameter_note(teacher: Unpruned) -> str:

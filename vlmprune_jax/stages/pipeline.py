@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,15 +166,17 @@ class Pipeline:
     def make_models(self) -> Result:
         """Run all stages except the export for all variants; return the result."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
-        controls, found = list[Control](), dict[Step, dict[str, Evaluated]]()
+        controls, found, pending = list[Control](), dict[Step, dict[str, Evaluated]](), list[Step]()
         if spec.speed.rounds:  # prompts that do not fit the model would otherwise fail after all other stages
             spec.speed.check(work.config(work.teacher))
         teacher = self.evaluate_teacher()
         self.note_steps()
         for step in self.steps():
             finished[step] = step.run()
-            if step.makes_model and step.evaluated:
-                found[step] = step.evaluate()
+            pending += [step] * (step.makes_model and step.evaluated)
+            if {model.work.control for model in pending} <= {None, *(done.work.out for done in finished)}:
+                found |= _evaluate(pending)
+                pending.clear()
         by_folder: dict[Path | None, dict[str, Evaluated]] = {step.work.out: of for step, of in found.items()}
         sets = describe_sets(teacher, found.values())
         for step, evaluations in found.items():
@@ -204,7 +206,7 @@ class Pipeline:
         context, spec = self.context, self.experiment
         teacher = self.evaluate_teacher()
         self.note_steps()
-        found = {step.path: (step, step.evaluate()) for step in self.models()}
+        found = {step.path: (step, evaluations) for step, evaluations in _evaluate(self.models()).items()}
         on_process_zero(
             lambda: write_samples(context.workdir, spec.data, spec.evaluate, read_unfinished(context.workdir).runs)
         )
@@ -281,6 +283,11 @@ class Pipeline:
         if on_process_zero(lambda: differs_only_in(job, "benchmarks")):  # the same weights: only the card is outdated
             work = dataclasses.replace(work, overwrite=True)
         return run_stage("export", work, self.sections)
+
+
+def _evaluate(models: Iterable[Step]) -> dict[Step, dict[str, Evaluated]]:
+    """Evaluate models, controls first: other models are compared with the answers of their controls."""
+    return {step: step.evaluate() for step in sorted(models, key=lambda step: step.work.pruned)}
 
 
 def _renew(

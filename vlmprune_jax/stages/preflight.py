@@ -13,10 +13,12 @@ from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.records import remarks
 from vlmprune_jax.distributed.machine import free_memory, processor
 from vlmprune_jax.distributed.mesh import on_process_zero, process_count, row_ways, start_devices
 from vlmprune_jax.evaluation.config import EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
+from vlmprune_jax.evaluation.runner import check_answered
 from vlmprune_jax.experiment.arguments import evaluation_sets, image_tokens, recover_config
 from vlmprune_jax.export.card import license_of, model_name
 from vlmprune_jax.export.config import ExportSpec
@@ -114,6 +116,8 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
             shared = _load_inputs(work, data)
             yield from shared.notes
             records = evaluation_records(one, image_lead=shared.template.image_lead)
+            check_answered(records)
+            yield from remarks(records, one.data or name)
             sizes.append(f"{name} ({len(records):,} questions)")
         else:
             sizes.append(f"{name} (text)")
@@ -128,7 +132,9 @@ def _about(step: Step) -> Iterator[str]:
     if any(name.startswith("data.train") for name in step.job.inputs):
         shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
         yield from shared.notes
-        total = len(inputs.training_records(data, shared.template))
+        available = inputs.training_records(data, shared.template)
+        total = len(available)
+        yield from remarks(available, "data.train")
         if step.stage == "recover":
             records = inputs.recovery_records(data, shared.template)
             if data.on_error == "stop":

@@ -30,6 +30,7 @@ from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
 from vlmprune_jax.prune.select import moved_features, plan_stacks
 from vlmprune_jax.prune.tables import Table, explain
+from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
@@ -120,11 +121,12 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
 def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> None:
     """Raise UserError for a target that no plan can reach, found by planning with random scores.
 
-    A plan with a vocabulary is not checked, since that needs the texts to be read.
+    Of a plan with a vocabulary only the size is checked, since that needs the texts to be read.
     """
+    cfg = work.config(work.teacher)
+    check_size(spec.vocabulary.size, cfg.text.vocab_size)
     if spec.vocabulary.size is not None:
         return
-    cfg = work.config(work.teacher)
 
     def drawn(criterion: str, stack: str) -> Scores:
         options: dict[str, Any] = {"gqa": score.gqa}

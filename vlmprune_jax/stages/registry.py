@@ -68,6 +68,7 @@ The command also updates result.json, if the workdir has one.""",
             outputs=("speed.json",),
             files="stages.speed:speed_files",
             per="run",
+            version=2,
         ),
         "export": Stage(
             "write the best model as a Hugging Face folder or GGUF files, and check it -> export/",

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.distributed.mesh import process_count
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.server import Server, ask_server
 from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.stages.answers import measure_set
 from vlmprune_jax.stages.evaluate import (
     AnswerFacts,
@@ -34,18 +34,22 @@ UNUSED = (
 )  # settings of evaluation that a server does not get
 
 
-def evaluate_server(work: Work, sections: Mapping[str, Any], url: str) -> dict[str, Evaluated]:
+def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Experiment) -> dict[str, Evaluated]:
     """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
 
-    Raises UserError as `Server` does, or if the run has several processes, or there are only texts.
+    `start`: what the user started from, see `unused_settings`. Raises UserError as `Server` does, or if the run has
+    several processes, or there are only texts.
     """
     if process_count() > 1:
         raise UserError("--server works with one process only: run the command without --coordinator")
     spec, server, found = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
     name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
     work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
-    declared = {place: settings_of(sections[place]) for place in ("data", "evaluate")}
-    unused = [f"{at}.{name}" for at, name in UNUSED if getattr(sections[at], name) != declared[at][name].default]
+    unused = [
+        f"{at}.{name}"
+        for at, name in UNUSED
+        if getattr(sections[at], name) not in [getattr(given.sections[at], name) for given in (Experiment(), start)]
+    ]
     if unused:
         work.say(f"  no effect: {', '.join(unused)}, because the server has its own template and limits")
     for key, of in evaluation_sets(sections["data"], spec).items():

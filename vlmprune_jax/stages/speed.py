@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype, image_tokens
 from vlmprune_jax.experiment.spec import SpeedSpec
 from vlmprune_jax.export.config import ExportSpec
-from vlmprune_jax.prune.cost import costs_of
+from vlmprune_jax.prune.cost import costs_of, speed_limits
 from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
@@ -66,14 +67,23 @@ def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
     load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
     with work.phase("speed", len(shapes)) as progress:
         for done, names in enumerate(shapes, start=1):
-            speed = _shape_speed(work, spec, work.models[names[0]])
-            pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned))
+            folder = work.models[names[0]]
+            speed, limits = _shape_speed(work, spec, folder), _limits(work, spec, folder)
+            pairs.append(Pair(models=names, unpruned=speed.unpruned, pruned=speed.pruned, **limits))
             progress(done)
     settings = {**vars(spec), "image": spec.with_image(work.config(work.teacher))}
     workload = SpeedWorkload(**settings, dtype=work.model.dtype)
     speeds = Speed(processor=processor(), load=round(load, 1), workload=workload, pairs=pairs)
     write_artefact(work.folder / SPEED, speeds)
     return speeds
+
+
+def _limits(work: Work, spec: SpeedSpec, folder: Path) -> dict[str, float]:
+    """Return the largest speed-ups that the layer shapes of the model in a folder allow."""
+    before, images = work.config(work.teacher), int(spec.with_image(work.config(work.teacher)))
+    row = {"length": spec.prompt_tokens, "images": images, "batch": spec.batch_size}
+    prefill, decode = speed_limits(before, work.config(folder), **row)
+    return {"prefill_limit": prefill, "decode_limit": decode}
 
 
 def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
@@ -85,7 +95,7 @@ def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
 
     if work.store is None:
         return measure()
-    shapes = [content_key(repr(work.config(path))) for path in (work.teacher, folder)]
+    shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, folder)]
     settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
     job = Job(
         f"speed of {shapes[1][:8]}", 1, work.workdir, {**settings, "shapes": shapes}, {}, [], ShapeSpeed,

@@ -1,4 +1,4 @@
-"""Settings that have no effect on a run although they differ from their defaults, each with the reason."""
+"""Settings that have no effect on a run although the user set them, each with the reason."""
 
 from __future__ import annotations
 
@@ -28,34 +28,37 @@ from vlmprune_jax.stages.score import criteria_of
 
 # (patterns of settings, separated by spaces; True if they have no effect; why)
 Rule = tuple[str, bool, str]
+DEFAULTS = Experiment()
 
 
-def unused_lines(pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = ()) -> list[str]:
+def unused_lines(
+    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = (), start: Experiment = DEFAULTS
+) -> list[str]:
     """Return the result of `unused_settings` as lines, one per reason."""
-    return [f"no effect: {', '.join(names)}, because {why}" for why, names in unused_settings(pairs, sections).items()]
+    unused = unused_settings(pairs, sections, start)
+    return [f"no effect: {', '.join(names)}, because {why}" for why, names in unused.items()]
 
 
 def unused_settings(
-    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = ()
+    pairs: Iterable[tuple[Experiment, ModelConfig]], sections: Collection[str] = (), start: Experiment = DEFAULTS
 ) -> dict[str, list[str]]:
-    """Return {reason: settings} for settings that differ from their defaults but change nothing in any variant.
+    """Return {reason: settings} for settings that the user set but that change nothing in any variant.
 
-    `pairs`: experiments, each with the config of its unpruned model. `sections`: only settings of these sections; () =
-    of all. Sections that a stage of the user's own takes are left out, because only that stage knows which of their
-    settings it uses.
+    Args:
+      pairs: experiments, each with the config of its unpruned model.
+      sections: only settings of these sections; () = of all. Sections that a stage of the user's own takes are left
+        out, because only that stage knows which of their settings it uses.
+      start: what the user started from, such as a shipped config; values that are in it, in any of its variants, or
+        are defaults were not set by the user.
     """
-    runs = list[tuple[Experiment, ModelConfig]]()
-    for experiment, cfg in pairs:
-        for pruned in prune_runs(experiment, Path()):
-            variants = [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
-            runs += [(variant, cfg) for variant in variants]
+    runs = [(run, cfg) for experiment, cfg in pairs for run in _variants(experiment)]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
     own = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
     taken = ({*sections} or {name.partition(".")[0] for name in names}) - own
     names = [name for name in names if name.partition(".")[0] in taken]
-    default = Experiment()
-    changed = [name for name in names if any(_value(run, name) != _value(default, name) for run, _ in runs)]
+    given = {name: [_value(run, name) for run in (DEFAULTS, start, *_variants(start))] for name in names}
+    changed = [name for name in names if any(_value(run, name) not in given[name] for run, _ in runs)]
     reasons = list[dict[str, str]]()
     for run, cfg in runs:
         rules = itertools.chain(
@@ -71,6 +74,15 @@ def unused_settings(
         if all(name in one for one in reasons):
             found.setdefault(reasons[0][name], []).append(name)
     return found
+
+
+def _variants(experiment: Experiment) -> list[Experiment]:
+    """Return one experiment per recovery of every pruned model, and one per pruned model without recoveries."""
+    return [
+        variant
+        for pruned in prune_runs(experiment, Path())
+        for variant in [run.experiment for run in recover_runs(pruned)] or [pruned.experiment]
+    ]
 
 
 def _value(settings: object, name: str) -> Any:

@@ -47,6 +47,8 @@ def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path
     if not config.sources:
         return inputs.record_files(data, "train")
     named = (*config.sources, *config.held_out)
+    for name in named:
+        inputs.refuse_folder(name, "prune.vocabulary")
     files = {name: name if name.startswith((TFDS, DATASETS)) else Path(name) for name in named}
     return {f"prune.vocabulary {name}": file for name, file in files.items()}
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.core.errors import Stopped, UserError, reason
+from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import mesh_of
@@ -49,7 +49,7 @@ class Context:
 
     @contextlib.contextmanager
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Context that shows a progress bar; on SIGTERM, work stops after the current item.
+        """Context that shows a progress bar; on SIGTERM or SIGINT, work stops after the current item.
 
         Raises Stopped from the function that takes the number of items done; every process must call it in step.
         """
@@ -58,7 +58,7 @@ class Context:
             def progress(done: int) -> None:
                 update(done)
                 if stop.requested():
-                    raise Stopped(f"{title} stopped on SIGTERM after {done} of {total}; the same command continues")
+                    raise stop.stopped(title, f"after {done} of {total}; the same command continues")
 
             yield progress
 

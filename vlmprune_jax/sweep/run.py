@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from vlmprune_jax.core.console import Reporter, make_reporter
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.links import real_path
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.experiment.arguments import evaluation_sets
@@ -50,7 +51,7 @@ class Sweep:
         """Return the context of one run, with the result store that all runs of the sweep share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
         images = [data.images, *(of.images for of in sets.values())]  # not inputs of any stage, as they are many files
-        store = Store(self.workdir / SHARED, {"images": [path and str(Path(path).resolve()) for path in images]})
+        store = Store(self.workdir / SHARED, {"images": [path and str(real_path(path)) for path in images]})
         return Context(workdir=self.folder(run), reporter=reporter, overwrite=self.overwrite, store=store)
 
 

@@ -19,6 +19,7 @@ from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, process_count
 from vlmprune_jax.experiment.arguments import evaluation_sets
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import CONTROL, check_experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages.pipeline import Pipeline
@@ -235,15 +236,18 @@ def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter
         )
 
 
-def tell_unused(runs: Sequence[SweepRun], reporter: Reporter) -> None:
-    """Print the settings without effect in any run, without runs of unreadable models, which fail on their own."""
+def tell_unused(runs: Sequence[SweepRun], start: Experiment, reporter: Reporter) -> None:
+    """Print the user's settings without effect in any run; runs of unreadable models fail on their own.
+
+    `start`: see `unused_settings`.
+    """
     configs = dict[ModelSpec, ModelConfig]()
     for model in dict.fromkeys(run.experiment.model for run in runs):
         with contextlib.suppress(UserError):
             tower = None if model.vision_dir is None else Path(model.vision_dir)
             configs[model] = read_config(teacher_folder(model), tower)[1]
-    experiments = (run.experiment for run in runs if run.experiment.model in configs)
-    for line in unused_lines((experiment, configs[experiment.model]) for experiment in experiments):
+    pairs = ((run.experiment, configs[run.experiment.model]) for run in runs if run.experiment.model in configs)
+    for line in unused_lines(pairs, start=start):
         reporter.say(line)
 
 

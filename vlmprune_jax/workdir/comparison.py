@@ -122,6 +122,19 @@ def paper_average(
     return 100.0 * ours / theirs if theirs else None
 
 
+def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple[float, float] | None:
+    """Return the 95 % interval of `mean_of_ratios` over questions (other questions for each set); None if unknown."""
+    ends = {name: evaluation.retained_interval.get(name) for name in averaged_sets(sets)}
+    middles = [evaluation.retained.get(name) for name in ends]
+    sides = [
+        (*pair, middle) for pair, middle in zip(ends.values(), middles, strict=True) if pair and middle is not None
+    ]
+    if len(sides) < len(ends) or evaluation.mean_of_ratios is None:
+        return None
+    below, above = (math.hypot(*(side[end] - side[2] for side in sides)) / len(sides) for end in (0, 1))
+    return evaluation.mean_of_ratios - below, evaluation.mean_of_ratios + above
+
+
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
     """Return the run with the highest mean retention; of equals, the smallest model."""
     if not runs:
@@ -162,7 +175,7 @@ def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
 
 
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
-    """Return benchmark rows for the model card: set, both scores, retained %, interval; then speeds.
+    """Return benchmark rows for the model card: set, both scores, retained %, interval; then measurable speeds.
 
     After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
     """
@@ -175,13 +188,16 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
             alike = of.show(control.scores[name].get(of.main), unit=False)
             kept = percent(control.retained.get(name)), interval(control, name)
             rows.append((f"{name}, unpruned model after the same recovery", alike, ours, *kept))
-    if run.speed is not None and teacher.speed is not None:
-        for what, slow, fast in (
-            ("prompt", teacher.speed.prefill, run.speed.prefill),
-            ("generated", teacher.speed.decode, run.speed.decode),
+    if (speed := run.speed) is not None:
+        for what, after, speedup in (
+            ("prompt", speed.prefill, speed.prefill_speedup),
+            ("generated", speed.decode, speed.decode_speedup),
         ):
-            label = f"{what} tokens per second, our forward on the machine of the run"
-            rows.append((label, f"{slow:,.0f}", f"{fast:,.0f}", percent(100 * fast / slow), ""))
+            label, times = f"{what} tokens per second, our forward on the machine of the run", f"{speedup}"
+            if speedup is not None and speedup.measurable:
+                rows.append((label, f"{after / speedup.ratio:,.0f}", f"{after:,.0f}", f"{times} times as fast", ""))
+            elif speedup is not None:
+                rows.append((label, "", "", times, ""))
     return rows
 
 
@@ -193,4 +209,10 @@ def percent(value: float | None) -> str:
 def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
     """Return a retention interval as text, such as "95.1 to 97.3"; "" if unknown."""
     ends = evaluation.retained_interval.get(name)
-    return "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+    return "" if ends is None else show_interval(*ends)
+
+
+def show_interval(low: float, high: float) -> str:
+    """Return an interval as text, with one decimal, or with as many (up to four) as tell its ends apart."""
+    texts = ([f"{end:.{digits}f}" for end in (low, high)] for digits in (1, 2, 3, 4))
+    return " to ".join(next((text for text in texts if text[0] != text[1]), [f"{low:.4f}", f"{high:.4f}"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.links import is_inside
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 
 Values = dict[str, float]
@@ -55,7 +55,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     """Evaluation of one model on one set: a file `eval/*.json`.
 
     `scores` has one number per question (or None) for each score of the metric. `answers` names the file with the
-    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage (paired bootstrap);
+    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage over questions;
     None for the unpruned model, if the unpruned model scores 0, or if the interval would take long to compute.
     `control_interval` is the interval of the percentage relative to the control. `joules` is the energy that the
     machine used for answering, according to `counters`; None without counters or after an interruption.
@@ -124,8 +124,7 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
         return None
     folder = workdir / (TEACHER if path is None else path)
     file = evaluation_file(folder.parent, folder.name, key)
-    inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(workdir))
-    return file if inside and file.is_file() else None
+    return file if is_inside(file, workdir) and file.is_file() else None
 
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:

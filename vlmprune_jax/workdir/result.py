@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.files import Count, Finite, Positive
+from vlmprune_jax.core.links import is_inside
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED, Evaluated, Group, MetricInfo, Values
 from vlmprune_jax.workdir.speed import MedianSpeed
@@ -203,11 +203,10 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
             unknown = [key for key in model.evaluation.groups if key not in self.sets]
             if missing or unknown:
                 return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
-        home = os.path.realpath(folder)
         named = [path for run in self.runs for path in (run.plan, *run.scores)]
         named += [path for one in self.entries for path in (one.path, one.metrics) if path is not None]
         for path in dict.fromkeys(named):
-            if "\0" in path or not Path(os.path.realpath(folder / path)).is_relative_to(home):
+            if not is_inside(folder / path, folder):
                 return f"{path!r} lies outside the workdir"
         return None
 

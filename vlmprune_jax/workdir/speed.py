@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.distributed.machine import cpu
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp, speedup
 from vlmprune_jax.workdir.artefact import Artefact, Part
 
 SPEED, BENCH = "speed.json", "bench.json"
 
 
-SpeedUp = tuple[Finite, Finite, Finite]  # median, least and most over the rounds, as a multiple of the unpruned speed
-
-
 class MedianSpeed(Part, frozen=True, kw_only=True):
-    """Median speeds over rounds: prefill and decoding in tokens/s, first token in seconds, speed-ups."""
+    """Median speeds over rounds: prefill and decoding in tokens/s, first token in seconds, speed-ups.
+
+    Speed-ups: [ratio, low, high, spread, limit].
+    """
 
     prefill: Finite
     decode: Finite
@@ -30,34 +32,36 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
     decode_speedup: SpeedUp | None = None
 
 
-def medians(measured: Measurement, unpruned: Measurement | None = None) -> MedianSpeed:
-    """Return the medians over rounds, with speed-ups if the unpruned model's measurement is passed."""
+def medians(measured: Measurement) -> MedianSpeed:
+    """Return the medians over rounds."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
-    speedups: dict[str, Any] = {
-        f"{name}_speedup": speedup(getattr(unpruned, name), getattr(measured, name))
-        for name in ("prefill", "decode")
-        if unpruned is not None
-    }
-    return MedianSpeed(**speeds, **speedups, peak_bytes=measured.peak_bytes)
-
-
-def speedup(before: Sequence[float], after: Sequence[float]) -> SpeedUp:
-    """Return the median, smallest and largest speed-up over rounds."""
-    rounds = [new / old for old, new in zip(before, after, strict=False)]
-    return statistics.median(rounds), min(rounds), max(rounds)
-
-
-def spread(speeds: Sequence[float]) -> float:
-    """Return the relative spread of speeds over rounds: (largest - smallest) / median."""
-    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+    return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
 
 
 class Pair(Part, frozen=True, kw_only=True):
-    """Speed of one pruned layer shape, measured in turns with the unpruned model."""
+    """Speed of one pruned layer shape, measured in turns with the unpruned model, and limits of its speed-ups."""
 
     models: Annotated[list[str], Meta(min_length=1)]
     unpruned: Measurement
     pruned: Measurement
+    prefill_limit: Finite | None = None
+    decode_limit: Finite | None = None
+
+    @property
+    def prefill_speedup(self) -> SpeedUp:
+        """Speed-up of reading the prompt."""
+        return speedup(self.unpruned.prefill, self.pruned.prefill, self.prefill_limit)
+
+    @property
+    def decode_speedup(self) -> SpeedUp:
+        """Speed-up of generating tokens."""
+        return speedup(self.unpruned.decode, self.pruned.decode, self.decode_limit)
+
+    @property
+    def medians(self) -> MedianSpeed:
+        """Median speeds of the pruned model, with its speed-ups."""
+        speedups = {"prefill_speedup": self.prefill_speedup, "decode_speedup": self.decode_speedup}
+        return replace(medians(self.pruned), **speedups)
 
 
 class BenchWorkload(Part, frozen=True, kw_only=True):
@@ -98,7 +102,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
         )
         return {
             "": medians(every),
-            **{name: medians(of.pruned, of.unpruned) for of in self.pairs for name in of.models},
+            **{name: of for pair in self.pairs for of in [pair.medians] for name in pair.models},
         }
 
 

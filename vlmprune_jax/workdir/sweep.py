@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from msgspec import Meta
 
 from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.core.markup import cell
+from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import interval_of_mean
 from vlmprune_jax.workdir.artefact import Artefact, Part, read_artefact
-from vlmprune_jax.workdir.result import ModelEvaluation, RunEvaluation, Set, Sets
-from vlmprune_jax.workdir.speed import SpeedUp
+from vlmprune_jax.workdir.comparison import average_interval, averaged_sets
+from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
+from vlmprune_jax.workdir.result import ModelEvaluation, OfControl, RunEvaluation, Set, Sets
 
 SWEEP = "sweep.json"
 DONE, FAILED, PENDING = "done", "failed", "pending"
@@ -145,9 +149,10 @@ def read_sweep(workdir: Path) -> SweepResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Models that differ only in seeds, with their mean retention (%) and its 95 % interval.
+    """Models that differ only in seeds, with their mean retention (%) and its 95 % interval over seeds and questions.
 
-    `retained` is relative to the unpruned model, `of_control` to the unpruned model after the same recovery.
+    `retained` is relative to the unpruned model, `of_control` to the unpruned model after the same recovery. Both ends
+    are the mean if nothing is known of the interval.
     """
 
     name: str
@@ -181,21 +186,48 @@ def groups_of(sweep: SweepResult) -> list[Group]:
     for name, entries in found.items():
         labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
         models = [entry.found for entry in entries if entry.found is not None]
-        retained = [one.evaluation.mean_of_ratios for one in models]
-        controls = [one.evaluation.control for one in models]
-        of_control = [None if one is None else one.mean_of_ratios for one in controls]
-        groups.append(Group(name, labels, models, _mean_of_all(retained), _mean_of_all(of_control)))
+        retained = _mean_of_all([model.evaluation for model in models], sweep.sets)
+        groups.append(
+            Group(name, labels, models, retained, _mean_of_all([one.evaluation.control for one in models], sweep.sets))
+        )
     return groups
 
 
-def _mean_of_all(values: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Return a mean with its 95 % interval over seeds; None if a value is unknown."""
-    known = [value for value in values if value is not None]
-    return interval_of_mean(known) if len(known) == len(values) else None
+def _mean_of_all(
+    evaluations: Sequence[RunEvaluation | OfControl | None], sets: Sets
+) -> tuple[float, float, float] | None:
+    """Return the mean retention with its 95 % interval over seeds and questions; None if a value is unknown."""
+    known = [one for one in evaluations if one is not None]
+    values = [one.mean_of_ratios for one in known if one.mean_of_ratios is not None]
+    if len(values) < len(evaluations):
+        return None
+    return interval_of_mean(values, [average_interval(one, sets) for one in known])
+
+
+def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.ndarray | None:
+    """Return each question's part of a model's retention in %, float[questions] with the retention as mean.
+
+    None if an evaluation is not in the sweep's workdir, or if its scores do not average to the metric's value. For
+    several sets, the parts of every set are in turn, and each set has the same weight.
+    """
+    parts = []
+    for name in (names := averaged_sets(sweep.sets)):
+        path = find_evaluated(workdir, model.path, name)
+        unpruned = sweep.unpruned[model.unpruned].evaluation.main(name, sweep.sets)
+        scores = [] if path is None or not unpruned else read_evaluated(path).question_scores
+        value = model.evaluation.main(name, sweep.sets)
+        if not scores or None in scores or value is None or not sweep.sets[name].higher_is_better:
+            return None
+        column = np.array(scores, float)
+        if not math.isclose(column.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        parts.append(100 * column / (unpruned or 1) / len(names) / len(column))
+    joined = np.concatenate(parts)
+    return joined * len(joined)
 
 
 def as_csv(sweep: SweepResult) -> str:
-    """Return the content of `sweep.csv`, one line per model of the sweep."""
+    """Return the content of `sweep.csv`, one line per model of the sweep; without speed-ups that are not measurable."""
     labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
     speedups = ("prefill_speedup", "decode_speedup")
     facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]
@@ -208,7 +240,8 @@ def as_csv(sweep: SweepResult) -> str:
     lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts]))
     for one in sweep.models:
         row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
-        row += [end for name in speedups for end in getattr(one.found, name, None) or (None, None, None)]
+        for of in (getattr(one.found, name, None) for name in speedups):
+            row += [of.ratio, of.low, of.high] if of is not None and of.measurable else [None] * 3
         row += [one.labels.get(label) for label in labels]
         row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
         lines.writerow(map(cell, row))

@@ -111,7 +111,7 @@ def test_a_task_is_a_set_whose_answers_are_our_own(evaluate, root, goldens):
     assert found["values"] == {"exact_match": sum(found["scores"]["exact_match"]) / 8}
     perception = read(evaluate.folder, "pruned.pairs_mme_perception_score")
     assert (perception["metric"]["full"], perception["values"]["mme_perception_score"]) == (2000.0, 200.0)
-    assert perception["retained_interval"] == [100.0, 100.0]
+    assert perception["retained_interval"][0] < 100 < perception["retained_interval"][1]
     assert read(evaluate.folder, "teacher.pairs_mme_cognition_score")["metric"]["full"] == 800.0
 
     code, lines = evaluate("--tasks=easyvqa,pairs")

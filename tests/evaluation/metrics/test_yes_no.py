@@ -69,6 +69,7 @@ def test_mme_sums_categories_of_pairs():
         ("mme", asked("yes", category="OCR"), "record q: has no field 'question_id'"),
         ("mme", asked("yes", question_id=1), "record q: has no field 'category'"),
         ("mme", asked("yes", category="OCR", question_id=[1]), "field 'question_id' must be a string or an integer"),
+        ("mme", asked("yes", category="\ud800", question_id=7), "field 'category' must be a string or an integer"),
         ("mme", asked("yes", category="OCR", question_id=7), "category OCR, question_id 7 has 1"),
     ],
 )

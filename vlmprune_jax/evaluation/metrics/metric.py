@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import blaming
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.records import Record, is_name
 
 Scores = Mapping[str, float]  # scores of one answer, by name
 Values = dict[str, float]  # values over all answers, by name
@@ -156,6 +156,6 @@ def field(record: Record, name: str) -> Any:
 def name_field(record: Record, name: str) -> str:
     """Return a record's field as text; raise UserError unless it is a text or a whole number."""
     value = field(record, name)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if not is_name(value):
         raise UserError(f"record {record.id}: field {name!r} must be a string or an integer, got {value!r}")
     return str(value)

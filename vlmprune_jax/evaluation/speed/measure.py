@@ -33,6 +33,9 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
+    others = [name for name, model in models.items() if not isinstance(model, Model)]
+    if others:
+        raise UserError(f"vp.measure_speed: models[{others[0]!r}] must be a Model: pass vp.load(DIR)")
     programs = {name: _compile(model, config) for name, model in models.items()}
 
     def agree(seconds: float) -> float:  # all processes must run a program equally often

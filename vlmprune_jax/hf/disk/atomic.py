@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
+from vlmprune_jax.core.links import real_path
 
 # Space beside the weights for file system overhead and small files.
 SPARE_BYTES = 16 * 2**20
@@ -28,7 +29,7 @@ def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
 
     Raises UserError if it exists and `overwrite` is off, it is not a model folder, or it contains the source.
     """
-    out, source = out_dir.resolve(), source_dir.resolve()
+    out, source = real_path(out_dir), real_path(source_dir)
     if out == source or out in source.parents:
         raise UserError(f"{out_dir}: is or contains the source folder {source_dir}: choose another output folder")
     if not os.path.lexists(out_dir):
@@ -56,7 +57,7 @@ def _has_card(folder: Path) -> bool:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise UserError if the disk has fewer than this many free bytes."""
-    free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.is_dir())).free
+    free = shutil.disk_usage(next(parent for parent in real_path(folder).parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
         raise UserError(
             f"{folder}: needs {(needed + SPARE_BYTES) / 2**20:,.0f} MiB but only {free / 2**20:,.0f} MiB are free: "

@@ -33,9 +33,11 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     """
     number = -1
     for number, batch in enumerate(batches):
-        arrays = {name: array for name, array in getattr(batch, "arrays", batch).items() if array is not None}
+        arrays = getattr(batch, "arrays", batch)
         with error_context(f"calibration batch {number}"):
-            yield _checked(arrays, cfg, labels)
+            if not isinstance(arrays, Mapping):
+                raise UserError(f"must be a mapping of arrays, got {type(batch).__name__}: make it with vp.batches")
+            yield _checked({name: array for name, array in arrays.items() if array is not None}, cfg, labels)
     if number < 0:
         raise UserError("there are no calibration batches: pass at least one")
 

@@ -1,0 +1,77 @@
+"""Speed-ups: ratios of median speeds with intervals, and whether the rounds are steady enough to show them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from vlmprune_jax.core.files import Finite
+
+STEADY = 0.05  # spread of the rounds that a quiet machine keeps to
+_MOST_SPREAD = 0.2  # largest spread of the rounds, as a share of the speed-up's distance from 1
+_DRAWS = 1000
+
+
+class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
+    """Speed of a model as a multiple of the unpruned model's.
+
+    `ratio` is the ratio of their medians over rounds in turns. `low` to `high` holds 95 % of the samples of a paired
+    bootstrap over rounds, which for less than 6 rounds is about their range. `spread` is the relative range of the
+    rounds of the less steady model (None if unknown). `limit` is the largest ratio that the FLOPs of a prompt or the
+    bytes of a decoded token allow (None if unknown).
+    """
+
+    ratio: Finite
+    low: Finite
+    high: Finite
+    spread: Finite | None = None
+    limit: Finite | None = None
+
+    @property
+    def measurable(self) -> bool:
+        """True if the rounds differ by at most 20 % of the effect, and FLOPs or bytes allow the ratio."""
+        return self._steady and (self.limit is None or self.low <= self.limit)
+
+    @property
+    def _steady(self) -> bool:
+        return self.spread is not None and self.spread <= _MOST_SPREAD * abs(self.ratio - 1)
+
+    def show(self, *, interval: bool = True) -> str:
+        """Return the ratio as text, such as "1.50 (1.48 to 1.53)", or "not measurable"."""
+        if not self.measurable:
+            return "not measurable"
+        return f"{self.ratio:.2f}" + (f" ({self.low:.2f} to {self.high:.2f})" if interval else "")
+
+    def __str__(self) -> str:
+        """Return the ratio with its interval as text, or why it is not measurable."""
+        if self.measurable:
+            return self.show()
+        if self.spread is None:
+            return f"{self.show()} (the spread of the rounds is unknown)"
+        busy = " on this busy machine" if self.spread > STEADY else ""
+        limit = f"; FLOPs or bytes allow {self.limit:.2f}" if self._steady else ""
+        return f"{self.show()}{busy} (rounds differ by {100 * self.spread:.3g} %{limit})"
+
+
+def spread(speeds: Sequence[float]) -> float:
+    """Return the relative spread of speeds over rounds: (largest - smallest) / median."""
+    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+
+
+def speedup(before: Sequence[float], after: Sequence[float], limit: float | None = None) -> SpeedUp:
+    """Return the ratio of two models' median speeds, with its interval by a paired bootstrap over rounds.
+
+    Args:
+      before, after: speeds of the unpruned and of the pruned model, one per round; both were measured in each round.
+      limit: see `SpeedUp`.
+    """
+    rounds = np.array(list(zip(before, after, strict=False)))
+    draws = np.random.Generator(np.random.PCG64(0)).integers(len(rounds), size=(_DRAWS, len(rounds)))
+    ours, theirs = np.median(rounds[draws], axis=1).T[::-1]
+    low, high = np.quantile(ours / theirs, [0.025, 0.975])
+    ratio = statistics.median(after) / statistics.median(before)
+    differ = max(spread(before), spread(after)) if len(rounds) > 1 else None
+    return SpeedUp(ratio, float(low), float(high), differ, limit)
