@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -195,6 +196,20 @@ def _shapes(layers: tuple[LayerShape, ...]) -> str:
         shape = shapes[0]
         return f"each with {shape.q_heads} query heads, {shape.kv_heads} key/value heads and {shape.mlp} MLP neurons"
     return "of unequal width: " + "; ".join(f"{s.q_heads}/{s.kv_heads} heads and {s.mlp} neurons" for s in shapes)
+
+
+def loading_lines(folder: Path) -> list[str]:
+    """Return how an exported folder is loaded, from its model card: the code with paths, or a sentence without code."""
+    path = folder / "README.md"
+    card = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
+    section = card.partition("\n## Loading\n\n")[2]
+    if not section.startswith("```"):
+        return section.split("\n\n")[0].split("\n")
+    code = section.split("\n```")[0].split("\n")[1:]
+    code = [line.replace('"FOLDER"', json.dumps(str(folder))) for line in code if line]
+    return [
+        " ".join(str(folder / word) if (folder / word).is_file() else word for word in line.split()) for line in code
+    ]
 
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
