@@ -13,7 +13,8 @@ TAKES_ARGUMENTS = True
 
 def run(flags: Any) -> None:
     """Print the declaration (type, default, help) of every setting named on the command line."""
+    from vlmprune_jax.core.console import wrap_lines
     from vlmprune_jax.experiment.options import describe
 
     for name in flags.args:
-        print("\n".join(describe(name)))
+        print("\n".join(wrap_lines(describe(name))))
