@@ -136,7 +136,6 @@ def finish(context: Any) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.distributed.mesh import is_main_process
     from vlmprune_jax.report.build import build_report
-    from vlmprune_jax.report.provenance import provenance_section
     from vlmprune_jax.report.tables import lead, parameter_note, tables_of
     from vlmprune_jax.stages.export import describe_export
     from vlmprune_jax.workdir.ledger import finished_stages
@@ -159,5 +158,5 @@ def finish(context: Any) -> None:
         numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / RESULT}"
     else:
         numbers = ", of an unfinished run: it says what is missing"
-    page = build_report(context.workdir, more=[provenance_section(finished_stages(context.workdir))])
+    page = build_report(context.workdir, finished_stages(context.workdir))
     context.say(f"report: {page}{numbers}")

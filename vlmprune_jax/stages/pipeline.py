@@ -14,10 +14,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, RecoverRun, prune_runs, recover_runs
+from vlmprune_jax.export.card import model_name
 from vlmprune_jax.prune.describe import count_carried
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.stages.answers import evaluate_model, write_samples
-from vlmprune_jax.stages.evaluate import parts_of
+from vlmprune_jax.stages.evaluate import names_of_sets, parts_of
 from vlmprune_jax.stages.export import describe_export, export_folder
 from vlmprune_jax.stages.job import make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
@@ -138,8 +139,14 @@ class Pipeline:
         return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
 
     def note_steps(self) -> None:
-        """Write the list of steps to the workdir, from which reports show missing results."""
-        write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
+        """Write the list of steps to the workdir, from which reports show missing results, with names for titles."""
+        spec, work = self.experiment, self.work()
+        steps = Steps(
+            model=spec.export.base_model or model_name(work.teacher),
+            sets=names_of_sets(spec.data, spec.evaluate),
+            steps=[step.planned for step in self.steps()],
+        )
+        write_artefact(self.context.workdir / STEPS, steps)
 
     def run_stage(self, name: str, *, explain: bool = False) -> None:
         """Run one stage for every variant; `explain` also prints each layer's pruned widths with reasons.
