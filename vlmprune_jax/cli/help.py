@@ -1,7 +1,7 @@
 """vlmprune help NAME: print meaning, default and allowed values of a setting, or of all settings of a section.
 
 NAME is a full name (`vlmprune help recover.losses.kl`) or its last part (`vlmprune help kl`). Without NAME,
-`vlmprune help` lists the commands. docs/reference/settings.md lists all settings.
+`vlmprune help` lists the commands.
 """
 
 from __future__ import annotations

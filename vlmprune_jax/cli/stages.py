@@ -53,7 +53,7 @@ class StageCommand:
         if self.name == "prune":
             absl_flags.DEFINE_bool("explain", False, "print what each layer loses and why", flag_values=values)
         if self.name == "export":
-            about = "write a further export, to export-FORMAT/: a format or quantisation, such as gguf or w4a16,q8_0"
+            about = "write further exports in these formats or quantisations: gguf,w4a16 -> export-gguf/, export-w4a16/"
             absl_flags.DEFINE_list("format", [], about, flag_values=values)
         if self.name == "evaluate":
             about = "lmms-eval tasks to run, instead of those in evaluate.tasks"

@@ -78,9 +78,7 @@ The command also updates result.json, if the workdir has one.""",
             outputs=("export*",),
             files="stages.export:export_files",
             per="run",
-            details="""\
-vlmprune reloads the export and compares its logits with those of the model in memory.
---format=gguf,w4a16 writes further exports beside export/, to export-gguf/ and export-w4a16/.""",
+            details="vlmprune reloads the export and compares its logits with those of the model in memory.",
             beside="write another format or quantisation to export-NAME/ with --format=NAME",
         ),
     },
