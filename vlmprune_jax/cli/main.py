@@ -239,8 +239,8 @@ def _shipped() -> str:
 
 def _listed(name: str) -> str:
     """Return a command's entry in the overview: its name and its wrapped one-line help."""
-    indent = {"initial_indent": f"  {name:<11} ", "subsequent_indent": " " * 14}
-    return textwrap.fill(COMMANDS[name], _WIDTH, break_on_hyphens=False, **indent)
+    text = f"  {name:<11} {COMMANDS[name]}"
+    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False)
 
 
 def _command(name: str, *rest: str) -> ModuleType | StageCommand:
