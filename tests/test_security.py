@@ -182,7 +182,7 @@ def test_markup_is_made_where_it_is_escaped():
         "csv.writer": {"workdir/sweep.py"},
         "Environment": {"report/page.py"},
         "Markup": {"Markup(script)", "Markup(to_svg(drawn))"},
-        ".md": {"export/card.py", "recovery/peft.py", "study_page.py"},
+        ".md": {"export/card.py", "recovery/peft.py"},
     }
     for file in (PACKAGE / "export/card.py", PACKAGE / "recovery/peft.py", ROOT / "tools/study_page.py"):
         assert "from vlmprune_jax.core.markup import" in file.read_text(encoding="utf-8")

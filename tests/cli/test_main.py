@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -30,8 +31,11 @@ def test_overview(capsys, argv):
     assert main(argv) == 0
     out = capsys.readouterr().out
     for name in COMMANDS:
-        assert f"\n  {name} " in out
-    assert max(map(len, out.splitlines())) <= 120
+        assert out.count(f"\n  {name} ") == 1
+    assert max(map(len, out.splitlines())) <= 80
+    assert [line for line in out.splitlines() if re.fullmatch("[A-Z].*:", line)] == [
+        *("Run the pipeline or one stage:", "Look at models and results:", "Tools:", "Examples:")
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -39,6 +39,17 @@ def test_help_answers_for_every_section_and_the_variants(capsys):
         assert capsys.readouterr().out.startswith(f"{name} = {{}}\n  Ways to ")
 
 
+def test_help_is_wrapped_to_the_terminal(capsys, monkeypatch):
+    assert main(["help", "recover"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["help", "recover"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, whole.splitlines())) > 120
+    assert max(map(len, out.splitlines())) <= 60
+    assert out.split() == whole.split()
+
+
 def test_help_of_what_does_not_exist(capsys):
     assert main(["help", "temprature"]) == 2
     assert capsys.readouterr().err == "vlmprune: error: no setting 'temprature'; did you mean 'temperature'?\n"

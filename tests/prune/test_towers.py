@@ -173,8 +173,13 @@ def test_fewer_heads_say_how_they_load(tmp_path):
     with pytest.raises(UserError, match=r'tower has fewer heads than its width requires, .* with heads="keep", or exp'):
         vp.prune_folder(source, plan, tmp_path / "refused", uneven="refuse")
     card = (tmp_path / "out/README.md").read_text()
-    assert "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads" in card
+    assert (
+        "PyTorch cannot load this folder: its class computes the head size of the tower as hidden_size / heads" in card
+    )
+    assert "from_pretrained" not in card
     assert check_export(pruned, tmp_path / "out")["backend"] == "jax"
+    vp.save(pruned, tmp_path / "integers", source_dir=tmp_path / "out", quantize="w8a16")
+    assert "ransformers" not in (tmp_path / "integers/README.md").read_text().partition("## Loading")[2]
     edit_config(tmp_path / "out", vision_config={**tower_of(tmp_path / "out")[0], "head_dim": None})
     with pytest.raises(UserError, match=r"the weights do not match config.json .*q_proj"):
         vp.load(tmp_path / "out")

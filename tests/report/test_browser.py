@@ -19,10 +19,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 CLICKS = """
 <script>
 const table = document.querySelector("table.sortable"), told = [];
+const nameOf = (cell) => [...cell.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data).join("");
 const tell = () => {
   const sorted = [...table.tHead.rows[0].cells].map((head) => head.getAttribute("aria-sort"));
   const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden);
-  told.push({ sorted, names: rows.map((row) => row.cells[0].firstChild.textContent.replaceAll("\u00a0", " ")) });
+  told.push({ sorted, names: rows.map((row) => nameOf(row.cells[0]).replaceAll("\u00a0", " ")) });
 };
 for (const column of [1, 1, 0]) {
   table.tHead.rows[0].cells[column].querySelector("button").click();
@@ -45,7 +46,10 @@ addEventListener("load", () => {{
   const heads = [...page.querySelector("table.sortable").tHead.rows[0].cells];
   const seen = heads.filter((head) => head.getBoundingClientRect().width && head.getBoundingClientRect().right <= {0});
   pre.id = "told";
-  pre.textContent = JSON.stringify([page.documentElement.scrollHeight, seen.map((head) => head.textContent)]);
+  const [points, rows] = [...page.querySelectorAll(".plot svg")].map((panel) => panel.getBoundingClientRect());
+  const below = rows.top >= points.bottom && rows.right <= {0};
+  const names = seen.map((head) => head.textContent);
+  pre.textContent = JSON.stringify([page.documentElement.scrollHeight, names, below]);
   document.body.append(pre);
 }});
 </script>"""
@@ -86,7 +90,7 @@ def test_page_renders_and_sorts(tmp_path):
     page = report(tmp_path)
     shown, console = opened(page, tmp_path / "profile")
     assert console == []
-    assert shown.count("<svg") == 6
+    assert shown.count("<svg") == 7
     assert shown.count('<button type="button">') > 20  # which our script made, under the page's own policy
 
     text = page.read_text()
@@ -114,14 +118,15 @@ def test_page_renders_and_sorts(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_what_is_seen_without_scrolling(tmp_path, width):
-    """On a phone model, retention, size and speed; on a desktop the page is short and shows every column."""
+    """On a phone a table of four columns, and plots below each other; on a desktop every column, and a short page."""
     page = report(tmp_path)
     frame = page.with_name("frame.html")
     frame.write_text(FRAME.format(width))
     shown, _ = opened(frame, tmp_path / "profile")
-    height, heads = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    height, heads, below = json.loads(re.search(r'<pre id="told">(.*?)</pre>', shown).group(1))
+    assert below == (width == 390)
     if width == 390:
-        assert heads == ["model", "retained, %", "size, %", "decoding, x"]
+        assert heads == ["model", "retained, %", "size, %", "accuracy, %"]
     else:
         assert height < 6000
         assert heads[-1] == "run"

@@ -18,8 +18,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
+from vlmprune_jax.workdir.content import MadeFrom
+from vlmprune_jax.workdir.ledger import Done
+from vlmprune_jax.workdir.provenance import MadeBy
 from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
+from vlmprune_jax.workdir.unfinished import STEPS, Steps
 
 
 def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
@@ -64,16 +68,16 @@ def test_links_are_found():
 
 def test_page_tells_the_numbers_and_is_one_file(workdir):
     page = build_report(workdir).read_text()
-    for text in ("depth-sft", "76.00", "95.00", "5 %", "12.3", "3.2e-06", "Best of 3 models"):
+    for text in ("depth-<wbr>sft", "76.00", "95.00", "5 %", "12.3", "3.2e-06", "Best of 3 models"):
         assert text in page
-    assert page.count("<svg") == 6  # accuracy, what two plans removed, two importances, losses
+    assert page.count("<svg") == 7  # accuracy (two panels), what two plans removed, two importances, losses
     assert outside_of(page) == []
     assert page.count("<script") == 1
     for svg in re.findall(r"<svg.*?</svg>", page, re.S):
         used = re.findall(r'href="#([^"]+)|url\(#([^)]+)', svg)
         assert {one or other for one, other in used} <= set(re.findall(r'\bid="([^"]+)', svg)) != set()
     best = re.search(r'<tr class="best">(.*?)</tr>', page, re.S).group(1)
-    assert "depth-sft" in best
+    assert "depth-<wbr>sft" in best
     assert "&lt;b&gt;" in page  # an answer is text, not markup
     assert "<b>" not in page
     assert list(workdir.glob(".*")) == [workdir / ".stages"]
@@ -123,6 +127,23 @@ def test_the_same_result_gives_the_same_page(workdir):
     assert build_report(workdir).read_bytes() == first
 
 
+def test_the_title_names_model_sets_and_day(workdir):
+    """The day on which the last stage finished, not that of the report."""
+    assert "<h1>Structural pruning report</h1>" in build_report(workdir).read_text()
+    write_artefact(workdir / STEPS, Steps(model="org/<model>", sets="pope, mme", steps=[]))
+    by = MadeBy(finished="2026-11-02 10:00:00 UTC", command="", processor="", versions={}, commit=None)
+    made = MadeFrom(settings={}, inputs={}, version=1)
+    first = Done(made_from=made, done=True, seconds=1.0, facts={}, outputs={}, by=by)
+    later = replace(first, by=replace(by, finished="2026-11-10 09:00:00 UTC"))
+    page = build_report(workdir, {"score": first, "recover": later, "prune": first}).read_text()
+    assert page.count("Pruning of org/&lt;model&gt;, evaluated on pope, mme (2026-11-10)</") == 2
+
+
+def test_names_break_at_separators(workdir):
+    change(workdir, 0, name="width_reconstructed-sft/a-")
+    assert ">width_<wbr>reconstructed-<wbr>sft/<wbr>a-</td>" in build_report(workdir).read_text()
+
+
 def test_a_model_that_two_variants_share_is_shown_once(workdir):
     """Width before reconstruction is the same model as width: one row, one answer, one figure."""
     result = read_result(workdir)
@@ -143,7 +164,9 @@ def test_a_model_that_two_variants_share_is_shown_once(workdir):
 
 def test_page_of_several_sets(several):
     page = build_report(several).read_text()
-    assert page.count("<svg") == 9  # the average, three sets, what two plans removed, two importances, losses
+    assert (
+        page.count("<svg") == 13
+    )  # the average and three sets (two panels each), what two plans removed, two importances, losses
     for text in (
         "retains 82.50 % of the unpruned score on average over 2 evaluation sets",
         "Lower is better",

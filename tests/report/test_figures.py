@@ -17,7 +17,7 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
     }
     dataclasses.replace(Scores.load(path), by_kind=of).save(path)
     page = build_report(workdir).read_text()
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert "Serve vision most: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
     path = workdir / "width" / "scores.npz"
     scores = Scores.load(path)

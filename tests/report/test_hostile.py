@@ -119,13 +119,15 @@ def test_mutants_of_metrics_and_of_what_was_planned(workdir):
 def test_a_result_names_no_file_outside_its_workdir(workdir, outside):
     (workdir / "link").symlink_to("/etc/passwd")
     good = json.loads((workdir / "result.json").read_text())
-    for name, value in (("plan", outside), ("scores", [outside]), ("metrics", outside), ("path", outside)):
-        good["runs"][0] |= {name: value}
+    run, export = good["runs"][0], good["export"]
+    for place, name in ((run, "plan"), (run, "scores"), (run, "metrics"), (run, "path"), (export, "path")):
+        before, place[name] = place.get(name), [outside] if name == "scores" else outside
         (workdir / "result.json").write_text(json.dumps(good))
         with pytest.raises(
             UserError, match=r"result.json: ('.*' lies outside|is not valid JSON).*run `vlmprune run` ag"
         ):
             read_result(workdir)
+        place[name] = before
 
 
 def test_files_that_are_none(workdir):

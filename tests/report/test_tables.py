@@ -16,7 +16,7 @@ def test_table(workdir):
     change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"])
     (table,) = tables_of(read_result(workdir))
     assert table.header[:3] == ("model", "retained, %", "size, %")
-    assert table.header[: table.first] == ("model", "retained, %", "size, %", "decoding, x")
+    assert table.header[: table.first] == ("model", "retained, %", "size, %", "accuracy, %")
     assert all(len(row) == len(table.header) for row in table.rows)
     unpruned, depth, recovered, _ = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert (unpruned["accuracy, %"], unpruned["retained, %"], unpruned["size, %"]) == ("80.00", "100.00", "100.0")

@@ -1,6 +1,7 @@
 """`vlmprune export` as GGUF and as integers: made from a workdir, compared, skipped, refused."""
 
 import json
+import re
 import shutil
 from importlib import resources
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from vlmprune_jax.prune import prune_folder
 from vlmprune_jax.stages import pipeline
 from vlmprune_jax.stages.pipeline import Pipeline
 from vlmprune_jax.stages.work import Context
+from vlmprune_jax.workdir.ledger import Finished
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -55,10 +57,38 @@ def test_gguf_by_command(command, tmp_path, capsys):
     assert main([*command, "--config.export.quantize=q8_0"]) == 0
     assert "export: unchanged, skipped" in capsys.readouterr().out
     assert main(command) == 2
-    assert '(export.quantize was "q8_0", now "none")' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert '(export.quantize was "q8_0", now "none")' in said
+    assert "add --overwrite to replace it, or write another format or quantisation to export-NAME/ with" in said
     assert main([*command, "--overwrite"]) == 0
     assert (out / "teacher-pruned-BF16.gguf").is_file()
     assert not (out / "teacher-pruned-Q8_0.gguf").exists()
+
+
+def test_exports_side_by_side(command, tmp_path, capsys):
+    """Each in its own folder; an option that the format lacks is refused only if the command line sets it."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        CONFIG.format(root=tmp_path).replace("    return", "    config.export.rolled_positions = True\n    return")
+    )
+    assert main([*command, "--format=q8_0", "--config.export.layout=transformers"]) == 2
+    assert "layout='transformers' is an option of format 'huggingface'" in capsys.readouterr().err
+    assert main([*command, "--format=huggingface,q8_0"]) == 0
+    folders = [tmp_path / "w/export-huggingface", tmp_path / "w/export-q8_0"]
+    assert [(folder / "README.md").is_file() for folder in folders] == [True, True]
+    assert not (tmp_path / "w/export").exists()
+    lines = capsys.readouterr().out.splitlines()
+    text = next(folders[1].glob("teacher*.gguf"))
+    tower = next(folders[1].glob("mmproj*.gguf"))
+    place = lines.index(next(line for line in lines if line.startswith("exported: pruned, to ")))
+    assert re.fullmatch(rf"exported: pruned, to {folders[0]} \(0\.\d+ MB in \d+ files\)", lines[place])
+    assert re.fullmatch(r"  reloaded in torch: largest difference of any logit \S+ \(tolerance \S+\)", lines[place + 1])
+    assert f'  model = LlavaForConditionalGeneration.from_pretrained("{folders[0]}")' in lines
+    assert lines[-1] == f"  llama-server -m {text} --mmproj {tower}"
+    assert main([*command, "--format=q8_0"]) == 0
+    assert "export q8_0: unchanged, skipped (export-q8_0 is up to date)" in capsys.readouterr().out
+    assert main([*command, "--format=ggfu"]) == 2
+    assert "did you mean 'gguf'?" in capsys.readouterr().err
 
 
 def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
@@ -153,11 +183,13 @@ def test_integers_by_command(tmp_path, capsys):
 
 
 def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):
-    found = SimpleNamespace(runs=[SimpleNamespace(path=f"{name}/pruned") for name in ("depth", "width")], sets={})
+    runs = [SimpleNamespace(name=name, path=f"{name}/pruned") for name in ("depth", "width")]
+    found = SimpleNamespace(runs=runs, sets={}, labels={"depth": "", "width": ""})
     exported = []
     monkeypatch.setattr(pipeline, "read_result", lambda _: found)
     monkeypatch.setattr(pipeline, "best_run", lambda runs, _: runs[0])
-    monkeypatch.setattr(Pipeline, "_export_run", lambda _, run, __: exported.append(run.path))
+    monkeypatch.setattr(Pipeline, "_export_run", lambda _, run, *__: exported.append(run.path) or Finished(None, 0.0))
+    monkeypatch.setattr(pipeline, "describe_export", lambda *_: [])
     (tmp_path / "result.json").touch()
     variants = {name: {"prune": {"method": name}} for name in ("depth", "width", "hybrid")}
     experiment = override(Experiment(), {"prune_variants": variants})

@@ -1,7 +1,7 @@
 """vlmprune help NAME: print meaning, default and allowed values of a setting, or of all settings of a section.
 
 NAME is a full name (`vlmprune help recover.losses.kl`) or its last part (`vlmprune help kl`). Without NAME,
-`vlmprune help` lists the commands. docs/reference/settings.md lists all settings.
+`vlmprune help` lists the commands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ TAKES_ARGUMENTS = True
 
 def run(flags: Any) -> None:
     """Print the declaration (type, default, help) of every setting named on the command line."""
+    from vlmprune_jax.core.console import wrap_lines
     from vlmprune_jax.experiment.options import describe
 
     for name in flags.args:
-        print("\n".join(describe(name)))
+        print("\n".join(wrap_lines(describe(name))))

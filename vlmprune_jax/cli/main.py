@@ -28,31 +28,41 @@ from vlmprune_jax.distributed.failure import end, joined
 # The other commands: modules of this folder, which load when they are called, so that help stays fast.
 OTHERS = {
     "sweep": "run a config with many combinations of settings and compare the results -> sweep.json, sweep.html",
-    "plan": "compile the recovery step for a TPU slice, without a TPU, and print its memory and minimum time",
-    "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
-    "chat": "ask models a question about an image, for example before and after pruning",
-    "bench": "measure speed, memory and size of models on this machine in jax, transformers and llama.cpp",
-    "diff": "compare two plans layer by layer",
-    "env": "print versions, devices and installed packages, for a bug report",
-    "help": "explain a setting (`vlmprune help kl`): meaning, default, choices",
     "inspect": "print the parts of a Hugging Face model that can be pruned, without reading weights",
+    "recommend": "recommend a pruning method and recovery for a model and a budget, with the evidence and a config",
+    "plan": "compile the recovery step for a TPU slice, without a TPU, and print its memory and minimum time",
     "vocabulary": "print what smaller vocabularies save and cost, without writing files",
+    "bench": "measure speed, memory and size of models on this machine in jax, transformers and llama.cpp",
+    "chat": "ask models a question about an image, for example before and after pruning",
+    "diff": "compare two plans layer by layer",
+    "help": "explain a setting (`vlmprune help kl`): meaning, default, choices",
+    "env": "print versions, devices and installed packages, for a bug report",
     "tfds": "pack records and images into a tensorflow-datasets data set",
 }
 COMMANDS = {**commands(), **OTHERS}
+_TOOLS = ("help", "env", "tfds")
+_LOOK = ("report", *(name for name in OTHERS if name not in ("sweep", *_TOOLS)))
+_PIPELINE = tuple(name for name in COMMANDS if name not in (*_LOOK, *_TOOLS))
+# The groups of commands in the overview.
+GROUPS = {"Run the pipeline or one stage": _PIPELINE, "Look at models and results": _LOOK, "Tools": _TOOLS}
 OVERVIEW = """\
-vlmprune: structured pruning and recovery of vision-language models, from Hugging Face folder to Hugging Face folder.
+vlmprune: structured pruning and recovery of vision-language models,
+from Hugging Face folder to Hugging Face folder.
 
-usage: vlmprune COMMAND [flags]        vlmprune COMMAND --help        vlmprune --version
-
+usage: vlmprune COMMAND [flags]
+       vlmprune COMMAND --help
+       vlmprune --version
 {commands}
 
+Examples:
   vlmprune demo --workdir=runs/demo
-  vlmprune run --config=llava15_7b:depth,0.3 --workdir=runs/llava --config.model.hf_dir=DIR
-               --config.data.train=FILE.json --config.data.images=DIR --config.data.eval=FILE.json
+  vlmprune run --config=llava15_7b:depth,0.3 --workdir=runs/llava \\
+      --config.model.hf_dir=DIR --config.data.train=FILE.json \\
+      --config.data.images=DIR --config.data.eval=FILE.json
 
 {configs}
 """
+_WIDTH = 80  # characters per line of the overview
 # Commands that keep nothing of what they have done.
 _ANEW = ("bench", "chat", "diff", "env", "help", "inspect", "plan", "recommend", "tfds", "vocabulary")
 OURS, USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 1, 2, 130, 141, 143
@@ -211,8 +221,8 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
     if script is not None:
         _run(script, *argv)
     elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
-        lines = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
-        print(OVERVIEW.format(commands=lines, configs=_shipped()))
+        lines = [line for title, names in GROUPS.items() for line in ("", f"{title}:", *map(_listed, names))]
+        print(OVERVIEW.format(commands="\n".join(lines), configs=_shipped()))
     elif argv == ["--version"]:
         print(f"vlmprune {env.version()}")
     else:
@@ -223,8 +233,14 @@ def _dispatch(argv: list[str], script: ModuleType | None) -> None:
 
 def _shipped() -> str:
     """Return the names of the bundled configs as wrapped help text."""
-    text = f"configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
-    return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+    text = f"Configs that come with vlmprune (--config=NAME): {', '.join(shipped_configs())}"
+    return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _listed(name: str) -> str:
+    """Return a command's entry in the overview: its name and its wrapped one-line help."""
+    text = f"  {name:<11} {COMMANDS[name]}"
+    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False)
 
 
 def _command(name: str, *rest: str) -> ModuleType | StageCommand:

@@ -52,6 +52,9 @@ class StageCommand:
             values["workdir"].value = "runs/demo"
         if self.name == "prune":
             absl_flags.DEFINE_bool("explain", False, "print what each layer loses and why", flag_values=values)
+        if self.name == "export":
+            about = "write further exports in these formats or quantisations: gguf,w4a16 -> export-gguf/, export-w4a16/"
+            absl_flags.DEFINE_list("format", [], about, flag_values=values)
         if self.name == "evaluate":
             about = "lmms-eval tasks to run, instead of those in evaluate.tasks"
             absl_flags.DEFINE_list("tasks", None, about, flag_values=values)
@@ -87,16 +90,19 @@ def run_command(name: str, flags: Any) -> None:
         return
     if name == "evaluate" and flags.tasks is not None and flags.config is not None:
         flags.config.evaluate.tasks = tuple(flags.tasks)
-    experiment, context = prepare(flags)
-    pipeline = Pipeline(experiment, context)
+    experiments, context = prepare(flags, flags.format if name == "export" else ())
+    pipelines = {part: Pipeline(experiment, context) for part, experiment in experiments.items()}
+    pipeline = next(iter(pipelines.values()))
     if name == "evaluate" and flags.server is not None:
         if flags.dry_run or flags.only:
             raise UserError("--dry_run and --only are not for models behind --server: leave them out")
         evaluate_server(pipeline.work(), pipeline.sections, flags.server, starting_point(flags))
         return
-    preflight(pipeline, name)
+    for each in pipelines.values():
+        preflight(each, name)
     work, sections = pipeline.work(), () if name == "run" else ("model", *STAGES[name].sections)
-    for line in unused_lines([(experiment, work.config(work.teacher))], sections, starting_point(flags)):
+    used = [(each, work.config(work.teacher)) for each in experiments.values()]
+    for line in unused_lines(used, sections, starting_point(flags)):
         context.say(f"  {line}")
     if flags.dry_run:
         return
@@ -108,7 +114,8 @@ def run_command(name: str, flags: Any) -> None:
     elif name == "speed":
         pipeline.measure_speed()
     elif name == "export":
-        pipeline.export()
+        for part, each in pipelines.items():
+            each.export(part)
     else:
         pipeline.run_stage(name, explain=name == "prune" and flags.explain)
 
@@ -129,8 +136,8 @@ def finish(context: Any) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.distributed.mesh import is_main_process
     from vlmprune_jax.report.build import build_report
-    from vlmprune_jax.report.provenance import provenance_section
     from vlmprune_jax.report.tables import lead, parameter_note, tables_of
+    from vlmprune_jax.stages.export import describe_export
     from vlmprune_jax.workdir.ledger import finished_stages
     from vlmprune_jax.workdir.result import RESULT, read_result
 
@@ -143,14 +150,13 @@ def finish(context: Any) -> None:
         context.say(lead(result))
         if note := parameter_note(result.teacher):
             context.say(note)
-        export = result.export
-        where = "" if export is None else f", exported to {context.workdir / export.path}"
-        context.say(f"best: {context.workdir / result.best_run.path}{where}")
-        if export is not None:
-            difference = export.max_abs_logit_difference
-            context.say(f"  reloaded and compared: largest difference of any logit {difference:.2g}")
+        context.say(f"best: {context.workdir / result.best_run.path}")
+        if result.export is not None:
+            exported = context.workdir / result.export.path
+            for line in describe_export(exported, result.labels[result.best], result.export):
+                context.say(line)
         numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / RESULT}"
     else:
         numbers = ", of an unfinished run: it says what is missing"
-    page = build_report(context.workdir, more=[provenance_section(finished_stages(context.workdir))])
+    page = build_report(context.workdir, finished_stages(context.workdir))
     context.say(f"report: {page}{numbers}")

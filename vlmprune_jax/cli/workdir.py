@@ -16,6 +16,7 @@ from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
+from vlmprune_jax.experiment.arguments import export_in
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.stages.work import Context
@@ -25,14 +26,22 @@ from vlmprune_jax.sweep.sweep import attempt
 from vlmprune_jax.sweep.workers import Work
 
 
-def prepare(flags: Any) -> tuple[Experiment, Context]:
-    """Return the experiment of a stage command, and its context (workdir and console output)."""
+def prepare(flags: Any, formats: Sequence[str]) -> tuple[dict[str, Experiment], Context]:
+    """Return the experiment of a stage command, and its context (workdir and console output).
+
+    With `formats`, {format: the experiment with this export format}; otherwise the experiment has the name "".
+    """
     reporter = _join(flags)
     experiment, workdir = to_experiment(
         flags.config, flags.workdir, only=flags.only, explicit=flags.explicit, dry_run=flags.dry_run
     )
-    check_experiment(experiment, workdir)
-    return experiment, Context(workdir=workdir, reporter=reporter, overwrite=flags.overwrite)
+    experiments = {
+        name: dataclasses.replace(experiment, export=export_in(experiment.export, name, flags.explicit))
+        for name in formats
+    } or {"": experiment}
+    for each in experiments.values():
+        check_experiment(each, workdir)
+    return experiments, Context(workdir=workdir, reporter=reporter, overwrite=flags.overwrite)
 
 
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,6 +137,20 @@ def make_reporter(enabled: bool) -> Reporter:
     console = Terminal()
     wide = console.is_terminal or "COLUMNS" in os.environ  # rich reads it
     return Reporter(console if wide else Terminal(width=PIPE_WIDTH), enabled)
+
+
+def wrap_lines(lines: Sequence[str]) -> list[str]:
+    """Return lines wrapped to the terminal, with a hanging indent; for a file or pipe without COLUMNS, unchanged."""
+    console = Terminal()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return [*lines]
+    options: Any = {"width": console.width, "break_long_words": False, "break_on_hyphens": False}
+    indents = [" " * (len(line) - len(line.lstrip())) for line in lines]
+    filled = [
+        textwrap.wrap(line, subsequent_indent=f"{indent}  ", **options) or [""]
+        for line, indent in zip(lines, indents, strict=True)
+    ]
+    return [*itertools.chain.from_iterable(filled)]
 
 
 @contextlib.contextmanager

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
 from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
 from vlmprune_jax.export.config import CardOptions, ExportSpec
+from vlmprune_jax.export.formats import FORMATS, quantizations
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.artefact import read_artefact
@@ -46,6 +50,22 @@ def export_options(spec: ExportSpec) -> dict[str, Any]:
     """Return the keyword arguments of `save` for an export: its settings and `export.options`."""
     others = ("format", "options", "max_image_tokens", *CardOptions.__dataclass_fields__)
     return {name: value for name, value in vars(spec).items() if name not in others} | dict(spec.options)
+
+
+def export_in(spec: ExportSpec, name: str, explicit: Collection[str] = ()) -> ExportSpec:
+    """Return the settings of an export in the format or quantisation `name`, such as "gguf" or "w4a16".
+
+    Options that this format lacks, and the upload to the hub, get their defaults unless `explicit` names the setting.
+    """
+    one_of("--format", name, tuple(dict.fromkeys((*FORMATS, *quantizations()[1:]))))
+    home = name if name in FORMATS else next(key for key, other in FORMATS.items() if name in other.quantizations)
+    own, known = settings_of(FORMATS[home].options), FORMATS[home].quantizations
+    quantize = name if name in quantizations() else spec.quantize if spec.quantize in known else "none"
+    changes: dict[str, Any] = {key: value for key, value in export_options(ExportSpec()).items() if key not in own}
+    changes |= {"quantize": quantize, "push_to_hub": None}
+    changes = {key: value for key, value in changes.items() if f"export.{key}" not in explicit}
+    options = {key: value for key, value in spec.options.items() if key in own}
+    return dataclasses.replace(spec, **changes, format=home, options=options)
 
 
 def export_dtype(model: ModelSpec, export: ExportSpec) -> str:

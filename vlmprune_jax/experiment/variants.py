@@ -137,7 +137,7 @@ def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
 
 def _checked(name: str) -> str:
     """Return a variant's name; raise UserError if it cannot be a folder name."""
-    if name in _TAKEN or set(name) & set("/\\\0"):
+    if name in _TAKEN or name.startswith("export-") or set(name) & set("/\\\0"):
         raise UserError(f"variant name {name!r} cannot be the name of a folder in the workdir: choose another name")
     return name
 

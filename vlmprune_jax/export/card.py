@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.parts import AXES, Layer
 from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
+from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.models.params import count_params
@@ -165,42 +167,32 @@ def _shapes(layers: tuple[Layer, ...]) -> str:
     return f"each with {shapes[0]}" if len(shapes) == 1 else f"of unequal width: {'; '.join(shapes)}"
 
 
+def loading_lines(folder: Path) -> list[str]:
+    """Return how an exported folder is loaded, from its model card: the code with paths, or a sentence without code."""
+    path = folder / "README.md"
+    card = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
+    section = card.partition("\n## Loading\n\n")[2]
+    if not section.startswith("```"):
+        return section.split("\n\n")[0].split("\n")
+    code = section.split("\n```")[0].split("\n")[1:]
+    code = [line.replace('"FOLDER"', json.dumps(str(folder))) for line in code if line]
+    return [
+        " ".join(str(folder / word) if (folder / word).is_file() else word for word in line.split()) for line in code
+    ]
+
+
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
     """Return the model card's section "Loading" for a Hugging Face folder."""
-    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
     parts = []
     if written.layout == cfg.layout != "transformers":
         parts.append(_hub_loading(written, config))
     else:
-        name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
-        loader = loader_class(config)
-        if loader is not None:
-            name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
-        groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-        decoded = any(
-            not group["weights"]["symmetric"] for group in groups
-        )  # zero points, which it can only dequantise
-        names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
-        trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
-        lines = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
-        lines += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
-        parts.append("\n".join(["```python", *lines, "```"]))
-        if loader is not None:
-            parts.append(
-                "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
-                f"`trust_remote_code=True` runs `{LOADER_FILE}` from this folder, which cuts the layers of the stock "
-                'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
-            )
+        parts.append(_transformers_loading(folder, written, config))
     if written.layout != cfg.layout:
         words = written.text.vocab_size - cfg.text.vocab_size
         more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
         parts.append(
             f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"
-        )
-    if written.vision is not None and not written.vision.whole_heads:
-        parts.append(
-            "PyTorch cannot load this vision tower: its class computes the head size as hidden_size / heads, and some "
-            'heads are removed. For PyTorch, export with `uneven="pad"`.'
         )
     padded = cfg
     for name in cfg.stacks:
@@ -217,6 +209,33 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
     return "\n\n".join(parts)
 
 
+def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, Any]) -> str:
+    """Return the Python code that loads a folder in transformers, or why no class does."""
+    loader = loader_class(config)
+    problem = why_not(written, "transformers", loader=loader is not None)
+    if problem is not None:
+        return f"PyTorch cannot load this folder: {problem}."
+    name, trust = (config.get("architectures") or ["AutoModelForCausalLM"])[0], ""
+    if loader is not None:
+        name, trust = next(iter(config["auto_map"])), ", trust_remote_code=True"
+    processor = any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor"))
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    decoded = any(not group["weights"]["symmetric"] for group in groups)  # transformers must dequantise zero points
+    names = ", ".join([*(["AutoProcessor"] if processor else []), name, *([_DECODED] if decoded else [])])
+    trust += f", quantization_config={_DECODED}(dequantize=True)" if decoded else ""
+    lines = [f"from transformers import {names}", "", f'model = {name}.from_pretrained("FOLDER"{trust})']
+    lines += ['processor = AutoProcessor.from_pretrained("FOLDER")'] if processor else []
+    snippet = "\n".join(["```python", *lines, "```"])
+    if loader is None:
+        return snippet
+    return (
+        f"{snippet}\n\n"
+        "The layers have unequal widths and are stored at their true size (`per_layer_shapes` in config.json). "
+        f"`trust_remote_code=True` runs `{LOADER_FILE}` from this folder, which cuts the layers of the stock "
+        'class to their widths. Stock transformers and serving engines need an export with `uneven="pad"`.'
+    )
+
+
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
     name = (config.get("architectures") or ["the hub's class"])[0]
     if not written.text.even:
@@ -225,8 +244,9 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch, export with "
             '`layout="transformers"` (includes a loader file) or `uneven="pad"`.'
         )
-    text = written.text
-    if any(shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers):
+    text, tower = written.text, written.vision
+    fewer = any(layer.mixer.q_heads * text.head_dim != text.hidden_size for layer in text.layers)
+    if fewer or (tower is not None and not tower.whole_heads):
         return (
             f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "
             'hidden_size / heads. For PyTorch, export with `layout="transformers"`.'

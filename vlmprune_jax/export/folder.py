@@ -233,16 +233,18 @@ def make_storage(
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
     """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
-    parts = [
-        f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}. Transformers needs "
-        "`pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the model is smaller on disk "
-        "but not in memory. The keys follow the documentation of vLLM (not tested there)."
-    ]
+    parts = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
+    loads = why_not(cfg, "transformers", loader=not cfg.text.even) is None
+    if loads:
+        parts.append(
+            "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
+            "model is smaller on disk but not in memory. The keys follow the documentation of vLLM (not tested there)."
+        )
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
         names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
         parts.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
-    if not storage.symmetric:
+    if loads and not storage.symmetric:
         parts.append(
             "In transformers, zero points need `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
             "compressed-tensors 0.20 does not support packed zero points otherwise."

@@ -91,11 +91,12 @@ def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile 
 
 def _k_quants(name: str, imatrix: GgufFile | None) -> str:
     """Return the model card's instructions for making k-quants with llama.cpp's own tool."""
-    base = name.rpartition("-")[0]
+    base, _, label = name.removesuffix(".gguf").rpartition("-")
     if imatrix is None:
+        plain = name if label in ("BF16", "F16", "F32") else f"{base}-BF16.gguf"
         return (
             "llama.cpp's own tool makes K-quants (`Q4_K_M`, ...) from a file without quantisation "
-            f'(`quantize="none"`):\n\n```\nllama-quantize {base}-BF16.gguf {base}-Q4_K_M.gguf Q4_K_M\n```'
+            f'(`quantize="none"`):\n\n```\nllama-quantize {plain} {base}-Q4_K_M.gguf Q4_K_M\n```'
         )
     return (
         "llama.cpp's own tool makes K-quants (`Q4_K_M`, ...). It weights each channel by its mean square on "

@@ -23,8 +23,11 @@ _PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
 _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {_PAD}"
 
 
-def why_not(cfg: ModelConfig, target: str) -> str | None:
-    """Return why one of the engines in `TARGETS` cannot load a model at its true size; None if it can."""
+def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | None:
+    """Return why one of the engines in `TARGETS` cannot load a model at its true size; None if it can.
+
+    `loader`: the model's folder has the PyTorch file that cuts the decoder's layers to their widths.
+    """
     one_of("loads_in", target, TARGETS)
     if target == "gguf":
         try:
@@ -39,10 +42,10 @@ def why_not(cfg: ModelConfig, target: str) -> str | None:
         return f"tpu-inference 0.32 has no class for {cfg.family}: serve it with another engine"
     if (problem := layer_problem(text)) is not None:
         return problem
-    if not text.even:
+    if not text.even and not loader:
         return f"its class has one width for all layers: {_ALIKE}"
     own = any(shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
-    if own and target in decoder_of(text.decoder).derives_head_dim:
+    if own and not loader and target in decoder_of(text.decoder).derives_head_dim:
         return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'
     if vision is not None and not vision.even:
         return f"its class has one width for all layers of the tower: {_ALIKE}"

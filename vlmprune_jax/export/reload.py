@@ -18,6 +18,7 @@ from vlmprune_jax.core.files import reading
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.distributed.mesh import gather_to_host, on_process_zero
 from vlmprune_jax.export.format import Comparison
+from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.table import Stock
@@ -199,9 +200,9 @@ def _renamed_images(inputs: dict[str, Any], cfg: ModelConfig, folder: Path, towe
 def torch_loads(folder: Path, tower: Path | None) -> bool:
     """Return True if torch is installed and transformers computes this model exactly."""
     family, cfg = read_config(folder, tower)
-    known = cfg.text.even or loader_class(read_fields(folder / "config.json")) is not None
-    known = known and (cfg.vision is None or cfg.vision.whole_heads)
-    if family.stock is None or not known or importlib.util.find_spec("torch") is None:
+    loader = loader_class(read_fields(folder / "config.json")) is not None
+    problem = why_not(cfg, "transformers", loader=loader)
+    if family.stock is None or problem is not None or importlib.util.find_spec("torch") is None:
         return False
     if Checkpoint(folder).storage is not None and not _decodes():
         return False

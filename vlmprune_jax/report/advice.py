@@ -62,7 +62,9 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
 
 def _write(path: Path, config: str) -> None:
     """Write the config file; raise UserError if there is a different one."""
-    if path.exists() and (not path.is_file() or read_bytes(path) != config.encode(errors="backslashreplace")):
+    text = config.encode(errors="backslashreplace")
+    same_size = path.is_file() and path.stat().st_size == len(text)
+    if path.exists() and not (same_size and read_bytes(path, len(text)) == text):
         raise UserError(f"--save={path}: exists already: give another name, or remove it")
     write_text(path, config)
 

@@ -12,17 +12,19 @@ from vlmprune_jax.report import figures
 from vlmprune_jax.report.advice import advice_section
 from vlmprune_jax.report.answers import comparison_section, length_section
 from vlmprune_jax.report.page import Section, Table, write_page
+from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.report.samples import shown_samples
 from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, speed_tables, together
 from vlmprune_jax.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.report.vocabulary import vocabulary_section
 from vlmprune_jax.workdir.artefact import find_artefact, read_artefact
+from vlmprune_jax.workdir.ledger import Done
 from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
 from vlmprune_jax.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.workdir.speed import BENCH, SPEED, Bench, Speed
 from vlmprune_jax.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
-from vlmprune_jax.workdir.unfinished import Variant, read_unfinished
+from vlmprune_jax.workdir.unfinished import STEPS, Steps, Variant, read_unfinished
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
@@ -44,12 +46,12 @@ INTERVALS = (
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
-def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
+def build_report(workdir: Path, records: Mapping[str, Done] | None = None) -> Path:
     """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
 
     Args:
       workdir: of a run, finished or not.
-      more: sections at the end of the page.
+      records: finished stages in the ledger, for the date in the title and the section on provenance.
 
     Returns:
       The page's path.
@@ -69,14 +71,22 @@ def build_report(workdir: Path, *, more: Sequence[Section] = ()) -> Path:
     done = result if finished else None
     return write_page(
         workdir / "report.html",
-        "Structural pruning report",
-        [*_sections(workdir, result, variants, finished), *more],
+        _title(find_artefact(workdir / STEPS, Steps), records or {}),
+        [*_sections(workdir, result, variants, finished), *([provenance_section(records)] if records else [])],
         lead=["This run is not finished: what is there so far."] if done is None else [lead(done)],
         numbers=() if done is None else key_numbers(done),
         missing=missing,
         best="" if done is None else done.labels[done.best],
         result_json=read_text(path, MAX_JSON_BYTES) if finished else "",
     )
+
+
+def _title(steps: Steps | None, records: Mapping[str, Done]) -> str:
+    """Return the page's title: model, evaluation sets, and the day on which the last stage finished."""
+    dates = sorted(record.by.finished[:10] for record in records.values())
+    title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"
+    sets = "" if steps is None or not steps.sets else f", evaluated on {steps.sets}"
+    return printable(f"{title}{sets}{f' ({dates[-1]})' if dates else ''}")
 
 
 def _variants(result: Result | None) -> list[Variant]:

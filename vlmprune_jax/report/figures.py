@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,9 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
         intervals = [None, *(run.retained_interval.get(name) for run in runs)]
     kept = [100.0, *(run.mean_of_ratios for run in runs)]
     first = plots.Measured("Retained", title, "retained (%)", kept, intervals, retention=True)
-    drawn = plots.score_figure(result, first)
-    write_png(drawn, workdir / "report.png")
+    write_png(plots.score_figure(result, first), workdir / "report.png")
     caption = "The dashed line is the unpruned model; the axis is logarithmic in the distance from 100 %."
-    yield Section(
-        "Retention, size and speed", figures=(figure_of(drawn, _score_alt(result, first), caption),), folded=False
-    )
+    yield Section("Retention, size and speed", figures=(_score_panels(result, first, caption),), folded=False)
     if len(sets) > 1:
         figures, models = [], [result.teacher.evaluation, *runs]
         for name, of in itertools.islice(sets.items(), MOST_DRAWN):
@@ -60,8 +58,15 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
             label = of.main + (f" ({of.unit})" if of.unit else "")
             measured = plots.Measured(upper(of.main), f"{name}: {upper(of.main)} on {of.size}", label, scaled)
             better = "Higher is better." if of.higher_is_better else "Lower is better."
-            figures.append(figure_of(plots.score_figure(result, measured), _score_alt(result, measured), better))
+            figures.append(_score_panels(result, measured, better))
         yield Section("Every evaluation set", figures=tuple(figures))
+
+
+def _score_panels(result: Result, measured: plots.Measured, caption: str) -> Figure:
+    """Return the panels of a score figure, which the page puts below each other where it is narrow."""
+    alt = _score_alt(result, measured)
+    points, rows = (figure_of(plots.score_figure(result, measured, (p,)), alt, caption) for p in plots.PANELS)
+    return replace(points, svg=points.svg + rows.svg)
 
 
 def _score_alt(result: Result, measured: plots.Measured) -> str:

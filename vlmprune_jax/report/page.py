@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], **values: An
     """
     loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made.filters["pieces"] = re.compile(r"[^-_/]*[-_/]+|[^-_/]+").findall
     script = loader.get_source(made, "page.js")[0]
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (

@@ -28,6 +28,8 @@ from vlmprune_jax.report.style import (
 )
 from vlmprune_jax.workdir.result import Result
 
+WIDTHS = {"points": 5, "rows": 4}  # relative widths of the panels of `score_figure`
+PANELS = tuple(WIDTHS)
 MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000, 64
 
 
@@ -46,36 +48,47 @@ class Measured:
     retention: bool = False
 
 
-def score_figure(result: Result, measured: Measured) -> Figure:
-    """Plot a number per model against decoding speed (else size), and as a ranking from best to worst.
+def score_figure(result: Result, measured: Measured, panels: Sequence[str] = PANELS) -> Figure:
+    """Plot a number per model against decoding speed or size ("points"), and as a ranking from best to worst ("rows").
 
     The shape is the method, the colour the recovery.
     """
     runs, colours = result.runs, recovery_colours(result.runs)
     values = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
+    names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
+    with styled(measured.label, measured.title, *names):
+        size = (4.6 * len(panels), max(3.9, 0.9 + 0.24 * min(len(values), MOST_ROWS)))
+        figure = Figure(figsize=size, layout="constrained")
+        ratios = [WIDTHS[panel] for panel in panels]
+        for panel, axes in zip(
+            panels, figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0], strict=True
+        ):
+            draw = _score_points if panel == "points" else _score_rows
+            draw(axes, result, values, measured, colours)
+            if measured.retention:
+                retention_axis(axes, "y" if panel == "points" else "x", values)
+        return figure
+
+
+def _score_points(
+    axes: Axes, result: Result, values: Sequence[float], measured: Measured, colours: Mapping[str, str]
+) -> None:
+    """Draw one point per model, against decoding speed if it is known for all models, otherwise against size."""
+    runs = result.runs
     speedups = [run.speed.decode_speedup for run in runs if run.speed is not None]
     places = [speedup.ratio for speedup in speedups if speedup is not None and speedup.measurable]
     x_label = "decoding speed, as a multiple of the unpruned model's"
     if len(places) < len(runs):
         places = [100 * run.parameters / result.teacher.parameters for run in runs]
         x_label = "parameters, % of the unpruned model's"
-    names = [name for run in runs for name in (run.label, run.method, run.after_pruning)]
-    with styled(measured.label, measured.title, *names):
-        figure = Figure(figsize=(9.2, max(3.9, 0.9 + 0.24 * min(len(values), MOST_ROWS))), layout="constrained")
-        axes, rows = figure.subplots(1, 2, width_ratios=(5, 4))
-        axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
-        for run, x, value in itertools.islice(zip(runs, places, values[1:], strict=True), MOST_LINES):
-            axes.plot(x, value, **{**marker(run.method, colours[run.after_pruning]), "linestyle": "none"})
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
-        axes.set_title(legible(measured.title, LONGEST_TITLE))
-        axes.margins(x=0.15, y=0.08)
-        axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best", fontsize=8)
-        _score_rows(rows, result, values, measured, colours)
-        if measured.retention:
-            retention_axis(axes, "y", values)
-            retention_axis(rows, "x", values)
-        return figure
+    axes.axhline(values[0], color=MUTED, linestyle="--", linewidth=1)
+    for run, x, value in itertools.islice(zip(runs, places, values[1:], strict=True), MOST_LINES):
+        axes.plot(x, value, **{**marker(run.method, colours[run.after_pruning]), "linestyle": "none"})
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(legible(measured.label, LONGEST_TITLE))
+    axes.set_title(legible(measured.title, LONGEST_TITLE))
+    axes.margins(x=0.15, y=0.08)
+    axes.legend(handles=legend_entries((run.method for run in runs), colours), loc="best", fontsize=8)
 
 
 def _score_rows(

@@ -64,7 +64,7 @@ def retention_axis(axes: Axes, which: str, values: Iterable[float]) -> None:
     low, high = float(known.min()), float(known.max())
     room = 0.06 * max(high - low, 0.3)
     low, high = low - room, high + room
-    apart = room * (2.2 if which == "x" else 1.3)
+    apart = room * (3.2 if which == "x" else 1.3)
     ticks = list[float]()
     for tick in sorted(RETENTION_TICKS, key=lambda tick: abs(tick - 100)):
         place = float(_spread(np.array(tick)))

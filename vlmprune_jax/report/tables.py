@@ -27,7 +27,7 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     if names:
         columns.append(("run", ["", *(printable(one.name) for one in result.entries)]))
     columns = [(name, cells) for name, cells in columns if any(cells)]
-    order = ["model", "retained, %", OF_CONTROL, SIZE, DECODE]
+    order = ["model", "retained, %", OF_CONTROL, SIZE, _score_label(sets)]
     columns.sort(key=lambda column: order.index(column[0]) if column[0] in order else len(order))
     rows = tuple(zip(*(cells for _, cells in columns), strict=True))
     lower = tuple(of.main for of in sets.values() if not of.higher_is_better)
@@ -64,14 +64,19 @@ def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
     controls = [one.control for one in models]
     yield OF_CONTROL, ["", *("" if one is None else percent(one.mean_of_ratios) for one in controls)]
     if len(result.sets) > 1:
-        yield "paper avg, %", [percent(value) for value in (100.0, *(one.paper_average for one in models))]
+        yield _score_label(result.sets), [percent(value) for value in (100.0, *(one.paper_average for one in models))]
         return
     [(name, of)] = result.sets.items()
     scores = [of.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
     yield "95 % interval", ["", *(interval(one, name) for one in models)]
     if any(controls):
         yield "of control, 95 %", ["", *("" if one is None else interval(one, name) for one in controls)]
-    yield of.label.replace(" in %", ", %"), scores
+    yield _score_label(result.sets), scores
+
+
+def _score_label(sets: Mapping[str, Set]) -> str:
+    """Return the column name of the score: the metric of one evaluation set, or the average over several."""
+    return "paper avg, %" if len(sets) > 1 else next(iter(sets.values())).label.replace(" in %", ", %")
 
 
 def _made(result: Result) -> Iterator[tuple[str, list[str]]]:

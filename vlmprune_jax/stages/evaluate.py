@@ -37,7 +37,7 @@ from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.evaluation.runner import Reply, ask, check_answered, log_likelihoods
 from vlmprune_jax.evaluation.speed.energy import EnergyMeter
-from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, mesh_of
@@ -263,3 +263,17 @@ def _read_text(asking: Asking, of: EvaluationSetSpec) -> Lines:
     per_token = len(text.encode()) / len(ids)
     lines = [{**line, "bytes": per_token * line["tokens"]} for line in lines]
     return lines, {"model_seconds": seconds, "tokens": tokens}
+
+
+def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
+    """Return text with the names of up to three evaluation sets; sets without names have the names of their data."""
+    names = list[str]()
+    for name, chosen in evaluation_sets(data, spec).items():
+        if name not in (QUESTIONS, TEXT):
+            names.append(name)
+        elif chosen.text is None and data.source != "files":
+            names.append(data.source)
+        else:
+            names.append(inputs.name_of_records(chosen.data or chosen.text or ""))
+    names += spec.tasks
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

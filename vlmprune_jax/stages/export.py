@@ -1,8 +1,9 @@
-"""Export a model of the workdir to `export/`, then reload it and compare it with the model."""
+"""Export a model of the workdir to `export/` or `export-FORMAT/`, then reload it and compare it with the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import export_options, image_tokens
 from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
-from vlmprune_jax.export.card import model_name
+from vlmprune_jax.export.card import loading_lines, model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.format import Calibration
 from vlmprune_jax.export.formats import choose_format
@@ -39,6 +40,25 @@ class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: Finite
 
 
+def export_folder(workdir: Path, part: str) -> Path:
+    """Return the folder of an export: `export/`, or `export-FORMAT/` for a further one (`part` is its format)."""
+    return workdir / f"export-{part}".removesuffix("-")
+
+
+def describe_export(folder: Path, model: str, check: Any) -> list[str]:
+    """Return lines that say which model was exported, where, its size, the result of its check, and how to load it.
+
+    `check` has the fields of `ExportFacts`.
+    """
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [
+        f"exported: {model}, to {folder} ({sum(sizes) / 1e6:,.2f} MB in {len(sizes)} files)",
+        f"  reloaded in {check.backend}: largest difference of any logit {check.max_abs_logit_difference:.2g} "
+        f"(tolerance {check.tolerance:.2g})",
+        *(f"  {line}" for line in loading_lines(folder)),
+    ]
+
+
 def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
     """Return the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
     chosen, values = choose_format(spec.format, export_options(spec))
@@ -49,6 +69,8 @@ def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
             **(inputs.record_files(data, "train") if calibrates else {}),
             **({} if chosen.file is None else {f"format {spec.format}": chosen.file}),
         },
+        outputs=[export_folder(work.folder, work.part)],
+        journals=[_calibrated(work)],
         settings={
             **(affecting("reconstruct", sections) if calibrates else {}),
             **({"benchmarks": work.benchmarks} if work.benchmarks else {}),
@@ -59,7 +81,7 @@ def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
 def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> ExportFacts:
     """Export a model, reload it and compare logits; delete the export if they differ."""
     chosen, values = choose_format(spec.format, export_options(spec))
-    model, out, calibration = work.load(work.start), work.folder / "export", chosen.calibration(values)
+    model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
     options = {"format": spec.format, "max_image_tokens": image_tokens(data, spec), **vars(values)}
     if calibration is not None:
         options[calibration.option] = _calibrate(calibration, work, data, repair, model)
@@ -93,7 +115,12 @@ def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: Rec
     batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})
     made_from = {"function": calibration.function, "arguments": calibration.settings, "settings": settings}
-    cache = ArrayCache(work.folder / ".calibrated.parts", made_from)
+    cache = ArrayCache(_calibrated(work), made_from)
     with work.phase(calibration.function, len(model.cfg.text.layers)) as progress:
         function = CALIBRATIONS[calibration.function]
         return function(model, batches, repair, progress=progress, cache=cache, **calibration.settings)
+
+
+def _calibrated(work: Work) -> Path:
+    """Return the folder from which an interrupted calibration resumes."""
+    return work.folder / f".calibrated{work.part and '-'}{work.part}.parts"

@@ -43,6 +43,7 @@ def make_job(name: str, work: Work, sections: Sections) -> Job:
         journals=[*(work.folder / name for name in stage.journals), *more.journals],
         stage=name,
         store=work.store,
+        beside=stage.beside,
     )
 
 

@@ -14,10 +14,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.experiment.spec import Experiment, affecting
 from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, RecoverRun, prune_runs, recover_runs
+from vlmprune_jax.export.card import model_name
 from vlmprune_jax.prune.describe import count_carried
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.stages.answers import evaluate_model, write_samples
-from vlmprune_jax.stages.evaluate import parts_of
+from vlmprune_jax.stages.evaluate import names_of_sets, parts_of
+from vlmprune_jax.stages.export import describe_export, export_folder
 from vlmprune_jax.stages.job import make_job, run_stage
 from vlmprune_jax.stages.prune import explain_plan
 from vlmprune_jax.stages.registry import STAGES
@@ -137,8 +139,14 @@ class Pipeline:
         return [step for step in self.steps() if step.makes_model and step.evaluated and step.work.out.is_dir()]
 
     def note_steps(self) -> None:
-        """Write the list of steps to the workdir, from which reports show missing results."""
-        write_artefact(self.context.workdir / STEPS, Steps(steps=[step.planned for step in self.steps()]))
+        """Write the list of steps to the workdir, from which reports show missing results, with names for titles."""
+        spec, work = self.experiment, self.work()
+        steps = Steps(
+            model=spec.export.base_model or model_name(work.teacher),
+            sets=names_of_sets(spec.data, spec.evaluate),
+            steps=[step.planned for step in self.steps()],
+        )
+        write_artefact(self.context.workdir / STEPS, steps)
 
     def run_stage(self, name: str, *, explain: bool = False) -> None:
         """Run one stage for every variant; `explain` also prints each layer's pruned widths with reasons.
@@ -242,10 +250,12 @@ class Pipeline:
         speed: Speed = run_stage("speed", self.work(models=models, overwrite=True), self.sections).facts
         return speed.medians()
 
-    def export(self) -> None:
+    def export(self, part: str = "") -> None:
         """Export the best model of these variants in `result.json`; without that file, the workdir's last model.
 
-        Raises UserError if there is none.
+        `part`: name of a further export beside the first, which goes to `export-NAME/`.
+
+        Raises UserError if there is no model.
         """
         workdir = self.context.workdir
         if (workdir / RESULT).is_file():
@@ -255,30 +265,33 @@ class Pipeline:
                 raise UserError(
                     f"{workdir / RESULT}: has no model of these variants: run `vlmprune run` for them first"
                 )
-            self._export_run(best_run(runs, result.sets), result)
-            return
-        made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
-        made = [step for step in made if step.work.folder == workdir and step.work.pruned]
-        if not made:
-            raise UserError(
-                f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
-            )
-        # Without evaluations there may be a model alone.
-        known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
-        run = None if known is None else next((run for run in known.runs if run.path == made[-1].path), None)
-        rows = () if run is None or known is None else benchmark_rows(run, known.teacher, known.sets)
-        work = made[-1].work
-        self._export(work.out, work.reconstructed, work.recovered, rows)
+            best = best_run(runs, result.sets)
+            label, done = result.labels[best.name], self._export_run(best, result, part)
+        else:
+            made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
+            made = [step for step in made if step.work.folder == workdir and step.work.pruned]
+            if not made:
+                raise UserError(
+                    f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
+                )
+            # Without evaluations there may be a model alone.
+            known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
+            run = None if known is None else next((run for run in known.runs if run.path == made[-1].path), None)
+            rows = () if run is None or known is None else benchmark_rows(run, known.teacher, known.sets)
+            work, label = made[-1].work, made[-1].path
+            done = self._export(work.out, work.reconstructed, work.recovered, rows, part)
+        for line in describe_export(export_folder(workdir, part), label, done.facts):
+            self.context.say(line)
 
-    def _export_run(self, run: Run, result: Result) -> Finished:
+    def _export_run(self, run: Run, result: Result, part: str = "") -> Finished:
         """Export the model of one run in `result.json`."""
         reconstructed = run.recovery != NO_RECOVERY and run.reconstruct != "none"
         path, unrecovered = Path(run.path), [stage.model for stage in STAGES.values() if stage.per == "variant"]
         rows = benchmark_rows(run, result.teacher, result.sets)
-        return self._export(self.context.workdir / path, reconstructed, path.name not in unrecovered, rows)
+        return self._export(self.context.workdir / path, reconstructed, path.name not in unrecovered, rows, part)
 
-    def _export(self, model: Path, reconstructed: bool, recovered: bool, rows: Sequence[Any]) -> Finished:
-        work = self.work(start=model, reconstructed=reconstructed, recovered=recovered, benchmarks=rows)
+    def _export(self, model: Path, reconstructed: bool, recovered: bool, rows: Sequence[Any], part: str) -> Finished:
+        work = self.work(start=model, reconstructed=reconstructed, recovered=recovered, benchmarks=rows, part=part)
         job = make_job("export", work, self.sections)
         if on_process_zero(lambda: differs_only_in(job, "benchmarks")):  # the same weights: only the card is outdated
             work = dataclasses.replace(work, overwrite=True)

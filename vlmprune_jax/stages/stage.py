@@ -52,6 +52,7 @@ class Stage:
       unneeded: says why settings need no run of it, or "module:name" of it: `unneeded(sections) -> str | None`.
       version: raise it whenever the code gives other results for the same inputs: outputs are then made again.
       details: more for `vlmprune NAME --help`.
+      beside: how to write another result beside the first, for the error about outputs made from other inputs.
     """
 
     help: str
@@ -68,6 +69,7 @@ class Stage:
     unneeded: Callable[[Mapping[str, Any]], str | None] | str | None = None
     version: int = 1
     details: str = ""
+    beside: str = "use another --workdir"
 
     @property
     def function(self) -> Callable[..., msgspec.Struct | None]:

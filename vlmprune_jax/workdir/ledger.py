@@ -52,6 +52,7 @@ class Job:
     `outputs`: what the stage makes, each written atomically. `scratch`: what an interrupted stage resumes from;
     `journals`: the same, but dropped without asking if the inputs changed. `version`: changes whenever the stage's code
     gives other results. `facts`: the struct that its function returns. `store`: where runs of a sweep share results.
+    `beside`: how to get another result beside one that is there, for messages.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Job:
     journals: Sequence[Path] = ()
     stage: str = ""
     store: Store | None = None
+    beside: str = "use another --workdir"
 
     @property
     def record(self) -> Path:
@@ -224,7 +226,7 @@ def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFro
         reason = f"exists, but its record {job.record} is damaged, or of another version of vlmprune"
     else:
         reason = "exists and was not made by this stage"
-    raise UserError(f"{job.name}: {left[0]} {reason}: add --overwrite to replace it, or use another --workdir")
+    raise UserError(f"{job.name}: {left[0]} {reason}: add --overwrite to replace it, or {job.beside}")
 
 
 def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:

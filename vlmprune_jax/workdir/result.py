@@ -205,6 +205,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
                 return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
         named = [path for run in self.runs for path in (run.plan, *run.scores)]
         named += [path for one in self.entries for path in (one.path, one.metrics) if path is not None]
+        named += [] if self.export is None else [self.export.path]
         for path in dict.fromkeys(named):
             if not is_inside(folder / path, folder):
                 return f"{path!r} lies outside the workdir"

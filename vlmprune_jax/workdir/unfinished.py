@@ -53,9 +53,11 @@ class StepRecord(Part, frozen=True, kw_only=True):
 
 
 class Steps(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `steps.json`: the list of a run's steps."""
+    """File `steps.json`: the list of a run's steps, and the names of its model and evaluation sets."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again"
+    model: str = ""
+    sets: str = ""
     steps: list[StepRecord]
 
     def problems(self, folder: Path) -> str | None:

@@ -290,7 +290,7 @@ def _refuse(model: str, kind: str, backends: str) -> NoReturn:
         )
     raise UserError(
         f"{model}: is a Hugging Face folder, but --backends={backends} reads GGUF files: export it as GGUF "
-        '(--config.export.format=gguf, vp.save(format="gguf")), or add --backends=jax,transformers'
+        '(vlmprune export --format=gguf, vp.save(format="gguf")), or add --backends=jax,transformers'
     )
 
 
