@@ -104,7 +104,7 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
         "vision_config": {
             "model_type": "smolvlm_vision",
             "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.layers[0].channel.mlp,
+            "intermediate_size": vision.layers[0].sizes["mlp"],
             "num_hidden_layers": len(vision.layers),
             "num_attention_heads": vision.layers[0].mixer.q_heads,
             "image_size": vision.image_size,

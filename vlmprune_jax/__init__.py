@@ -27,6 +27,7 @@ from vlmprune_jax.stages.stage import Stage
 
 if TYPE_CHECKING:
     from vlmprune_jax.core.config import ModelConfig
+    from vlmprune_jax.core.parts import Axis, ChannelMixer, Mixer
     from vlmprune_jax.data.placeholders import expand_images
     from vlmprune_jax.evaluation.answer import answer, questions
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from vlmprune_jax.export.write import save
     from vlmprune_jax.hf.batches import batches
     from vlmprune_jax.hf.read import load
+    from vlmprune_jax.models.channels import CHANNELS as channels
     from vlmprune_jax.models.generate import generate
+    from vlmprune_jax.models.mixers import MIXERS as mixers
     from vlmprune_jax.models.params import count_params
     from vlmprune_jax.models.vlm import Model, forward, to_nnx
     from vlmprune_jax.prune import (
@@ -71,6 +74,8 @@ if TYPE_CHECKING:
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
 # `import vlmprune_jax` takes milliseconds and imports no jax.
 _HOMES = {
+    "Axis": "core.parts",
+    "ChannelMixer": "core.parts",
     "Contents": "export.format",
     "Criterion": "prune",
     "Format": "export.format",
@@ -78,6 +83,7 @@ _HOMES = {
     "LossConfig": "recovery.config",
     "LossTerm": "recovery.terms",
     "Metric": "evaluation.metrics",
+    "Mixer": "core.parts",
     "Model": "models.vlm",
     "ModelConfig": "core.config",
     "PlanConfig": "prune",
@@ -91,6 +97,7 @@ _HOMES = {
     "answer": "evaluation.answer",
     "apply_plan": "prune",
     "batches": "hf.batches",
+    "channels": "models.channels:CHANNELS",
     "compose": "prune",
     "count_params": "models.params",
     "criteria": "prune.criteria:CRITERIA",
@@ -107,6 +114,7 @@ _HOMES = {
     "make_plan": "prune",
     "measure_speed": "evaluation.speed.measure",
     "metrics": "evaluation.metrics:METRICS",
+    "mixers": "models.mixers:MIXERS",
     "perplexity": "evaluation.runner",
     "prune_folder": "prune",
     "prune_iteratively": "prune",
@@ -120,6 +128,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Axis",
+    "ChannelMixer",
     "Contents",
     "Criterion",
     "Family",
@@ -128,6 +138,7 @@ __all__ = [
     "LossConfig",
     "LossTerm",
     "Metric",
+    "Mixer",
     "Model",
     "ModelConfig",
     "PlanConfig",
@@ -143,6 +154,7 @@ __all__ = [
     "answer",
     "apply_plan",
     "batches",
+    "channels",
     "compose",
     "count_params",
     "criteria",
@@ -160,6 +172,7 @@ __all__ = [
     "make_plan",
     "measure_speed",
     "metrics",
+    "mixers",
     "perplexity",
     "prune_folder",
     "prune_iteratively",

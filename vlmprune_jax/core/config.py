@@ -71,9 +71,9 @@ class TextConfig(Stack):
         for layer in self.layers:
             # full attention whose values are its keys has a number of key/value heads of its own
             apart = self.keys_as_values and layer.mixer.window is None
-            for axis, size in layer.sizes.items():
-                wide = layer.channel.wide if axis == "mlp" else 1
-                sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / wide)
+            for part in layer.parts:
+                for axis, size in part.sizes.items():
+                    sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)
         return all(len(known) == 1 for known in sizes.values())
 
     def __post_init__(self) -> None:

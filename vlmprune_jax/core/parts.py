@@ -30,9 +30,13 @@ class Axis:
     channels: str = ""
     """Axis of the weights whose channels make up one unit (a head's "head"); "" if a unit is one channel."""
 
+    mesh: str = ""
+    """Mesh axis that shards it; "" if it is replicated."""
+
 
 # Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
 AXES: dict[str, Axis] = {}
+WRITERS: dict[str, str] = {}  # axis -> projection to whose input its units contribute
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,15 @@ class Part:
     module: ClassVar[str]
     """Name of the part in parameter paths and captured values."""
 
+    writer: ClassVar[str]
+    """Projection to whose input the units contribute: "o_proj" of a mixer, "down_proj" of a channel mixer."""
+
     settings: ClassVar[tuple[str, str]]
     """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
 
     def __init_subclass__(cls) -> None:
         AXES.update({axis.name: axis for axis in cls.axes})
+        WRITERS.update({axis.name: cls.writer for axis in cls.axes})
 
     def __post_init__(self) -> None:
         for axis in self.axes:
@@ -58,6 +66,16 @@ class Part:
                 raise UserError(f"{self}: {axis.name} must be at least 1")
             if size % parents:
                 raise UserError(f"{self}: {axis.name} must be a multiple of {axis.parent} ({axis.title} in groups)")
+
+    @property
+    def relative_width(self) -> int:
+        """Width relative to the layers that config.json states one number for; all keep the same share of it."""
+        return 1
+
+    @property
+    def root(self) -> str:
+        """Name of the first axis, whose units take those of its children along."""
+        return self.axes[0].name
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -74,6 +92,9 @@ class Part:
 class Mixer(Part):
     """Part that mixes positions; what its computation costs beside its weights depends on the length of a sequence."""
 
+    writer = "o_proj"
+    settings = ("attn_layers", "heads_multiple")
+
     def mixing_flops(self, length: int, head_dim: int, *, last: bool = False) -> int:
         """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
         raise NotImplementedError
@@ -89,10 +110,9 @@ class Attention(Mixer):
 
     module = "self_attn"
     axes = (
-        Axis("kv_heads", "key/value heads", channels="head"),
-        Axis("q_heads", "query heads", parent="kv_heads", channels="head"),
+        Axis("kv_heads", "key/value heads", channels="head", mesh="tensor"),
+        Axis("q_heads", "query heads", parent="kv_heads", channels="head", mesh="tensor"),
     )
-    settings = ("attn_layers", "heads_multiple")
 
     q_heads: int
     """Number of query heads."""
@@ -131,18 +151,30 @@ class Attention(Mixer):
 
 
 @dataclass(frozen=True)
-class Dense(Part):
+class ChannelMixer(Part):
+    """Part that mixes channels, position by position."""
+
+    writer = "down_proj"
+    settings = ("mlp_layers", "neurons_multiple")
+
+
+@dataclass(frozen=True)
+class Dense(ChannelMixer):
     """Multi-layer perceptron of one layer."""
 
     module = "mlp"
-    axes = (Axis("mlp", "neurons"),)
-    settings = ("mlp_layers", "neurons_multiple")
+    axes = (Axis("mlp", "neurons", mesh="tensor"),)
 
     mlp: int
     """Number of neurons."""
 
     wide: int = 1
-    """Width relative to the layers that config.json states one number for (Gemma 4: some layers are twice as wide)."""
+    """Relative width (Gemma 4: some layers are twice as wide as the others)."""
+
+    @property
+    def relative_width(self) -> int:
+        """Width relative to the layers that config.json states one number for."""
+        return self.wide
 
 
 @dataclass(frozen=True)
@@ -152,7 +184,7 @@ class Layer:
     mixer: Attention
     """Part that mixes positions."""
 
-    channel: Dense
+    channel: ChannelMixer
     """Part that mixes channels, position by position."""
 
     @property

@@ -9,18 +9,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Named axis -> mesh axis or axes; axes that are not listed are replicated. Parameters are split over `fsdp` along the
-# residual width and over `tensor` along heads, neurons and vocabulary; activations are split along the batch.
+# Named axis -> mesh axis or axes; prunable axes declare theirs (`parts.Axis.mesh`), and axes that are not listed are
+# replicated. Parameters are split over `fsdp` along the residual width and over `tensor` along heads, neurons and
+# vocabulary; activations are split along the batch.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "vocab": "tensor",
-    "q_heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
     "vision": "fsdp",
     "projector": "tensor",
     "shuffled": "fsdp",
@@ -39,7 +38,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
-        entry = RULES.get(axis) if axis and (axis not in WHERE_DIVISIBLE or axis in divisible) else None
+        entry = _rule(axis) if axis and (axis not in WHERE_DIVISIBLE or axis in divisible) else None
         names = (entry,) if isinstance(entry, str) else entry or ()
         if used.intersection(names):
             entry = None
@@ -47,6 +46,11 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
             used.update(names)
         entries.append(entry)
     return PartitionSpec(*entries)
+
+
+def _rule(axis: str) -> str | tuple[str, ...] | None:
+    """Return the mesh axis or axes that shard a named axis."""
+    return (AXES[axis].mesh or None) if axis in AXES else RULES.get(axis)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] = ()) -> NamedSharding:
@@ -91,7 +95,8 @@ def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
     }
     for name, stack in cfg.stacks.items():
         for i, layer in enumerate(stack.layers):
-            sizes |= {f"{axis} of {name} layer {i}": ("tensor", size) for axis, size in layer.sizes.items()}
+            sharded = {axis.name: axis.mesh for axis in layer.axes if axis.mesh}
+            sizes |= {f"{axis} of {name} layer {i}": (by, layer.sizes[axis]) for axis, by in sharded.items()}
     if cfg.vision is not None:
         sizes |= {
             "vision hidden_size": ("fsdp", cfg.vision.hidden_size),

@@ -188,7 +188,7 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
             f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
             "context length in the file."
         )
-    widths = sorted({shape.channel.mlp for shape in text.layers if shape.channel.mlp % _BLOCK})
+    widths = sorted({shape.sizes["mlp"] for shape in text.layers if shape.sizes["mlp"] % _BLOCK})
     if widths:
         listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
         remarks.append(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Layer, Part
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.vllm_tpu import implementation
@@ -74,9 +74,9 @@ def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
     copies: dict[str, Callable[[Stack], list[Layer]]] = {
         "fewer layers": _fewer_layers,
-        "neurons": lambda stack: [_without(layer, "mlp", layer.channel.wide) for layer in stack.layers],
+        "neurons": lambda stack: [_without(layer, layer.channel) for layer in stack.layers],
         "heads": _fewer_heads,
-        "unequal widths": lambda stack: [_without(stack.layers[0], "mlp"), *stack.layers[1:]],
+        "unequal widths": lambda stack: [_without(stack.layers[0], stack.layers[0].channel, 1), *stack.layers[1:]],
     }
     return {
         target: {
@@ -111,9 +111,10 @@ def _fits(stack: Stack, layers: Sequence[Layer]) -> bool:
 
 
 def _fewer_heads(stack: Stack) -> list[Layer]:
-    return [_without(layer, "kv_heads") for layer in stack.layers]
+    return [_without(layer, layer.mixer) for layer in stack.layers]
 
 
-def _without(layer: Layer, axis: str, units: int = 1) -> Layer:
-    """Return the layer with fewer units of an axis, and with what belongs to these units gone; one unit stays."""
-    return layer.resized(layer.completed({axis: max(1, layer.sizes[axis] - units)}))
+def _without(layer: Layer, part: Part, units: int | None = None) -> Layer:
+    """Return the layer with one unit less in a part (or `units`), without what belongs to the unit; one stays."""
+    fewer = layer.sizes[part.root] - (part.relative_width if units is None else units)
+    return layer.resized(layer.completed({part.root: max(1, fewer)}))

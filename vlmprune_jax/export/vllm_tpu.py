@@ -90,7 +90,7 @@ def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str |
         inputs = (
             cfg.text.hidden_size,
             shape.mixer.q_heads * cfg.text.head_dim_of(shape) // tensor,
-            shape.channel.mlp // tensor,
+            shape.sizes["mlp"] // tensor,
         )
         if shape.mixer.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
             needed = f"each of {tensor} chips needs whole key/value heads and groups of {storage.group}"

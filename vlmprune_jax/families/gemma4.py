@@ -157,7 +157,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         shared = i >= first_shared
         wide = 2 if double and shared else 1
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
-        neurons = layer.channel.mlp * (1 if stated else wide)
+        neurons = layer.sizes["mlp"] * (1 if stated else wide)
         return Layer(dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared), Dense(neurons, wide=wide))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
@@ -192,7 +192,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         **config,
         "layer_types": [_FULL if shape.mixer.window is None else _SLIDING for shape in text.layers],
         "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
-        "intermediate_size": max(layer.channel.mlp // layer.channel.wide for layer in text.layers),
+        "intermediate_size": max(layer.sizes["mlp"] // layer.channel.relative_width for layer in text.layers),
         "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
         "global_head_dim": text.full_head_dim,
         "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.keys_as_values else None,
@@ -339,7 +339,7 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     if _vision_from_hf(old).layers != vision.layers:
         shape = equal_shape(vision)
         new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.mixer.q_heads}
-        new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.channel.mlp}
+        new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.sizes["mlp"]}
         source = {**source, "vision_config": {**old, **new}}
     return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
 

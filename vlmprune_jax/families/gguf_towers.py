@@ -175,7 +175,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_image_size": size,
         "vision_patch_size": vision.patch_size,
         "vision_embedding_length": vision.hidden_size,
-        "vision_feed_forward_length": max(shape.channel.mlp for shape in vision.layers),
+        "vision_feed_forward_length": max(shape.sizes["mlp"] for shape in vision.layers),
         "vision_block_count": len(vision.layers),
         "vision_head_count": vision.hidden_size // vision.head_dim,
         "vision_projection_dim": cfg.text.hidden_size,

@@ -15,13 +15,13 @@ from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 
 # Defaults of the config class in transformers.
-_DEFAULTS: JsonDict = {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
+DEFAULTS: JsonDict = {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
 
 
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     bias = bool(config.get("attention_bias", False))
     mlp_bias = bool(config.get("mlp_bias", False))
-    return llama_like({**_DEFAULTS, **config}, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+    return llama_like({**DEFAULTS, **config}, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:

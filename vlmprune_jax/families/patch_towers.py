@@ -124,7 +124,12 @@ def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[
     if read(old).layers == vision.layers:
         return source
     shape = equal_shape(vision)
-    new = {**old, "depth": len(vision.layers), "num_heads": shape.mixer.q_heads, "intermediate_size": shape.channel.mlp}
+    new = {
+        **old,
+        "depth": len(vision.layers),
+        "num_heads": shape.mixer.q_heads,
+        "intermediate_size": shape.sizes["mlp"],
+    }
     if any(layer.mixer.window for layer in vision.layers):
         new["fullatt_block_indexes"] = [i for i, layer in enumerate(vision.layers) if layer.mixer.window is None]
     if "head_dim" in old or not vision.whole_heads:

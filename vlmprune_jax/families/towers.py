@@ -132,7 +132,7 @@ def vision_to_hf(
         **old,
         "num_hidden_layers": len(vision.layers),
         "num_attention_heads": shape.mixer.q_heads,
-        "intermediate_size": shape.channel.mlp,
+        "intermediate_size": shape.sizes["mlp"],
     }
     if "head_dim" in old or not vision.whole_heads:
         new["head_dim"] = vision.head_dim
@@ -327,7 +327,7 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
     config = {
         "model_type": KINDS[vision.kind],
         "hidden_size": vision.hidden_size,
-        "intermediate_size": shape.channel.mlp,
+        "intermediate_size": shape.sizes["mlp"],
         "num_attention_heads": shape.mixer.q_heads,
         "num_hidden_layers": len(vision.layers),
         "image_size": vision.image_size,

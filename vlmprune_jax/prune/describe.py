@@ -106,15 +106,15 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     units = units_of(
         cfg.stack(stack),
         costs,
-        ("kv_heads", "mlp"),
+        [part.root for part in layers[0].parts],
         ranges={layers: everywhere for layers, _ in settings},
         multiples={multiple: 1 for _, multiple in settings},
     )
     return {
         "layer": max(sizes) / total,
-        "head_group": costs.price(layers[0], "kv_heads") / total,
+        "head_group": costs.price(layers[0], layers[0].mixer.root) / total,
         "query_heads_per_group": layers[0].mixer.group,
-        "neuron": costs.price(layers[0], "mlp") / total,
+        "neuron": costs.price(layers[0], layers[0].channel.root) / total,
         "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
         "most_by_width": most_removable(units) / total,
     }

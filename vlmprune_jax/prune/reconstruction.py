@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import WRITERS as WRITERS_OF
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
@@ -199,8 +200,10 @@ def _solve(
 
 def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
     """Return True if attention and MLP input projections are repaired as well as output projections."""
-    left = sum(layer.sizes["mlp"] for layer in kept.layers)
-    whole = sum(kept.sizes_before[layer.index]["mlp"] for layer in kept.layers)
+    left, whole = (
+        sum(size for sizes in layers for axis, size in sizes.items() if WRITERS_OF[axis] == WRITERS[1])
+        for layers in (kept.sizes, [kept.sizes_before[layer.index] for layer in kept.layers])
+    )
     return config.readers == "auto" and left < READ_BELOW * whole
 
 
@@ -255,11 +258,9 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     """Return the names of a layer's output projections to repair, in the order of the forward pass."""
     layer, (first, end) = kept.layers[number], _spans(kept)[number]
     before, cut = kept.sizes_before[layer.index], end - first > 1
-    lost = {
-        "o_proj": layer.sizes["q_heads"] < before["q_heads"],
-        "down_proj": cut or layer.sizes["mlp"] < before["mlp"],
-    }
-    return [module for module in WRITERS if lost[module]]
+    lost = {WRITERS_OF[axis] for axis, size in layer.sizes.items() if size < before[axis]}
+    lost |= {WRITERS[1]} if cut else set()
+    return [module for module in WRITERS if module in lost]
 
 
 def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:

@@ -242,7 +242,7 @@ def units_of(
                     channels=stack.channels_of(axis),
                     step=multiples[name] // math.gcd(multiples[name], parents),
                     prune=i in ranges[layers],
-                    wide=getattr(part, "wide", 1),
+                    wide=part.relative_width,
                 )
                 if units.prune and units.step > units.size:
                     raise UserError(

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
-from vlmprune_jax.core.parts import AXES
+from vlmprune_jax.core.parts import AXES, WRITERS
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.recovery.config import LossConfig
@@ -26,6 +26,7 @@ from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import Result, Run
 from vlmprune_jax.workdir.unfinished import Variant
 
+T = TypeVar("T")
 MOST_UNITS = 1_000_000  # cells of a figure
 MOST_DRAWN = 20  # figures of a kind, curves in one; the tables have everything
 MOST_LISTED, MOST_SERVING = 40, 5  # numbers in a sentence, layers and heads named for images
@@ -89,8 +90,8 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
     for names, plan in plans:
         for stack, kept in plan.stacks.items():
             if not kept.is_whole and len(figures) < MOST_DRAWN:
-                layers = {layer.index: (layer.kept["q_heads"], layer.kept["mlp"]) for layer in kept.layers}
-                widths = [(sizes["q_heads"], sizes["mlp"]) for sizes in kept.sizes_before]
+                layers = {layer.index: _by_branch(layer.kept, ()) for layer in kept.layers}
+                widths = [_by_branch(sizes, 0) for sizes in kept.sizes_before]
                 where = "decoder" if stack == "text" else "vision tower"
                 drawn = plots.removed_figure(f"{plan.method}: what is left of the {where}", widths, layers)
                 caption = f"{', '.join(names[:MOST_LISTED])}, by {plan.criterion}"
@@ -99,12 +100,19 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
         yield Section("What was removed", figures=tuple(figures))
 
 
+def _by_branch(values: Mapping[str, T], absent: T) -> tuple[T, T]:
+    """Return the values of a layer's (mixer, channel mixer), of axes that are not the parent of another."""
+    parents = {AXES[axis].parent for axis in values}
+    branches = {WRITERS[axis]: value for axis, value in values.items() if axis not in parents}
+    return branches.get("o_proj", absent), branches.get("down_proj", absent)
+
+
 def _removed_alt(where: str, kept: KeptStack) -> str:
     before = kept.sizes_before
     gone = ", ".join(map(str, kept.removed_layers[:MOST_LISTED])) or "none"
+    left, whole = ([_by_branch(sizes, 0) for sizes in layers] for layers in (kept.sizes, before))
     heads, neurons = (
-        f"{sum(sizes[axis] for sizes in kept.sizes):,} of {sum(sizes[axis] for sizes in before):,}"
-        for axis in ("q_heads", "mlp")
+        f"{sum(sizes[branch] for sizes in left):,} of {sum(sizes[branch] for sizes in whole):,}" for branch in (0, 1)
     )
     return (
         f"Map of the {where}: {len(kept.layers)} of {len(before)} layers stay, removed layers: {gone}; "
@@ -149,8 +157,8 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
         kept = {
             layer.index: (
                 set(layer.kept[axis]),
-                layer.sizes["mlp"],
-                kept_of.sizes_before[layer.index]["mlp"],
+                _by_branch(layer.sizes, 0)[1],
+                _by_branch(kept_of.sizes_before[layer.index], 0)[1],
             )
             for layer in kept_of.layers
         }

@@ -12,8 +12,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.parts import Axis, Layer
-from vlmprune_jax.models.context import WRITERS
+from vlmprune_jax.core.parts import WRITERS, Axis, Layer
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
 
@@ -45,8 +44,9 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> dict[str, dict[str, int]]:
         if not along or not name.endswith("/weight"):
             continue
         inner = {axis.channels for axis in along}
-        (summed,) = (i for i, axis in enumerate(names) if axis not in axes and axis not in inner)
-        groups.setdefault(along[0].parent or along[0].name, {})[name] = summed
+        summed = [i for i, axis in enumerate(names) if axis not in axes and axis not in inner]
+        if summed:  # a number per unit is no weight of its channels
+            groups.setdefault(along[0].parent or along[0].name, {})[name] = summed[0]
     return {axis: dict(sorted(group.items(), key=lambda item: _rank(item[0]))) for axis, group in groups.items()}
 
 
@@ -105,11 +105,9 @@ def reduce_inputs(
     """
     units = {}
     for i, (scores, layer) in enumerate(zip(channels, cfg.stack(stack).layers, strict=True)):
-        for part, writer in zip(layer.parts, WRITERS, strict=True):
-            for axis in scored_axes(layer, gqa):
-                if axis in part.axes:
-                    values = np.asarray(scores[writer], np.float64).reshape(layer.sizes[axis.name], -1)
-                    units[i, axis.name] = values.sum(axis=-1)
+        for axis in scored_axes(layer, gqa):
+            values = np.asarray(scores[WRITERS[axis.name]], np.float64)
+            units[i, axis.name] = values.reshape(layer.sizes[axis.name], -1).sum(axis=-1)
     return {"units": units}
 
 

@@ -1,0 +1,70 @@
+"""Llama whose MLP has groups of neurons with a learned scale each; a group is pruned as a whole."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+import vlmprune_jax as vp
+from vlmprune_jax.families.decoders import decoder_family
+from vlmprune_jax.families.llama import DEFAULTS
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.table import Decoder, Weight
+from vlmprune_jax.models.context import lora_of
+from vlmprune_jax.models.layers import Leaf, Projection
+
+
+@dataclass(frozen=True)
+class Grouped(vp.ChannelMixer):
+    """Facts of the part; `groups` is prunable, and so has a size in plans and scores."""
+
+    module = "mlp"
+    axes = (vp.Axis("groups", "neuron groups", channels="group"),)
+
+    groups: int
+    neurons: int  # per group
+
+
+class GroupedMlp(nnx.Module):
+    """down(scale of the group * silu(gate(x)) * up(x))."""
+
+    writer = "down_proj"
+
+    def __init__(self, cfg, layer, sizes, names, lora):
+        sizes = {**sizes, "group": layer.channel.neurons}
+        inner, outer = ("groups", "group"), (names.axis,)
+        for name, out, into in (("gate_proj", inner, outer), ("up_proj", inner, outer), ("down_proj", outer, inner)):
+            setattr(self, name, Projection(sizes, out, into, bias=False, lora=lora_of(lora, name)))
+        self.scale = Leaf(sizes, ("groups",))
+
+    def __call__(self, x, ctx):
+        hidden = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        hidden = hidden * self.scale.weight.get_value()[None, None, :, None]
+        return self.down_proj(hidden), hidden
+
+
+vp.channels[Grouped] = GroupedMlp
+
+
+def from_hf(config):
+    text = llama_like({**DEFAULTS, **config}, "grouped")
+    channel = Grouped(groups=config["num_groups"], neurons=config["group_size"])
+    return text.with_layers([dataclasses.replace(layer, channel=channel) for layer in text.layers])
+
+
+def to_hf(text, source):
+    layer = text.layers[0]
+    heads = {"num_attention_heads": layer.mixer.q_heads, "num_key_value_heads": layer.mixer.kv_heads}
+    groups = {"num_groups": layer.channel.groups, "intermediate_size": layer.channel.groups * layer.channel.neurons}
+    return {**source, **heads, **groups, "num_hidden_layers": len(text.layers), "head_dim": text.head_dim}
+
+
+def weights(text, prefix, head):
+    layouts = {"mlp embed": "(groups group) embed", "embed mlp": "embed (groups group)"}
+    table = llama_like_weights(text, prefix, head)
+    table = [dataclasses.replace(line, layout=layouts.get(line.layout, line.layout)) for line in table]
+    return [*table, Weight("text/layers/{i}/mlp/scale/weight", prefix + "layers.{i}.mlp.scale", "groups")]
+
+
+vp.families["grouped"] = decoder_family(Decoder("grouped", "GroupedForCausalLM", from_hf, to_hf, weights))

@@ -1,0 +1,86 @@
+"""The channel mixer that how-to/extend.md links: scored, pruned by group, reconstructed, saved and loaded."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+from hf_cases import make_folder
+from repository import ROOT
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.parts import AXES, WRITERS
+from vlmprune_jax.models.params import flatten, param_axes, unflatten
+
+FILE = ROOT / "docs/how-to/grouped_mlp.py"
+CONFIG = {
+    "architectures": ["GroupedForCausalLM"], "model_type": "grouped", "vocab_size": 70, "hidden_size": 24,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 40,
+    "num_groups": 8, "group_size": 5, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+IDS = np.random.default_rng(1).integers(3, 70, (4, 20)).astype(np.int32)
+BATCHES = [{"input_ids": IDS, "attention_mask": np.ones_like(IDS), "labels": IDS}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of the family in that file."""
+    before = [(registry, dict(registry)) for registry in (vp.families, vp.channels, AXES, WRITERS)]
+    assert FILE.read_text(encoding="utf-8").count("\n") <= 80
+    sys.path.insert(0, str(FILE.parent))
+    importlib.import_module(FILE.stem)
+    sys.path.remove(str(FILE.parent))
+    yield make_folder(tmp_path / "source", CONFIG)
+    sys.modules.pop(FILE.stem)
+    for registry, known in before:
+        registry.clear()
+        registry.update(known)
+
+
+def masked(model, plan):
+    """The whole model whose removed groups write zero into the residual stream."""
+    flat, axes = flatten(model.params), param_axes(model.cfg)
+    path = "text/layers/0/mlp/down_proj/weight"
+    weight = np.array(flat[path])
+    for layer in plan.layers:
+        gone = sorted(set(range(8)) - set(layer.kept["groups"]))
+        weight[layer.index][(slice(None), gone)] = 0
+    assert axes[path] == ("layer", "embed", "groups", "group")
+    return model.replace(params=unflatten({**flat, path: weight}))
+
+
+@pytest.mark.parametrize("criterion", ["activation", "taylor", "l2", "random"])
+def test_groups_are_scored_and_cut_as_if_they_wrote_zero(folder, criterion):
+    model = vp.load(folder)
+    scores = vp.score(model, BATCHES, criterion=criterion)
+    assert [scores.units[i, "groups"].shape for i in range(4)] == [(8,)] * 4
+    plan = vp.make_plan(scores, model, method="width", ratio=0.2, heads="keep")
+    assert plan.parameters_after == vp.count_params(plan.apply_to(model.cfg))
+    for layer in plan.layers:
+        values = scores.units[layer.index, "groups"]
+        assert set(layer.kept["groups"]) == set(np.argsort(values)[-len(layer.kept["groups"]) :].tolist())
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    expected, _ = vp.forward(masked(model, plan), IDS)
+    logits, _ = vp.forward(vp.apply_plan(model, plan), IDS)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * float(abs(expected).max()))
+
+
+def test_cut_models_are_mended_saved_and_generate(folder, tmp_path):
+    model = vp.load(folder)
+    plan = vp.make_plan(vp.score(model, BATCHES, criterion="activation"), model, method="width", ratio=0.2)
+    pruned = vp.apply_plan(model, plan)
+    mended, solutions = vp.reconstruct(pruned, plan, model, BATCHES * 4)
+    assert {solution["module"] for solution in solutions} >= {"down_proj"}
+    assert all(solution["error_after"] <= solution["error_before"] for solution in solutions)
+    vp.save(mended, tmp_path / "out", source_dir=folder, plan=plan, dtype="float32")
+    again = vp.load(tmp_path / "out")
+    assert again.cfg == mended.cfg
+    for path, leaf in flatten(mended.params).items():
+        np.testing.assert_array_equal(flatten(again.params)[path], leaf, err_msg=path)
+    tokens = vp.generate(again, IDS[:2, :5], max_new_tokens=3, eos_token_ids=())
+    greedy = np.asarray(IDS[:2, :5])
+    for _ in range(3):
+        logits, _ = vp.forward(again, greedy)
+        greedy = np.concatenate([greedy, np.argmax(logits[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(tokens, greedy[:, 5:])
