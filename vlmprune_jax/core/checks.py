@@ -129,7 +129,7 @@ def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
     of `**options: Unpack[...]` by name.
     """
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
-    usage = [name for name, of in signature.parameters.items() if of.kind is of.POSITIONAL_OR_KEYWORD]
+    usage = [name for name, param in signature.parameters.items() if param.kind is param.POSITIONAL_OR_KEYWORD]
     kinds = {name: kinds for name, hint in hints.items() if name != "return" and (kinds := _kinds(hint))}
 
     @functools.wraps(function)
@@ -157,8 +157,8 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 def _check_argument(function: str, usage: Sequence[str], name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """Raise UserError unless an argument of a public function is of one of these classes."""
-    one = isinstance(value, str) or (name == "batches" and (isinstance(value, Mapping) or hasattr(value, "arrays")))
-    if isinstance(value, kinds) and not (one and str not in kinds):
+    single = isinstance(value, str) or (name == "batches" and (isinstance(value, Mapping) or hasattr(value, "arrays")))
+    if isinstance(value, kinds) and not (single and str not in kinds):
         return
     names = [kind.__name__ for kind in kinds if kind not in (types.NoneType, os.PathLike, list)]
     if names == ["Iterable"]:
@@ -178,5 +178,7 @@ def _with_settings(signature: inspect.Signature, hints: Mapping[str, Any]) -> in
     if typing.get_origin(hints.get(last.name)) is not typing.Unpack:
         return signature
     settings = typing.get_type_hints(typing.get_args(hints[last.name])[0])
-    keywords = [inspect.Parameter(name, last.KEYWORD_ONLY, default=..., annotation=of) for name, of in settings.items()]
+    keywords = [
+        inspect.Parameter(name, last.KEYWORD_ONLY, default=..., annotation=hint) for name, hint in settings.items()
+    ]
     return signature.replace(parameters=[*others, *keywords])

@@ -207,7 +207,7 @@ def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") 
         raise UserError(f"{path}: is not valid JSON ({reason(error)}): {todo}") from None
 
 
-def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True) -> Any:
+def parse_json(text: str | bytes, location: str, todo: str, *, unicode: bool = True) -> Any:
     """Parse JSON text to dictionaries, lists, strings and numbers.
 
     Raises UserError if the text is not JSON, is too deeply nested, or contains a lone surrogate.
@@ -221,7 +221,7 @@ def parse_json(text: str | bytes, where: str, todo: str, *, unicode: bool = True
             json.dumps(value, ensure_ascii=False).encode(errors="strict" if unicode else "surrogateescape")
         return value
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not valid JSON ({_error_text(error)}): {todo}") from None
+        raise UserError(f"{location}: is not valid JSON ({_error_text(error)}): {todo}") from None
 
 
 def _nesting_depth(value: Any) -> int:
@@ -234,12 +234,12 @@ def _nesting_depth(value: Any) -> int:
     return depth
 
 
-def checked(value: Any, kind: Any, where: str, todo: str) -> Any:
+def checked(value: Any, kind: Any, location: str, todo: str) -> Any:
     """Return `value`; raise UserError unless it has the type `kind`."""
     try:
         msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:
-        raise UserError(f"{where}: does not have the expected content ({reason(error)}): {todo}") from None
+        raise UserError(f"{location}: does not have the expected content ({reason(error)}): {todo}") from None
     return value
 
 
@@ -258,14 +258,14 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
     for number, line in enumerate(read_text(path, MAX_JSON_BYTES, missing).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         try:
-            value = parse_json(line, where, todo, unicode=False)
+            value = parse_json(line, location, todo, unicode=False)
         except UserError:
             if cut:
                 break
             raise
-        values.append(checked(value, kind, where, todo))
+        values.append(checked(value, kind, location, todo))
     return values
 
 
@@ -292,7 +292,7 @@ def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]
     return arrays
 
 
-def _array(content: bytes, where: str, todo: str) -> np.ndarray:
+def _array(content: bytes, location: str, todo: str) -> np.ndarray:
     """Parse one array in NumPy's .npy format, after comparing the size in its header with the size of the file."""
     file = io.BytesIO(content)
     major, _ = np.lib.format.read_magic(file)
@@ -301,7 +301,7 @@ def _array(content: bytes, where: str, todo: str) -> np.ndarray:
     size, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
     if dtype.hasobject or dtype.names is not None or size != there or min(shape, default=0) < 0:
         raise UserError(
-            f"{where}: an array {dtype}{list(shape)} does not have the {there:,} bytes that are stored: {todo}"
+            f"{location}: an array {dtype}{list(shape)} does not have the {there:,} bytes that are stored: {todo}"
         )
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if order else "C")
 

@@ -14,7 +14,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def markdown(text: str) -> str:
     """Escape text to one line for a paragraph, heading or table cell of Markdown."""
-    return _MARKUP.sub(lambda found: "".join(f"\\{c}" for c in found[0]), printable(text))
+    return _MARKUP.sub(lambda match: "".join(f"\\{c}" for c in match[0]), printable(text))
 
 
 def code(text: str) -> str:

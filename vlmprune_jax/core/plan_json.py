@@ -69,23 +69,23 @@ class _Earlier(TypedDict):
     vocabulary: NotRequired[_EarlierVocabulary | None]
 
 
-def as_plan(data: Any, where: str) -> PlanJson:
+def as_plan(data: Any, location: str) -> PlanJson:
     """Return the JSON data of a plan, of any format, in the present one; raise UserError if it is no plan."""
-    known = checked(data, _Version, where, TODO)["format"]
+    known = checked(data, _Version, location, TODO)["format"]
     if known in EARLIER:
-        data = _upgraded(data, where)
+        data = _upgraded(data, location)
     elif known != FORMAT:
         todo = "upgrade vlmprune-jax" if known > FORMAT else TODO
         raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
-    plan: PlanJson = msgspec.convert(checked(data, PlanJson, where, TODO), PlanJson)
+    plan: PlanJson = msgspec.convert(checked(data, PlanJson, location, TODO), PlanJson)
     if "text" not in plan["components"]:
         raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them")
     return plan
 
 
-def _upgraded(data: Any, where: str) -> dict[str, Any]:
+def _upgraded(data: Any, location: str) -> dict[str, Any]:
     """Return the JSON data of a plan of an earlier format in the present one."""
-    plan: _Earlier = msgspec.convert(checked(data, _Earlier, where, TODO), _Earlier)
+    plan: _Earlier = msgspec.convert(checked(data, _Earlier, location, TODO), _Earlier)
     components = {name: _component(stack) for name, stack in plan["stacks"].items()}
     vocabulary = plan.get("vocabulary")
     if vocabulary is not None and "text" in components:

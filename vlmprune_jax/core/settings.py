@@ -95,7 +95,7 @@ def settings_of(section: Any) -> dict[str, Setting]:
     return {f.name: f.metadata["setting"] for f in dataclasses.fields(section) if "setting" in f.metadata}
 
 
-def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None:
+def check_settings(location: str, section: Any, *, elsewhere: bool = False) -> None:
     """Raise UserError if a setting's value is out of bounds or not one of its choices.
 
     Args:
@@ -105,7 +105,7 @@ def check_settings(where: str, section: Any, *, elsewhere: bool = False) -> None
     """
     for name, about in settings_of(section).items():
         value = getattr(section, name)
-        place = f"{where}.{name}"
+        place = f"{location}.{name}"
         if about.choices and (elsewhere or not isinstance(about.choices, str)):
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, str):
@@ -139,7 +139,7 @@ def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(spec) if f.name not in library_only}
 
 
-def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, offered: bool = True) -> Any:
+def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, offered: bool = True) -> Any:
     """Return a copy of a settings dataclass with the values of a nested mapping assigned.
 
     `offered`: only settings that a config has; False for the keyword arguments of a Python function. Raises UserError
@@ -149,8 +149,8 @@ def override(spec: Any, values: Mapping[str, Any], where: str = "config", *, off
     changes = {}
     for name, value in values.items():
         if name not in hints:
-            raise UserError(f"{where} has no {name!r}{suggest(name, hints)}")
-        current, place = getattr(spec, name), f"{where}.{name}"
+            raise UserError(f"{location} has no {name!r}{suggest(name, hints)}")
+        current, place = getattr(spec, name), f"{location}.{name}"
         if dataclasses.is_dataclass(current):
             changes[name] = _section(current, value, place, offered=offered)
         else:
@@ -163,36 +163,36 @@ def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for an unknown section, a value that is no section, or a setting inside a mapping that is set too.
     """
-    found: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for name, value in values.items():
-        at, section, (*parts, last) = found, spec, name.split(".")
-        for number, part in enumerate(parts):
-            where = ".".join(["config", *parts[:number]])
+        at, section, (*section_names, last) = tree, spec, name.split(".")
+        for number, part in enumerate(section_names):
+            location = ".".join(["config", *section_names[:number]])
             known = section if isinstance(section, Mapping) else hints_of(section)
             if part not in known:
-                raise UserError(f"{where} has no {part!r}{suggest(part, known)}")
+                raise UserError(f"{location} has no {part!r}{suggest(part, known)}")
             section = section[part] if isinstance(section, Mapping) else getattr(section, part)
             if not (isinstance(section, Mapping) or dataclasses.is_dataclass(section)):
-                raise UserError(f"config.{name}: {where}.{part} is a setting, not a section of settings")
+                raise UserError(f"config.{name}: {location}.{part} is a setting, not a section of settings")
             at = at.setdefault(part, dict(section) if isinstance(section, Mapping) else {})
             if not isinstance(at, dict):
                 raise UserError(
-                    f"config.{name}: config.{'.'.join(parts)} is set as well: sweep over only one of the two"
+                    f"config.{name}: config.{'.'.join(section_names)} is set as well: sweep over only one of the two"
                 )
         at[last] = value
-    return found
+    return tree
 
 
-def _section(current: Any, value: Any, where: str, *, offered: bool = True) -> Any:
+def _section(current: Any, value: Any, location: str, *, offered: bool = True) -> Any:
     """Return a nested section: `value` if it is an instance, else `current` with the settings in mapping `value`."""
     if isinstance(value, type(current)):
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}={value!r}: is a section of settings: set each of its settings by name")
-    return override(current, value, where, offered=offered)
+        raise UserError(f"{location}={value!r}: is a section of settings: set each of its settings by name")
+    return override(current, value, location, offered=offered)
 
 
-def _checked(value: Any, kind: Any, where: str) -> Any:
+def _checked(value: Any, kind: Any, location: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in options:
         return None
@@ -205,7 +205,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
             kinds = [first] * len(value) if rest[-1:] == [...] else [first, *rest]
             if len(kinds) == len(value):
                 items = enumerate(zip(value, kinds, strict=True))
-                return tuple(_checked(item, inner, f"{where}[{i}]") for i, (item, inner) in items)
+                return tuple(_checked(item, inner, f"{location}[{i}]") for i, (item, inner) in items)
         if plain is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
             # an int that no float can hold is infinite, which bounds refuse
             return float(value) if not isinstance(value, int) or abs(value) < 2**1023 else math.inf
@@ -214,11 +214,11 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         if plain is Mapping and isinstance(value, Mapping):
             inner = typing.get_args(option)[1]
             if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                return {key: _section(inner(), item, f"{where}.{key}") for key, item in value.items()}
-            return {key: _checked(item, inner, f"{where}.{key}") for key, item in value.items()}
+                return {key: _section(inner(), item, f"{location}.{key}") for key, item in value.items()}
+            return {key: _checked(item, inner, f"{location}.{key}") for key, item in value.items()}
         if isinstance(plain, type) and isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
             if isinstance(value, str) and not is_path(value):
-                raise UserError(f"{where}={value!r} contains a NUL character or half of a surrogate pair: remove it")
+                raise UserError(f"{location}={value!r} contains a NUL character or half of a surrogate pair: remove it")
             return value
     names = [_TYPES.get(typing.get_origin(option) or option) or option.__name__ for option in options]
-    raise UserError(f"{where}={value!r} must be {' or '.join(names)}")
+    raise UserError(f"{location}={value!r} must be {' or '.join(names)}")

@@ -53,8 +53,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         else:
             jax.distributed.initialize(*place, **_LOSS)
     except (RuntimeError, ValueError) as error:
-        where = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
-        raise UserError(f"{where}: cannot join the other processes ({reason(error)}): start all processes") from error
+        worker = "the workers of this TPU slice" if place is None else f"process {place[2]} of {place[1]} at {place[0]}"
+        raise UserError(f"{worker}: cannot join the other processes ({reason(error)}): start all processes") from error
     if process_count() > 1:
         failure.watch(process_number(), process_count())
 
@@ -191,9 +191,9 @@ def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Se
         tensor = (enough or fits[-1:])[0]
         sizes = (mesh.size // tensor, 1, tensor)
     data, fsdp, tensor = sizes
-    found = make_mesh(data, fsdp, tensor, devices)
-    check_divides(cfg, found)
-    return found
+    new_mesh = make_mesh(data, fsdp, tensor, devices)
+    check_divides(cfg, new_mesh)
+    return new_mesh
 
 
 def _memory_of(device: jax.Device) -> float | None:
@@ -313,5 +313,5 @@ def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
         return np.arange(count)
     local = set(mesh.local_devices)
     groups = mesh.devices.reshape(ways, -1)
-    own = [group for group in range(ways) if not local.isdisjoint(groups[group])]
-    return np.arange(count).reshape(ways, -1)[own].ravel()
+    local_groups = [group for group in range(ways) if not local.isdisjoint(groups[group])]
+    return np.arange(count).reshape(ways, -1)[local_groups].ravel()

@@ -40,14 +40,14 @@ def model_name(folder: Path) -> str:
 
 def license_of(source: Path) -> dict[str, str]:
     """Return the license fields in the metadata of a folder's model card; {} if it has none."""
-    found = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
-    return {name: value for name, value in found if value.isprintable()}
+    pairs = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
+    return {name: value for name, value in pairs if value.isprintable()}
 
 
 def languages_of(source: Path) -> list[str]:
     """Return the language codes listed in a folder's model card."""
-    found = re.search(r"^languages?:((?: [^\n]*)?(?:\n *- [^\n]*)*)", _metadata(source), re.M)
-    return [] if found is None else re.findall(r"\b[a-z]{2,3}(?:-[A-Za-z]{2,8})?\b", found[1])[:_MAX_LANGUAGES]
+    match = re.search(r"^languages?:((?: [^\n]*)?(?:\n *- [^\n]*)*)", _metadata(source), re.M)
+    return [] if match is None else re.findall(r"\b[a-z]{2,3}(?:-[A-Za-z]{2,8})?\b", match[1])[:_MAX_LANGUAGES]
 
 
 def _metadata(source: Path) -> str:
@@ -82,7 +82,7 @@ def write_card(
     all_steps = [*(["pruned"] if plan else []), *steps]
     task = "text-generation" if cfg.vision is None else "image-text-to-text"
     fields = {"library_name": library, "pipeline_tag": task, **({"base_model": name} if "/" in name else {})}
-    listed = [yaml(one) for one in datasets if "/" in one]
+    listed = [yaml(dataset) for dataset in datasets if "/" in dataset]
     data = f" Data: {', '.join(map(code, datasets))}." if datasets else ""
     fields |= license_of(source) if license is None else {"license": license}
     metadata = [f"{field}: {yaml(value)}" for field, value in fields.items()]
@@ -183,15 +183,15 @@ def loading_lines(folder: Path) -> list[str]:
 
 def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dict[str, Any]) -> str:
     """Return the model card's section "Loading" for a Hugging Face folder."""
-    parts = []
+    paragraphs = []
     if written.layout == cfg.layout != "transformers":
-        parts.append(_hub_loading(written, config))
+        paragraphs.append(_hub_loading(written, config))
     else:
-        parts.append(_transformers_loading(folder, written, config))
+        paragraphs.append(_transformers_loading(folder, written, config))
     if written.layout != cfg.layout:
         words = written.text.vocab_size - cfg.text.vocab_size
         more = f" The vocabulary has {words} more rows, for an image token and padding." if words else ""
-        parts.append(
+        paragraphs.append(
             f"Converted from the {cfg.family} hub layout to a transformers class: no remote code is needed.{more}"
         )
     padded = cfg
@@ -199,14 +199,14 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         padded = padded.with_layers(written.stack(name).layers, name)
     before, after = count_params(cfg), count_params(padded)
     if after != before:
-        parts.append(
+        paragraphs.append(
             f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
             f"function as the pruned model, in a stock class, but with {after:,} parameters in files, memory and "
             f"computation instead of {before:,}."
         )
     tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
-    parts.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
-    return "\n\n".join(parts)
+    paragraphs.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")
+    return "\n\n".join(paragraphs)
 
 
 def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, Any]) -> str:
@@ -251,8 +251,8 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "
             'hidden_size / heads. For PyTorch, export with `layout="transformers"`.'
         )
-    where = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
+    origin = "the code in this folder (`trust_remote_code=True`)" if config.get("auto_map") else "the model's own code"
     return (
-        f"In the hub's layout: `{name}` of {where} loads it. For stock transformers, export with "
+        f"In the hub's layout: `{name}` of {origin} loads it. For stock transformers, export with "
         '`layout="transformers"`.'
     )

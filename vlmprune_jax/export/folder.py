@@ -71,9 +71,9 @@ def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
     """Return the model card's paragraph on vLLM on TPUs."""
     if reason := why_not(cfg, "vllm_tpu"):
         return f"\n\nvLLM on TPUs does not load it: {reason}."
-    told = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
+    properties = facts(cfg, storage if isinstance(storage, CompressedTensors) else None)
     serve = " Run `vllm serve --config vllm_config.yaml` in this folder." if origin.tpu_chips else ""
-    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {told}.{serve}"
+    return f"\n\nvLLM on TPUs (tpu-inference 0.32, not tested there): {properties}.{serve}"
 
 
 def make_tensors(
@@ -90,17 +90,17 @@ def make_tensors(
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
     before = {slot.name: slot for slot in make_slots(model.cfg, family)}
     after = by_key(make_slots(target.cfg, target.family))
-    placed = {part.name for parts in after.values() for part in parts}
+    placed = {slot.name for slots in after.values() for slot in slots}
     missing = [slot for name, slot in before.items() if name not in placed]
     if missing:
         key = missing[0].key
         raise UserError(f"{source.folder}: has no tensor {key}: pass the folder that the model was loaded from")
     head = tied_head(target.cfg, target.family)
     if head in spelling and not target.converts:  # some tied checkpoints hold the embedding twice
-        after[head] = next(parts for parts in after.values() if parts[0].path == "text/embed_tokens/weight")
+        after[head] = next(slots for slots in after.values() if slots[0].path == "text/embed_tokens/weight")
     weights: list[tuple[str, Tensor]] = []
-    for key, parts in after.items():
-        first = before[parts[0].name]
+    for key, slots in after.items():
+        first = before[slots[0].name]
         source_tensor = spelling.get(template(first.key))
         if source_tensor is None and family.separate_vision and first.path.startswith("vision/"):
             if not target.converts:
@@ -115,11 +115,11 @@ def make_tensors(
         else:
             spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
             spelled = template(key) if family.respells else spelled
-            spelled = spelled.replace("{}", str(parts[0].layer))
+            spelled = spelled.replace("{}", str(slots[0].layer))
             stored = source.entries[spelled].dtype if spelled in source.entries else stored
         stored = stored if dtype == "source" else file_name(dtype)
-        pairs = [(before[part.name], part) for part in parts]
-        weights.append((parts[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
+        pairs = [(before[slot.name], slot) for slot in slots]
+        weights.append((slots[0].name, _weight(spelled, stored, pairs, model.cfg, target.cfg, flat)))
     if target.converts:
         unused = _constants(target.cfg, weights[0][1].dtype)
     else:
@@ -147,12 +147,12 @@ def _weight(
                 array = more_words(array, before.axes, new.text.vocab_size)
         return _as_dtype(array, dtype)
 
-    parts = [(flat[before.path], before.index) for before, _ in pairs]
-    extent = extent_of(parts, dtype) if all(before.shape == after.shape for before, after in pairs) else None
-    check = functools.partial(check_finite, what=f"{origin(*parts[0]) or key}, to be written as {dtype},")
+    arrays = [(flat[before.path], before.index) for before, _ in pairs]
+    extent = extent_of(arrays, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    check = functools.partial(check_finite, what=f"{origin(*arrays[0]) or key}, to be written as {dtype},")
     fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
     whole = len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape
-    blocks = blocks_of(*parts[0]) if whole else None
+    blocks = blocks_of(*arrays[0]) if whole else None
     pieces = None if blocks is None else lambda: (_as_dtype(block, dtype) for block in blocks())
     return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check, pieces)
 
@@ -233,25 +233,25 @@ def make_storage(
 def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Family, dtype: str) -> str:
     """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
-    parts = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
+    sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
     loads = why_not(cfg, "transformers", loader=not cfg.text.even) is None
     if loads:
-        parts.append(
+        sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
             "model is smaller on disk but not in memory. The keys follow the documentation of vLLM (not tested there)."
         )
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
         names = ", ".join(f"`{key}`" for key in dict.fromkeys(left))
-        parts.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
+        sentences.append(f"Also in {dtype}, because groups of {storage.group} do not divide their rows: {names}.")
     if loads and not storage.symmetric:
-        parts.append(
+        sentences.append(
             "In transformers, zero points need `quantization_config=CompressedTensorsConfig(dequantize=True)`: "
             "compressed-tensors 0.20 does not support packed zero points otherwise."
         )
     if storage.activations:
-        parts.append("The engine rounds the inputs of these matrices to 8 bits, per token.")
-    return " ".join(parts)
+        sentences.append("The engine rounds the inputs of these matrices to 8 bits, per token.")
+    return " ".join(sentences)
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:

@@ -41,21 +41,21 @@ def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     if quantize != "none" and quantize not in chosen.quantizations:
         known = dict.fromkeys(known for f in (base, *extensions) for known in f.quantizations)
         raise UserError(f"quantize {quantize!r} is not supported by format {name!r} (supported: {', '.join(known)})")
-    own = settings_of(chosen.options)
+    option_settings = settings_of(chosen.options)
     for option, value in values.items():
-        if option not in own:
-            _check_foreign(option, value, name, tuple(own))
-    options = chosen.options(**{option: value for option, value in values.items() if option in own})
+        if option not in option_settings:
+            _check_foreign(option, value, name, tuple(option_settings))
+    options = chosen.options(**{option: value for option, value in values.items() if option in option_settings})
     check_settings("export", options, elsewhere=True)
     return chosen, options
 
 
-def _check_foreign(option: str, value: Any, name: str, own: tuple[str, ...]) -> None:
+def _check_foreign(option: str, value: Any, name: str, option_names: tuple[str, ...]) -> None:
     """Raise UserError if an option that only other export formats have is set."""
     others = {other: settings_of(f.options) for other, f in FORMATS.items()}
     homes = {other: settings[option].default for other, settings in others.items() if option in settings}
     if not homes:
-        raise UserError(f"format {name!r} has no option {option!r}{suggest(option, own)}")
+        raise UserError(f"format {name!r} has no option {option!r}{suggest(option, option_names)}")
     if value not in homes.values():
         raise UserError(
             f"{option}={value!r} is an option of format {' or '.join(map(repr, homes))}, not of {name!r} with this "

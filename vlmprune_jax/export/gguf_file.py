@@ -66,27 +66,27 @@ def gguf_loading(files: Sequence[GgufFile], cfg: ModelConfig, imatrix: GgufFile 
     text, tower = files[0], files[1] if len(files) > 1 else None
     names = f"-m {text.name}" + (f" --mmproj {tower.name}{tower.options}" if tower else "")
     rows = [f"| `{file.name}` | {file.architecture} | {_types(file)} |" for file in files]
-    parts = [
+    texts = [
         f"```\nllama-server {names}\n```",
         "\n".join(["| file | architecture | tensors |", "|---|---|---|", *rows]),
     ]
     unquantised = [f"`{key}`" for file in files for key in file.unquantised]
     if unquantised:
-        parts.append(f"Kept in F16, because their rows are not whole blocks of 32 values: {', '.join(unquantised)}.")
+        texts.append(f"Kept in F16, because their rows are not whole blocks of 32 values: {', '.join(unquantised)}.")
     padded = cfg.with_layers(text.layers)
     if tower is not None:
         padded = padded.with_layers(tower.layers, "vision")
     before, after = count_params(cfg), count_params(padded)
     if after != before:
-        parts.append(
+        texts.append(
             f"Layers were padded with zero heads and neurons to widths of `{text.architecture}`: the same function, "
             f"with {after:,} parameters in files and memory instead of {before:,}."
         )
-    parts.append(_k_quants(text.name, imatrix))
+    texts.append(_k_quants(text.name, imatrix))
     remarks = [f"- {remark}" for file in files for remark in file.remarks]
     if remarks:
-        parts.append("Differences in llama.cpp:\n\n" + "\n".join(remarks))
-    return "\n\n".join(parts)
+        texts.append("Differences in llama.cpp:\n\n" + "\n".join(remarks))
+    return "\n\n".join(texts)
 
 
 def _k_quants(name: str, imatrix: GgufFile | None) -> str:
@@ -121,8 +121,8 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
         slot for slot in make_slots(wide, here) if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2
     ]
     tensors = list[Tensor]()
-    for key, parts in by_key(slots).items():
-        after = parts[0]  # parts of a tensor have the same inputs
+    for key, tensor_slots in by_key(slots).items():
+        after = tensor_slots[0]  # parts of a tensor have the same inputs
         mean = importance.means.get(after.name)
         if mean is None or mean.shape != (before[after.name].hf_shape[1],):
             raise UserError(

@@ -122,8 +122,8 @@ def cut(family: Family, source: Path) -> JsonDict:
         patching = _patching(source)
         return {"vision_min_pixels": patching.min_pixels, "vision_max_pixels": patching.max_pixels}
     if family.tiling is not None:
-        where = str(source / "config.json")
-        return _tiles(family.tiling(read_fields(source / "config.json"), where))
+        location = str(source / "config.json")
+        return _tiles(family.tiling(read_fields(source / "config.json"), location))
     processor = None if family.images in ("whole", "crops", "budget") else processor_settings(source)
     if processor is None:
         return {}

@@ -150,9 +150,9 @@ def _tower(
         place = next(i for i, tensor in enumerate(tensors) if tensor.key.startswith("v.position_embd"))
         table = tensors[place]
         rolled_table = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
-        tensors[place] = dataclasses.replace(table, fetch=rolled_table, parts=None)
+        tensors[place] = dataclasses.replace(table, fetch=rolled_table, pieces=None)
     if vision.channels_last:
-        tensors = [_channels_first(one, vision.channels) if one.key == _FILTERS else one for one in tensors]
+        tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
     if vision.temporal > 1:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
@@ -178,10 +178,10 @@ def _channels_first(filters: Tensor, channels: int) -> Tensor:
     side = math.isqrt(values // channels)
 
     def fetch() -> np.ndarray:
-        parts = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
-        return np.ascontiguousarray(parts.swapaxes(1, 2)).reshape(-1)
+        channel_bytes = filters.fetch().reshape(vision, side**2, channels, filters.n_bytes // (vision * values))
+        return np.ascontiguousarray(channel_bytes.swapaxes(1, 2)).reshape(-1)
 
-    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch, parts=None)
+    return dataclasses.replace(filters, shape=(vision, channels, side, side), fetch=fetch, pieces=None)
 
 
 def copy_of(number: int) -> str:
@@ -206,8 +206,8 @@ def _tensors(
     flat, here = flatten(model.params), under_names(family, part, names)
     before = {slot.name: slot for slot in make_slots(model.cfg, here) if slot.part == part}
     tensors = []
-    for key, parts in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
-        pairs, kind = [(before[slot.name], slot) for slot in parts], _type_of(key, parts[0].hf_shape, plain, quantize)
+    for key, slots in by_key(slot for slot in make_slots(wide, here) if slot.part == part).items():
+        pairs, kind = [(before[slot.name], slot) for slot in slots], _type_of(key, slots[0].hf_shape, plain, quantize)
         tensors.append(_tensor(key, kind, pairs, model.cfg, wide, flat, architecture))
     return tensors
 
@@ -314,7 +314,7 @@ def _encoded(
             yield from (_encode(values[at : at + step], kind, what) for at in range(0, len(values), step))
 
     size = math.prod(shape) // block * block_bytes
-    return Tensor(key, kind, shape, size, lambda: np.concatenate([*encode()]), parts=encode)
+    return Tensor(key, kind, shape, size, lambda: np.concatenate([*encode()]), pieces=encode)
 
 
 def _encode(values: np.ndarray, kind: str, what: str) -> np.ndarray:

@@ -57,10 +57,10 @@ class Vocabulary:
     remarks: tuple[str, ...]
 
 
-def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "") -> Vocabulary:
+def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, tokenizer_model: str = "") -> Vocabulary:
     """Convert a folder's tokenizer for GGUF, padded to the number of rows of the model's embedding.
 
-    `own`: llama.cpp's name of the architecture's own tokenizer, with SentencePiece's rules and a list of merges.
+    `tokenizer_model`: llama.cpp's name for the architecture's tokenizer (SentencePiece's rules and a list of merges).
 
     Raises:
       UserError: there is no tokenizer, llama.cpp would split texts differently, or it has more tokens than the model.
@@ -83,10 +83,10 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in model.get("merges") or ()]
     if spaced:
         prefix = _check_spaced(content, str(folder))
-        pre = own or "default"
-        fields |= {"tokenizer_model": own or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
+        pre = tokenizer_model or "default"
+        fields |= {"tokenizer_model": tokenizer_model or SPACED, "tokenizer_pre": pre, "add_space_prefix": prefix}
         fields["token_scores"] = _scores(tokens, merges)
-        if own:
+        if tokenizer_model:
             _check_lines(merges, str(folder))
             fields["token_merges"] = [" ".join(pair) for pair in merges]
     else:
@@ -100,14 +100,14 @@ def make_vocabulary(folder: Path, cfg: ModelConfig, family: Family, own: str = "
     return Vocabulary(fields, fast, tuple(_remarks(content, fast)))
 
 
-def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[int]]:
+def _tokens(content: JsonDict, rows: int, location: str) -> tuple[list[str], list[int]]:
     """Return text and type of every token id; ids without a token stand for unused embedding rows."""
     vocab, spaced = content["model"]["vocab"], bool(content["model"].get("byte_fallback"))
     added = {token["id"]: token for token in content.get("added_tokens") or ()}
     texts = {number: text for text, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
     if max(texts) >= rows:
         raise UserError(
-            f"{where}: the tokenizer has token id {max(texts):,}, but the vocabulary has {rows:,} rows: use the "
+            f"{location}: the tokenizer has token id {max(texts):,}, but the vocabulary has {rows:,} rows: use the "
             "model's tokenizer"
         )
     unknown, tokens, kinds = content["model"].get("unk_token"), [], []
@@ -124,12 +124,12 @@ def _tokens(content: JsonDict, rows: int, where: str) -> tuple[list[str], list[i
     return tokens, kinds
 
 
-def _check_lines(merges: list[list[str]], where: str) -> None:
+def _check_lines(merges: list[list[str]], location: str) -> None:
     """Raise UserError for merges across line ends, where llama.cpp's tokenizer always splits text."""
     crossing = next((pair for pair in merges if len({piece.strip("\n") == "" for piece in pair}) > 1), None)
     if crossing is not None:
         raise UserError(
-            f"{where}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, which "
+            f"{location}: the tokenizer merges {crossing[0]!r} and {crossing[1]!r}, a newline and other text, which "
             "llama.cpp never does: this model cannot be exported to GGUF"
         )
 
@@ -142,14 +142,14 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _check_spaced(content: JsonDict, where: str) -> bool:
+def _check_spaced(content: JsonDict, location: str) -> bool:
     """Return True if a SentencePiece tokenizer puts a space mark before each text; refuse other variants."""
     rules = [content.get("normalizer"), content.get("pre_tokenizer")]
     for *known, prefix in _SPACED:
         if rules == known:
             return prefix
     raise UserError(
-        f"{where}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
+        f"{location}: llama.cpp has no tokenizer with the rules of this tokenizer.json (normalizer and pre_tokenizer "
         f"{json.dumps(rules, sort_keys=True)[:200]}): this model cannot be exported to GGUF"
     )
 
@@ -175,14 +175,14 @@ def _rules(step: JsonDict | None) -> Iterator[str]:
         yield json.dumps(step, sort_keys=True)
 
 
-def _pre(content: JsonDict, fast: Any, where: str) -> str:
+def _pre(content: JsonDict, fast: Any, location: str) -> str:
     """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer rules."""
     rules, model = tuple(_rules(content.get("pre_tokenizer"))), content["model"]
     normalizer = content.get("normalizer")
     pre = PRE.get(rules) if normalizer is None or normalizer.get("type") == "NFC" else None
     if pre is None:
         raise UserError(
-            f"{where}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
+            f"{location}: llama.cpp has no tokenizer that splits texts by the rules of this tokenizer.json (found "
             f"{' + '.join(rules)[:200]}, supported {', '.join(PRE.values())}): this model cannot be exported to GGUF"
         )
     if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS):
@@ -190,7 +190,7 @@ def _pre(content: JsonDict, fast: Any, where: str) -> str:
     if not model.get("merges") and model.get("ignore_merges") and _same_words(content, fast):
         return OF_WORDS
     raise UserError(
-        f"{where}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
+        f"{location}: ignore_merges is {bool(model.get('ignore_merges'))} in this tokenizer.json, and the opposite in "
         f"llama.cpp's {pre}: this model cannot be exported to GGUF"
     )
 
@@ -210,7 +210,7 @@ def _same_words(content: JsonDict, fast: Any) -> bool:
     return all(fast(text)["input_ids"] == other.encode(text).ids for text in texts)
 
 
-def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) -> JsonDict:
+def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, location: str) -> JsonDict:
     """Return GGUF metadata with special token ids, and flags for tokens that are added to every text."""
     ends = cfg.eos_token_ids or ((fast.eos_token_id,) if fast.eos_token_id is not None else ())
     bos = fast.bos_token_id if cfg.bos_token_id is None else cfg.bos_token_id
@@ -225,7 +225,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) 
     outside = [name for name, number in ids.items() if number is not None and not 0 <= number < cfg.text.vocab_size]
     if outside:
         raise UserError(
-            f"{where}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
+            f"{location}: {outside[0]} {ids[outside[0]]} is outside the vocabulary of {cfg.text.vocab_size:,} tokens: "
             "use the model's tokenizer"
         )
     bare, marked = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -235,7 +235,7 @@ def _special_tokens(cfg: ModelConfig, content: JsonDict, fast: Any, where: str) 
         added = (marked[0], marked[-1])
     if added not in adds:
         raise UserError(
-            f"{where}: the tokenizer adds other special tokens than begin and end: "
+            f"{location}: the tokenizer adds other special tokens than begin and end: "
             "this model cannot be exported to GGUF"
         )
     fields: JsonDict = {name: number for name, number in ids.items() if number is not None}
@@ -254,10 +254,10 @@ def _chat_template(folder: Path, family: Family, fast: Any) -> str:
 
     llama.cpp keeps white space after special tokens, so white space that the tokenizer would drop is left out.
     """
-    own = fast.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
-    if isinstance(own, str) and family.layout == "transformers":
-        return own
+    source_template = fast.chat_template
+    source_template = source_template.get("default") if isinstance(source_template, dict) else source_template
+    if isinstance(source_template, str) and family.layout == "transformers":
+        return source_template
     template = template_of(family, read_fields(folder / "config.json"), fast.eos_token)
     drops = [token.content for token in fast.added_tokens_decoder.values() if token.rstrip]
     marks = {name: getattr(template, name) for name in ("system_start", "system_end", "user", "user_end", "assistant")}

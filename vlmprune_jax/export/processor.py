@@ -89,7 +89,7 @@ def chat_template(template: Template, image: str) -> str:
     def literal(text: str) -> str:
         return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
 
-    parts = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
+    items = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
     images = "{%- for part in parts if part['type'] == 'image' -%}" + literal(image) + "{%- endfor -%}"
     texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
     stripped = "{%- set text -%}" + texts + "{%- endset -%}"
@@ -102,7 +102,7 @@ def chat_template(template: Template, image: str) -> str:
     default = system[0] + literal(template.system) + system[1] if template.system else ""
     return "".join([
         start, "{%- if not messages or messages[0]['role'] != 'system' -%}", default, "{%- endif -%}",
-        "{%- for message in messages -%}", "{%- set parts = ", parts, " -%}", stripped,
+        "{%- for message in messages -%}", "{%- set parts = ", items, " -%}", stripped,
         "{%- if message['role'] == 'system' -%}", system[0], "{{ text }}", system[1],
         "{%- elif message['role'] == 'user' -%}", literal(template.user + gap), images, trimmed,
         literal(template.user_end),

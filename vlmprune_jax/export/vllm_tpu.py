@@ -22,9 +22,9 @@ _WIDE = 128  # groups of 4-bit weights from this size on need the MXU of v6e, of
 def implementation(cfg: ModelConfig) -> str:
     """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
     family, text = family_of(cfg), cfg.text
-    found = (target_of(family) or family).vllm_tpu
+    backend = (target_of(family) or family).vllm_tpu
     mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].mixer.q_heads
-    return "torchax" if found and mistral else found
+    return "torchax" if backend and mistral else backend
 
 
 def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> None:
@@ -36,12 +36,12 @@ def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> 
 
 def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
     """Return text on tensor-parallel sizes, head padding and integer formats of vLLM on TPUs."""
-    parts = [f"tensor-parallel sizes {', '.join(map(str, _tensor_sizes(cfg)))}"]
-    parts += [f"heads of {size} channels padded to {computed}" for size, computed in _padded(cfg).items()]
+    properties = [f"tensor-parallel sizes {', '.join(map(str, _tensor_sizes(cfg)))}"]
+    properties += [f"heads of {size} channels padded to {computed}" for size, computed in _padded(cfg).items()]
     if storage is None:
-        return "; ".join([*parts, f"integers: {_integers(cfg) or 'none'}"])
+        return "; ".join([*properties, f"integers: {_integers(cfg) or 'none'}"])
     wide = f"groups of {storage.group} need v6e or newer" if storage.bits == 4 and storage.group >= _WIDE else ""
-    return "; ".join([*parts, _problem(cfg, storage, 1) or wide or "these integers load"])
+    return "; ".join([*properties, _problem(cfg, storage, 1) or wide or "these integers load"])
 
 
 def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> None:

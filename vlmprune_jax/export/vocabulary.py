@@ -123,11 +123,11 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
             _write(folder / name, _without(read_json(source / name), dropped, vocabulary.new_ids))
 
 
-def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], where: str) -> bytes:
+def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], location: str) -> bytes:
     """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
 
     `kept` are old ids; those beyond the pieces are added tokens of other files. `new_ids`: old id -> new id; a special
-    token that is dropped gets id -1 ("none"). `where`: name of the file, for messages.
+    token that is dropped gets id -1 ("none"). `location`: name of the file, for messages.
     """
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -136,10 +136,10 @@ def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int
     try:
         model.ParseFromString(content)
     except DecodeError:
-        raise UserError(f"{where}: is no SentencePiece model, or is damaged: restore it from its source") from None
+        raise UserError(f"{location}: is no SentencePiece model, or is damaged: restore it from its source") from None
     pieces = [piece for number, piece in enumerate(model.pieces) if number in kept]
     if not pieces:
-        raise UserError(f"{where}: contains none of the tokens that the plan keeps: restore it from its source")
+        raise UserError(f"{location}: contains none of the tokens that the plan keeps: restore it from its source")
     del model.pieces[:]
     model.pieces.extend(pieces)
     if model.HasField("trainer_spec"):
@@ -162,17 +162,17 @@ def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
 
 def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) -> JsonDict:
     """Return tokenizer_config.json with the kept tokens' new ids, and without removed special tokens."""
-    found = dict(config)
+    trimmed = dict(config)
     for name, value in config.items():
         if name.endswith("special_tokens") and isinstance(value, list):
             texts = [token.get("content") if isinstance(token, dict) else token for token in value]
-            found[name] = [token for token, text in zip(value, texts, strict=True) if text not in dropped]
-    listed = found.get("added_tokens_decoder")
+            trimmed[name] = [token for token, text in zip(value, texts, strict=True) if text not in dropped]
+    listed = trimmed.get("added_tokens_decoder")
     if isinstance(listed, dict):
-        found["added_tokens_decoder"] = {
+        trimmed["added_tokens_decoder"] = {
             str(new_ids[int(i)]): token for i, token in listed.items() if int(i) in new_ids
         }
-    return found
+    return trimmed
 
 
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
@@ -183,16 +183,16 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
     if isinstance(value, dict):
         return {key: map_ids(part, change, key) for key, part in value.items()}
     if isinstance(value, list):
-        parts = [map_ids(part, change, name) for part in value]
-        if name == "bad_words_ids" and None in parts and not any(isinstance(part, list) for part in value):
+        items = [map_ids(part, change, name) for part in value]
+        if name == "bad_words_ids" and None in items and not any(isinstance(part, list) for part in value):
             return None
-        return [part for part in parts if part is not None] if name in _MAY_DROP else parts
+        return [part for part in items if part is not None] if name in _MAY_DROP else items
     if not _ID.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int):
         return value
     return change(name, value)
 
 
-def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDict:
+def trim_config(config: JsonDict, vocabulary: Vocabulary, location: str) -> JsonDict:
     """Return a config file's content with the new token ids and vocabulary size.
 
     Raises UserError if it has the id of a token that is not kept.
@@ -202,7 +202,7 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
         new = vocabulary.new_ids.get(old)
         if new is None and 0 <= old < vocabulary.rows_before and name not in _MAY_DROP:
             raise UserError(
-                f"{where}: {name} is token {old}, which the plan removes: make a plan that keeps this token"
+                f"{location}: {name} is token {old}, which the plan removes: make a plan that keeps this token"
             )
         return new if new is not None or name in _MAY_DROP else old
 
@@ -222,15 +222,15 @@ def trim_config(config: JsonDict, vocabulary: Vocabulary, where: str) -> JsonDic
 
 def ids_in(config: JsonDict) -> dict[int, str]:
     """Return {token id: field} of the ids in a config file, except ids that may be removed."""
-    found: dict[int, str] = {}
+    fields: dict[int, str] = {}
 
     def note(name: str, i: int) -> int:
         if name not in _MAY_DROP:
-            found.setdefault(i, name)
+            fields.setdefault(i, name)
         return i
 
     map_ids(config, note)
-    return found
+    return fields
 
 
 def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:

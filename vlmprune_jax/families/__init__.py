@@ -49,20 +49,20 @@ def find(config: Mapping[str, Any]) -> Family | None:
     return next(reversed([*fits]), None)
 
 
-def detect(config: Mapping[str, Any], where: str) -> Family:
+def detect(config: Mapping[str, Any], location: str) -> Family:
     """Return the model family whose checkpoint layout a config.json describes; raise UserError if unknown."""
     family = find(config)
     if family is not None:
         return family
-    own = " and needs the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
+    code_note = " and needs the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
     layouts: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         for model_type in family.model_types:
             layouts.setdefault(model_type, []).append(family.layout)
     known = [f"{name} ({' and '.join(names)} layouts)" if len(names) > 1 else name for name, names in layouts.items()]
     raise UserError(
-        f"{where}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
-        f"supported{own}; known: {', '.join(known)}"
+        f"{location}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
+        f"supported{code_note}; known: {', '.join(known)}"
     )
 
 

@@ -26,8 +26,8 @@ def decoder_of(model_type: str) -> Decoder:
 
 def layer_problem(text: TextConfig) -> str | None:
     """Return why transformers' decoder class does not support layers of these shapes, with advice; None if it does."""
-    own = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
-    return own[-1].problem(text) if own else None
+    decoders = [f.decoder for f in FAMILIES.values() if f.decoder is not None and f.decoder.model_type == text.decoder]
+    return decoders[-1].problem(text) if decoders else None
 
 
 def uneven_problem(text: TextConfig) -> str | None:

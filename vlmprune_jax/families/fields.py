@@ -77,7 +77,7 @@ _KINDS: tuple[_Kind, ...] = (
     ),
     (
         "an object of objects by layer number",
-        lambda v: isinstance(v, dict) and all(k.isdecimal() and isinstance(one, dict) for k, one in v.items()),
+        lambda v: isinstance(v, dict) and all(k.isdecimal() and isinstance(entry, dict) for k, entry in v.items()),
         (),
         ("per_layer_config",),
     ),
@@ -142,7 +142,7 @@ _EXPECTED = {
 _SECTIONS = _KINDS[-1][-1]
 
 
-def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> None:
+def check_fields(config: Mapping[str, Any], location: str, prefix: str = "") -> None:
     """Raise UserError if a known field of config.json has an unsupported value.
 
     Args:
@@ -154,6 +154,6 @@ def check_fields(config: Mapping[str, Any], where: str, prefix: str = "") -> Non
         if not (test(value) or (nullable and value is None)):
             shown = repr(value)
             shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-            raise UserError(f"{where}: {prefix}{name} is {shown}, expected {text}: correct or restore the file")
+            raise UserError(f"{location}: {prefix}{name} is {shown}, expected {text}: correct or restore the file")
         if name in _SECTIONS and value is not None:
-            check_fields(value, where, f"{prefix}{name}.")
+            check_fields(value, location, f"{prefix}{name}.")

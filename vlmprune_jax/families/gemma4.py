@@ -98,25 +98,24 @@ def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[i
     kv_heads, other = int(config["num_key_value_heads"]), config.get("num_global_key_value_heads")
     if "per_layer_config" not in config:
         return int(config["global_head_dim"]), int(other or kv_heads) if config.get("attention_k_eq_v") else kv_heads
-    usual, found = {"head_dim": int(config["head_dim"]), "num_key_value_heads": kv_heads}, set[tuple[int, int]]()
+    usual, full_heads = {"head_dim": int(config["head_dim"]), "num_key_value_heads": kv_heads}, set[tuple[int, int]]()
     entries = {int(name): entry for name, entry in (config["per_layer_config"] or {}).items()}
     for layer, window in enumerate(windows):
-        own = {**usual, **entries.pop(layer, {})}
-        if own.keys() != usual.keys() or (window is not None and own != usual):
+        layer_heads = {**usual, **entries.pop(layer, {})}
+        if layer_heads.keys() != usual.keys() or (window is not None and layer_heads != usual):
             raise UserError(
-                f"per_layer_config is out of date (it gives layer {layer}, which has windowed attention, {own}): "
-                "remove "
-                "it and set global_head_dim"
+                f"per_layer_config is out of date (it gives layer {layer}, which has windowed attention, "
+                f"{layer_heads}): remove it and set global_head_dim"
             )
         if window is None:
-            found.add((int(own["head_dim"]), int(own["num_key_value_heads"])))
-    if entries or len(found) > 1:
+            full_heads.add((int(layer_heads["head_dim"]), int(layer_heads["num_key_value_heads"])))
+    if entries or len(full_heads) > 1:
         raise UserError(
             "per_layer_config is out of date (it has "
             f"{'entries for layers that do not exist' if entries else 'different layers with full attention'}): "
             "remove it and set global_head_dim"
         )
-    return found.pop() if found else (usual["head_dim"], kv_heads)
+    return full_heads.pop() if full_heads else (usual["head_dim"], kv_heads)
 
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
@@ -177,8 +176,8 @@ def _problem(text: TextConfig) -> str | None:
     if lacking:
         kind = "full" if None in lacking else "sliding"
         return f"no layer with {kind} attention has keys and values of its own, which shared ones need: keep one"
-    own = [shape.mixer.kv_shared for shape in text.layers]
-    if own != sorted(own):
+    sharing = [shape.mixer.kv_shared for shape in text.layers]
+    if sharing != sorted(sharing):
         return "layers that share keys and values must follow all others"
     return None if text.even else "its class has one width for all layers: prune them alike, with selection local"
 
@@ -212,12 +211,12 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
             "text/extra_inputs/project": (f"{prefix}per_layer_model_projection", "(depth extra) embed"),
             "text/extra_inputs/norm": (f"{prefix}per_layer_projection_norm", "extra"),
         }
-    own = [
+    weights = [
         Weight(f"{path}/weight", name if name.endswith("scalar") else f"{name}.weight", layout)
         for path, (name, layout) in lines.items()
     ]
-    paths = {line.path for line in own}
-    return [line for line in llama_like_weights(text, prefix, head) if line.path not in paths] + own
+    paths = {line.path for line in weights}
+    return [line for line in llama_like_weights(text, prefix, head) if line.path not in paths] + weights
 
 
 _TOWER = {

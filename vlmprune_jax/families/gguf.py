@@ -184,13 +184,13 @@ def _gemma3_windows(text: TextConfig) -> str | None:
 
 
 def _gemma4_windows(text: TextConfig) -> str | None:
-    own = [shape.mixer.window is not None for shape in text.layers if not shape.mixer.kv_shared]
-    if len(own) < len(text.layers) and own[-2:] != [True, False]:
+    windowed = [shape.mixer.window is not None for shape in text.layers if not shape.mixer.kv_shared]
+    if len(windowed) < len(text.layers) and windowed[-2:] != [True, False]:
         return (
             "shared keys and values unless the last two layers with their own are sliding, full: keep both "
             "(producers='keep')"
         )
-    return None if any(own) else "Gemma 4 without sliding layers: keep one"
+    return None if any(windowed) else "Gemma 4 without sliding layers: keep one"
 
 
 GEMMA3 = Architecture(

@@ -163,7 +163,7 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return {**config, "llm_config": layers_to_hf(cfg.text, source.get("llm_config") or {})}
 
 
-def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
+def _tiling(config: Mapping[str, Any], location: str) -> TilingConfig:
     """Return the tiling settings in an InternVL chat folder's config.json.
 
     Raises UserError if a field is missing or not a number.
@@ -172,10 +172,10 @@ def _tiling(config: Mapping[str, Any], where: str) -> TilingConfig:
     size = config.get("force_image_size") or (config.get("vision_config") or {}).get("image_size")
     dynamic = bool(fields["dynamic_image_size"])
     mean, std = PIXELS["internvit"]
-    side = whole_number(size, "force_image_size", where)
+    side = whole_number(size, "force_image_size", location)
     numbers = {"min_tiles": "min_dynamic_patch", "max_tiles": "max_dynamic_patch"}
-    tiles = {name: whole_number(fields[field], field, where) if dynamic else 1 for name, field in numbers.items()}
-    with error_context(where):
+    tiles = {name: whole_number(fields[field], field, location) if dynamic else 1 for name, field in numbers.items()}
+    with error_context(location):
         return TilingConfig(
             size=side,
             **tiles,

@@ -202,8 +202,8 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
     )
 
 
-def patch_family(name: str, decoder: Decoder, **own: Any) -> Family:
-    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `own` are further fields."""
+def patch_family(name: str, decoder: Decoder, **fields: Any) -> Family:
+    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `fields` are further ones."""
     return Family(
         name=name,
         layout="transformers",
@@ -215,5 +215,5 @@ def patch_family(name: str, decoder: Decoder, **own: Any) -> Family:
         recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForImageTextToText", image_start=("vision_start_token_id", 151652)),
-        **own,
+        **fields,
     )

@@ -69,7 +69,7 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 
 def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return Phi-3's weight table: Llama's, but with fused query-key-value and gate-up tensors."""
-    fused = {part: whole for whole, parts in _FUSED.items() for part in parts}
+    fused = {name: whole for whole, names in _FUSED.items() for name in names}
     table = []
     for line in llama_like_weights(text, prefix, head):
         owner = next((part for part in fused if f".{part}." in line.key), None)

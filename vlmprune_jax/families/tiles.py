@@ -69,10 +69,11 @@ class TilingConfig:
             )
 
 
-def whole_number(value: Any, name: str, where: str) -> int:
+def whole_number(value: Any, name: str, location: str) -> int:
     """Return `value`; raise UserError unless it is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(
-            f"{where}: {name} is {value!r}, expected a whole number of at least 1: restore it from the model's source"
+            f"{location}: {name} is {value!r}, expected a whole number of at least 1: "
+            "restore it from the model's source"
         )
     return value

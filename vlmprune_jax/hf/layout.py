@@ -61,7 +61,7 @@ class Match:
     tied embeddings store as output head.
     """
 
-    found: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     tied: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -128,9 +128,9 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
     return tensors
 
 
-def join_tensor(parts: Sequence[np.ndarray]) -> np.ndarray:
+def join_tensor(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Concatenate the arrays of the parameters that form one checkpoint tensor (flat)."""
-    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
+    return arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
@@ -171,27 +171,27 @@ def match_keys(
             else:
                 match.problems.append(f"unknown key {key}")
             continue
-        elif name in match.found:
-            match.problems.append(f"{key} and {match.found[name]} are the same weight")
+        elif name in match.keys:
+            match.problems.append(f"{key} and {match.keys[name]} are the same weight")
             continue
         else:
-            match.found[name] = key
+            match.keys[name] = key
         if entry.shape != slot.hf_shape:
             match.problems.append(f"{key} has shape {list(entry.shape)}, config.json says {list(slot.hf_shape)}")
         if entry.dtype not in WEIGHT_DTYPES:
             match.problems.append(f"{key} has dtype {entry.dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
-    match.problems += [f"missing key {key}" for key in wanted if key not in match.found]
+    match.problems += [f"missing key {key}" for key in wanted if key not in match.keys]
     return match
 
 
-def refuse(problems: Sequence[str], family: Family, where: object) -> None:
+def refuse(problems: Sequence[str], family: Family, location: object) -> None:
     """Raise one UserError that lists all mismatches between checkpoint and config, if there are any."""
     if not problems:
         return
     order = sorted(problems, key=lambda text: ("missing key" in text, "unknown key" in text))
     more = f"; and {len(order) - 8} more" if len(order) > 8 else ""
     raise UserError(
-        f"{where}: the weights do not match config.json ({'; '.join(order[:8])}{more}): use a complete, "
+        f"{location}: the weights do not match config.json ({'; '.join(order[:8])}{more}): use a complete, "
         f"unquantised {family.name} checkpoint in {family.layout} layout"
     )
 

@@ -205,9 +205,9 @@ def to_device(array: Any, index: int | None = None) -> jax.Array:
         return array if index is None else array[index]
     if isinstance(array, FileStack) and index is None:
         return jnp.stack([to_device(member) for member in array.members])
-    host, where = to_host(array, index), origin(array, index)
-    if where is not None:
-        check_finite(host, where)
+    host, location = to_host(array, index), origin(array, index)
+    if location is not None:
+        check_finite(host, location)
     return jnp.asarray(host)
 
 
@@ -216,13 +216,13 @@ def is_split(array: Any) -> bool:
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
-def extent_of(parts: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
+def extent_of(weights: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
     """Return the byte range of weights that are stored consecutively in one file; None otherwise."""
-    arrays = [_in_file(*part) for part in parts]
+    arrays = [_in_file(*weight) for weight in weights]
     extents = [array.extent for array in arrays if array is not None and array.dtype == WEIGHT_DTYPES[dtype]]
     known = [extent for extent in extents if extent is not None]
     consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
-    return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(parts) and consecutive else None
+    return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(weights) and consecutive else None
 
 
 def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:

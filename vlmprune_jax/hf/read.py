@@ -167,17 +167,17 @@ def find_weights(
     if family.separate_vision and vision_dir is not None and has_weights(vision_dir):
         holders = [(holders[0][0], ("text", "projector")), (Checkpoint(vision_dir), ("vision",))]
     matches = [(checkpoint, match_keys(slots, cfg, family, checkpoint, parts)) for checkpoint, parts in holders]
-    where = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
-    refuse([problem for _, match in matches for problem in match.problems], family, where)
+    location = " + ".join(str(checkpoint.folder) for checkpoint, _ in matches)
+    refuse([problem for _, match in matches for problem in match.problems], family, location)
     checkpoint, match = matches[0]
     if match.tied is not None:
-        embedding = match.found[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
+        embedding = match.keys[next(slot.key for slot in slots if slot.path == "text/embed_tokens/weight")]
         if not _same_values(checkpoint.entries[match.tied], checkpoint.entries[embedding]):
             raise UserError(
                 f"{folder}: tie_word_embeddings is true but {match.tied} differs from {embedding}: "
                 "set it to false in config.json, or remove the wrong tensor"
             )
-    return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.found.items()}
+    return {name: checkpoint.entries[key] for checkpoint, match in matches for name, key in match.keys.items()}
 
 
 def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
@@ -197,15 +197,15 @@ def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, shape in param_shapes(cfg).items():
             if path in members:
-                where = None if mesh is None else sharding(mesh, axes[path], shape)
-                flat[path] = _read_param(members[path], shape, where, sources, dtype, pool)
+                placement = None if mesh is None else sharding(mesh, axes[path], shape)
+                flat[path] = _read_param(members[path], shape, placement, sources, dtype, pool)
     return unflatten(flat)
 
 
 def _read_param(
     slots: list[Slot],
     shape: tuple[int, ...],
-    where: NamedSharding | None,
+    placement: NamedSharding | None,
     sources: Sources,
     dtype: np.dtype,
     pool: ThreadPoolExecutor,
@@ -213,16 +213,20 @@ def _read_param(
     def bounds(index: Any) -> Bounds:
         return tuple((part.start or 0, part.stop or size) for part, size in zip(index, shape, strict=True))
 
-    slices = [(slice(None),) * len(shape)] if where is None else where.addressable_devices_indices_map(shape).values()
+    slices = (
+        [(slice(None),) * len(shape)]
+        if placement is None
+        else placement.addressable_devices_indices_map(shape).values()
+    )
     # Devices that hold the same slice share one buffer.
     blocks = {part: _aligned(part, dtype) for part in (bounds(index) for index in slices if index is not None)}
-    parts = [(slot, rows) for slot in slots for rows in _parts(slot)]
-    filled = pool.map(lambda part: _fill(part[0], part[1], sources[part[0].key], blocks), parts)
+    row_ranges = [(slot, rows) for slot in slots for rows in _parts(slot)]
+    filled = pool.map(lambda part: _fill(part[0], part[1], sources[part[0].key], blocks), row_ranges)
     list(filled)  # raises what a thread raised
-    if where is None:
+    if placement is None:
         (whole,) = blocks.values()
         return jax.device_put(whole)
-    return jax.make_array_from_callback(shape, where, lambda index: blocks[bounds(index)])
+    return jax.make_array_from_callback(shape, placement, lambda index: blocks[bounds(index)])
 
 
 def _parts(slot: Slot) -> Iterator[range]:
@@ -247,7 +251,7 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
         targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
     if not targets:
         return
-    where, dtype = f"{source.file.parent}: tensor {source.key}", targets[0][2].dtype
+    location, dtype = f"{source.file.parent}: tensor {source.key}", targets[0][2].dtype
     start = max(part.start, min(rows[0] for rows, _, _ in targets))
     stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
     if start >= stop:
@@ -258,11 +262,11 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
     offset = slot.start * math.prod(slot.hf_shape[1:])
     pieces = source.pieces([offset + n * row for n in rows])
     for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
-        check_finite(piece, where)
+        check_finite(piece, location)
         if piece.dtype != dtype:
             with np.errstate(over="ignore"):  # reported with the tensor's name instead
                 piece = piece.astype(dtype)
-            check_finite(piece, f"{where} as {dtype.name}")
+            check_finite(piece, f"{location} as {dtype.name}")
         piece = piece.reshape(-1, *slot.shape[1:])
         for (first, last), columns, block in targets:
             low, high = max(first, begin), min(last, end)

@@ -124,7 +124,7 @@ class Decoder(BlockStack):
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
         masks = {size: windowed(seen, size)[:, None] for size in windows}
         if ahead is not None:  # a window limits what lies behind
-            masks |= {s: own | ahead[:, None] for s, own in masks.items() if s or self.cfg.sees_images == "all"}
+            masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if s or self.cfg.sees_images == "all"}
         rope, dim = self.cfg.rope, self.cfg.rotary_dim
         full = rope_tables(rope, self.cfg.full_head_dim or dim, positions)
         local = full if self.cfg.window_rope is None else rope_tables(self.cfg.window_rope, dim, positions)
@@ -161,10 +161,10 @@ class Decoder(BlockStack):
         )  # fmt: skip
         aux: dict[str, Any] = {"cache": passed.cache} if cache is not None else {}
         if states:
-            found = {0: x, n_layers: passed.last}
+            hidden_states = {0: x, n_layers: passed.last}
             if passed.kept is not None:
-                found |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
-            aux["states"] = tuple(found[i] for i in states)
+                hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
+            aux["states"] = tuple(hidden_states[i] for i in states)
         if tap is not None:
             aux["tap"] = passed.taps
         return passed.last, aux

@@ -162,12 +162,12 @@ def _prompts(
 def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
     """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets."""
     before = "prefix_" * ("rows" in host)
-    made = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
-    placed = {"pixels": made["pixel_values"], "grid": made["image_grid_thw"]}
-    if "deltas" not in made:
+    image_arrays = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
+    placed = {"pixels": image_arrays["pixel_values"], "grid": image_arrays["image_grid_thw"]}
+    if "deltas" not in image_arrays:
         return placed
-    deltas = made["deltas"] if "rows" not in host else made["deltas"][host["rows"]]
-    return {**placed, "positions": made["position_ids"], "delta": deltas[:, None]}
+    deltas = image_arrays["deltas"] if "rows" not in host else image_arrays["deltas"][host["rows"]]
+    return {**placed, "positions": image_arrays["position_ids"], "delta": deltas[:, None]}
 
 
 def _until_long(cfg: ModelConfig, host: dict[str, Any]) -> int:
@@ -257,16 +257,16 @@ def prefill(
     slots = jnp.concatenate([past, jnp.ones((batch, max_new_tokens), past.dtype)], axis=1).astype(bool)
     positions = jnp.maximum(jnp.cumsum(past, axis=1) - 1, 0)
     n_real = positions[:, -1:] + 1
-    own = positions[:, start:]
+    query_positions = positions[:, start:]
     if "delta" in arrays:  # images take fewer positions than tokens
         n_real = n_real + arrays["delta"]
-        own = arrays["positions"] if start == 0 else own + arrays["delta"]
+        query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
-        own = _seen(cfg, arrays, own, arrays["ids"], valid)
+        query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
     x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), cache, empty)
-    context = module.text.context(slots, own, slot=start)
+    context = module.text.context(slots, query_positions, slot=start)
     hidden, aux = module.text(x, context, cache=cache, added=added)
     token, ended = _choose(module, hidden, arrays["ended"], eos)
     return aux["cache"], DecodingState(token, ended, slots, n_real)

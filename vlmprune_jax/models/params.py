@@ -49,9 +49,9 @@ def layer_shapes(cfg: ModelConfig, stack: str = "text") -> dict[str, tuple[int, 
     return _of_first_run(param_shapes(cfg), stack)
 
 
-def _of_first_run(found: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
+def _of_first_run(table: Mapping[str, tuple[Any, ...]], stack: str) -> dict[str, tuple[Any, ...]]:
     result: dict[str, tuple[Any, ...]] = {}
-    for path, sizes in found.items():
+    for path, sizes in table.items():
         first, _, rest = path.partition("/layers/")
         if first == stack and rest:
             result.setdefault(rest.split("/", 1)[1], sizes[1:])
@@ -73,10 +73,10 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
     stack, _, leaf = path.partition("/layers/{i}/")
     if not leaf:
         return [(None, path, None)]
-    found = scan_groups(cfg.stack(stack).layers)
+    groups = scan_groups(cfg.stack(stack).layers)
     return [
         (start + index, f"{stack}/layers/{run}/{leaf}", index)
-        for run, (start, length, _) in enumerate(found)
+        for run, (start, length, _) in enumerate(groups)
         for index in range(length)
     ]
 

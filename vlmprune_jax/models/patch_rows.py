@@ -95,9 +95,9 @@ def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tupl
     sizes, merge = grids.prod(axis=1), _merge(cfg)
     padded = np.zeros((len(grids), sizes.max(), pixels.shape[1]), pixels.dtype)
     places = np.full((*padded.shape[:2], 2), -1, np.int64)
-    parts = np.split(pixels, np.cumsum(sizes)[:-1])
+    image_patches = np.split(pixels, np.cumsum(sizes)[:-1])
     for at, (_, rows, columns) in enumerate(grids):
-        cells = parts[at].reshape(rows // merge, columns // merge, merge, merge, -1)
+        cells = image_patches[at].reshape(rows // merge, columns // merge, merge, merge, -1)
         padded[at, : sizes[at]] = cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
         places[at, : sizes[at]] = np.indices((rows, columns))[::-1].reshape(2, -1).T
     return padded, places
@@ -155,7 +155,7 @@ def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: i
 
 def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
     """Distribute the patches of all images [patches, values] to padded arrays of each row's images."""
-    sizes = [[int(one.prod()) for one in row] for row in by_row]
+    sizes = [[int(grid.prod()) for grid in row] for row in by_row]
     total, values = sum(map(sum, sizes)), _values(cfg)
     if pixels.shape != (total, values):
         raise UserError(
@@ -169,9 +169,9 @@ def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]
     grids = np.zeros((len(by_row), slots, AXES), np.int32)
     at = 0
     for row, images in enumerate(by_row):
-        for slot, one in enumerate(images):
+        for slot, grid in enumerate(images):
             size = sizes[row][slot]
-            rows[row, slot, :size], grids[row, slot] = pixels[at : at + size], one
+            rows[row, slot, :size], grids[row, slot] = pixels[at : at + size], grid
             at += size
     return {"pixel_values": rows, "image_grid_thw": grids}
 

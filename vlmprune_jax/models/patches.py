@@ -65,10 +65,10 @@ def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Return the two table entries around position `at` of `count`, and the interpolation weight of the second."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)
-    where = jnp.clip(at * (side - 1), 0, last * (side - 1))
+    scaled = jnp.clip(at * (side - 1), 0, last * (side - 1))
     # integers until the end, so that rounding cannot move a position past an entry
-    first = where // last
-    share = (where - first * last).astype(jnp.float32) / last.astype(jnp.float32)
+    first = scaled // last
+    share = (scaled - first * last).astype(jnp.float32) / last.astype(jnp.float32)
     return (first, jnp.minimum(first + 1, side - 1)), share
 
 

@@ -36,9 +36,9 @@ def mrope_positions(
     positions = np.zeros((len(ids), AXES, ids.shape[1]), np.int32)
     deltas = np.zeros(len(ids), np.int32)
     for row, real in enumerate(valid):
-        found = _row_positions(is_image[row][real], [one // (1, merge, merge) for one in grids[row]])
-        positions[row][:, real] = found
-        deltas[row] = (found.max(initial=-1) + 1) - found.shape[1]
+        row_positions = _row_positions(is_image[row][real], [grid // (1, merge, merge) for grid in grids[row]])
+        positions[row][:, real] = row_positions
+        deltas[row] = (row_positions.max(initial=-1) + 1) - row_positions.shape[1]
     return positions, deltas
 
 
@@ -65,26 +65,26 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
         raise UserError(
             f"image_grid_thw has shape {list(grids.shape)}, expected [images, 3] or [{len(counts)}, slots, 3]"
         )
-    for one in grids.reshape(-1, AXES):
-        if one.any() and (one.min() < 1 or one[1] % merge or one[2] % merge):
+    for grid in grids.reshape(-1, AXES):
+        if grid.any() and (grid.min() < 1 or grid[1] % merge or grid[2] % merge):
             raise UserError(
-                f"image_grid_thw {one.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
+                f"image_grid_thw {grid.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
                 f"multiples of {merge}, the model's spatial_merge_size"
             )
-        if one[0] > 1:
+        if grid[0] > 1:
             raise UserError(
-                f"image_grid_thw {one.tolist()} has several frames: videos are not supported, only images (1 frame)"
+                f"image_grid_thw {grid.tolist()} has several frames: videos are not supported, only images (1 frame)"
             )
     if grids.ndim == 3:
-        by_row = [[one for one in row if one.any()] for row in grids]
+        by_row = [[grid for grid in row if grid.any()] for row in grids]
     else:
-        by_row = _in_order(counts, [one for one in grids if one.any()], merge)
+        by_row = _in_order(counts, [grid for grid in grids if grid.any()], merge)
     for row, (count, images) in enumerate(zip(counts, by_row, strict=True)):
-        made = sum(tokens_of(one, merge) for one in images)
-        if made != count:
+        n_tokens = sum(tokens_of(grid, merge) for grid in images)
+        if n_tokens != count:
             raise UserError(
-                f"row {row} has {count} image tokens, but its image_grid_thw {[one.tolist() for one in images]} need "
-                f"{made} (one per {merge} x {merge} patches): write that many image ids"
+                f"row {row} has {count} image tokens, but its image_grid_thw {[grid.tolist() for grid in images]} need "
+                f"{n_tokens} (one per {merge} x {merge} patches): write that many image ids"
             )
     return by_row
 
@@ -99,9 +99,9 @@ def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[li
     by_row: list[list[np.ndarray]] = [[] for _ in counts]
     left = iter(grids)
     for images, count in zip(by_row, counts, strict=True):
-        while count > 0 and (one := next(left, None)) is not None:
-            images.append(one)
-            count -= tokens_of(one, merge)
+        while count > 0 and (grid := next(left, None)) is not None:
+            images.append(grid)
+            count -= tokens_of(grid, merge)
     last = max((row for row, count in enumerate(counts) if count), default=0)
     if by_row:
         by_row[last] += left

@@ -155,8 +155,8 @@ def _with_remat(
 
     def block(state: nnx.State, x: jax.Array, index: jax.Array, cache: Any) -> Any:
         key = None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, index)
-        own = at_layer(extra, index)
-        return apply(state, x, ctx._replace(dropout_key=key, layer_input=own), cache, want)
+        layer_input = at_layer(extra, index)
+        return apply(state, x, ctx._replace(dropout_key=key, layer_input=layer_input), cache, want)
 
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")

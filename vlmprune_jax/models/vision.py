@@ -131,7 +131,7 @@ class VisionTower(BlockStack):
         cfg, places = self.cfg, self.places(x, grid)
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
-        masks = {side: (own[:, :, None] == own[:, None])[:, None] for side, own in segments.items()}
+        masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in segments.items()}
         rope = axial_angles(places, cfg.head_dim, cfg.rope_theta, columns_first=cfg.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 

@@ -124,7 +124,7 @@ class VisionLanguageModel(nnx.Module):
         index = slot_index(is_image, counts, features.shape[1])
         added = self.projector.added(states)
         if added is not None:
-            added = jnp.stack([place(jnp.zeros_like(x), is_image, one, index) for one in added])
+            added = jnp.stack([place(jnp.zeros_like(x), is_image, embeds, index) for embeds in added])
             added = constrain(added, (None, "batch", "sequence", None))
         x = place(x, is_image, features, index)
         return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
@@ -340,9 +340,9 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.A
             placed[name] = None if array is None else jnp.asarray(array)
             continue
         axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
-        where = sharding(mesh, axes + (None,) * (array.ndim - 1))
+        array_sharding = sharding(mesh, axes + (None,) * (array.ndim - 1))
         if isinstance(array, np.ndarray):  # device_put would first compare all of it between the processes
-            placed[name] = jax.make_array_from_callback(array.shape, where, array.__getitem__)
+            placed[name] = jax.make_array_from_callback(array.shape, array_sharding, array.__getitem__)
         else:
-            placed[name] = jax.device_put(array, where)
+            placed[name] = jax.device_put(array, array_sharding)
     return placed

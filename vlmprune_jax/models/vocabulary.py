@@ -100,7 +100,7 @@ def chunk_sums(
         return jax.tree.map(jnp.add, totals, body(head, *cut.at(i), fixed))
 
     sums = jax.eval_shape(lambda: body(head, *cut.at(0), fixed))
-    return cut.loop(add, jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums))
+    return cut.loop(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums))
 
 
 class _Cut(NamedTuple):
@@ -149,9 +149,9 @@ def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ..
     cut = _cut(chunk, states, counted, pieces)
     zero = jax.custom_derivatives.SymbolicZero
     cotangent = jax.tree.map(
-        lambda one: jnp.zeros(one.shape, one.dtype) if isinstance(one, zero) else one,
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, zero) else leaf,
         cotangent,
-        is_leaf=lambda one: isinstance(one, zero),
+        is_leaf=lambda leaf: isinstance(leaf, zero),
     )
 
     def add(i: jax.Array, gradients: tuple[Head | None, jax.Array]) -> tuple[Head | None, jax.Array]:
@@ -159,12 +159,12 @@ def _backward(body: Any, chunk: int, kept: Any, cotangent: Any) -> tuple[Any, ..
         here, *rest = cut.at(i)
         if of_head is None:
             _, pull = jax.vjp(lambda here: body(head, here, *rest, fixed), here)
-            (found,) = pull(cotangent)
+            (gradient,) = pull(cotangent)
         else:
             _, pull = jax.vjp(lambda head, here: body(head, here, *rest, fixed), head, here)
-            more, found = pull(cotangent)
+            more, gradient = pull(cotangent)
             of_head = jax.tree.map(jnp.add, of_head, more)
-        return of_head, jax.lax.dynamic_update_index_in_dim(of_states, found, i, 0)
+        return of_head, jax.lax.dynamic_update_index_in_dim(of_states, gradient, i, 0)
 
     start = None if trains is None else jax.tree.map(jnp.zeros_like, head)
     of_head, of_states = cut.loop(add, (start, jnp.zeros_like(cut.arrays[0])))

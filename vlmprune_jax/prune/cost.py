@@ -74,7 +74,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     def on_disk(now: ModelConfig) -> int:
         return _total(padded_stacks(now) if budget.uneven == "pad" else now, sizes)
 
-    found: dict[str, Callable[[ModelConfig], float]] = {
+    measures: dict[str, Callable[[ModelConfig], float]] = {
         "parameters": lambda now: beside + _total(now, sizes),
         "disk_bytes": lambda now: itemsize * (beside + on_disk(now)) + budget.other_bytes,
         "memory_bytes": lambda now: itemsize * (beside + _total(now, sizes) + budget.batch * _cache(now.text, context)),
@@ -84,7 +84,7 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     }
     if "decode_ms" in budget.limits:
         _check_curve(budget.curve, count_params(cfg))
-    return lambda now: {name: found[name](now) for name in budget.limits}
+    return lambda now: {name: measures[name](now) for name in budget.limits}
 
 
 def with_other_bytes(budget: Budget) -> Budget:
@@ -107,10 +107,11 @@ def _check_curve(curve: Sequence[Sequence[float]], whole: int) -> None:
     """Raise UserError unless decode times were measured for the unpruned model and for a smaller one."""
     sizes = sorted({size for size, _ in curve})
     if len(sizes) < 2 or not sizes[0] < whole <= 1.01 * sizes[-1]:
-        told = ", ".join(f"{size:,.0f}" for size in sizes)
+        measured_sizes = ", ".join(f"{size:,.0f}" for size in sizes)
         raise UserError(
-            f"prune.budget.decode_ms: speeds were measured for models of {told or 'no'} parameters, but this model has "
-            f"{whole:,}: measure it and a smaller copy (vlmprune bench --model=DIR --against=PRUNED --json=FILE.json)"
+            f"prune.budget.decode_ms: speeds were measured for models of {measured_sizes or 'no'} parameters, "
+            f"but this model has {whole:,}: measure it and a smaller copy "
+            "(vlmprune bench --model=DIR --against=PRUNED --json=FILE.json)"
         )
 
 
@@ -163,8 +164,8 @@ def speed_limits(
 
 def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
     """Return the summed costs of all layers in all stacks."""
-    found = cfg.stacks if stacks is None else stacks
-    return sum(costs[name].of(shape) for name, stack in found.items() for shape in stack.layers)
+    counted_stacks = cfg.stacks if stacks is None else stacks
+    return sum(costs[name].of(shape) for name, stack in counted_stacks.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
@@ -188,9 +189,9 @@ def _forward_of_layers(
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)
-        for one in tower.layers:
-            attention = 4 * tower_pairs(cfg, one, positions) * one.mixer.q_heads * tower.head_dim
-            total += slots * (2 * positions * products["vision"].of(one) + attention)
+        for tower_layer in tower.layers:
+            attention = 4 * tower_pairs(cfg, tower_layer, positions) * tower_layer.mixer.q_heads * tower.head_dim
+            total += slots * (2 * positions * products["vision"].of(tower_layer) + attention)
     return total
 
 

@@ -25,22 +25,22 @@ def choose_layers(
     stack: str,
 ) -> tuple[int, ...]:
     """Return the original numbers of the layers to remove, those with the lowest scores."""
-    own = cfg.stack(stack)
+    stack_cfg = cfg.stack(stack)
     if stack == "vision" and cfg.deepstack:
         raise UserError(
             f"layers of this vision tower cannot be removed, because features of {cfg.deepstack} of them enter decoder "
             'layers (deepstack): use method "width", or prune the decoder'
         )
-    shapes, n_layers = own.layers, len(own.layers)
-    features = cfg.deepstack if own.causal else 0  # added to the outputs of this many first layers
+    shapes, n_layers = stack_cfg.layers, len(stack_cfg.layers)
+    features = cfg.deepstack if stack_cfg.causal else 0  # added to the outputs of this many first layers
     protect, layers_removed = set(config.protect), config.layers_removed
     if not protect <= set(range(n_layers)):
         raise UserError(f"protect={sorted(protect)} contains layers that do not exist: the model has {n_layers} layers")
     if config.deepstack == "keep":
         protect |= set(range(features))
-    if config.producers == "keep" and isinstance(own, TextConfig):
-        windows = {layer.mixer.window for layer in own.layers} if own.producers else ()
-        protect |= {i for i in map(own.producer, windows) if i is not None}
+    if config.producers == "keep" and isinstance(stack_cfg, TextConfig):
+        windows = {layer.mixer.window for layer in stack_cfg.layers} if stack_cfg.producers else ()
+        protect |= {i for i in map(stack_cfg.producer, windows) if i is not None}
     reason_of = functools.partial(_reason, cfg, stack, config.loads_in)
     if scores.span is not None:
         return _block(scores, scores.span, protect, ratio, layers_removed, reason_of)

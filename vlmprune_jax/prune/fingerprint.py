@@ -74,7 +74,7 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
 def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
     """Return weight samples of parameters that are still in their checkpoint files."""
     if isinstance(leaf, FileStack):
-        return np.stack([_from_files(one) for one in leaf.members])
+        return np.stack([_from_files(member) for member in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
 
 

@@ -70,15 +70,15 @@ class Rounded(CompressedTensors):
 
         Raises UserError if the weight is not the model's.
         """
-        parts = self.codes.get(name, {})
-        if {suffix: part.shape for suffix, part in parts.items()} != {
+        tensors = self.codes.get(name, {})
+        if {suffix: part.shape for suffix, part in tensors.items()} != {
             suffix: shape for suffix, (_, shape) in self.tensors("F32", values.shape).items()
         }:
             raise UserError(
                 f"vp.gptq rounded no weight {name} of shape {list(values.shape)}: save the model that was passed to "
                 'vp.gptq, without uneven="pad"'
             )
-        return parts | {"_scale": parts["_scale"].astype(values.dtype)}
+        return tensors | {"_scale": tensors["_scale"].astype(values.dtype)}
 
 
 def gptq(
@@ -115,9 +115,9 @@ def gptq(
     codes: dict[str, dict[str, np.ndarray]] = {}
 
     def round_layer(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
-        held = [parts for parts in by_key(slots).values() if storage.holds(parts[0].name, parts[0].hf_shape)]
-        found, params = _round_layer(layer, held, steps, storage, DTYPES[dtype], cache)
-        codes.update(found)
+        held = [matrix for matrix in by_key(slots).values() if storage.holds(matrix[0].name, matrix[0].hf_shape)]
+        layer_codes, params = _round_layer(layer, held, steps, storage, DTYPES[dtype], cache)
+        codes.update(layer_codes)
         return dataclasses.replace(layer, params=layer.params | params)
 
     _pass_layers(model, batches, weights, round_layer, progress)
@@ -148,8 +148,8 @@ def importance(
             return {key: sums[name] for key, name in keys.items()}
 
         arrays = recorded(cache, keys, compute)
-        found = {name: arrays[key] for key, name in keys.items()}
-        sums.update({slot.name: found[layer.block.reader_of(inside(slot))] for slot in slots})
+        squares = {name: arrays[key] for key, name in keys.items()}
+        sums.update({slot.name: squares[layer.block.reader_of(inside(slot))] for slot in slots})
         return layer
 
     steps = _pass_layers(model, batches, weights, add_squares, progress)
@@ -173,7 +173,7 @@ def _pass_layers(
     cfg, mesh = model.cfg, mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    slots = [one for one in make_slots(cfg, family_of(cfg)) if one.path.startswith("text/layers/")]
+    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
     with use_mesh(mesh):
         steps = embedded_steps(model, batches, weights)
         for number in range(len(cfg.text.layers)):
@@ -206,9 +206,9 @@ def _round_layer(
     cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
     """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    by_input = {tap: [parts for parts in held if layer.block.reader_of(inside(parts[0])) == tap] for tap in READERS}
+    by_input = {tap: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == tap] for tap in READERS}
     # matrices with one input share its sums: one factor, one pass over the columns
-    slots_of = {tap: [slot for parts in matrices for slot in parts] for tap, matrices in by_input.items() if matrices}
+    slots_of = {tap: [slot for matrix in matrices for slot in matrix] for tap, matrices in by_input.items() if matrices}
 
     def compute() -> dict[str, np.ndarray]:
         sums, arrays = finite_sums(_sums, layer, steps, "gptq"), dict[str, np.ndarray]()
@@ -217,22 +217,22 @@ def _round_layer(
                 [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
             )
             scale, zeros = storage.grid(values, dtype)
-            parts = compensated(values, sums[tap], storage, scale, zeros), scale, zeros
-            arrays |= dict(zip(_keys(layer, tap), parts, strict=True))
+            quantised = compensated(values, sums[tap], storage, scale, zeros), scale, zeros
+            arrays |= dict(zip(_keys(layer, tap), quantised, strict=True))
         return arrays
 
     keys = [key for tap in slots_of for key in _keys(layer, tap)]
     arrays = recorded(cache, keys, compute)
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
     for tap in slots_of:
-        matrices, (found, scale, zeros) = by_input[tap], (arrays[key] for key in _keys(layer, tap))
-        size = found.shape[1] // scale.shape[1]
-        values = (found - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
+        matrices, (integers, scale, zeros) = by_input[tap], (arrays[key] for key in _keys(layer, tap))
+        size = integers.shape[1] // scale.shape[1]
+        values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
         end = 0
-        for parts in matrices:
-            start, end = end, end + parts[0].hf_shape[0]
-            codes[parts[0].name] = storage.parts(found[start:end], scale[start:end], zeros[start:end])
-            for slot in parts:
+        for matrix in matrices:
+            start, end = end, end + matrix[0].hf_shape[0]
+            codes[matrix[0].name] = storage.parts(integers[start:end], scale[start:end], zeros[start:end])
+            for slot in matrix:
                 old = layer.params[inside(slot)]
                 new = values[start + slot.start : start + slot.stop].astype(dtype).astype(np.float32)
                 params[inside(slot)] = jax.device_put(new.reshape(old.shape), old.sharding)
@@ -307,15 +307,15 @@ def finite_sums(
         given = step.given(layer.number).placed(layer.mesh)
         return sums(layer.params, to_devices(step.ours), weight, given, stack=layer.stack, cfg=layer.cfg)
 
-    for step, found in pass_layers(steps, of_rows):
-        for name, one in found.items():
-            own = np.asarray(one, np.float64)
-            if not np.isfinite(own).all():
+    for step, batch_sums in pass_layers(steps, of_rows):
+        for name, batch_sum in batch_sums.items():
+            values = np.asarray(batch_sum, np.float64)
+            if not np.isfinite(values).all():
                 raise UserError(
                     f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
                     "calibration batches: check these records and the weights"
                 )
-            totals[name] = totals.get(name, 0.0) + own
+            totals[name] = totals.get(name, 0.0) + values
     return totals
 
 
@@ -325,8 +325,8 @@ def _squares(
 ) -> dict[str, jax.Array]:
     _, _, values = run_block(stack, cfg, params, x, given, READERS)
 
-    def of(name: str) -> jax.Array:
+    def mean_squares(name: str) -> jax.Array:
         read = values[name].reshape(*x.shape[:2], -1)
         return jnp.einsum("bsi,bs->i", jnp.where(weight[..., None] > 0, read, 0.0) ** 2, weight, precision="highest")
 
-    return {name: constrain(of(name), ()) for name in READERS}
+    return {name: constrain(mean_squares(name), ()) for name in READERS}

@@ -113,12 +113,12 @@ class Layer:
         """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files."""
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
-            (run, one) for run, one in enumerate(scan_groups(cfg.layers)) if number < one[0] + one[1]
+            (run, group) for run, group in enumerate(scan_groups(cfg.layers)) if number < group[0] + group[1]
         )
         flat = flatten(model.params[stack]["layers"][str(run)])
-        own = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
-        dtype = next(iter(own.values())).dtype
-        params = {path: leaf.astype(jnp.float32) for path, leaf in own.items()}
+        weights = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
+        dtype = next(iter(weights.values())).dtype
+        params = {path: leaf.astype(jnp.float32) for path, leaf in weights.items()}
         shares = not shape.mixer.kv_shared and bool(cfg.producers)
         return cls(number, stack, params, cfg.alone(shape), dtype, mesh_of(model.params), shares)
 
@@ -129,14 +129,14 @@ class Layer:
 
     def run(self, x: jax.Array, given: Given) -> tuple[jax.Array, Shared]:
         """Run the layer; return the residual stream after it, and its keys and values."""
-        found = self.streams(x, given)
-        return found.after, found.shared
+        streams = self.streams(x, given)
+        return streams.after, streams.shared
 
     def streams(self, x: jax.Array, given: Given) -> Streams:
         """Run the layer; return the residual stream after it, and between its attention and MLP."""
         placed, sizes = given.placed(self.mesh), {"stack": self.stack, "cfg": self.cfg, "shares": self.shares}
-        found = _streams(self.params, to_devices(x), placed, **sizes)
-        return found._replace(shared={**given.shared, **found.shared})
+        streams = _streams(self.params, to_devices(x), placed, **sizes)
+        return streams._replace(shared={**given.shared, **streams.shared})
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
         """Return a copy of the layer with a least-squares correction added to an output projection.
@@ -147,14 +147,14 @@ class Layer:
         if gain is not None:  # nothing can change a channel that is multiplied by 0
             factors = np.asarray(gather_to_host(gain))
             change = np.divide(change, factors, out=np.zeros_like(change), where=factors != 0)
-        parts = {"weight": change.T}
+        updates = {"weight": change.T}
         if f"{path}/bias" in params:
-            parts = {"weight": change[:-1].T, "bias": change[-1]}
-        for name, part in parts.items():
+            updates = {"weight": change[:-1].T, "bias": change[-1]}
+        for name, update in updates.items():
             old = params[f"{path}/{name}"]
-            new = (old + part.reshape(old.shape)).astype(self.dtype).astype(jnp.float32)
+            new = (old + update.reshape(old.shape)).astype(self.dtype).astype(jnp.float32)
             params[f"{path}/{name}"] = jax.device_put(new, old.sharding)
-        paths = (*self.changed_paths, *(f"{path}/{name}" for name in parts))
+        paths = (*self.changed_paths, *(f"{path}/{name}" for name in updates))
         return dataclasses.replace(self, params=params, changed_paths=paths)
 
     def reading(self, reader: str, change: np.ndarray) -> Layer:
@@ -188,8 +188,8 @@ def run_block(
     """Run one layer; return (module, residual stream after it, intermediate values named in `want`)."""
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
-    own = given.added if module.per_layer else None
-    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=own), None, want)
+    layer_input = given.added if module.per_layer else None
+    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, want)
     return block, after if given.added is None or module.per_layer else after + given.added, values
 
 
@@ -200,8 +200,8 @@ def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack,
     norms = {name: block.norm_after(name) for name in WRITERS}
     statistics = {name: norm.statistics(values[f"{name}_out"]) for name, norm in norms.items() if norm is not None}
     keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
-    found = Streams(after, values["middle"], statistics, keys)
-    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), found)
+    streams = Streams(after, values["middle"], statistics, keys)
+    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), streams)
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
@@ -211,13 +211,13 @@ def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.
         flat = flatten(layers[str(run)])
         # sorted: all processes must place the same array at a time
         for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):
-            leaf, own = flat[path], list[np.ndarray]()
+            leaf, arrays = flat[path], list[np.ndarray]()
             old = np.asarray(gather_to_host(leaf)) if isinstance(leaf, jax.Array) else None
             for at in range(length):
                 new = changed.get(start + at, {}).get(path)
                 if new is None:  # only then read it
                     new = to_host(leaf, at) if old is None else old[at]
-                own.append(new)
-            flat[path] = np.stack(own) if old is None else jax.device_put(np.stack(own), leaf.sharding)
+                arrays.append(new)
+            flat[path] = np.stack(arrays) if old is None else jax.device_put(np.stack(arrays), leaf.sharding)
         layers[str(run)] = unflatten(flat)
     return model.replace(params={**model.params, stack: {**model.params[stack], "layers": layers}})

@@ -45,10 +45,10 @@ def _step(
     params: Any, state: Any, rate: Any, x: Any, target: Any, weight: Any, given: Given, *, stack: str, cfg: Stack
 ) -> tuple[Any, Any]:
     mean = 1 / jnp.maximum(jnp.sum(weight), 1e-9)
-    gradients = jax.grad(lambda own: mean * _loss(own, x, target, weight, given, stack, cfg))(params)
+    gradients = jax.grad(lambda values: mean * _loss(values, x, target, weight, given, stack, cfg))(params)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer step counts
         updates, state = _ADAM.update(gradients, state)
-    return jax.tree.map(lambda own, update: own - rate * update, params, updates), state
+    return jax.tree.map(lambda value, update: value - rate * update, params, updates), state
 
 
 def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
@@ -58,8 +58,8 @@ def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
     if size >= count:
         return [arrays] if step.weight.any() else []
     arrays = jax.tree.map(np.asarray, arrays)  # on a CPU without a copy
-    parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + size], arrays) for at in range(0, count, size)]
-    return [part for part in parts if part["weight"].any()]
+    chunks = [jax.tree.map(lambda leaf, at=at: leaf[at : at + size], arrays) for at in range(0, count, size)]
+    return [chunk for chunk in chunks if chunk["weight"].any()]
 
 
 def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, dict[str, Any]]:
@@ -102,8 +102,8 @@ def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.nda
             lowest, stale, best = error, 0, {path: np.array(gather_to_host(leaf)) for path, leaf in params.items()}
         elif (stale := stale + 1) == PATIENCE:
             break
-    told = {"ridge": None if best is None else 0.0, "error_before": before, "error_after": lowest}
-    return None if best is None else np.concatenate([best[path].ravel() for path in sorted(best)]), told
+    report = {"ridge": None if best is None else 0.0, "error_before": before, "error_after": lowest}
+    return None if best is None else np.concatenate([best[path].ravel() for path in sorted(best)]), report
 
 
 def replaced(layer: Layer, vector: np.ndarray) -> Layer:

@@ -60,8 +60,8 @@ def reader_change(
         step, (x, target) = pair[0], map(to_devices, (pair[0].ours, pair[1]))
         weight, given = place_batch({"weight": step.weight}, layer.mesh)["weight"], step.given(place).placed(layer.mesh)
         sums = _sums(layer.params, x, target, weight, given, stack=layer.stack, cfg=layer.cfg, reader=reader)
-        known, parts = totals.get(step.held_out), (sums.gram, sums.cross)
-        totals[step.held_out] = parts if known is None else add_into(known, parts)
+        known, products = totals.get(step.held_out), (sums.gram, sums.cross)
+        totals[step.held_out] = products if known is None else add_into(known, products)
         return sums.energy
 
     for _ in streamed(add, zip(steps, dense, strict=True)):
@@ -71,5 +71,5 @@ def reader_change(
     best = int(np.nanargmin(np.append(errors, 0.0)))
     if best == len(RIDGES):
         return None
-    found = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, RIDGES[best])
-    return np.array(gather_to_host(found)), RIDGES[best]
+    change = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, RIDGES[best])
+    return np.array(gather_to_host(change)), RIDGES[best]

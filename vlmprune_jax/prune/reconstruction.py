@@ -132,9 +132,9 @@ def reconstruct(
             steps = STEPS[stack](checked, settings, names, pruned.cfg)
             _enter(steps, *(entrance(model, stack) for model in (teacher, pruned)))
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
-            solved, told = _solve(stack, plan.stacks[stack], teacher, pruned, steps, cache, config, tick)
+            solved, rows = _solve(stack, plan.stacks[stack], teacher, pruned, steps, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)
-            report += [{"stack": stack, **one} for one in told]
+            report += [{"stack": stack, **row} for row in rows]
     return pruned, report
 
 
@@ -173,22 +173,22 @@ def _solve(
             if reads and can_read(layer, READER_OF[module]):
                 dense = before if module == "o_proj" else [step.middle for step in steps]
                 read = functools.partial(_read, layer, module, steps, dense, number, lost=lost, refit=config.refits)
-                change, told = _recorded(cache, f"{key}/reader", read)
-                report.append({"layer": first, "module": READER_OF[module], **told, **_counts(layer, module, steps)})
+                change, row = _recorded(cache, f"{key}/reader", read)
+                report.append({"layer": first, "module": READER_OF[module], **row, **_counts(layer, module, steps)})
                 if change is not None:
                     layer, lost = layer.reading(READER_OF[module], change), True
             if lost:
                 solve = functools.partial(solve_for, layer, module, steps, number, refit=config.refits)
-                change, told = _recorded(cache, key, solve)
-                report.append({"layer": first, "module": module, **told, **_counts(layer, module, steps)})
+                change, row = _recorded(cache, key, solve)
+                report.append({"layer": first, "module": module, **row, **_counts(layer, module, steps)})
                 if change is not None:
                     layer = layer.changed(module, change)
         trains = trains or (config.trains_layers and end - first > 1)
         pass_all(steps)
         if trains:
             train = functools.partial(train_layer, layer, steps, number)
-            vector, told = _recorded(cache, f"{stack}/{number}/layer", train)
-            report.append({"layer": first, "module": "layer", **told, **_counts(layer, "down_proj", steps)})
+            vector, row = _recorded(cache, f"{stack}/{number}/layer", train)
+            report.append({"layer": first, "module": "layer", **row, **_counts(layer, "down_proj", steps)})
             if vector is not None:
                 layer = replaced(layer, vector)
         if layer.changed_paths:
@@ -221,11 +221,11 @@ def _read(
 
     Both ways are compared after the writer is solved; without the change only if it `lost` something.
     """
-    found = reader_change(layer, READER_OF[module], steps, dense, place, refit=refit)
+    solution = reader_change(layer, READER_OF[module], steps, dense, place, refit=refit)
     alone = solve_for(layer, module, steps, place, refit=refit)[1]
     before = alone["error_after" if lost else "error_before"]
-    if found is not None:
-        change, ridge = found
+    if solution is not None:
+        change, ridge = solution
         after = solve_for(layer.reading(READER_OF[module], change), module, steps, place, refit=refit)[1]["error_after"]
         if after < before:
             return change, {"ridge": ridge, "error_before": before, "error_after": after}
@@ -286,14 +286,14 @@ def _recorded(
     """Return a weight's correction (or None) and report, from the cache or newly computed (collective)."""
 
     def arrays() -> dict[str, np.ndarray]:
-        change, told = solve()
-        facts = [math.nan if told["ridge"] is None else told["ridge"], told["error_before"], told["error_after"]]
+        change, row = solve()
+        facts = [math.nan if row["ridge"] is None else row["ridge"], row["error_before"], row["error_after"]]
         return {key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change}
 
-    found = recorded(cache, [key, f"{key}/change"], arrays)
-    ridge, before, after = found[key].tolist()
-    told = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
-    return (None if told["ridge"] is None else found[f"{key}/change"]), told
+    stored = recorded(cache, [key, f"{key}/change"], arrays)
+    ridge, before, after = stored[key].tolist()
+    row = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
+    return (None if row["ridge"] is None else stored[f"{key}/change"]), row
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))
@@ -334,9 +334,9 @@ def solve_for(
 
     `place`: the layer's among those that are left. `refit`: solve again on all rows after the ridge is chosen.
     """
-    fitted, held_out = ([one for one in steps if one.held_out == out] for out in (False, True))
+    fitted, held_out = ([step for step in steps if step.held_out == out] for out in (False, True))
     fit, held = (_total(layer, module, part, place) for part in (fitted, held_out))
-    stream = layer.cfg.hidden_size * float(sum(one.weight.sum() for one in held_out))
+    stream = layer.cfg.hidden_size * float(sum(step.weight.sum() for step in held_out))
     errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
     best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
     unchanged = {"ridge": None, "error_before": before, "error_after": before}
@@ -364,13 +364,13 @@ def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums
         sums = _sums(
             layer.params, x, target, weight, statistics, given, stack=layer.stack, cfg=layer.cfg, module=module
         )
-        parts = sums.gram, sums.cross
-        totals = parts if totals is None else add_into(totals, parts)
+        products = sums.gram, sums.cross
+        totals = products if totals is None else add_into(totals, products)
         return sums.energy
 
     for step, sums_of_rows in pass_layers(steps, add):
         energy = np.asarray(sums_of_rows)
-        wrong = [name for name, one in zip(step.names, energy, strict=False) if not math.isfinite(one)]
+        wrong = [name for name, value in zip(step.names, energy, strict=False) if not math.isfinite(value)]
         if wrong:
             raise UserError(
                 f"reconstruct: outputs of {module} in layer {layer.number} are not finite in "

@@ -36,9 +36,9 @@ class Sums(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_into(totals: Any, parts: Any) -> Any:
+def add_into(totals: Any, terms: Any) -> Any:
     """Add two pytrees of arrays, in place in the first."""
-    return jax.tree.map(jnp.add, totals, parts)
+    return jax.tree.map(jnp.add, totals, terms)
 
 
 @jax.jit
@@ -71,20 +71,20 @@ def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
     The devices of a mesh share the penalties and, if there are more devices, the columns of C.
     """
     mesh, width = jax.sharding.get_abstract_mesh(), fit.cross.shape[1]
-    parts = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
-    size = -(-width // parts)
+    n_slices = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
+    size = -(-width // n_slices)
 
     def errors(ridges: jax.Array, fit: Sums, held: Sums) -> jax.Array:
-        part = jax.lax.axis_index(mesh.axis_names) % parts if parts > 1 else 0
+        index = jax.lax.axis_index(mesh.axis_names) % n_slices if n_slices > 1 else 0
 
-        def own(cross: jax.Array) -> jax.Array:
-            padded = jnp.pad(cross, ((0, 0), (0, parts * size - width)))
-            return jax.lax.dynamic_slice_in_dim(padded, part * size, size, axis=1)
+        def own_columns(cross: jax.Array) -> jax.Array:
+            padded = jnp.pad(cross, ((0, 0), (0, n_slices * size - width)))
+            return jax.lax.dynamic_slice_in_dim(padded, index * size, size, axis=1)
 
         def error(ridge: jax.Array) -> jax.Array:
-            changed = _solved(fit.gram, own(fit.cross), ridge)
+            changed = _solved(fit.gram, own_columns(fit.cross), ridge)
             bent = jnp.einsum("ij,je->ie", held.gram, changed, **_PRODUCT)
-            return jnp.sum(changed * (bent - 2 * own(held.cross)))
+            return jnp.sum(changed * (bent - 2 * own_columns(held.cross)))
 
         return jax.lax.map(error, ridges)
 
@@ -92,10 +92,10 @@ def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
         return errors(ridges, fit, held)
     every, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     shared = jax.shard_map(errors, in_specs=(every, whole, whole), out_specs=every, check_vma=False)
-    repeated = jnp.repeat(ridges, parts)
+    repeated = jnp.repeat(ridges, n_slices)
     padded = jnp.resize(repeated, -(-len(repeated) // mesh.size) * mesh.size)
-    found = shared(padded, fit, held)[: len(repeated)]
-    return constrain(jnp.sum(found.reshape(len(ridges), parts), axis=1), (None,))
+    changes = shared(padded, fit, held)[: len(repeated)]
+    return constrain(jnp.sum(changes.reshape(len(ridges), n_slices), axis=1), (None,))
 
 
 def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
@@ -131,19 +131,19 @@ def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
         lower = jax.lax.fori_loop(first, last, factor, lower)
 
-    def substitute(step: Any, found: jax.Array, transposed: bool) -> jax.Array:
+    def substitute(step: Any, solution: jax.Array, transposed: bool) -> jax.Array:
         start = step * _BLOCK
         axis = (0, start) if transposed else (start, 0)
         shape = (n + rest, _BLOCK) if transposed else (_BLOCK, n + rest)
         strip = jax.lax.dynamic_slice(lower, axis, shape)
         strip = strip.T if transposed else strip
         corner = jax.lax.dynamic_slice(strip, (0, start), (_BLOCK, _BLOCK))
-        wanted = jax.lax.dynamic_slice(found, (start, 0), (_BLOCK, width))
-        # the block's own rows of `found` still hold the right-hand side
+        wanted = jax.lax.dynamic_slice(solution, (start, 0), (_BLOCK, width))
+        # the block's own rows of `solution` still hold the right-hand side
         others = jax.lax.dynamic_update_slice(strip, jnp.zeros_like(corner), (0, start))
-        wanted -= jnp.einsum("ik,ke->ie", others, found, **_PRODUCT)
+        wanted -= jnp.einsum("ik,ke->ie", others, solution, **_PRODUCT)
         solved = jax.scipy.linalg.solve_triangular(corner, wanted, lower=not transposed)
-        return jax.lax.dynamic_update_slice(found, solved, (start, 0))
+        return jax.lax.dynamic_update_slice(solution, solved, (start, 0))
 
     down = jax.lax.fori_loop(0, steps, lambda step, x: substitute(step, x, False), right)
     up = jax.lax.fori_loop(0, steps, lambda step, x: substitute(steps - 1 - step, x, True), down)

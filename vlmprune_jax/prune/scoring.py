@@ -62,7 +62,7 @@ def score(
     settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
     model.cfg.stack(stack)
     if stack not in chosen.stacks:
-        others = ", ".join(name for name, one in CRITERIA.items() if stack in one.stacks)
+        others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
         raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
     if chosen.scores == ("widths",) and model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
@@ -70,12 +70,12 @@ def score(
         raise UserError(f"criterion {criterion!r} needs calibration batches")
     if not chosen.journals:
         journal = cache = None
-    told = {name: value for name, value in settings.items() if name not in OPERATIONAL}
+    score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        parts, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
-        for one in (parts, *by_kind.values()):
-            _check(criterion, chosen, one, model.cfg.stack(stack).layers)
-        return Scores(criterion, fingerprint(model), told, **parts, stack=stack, by_kind=by_kind)
+        scores, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
+        for arrays in (scores, *by_kind.values()):
+            _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
+        return Scores(criterion, fingerprint(model), score_settings, **scores, stack=stack, by_kind=by_kind)
 
 
 def _measure(
@@ -95,8 +95,8 @@ def _measure(
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
         kept = {"cache": cache} if chosen.journals else {}
-        found = chosen.function(model, checked, progress, **options, **kept)
-        return found if chosen.splits else (found, {})
+        result = chosen.function(model, checked, progress, **options, **kept)
+        return result if chosen.splits else (result, {})
     splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
     weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if splits else {})})
     # the paper's sums include padding: they do not split by token type
@@ -113,18 +113,18 @@ def _measure(
         journal=journal,
     )
     finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
-    return finish(sums), {name: finish(one) for name, one in by_kind.items()}
+    return finish(sums), {name: finish(kind_sums) for name, kind_sums in by_kind.items()}
 
 
-def _check(name: str, chosen: Criterion, parts: Parts, layers: Sequence[Layer]) -> None:
+def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer]) -> None:
     """Raise UserError if a criterion returned scores of other fields or shapes than it declares."""
     fields = {field for what in chosen.scores for field in FIELDS[what]}
-    if parts.keys() != fields:
-        raise UserError(f"criterion {name!r} returns {', '.join(parts) or 'nothing'}, expected {', '.join(fields)}")
-    importance = np.shape(parts.get("importance", np.empty(len(layers))))
+    if scores.keys() != fields:
+        raise UserError(f"criterion {name!r} returns {', '.join(scores) or 'nothing'}, expected {', '.join(fields)}")
+    importance = np.shape(scores.get("importance", np.empty(len(layers))))
     if importance != (len(layers),):
         raise UserError(f"criterion {name!r} returns importance of shape {importance}, expected {(len(layers),)}")
-    if "units" in fields and not (parts["units"] and fits_layers(parts["units"], layers)):
-        shapes = {key: np.shape(part) for key, part in parts["units"].items()}
+    if "units" in fields and not (scores["units"] and fits_layers(scores["units"], layers)):
+        shapes = {key: np.shape(part) for key, part in scores["units"].items()}
         sizes = {(i, axis): (size,) for i, layer in enumerate(layers) for axis, size in layer.sizes.items()}
         raise UserError(f"criterion {name!r} returns units {shapes}, expected scores of shapes among {sizes}")

@@ -94,7 +94,7 @@ def plan_layers(
     `costed`: the config with the kept tokens only, which budgets are of.
     """
     depth, width = _pair(scores, config.method)
-    used = [one for one in (depth, width) if one is not None]
+    used = [method_scores for method_scores in (depth, width) if method_scores is not None]
     stack = used[0].stack
     layers = cfg.stack(stack).layers
     _check_scores(used, cfg, stack)
@@ -114,7 +114,7 @@ def plan_layers(
     return PrunePlan(
         fingerprint=used[0].fingerprint,
         method=config.method,
-        criterion=" + ".join(one.name for one in used),
+        criterion=" + ".join(method_scores.name for method_scores in used),
         stacks={"text": KeptStack.whole(cfg.text.layers), stack: pruned},
         parameters_before=before,
         parameters_after=before - gone,
@@ -218,12 +218,14 @@ def _plan_each(
     scores: Sequence[Scores | tuple[Scores, Scores]], cfg: ModelConfig, config: PlanConfig, total: int
 ) -> PrunePlan:
     """Return one plan that removes the same share of layer parameters from each of several stacks."""
-    stacks = [one.stack if isinstance(one, Scores) else one[0].stack for one in scores]
+    stacks = [
+        stack_scores.stack if isinstance(stack_scores, Scores) else stack_scores[0].stack for stack_scores in scores
+    ]
     sizes = {stack: sum(map(layer_costs(cfg, stack).of, cfg.stack(stack).layers)) for stack in stacks}
     plans = {}
-    for stack, one in zip(stacks, scores, strict=True):
+    for stack, stack_scores in zip(stacks, scores, strict=True):
         share = None if config.ratio is None else config.ratio * sizes[stack] / sum(sizes.values())
-        plans[stack] = make_plan(one, cfg, dataclasses.replace(config, ratio=share, parameters_total=total))
+        plans[stack] = make_plan(stack_scores, cfg, dataclasses.replace(config, ratio=share, parameters_total=total))
     first, *others = plans.values()
     return dataclasses.replace(
         first,
@@ -270,7 +272,7 @@ class _Request:
 
 
 def _check_scores(used: list[Scores], cfg: ModelConfig, stack: str) -> None:
-    if any(not one.fingerprint.startswith(shape_digest(cfg)) for one in used):
+    if any(not method_scores.fingerprint.startswith(shape_digest(cfg)) for method_scores in used):
         raise UserError("these scores are for another model (their shapes do not match this config): score this model")
     layers = cfg.stack(stack).layers
     for scores in used:

@@ -79,9 +79,9 @@ def pass_layers(steps: Sequence[Step], compute: Callable[[Step], R]) -> Iterator
             step.waiting.pop(0)(step)
         return compute(step), {name: value for name, value in vars(step).items() if name in _MOVED}
 
-    for step, (found, streams) in zip(steps, streamed(run, steps), strict=True):
+    for step, (result, streams) in zip(steps, streamed(run, steps), strict=True):
         vars(step).update(streams)
-        yield step, found
+        yield step, result
 
 
 def pass_all(steps: Sequence[Step]) -> None:
@@ -259,6 +259,6 @@ def _embed(params: Any, inputs: Any, *, cfg: ModelConfig) -> tuple[jax.Array, tu
     else:
         grid = inputs["image_grid_thw"]
         x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
-    parts = () if added is None else tuple(added)
-    x, *rest = (constrain(part.astype(jnp.float32), STREAM) for part in (x, *parts))
+    additions = () if added is None else tuple(added)
+    x, *rest = (constrain(array.astype(jnp.float32), STREAM) for array in (x, *additions))
     return x, tuple(rest)

@@ -34,7 +34,7 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequenc
         if kept.sizes_before != tuple(layer.sizes for layer in cfg.stack(name).layers):
             raise UserError("this plan is for another model than the config's: plan again")
         if not kept.is_whole or len(plan.stacks) == 1:
-            of_component = [one for one in scores if one.stack == name]
+            of_component = [stack_scores for stack_scores in scores if stack_scores.stack == name]
             tables.append(_explain_stack(plan, cfg, spec, of_component, name))
     return tables
 
@@ -101,12 +101,12 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
     if method == "depth":
         return "stays"
     heads, neurons = (not layers or layers[0] <= index < layers[1] for layers in (spec.attn_layers, spec.mlp_layers))
-    found = ["heads kept"] if spec.heads == "keep" else [] if heads else ["heads out of range"]
-    found += [] if neurons else ["neurons out of range"]
+    reasons = ["heads kept"] if spec.heads == "keep" else [] if heads else ["heads out of range"]
+    reasons += [] if neurons else ["neurons out of range"]
     multiples = ("snap_for", "tensor_parallel", "heads_multiple", "neurons_multiple")
-    if len(found) < 2:
-        found += [f"{name}={value}" for name in multiples if (value := getattr(spec, name)) not in (None, 1)]
-    return ", ".join(found) or "in range"
+    if len(reasons) < 2:
+        reasons += [f"{name}={value}" for name in multiples if (value := getattr(spec, name)) not in (None, 1)]
+    return ", ".join(reasons) or "in range"
 
 
 def read_plan(place: str) -> PrunePlan:

@@ -128,7 +128,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     if not config.sources:
         raise UserError("prune.vocabulary.sources: name at least one file of records or texts whose tokens are kept")
     read = [read_texts(name, source.template) for name in config.sources]
-    texts, listed = [text for one in read for text in one.texts], [i for one in read for i in one.ids]
+    texts, listed = [text for file in read for text in file.texts], [i for file in read for i in file.ids]
     beyond = [i for i in listed if not 0 <= i < source.rows]
     if beyond:
         raise UserError(
@@ -178,13 +178,13 @@ def _needed(folder: Path, cfg: ModelConfig, tokenizer: Any, template: Template) 
         yield from ((i, f"it is the model's {name}") for i in (value if isinstance(value, tuple) else (value,)) if i)
     for name in CONFIGS:
         if os.path.lexists(folder / name):
-            yield from ((i, f"{name} has it as {of}") for i, of in ids_in(read_json(folder / name)).items())
+            yield from ((i, f"{name} has it as {field}") for i, field in ids_in(read_json(folder / name)).items())
 
 
 def _prompt_texts(template: Template) -> Iterator[str]:
     """Yield the literal texts of a prompt template, alone and inside a conversation."""
-    for one in fields(template):
-        value = getattr(template, one.name)
+    for field in fields(template):
+        value = getattr(template, field.name)
         yield from (
             text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str) and text
         )

@@ -49,7 +49,7 @@ class Subwords:
     byte_fallback: bool
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], where: str) -> Subwords:
+    def of(cls, content: Mapping[str, Any], location: str) -> Subwords:
         """Return the subword model in the content of a tokenizer.json.
 
         Raises UserError for a kind of tokenizer for which trimming is not exact.
@@ -58,7 +58,7 @@ class Subwords:
         kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
         if kind not in (*CLOSED, *LOCAL):
             raise UserError(
-                f"{where}: tokenizers of type {kind!r} cannot be trimmed (supported: {', '.join(CLOSED + LOCAL)})"
+                f"{location}: tokenizers of type {kind!r} cannot be trimmed (supported: {', '.join(CLOSED + LOCAL)})"
             )
         vocab = model["vocab"]
         texts = (
@@ -137,8 +137,8 @@ class Subwords:
     @functools.cache  # noqa: B019 (lives as long as the tokenizer; closures repeat while filling)
     def _needs(self, text: str) -> frozenset[int]:
         letters = {symbol for letter in text for symbol in self._spell(letter)}
-        parts = {part for pair in self.derivation(text) for part in (*pair, "".join(pair))}
-        return frozenset(self.ids[part] for part in letters | parts if part in self.ids)
+        pieces = {piece for pair in self.derivation(text) for piece in (*pair, "".join(pair))}
+        return frozenset(self.ids[piece] for piece in letters | pieces if piece in self.ids)
 
     def by_rank(self) -> Iterator[int]:
         """Yield the tokens in the order in which the tokenizer learnt them: by merge rank (BPE) or by id."""

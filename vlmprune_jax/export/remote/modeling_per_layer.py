@@ -17,8 +17,8 @@ PREFIX = "PerLayer"
 class LayerConfig:
     """Config of one decoder layer: its own head counts, all other attributes from the model's config."""
 
-    def __init__(self, config, **own):
-        self.__dict__.update(own, _model_config=config)
+    def __init__(self, config, **overrides):
+        self.__dict__.update(overrides, _model_config=config)
 
     def __getattr__(self, name):
         if name.startswith("__") or name == "_model_config":  # not there yet while a copy is being made
@@ -67,8 +67,8 @@ def resize_layer(layer, q_heads, kv_heads, mlp):
                 raise ValueError(f"{type(module).__name__}: this file does not know how to cut its {name}")
     heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads}
     attention.config = LayerConfig(attention.config, intermediate_size=mlp, **heads)
-    own = {"num_heads": q_heads, "num_key_value_groups": q_heads // kv_heads, **heads}
-    for name, value in own.items():
+    counts = {"num_heads": q_heads, "num_key_value_groups": q_heads // kv_heads, **heads}
+    for name, value in counts.items():
         if hasattr(attention, name):
             setattr(attention, name, value)
     if hasattr(layer.mlp, "intermediate_size"):
@@ -88,8 +88,8 @@ class PerLayerWidths(nn.Module):
         names = ("language_model", "text_model")
         layers = next((getattr(self.model, name) for name in names if hasattr(self.model, name)), self.model).layers
         if shapes is None or len(shapes) != len(layers):
-            found = "no per_layer_shapes" if shapes is None else f"{len(shapes)} per_layer_shapes"
-            raise ValueError(f"config.json has {found} for {len(layers)} layers")
+            problem = "no per_layer_shapes" if shapes is None else f"{len(shapes)} per_layer_shapes"
+            raise ValueError(f"config.json has {problem} for {len(layers)} layers")
         for layer, shape in zip(layers, shapes, strict=True):
             resize_layer(layer, *shape)
 
@@ -105,10 +105,10 @@ def __getattr__(name: str) -> Any:
     if stock is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     auto = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModelForImageTextToText"
-    made = type(name, (PerLayerWidths, stock), {"__module__": __name__, "_auto_class": auto})
+    per_layer_class = type(name, (PerLayerWidths, stock), {"__module__": __name__, "_auto_class": auto})
     _rename_as(stock.__name__, name)
-    globals()[name] = made  # one class, whoever asks
-    return made
+    globals()[name] = per_layer_class  # one class, whoever asks
+    return per_layer_class
 
 
 def _rename_as(stock: str, name: str) -> None:

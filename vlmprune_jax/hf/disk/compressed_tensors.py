@@ -137,12 +137,12 @@ class CompressedTensors:
         """Return True if a weight is a decoder layer's matrix and the group size divides its rows."""
         return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
 
-    def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
+    def weight(self, tensors: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of the weight that these tensors encode; raise ValueError if they are inconsistent."""
-        shape = parts[""].shape if self.activations else _read_shape(parts["_shape"])
+        shape = tensors[""].shape if self.activations else _read_shape(tensors["_shape"])
         if len(shape) != 2 or min(shape) < 1 or (self.group and shape[1] % self.group):
             raise ValueError(f"shape {list(shape)}, expected rows of {f'groups of {self.group}' if self.group else 1}")
-        return parts["_scale"].dtype, shape
+        return tensors["_scale"].dtype, shape
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return {suffix: (dtype, shape)} of the tensors that encode a weight."""
@@ -153,18 +153,18 @@ class CompressedTensors:
         tensors = {"_packed": ("I32", (rows, self._words(columns))), "_scale": (dtype, scales), "_shape": ("I64", (2,))}
         return tensors if self.symmetric else tensors | {"_zero_point": ("I32", (self._words(rows), scales[1]))}
 
-    def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
+    def decode(self, tensors: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
         """Dequantise rows `start` to `stop` - 1 of a weight."""
-        scale = parts["_scale"].rows(start, stop)
+        scale = tensors["_scale"].rows(start, stop)
         if self.activations:
-            codes = parts[""].rows(start, stop)
+            codes = tensors[""].rows(start, stop)
         else:
-            codes = self._unpack(parts["_packed"].rows(start, stop), int(self.weight(parts)[1][1]))
+            codes = self._unpack(tensors["_packed"].rows(start, stop), int(self.weight(tensors)[1][1]))
         values = codes.astype(np.float32).reshape(*scale.shape, -1)
         if not self.symmetric:
             per_word = 32 // self.bits
             first = start // per_word
-            words = parts["_zero_point"].rows(first, -(-stop // per_word))
+            words = tensors["_zero_point"].rows(first, -(-stop // per_word))
             zeros = self._unpack(words.T, words.shape[0] * per_word).T
             values -= zeros[start - first * per_word :][: stop - start, :, None]
         # exact in float32 for scales of 16 bits, so the result is rounded once, as in torch

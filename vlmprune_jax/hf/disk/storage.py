@@ -38,13 +38,13 @@ class Storage(Protocol):
     def suffixes(self) -> Sequence[str]:
         """Key suffixes of the tensors that store one weight."""
 
-    def weight(self, parts: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
+    def weight(self, tensors: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of the weight that these tensors encode; raise ValueError if they are inconsistent."""
 
     def tensors(self, dtype: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return {suffix: (dtype, shape)} of the tensors that encode a weight (the inverse of `weight`)."""
 
-    def decode(self, parts: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
+    def decode(self, tensors: Mapping[str, Entry], start: int, stop: int) -> np.ndarray:
         """Dequantise rows `start` to `stop` - 1 of a weight, in its dtype."""
 
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -69,12 +69,12 @@ class EncodedWeight:
     dtype: str
     shape: tuple[int, ...]
     storage: Storage
-    parts: Mapping[str, Entry]
+    tensors: Mapping[str, Entry]
 
     @property
     def file(self) -> Path:
         """Path of the file that contains the weight's first tensor."""
-        return next(iter(self.parts.values())).file
+        return next(iter(self.tensors.values())).file
 
     @property
     def n_bytes(self) -> int:
@@ -94,7 +94,7 @@ class EncodedWeight:
         width = max(1, math.prod(self.shape[1:]))
         start, stop = first // width, -(-(first + count) // width)
         with np.errstate(all="ignore"):  # non-finite values are reported with the weight's name
-            rows = self.storage.decode(self.parts, start, stop)
+            rows = self.storage.decode(self.tensors, start, stop)
         assert rows.dtype == WEIGHT_DTYPES[self.dtype], f"{self.key}: {rows.dtype} decoded, {self.dtype} announced"
         return rows.reshape(-1)[first - start * width :][:count]
 
@@ -114,7 +114,7 @@ class EncodedWeight:
 StoredWeight = Entry | EncodedWeight
 
 
-def find_storage(config: JsonDict, where: str) -> Storage | None:
+def find_storage(config: JsonDict, location: str) -> Storage | None:
     """Return the storage format named in config.json's `quantization_config`; None if weights are not quantised.
 
     Raises UserError if the quantisation is not supported.
@@ -126,10 +126,10 @@ def find_storage(config: JsonDict, where: str) -> Storage | None:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         if not isinstance(settings, dict) or not isinstance(method, str) or method not in storages:
             raise UserError(
-                f"{where}: the weights are quantised (quantization_config, quant_method {method!r}) "
+                f"{location}: the weights are quantised (quantization_config, quant_method {method!r}) "
                 "and cannot be pruned: use the unquantised checkpoint"
             )
-        with reading(f"{where}: quantization_config"), error_context(f"{where}: quantization_config"):
+        with reading(f"{location}: quantization_config"), error_context(f"{location}: quantization_config"):
             return storages[method](settings)
     return None
 
@@ -141,7 +141,7 @@ def without_storage(config: JsonDict) -> JsonDict:
     return {name: value for name, value in (config | plain).items() if name != "quantization_config"}
 
 
-def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> dict[str, StoredWeight]:
+def join_parts(storage: Storage, tensors: Mapping[str, Entry], location: str) -> dict[str, StoredWeight]:
     """Combine the tensors of quantised weights to one entry per weight; other tensors are returned unchanged.
 
     Raises UserError if tensors of a weight are missing or inconsistent.
@@ -153,36 +153,37 @@ def join_parts(storage: Storage, tensors: Mapping[str, Entry], where: str) -> di
         groups.setdefault(name.removesuffix(suffix), {})[suffix] = entry
     weights: dict[str, StoredWeight] = {}
     problems = []
-    for key, parts in groups.items():
-        plain = parts.get("")
-        if plain is not None and len(parts) == 1 and (plain.dtype in WEIGHT_DTYPES or not key.endswith(_WEIGHT)):
+    for key, members in groups.items():
+        plain = members.get("")
+        if plain is not None and len(members) == 1 and (plain.dtype in WEIGHT_DTYPES or not key.endswith(_WEIGHT)):
             weights[key] = plain
             continue
         try:
-            weights[key] = _join(storage, key, parts)
+            weights[key] = _join(storage, key, members)
         except (ValueError, LookupError, TypeError) as error:
             problems.append(f"{key}: {error}")
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(
-            f"{where}: the {storage.name} weights are incomplete ({'; '.join(problems[:8])}{more}): download them again"
+            f"{location}: the {storage.name} weights are incomplete ({'; '.join(problems[:8])}{more}): "
+            "download them again"
         )
     return weights
 
 
-def _join(storage: Storage, key: str, parts: Mapping[str, Entry]) -> EncodedWeight:
+def _join(storage: Storage, key: str, tensors: Mapping[str, Entry]) -> EncodedWeight:
     """Return one quantised weight; raise ValueError if its tensors are missing or inconsistent."""
-    missing = [key + suffix for suffix in storage.suffixes if suffix not in parts]
+    missing = [key + suffix for suffix in storage.suffixes if suffix not in tensors]
     if missing:
-        raise ValueError(f"{next(iter(parts.values())).key} has no {', '.join(missing)} beside it")
-    if set(parts) != set(storage.suffixes):
+        raise ValueError(f"{next(iter(tensors.values())).key} has no {', '.join(missing)} beside it")
+    if set(tensors) != set(storage.suffixes):
         raise ValueError("it is there twice, plain and in parts")
-    dtype, shape = storage.weight(parts)
+    dtype, shape = storage.weight(tensors)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"is decoded to {dtype}, supported are {', '.join(WEIGHT_DTYPES)}")
     for suffix, (part_dtype, part_shape) in storage.tensors(dtype, shape).items():
-        part = parts[suffix]
+        part = tensors[suffix]
         if (part.dtype, part.shape) != (part_dtype, part_shape):
             expected = f"{part_dtype} {list(part_shape)}"
             raise ValueError(f"{part.key} is {part.dtype} {list(part.shape)}, expected {expected}")
-    return EncodedWeight(key, dtype, shape, storage, parts)
+    return EncodedWeight(key, dtype, shape, storage, tensors)

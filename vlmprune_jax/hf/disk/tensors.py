@@ -22,7 +22,7 @@ class Tensor:
     """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
 
     If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block. A large
-    tensor may also have its bytes in `parts`, in order.
+    tensor may also have its bytes in `pieces`, in order.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Tensor:
     fetch: Callable[[], np.ndarray]
     extent: Extent | None = None
     look: Look = lambda block: None
-    parts: Callable[[], Iterator[np.ndarray]] | None = None
+    pieces: Callable[[], Iterator[np.ndarray]] | None = None
 
 
 def weight(
@@ -42,11 +42,11 @@ def weight(
     fetch: Callable[[], np.ndarray],
     extent: Extent | None = None,
     check: Callable[[np.ndarray], None] = lambda array: None,
-    parts: Callable[[], Iterator[np.ndarray]] | None = None,
+    pieces: Callable[[], Iterator[np.ndarray]] | None = None,
 ) -> Tensor:
     """Return a tensor to write; `fetch` returns its values in the right dtype, in any shape.
 
-    `extent` locates the same bytes in a file, if any; `check` receives all values written; `parts` yields the array.
+    `extent` locates the same bytes in a file, if any; `check` receives all values written; `pieces` yields the array.
     """
 
     def look(block: np.ndarray) -> None:
@@ -56,7 +56,7 @@ def weight(
         check(array)
         return _bytes_of(array)
 
-    blocks = None if parts is None else lambda: map(to_bytes, parts())
+    blocks = None if pieces is None else lambda: map(to_bytes, pieces())
     return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), lambda: to_bytes(fetch()), extent, look, blocks)
 
 
@@ -160,7 +160,7 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
 def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
     """Append the bytes of a tensor to a file."""
     written = 0
-    for data in [tensor.fetch()] if tensor.parts is None else tensor.parts():
+    for data in [tensor.fetch()] if tensor.pieces is None else tensor.pieces():
         file.write(data)
         written += data.nbytes
     assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"

@@ -192,10 +192,10 @@ def _interpret(pickle: bytes) -> Any:
     raise ValueError("its pickle has no end")
 
 
-def _storage(kind: str, of: _Name, record: str, *_: Any) -> _Storage:
+def _storage(kind: str, storage_type: _Name, record: str, *_: Any) -> _Storage:
     if kind != "storage":
         raise ValueError("it names objects other than storages")
-    return _Storage(of.text.rpartition(".")[2], f"{record:s}")
+    return _Storage(storage_type.text.rpartition(".")[2], f"{record:s}")
 
 
 def _pairs(keys: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:

@@ -138,9 +138,9 @@ class CheckedFile:
                     break
                 count_read += count
             written, reread = (np.frombuffer(buffer, np.uint8, length) for buffer in (block, room))
-            parts = (slice(begin, begin + _PART) for begin in range(0, length, _PART))
+            slices = (slice(begin, begin + _PART) for begin in range(0, length, _PART))
             # Several times faster than checksums of both.
-            same = count_read >= length and all(np.array_equal(written[part], reread[part]) for part in parts)
+            same = count_read >= length and all(np.array_equal(written[piece], reread[piece]) for piece in slices)
         finally:
             self._spare.put(spare)
         if not same:

@@ -106,10 +106,10 @@ def accumulate(
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
     """Return True if a journal entry consists of numeric arrays with the expected shapes."""
     try:
-        found = [np.asarray(leaf) for leaf in entry]
+        arrays = [np.asarray(leaf) for leaf in entry]
     except (TypeError, ValueError):
         return False
-    return [leaf.shape for leaf in found] == shapes and all(leaf.dtype.kind in "if" for leaf in found)
+    return [leaf.shape for leaf in arrays] == shapes and all(leaf.dtype.kind in "if" for leaf in arrays)
 
 
 def _inputs(arrays: Arrays) -> dict[str, Any]:
@@ -141,10 +141,10 @@ def _sums(
             one_of("input", name, VALUES)
         return run(tap, tuple(inputs))
 
-    def of(weights: jax.Array) -> Any:
+    def weighted_sums(weights: jax.Array) -> Any:
         return function(blocks, Tokens(weights[kind], kind), **dict(options))
 
-    sums = jax.vmap(of)(counting)  # the blocks do not depend on the weights, and run once
+    sums = jax.vmap(weighted_sums)(counting)  # the blocks do not depend on the weights, and run once
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
 
 

@@ -49,12 +49,12 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     """
     arrays, longest = Arrays(), max(len(row["kind"]) for row in rows)
     for name in (*_FILLS, "pixel_values", "image_grid_thw", "position_ids"):
-        parts = [(at, row[name]) for at, row in enumerate(rows) if name in row]
-        if parts or name in _FILLS:
-            sizes = np.max([part.shape for _, part in parts], axis=0) if parts else (longest,)
+        pairs = [(at, row[name]) for at, row in enumerate(rows) if name in row]
+        if pairs or name in _FILLS:
+            sizes = np.max([part.shape for _, part in pairs], axis=0) if pairs else (longest,)
             shape = sizes if name.startswith(("pixel", "image")) else (*sizes[:-1], longest)
-            arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), parts[0][1].dtype if parts else np.int32)
-        for at, part in parts:
+            arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), pairs[0][1].dtype if pairs else np.int32)
+        for at, part in pairs:
             arrays[name][at][tuple(map(slice, part.shape))] = part
     return arrays
 
@@ -101,8 +101,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     if "labels" in result:
         _check_labels(result["labels"], cfg)
     if cfg.any_size:
-        made = patch_rows(cfg, result["input_ids"], result["attention_mask"], pixels, grid)
-        result |= {name: array for name, array in made.items() if array is not None and name != "deltas"}
+        image_arrays = patch_rows(cfg, result["input_ids"], result["attention_mask"], pixels, grid)
+        result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}
     elif pixels is not None:
         pixels = np.asarray(pixels, np.float32)
         result["pixel_values"] = pixels if pixels.ndim == 5 else _per_row(pixels, result["input_ids"], cfg)

@@ -32,7 +32,7 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
     weight = tokens.weight
 
     def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
-        found = {}
+        sums = {}
         for name, read in block.inputs.items():
             x = read.astype(jnp.float32)
             if name in block.scales:
@@ -40,8 +40,8 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
                 x = x * scale.reshape(*scale.shape, *(1,) * (x.ndim - 3))
             counts = weight.reshape(*weight.shape, *(1,) * (x.ndim - 2))
             x = jnp.where(counts > 0, x, jnp.zeros_like(x))  # padding may hold anything
-            found[name] = jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))
-        return found
+            sums[name] = jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))
+        return sums
 
     return blocks(tap, inputs=WRITERS), jnp.sum(weight)
 
@@ -51,7 +51,8 @@ def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, 
     layers, total = sums
     count = positive(total)
     norms = [
-        {name: of ** (power / 2) for name, of in layer.items()} for layer in input_weights(model, power=2, stack=stack)
+        {name: squared_norm ** (power / 2) for name, squared_norm in layer.items()}
+        for layer in input_weights(model, power=2, stack=stack)
     ]
     scores = [
         {name: norm[name] * moment(first / count, second / count) for name, (first, second) in layer.items()}

@@ -87,10 +87,10 @@ class Criterion:
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
         """Return the criterion's options: score settings of the same name, and the entries of `config.options`."""
-        own = self.settings
+        settings = self.settings
         if not self.splits:  # an option with the name of a token weight is the criterion's own
-            own = {name: value for name, value in own.items() if name not in KIND_WEIGHTS}
-        given = {name: value for name, value in vars(config).items() if name in own and value is not None}
+            settings = {name: value for name, value in settings.items() if name not in KIND_WEIGHTS}
+        given = {name: value for name, value in vars(config).items() if name in settings and value is not None}
         return {**given, **{name: value for name, value in config.options.items() if name in self.settings}}
 
     @property

@@ -86,12 +86,12 @@ def gradient_channels(
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh):
-        steps = [place_batch(one, mesh) for one in _micro(data, ways)]
+        steps = [place_batch(micro, mesh) for micro in _micro(data, ways)]
         # all-(-100) rows, such as the filler of a last batch, are not samples
         weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
         layers = _backward(model, steps, weighed, channels, squares, _Budget(memory_budget), progress, cache)
-    found = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
-    return found[0], dict(zip(kinds, found[1:], strict=True))
+    scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
+    return scores[0], dict(zip(kinds, scores[1:], strict=True))
 
 
 class _Weighed(NamedTuple):
@@ -117,7 +117,7 @@ def _backward(
     ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
     structure = functools.partial(_structure, model, channels, squares, ways)
     layers, cotangents = _resume(cache, structure, cfg.text, len(steps), mesh_of(model.params))
-    stream, shared, own = _forward(model, steps, budget, n_layers - len(layers))
+    stream, shared, layer_inputs = _forward(model, steps, budget, n_layers - len(layers))
     if not layers:
         for at, keys in enumerate(shared):
             outgoing = _loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg)
@@ -130,7 +130,7 @@ def _backward(
         sums = _no_sums(layer, cfg, squares, ways)
         for at, micro in enumerate(steps):
             x, products = states[at]
-            inputs = (micro, at_layer(own[at], number), _used(shared[at], text))
+            inputs = (micro, at_layer(layer_inputs[at], number), _used(shared[at], text))
             if products is None:
                 products = _block(layer, x, inputs, text=text, produces=produces)[1]
             states[at] = None
@@ -209,7 +209,7 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
-    every = [{name: array[at] for name, array in one.items()} for one in seen for at in range(len(one["kind"]))]
+    every = [{name: array[at] for name, array in batch.items()} for batch in seen for at in range(len(batch["kind"]))]
     steps = math.ceil(len(every) / rows)
     stacked = stack_rows(every, steps * rows)
     return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
@@ -257,21 +257,21 @@ def _forward(
       layers share, and the layers' own inputs (None: they have none), for every step.
     """
     embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
-    xs, added, nothing = [x for x, _ in embedded], [one for _, one in embedded], [None for _ in steps]
-    added, own = (nothing, added) if model.cfg.text.layer_inputs else (added, nothing)
+    xs, added, nothing = [x for x, _ in embedded], [extra for _, extra in embedded], [None for _ in steps]
+    added, layer_inputs = (nothing, added) if model.cfg.text.layer_inputs else (added, nothing)
     stream, shared = [], [Shared() for _ in steps]
     for number in range(layers):
         layer, text = _layer_of(model, number)
         produces, states = number in model.cfg.text.producers, list[Any]()
         for at, micro in enumerate(steps):
-            inputs = (micro, at_layer(own[at], number), _used(shared[at], text))
+            inputs = (micro, at_layer(layer_inputs[at], number), _used(shared[at], text))
             (y, keys), products = _block(layer, xs[at], inputs, text=text, produces=produces)
             shared[at] |= keys
             states.append((xs[at], budget.kept(products)))
             features = added[at]
             xs[at] = y if features is None or number >= len(features) else _add(y, features, number)
         stream.append(states)
-    return [*stream, xs], shared, own
+    return [*stream, xs], shared, layer_inputs
 
 
 def _used(shared: Shared, text: TextConfig) -> Shared:
@@ -303,9 +303,9 @@ def _add(y: jax.Array, added: jax.Array, number: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("text", "produces"))
 def _block(layer: Params, x: jax.Array, inputs: Any, *, text: TextConfig, produces: bool) -> tuple[Any, Any]:
-    micro, own, shared = inputs
+    micro, layer_input, shared = inputs
     mask, positions = micro["attention_mask"], micro.get("position_ids")
-    return linearized(layer, x, mask, None, text, positions, own, shared, produces)[:2]
+    return linearized(layer, x, mask, None, text, positions, layer_input, shared, produces)[:2]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -350,17 +350,17 @@ def _differentiate(
 
     weight: labels of the step, whose one row's mean loss is squared.
     """
-    micro, own, shared = inputs
+    micro, layer_input, shared = inputs
     counts, mask = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1), micro["attention_mask"]
-    pull = linearized(layer, x, mask, counts, text, micro.get("position_ids"), own, shared, produces)[2]
+    pull = linearized(layer, x, mask, counts, text, micro.get("position_ids"), layer_input, shared, produces)[2]
     (outgoing, keys), size = cotangent, text.layers[0].mixer.window or 0
     gradients, incoming, used = pull(products)((outgoing, {size: keys[size]} if produces else {}))
     keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in used.items()}}
     first, squared = sums
-    found = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
-    first = jax.tree.map(jnp.add, first, found)
+    weight_gradients = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
+    first = jax.tree.map(jnp.add, first, weight_gradients)
     # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
-    squared = {name: old + jnp.square(found[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
+    squared = {name: old + jnp.square(weight_gradients[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
     return (first, squared), (incoming, keys)
 
 
@@ -369,7 +369,7 @@ def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelCon
     flat, (first, squared) = flatten(layer), sums
     scores = {}
     for name, axis in {name: axis for name, axis in summed_axes(cfg).items() if name in flat}.items():
-        found = [
+        channel_scores = [
             channels(
                 flat[name].astype(jnp.float32),
                 first[name][way] / total,
@@ -378,5 +378,5 @@ def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelCon
             )
             for way in range(len(first[name]))
         ]
-        scores[name] = jax.tree.map(lambda *leaves: constrain(jnp.stack(leaves), ()), *found)
+        scores[name] = jax.tree.map(lambda *leaves: constrain(jnp.stack(leaves), ()), *channel_scores)
     return scores

@@ -76,8 +76,8 @@ def greedy_loss(
             tried = sorted(cut.kept, key=lambda layer: costs.get(layer, -math.inf))[: candidates if done else None]
             for layer in tried:
                 key = f"{done}/{layer}"
-                found = recorded(cache, [key], functools.partial(trial, key, layer))
-                costs[layer] = found[key].item() - loss
+                losses = recorded(cache, [key], functools.partial(trial, key, layer))
+                costs[layer] = losses[key].item() - loss
                 if progress is not None:
                     progress(done)  # a round is long, the first above all: it ends between two layers on SIGTERM
             cheapest = min(tried, key=lambda layer: costs[layer])
@@ -170,8 +170,8 @@ class _Cut:
         """Run a layer on all calibration rows; return the residual streams after it."""
 
         def run(pair: tuple[tuple[jax.Array, Shared], Step]) -> tuple[jax.Array, Shared]:
-            (one, shared), step = pair
-            return layer.run(one, step.given(at)._replace(shared=shared))
+            (stream, shared), step = pair
+            return layer.run(stream, step.given(at)._replace(shared=shared))
 
         return list(streamed(run, zip(x, self._steps, strict=True)))
 

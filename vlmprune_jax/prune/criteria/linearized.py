@@ -56,8 +56,8 @@ def linearized(
     decoder, used = stack_module("text", text), dict(shared or {})
     ctx, size = decoder.context(mask, positions)._replace(layer_input=layer_input), text.layers[0].mixer.window or 0
 
-    def block(own: Params, h: jax.Array, used: Shared) -> tuple[jax.Array, Shared]:
-        module = fill(decoder.layers["0"], own)
+    def block(params: Params, h: jax.Array, used: Shared) -> tuple[jax.Array, Shared]:
+        module = fill(decoder.layers["0"], params)
         for _, part in nnx.iter_modules(module):
             if isinstance(part, Projection):
                 part.product = lambda x, weight, n: _product(x, weight, counts, n)
@@ -66,16 +66,16 @@ def linearized(
 
     ways = 1 if counts is None else len(counts)
     projections = {name for name, leaf in flatten(layer).items() if name.endswith("/weight") and leaf.ndim > 1}
-    own = unflatten(
+    params = unflatten(
         {
             name: jnp.broadcast_to(leaf[None], (ways, *leaf.shape)) if name in projections else leaf
             for name, leaf in flatten(layer).items()
         }
     )
     saving = jax.checkpoint(block, policy=REMAT_POLICIES["dots"], prevent_cse=False)
-    y, transpose = jax.vjp(saving, own, x, used)
+    y, transpose = jax.vjp(saving, params, x, used)
     leaves, structure = jax.tree.flatten(transpose)
-    given = {id(leaf) for leaf in jax.tree.leaves((own, x, used, ctx, counts))}
+    given = {id(leaf) for leaf in jax.tree.leaves((params, x, used, ctx, counts))}
 
     def pull(products: Products) -> Callable[..., Any]:
         others = iter(products)
@@ -114,7 +114,7 @@ def _product_backward(n: int, saved: Any, grad: jax.Array) -> tuple[jax.Array, j
     if counts is None:
         return by_input, by_weight(grad)[None], None
     counted = counts.astype(grad.dtype).reshape(*counts.shape, *(1,) * len(outputs))
-    return by_input, jnp.stack([by_weight(one * grad) for one in counted]), None
+    return by_input, jnp.stack([by_weight(token_weights * grad) for token_weights in counted]), None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -60,7 +60,7 @@ def taylor(
         )
 
     def reduced(layers: list[Found]) -> Parts:
-        channels = [{name: found[variant] for name, found in layer.items()} for layer in layers]
+        channels = [{name: scores[variant] for name, scores in layer.items()} for layer in layers]
         return reduce_groups(channels, model.cfg, reduction=reduction, gqa=gqa, stack=stack)
 
     if not model.cfg.stack(stack).causal:  # a tower: all of its positions are of one type
@@ -81,7 +81,7 @@ def taylor(
         progress=progress,
         cache=cache,
     )
-    return reduced(layers), {name: reduced(of) for name, of in kinds.items()}
+    return reduced(layers), {name: reduced(kind_layers) for name, kind_layers in kinds.items()}
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:

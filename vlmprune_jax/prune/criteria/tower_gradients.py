@@ -53,14 +53,14 @@ def tower_channels(
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     axes = summed_axes(cfg, "vision")
     flat = flatten(params["vision"]["layers"])
-    own = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
-    sums, total, samples = (_zeros(own), _zeros(own) if squares else None), 0, 0
+    weights = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
+    sums, total, samples = (_zeros(weights), _zeros(weights) if squares else None), 0, 0
     with use_mesh(mesh):
         for arrays in _steps(with_images(batches), 1 if squares else rows_per_step):
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
                 continue
-            sums = _add(sums, own, params, place_batch(arrays, mesh), labels, cfg=cfg)
+            sums = _add(sums, weights, params, place_batch(arrays, mesh), labels, cfg=cfg)
             total, samples = total + labels, samples + 1
             if progress is not None:
                 progress(0)
@@ -69,8 +69,8 @@ def tower_channels(
                 f"the calibration batches with images have no labels (all are {IGNORED}), so there is no loss to "
                 "differentiate"
             )
-        of_axis = tuple((path, axes[path.partition("/")[2]]) for path in own)
-        scores = jax.tree.map(np.asarray, _reduced(own, sums, float(total), float(samples), channels, of_axis))
+        of_axis = tuple((path, axes[path.partition("/")[2]]) for path in weights)
+        scores = jax.tree.map(np.asarray, _reduced(weights, sums, float(total), float(samples), channels, of_axis))
     layers = []
     for run, (_, length, _) in enumerate(scan_groups(cfg.stack("vision").layers)):
         stacked = {name: scores[f"{run}/{name}"] for name in axes}
@@ -96,16 +96,16 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
 def _add(
-    sums: Any, own: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
+    sums: Any, weights: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
 ) -> tuple[Flat, Flat | None]:
     """Add one step's gradients, and optionally their squares, to float32 sums.
 
-    `own`: the weights, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
+    `weights`: arrays, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
     the gradient of its mean over the `labels` of the step.
     """
 
-    def loss(own: Flat) -> jax.Array:
-        layers = unflatten({**flatten(params["vision"]["layers"]), **own})
+    def loss(weights: Flat) -> jax.Array:
+        layers = unflatten({**flatten(params["vision"]["layers"]), **weights})
         filled = {**params, "vision": {**params["vision"], "layers": layers}}
         final, _ = encode(
             filled, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
@@ -114,7 +114,7 @@ def _add(
         )  # fmt: skip
         return cross_entropy_sum(final, head_of(params, cfg), batch["labels"], chunk=CHUNK)
 
-    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(loss)(own))
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(loss)(weights))
     first, squared = sums
     if squared is not None:
         squared = jax.tree.map(lambda old, new: old + jnp.square(new / labels), squared, gradient)
@@ -122,13 +122,13 @@ def _add(
 
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))
-def _reduced(own: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
+def _reduced(weights: Flat, sums: Any, total: Any, samples: Any, channels: Any, of_axis: Any) -> dict[str, Any]:
     """Return {path: result of `channels`} for a group of equal layers, stacked."""
     first, squared = sums
-    found = {}
+    scores = {}
     for path, axis in of_axis:
-        parts = [own[path].astype(jnp.float32), first[path] / total]
+        operands = [weights[path].astype(jnp.float32), first[path] / total]
         a = [] if squared is None else [squared[path] / samples]
         reduce = lambda w, g, a=None, axis=axis: channels(w, g, a, axis)  # noqa: E731
-        found[path] = jax.tree.map(lambda leaf: constrain(leaf, ()), jax.vmap(reduce)(*parts, *a))
-    return found
+        scores[path] = jax.tree.map(lambda leaf: constrain(leaf, ()), jax.vmap(reduce)(*operands, *a))
+    return scores
