@@ -58,7 +58,7 @@ class Point:
 class Comparison:
     """Effect in one setting, from its own runs; its verdict is not corrected for the number of settings."""
 
-    where: str
+    setting: str
     pairs: int
     effect: Effect
     verdict: str
@@ -84,7 +84,7 @@ class Conclusion:
     def pooled(self) -> bool:
         """True if settings do not differ: Welch's test of Q finds nothing, and their own verdicts agree."""
         differ = self.heterogeneity is not None and self.heterogeneity.p_value < DIFFER
-        return not differ and len({one.verdict for one in self.comparisons} - {OPEN}) < 2
+        return not differ and len({comparison.verdict for comparison in self.comparisons} - {OPEN}) < 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
 
     `folder`: of the sweep, where the scores of single questions are read from.
     """
-    settings, found = read_guide().settings, []
+    settings, points = read_guide().settings, []
     criteria = tuple(settings[method]["score"][method] for method in METHODS)  # others are another question
     for entry in sweep.models:
         row = entry.found
@@ -130,8 +130,8 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
             None if row.evaluation.control is None else row.evaluation.control.mean_of_ratios,
             None if folder is None else question_parts(folder, row, sweep),
         )
-        found.append(point)
-    return found
+        points.append(point)
+    return points
 
 
 def _name(folder: str, parameters: int) -> str:
@@ -142,50 +142,50 @@ def _name(folder: str, parameters: int) -> str:
 
 def conclude(points: Sequence[Point]) -> list[Conclusion]:
     """Return every insight with its verdict, mean effect, and effects by setting."""
-    found = []
+    results = []
     for insight in INSIGHTS:
-        cells = {where: [_value(one) for one in all_] for where, all_ in insight.contrasts(points).items()}
+        cells = {cell: [_value(contrast) for contrast in all_] for cell, all_ in insight.contrasts(points).items()}
         effect = pooled(cells) if cells else None
-        rows = tuple(_comparison(where, values, insight) for where, values in cells.items())
+        rows = tuple(_comparison(cell, values, insight) for cell, values in cells.items())
         spread = heterogeneity([row.effect for row in rows])
-        found.append(Conclusion(insight.claim, insight.measure, insight.threshold, OPEN, effect, 1.0, rows, spread))
+        results.append(Conclusion(insight.claim, insight.measure, insight.threshold, OPEN, effect, 1.0, rows, spread))
     tests = [
-        (place, of.margin is not None and equal)
-        for place, of in enumerate(INSIGHTS)
+        (place, insight.margin is not None and equal)
+        for place, insight in enumerate(INSIGHTS)
         for equal in (False, True)
-        if found[place].effect is not None and (not equal or of.margin is not None)
+        if results[place].effect is not None and (not equal or insight.margin is not None)
     ]
     adjusted = dict(
-        zip(tests, holm([_p_value(INSIGHTS[place], found[place], equal) for place, equal in tests]), strict=True)
+        zip(tests, holm([_p_value(INSIGHTS[place], results[place], equal) for place, equal in tests]), strict=True)
     )
     return [
-        _decided(insight, one, adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0))
-        for place, (insight, one) in enumerate(zip(INSIGHTS, found, strict=True))
+        _decided(insight, conclusion, adjusted.get((place, False), 1.0), adjusted.get((place, True), 1.0))
+        for place, (insight, conclusion) in enumerate(zip(INSIGHTS, results, strict=True))
     ]
 
 
-def _p_value(insight: Insight, found: Conclusion, equal: bool) -> float:
-    assert found.effect is not None
-    return found.effect.p_equivalent(insight.margin or 0) if equal else found.effect.p_differs(insight.threshold)
+def _p_value(insight: Insight, result: Conclusion, equal: bool) -> float:
+    assert result.effect is not None
+    return result.effect.p_equivalent(insight.margin or 0) if equal else result.effect.p_differs(insight.threshold)
 
 
-def _decided(insight: Insight, found: Conclusion, p_differs: float, p_equal: float) -> Conclusion:
-    if found.effect is None:
-        return found
-    if not found.pooled:
-        verdicts = {row.verdict for row in found.comparisons}
-        return dataclasses.replace(found, verdict=BY_SETTING if len(verdicts) > 1 else verdicts.pop())
-    verdict = _verdict(found.effect, insight, p_differs, p_equal)
-    return dataclasses.replace(found, verdict=verdict, p_value=p_equal if verdict == EQUAL else p_differs)
+def _decided(insight: Insight, conclusion: Conclusion, p_differs: float, p_equal: float) -> Conclusion:
+    if conclusion.effect is None:
+        return conclusion
+    if not conclusion.pooled:
+        verdicts = {row.verdict for row in conclusion.comparisons}
+        return dataclasses.replace(conclusion, verdict=BY_SETTING if len(verdicts) > 1 else verdicts.pop())
+    verdict = _verdict(conclusion.effect, insight, p_differs, p_equal)
+    return dataclasses.replace(conclusion, verdict=verdict, p_value=p_equal if verdict == EQUAL else p_differs)
 
 
-def _comparison(where: str, values: Sequence[Value], insight: Insight) -> Comparison:
+def _comparison(setting: str, values: Sequence[Value], insight: Insight) -> Comparison:
     """Return the comparison in one setting: the sign-flip test decides if it can, otherwise Student's t."""
-    effect = pooled({where: values})
+    effect = pooled({setting: values})
     test = effect.p_signs if effect.seeds in SIGNS else effect.p_differs
     equal = 1.0 if insight.margin is None else effect.p_equivalent(insight.margin)
     verdict = _verdict(effect, insight, test(insight.threshold), equal)
-    return Comparison(where, len(values), effect, verdict)
+    return Comparison(setting, len(values), effect, verdict)
 
 
 def _verdict(effect: Effect, insight: Insight, p_differs: float, p_equal: float) -> str:
@@ -201,8 +201,8 @@ def _value(contrast: Contrast) -> Value:
     """Return a contrast's value, and its parts by question if they are known."""
     seed = next((point.seed for _, point in contrast if point.seed is not None), None)
     value = sum(weight * point.retained for weight, point in contrast)
-    parts = [weight * point.questions for weight, point in contrast if point.questions is not None]
-    return Value(seed, value, np.sum(parts, axis=0) if len(parts) == len(contrast) else None)
+    columns = [weight * point.questions for weight, point in contrast if point.questions is not None]
+    return Value(seed, value, np.sum(columns, axis=0) if len(columns) == len(contrast) else None)
 
 
 # --- contrasts --------------------------------------------------------------------------------------------------------
@@ -221,9 +221,9 @@ class _Partners:
         """Return the partner, or None if it was not run."""
         for share in (point.data, 0.0) if data is None else (data,):
             for seed in (point.seed, None):
-                found = self._by_key.get((point.model, point.level, method, recovery, share, seed))
-                if found is not None:
-                    return found
+                partner = self._by_key.get((point.model, point.level, method, recovery, share, seed))
+                if partner is not None:
+                    return partner
         return None
 
 
@@ -245,7 +245,7 @@ def _of_methods(
                 if other is not None:
                     by_place.setdefault((point.level, point.data), []).append((point, other))
         return {
-            f"{100 * level:.0f} %{_of_data(data)}": [((1.0, one), (-1.0, other)) for one, other in pairs]
+            f"{100 * level:.0f} %{_of_data(data)}": [((1.0, point), (-1.0, other)) for point, other in pairs]
             for (level, data), pairs in sorted(by_place.items())
         }
 
@@ -273,7 +273,7 @@ def _within(
         for point in points:
             if point.recovery != ours or point.method not in methods or point.level > high:
                 continue
-            known = [one for _, name, share in others if (one := partners.of(point, point.method, name, share))]
+            known = [partner for _, name, share in others if (partner := partners.of(point, point.method, name, share))]
             if data in (None, point.data) and len(known) == len(others):
                 yield [(1.0, point), *zip(weights, known, strict=True)]
 
@@ -282,23 +282,23 @@ def _within(
 
 def _by_setting(contrasts: Iterable[Contrast]) -> Contrasts:
     """Return contrasts by method, level and share of the training data."""
-    found: dict[str, list[Contrast]] = {}
+    by_setting: dict[str, list[Contrast]] = {}
     for contrast in contrasts:
         _, point = contrast[0]
-        trained = next((one for _, one in contrast if one.data), point)
-        found.setdefault(f"{point.method} {100 * point.level:.0f} %{_of_data(trained.data)}", []).append(contrast)
-    return found
+        trained = next((trained for _, trained in contrast if trained.data), point)
+        by_setting.setdefault(f"{point.method} {100 * point.level:.0f} %{_of_data(trained.data)}", []).append(contrast)
+    return by_setting
 
 
 def _half_of_gain(points: Sequence[Point]) -> Contrasts:
     """Return what reconstruction alone retains beyond half of the gain of SFT + L2, in settings that training helps."""
     pairs = _within(BEST, [(-1.0, "none", None)])(points)
-    gains = {where: np.mean([_value(one).value for one in contrasts]) for where, contrasts in pairs.items()}
-    found = _within(BEST, [(0.0, SOLVED, None), (0.0, "none", None)])(points)
+    gains = {cell: np.mean([_value(contrast).value for contrast in contrasts]) for cell, contrasts in pairs.items()}
+    halves = _within(BEST, [(0.0, SOLVED, None), (0.0, "none", None)])(points)
     return {
-        where: [[(1.0, solved), (-0.5, trained), (-0.5, plain)] for (_, trained), (_, solved), (_, plain) in contrasts]
-        for where, contrasts in found.items()
-        if gains[where] >= LEAST_GAIN
+        cell: [[(1.0, solved), (-0.5, trained), (-0.5, plain)] for (_, trained), (_, solved), (_, plain) in contrasts]
+        for cell, contrasts in halves.items()
+        if gains[cell] >= LEAST_GAIN
     }
 
 

@@ -107,10 +107,10 @@ def commands_page() -> str:
     shared = [line for line in helps["score"] if line in helps["export"] and line.startswith("  --")]
     lines = [COMMAND_PAGE, "```text", *shared, "```", ""]
     for name, text in helps.items():
-        own = [line for line in text if line not in shared and not line.startswith("  --debug")]
-        while own and own[-1] in ("", "flags:"):
-            own.pop()
-        lines += [f"## {name}", "", "```text", *own, "```", ""]
+        help_lines = [line for line in text if line not in shared and not line.startswith("  --debug")]
+        while help_lines and help_lines[-1] in ("", "flags:"):
+            help_lines.pop()
+        lines += [f"## {name}", "", "```text", *help_lines, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -124,7 +124,7 @@ def _help(name: str) -> list[str]:
 def files_page() -> str:
     """Return the fields of all JSON files of a workdir, from the Structs that write and read them."""
     lines = [FILES]
-    for info in sorted(pkgutil.iter_modules(workdir.__path__), key=lambda one: one.name):
+    for info in sorted(pkgutil.iter_modules(workdir.__path__), key=lambda module: module.name):
         module = importlib.import_module(f"{workdir.__name__}.{info.name}")
         kinds = [kind for kind in vars(module).values() if _is_part(kind) and kind.__module__ == module.__name__]
         if any(issubclass(kind, Artefact) for kind in kinds):
@@ -155,9 +155,9 @@ def api_page() -> str:
             functions.append(f"|`{name}({_parameters(value)})`|{about}|")
         else:
             other.append(f"|`{name}`|{', '.join(f'`{key}`' for key in sorted(value))}|")
-    parts = (("Functions", functions), ("Classes", classes), ("Mappings that your files can extend", other))
+    tables = (("Functions", functions), ("Classes", classes), ("Mappings that your files can extend", other))
     text = "\n".join(
-        [API, *("\n".join([f"## {title}", "", "|name||", "|---|---|", *lines, ""]) for title, lines in parts)]
+        [API, *("\n".join([f"## {title}", "", "|name||", "|---|---|", *lines, ""]) for title, lines in tables)]
     )
     return text.rstrip() + "\n"
 

@@ -84,29 +84,29 @@ class Effect:
 
 def pooled(cells: Cells) -> Effect:
     """Return the mean effect over settings of equal weight; seeds that settings share are not counted twice."""
-    parts: dict[int | None, float] = {}
-    means = {where: float(np.mean([one.value for one in values])) for where, values in cells.items()}
-    for where, values in cells.items():
-        for one in values:
-            part = (one.value - means[where]) / (len(cells) * len(values))
-            parts[one.seed] = parts.get(one.seed, 0.0) + part
-    seeds = len(parts)
+    deviations: dict[int | None, float] = {}
+    means = {setting: float(np.mean([value.value for value in values])) for setting, values in cells.items()}
+    for setting, values in cells.items():
+        for value in values:
+            part = (value.value - means[setting]) / (len(cells) * len(values))
+            deviations[value.seed] = deviations.get(value.seed, 0.0) + part
+    seeds = len(deviations)
     if seeds < 2:
         return Effect(float(np.mean(list(means.values()))), None, 0.0, seeds)
-    of_seeds = sum(part**2 for part in parts.values()) * seeds / (seeds - 1)
+    of_seeds = sum(part**2 for part in deviations.values()) * seeds / (seeds - 1)
     of_questions, count = _question_variance(cells)
     total = of_seeds + of_questions
     # Satterthwaite's degrees of freedom of a sum of variances
     freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_questions**2 / (count - 1)) if total else seeds - 1
-    by_seed = {seed: [v.value for values in cells.values() for v in values if v.seed == seed] for seed in parts}
-    of_setting = tuple(float(np.mean(of)) for of in by_seed.values()) if len(cells) == 1 else ()
+    by_seed = {seed: [v.value for values in cells.values() for v in values if v.seed == seed] for seed in deviations}
+    of_setting = tuple(float(np.mean(seed_values)) for seed_values in by_seed.values()) if len(cells) == 1 else ()
     mean = float(np.mean(list(means.values())))
     return Effect(mean, math.sqrt(total), freedom, seeds, of_setting, math.sqrt(of_questions))
 
 
 def _question_variance(cells: Cells) -> tuple[float, int]:
     """Return the variance of the mean over questions, and their number; 0 if some parts are unknown."""
-    columns = [[one.questions for one in values] for values in cells.values()]
+    columns = [[value.questions for value in values] for values in cells.values()]
     known = [array for column in columns for array in column if array is not None]
     if len(known) < sum(map(len, columns)) or len({len(array) for array in known}) != 1:
         return 0.0, 2

@@ -151,7 +151,7 @@ def _train_stage(
     if not any(record.images for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
     if stage.sides:
-        records = [one for side in stage.sides for one in resized(records, side, workdir.parent / f"images_{side}")]
+        records = [row for side in stage.sides for row in resized(records, side, workdir.parent / f"images_{side}")]
     sizes = measure(records, encoder, on_error="stop", threads=2)
     if encoder.image_buckets is not None:
         encoder = dataclasses.replace(encoder, image_buckets=(int(sizes[:, 2].max()),))
@@ -233,9 +233,9 @@ def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
                 Image.open(source).convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(file, "png")
     return [
         dataclasses.replace(
-            one, id=f"{one.id}-{side}", images=tuple(paths[path] for path in one.images if path in paths)
+            record, id=f"{record.id}-{side}", images=tuple(paths[path] for path in record.images if path in paths)
         )
-        for one in records
+        for record in records
     ]
 
 
@@ -285,15 +285,15 @@ def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
 
 def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[Record]:
     """Split records into parts of at most `turns_per_row` questions; each part starts with the images."""
-    parts = []
+    rows = []
     for record in records:
         marks = "<image>\n" * len(record.images)
         for start in range(0, len(record.turns), 2 * turns_per_row):
             turns = list(record.turns[start : start + 2 * turns_per_row])
             if start:
                 turns[0] = (turns[0][0], marks + turns[0][1])
-            parts.append(dataclasses.replace(record, id=f"{record.id}-{start // 2}", turns=tuple(turns)))
-    return parts
+            rows.append(dataclasses.replace(record, id=f"{record.id}-{start // 2}", turns=tuple(turns)))
+    return rows
 
 
 def define(values: Flags) -> None:
@@ -319,11 +319,11 @@ def run(flags: Any) -> None:
 
 def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `pretrain` from a config; any error means that it is a config of another command."""
-    own = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
+    fields = tuple(field.name for field in dataclasses.fields(Stage) if field.name != "training")
     stages, joined = list[Stage](), config.get("joined")
     for stage in map(dict, config["stages"]):
-        training = RecoverConfig(**{name: value for name, value in stage.items() if name not in own})
-        stages.append(Stage(**{name: stage[name] for name in own if name in stage}, training=training))
+        training = RecoverConfig(**{name: value for name, value in stage.items() if name not in fields})
+        stages.append(Stage(**{name: stage[name] for name in fields if name in stage}, training=training))
     return {
         "stages": stages,
         "seed": int(config["seed"]),

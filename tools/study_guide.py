@@ -37,7 +37,7 @@ def update_guide(path: Path, studies: Mapping[str, SweepResult]) -> None:
 
 def with_study(guide: Guide, name: str, sweep: SweepResult) -> Guide:
     """Return the guide with the rows of a sweep, replacing those of the same name."""
-    vision = any(of.counted == "questions" for of in sweep.sets.values())
+    vision = any(metric.counted == "questions" for metric in sweep.sets.values())
     recipe, task = settings_of_config(sweep.config)
     source = Source(f"{name}, a sweep, by tools/study.py", measured(sweep), vision, recipe, task)
     rows = [row for row in guide.evidence if row.source != name] + evidence_of(name, points_of(sweep))
@@ -82,24 +82,24 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
         key = (point.model, point.method, point.recovery, point.level, point.data)
         cells.setdefault(key, []).append(point)
     rows = []
-    for (model, method, recovery, _, data), of in cells.items():
-        mean, *ends = interval_of_mean([point.retained for point in of], [point.interval for point in of])
-        controls = [point.of_control for point in of if point.of_control is not None]
+    for (model, method, recovery, _, data), group in cells.items():
+        mean, *ends = interval_of_mean([point.retained for point in group], [point.interval for point in group])
+        controls = [point.of_control for point in group if point.of_control is not None]
         rows.append(
             Evidence(
                 source=name,
                 model=model,
-                parameters=of[0].parameters,
+                parameters=group[0].parameters,
                 method=method,
                 recovery=recovery,
-                decoder_ratio=round(float(np.mean([point.reached for point in of])), 4),
+                decoder_ratio=round(float(np.mean([point.reached for point in group])), 4),
                 data_fraction=data,
                 retained=round(mean, 2),
                 interval=(round(ends[0], 2), round(ends[1], 2)) if ends[0] < ends[1] else None,
-                seeds=len(of),
+                seeds=len(group),
                 note="",
                 counts=True,
-                of_control=round(float(np.mean(controls)), 2) if len(controls) == len(of) else None,
+                of_control=round(float(np.mean(controls)), 2) if len(controls) == len(group) else None,
             )
         )
     return rows
@@ -107,17 +107,17 @@ def evidence_of(name: str, points: Sequence[Point]) -> list[Evidence]:
 
 def as_json(guide: Guide) -> str:
     """Return the guide as the text of `guide.json`, with one line per rule and evidence row."""
-    parts = []
+    entries = []
     for name, value in msgspec.to_builtins(guide).items():
         if isinstance(value, dict):
-            inner, ends = [f"{json.dumps(key)}: {_json_line(one)}" for key, one in value.items()], "{}"
+            inner, ends = [f"{json.dumps(key)}: {_json_line(item)}" for key, item in value.items()], "{}"
         elif isinstance(value, list | tuple):
-            inner, ends = [_json_line(one) for one in value], "[]"
+            inner, ends = [_json_line(item) for item in value], "[]"
         else:
-            parts.append(f" {json.dumps(name)}: {_json_line(value)}")
+            entries.append(f" {json.dumps(name)}: {_json_line(value)}")
             continue
-        parts.append(f" {json.dumps(name)}: {ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+        entries.append(f" {json.dumps(name)}: {ends[0]}\n  " + ",\n  ".join(inner) + f"\n {ends[1]}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def _json_line(value: Any) -> str:

@@ -67,13 +67,15 @@ def _with_intervals(folder: Path, sweep: SweepResult) -> SweepResult:
     return replace(sweep, models=entries)
 
 
-def _interval_over_questions(folder: Path, model: Path, name: str, of: Set) -> tuple[float, float] | None:
+def _interval_over_questions(folder: Path, model: Path, name: str, eval_set: Set) -> tuple[float, float] | None:
     """Return the interval of a model's retention on a set; None if it is not there, or its metric is not a mean."""
     paths = (find_evaluated(folder, str(model), name), find_evaluated(folder / model.parent, None, name))
-    metric = METRICS.get(of.name)
+    metric = METRICS.get(eval_set.name)
     if metric is None or metric.full is None or metric.drawn is not None or metric.drawn_by is not None:
         return None
-    scores = [[{of.main: one or 0.0} for one in read_evaluated(path).question_scores] for path in paths if path]
+    scores = [
+        [{eval_set.main: score or 0.0} for score in read_evaluated(path).question_scores] for path in paths if path
+    ]
     return retained_interval(metric, scores[0], scores[1], ()) if len(scores) == len(paths) else None
 
 
@@ -84,18 +86,22 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
     """
     points = points_of(sweep, folder)
     seeds = len({point.seed for point in points} - {None}) or 1
-    of = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    about = f"The {len(points)} pruned models ({of}) are scored by {markdown(measured(sweep))}."
+    seed_text = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    about = f"The {len(points)} pruned models ({seed_text}) are scored by {markdown(measured(sweep))}."
     lines = [f"{_HEADING}{name}", "", about, "", *retention_lines(points)]
     return "\n".join([*lines, *insight_lines(conclude(points), settings=settings), *perplexity_lines(sweep)])
 
 
-def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
+def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
     """Return a table with a row per insight, and one with a row per insight and setting.
 
     `settings`: False leaves claims out of the second table whose settings do not differ.
     """
-    known = [one for one in found if one.effect is not None and one.effect.interval is not None]
+    known = [
+        conclusion
+        for conclusion in conclusions
+        if conclusion.effect is not None and conclusion.effect.interval is not None
+    ]
     lines = []
     if known:
         lines = [
@@ -106,43 +112,49 @@ def insight_lines(found: Sequence[Conclusion], *, settings: bool = True) -> list
             "|insight|effect (95 %)|seeds x settings|I², p|p|verdict|",
             "|---|---|---|---|---|---|",
         ]
-    for one in known:
-        assert one.effect is not None
-        size, means = f"{one.effect.seeds} x {len(one.comparisons)}", sorted(row.effect.mean for row in one.comparisons)
-        effect = _effect(one.effect) if one.pooled else f"{means[0]:.2f} to {means[-1]:.2f} by setting"
-        spread, p = one.heterogeneity, _probability(one.p_value) if one.pooled else ""
+    for conclusion in known:
+        assert conclusion.effect is not None
+        size = f"{conclusion.effect.seeds} x {len(conclusion.comparisons)}"
+        means = sorted(row.effect.mean for row in conclusion.comparisons)
+        effect = _effect(conclusion.effect) if conclusion.pooled else f"{means[0]:.2f} to {means[-1]:.2f} by setting"
+        spread, p = conclusion.heterogeneity, _probability(conclusion.p_value) if conclusion.pooled else ""
         of_spread = "" if spread is None else f"{spread.i_squared:.0f} %, {_probability(spread.p_value)}"
-        lines.append(f"|{markdown(one.claim)}|{one.measure}: {effect}|{size}|{of_spread}|{p}|{_verdict(one)}|")
+        lines.append(
+            f"|{markdown(conclusion.claim)}|{conclusion.measure}: {effect}|{size}|{of_spread}|{p}|"
+            f"{_verdict(conclusion)}|"
+        )
     lines += [""] if known else []
-    shown = [one for one in known if settings or not one.pooled]
+    shown = [conclusion for conclusion in known if settings or not conclusion.pooled]
     if shown:
         lines += [f"|claim and setting ({_SHARE[2:]} if trained)|seeds|effect (95 %)|p: t/sign flips|verdict|"]
         lines += ["|---|---|---|---|---|"]
-    for one in shown:
-        for row in (row for row in one.comparisons if row.effect.interval):
-            where = markdown(f"{_numbers([one.claim])}, {row.where.removesuffix(_SHARE)}")
-            tests = (row.effect.p_differs(one.threshold), row.effect.p_signs(one.threshold))
+    for conclusion in shown:
+        for row in (row for row in conclusion.comparisons if row.effect.interval):
+            label = markdown(f"{_numbers([conclusion.claim])}, {row.setting.removesuffix(_SHARE)}")
+            tests = (row.effect.p_differs(conclusion.threshold), row.effect.p_signs(conclusion.threshold))
             p = "/".join(map(_probability, tests))
-            lines.append(f"|{where}|{row.pairs}|{_effect(row.effect)}|{p}|{row.verdict.partition(' within')[0]}|")
+            lines.append(f"|{label}|{row.pairs}|{_effect(row.effect)}|{p}|{row.verdict.partition(' within')[0]}|")
     lines += [""] if shown else []
-    single = _numbers(one.claim for one in found if one.comparisons and one not in known)
-    silent = _numbers(one.claim for one in found if not one.comparisons)
+    single = _numbers(
+        conclusion.claim for conclusion in conclusions if conclusion.comparisons and conclusion not in known
+    )
+    silent = _numbers(conclusion.claim for conclusion in conclusions if not conclusion.comparisons)
     lines += [f"One seed is too few to decide claims {single}.", ""] if single else []
     return lines + ([f"This sweep has no runs for claims {silent}.", ""] if silent else [])
 
 
-def _verdict(found: Conclusion) -> str:
+def _verdict(conclusion: Conclusion) -> str:
     """Return the verdict of a claim; if it is by setting, with the settings and their mean effects."""
-    if found.verdict != BY_SETTING:
-        return found.verdict
+    if conclusion.verdict != BY_SETTING:
+        return conclusion.verdict
     rows: dict[str, list[Comparison]] = {verdict: [] for verdict in (HOLDS, FAILS, EQUAL, OPEN)}
-    for row in found.comparisons:
+    for row in conclusion.comparisons:
         rows[row.verdict].append(row)
     most = max(reversed(rows), key=lambda verdict: len(rows[verdict]))
     words = []
-    for verdict, of in rows.items():
-        if of and verdict != most:
-            settings = (f"{row.where.removesuffix(_SHARE)} ({row.effect.mean:.1f})" for row in of)
+    for verdict, group in rows.items():
+        if group and verdict != most:
+            settings = (f"{row.setting.removesuffix(_SHARE)} ({row.effect.mean:.1f})" for row in group)
             words.append(f"{verdict.partition(' within')[0]} at {', '.join(settings)}")
     return markdown("; ".join([*words, f"{most} elsewhere"]))
 
@@ -165,7 +177,7 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
 
     A cell is the mean over seeds and half of its 95 % interval over seeds and questions, if that is known.
     """
-    columns = sorted({(point.data, point.recovery) for point in points}, key=lambda one: (one[0], len(one[1]), one[1]))
+    columns = sorted({(point.data, point.recovery) for point in points}, key=lambda key: (key[0], len(key[1]), key[1]))
     cells: dict[tuple[float, str, str], dict[tuple[float, str], list[Point]]] = {}
     for point in points:
         row = cells.setdefault((point.level, point.method, point.model), {})
@@ -180,7 +192,7 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
     several = len({model for *_, model in cells}) > 1
     for (_, method, model), row in sorted(cells.items()):
-        reached = 100 * float(np.mean([point.reached for of in row.values() for point in of]))
+        reached = 100 * float(np.mean([point.reached for cell in row.values() for point in cell]))
         label = f"{method} {reached:.1f} %" + (f", {model}" if several else "")
         lines.append(f"|{markdown(label)}|{'|'.join(_retained(row.get(column, ())) for column in columns)}|")
     return [*lines, ""]
@@ -220,8 +232,8 @@ def update_page(path: Path, studies: Mapping[str, tuple[Path, SweepResult]]) -> 
             text = f"\n![Plot of retained score (%) against removed decoder parameters (%), {name}]({name}.png)\n{text}"
         sections[name] = f"{title}\n{text}".strip()
     with replacing(path) as file:
-        parts = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
-        file.write("\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]).encode())
+        blocks = (f"{_HEADING}{part.strip()}\n" for part in sections.values())
+        file.write("\n".join([f"{before}{begin}\n", *blocks, f"{end}{after}"]).encode())
 
 
 def study_figure(sweep: SweepResult) -> Figure | None:
@@ -257,8 +269,8 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
     Means are of logarithms.
     """
     lines: list[str] = []
-    for name in (name for name, of in sweep.sets.items() if of.main == PERPLEXITY):
-        values = {model: of.evaluation.main(name, sweep.sets) for model, of in sweep.unpruned.items()}
+    for name in (name for name, metric in sweep.sets.items() if metric.main == PERPLEXITY):
+        values = {model: unpruned.evaluation.main(name, sweep.sets) for model, unpruned in sweep.unpruned.items()}
         before = {model: value for model, value in values.items() if value}
         cells: dict[tuple[Any, ...], dict[tuple[float, str], list[SweptModel]]] = {}
         for row in sweep.done:
@@ -267,15 +279,15 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
         if not cells:
             continue
         columns = sorted({column for row in cells.values() for column in row})
-        told = ", ".join(_short(value) for value in before.values())
-        lines += [f"The next table has the perplexity on {markdown(name)} ({told} for the unpruned model).", ""]
+        perplexities = ", ".join(_short(value) for value in before.values())
+        lines += [f"The next table has the perplexity on {markdown(name)} ({perplexities} for the unpruned model).", ""]
         lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
-            found = cells[cut]
-            share = 100 * float(np.mean([row.decoder_ratio for rows in found.values() for row in rows]))
-            means = [[row.evaluation.main(name, sweep.sets) for row in found.get(column, ())] for column in columns]
-            shown = "|".join(_short(_mean(one)) if one else "" for one in means)
+            by_column = cells[cut]
+            share = 100 * float(np.mean([row.decoder_ratio for rows in by_column.values() for row in rows]))
+            means = [[row.evaluation.main(name, sweep.sets) for row in by_column.get(column, ())] for column in columns]
+            shown = "|".join(_short(_mean(values)) if values else "" for values in means)
             lines.append(f"|{markdown(f'{cut[1]}, {cut[2]}')}, {share:.1f} %|{shown}|")
         lines.append("")
     return lines

@@ -51,10 +51,10 @@ def run(flags: Any) -> None:
     config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})
     options, reporter = {"dtype": flags.dtype, "threads": threads}, make_reporter(True)
     sides, left_out = find_sides([flags.model, *flags.against], flags.backends, flags.vision_dir, config, **options)
-    found = make_bench(*bench(sides, config, reporter), config, **options)
+    results = make_bench(*bench(sides, config, reporter), config, **options)
     if flags.json is not None:
-        write_artefact(Path(flags.json), found)
-    for table in bench_tables(found):
+        write_artefact(Path(flags.json), results)
+    for table in bench_tables(results):
         reporter.table(*table.printed)
-    for line in (*bench_notes(found), *left_out):
+    for line in (*bench_notes(results), *left_out):
         reporter.say(line)

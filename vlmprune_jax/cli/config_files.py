@@ -152,11 +152,13 @@ def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -
         model, hf_dir=_local(model.hf_dir), vision_dir=model.vision_dir and _local(model.vision_dir)
     )
     if data.source != "files":
-        own = [f"data.{name}" for name in ("train", "eval", "images", "eval_images") if getattr(data, name) is not None]
-        if own:
+        file_settings = [
+            f"data.{name}" for name in ("train", "eval", "images", "eval_images") if getattr(data, name) is not None
+        ]
+        if file_settings:
             raise UserError(
-                f"{own[0]} is set, but this config reads {data.source}: add --config.data.source=files to use your own "
-                "files"
+                f"{file_settings[0]} is set, but this config reads {data.source}: add --config.data.source=files to "
+                "use your own files"
             )
         from vlmprune_jax.demo.easyvqa import write_dataset
 
@@ -170,10 +172,10 @@ def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -
         }
         data = dataclasses.replace(data, **fetched)
     sets = {
-        name: dataclasses.replace(one, data=fetch_dataset(one.data, folder, f"evaluate.sets.{name}.data", scratch))
-        if one.data is not None and is_hub(one.data)
-        else one
-        for name, one in experiment.evaluate.sets.items()
+        name: dataclasses.replace(spec, data=fetch_dataset(spec.data, folder, f"evaluate.sets.{name}.data", scratch))
+        if spec.data is not None and is_hub(spec.data)
+        else spec
+        for name, spec in experiment.evaluate.sets.items()
     }
     evaluate = dataclasses.replace(experiment.evaluate, sets=sets)
     return dataclasses.replace(experiment, model=model, data=data, evaluate=evaluate)

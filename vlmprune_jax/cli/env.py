@@ -22,14 +22,14 @@ def run(flags: Any) -> None:
     from vlmprune_jax.distributed.machine import cores, cpu
     from vlmprune_jax.workdir.provenance import commit, versions
 
-    found = versions((*_REQUIRED, *_OPTIONAL))
+    installed = versions((*_REQUIRED, *_OPTIONAL))
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
     print("vlmprune  ", ", commit ".join(filter(None, (version(), commit()))))
-    print("python    ", f"{found['python']}, {platform.platform()}")
+    print("python    ", f"{installed['python']}, {platform.platform()}")
     print("processor ", f"{cpu()}, {cores()} cores")
     print("devices   ", _devices())
-    print("packages  ", ", ".join(f"{name} {number}" for name, number in found.items() if name != "python"))
-    print("missing   ", ", ".join(name for name in _OPTIONAL if name not in found))
+    print("packages  ", ", ".join(f"{name} {number}" for name, number in installed.items() if name != "python"))
+    print("missing   ", ", ".join(name for name in _OPTIONAL if name not in installed))
     print("variables ", ", ".join(variables))
 
 

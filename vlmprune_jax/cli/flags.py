@@ -67,7 +67,7 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
         loaded = _loaded(config)
         for setting in explicit:
             _check_path(setting.split("."), loaded)
-        unset = {found[1]: None for arg in others if (found := _UNSET.fullmatch(arg))}
+        unset = {match[1]: None for arg in others if (match := _UNSET.fullmatch(arg))}
         argv = [arg for arg in others if not _UNSET.fullmatch(arg)]
     elif "config" in values and explicit:
         raise UserError("--config.x=value changes a setting of a config file: name the file as well (--config=FILE.py)")
@@ -159,8 +159,8 @@ def _loaded(config: str) -> ConfigDict:
         raise
     except BaseException as error:  # whatever a config file may raise
         lines = str(error).strip().splitlines()
-        told = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
-        raise UserError(f"--config={config}: cannot be loaded ({told}); --debug shows more") from error
+        problem = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
+        raise UserError(f"--config={config}: cannot be loaded ({problem}); --debug shows more") from error
 
 
 def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:
@@ -178,19 +178,19 @@ def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] 
 
 def _setting_of(arg: str) -> str | None:
     """Return the setting `x.y` that an argument `--config.x.y=value` or `--noconfig.x.y` sets, or None."""
-    found = _SETTING.match(arg)
-    return None if found is None else found[1]
+    match = _SETTING.match(arg)
+    return None if match is None else match[1]
 
 
-def _check_path(parts: Sequence[str], config: Any) -> None:
-    at, where = config, "config"
-    for part in parts:
+def _check_path(names: Sequence[str], config: Any) -> None:
+    at, section = config, "config"
+    for part in names:
         if not isinstance(at, Mapping) and not hasattr(at, "keys"):
-            raise UserError(f"--{where}.{part}: {where} is a setting, not a section of settings")
+            raise UserError(f"--{section}.{part}: {section} is a setting, not a section of settings")
         bare = part.split("[")[0]
         if bare not in at:
-            raise UserError(f"--{where}.{part}: {where} has no {bare!r}{suggest(bare, list(at.keys()))}")
-        at, where = at[bare], f"{where}.{part}"
+            raise UserError(f"--{section}.{part}: {section} has no {bare!r}{suggest(bare, list(at.keys()))}")
+        at, section = at[bare], f"{section}.{part}"
 
 
 def split_flag(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:

@@ -159,9 +159,9 @@ def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
         with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes there when Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    said = str(error) if isinstance(error, UserError) else _of_the_system(argv, error) or _of_users(argv, error, ours)
-    if said is not None:
-        return end(f"vlmprune: error: {said}", said, USER_ERROR)
+    text = str(error) if isinstance(error, UserError) else _of_the_system(argv, error) or _of_users(argv, error, ours)
+    if text is not None:
+        return end(f"vlmprune: error: {text}", text, USER_ERROR)
     if joined():
         return end(traceback.format_exc(), f"{type(error).__name__}: {printable(str(error))}"[:500], ABORTED)
     return end(f"vlmprune: error: {_defect(argv, error)}", "", OURS)
@@ -174,10 +174,10 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
     """
     command = " ".join(("vlmprune", *argv[:1]))
     if isinstance(error, OSError) and (error.errno in _DISK or not joined()):
-        where = error.filename or split_flag(argv, "workdir")[0] or command
-        where = os.fsdecode(where) if isinstance(where, bytes) else where
+        location = error.filename or split_flag(argv, "workdir")[0] or command
+        location = os.fsdecode(location) if isinstance(location, bytes) else location
         todo = "make room or mend the disk, and run the same command"
-        return printable(f"{where}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
+        return printable(f"{location}: {error.strerror or reason(error)}: {_TODO.get(error.errno or 0, todo)}")
     if isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and _NO_MEMORY in str(error)):
         return printable(
             f"{command}{_after()}: it takes more memory than there is ({reason(error)}): use shorter sequences, a "
@@ -198,17 +198,17 @@ def _of_the_system(argv: list[str], error: BaseException) -> str | None:
 def _of_users(argv: list[str], error: BaseException, ours: list[Path]) -> str | None:
     """Return the message for an error raised in a user's Python file, such as a config; None for any other error."""
     line = line_of_users(error, ours)
-    told = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
-    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}") if line else None
+    problem = f"failed at {line} with {type(error).__name__}: {reason(error)}: correct that file (--debug shows more)"
+    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {problem}") if line else None
 
 
 def _defect(argv: list[str], error: BaseException) -> str:
     """Return a message that asks the user to report a bug, with the source line that raised the exception."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
-    where = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
-    told = f"failed{where}{_after()} with {type(error).__name__}: {reason(error)}"
+    location = f" at {Path(frames[-1].filename).relative_to(_PACKAGE)}:{frames[-1].lineno}" if frames else ""
+    problem = f"failed{location}{_after()} with {type(error).__name__}: {reason(error)}"
     todo = "this is a defect of vlmprune: please report it with what the same command says with --debug"
-    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {told}; {todo}")
+    return printable(f"{' '.join(('vlmprune', *argv[:1]))} {problem}; {todo}")
 
 
 def _after() -> str:

@@ -45,7 +45,7 @@ def run(flags: Any) -> None:
     if not flags.model:
         raise UserError("no model given: add --model=DIR")
     given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
-    found = advise(
+    advice = advise(
         flags.model,
         vision_dir=flags.vision_dir,
         ratio=None if flags.ratio is None else parse_share("ratio", flags.ratio),
@@ -57,4 +57,4 @@ def run(flags: Any) -> None:
         bench=Path(flags.bench) if flags.bench else None,
         guide=read_guide(Path(flags.guide) if flags.guide else FILE),
     )
-    tell(found, flags.save, given, flags.evidence, make_reporter(True))
+    tell(advice, flags.save, given, flags.evidence, make_reporter(True))

@@ -46,5 +46,5 @@ def run(flags: Any) -> None:
         return
     start = functools.partial(start_worker, sweep)
     shared = {"only": flags.only, "shard": flags.shard, "jobs": flags.jobs}
-    pages: dict[str, Any] = {"page": build_comparison, "table": lambda found: table_of(found, sweep.workdir).printed}
+    pages: dict[str, Any] = {"page": build_comparison, "table": lambda result: table_of(result, sweep.workdir).printed}
     run_sweep(placed, sweep, reporter, **shared, **pages, start=start)

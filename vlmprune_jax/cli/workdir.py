@@ -56,7 +56,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     runs = sweep_runs(base, read_hyper(flags.config_file))
     swept = {name for run in runs for name in run.overrides}
     for setting in flags.explicit:
-        if any(f"{one}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{one}.") for one in swept):
+        if any(f"{name}.".startswith(f"{setting}.") or f"{setting}.".startswith(f"{name}.") for name in swept):
             raise UserError(
                 f"--config.{setting}: get_hyper sets this setting too: remove the flag, or change get_hyper"
             )
@@ -66,7 +66,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
     """Return sweep runs whose experiments use local paths in place of hub ids; models are downloaded."""
     experiments = (with_caches(placed(run.experiment, sweep.workdir)) for run in runs)
-    return [dataclasses.replace(run, experiment=one) for run, one in zip(runs, experiments, strict=True)]
+    return [dataclasses.replace(run, experiment=experiment) for run, experiment in zip(runs, experiments, strict=True)]
 
 
 def start_worker(sweep: Sweep) -> Work:

@@ -65,7 +65,9 @@ def choose_template(
     template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
     known = [template, *templates().values()]
     if adds_begin(tokenizer):
-        known = [replace(one, start="") if one.start == tokenizer.bos_token else one for one in known]
+        known = [
+            replace(template, start="") if template.start == tokenizer.bos_token else template for template in known
+        ]
     template = known[0]
     if name == AUTO and chat is not None:
         template = follow(chat, known, has_image=has_vision) or template
@@ -93,9 +95,9 @@ def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
     text = _chat_template(folder, tokenizer)
     if text is None:
         return None
-    parts: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
+    content: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    values = {"messages": [{"role": "user", "content": parts}], "add_generation_prompt": True, **tokens}
+    values = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True, **tokens}
     command = [sys.executable, "-P", "-c", _RENDER]
     request = json.dumps([text, values, _SECONDS, _BYTES]).encode()
     with contextlib.suppress(subprocess.TimeoutExpired, UnicodeDecodeError):
@@ -110,8 +112,8 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
         return read_text(folder / "chat_template.jinja", MAX_JSON_BYTES)
     if os.path.lexists(folder / "chat_template.json"):
         return read_json(folder / "chat_template.json", _ChatTemplate).get("chat_template")
-    found = tokenizer.chat_template
-    return found.get("default") if isinstance(found, dict) else found
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def prompt_of(template: Template, *, has_image: bool) -> str:

@@ -90,16 +90,16 @@ class Cropping(SquarePieces):
         return count if min(math.ceil(long / count), short) >= self.least_side else 1
 
 
-def cropping_from_processor(config: Mapping[str, Any], where: str) -> Cropping:
+def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
     """Return the image cropping described by a Gemma 3 folder's image processor.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, or the size is not a square.
     """
-    check_steps(config, where, "Gemma 3")
-    height, width = sides(config.get("size") or 224, where)
+    check_steps(config, location, "Gemma 3")
+    height, width = sides(config.get("size") or 224, location)
     if height != width:
-        raise UserError(f"{where}: image size {height} x {width} must be square for Gemma 3: restore the file")
+        raise UserError(f"{location}: image size {height} x {width} must be square for Gemma 3: restore the file")
     return Cropping(
         size=height,
         crops=bool(config.get("do_pan_and_scan")),

@@ -109,9 +109,9 @@ class _Split:
         """Return a digest of all images in the split."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
-    def find(self, name: str, where: str) -> StoredImage:
+    def find(self, name: str, location: str) -> StoredImage:
         """Return the stored image with this digest; rows with equal images share one stored image."""
-        del where
+        del location
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
@@ -177,7 +177,7 @@ def _image_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns whose feature type is `Image` or a list of `Image`."""
     kinds = {field.name: field.type for field in schema}
     lists = pa.types.is_list, pa.types.is_large_list
-    items = {name: kind.value_type if any(one(kind) for one in lists) else kind for name, kind in kinds.items()}
+    items = {name: kind.value_type if any(is_list(kind) for is_list in lists) else kind for name, kind in kinds.items()}
     structs = {name: kind for name, kind in items.items() if pa.types.is_struct(kind)}
     return [name for name, kind in structs.items() if {field.name for field in kind} == {"bytes", "path"}]
 

@@ -16,7 +16,7 @@ SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}
 _MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 
 
-def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+def from_messages(entry: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Convert a data entry with OpenAI's `messages` [{role, content}] to one with LLaVA's `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
@@ -29,21 +29,21 @@ def from_messages(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     for number, message in enumerate(messages if isinstance(messages, list) else [None]):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role == "system":
-            raise UserError(f"{where}: has a system message: remove it, and set data.system for all records")
+            raise UserError(f"{location}: has a system message: remove it, and set data.system for all records")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         texts = [_part(part, names) for part in parts]
         if role not in SPEAKERS or None in texts:
             raise UserError(
-                f"{where}: message {number} must have 'role' user or assistant, and 'content' that is a text or a list "
-                "of parts of type text, image or image_url"
+                f"{location}: message {number} must have 'role' user or assistant, and 'content' that is a text or a "
+                "list of parts of type text, image or image_url"
             )
         turns.append({"from": role, "value": "\n".join(map(str, texts))})
     rest = {name: value for name, value in entry.items() if name != "messages"}
     if any(name is not None for name in names):
         if None in names or any(rest.get(name) is not None for name in ("image", "images")):
             raise UserError(
-                f"{where}: some images are in messages, others in 'images': put all paths into messages, or all into "
-                "'images'"
+                f"{location}: some images are in messages, others in 'images': put all paths into messages, or all "
+                "into 'images'"
             )
         rest["images"] = names
     elif turns and not any(IMAGE_TOKEN in turn["value"] for turn in turns):

@@ -43,12 +43,12 @@ def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = Non
     building = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        found = datasets.load_dataset(name, config, split=split, streaming=rows is not None)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=rows is not None)
         if rows is not None:
-            first = list(found.take(int(rows)))
-            found = datasets.Dataset.from_list(first, features=found.features)
+            first = list(dataset.take(int(rows)))
+            dataset = datasets.Dataset.from_list(first, features=dataset.features)
         building.parent.mkdir(parents=True, exist_ok=True)
-        found.save_to_disk(str(building))
+        dataset.save_to_disk(str(building))
     except Exception as error:  # its own errors, of the hub's client, of the network and of files
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(

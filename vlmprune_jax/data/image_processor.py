@@ -101,10 +101,10 @@ _USED_FIELDS = (
 )  # fmt: skip
 
 
-def checked_processor(config: Any, where: str) -> dict[str, Any]:
+def checked_processor(config: Any, location: str) -> dict[str, Any]:
     """Return an image processor's settings; raise UserError if they are unsupported."""
-    way = way_of(checked(config, _Steps, where, _TODO))
-    return checked(config, PatchFile if way == "patches" else ProcessorFile, where, _TODO)
+    way = way_of(checked(config, _Steps, location, _TODO))
+    return checked(config, PatchFile if way == "patches" else ProcessorFile, location, _TODO)
 
 
 def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
@@ -122,13 +122,15 @@ def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
     return None
 
 
-def check_steps(config: Mapping[str, Any], where: str, images: str, *, normalizes: bool = True) -> None:
+def check_steps(config: Mapping[str, Any], location: str, images: str, *, normalizes: bool = True) -> None:
     """Raise UserError if an image processor skips resizing, rescaling by 1/255 or normalisation."""
     for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
         if config.get(step) is False:
-            raise UserError(f"{where}: {step} false is not supported for {images}: set it to true")
+            raise UserError(f"{location}: {step} false is not supported for {images}: set it to true")
     if abs(float(config.get("rescale_factor") or 1 / 255) - 1 / 255) > 1e-9:
-        raise UserError(f"{where}: rescale_factor {config['rescale_factor']} is not supported for {images}: set 1/255")
+        raise UserError(
+            f"{location}: rescale_factor {config['rescale_factor']} is not supported for {images}: set 1/255"
+        )
 
 
 def pixel_fields(
@@ -163,7 +165,7 @@ def way_of(config: Mapping[str, Any]) -> str:
     return next((way for way in _CUT if _type_of(config) in _processors(way)), "whole")
 
 
-def make_processor(config: Mapping[str, Any], where: str) -> Any:
+def make_processor(config: Mapping[str, Any], location: str) -> Any:
     """Return the transformers image processor object for checked settings.
 
     Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
@@ -174,18 +176,18 @@ def make_processor(config: Mapping[str, Any], where: str) -> Any:
     name, classes = _type_of(config), _processors("whole")
     if name not in classes:
         known = ", ".join(sorted({*classes, *(name for way in _CUT for name in _processors(way))}))
-        raise UserError(f"{where}: image processor {name!r} is not supported (supported: {known})")
+        raise UserError(f"{location}: image processor {name!r} is not supported (supported: {known})")
     for class_name in classes[name]:
         try:
             processor_class = getattr(transformers, class_name)
         except (AttributeError, ImportError):  # transformers 4: the name without Pil is the NumPy class
             continue
-        with reading(where, _TODO):
+        with reading(location, _TODO):
             return processor_class.from_dict({field: config[field] for field in _USED_FIELDS if field in config})
     raise UserError(f"transformers {transformers.__version__} has no image processor {classes[name]}: use >= 4.57")
 
 
-def sides(size: Any, where: str) -> tuple[int, int]:
+def sides(size: Any, location: str) -> tuple[int, int]:
     """Return the (height, width) in an image processor's `size` or `crop_size`.
 
     Raises UserError if neither height and width nor the shortest edge is set.
@@ -198,7 +200,7 @@ def sides(size: Any, where: str) -> tuple[int, int]:
         side = min(size["shortest_edge"], size.get("longest_edge", size["shortest_edge"]))
         return side, side
     if "height" not in size or "width" not in size:
-        raise UserError(f"{where}: size {size} must have height and width, or shortest_edge: {_TODO}")
+        raise UserError(f"{location}: size {size} must have height and width, or shortest_edge: {_TODO}")
     return size["height"], size["width"]
 
 

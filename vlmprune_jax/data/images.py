@@ -58,19 +58,19 @@ class WholeImage:
 
     shares, usual, merge, image_buckets, turns = False, (1,), 0, (), False
 
-    def __init__(self, config: Mapping[str, Any], *, where: str, aspect_ratio: str) -> None:
+    def __init__(self, config: Mapping[str, Any], *, location: str, aspect_ratio: str) -> None:
         if aspect_ratio not in ASPECT_RATIOS[1:]:
             raise UserError(f"image_aspect_ratio {aspect_ratio!r} is unknown: use one of pad, square")
-        self._processor = make_processor(config, where)
+        self._processor = make_processor(config, location)
         self._pad = aspect_ratio == "pad"
         self.limit_fields: dict[str, Any] = {}
         self.settings: dict[str, Any] = {"aspect_ratio": aspect_ratio, "processor": dict(config)}
         crops = getattr(self._processor, "do_center_crop", None)
         if not (crops or self._processor.do_resize):
-            raise UserError(f"{where}: do_resize and do_center_crop are off, so images differ in size: restore one")
-        self._resized = sides(self._processor.size, where)
+            raise UserError(f"{location}: do_resize and do_center_crop are off, so images differ in size: restore one")
+        self._resized = sides(self._processor.size, location)
         self._short_side = "shortest_edge" in dict(self._processor.size)
-        self.shape = (3, *(sides(self._processor.crop_size, where) if crops else self._resized))
+        self.shape = (3, *(sides(self._processor.crop_size, location) if crops else self._resized))
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         return ImageShape()
@@ -253,20 +253,22 @@ def load_image_processor(
         output does not fit the tower; or the model cannot have this `tiling` or `max_image_tokens`.
     """
     folder = Path(folder)
-    preparation, where = _preparation(folder, aspect_ratio, image_size)
+    preparation, location = _preparation(folder, aspect_ratio, image_size)
     changes = {name: value for name, value in (tiling or {}).items() if value is not None}
     preparation = _with_tiling(preparation, changes, folder)
     if max_image_tokens is not None:
         with error_context(f"{folder}: data.max_image_tokens={max_image_tokens}"):
             preparation = preparation.with_most_tokens(max_image_tokens, slot_tokens)
-    _check_fits(preparation, where, image_size, patches)
+    _check_fits(preparation, location, image_size, patches)
     if isinstance(preparation, WholeImage):
-        with reading(where):  # try the settings on a small image, so that errors name this file and not a record
+        with reading(location):  # try the settings on a small image, so that errors name this file and not a record
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
     return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
 
 
-def _check_fits(preparation: Preparation, where: str, image_size: int | None, patches: tuple[int, int] | None) -> None:
+def _check_fits(
+    preparation: Preparation, location: str, image_size: int | None, patches: tuple[int, int] | None
+) -> None:
     """Raise UserError if the vision tower does not accept the shape that an image preparation produces."""
 
     def described(first: int | None, second: int | None, in_patches: bool) -> str:
@@ -282,7 +284,7 @@ def _check_fits(preparation: Preparation, where: str, image_size: int | None, pa
     takes = described(*(patches or (image_size, image_size)), patches is not None)
     if makes != takes:
         raise UserError(
-            f"{where}: the image processor returns {makes}, but the vision tower takes {takes}: use the model's "
+            f"{location}: the image processor returns {makes}, but the vision tower takes {takes}: use the model's "
             "processor"
         )
 
@@ -329,14 +331,14 @@ def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tup
         return Tiling(**vars(family.tiling(model, str(model_path)))), str(model_path)
     settings = processor_settings(folder)
     if settings is not None:
-        config, where = settings
+        config, location = settings
         way = way_of(config)
         if way != "whole":
-            return _PREPARATIONS[way](config, where), where
-        return WholeImage(config, where=where, aspect_ratio=aspect_ratio), where
+            return _PREPARATIONS[way](config, location), location
+        return WholeImage(config, location=location, aspect_ratio=aspect_ratio), location
     if image_size is not None and family is not None and family.pixels is not None:
         config = checked_processor(family.pixels(image_size), str(model_path))
-        return WholeImage(config, where=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
+        return WholeImage(config, location=str(model_path), aspect_ratio=aspect_ratio), str(model_path)
     raise UserError(
         f"{folder}: has neither {' nor '.join(dict(PROCESSOR_FILES))}: copy it from the model or its vision tower"
     )

@@ -108,10 +108,10 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
 
     Raises UserError if they are set for a model whose images have one size.
     """
-    buckets, own = data.image_buckets, () if preparation is None else preparation.image_buckets
-    if buckets and not own:
+    buckets, defaults = data.image_buckets, () if preparation is None else preparation.image_buckets
+    if buckets and not defaults:
         raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
-    return buckets or own or None
+    return buckets or defaults or None
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -147,9 +147,9 @@ def _load_inputs(
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
         )
-        own = described or model.vision_dir is None or family.images != "whole"
+        in_folder = described or model.vision_dir is None or family.images != "whole"
         loader = load_image_processor(
-            folder if own else Path(model.vision_dir or ""),
+            folder if in_folder else Path(model.vision_dir or ""),
             aspect_ratio=aspect_ratio,
             max_pixels=data.max_image_pixels,
             cache_bytes=data.cache_megabytes << 20,
@@ -169,9 +169,9 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
     """Return LLaVA's image mode, "pad" or "square": the setting, or for "auto" the value in the model's files."""
     if name != AUTO:
         return name
-    said, settings = config.get("image_aspect_ratio"), processor_settings(folder)
-    if said in ("pad", "square"):
-        return said
+    mode, settings = config.get("image_aspect_ratio"), processor_settings(folder)
+    if mode in ("pad", "square"):
+        return mode
     return "pad" if settings is None or settings[0].get("do_pad") else "square"
 
 

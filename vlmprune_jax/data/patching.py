@@ -115,14 +115,14 @@ class Patching(Preparation):
         return rows * self.merge, columns * self.merge
 
 
-def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
+def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
     """Return the patching that a Qwen-VL folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Missing settings are refused, since
     several models share the class and its defaults are those of one of them. Raises UserError if a step is switched
     off, or a setting is missing or contradicts another.
     """
-    check_steps(config, where, "images of any size (Qwen-VL)")
+    check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}
     fields: dict[str, Any] = {
         "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
@@ -134,11 +134,11 @@ def patching_from_processor(config: Mapping[str, Any], where: str) -> Patching:
     }
     missing = [name for name, value in fields.items() if value is None]
     if missing:
-        raise UserError(f"{where}: has no {', '.join(missing)}: restore the file from the model's source")
+        raise UserError(f"{location}: has no {', '.join(missing)}: restore the file from the model's source")
     least, most, patch, temporal, merge, *_ = fields.values()
     if least > most:
         raise UserError(
-            f"{where}: min_pixels {least} is above max_pixels {most}: restore the file from the model's source"
+            f"{location}: min_pixels {least} is above max_pixels {most}: restore the file from the model's source"
         )
     return Patching(
         patch=patch,

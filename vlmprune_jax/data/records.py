@@ -240,8 +240,8 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
 class Images(Protocol):
     """Interface that finds a record's images by their names."""
 
-    def find(self, name: str, where: str) -> Path | StoredImage:
-        """Return the image called `name`; raise UserError, prefixed with `where`, if there is none."""
+    def find(self, name: str, location: str) -> Path | StoredImage:
+        """Return the image called `name`; raise UserError, prefixed with `location`, if there is none."""
 
 
 def make_record(
@@ -268,22 +268,22 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
     name = entry.get("id", index)
     if not is_name(name):
         raise UserError(f"{path}, record {index}: id {_shown(name)} must be a non-empty string or a number")
-    where = f"{path}, record {name}"
+    location = f"{path}, record {name}"
     if entry.get("video") is not None:
-        raise UserError(f"{where}: has a video, which is not supported: drop the record")
+        raise UserError(f"{location}: has a video, which is not supported: drop the record")
     if "conversations" not in entry and "messages" in entry:
-        entry = from_messages(entry, where)
+        entry = from_messages(entry, location)
     elif "conversations" not in entry and isinstance(entry.get("question"), str):
-        entry = from_question(entry, [*_image_names(entry, where)])
-    turns = _make_turns(entry.get("conversations"), where)
-    images = tuple(root.find(image, where) for image in _image_names(entry, where))
+        entry = from_question(entry, [*_image_names(entry, location)])
+    turns = _make_turns(entry.get("conversations"), location)
+    images = tuple(root.find(image, location) for image in _image_names(entry, location))
     placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
     if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
         raise UserError(
-            f"{where}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
+            f"{location}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
             "placeholder per image"
         )
-    answers = _answers(entry.get("answers"), where)
+    answers = _answers(entry.get("answers"), location)
     return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
 
 
@@ -301,7 +301,7 @@ def _shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _answers(value: Any, where: str) -> tuple[str, ...]:
+def _answers(value: Any, location: str) -> tuple[str, ...]:
     if value is None:
         return ()
     listed = value if isinstance(value, list) else []
@@ -309,16 +309,16 @@ def _answers(value: Any, where: str) -> tuple[str, ...]:
         answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in listed
     )
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: 'answers' must be a non-empty list of strings, got {_shown(value)}")
+        raise UserError(f"{location}: 'answers' must be a non-empty list of strings, got {_shown(value)}")
     if any(map(has_lone_surrogate, answers)):
-        raise UserError(f"{where}: 'answers' contains a lone surrogate (\\ud800 to \\udfff): remove it")
+        raise UserError(f"{location}: 'answers' contains a lone surrogate (\\ud800 to \\udfff): remove it")
     return answers
 
 
-def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
+def _make_turns(conversation: Any, location: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(conversation, list) or not conversation:
         raise UserError(
-            f"{where}: 'conversations' must be a non-empty list of {{from, value}} turns (or use 'messages' of "
+            f"{location}: 'conversations' must be a non-empty list of {{from, value}} turns (or use 'messages' of "
             "{role, content}, or 'question' and 'answer')"
         )
     turns: list[tuple[str, str]] = []
@@ -326,14 +326,14 @@ def _make_turns(conversation: Any, where: str) -> tuple[tuple[str, str], ...]:
         name, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         speaker = SPEAKERS.get(name) if isinstance(name, str) else None
         if speaker not in _SPEAKERS or not isinstance(text, str):
-            raise UserError(f"{where}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
+            raise UserError(f"{location}: turn {len(turns)} must have 'from' human or gpt and a string 'value'")
         if has_lone_surrogate(text):
-            raise UserError(f"{where}: turn {len(turns)} contains a lone surrogate (\\ud800 to \\udfff): remove it")
+            raise UserError(f"{location}: turn {len(turns)} contains a lone surrogate (\\ud800 to \\udfff): remove it")
         turns.append((speaker, text))
     if turns[0][0] == "gpt":
         turns = turns[1:]
     if not turns or any(speaker != _SPEAKERS[place % 2] for place, (speaker, _) in enumerate(turns)):
-        raise UserError(f"{where}: turns must alternate human, gpt, human, ...: merge or drop the odd one")
+        raise UserError(f"{location}: turns must alternate human, gpt, human, ...: merge or drop the odd one")
     return tuple(turns)
 
 
@@ -346,14 +346,14 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def _image_names(entry: dict[str, Any], where: str) -> Iterable[str]:
+def _image_names(entry: dict[str, Any], location: str) -> Iterable[str]:
     values = [entry[key] for key in ("image", "images") if entry.get(key) is not None]
     if len(values) > 1:
-        raise UserError(f"{where}: has both 'image' and 'images': keep one")
+        raise UserError(f"{location}: has both 'image' and 'images': keep one")
     names = values[0] if values else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{where}: 'image' must be a path or a list of paths, got {_shown(values[0])}")
+        raise UserError(f"{location}: 'image' must be a path or a list of paths, got {_shown(values[0])}")
     return names
 
 
@@ -366,24 +366,25 @@ class _ImageRoot:
             self._real = None if folder is None else str(real_path(folder))
         self._paths: dict[str, Path] = {}
 
-    def find(self, name: str, where: str) -> Path:
+    def find(self, name: str, location: str) -> Path:
         """Return the image's path; raise UserError if the file is missing or lies outside the folder."""
         if name in self._paths:
             return self._paths[name]
         if self._folder is None or self._real is None:
-            raise UserError(f"{where}: has image {_shown(name)}, but there is no image folder: set the image root")
+            raise UserError(f"{location}: has image {_shown(name)}, but there is no image folder: set the image root")
         shown, pure = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...", PurePosixPath(name)
         if name.startswith("data:") or "://" in name:
-            raise UserError(f"{where}: image {shown!r} is not a file: save it below the image root {self._folder}")
+            raise UserError(f"{location}: image {shown!r} is not a file: save it below the image root {self._folder}")
         if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-            raise UserError(f"{where}: image {shown!r} must be a path below the image root {self._folder}")
+            raise UserError(f"{location}: image {shown!r} must be a path below the image root {self._folder}")
         path = self._folder / name
         if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
             problem = "is not a file" if os.path.lexists(path) else "does not exist"
-            raise UserError(f"{where}: image {self._folder / shown} {problem}: check the image root and the path")
+            raise UserError(f"{location}: image {self._folder / shown} {problem}: check the image root and the path")
         if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
             raise UserError(
-                f"{where}: image {path} is a link to a file outside the image root {self._folder}: replace it by a copy"
+                f"{location}: image {path} is a link to a file outside the image root {self._folder}: replace it "
+                "by a copy"
             )
         self._paths[name] = path
         return path

@@ -115,32 +115,32 @@ class Splitting(SquarePieces):
         return max(height // size, 1), max(width // size, 1)
 
 
-def splitting_from_processor(config: Mapping[str, Any], where: str) -> Splitting:
+def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
     """Return the image splitting that a SmolVLM folder's image processor describes.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, a size is not of the longest edge, or images have too many sub-images.
     """
-    check_steps(config, where, "split images (SmolVLM)")
+    check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(
-        size=_longest_edge(config, "max_image_size", _SIDE, where),
-        longest=_longest_edge(config, "size", 4 * _SIDE, where),
+        size=_longest_edge(config, "max_image_size", _SIDE, location),
+        longest=_longest_edge(config, "size", 4 * _SIDE, location),
         splits=config.get("do_image_splitting") is not False,
         **pixel_fields(config, resample=_LANCZOS),
     )
     if splitting.most(1) > MAX_TILES:
         raise UserError(
-            f"{where}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
+            f"{location}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
             f"sub-images per image, the maximum is {MAX_TILES}: restore the file from the model's source"
         )
     return splitting
 
 
-def _longest_edge(config: Mapping[str, Any], name: str, default: int, where: str) -> int:
+def _longest_edge(config: Mapping[str, Any], name: str, default: int, location: str) -> int:
     size = config.get(name)
     if size is None:
         return default
     edge = size.get("longest_edge") if isinstance(size, Mapping) else None
     if edge is None:
-        raise UserError(f"{where}: {name} {size} has no longest_edge: restore the file from the model's source")
+        raise UserError(f"{location}: {name} {size} has no longest_edge: restore the file from the model's source")
     return int(edge)

@@ -60,9 +60,9 @@ def read_texts(source: str, template: Template) -> Texts:
 class _Unopened:
     """Image lookup that returns image names as paths, without opening files."""
 
-    def find(self, name: str, where: str) -> Path:
+    def find(self, name: str, location: str) -> Path:
         """Return the image name as a path."""
-        del where
+        del location
         return Path(name)
 
 

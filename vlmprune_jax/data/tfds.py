@@ -204,7 +204,7 @@ class ImageStore:
             self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._identity
 
-    def find(self, name: str, where: str) -> StoredImage:
+    def find(self, name: str, location: str) -> StoredImage:
         """Return the stored image called `name`."""
         return StoredImage(name, self.numbers[name], self)
 
@@ -285,9 +285,9 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
     with _on_this_machine(folder) as near:
         source = _Source(near, RECORDS)
         for index in range(len(source)):
-            where = f"{folder / RECORDS}, example {index}"
-            with reading(where, _TODO):
-                entry, images = _entry(source[index], where)
+            location = f"{folder / RECORDS}, example {index}"
+            with reading(location, _TODO):
+                entry, images = _entry(source[index], location)
                 store.numbers |= images
             records.append(make_record(entry, index, folder, store, image_lead, on_error))
     if not records:
@@ -295,12 +295,12 @@ def read_tfds(folder: Path | epath.Path, *, image_lead: bool = False, on_error: 
     return records
 
 
-def _entry(example: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _entry(example: Mapping[str, Any], location: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Convert a TFDS example to an entry of a JSON data file, and return {image name: number} of its images."""
     names = [name.decode() for name in example["images"]["name"]]
     turns = zip(example["conversations"]["from"], example["conversations"]["value"], strict=True)
     entry = {
-        **checked(parse_json(example["others"], where, _TODO), dict[str, Any], where, _TODO),
+        **checked(parse_json(example["others"], location, _TODO), dict[str, Any], location, _TODO),
         "id": example["id"].decode(),
         "conversations": [{"from": speaker.decode(), "value": text.decode()} for speaker, text in turns],
         "images": names,

@@ -117,17 +117,17 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
     return square
 
 
-def tiling_from_processor(config: Mapping[str, Any], where: str) -> Tiling:
+def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
     """Return the tiling described in a transformers InternVL folder (`GotOcr2ImageProcessor`).
 
     `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
     Raises UserError if a step is switched off, or the size is not a square.
     """
-    check_steps(config, where, "InternVL tiles")
+    check_steps(config, location, "InternVL tiles")
     size = config.get("size") or 384
-    height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, where)
+    height, width = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else sides(size, location)
     if height != width or height is None:
-        raise UserError(f"{where}: image size {size} must be square for InternVL's tiles: restore the file")
+        raise UserError(f"{location}: image size {size} must be square for InternVL's tiles: restore the file")
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     return Tiling(

@@ -80,22 +80,22 @@ class TokenBudget(Preparation):
         return (rows, columns) if columns else (min(height // width, self.tokens), 1)
 
 
-def token_budget_from_processor(config: Mapping[str, Any], where: str) -> TokenBudget:
+def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
     """Return the token budget described by a Gemma 4 folder's image processor.
 
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off or on, or the budget is none of the model's.
     """
-    check_steps(config, where, "Gemma 4", normalizes=False)
+    check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):
         raise UserError(
-            f"{where}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
+            f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
             "set it to false"
         )
     tokens, resample = config.get("max_soft_tokens") or 280, config.get("resample")
     if tokens not in BUDGETS:
         raise UserError(
-            f"{where}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore the file"
+            f"{location}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore the file"
         )
     return TokenBudget(
         patch=config.get("patch_size") or 16,

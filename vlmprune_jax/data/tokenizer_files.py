@@ -119,15 +119,15 @@ _FORMAT: dict[str, Any] = {
 
 
 def _try_rules(path: Path, rules: dict[str, Any]) -> None:
-    parts = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
-    texts = [text for part in parts for text in part.values() if isinstance(text, str)]
+    suspects = [part for part in _walk(rules) if "Regex" in part or _lengthens(part)]
+    texts = [text for part in suspects for text in part.values() if isinstance(text, str)]
     if max(map(len, texts), default=0) > _MAX_RULE:
         raise UserError(
             f"{path}: a rule contains a text of more than {_MAX_RULE:,} characters: use the model's own tokenizer"
         )
-    if not parts:
+    if not suspects:
         return
-    patterns = [str(part.get("Regex", part.get("pattern"))) for part in parts]
+    patterns = [str(part.get("Regex", part.get("pattern"))) for part in suspects]
     words = ["".join(filter(str.isalnum, pattern))[:100] for pattern in patterns]
     letters = "".join(sorted(set("".join(words))))[:100]  # all letters, so that no expression fails at once
     runs = dict.fromkeys(filter(None, [*words[:10], *letters, *"aA0 \n.-_'é中"]))

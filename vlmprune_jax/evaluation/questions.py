@@ -235,16 +235,16 @@ def with_suffix(record: Record, suffix: str) -> Record:
     return dataclasses.replace(record, turns=tuple(turns))
 
 
-def evaluation_records(of: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
+def evaluation_records(eval_set: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
     """Return the questions of an evaluation set, limited to the first `of.questions`."""
-    return tuple(read_set(of.data, of.images, "data.eval", image_lead, "stop")[: of.questions])
+    return tuple(read_set(eval_set.data, eval_set.images, "data.eval", image_lead, "stop")[: eval_set.questions])
 
 
 def arranged_questions(
     model: ModelSpec,
     data: DataSpec,
     evaluate: EvaluateSpec,
-    of: EvaluationSetSpec,
+    eval_set: EvaluationSetSpec,
     cfg: ModelConfig,
     *,
     multiple: int,
@@ -254,11 +254,11 @@ def arranged_questions(
     `multiple`: devices that share a batch; batches have at least as many rows as the setting, split evenly.
     """
     inputs = load_inputs(model, data, cfg)
-    records = evaluation_records(of, image_lead=inputs.template.image_lead)
+    records = evaluation_records(eval_set, image_lead=inputs.template.image_lead)
     cfg.check_row("evaluate.max_length", evaluate.max_length or 0)
     encoder = inputs.encoder(cfg, evaluate.max_length or 0)
     rows = -(-evaluate.batch_size // multiple) * multiple
-    return _arranged(records, encoder, rows, multiple, of.prompt_suffix or "")
+    return _arranged(records, encoder, rows, multiple, eval_set.prompt_suffix or "")
 
 
 @functools.lru_cache(maxsize=16)

@@ -158,7 +158,7 @@ def ask(
     Raises UserError if there is no question.
     """
     asked: list[tuple[int, Record]] = []  # (place, record) of every valid row, in the order of the batches
-    said: list[tuple[str, int]] = []
+    answers: list[tuple[str, int]] = []
 
     def noted() -> Iterator[QuestionBatch]:
         for batch in batches:
@@ -182,12 +182,12 @@ def ask(
         return is_of(Answers, entry) and len(entry) == np.count_nonzero(batch.valid)
 
     for done, answered in enumerate(continued(answer, noted(), journal, answers_all), start=1):
-        said += answered
+        answers += answered
         if progress is not None:
             progress(done)
-    if not said:
+    if not answers:
         raise UserError("evaluation: no questions found: check the evaluation records")
-    replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, said, strict=True)]
+    replies = [(place, Reply(record, *reply)) for (place, record), reply in zip(asked, answers, strict=True)]
     return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
 
 

@@ -78,11 +78,11 @@ class Server:
 
         Raises UserError if the address is not http, nothing answers there, or it serves no model or several.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        address = urllib.parse.urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError(f"--server={url}: must be an address such as http://localhost:8000/v1")
         url = url.rstrip("/")
-        names = [one.id for one in _request(f"{url}/models", None, _Models).data]
+        names = [model.id for model in _request(f"{url}/models", None, _Models).data]
         if len(names) != 1:
             raise UserError(f"{url}/models: the server lists {len(names)} models, expected 1: serve one model")
         return cls(url, names[0])
@@ -95,8 +95,8 @@ class Server:
             "max_tokens": max_new_tokens,
             "temperature": 0,
         }
-        found = _request(f"{self.url}/chat/completions", body, _Completion)
-        return (found.choices[0].message.content or "").strip(), found.usage.completion_tokens
+        completion = _request(f"{self.url}/chat/completions", body, _Completion)
+        return (completion.choices[0].message.content or "").strip(), completion.usage.completion_tokens
 
 
 def ask_server(
@@ -128,9 +128,9 @@ def ask_server(
         def answers_all(batch: Sequence[Record], entry: Any) -> bool:
             return is_of(Answers, entry) and len(entry) == len(batch)
 
-        found = continued(ask, batches, journal, answers_all)
-        for done, (batch, answered) in enumerate(zip(batches, found, strict=True), start=1):
-            replies += [Reply(record, *one) for record, one in zip(batch, answered, strict=True)]
+        answers = continued(ask, batches, journal, answers_all)
+        for done, (batch, answered) in enumerate(zip(batches, answers, strict=True), start=1):
+            replies += [Reply(record, *answer) for record, answer in zip(batch, answered, strict=True)]
             progress(done)
     return replies
 
@@ -174,8 +174,8 @@ def _request(url: str, body: Any, kind: Any) -> Any:
             content = _read(answer, url, deadline)
     except urllib.error.HTTPError as error:
         with error:
-            said = reason(Exception(error.read(1000).decode(errors="replace")))
-        raise UserError(f"{url}: the server returned HTTP error {error.code} ({said}): check its log") from error
+            message = reason(Exception(error.read(1000).decode(errors="replace")))
+        raise UserError(f"{url}: the server returned HTTP error {error.code} ({message}): check its log") from error
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{url}: the server does not answer ({reason(error)}): start it, then repeat this command to continue"

@@ -54,7 +54,7 @@ def retained_interval(
         )
     random, mean_of_scores = np.random.Generator(np.random.PCG64(seed)), _is_mean(metric, (*scores, *original))
     if mean_of_scores:
-        pairs = np.array([[one[metric.main] for one in pair] for pair in zip(scores, original, strict=True)])
+        pairs = np.array([[score[metric.main] for score in pair] for pair in zip(scores, original, strict=True)])
         if np.isin(pairs, (0, 1)).all():
             return _interval_of_ratio(pairs if metric.higher_is_better else pairs[:, ::-1], level)
     with blaming(f'metric "{metric.main}"', *filter(None, [metric.aggregate, metric.drawn_by, metric.drawn])):
@@ -189,10 +189,10 @@ def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
         return mcnemar(first[0] > 0, second[0] > 0).p_value
     by_question = first.mean(axis=0) - second.mean(axis=0)
     variances = [(by_question.var() / max(len(by_question) - 1, 1), max(len(by_question) - 1, 1))]
-    for own, other in ((first, second), (second, first)):
-        seeds = own if len(own) > 1 else other
+    for group, other in ((first, second), (second, first)):
+        seeds = group if len(group) > 1 else other
         if len(seeds) > 1:
-            variances.append((seeds.mean(axis=1).var(ddof=1) / len(own), len(seeds) - 1))
+            variances.append((seeds.mean(axis=1).var(ddof=1) / len(group), len(seeds) - 1))
     total, difference = sum(variance for variance, _ in variances), by_question.mean()
     if not total:
         return float(difference == 0)

@@ -59,12 +59,12 @@ def export_in(spec: ExportSpec, name: str, explicit: Collection[str] = ()) -> Ex
     """
     one_of("--format", name, tuple(dict.fromkeys((*FORMATS, *quantizations()[1:]))))
     home = name if name in FORMATS else next(key for key, other in FORMATS.items() if name in other.quantizations)
-    own, known = settings_of(FORMATS[home].options), FORMATS[home].quantizations
+    accepted, known = settings_of(FORMATS[home].options), FORMATS[home].quantizations
     quantize = name if name in quantizations() else spec.quantize if spec.quantize in known else "none"
-    changes: dict[str, Any] = {key: value for key, value in export_options(ExportSpec()).items() if key not in own}
+    changes: dict[str, Any] = {key: value for key, value in export_options(ExportSpec()).items() if key not in accepted}
     changes |= {"quantize": quantize, "push_to_hub": None}
     changes = {key: value for key, value in changes.items() if f"export.{key}" not in explicit}
-    options = {key: value for key, value in spec.options.items() if key in own}
+    options = {key: value for key, value in spec.options.items() if key in accepted}
     return dataclasses.replace(spec, **changes, format=home, options=options)
 
 
@@ -135,8 +135,8 @@ def _resolved(name: str, given: EvaluationSetSpec, data: DataSpec, spec: Evaluat
         shared = ("metric", "prompt_suffix", "max_new_tokens", "questions")
         defaults = {"data": data.eval, "images": data.eval_images or data.images}
         defaults |= {field: getattr(spec, field) for field in shared}
-    own = {field: value for field, value in vars(given).items() if value is not None}
-    resolved = EvaluationSetSpec(**defaults | own)
+    overrides = {field: value for field, value in vars(given).items() if value is not None}
+    resolved = EvaluationSetSpec(**defaults | overrides)
     of_text = metric_named(resolved.metric or "", f"evaluate.sets.{name}.metric").score is None
     if of_text != (resolved.text is not None):
         scored, has = ("a text", "questions") if of_text else ("answers to questions", "a text")

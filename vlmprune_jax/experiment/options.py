@@ -81,12 +81,12 @@ def describe(name: str) -> list[str]:
     """
     known, places = options(), [place.removesuffix(".NAME") for place in sections()]
     whole = [place for place in places if place == name or place.endswith(f".{name}")]
-    found = [option for option in known if option.name == name]
-    if not found and not whole:
-        found = [option for option in known if option.name.endswith(f".{name}")]
+    matches = [option for option in known if option.name == name]
+    if not matches and not whole:
+        matches = [option for option in known if option.name.endswith(f".{name}")]
     for place in whole:
-        found += [option for option in known if option.name.startswith(f"{place}.")]
-    if not found:
+        matches += [option for option in known if option.name.startswith(f"{place}.")]
+    if not matches:
         names = {part for option in known for part in (option.name, *option.name.split("."))}
         near = difflib.get_close_matches(name, sorted(names), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f" (sections: {', '.join(places)})"
@@ -95,7 +95,7 @@ def describe(name: str) -> list[str]:
     lines = []
     for place in whole:
         lines += [f"section {place}: {' '.join(docs[place].split())}", ""]
-    for option in found:
+    for option in matches:
         lines += [
             f"{option.name} = {option.about.default!r}",
             f"  {option.about.sentence}",

@@ -184,16 +184,16 @@ def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     Sections in a section are mappings. Files and folders are left out: their content counts, as the stage's inputs; so
     are empty mappings. A stage of the user's own depends on every setting that changes any result.
     """
-    found = {section: _affecting(stage, spec) for section, spec in sections.items()}
-    return {f"{section}.{name}": value for section, values in found.items() for name, value in values.items()}
+    by_section = {section: _affecting(stage, spec) for section, spec in sections.items()}
+    return {f"{section}.{name}": value for section, values in by_section.items() for name, value in values.items()}
 
 
 def _affecting(stage: str, spec: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, about in settings_of(spec).items():
         value, stages = getattr(spec, name), about.affects if stage in STAGES else (stage,) * bool(about.affects)
         if stage in stages and about.offered and not about.by_content and value != {}:
-            found[name] = value
+            values[name] = value
     inner = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
-    parts = {name: _affecting(stage, value) for name, value in inner.items() if dataclasses.is_dataclass(value)}
-    return found | {name: part for name, part in parts.items() if part}
+    subsections = {name: _affecting(stage, value) for name, value in inner.items() if dataclasses.is_dataclass(value)}
+    return values | {name: part for name, part in subsections.items() if part}

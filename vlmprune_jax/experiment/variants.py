@@ -181,8 +181,8 @@ def check_experiment(experiment: Experiment, workdir: Path) -> None:
     check_tasks(experiment.data, experiment.evaluate)
     for pruned in prune_runs(experiment, workdir):
         spec, recoveries = pruned.experiment, recover_runs(pruned)
-        for one in (spec, *(run.experiment for run in recoveries)):
-            for name, section in one.sections.items():
+        for resolved in (spec, *(run.experiment for run in recoveries)):
+            for name, section in resolved.sections.items():
                 check_settings(name, section, elsewhere=True)
         if spec.prune.steps > 1 and spec.prune.method != "width":
             raise UserError(

@@ -168,7 +168,7 @@ def _times(equation: Any) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "while":  # upper bound: the largest constant in the condition, as in `_trip_count`
-        values = [x.val for one in params["cond_jaxpr"].jaxpr.eqns for x in one.invars if isinstance(x, Literal)]
+        values = [x.val for inner in params["cond_jaxpr"].jaxpr.eqns for x in inner.invars if isinstance(x, Literal)]
         return max((int(value) for value in values if np.ndim(value) == 0), default=1)
     return 1
 
@@ -200,17 +200,17 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     largest: dict[tuple[str, str], int] = defaultdict(int)
     for name, lines in computations.items():
         for number, line in enumerate(lines):
-            found = _INSTRUCTION.search(line)
+            match = _INSTRUCTION.search(line)
             if between := _BETWEEN_SLICES.search(line):
                 kind = f"{between[2].lower().replace('_', '-')} between slices"
                 largest[kind, f"{name}/{number}"] = runs[name] * round(_bytes(between[1]))
-            if found is None:
+            if match is None:
                 continue
             channel = _CHANNEL.search(line)
-            key = (found[2], channel[1] if channel else f"{name}/{number}")
+            key = (match[2], channel[1] if channel else f"{name}/{number}")
             # The start of an all-reduce names only its result, other starts (operands, results, ...).
-            result = _second(found[1]) if found[3] and found[2] != "all-reduce" else found[1]
-            largest[key] = max(largest[key], runs[name] * _received(found[2], result, line))
+            result = _second(match[1]) if match[3] and match[2] != "all-reduce" else match[1]
+            largest[key] = max(largest[key], runs[name] * _received(match[2], result, line))
     total: dict[str, int] = defaultdict(int)
     for key, count in largest.items():
         total[key[0]] += count
@@ -219,15 +219,15 @@ def collective_bytes(hlo: str) -> dict[str, int]:
 
 def computations_of(hlo: str) -> dict[str, list[str]]:
     """Return {computation name: lines} of a compiled program's HLO text."""
-    found: dict[str, list[str]] = {}
+    computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():
         head = _COMPUTATION.match(line)
         if head:
-            lines = found[head[1]] = []
+            lines = computations[head[1]] = []
         elif line.startswith("  "):
             lines.append(line)
-    return found
+    return computations
 
 
 def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
@@ -257,7 +257,7 @@ def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
     """
     most = max((int(number) for line in condition for number in re.findall(r" constant\((\d+)\)", line)), default=1)
     counter = next(
-        (found[1] for line in condition if (found := re.search(r"32\[\].* get-tuple-element\(.*index=(\d+)", line))),
+        (match[1] for line in condition if (match := re.search(r"32\[\].* get-tuple-element\(.*index=(\d+)", line))),
         None,
     )
     return -(-most // (1 if counter is None else _step(body, int(counter))))
@@ -265,7 +265,7 @@ def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:
 
 def _step(body: Sequence[str], counter: int) -> int:
     """Return the step by which an HLO loop body increments its counter (1 if unknown)."""
-    lines = {found[1]: line for line in body if (found := _NAMED.match(line))}
+    lines = {match[1]: line for line in body if (match := _NAMED.match(line))}
     root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
     state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
     advanced = (
@@ -274,19 +274,19 @@ def _step(body: Sequence[str], counter: int) -> int:
     constants = (
         [re.search(r" constant\((\d+)\)", lines.get(name, "")) for name in advanced.groups()] if advanced else []
     )
-    return next((int(found[1]) for found in constants if found and int(found[1])), 1)
+    return next((int(match[1]) for match in constants if match and int(match[1])), 1)
 
 
 def _second(result: str) -> str:
     """Return the second element of an HLO tuple in text form; the tuple may be nested."""
-    depth, parts = 0, [""]
+    depth, elements = 0, [""]
     for character in result[1:-1]:
         depth += (character in "([{") - (character in ")]}")
         if character == "," and not depth:
-            parts.append("")
+            elements.append("")
         else:
-            parts[-1] += character
-    return parts[1]
+            elements[-1] += character
+    return elements[1]
 
 
 def _bytes(result: str) -> float:

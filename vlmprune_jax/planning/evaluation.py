@@ -81,9 +81,9 @@ class EvaluationCase:
     def make_mesh(self) -> Mesh:
         """Return the mesh for generation on the TPU slice's devices."""
         every = make_mesh(1, -1, 1, devices=self.slice.devices)
-        found = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
-        assert found is not None
-        return found
+        mesh = decoding_mesh(self.cfg, every, count_params(self.cfg) * self.itemsize, self.mesh)
+        assert mesh is not None
+        return mesh
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
     length, image = max((case.shape(asked) for asked in BENCHMARKS.values()), key=lambda shape: shape[0])
     params, arrays = _params(case, mesh), _arrays(case, rows, length, image, mesh)
     with use_mesh(mesh):
-        begun = jax.eval_shape(lambda *of: prefill(of[0], case.cfg, of[1], _NEW_TOKENS, ()), params, arrays)
+        begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], _NEW_TOKENS, ()), params, arrays)
         first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
         later = compile_for_tpu(decode, params, case.cfg, *_placed(begun, mesh), _NEW_TOKENS, ())
     cached = sum(leaf.size for leaf in jax.tree.leaves(begun[0])) / (rows * (length + _NEW_TOKENS))
     steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params, cached)
-    needed = max(one.arguments + one.temporaries for one in (first, later))
+    needed = max(program.arguments + program.temporaries for program in (first, later))
     largest = int((chip.hbm - memory.weights) / max(needed - memory.weights, 1) * rows / ways) * ways
     received = sum(later.received.values()) / steps
     return PlannedEvaluation(

@@ -38,33 +38,33 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
     settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
     """
-    found: dict[str, PlannedStep] = {}
+    fits: dict[str, PlannedStep] = {}
     cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
     if cheapest is not None:
-        found["remat"] = found["batch"] = cheapest
+        fits["remat"] = fits["batch"] = cheapest
         larger = _doubled(_with(case, remat=cheapest.remat))
         while larger is not None:
             best = _first_fit([(f"micro-batch of {larger.config.batch_size} rows", larger)], say, tried)
             if best is None:
                 break
-            found["batch"], larger = best, _doubled(larger)
+            fits["batch"], larger = best, _doubled(larger)
     generation, most = case.slice.name.partition(":")[0], len(case.slice.devices)
     names = [f"{generation}:{grid}" for grid in case.slice.chip.slices]
     slices = [case.slice if name == case.slice.name else make_slice(name) for name in names]
     smaller = [(grid.name, dataclasses.replace(case, slice=grid)) for grid in slices if len(grid.devices) <= most]
     smallest = _first_fit(smaller, say, tried)
     if smallest is not None:
-        found["slice"] = smallest
-    return found
+        fits["slice"] = smallest
+    return fits
 
 
 def _first_fit(cases: Sequence[tuple[str, Case]], say: Callable[[str], None], tried: Attempts) -> PlannedStep | None:
     for what, case in cases:
-        found = tried[case] = tried.get(case) or _attempt(case)
-        if isinstance(found, PlannedStep):
-            say(f"  {what}: fits, {found.hbm.free / GIB:.2f} GiB free")
-            return found
-        say(f"  {what}: {found}")
+        attempt = tried[case] = tried.get(case) or _attempt(case)
+        if isinstance(attempt, PlannedStep):
+            say(f"  {what}: fits, {attempt.hbm.free / GIB:.2f} GiB free")
+            return attempt
+        say(f"  {what}: {attempt}")
     return None
 
 
@@ -120,9 +120,9 @@ def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Pl
         raise first
     say_rows(planned)
     if searching:
-        found = search(case, say, {case: first})
-        say_rows(Planned(search=found))
-        planned = replace(planned, search=found)
+        fits = search(case, say, {case: first})
+        say_rows(Planned(search=fits))
+        planned = replace(planned, search=fits)
     return planned
 
 

@@ -69,14 +69,14 @@ def parse_bytes(text: str) -> float:
 
     Raises UserError for text of another form, and numbers that are not above 0.
     """
-    found = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
     try:
-        number = float(found[1]) if found else math.nan
+        number = float(match[1]) if match else math.nan
     except ValueError:
         number = math.nan
-    if found is None or not 0 < number < math.inf:
+    if match is None or not 0 < number < math.inf:
         raise UserError(f"--bytes={text}: must be a size above 0, such as 2e9, 2GB or 2GiB")
-    return number * UNITS[one_of("--bytes: unit", found[2].upper(), tuple(UNITS))]
+    return number * UNITS[one_of("--bytes: unit", match[2].upper(), tuple(UNITS))]
 
 
 def parse_share(name: str, text: str) -> float:
@@ -147,20 +147,20 @@ def advise(
         raise UserError("compute='projector': this model has no projector, use none or full")
     decoder_ratio = ratio * count_params(cfg) / count_params(cfg, "text")
     asked = Target(count_params(cfg), cfg.vision is not None, ratio, decoder_ratio)
-    found = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
+    recommendation = recommend(asked, data_fraction=data_fraction, compute=compute, speed=speed, guide=guide)
     plans, export = {}, {"export": {"dtype": DTYPE}}
-    for method, variant in found.variants.items():
+    for method, variant in recommendation.variants.items():
         with error_context(f"--{'ratio' if most_bytes is None else 'bytes'}"):
-            settings = merge(found.recipe, variant, {"prune": target}, export)
+            settings = merge(recommendation.recipe, variant, {"prune": target}, export)
             plans[method] = predict_plan(override(Experiment(), settings), cfg)
     model = {"hf_dir": hf_dir, **({} if vision_dir is None else {"vision_dir": vision_dir})}
-    data = {"data": dict(files)} if files else found.task
+    data = {"data": dict(files)} if files else recommendation.task
     known = {"train", "images", "eval"} if "source" in data.get("data", {}) else {*(files or ())}
     known |= {"images"} if files or cfg.vision is None else set()
-    config = _config_file(found, cfg, merge({"model": model}, data, export, {"prune": target}))
-    told = found if measured is None else dataclasses.replace(found, speed=())
+    config = _config_file(recommendation, cfg, merge({"model": model}, data, export, {"prune": target}))
+    recommendation = recommendation if measured is None else dataclasses.replace(recommendation, speed=())
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
-    return Advice(str(folder), cfg, told, plans, config, bool(files), missing, measured, most_bytes)
+    return Advice(str(folder), cfg, recommendation, plans, config, bool(files), missing, measured, most_bytes)
 
 
 def _bytes(parameters: int) -> int:
@@ -174,11 +174,11 @@ def _size(n_bytes: float) -> str:
 
 def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of what to do: how to prune and recover, and the size of the pruned model."""
-    found, cfg = advice.recommendation, advice.cfg
+    recommendation, cfg = advice.recommendation, advice.cfg
     yield from _vocabulary(advice)
     yield from _integers(advice)
-    yield "prune", pruning_of(found)
-    yield "recover", recovery_of(found)
+    yield "prune", pruning_of(recommendation)
+    yield "recover", recovery_of(recommendation)
     sizes = []
     for method, plan in advice.plans.items():
         layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method == "depth" else ""
@@ -208,15 +208,19 @@ def _loading_lines(cfg: ModelConfig) -> list[str]:
     return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
 
 
-def reasons(found: Recommendation) -> list[str]:
+def reasons(recommendation: Recommendation) -> list[str]:
     """Return lines with the guide's rule, remarks, and where its sources disagree."""
-    rule = [] if found.head else [f"rule: {found.rule.why}", f"from: {found.rule.source}"]
-    return [*rule, *(f"note: {note}" for note in found.notes), *(f"conflict: {text}" for text in found.conflicts)]
+    rule = [] if recommendation.head else [f"rule: {recommendation.rule.why}", f"from: {recommendation.rule.source}"]
+    return [
+        *rule,
+        *(f"note: {note}" for note in recommendation.notes),
+        *(f"conflict: {text}" for text in recommendation.conflicts),
+    ]
 
 
-def evidence(found: Recommendation) -> Iterator[tuple[str, str]]:
+def evidence(recommendation: Recommendation) -> Iterator[tuple[str, str]]:
     """Yield (label, text) of the retention to expect, the measurements behind it, and why this is recommended."""
-    expected, head, rival = found.expected, found.head, found.rival
+    expected, head, rival = recommendation.expected, recommendation.head, recommendation.rival
     if expected is None:
         yield "expect", "unknown, as no model of like size was measured with these steps"
     elif expected.interval is None:
@@ -233,10 +237,10 @@ def evidence(found: Recommendation) -> Iterator[tuple[str, str]]:
         yield "because", f"{outside}{way} is better{chance} ({rival.retained:.2f} %)"
     elif head is not None:
         yield "because", "nothing measured on this shape and ratio is better beyond chance"
-    elif found.rule.supported:
-        yield "because", f"this is the guide's rule for {found.rule.label} of the decoder"
+    elif recommendation.rule.supported:
+        yield "because", f"this is the guide's rule for {recommendation.rule.label} of the decoder"
     else:
-        yield "because", f"nothing supports this; nearest rule: {found.rule.label} of the decoder"
+        yield "because", f"nothing supports this; nearest rule: {recommendation.rule.label} of the decoder"
 
 
 def measured(expected: Expected) -> str:
@@ -247,34 +251,36 @@ def measured(expected: Expected) -> str:
         row = rows[0]
         ends = "" if row.interval is None else f"{row.interval[0]:.2f} to {row.interval[1]:.2f}, "
         return f"{row.retained:.2f} % ({ends}{_seeds(row)}), same shape{control}"
-    of = f"on {next(iter(models))}" if len(models) == 1 else f"on average of {len(models)} models"
-    return f"{expected.value:.1f} % {of} within {LIKE} times this size{control}"
+    basis = f"on {next(iter(models))}" if len(models) == 1 else f"on average of {len(models)} models"
+    return f"{expected.value:.1f} % {basis} within {LIKE} times this size{control}"
 
 
 def _seeds(row: Evidence) -> str:
     return "1 seed" if (row.seeds or 1) == 1 else f"{row.seeds} seeds"
 
 
-def summarize(found: Recommendation) -> str:
+def summarize(recommendation: Recommendation) -> str:
     """Return the recommendation in one sentence."""
-    return f"{pruning_of(found)}; {recovery_of(found)}"
+    return f"{pruning_of(recommendation)}; {recovery_of(recommendation)}"
 
 
-def pruning_of(found: Recommendation) -> str:
+def pruning_of(recommendation: Recommendation) -> str:
     """Return how to prune, and whether to reconstruct the pruned weights, as text."""
     then = ", then reconstruct"
-    return "; beside it ".join(f"{_PRUNING[name]}{then * (SOLVED in one)}" for name, one in found.variants.items())
+    return "; beside it ".join(
+        f"{_PRUNING[name]}{then * (SOLVED in settings)}" for name, settings in recommendation.variants.items()
+    )
 
 
-def recovery_of(found: Recommendation) -> str:
+def recovery_of(recommendation: Recommendation) -> str:
     """Return the training after pruning as text."""
-    recover = merge(found.recipe, *found.variants.values()).get("recover", {})
+    recover = merge(recommendation.recipe, *recommendation.variants.values()).get("recover", {})
     if recover.get("method") == "none":
         return "no training"
     trained = _TRAINED.get(str(recover.get("trainable", "lora")), "the chosen weights")
     weights = recover.get("losses", {"ce": 1})
     losses = " + ".join(words for name, words in _LOSSES.items() if weights.get(name)) or "other losses"
-    return f"train {trained} by {losses} on {percent(found.data_fraction)} of the data"
+    return f"train {trained} by {losses} on {percent(recommendation.data_fraction)} of the data"
 
 
 def percent(value: float) -> str:
@@ -320,26 +326,27 @@ def command(advice: Advice, config: str) -> list[str]:
     return ["vlmprune", "run", *(shlex.quote(f"--{name}={value}") for name, value in flags.items())]
 
 
-def _config_file(found: Recommendation, cfg: ModelConfig, settings: dict[str, Any]) -> str:
+def _config_file(recommendation: Recommendation, cfg: ModelConfig, settings: dict[str, Any]) -> str:
     """Return the recommended config file's text: the family's recipe, advised settings, and `settings`.
 
     Prompts and images are prepared as the model folder says, and settings without effect are left out.
     """
     named, changes = family_of(cfg).name, dict[str, Any]()
-    recipe = named if found.of_family and named in recipes() else None
+    recipe = named if recommendation.of_family and named in recipes() else None
     if count_params(cfg) >= _LARGE:
         changes = {"model": {"dtype": "bfloat16"}, "mesh": {"fsdp": -1}}
-    fraction = {"data": {"fraction": found.data_fraction}} if found.data_fraction else {}
-    only = next(iter(found.variants.values())) if len(found.variants) == 1 else {}
-    changes = merge({"model": {}}, changes, found.recipe, settings, fraction, only)
+    fraction = {"data": {"fraction": recommendation.data_fraction}} if recommendation.data_fraction else {}
+    only = next(iter(recommendation.variants.values())) if len(recommendation.variants) == 1 else {}
+    changes = merge({"model": {}}, changes, recommendation.recipe, settings, fraction, only)
     start = Experiment() if recipe is None else override(Experiment(), recipes()[recipe])
     data, default = override(start, changes).data, Experiment().data
-    own = {name: getattr(default, name) for name in _FOLDERS_OWN if getattr(data, name) != getattr(default, name)}
-    changes = merge(changes, {"data": own})
-    variants = {} if only else {"prune_variants": found.variants}
+    folders = {name: getattr(default, name) for name in _FOLDERS_OWN if getattr(data, name) != getattr(default, name)}
+    changes = merge(changes, {"data": folders})
+    variants = {} if only else {"prune_variants": recommendation.variants}
     unused = unused_settings([(override(start, {**changes, **variants}), cfg)]).values()
     without_effect = {*itertools.chain(*unused)}
-    about = f"Advice of `vlmprune recommend` for {percent(found.target.ratio)} of all parameters: {summarize(found)}."
+    share = percent(recommendation.target.ratio)
+    about = f"Advice of `vlmprune recommend` for {share} of all parameters: {summarize(recommendation)}."
     lines = [
         *textwrap.wrap(f'"""{about}', 110),
         '"""',
@@ -356,20 +363,20 @@ def _config_file(found: Recommendation, cfg: ModelConfig, settings: dict[str, An
     ]
     if not only:
         lines.append("    config.prune_variants = {")
-        for method, values in found.variants.items():
+        for method, values in recommendation.variants.items():
             inner = [f"            {_literal(section)}: {_literal(value)}," for section, value in values.items()]
             lines += [f"        {_literal(method)}: {{", *inner, "        },"]
         lines.append("    }")
     return "\n".join([*lines, "    return config", ""])
 
 
-def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ("recover.losses.ce", 0.5) for every setting in nested settings."""
     for name, value in values.items():
         if isinstance(value, Mapping) and all(key.isidentifier() and not keyword.iskeyword(key) for key in value):
-            yield from _leaves(value, f"{where}{name}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield where + name, value
+            yield prefix + name, value
 
 
 def _literal(value: Any) -> str:
@@ -377,7 +384,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_literal(name)}: {_literal(one)}' for name, one in value.items())}}}"
+        return f"{{{', '.join(f'{_literal(name)}: {_literal(item)}' for name, item in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_literal, value))}]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

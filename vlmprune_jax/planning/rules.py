@@ -253,16 +253,16 @@ def _expect_like(target: Target, rule: Rule, used: float, guide: Guide) -> Expec
 
 def _by_model(rows: Sequence[Evidence], share: float, at: float) -> dict[str, float]:
     """Return {model: retention at a ratio}, interpolated between measured ratios (100 % at ratio 0)."""
-    found = {}
+    retained = {}
     for key in dict.fromkeys(row.model for row in rows):
         points = [(row.decoder_ratio, row.retained) for row in rows if row.model == key]
         near = [value for ratio, value in points if abs(ratio - share) <= at]
         if near:
-            found[key] = sum(near) / len(near)
+            retained[key] = sum(near) / len(near)
         elif share < max(ratio for ratio, _ in points):
             ratios, values = zip(*sorted([(0.0, 100.0), *points]), strict=True)
-            found[key] = float(np.interp(share, ratios, values))
-    return found
+            retained[key] = float(np.interp(share, ratios, values))
+    return retained
 
 
 def _seed_half(row: Evidence) -> float:

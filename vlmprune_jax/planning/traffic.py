@@ -40,43 +40,43 @@ def hbm_bytes(hlo: str) -> int:
     computations = computations_of(hlo)
     runs = executions(hlo, computations)
     parsed = {name: _parse(lines) for name, lines in computations.items()}
-    fused = {found[1] for lines in computations.values() for line in lines
-             if " fusion(" in line and (found := _CALLS.search(line))}  # fmt: skip
+    fused = {match[1] for lines in computations.values() for line in lines
+             if " fusion(" in line and (match := _CALLS.search(line))}  # fmt: skip
     total = 0
     for name, instructions in parsed.items():
         if runs[name] and name not in fused:
-            results = {one.name: one.result for one in instructions}
-            total += runs[name] * sum(_touched(one, results, parsed) for one in instructions)
+            results = {op.name: op.result for op in instructions}
+            total += runs[name] * sum(_touched(op, results, parsed) for op in instructions)
     return total
 
 
 def _parse(lines: Sequence[str]) -> list[_Instruction]:
-    found = []
+    ops = []
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match:
             arguments = match[4].split("), ")[0]
-            found.append(_Instruction(match[1], match[2], match[3], tuple(_NAME.findall(arguments)), line))
-    return found
+            ops.append(_Instruction(match[1], match[2], match[3], tuple(_NAME.findall(arguments)), line))
+    return ops
 
 
-def _touched(one: _Instruction, results: Mapping[str, str], parsed: _Computations) -> int:
-    if one.kind in _FREE or one.kind.endswith("-done"):
+def _touched(op: _Instruction, results: Mapping[str, str], parsed: _Computations) -> int:
+    if op.kind in _FREE or op.kind.endswith("-done"):
         return 0
-    sizes = [_bytes(results.get(name, "")) for name in one.operands]
-    written = _bytes(one.result)
-    if one.kind in _SLICES:
+    sizes = [_bytes(results.get(name, "")) for name in op.operands]
+    written = _bytes(op.result)
+    if op.kind in _SLICES:
         return 2 * written
-    if one.kind == "dynamic-update-slice":
+    if op.kind == "dynamic-update-slice":
         return 2 * sizes[1]
-    if one.kind in ("copy-start", "slice-start"):
-        first = one.result[1:].split("}, ")[0] + "}"
-        return _bytes(first) + (sizes[0] if one.kind == "copy-start" else _bytes(first))
-    called = _CALLS.search(one.line)
-    if one.kind == "fusion" and called:
-        parts = [_used(parsed, called[1], number, size) for number, size in enumerate(sizes)]
-        in_place = sum(size for size, (_, updates) in zip(sizes, parts, strict=True) if updates)
-        used = sum(sum(part) or size for size, part in zip(sizes, parts, strict=True))
+    if op.kind in ("copy-start", "slice-start"):
+        first = op.result[1:].split("}, ")[0] + "}"
+        return _bytes(first) + (sizes[0] if op.kind == "copy-start" else _bytes(first))
+    called = _CALLS.search(op.line)
+    if op.kind == "fusion" and called:
+        uses = [_used(parsed, called[1], number, size) for number, size in enumerate(sizes)]
+        in_place = sum(size for size, (_, updates) in zip(sizes, uses, strict=True) if updates)
+        used = sum(sum(part) or size for size, part in zip(sizes, uses, strict=True))
         return used + max(written - in_place, 0)
     return sum(sizes) + written
 
@@ -88,26 +88,26 @@ def _used(parsed: _Computations, body: str, number: int, size: int) -> tuple[int
     """
     if not size:
         return 0, 0
-    names = {one.name for one in parsed[body] if one.kind == "parameter" and f" parameter({number})" in one.line}
-    results = {one.name: one.result for one in parsed[body]}
+    names = {op.name for op in parsed[body] if op.kind == "parameter" and f" parameter({number})" in op.line}
+    results = {op.name: op.result for op in parsed[body]}
     read = updates = 0
-    for one in parsed[body]:  # in order: a bitcast comes before its users
-        if not names.intersection(one.operands):
+    for op in parsed[body]:  # in order: a bitcast comes before its users
+        if not names.intersection(op.operands):
             continue
-        called = _CALLS.search(one.line)
-        if one.kind == "bitcast":
-            names.add(one.name)
-        elif one.kind in _SLICES:
-            read += _bytes(one.result, any_memory=True)
-        elif one.kind == "dynamic-update-slice" and one.operands[0] in names:
-            updates += _bytes(results[one.operands[1]], any_memory=True)
-            names.add(one.name)
-        elif one.kind == "fusion" and called:
-            for place in (i for i, name in enumerate(one.operands) if name in names):
+        called = _CALLS.search(op.line)
+        if op.kind == "bitcast":
+            names.add(op.name)
+        elif op.kind in _SLICES:
+            read += _bytes(op.result, any_memory=True)
+        elif op.kind == "dynamic-update-slice" and op.operands[0] in names:
+            updates += _bytes(results[op.operands[1]], any_memory=True)
+            names.add(op.name)
+        elif op.kind == "fusion" and called:
+            for place in (i for i, name in enumerate(op.operands) if name in names):
                 inner = _used(parsed, called[1], place, size)
                 read, updates = read + inner[0], updates + inner[1]
-                names |= {one.name} if inner == (0, 0) else set()
-        elif one.kind != "tuple":
+                names |= {op.name} if inner == (0, 0) else set()
+        elif op.kind != "tuple":
             return size, updates
     return min(read, size), updates
 

@@ -109,8 +109,8 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
-        where = f"{self.folder}/{step}"
-        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, where, _REMEDY)
+        location = f"{self.folder}/{step}"
+        meta = checked(self._read(step, META, ocp.args.JsonRestore()), _Meta, location, _REMEDY)
         differs = differences(meta["identity"], self.identity)
         if differs:
             raise UserError(
@@ -120,12 +120,12 @@ class Checkpointer:
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _tree(like))
         tree = self._read(step, STATE, ocp.args.StandardRestore(abstract))
-        with reading(where, _REMEDY):
+        with reading(location, _REMEDY):
             state = jax.tree.unflatten(jax.tree.structure(like), [tree[name] for name in sorted(tree)])
             if int(state.step) != step:
-                raise UserError(f"{where}: contains step {int(state.step)}, expected step {step}: {_REMEDY}")
+                raise UserError(f"{location}: contains step {int(state.step)}, expected step {step}: {_REMEDY}")
             if "digest" in meta and weights_digest(tree) != meta["digest"]:
-                raise UserError(f"{where}: the arrays differ from the saved ones: {_REMEDY}")
+                raise UserError(f"{location}: the arrays differ from the saved ones: {_REMEDY}")
             return state, self._own(step, meta["data"])
 
     def _own(self, step: int, states: list[str]) -> Any:

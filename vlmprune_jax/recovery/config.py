@@ -127,8 +127,8 @@ class LossConfig:
 
     def weights(self) -> dict[str, float]:
         """Return {loss term: weight}."""
-        found = settings_of(self).items()
-        return {n: getattr(self, n) for n, about in found if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
+        items = settings_of(self).items()
+        return {n: getattr(self, n) for n, about in items if about.unit == WEIGHT and n != "extra"} | dict(self.extra)
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,9 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
 
 def _make_compute(cfg: ModelConfig, mesh: Mesh | None) -> Callable[[Params, dict[str, np.ndarray]], jax.Array]:
     """Return a function that computes vision features of a batch of tiles, compiled once per shape."""
-    where = None if mesh is None else batch_sharding(mesh, 3)
+    sharding = None if mesh is None else batch_sharding(mesh, 3)
     program = jax.jit(
-        lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=where
+        lambda tower, rows: tower_features(tower, cfg, rows["pixel_values"], rows.get(GRIDS)), out_shardings=sharding
     )
 
     def compute(tower: Params, rows: dict[str, np.ndarray]) -> jax.Array:

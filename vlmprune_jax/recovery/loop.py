@@ -172,8 +172,8 @@ def _train(
                 saver.save(step + 1, state, stream.get_state())  # type: ignore[attr-defined]
                 recorder.saved = step + 1
             if stopping:
-                where = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
-                raise stop.stopped("training", f"after step {step + 1} of {span[1]}; {where}")
+                remark = f"saved in {saver.folder}: run the same command to continue" if saver else "nothing is saved"
+                raise stop.stopped("training", f"after step {step + 1} of {span[1]}; {remark}")
         settle(0)
     return state
 

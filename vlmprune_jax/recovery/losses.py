@@ -293,9 +293,9 @@ def _at_positions(
     with blaming(f"loss term {name!r}", function):
         values = function(*inputs)
     if getattr(values, "shape", None) != positions.shape or jnp.iscomplexobj(values):
-        found = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else repr(values)
+        output = f"{values.dtype}{list(values.shape)}" if isinstance(values, jax.Array) else repr(values)
         expected = f"a real number for each position, {list(positions.shape)}"
-        raise UserError(f"loss term {name!r}: returned {found}, expected {expected}: correct it")
+        raise UserError(f"loss term {name!r}: returned {output}, expected {expected}: correct it")
     return values
 
 

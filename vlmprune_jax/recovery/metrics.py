@@ -168,16 +168,16 @@ class Recorder:
     def _refuse(self, step: int, values: Mapping[str, float], record_ids: Sequence[str]) -> None:
         ids = [name for name in record_ids if name]
         listed = ", ".join(ids[:LISTED_IDS]) + (f" and {len(ids) - LISTED_IDS} more" if len(ids) > LISTED_IDS else "")
-        where = ""
+        remark = ""
         if self._folder is not None:
             path = self._folder / f"nonfinite-{process_number()}.json"
             metrics = {name: str(value) for name, value in values.items()}
             with replacing(path) as file:
                 file.write(json.dumps({"step": step, "metrics": metrics, "records": ids}).encode())
-            where = f" (all in {path}); last checkpoint: step {self.saved}"
+            remark = f" (all in {path}); last checkpoint: step {self.saved}"
         loss, norm = values["loss"], values["grad_norm"]
         raise UserError(
-            f"step {step}: loss {loss} or gradient norm {norm} is not finite; records {listed}{where}: check these "
+            f"step {step}: loss {loss} or gradient norm {norm} is not finite; records {listed}{remark}: check these "
             "records, or lower the learning rate"
         )
 

@@ -67,9 +67,9 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
         tensors[f"{_ROOT}{module}.lora_A.weight"], tensors[f"{_ROOT}{module}.lora_B.weight"] = adapter.a, adapter.b
     whole = _whole_modules(slots, trained, family)
     for module, members in whole.items():
-        for key, parts in by_key(members).items():
-            value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in parts])
-            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(parts[0].hf_shape)
+        for key, pieces in by_key(members).items():
+            value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in pieces])
+            tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(pieces[0].hf_shape)
     if is_main_process():
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")
         config = _config(adapters, list(whole), lora, base, _loader(plain, stock))

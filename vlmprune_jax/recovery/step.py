@@ -60,8 +60,8 @@ def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
     """Return {metric name: learning-rate schedule}, with a separate one for the projector if it is trained."""
     schedules = {"learning_rate": make_schedule(config, num_steps)}
     if PROJECTOR in groups.values():
-        own = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
-        schedules["projector_learning_rate"] = make_schedule(own, num_steps)
+        projector = dataclasses.replace(config, learning_rate=config.projector_learning_rate or config.learning_rate)
+        schedules["projector_learning_rate"] = make_schedule(projector, num_steps)
     return schedules
 
 
@@ -96,7 +96,7 @@ def init_state(
 def abstract_state(trainable: Flat, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Return the training state as abstract arrays with shardings."""
     state = jax.eval_shape(functools.partial(_initial, optimizer=optimizer, seed=0), trainable)
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings)
 
 
 def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -115,7 +115,7 @@ def state_shardings(
     params = {path: sharding(mesh, axes[path], leaf.shape) for path, leaf in trainable.items()}
     opt_state = jax.eval_shape(optimizer.init, trainable)
     placed = optax.tree.map_params(
-        optimizer, lambda _, where: where, opt_state, params, transform_non_params=lambda _: everywhere
+        optimizer, lambda _, sharding: sharding, opt_state, params, transform_non_params=lambda _: everywhere
     )
     return TrainState(params, placed, everywhere, everywhere)
 
@@ -254,8 +254,8 @@ def place_rows(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Ar
 
 def local_rows(array: jax.Array) -> np.ndarray:
     """Return this process's rows of a global array that is sharded over rows only (undoes `place_rows`)."""
-    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 @contextlib.contextmanager

@@ -84,9 +84,9 @@ class LossTerm:
         return any(name.endswith("log_probs") for name in self.needs)
 
 
-def divergence(of: jax.Array, to: jax.Array) -> jax.Array:
-    """Return the KL divergence KL(of || to), float32[...], of log-probabilities float32[..., vocab]."""
-    return jnp.sum(jnp.exp(of) * (of - to), axis=-1)
+def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """Return the KL divergence KL(p || q), float32[...], of log-probabilities float32[..., vocab]."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def squared_difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:

@@ -36,8 +36,8 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
     `given`: the flags of this command, with which the printed command writes the config if `save` is None. `full`:
     print all evidence and the config as well.
     """
-    found = advice.recommendation
-    path = saved_as(save, found.target.ratio)
+    recommendation = advice.recommendation
+    path = saved_as(save, recommendation.target.ratio)
     if save is not None:
         _write(path, advice.config)
     _say(decision(advice), reporter)
@@ -45,11 +45,11 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
     lines = [*_shell(first), *_shell(command(advice, str(path)))]
     for line in ["", *lines, ""]:
         reporter.say(line)
-    _say(evidence(found), reporter)
+    _say(evidence(recommendation), reporter)
     if not full:
-        own = "" if advice.own_data else "--train, --images and --eval set your files; "
-        _say([("more", f"{own}--evidence prints the rest")], reporter)
-    tables, notes = tables_of(found) if full else [], footnotes(found) if full else []
+        data_hint = "" if advice.own_data else "--train, --images and --eval set your files; "
+        _say([("more", f"{data_hint}--evidence prints the rest")], reporter)
+    tables, notes = tables_of(recommendation) if full else [], footnotes(recommendation) if full else []
     if advice.bench is not None:
         tables, notes = tables + bench_tables(advice.bench), notes + bench_notes(advice.bench)
     for line in details(advice) if full else ():
@@ -87,18 +87,18 @@ def _shell(arguments: Sequence[str]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def tables_of(found: Recommendation) -> list[Table]:
+def tables_of(recommendation: Recommendation) -> list[Table]:
     """Return a recommendation's tables: evidence, other measurements at similar ratios, and speed-ups."""
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
-        "Expected from": () if found.expected is None else found.expected.rows,
-        "Beside it, at a like ratio (models of like kind and size first)": found.beside,
+        "Expected from": () if recommendation.expected is None else recommendation.expected.rows,
+        "Beside it, at a like ratio (models of like kind and size first)": recommendation.beside,
     }
-    tables = [Table(title, header, tuple(map(_row, of))) for title, of in rows.items() if of]
-    if found.speed:
+    tables = [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
+    if recommendation.speed:
         fast = [
-            (f"{one.model}, {one.format}, llama.cpp", one.method, percent(one.removed), f"{one.decode:.2f}")
-            for one in found.speed
+            (f"{row.model}, {row.format}, llama.cpp", row.method, percent(row.removed), f"{row.decode:.2f}")
+            for row in recommendation.speed
         ]
         tables.append(Table("Decoding, times the unpruned speed", ("model", "prune", "of all", "times"), tuple(fast)))
     return tables
@@ -109,13 +109,13 @@ def _row(row: Evidence) -> tuple[str, ...]:
     data = "unknown" if row.data_fraction is None else percent(row.data_fraction)
     control = "" if row.of_control is None else f" ({row.of_control:.2f} of control)"
     retained = f"{row.retained:.2f}{control}{'' if row.counts else ' *'}"
-    made, size = f"{row.method} + {row.recovery}", f"{row.parameters / 1e6:,.{0 if row.parameters > 1e7 else 2}f}"
-    return row.model, made, retained, ends, str(row.seeds or ""), percent(row.decoder_ratio), data, size, row.source
+    setup, size = f"{row.method} + {row.recovery}", f"{row.parameters / 1e6:,.{0 if row.parameters > 1e7 else 2}f}"
+    return row.model, setup, retained, ends, str(row.seeds or ""), percent(row.decoder_ratio), data, size, row.source
 
 
-def footnotes(found: Recommendation) -> list[str]:
+def footnotes(recommendation: Recommendation) -> list[str]:
     """Return the notes below a recommendation's evidence table."""
-    rows = (*(() if found.expected is None else found.expected.rows), *found.beside)
+    rows = (*(() if recommendation.expected is None else recommendation.expected.rows), *recommendation.beside)
     notes = (f"{'' if row.counts else '* '}{row.model}, {_row(row)[1]}: {row.note}" for row in rows if row.note)
     return list(dict.fromkeys(notes))
 
@@ -128,13 +128,16 @@ def advice_section(result: Result) -> Iterator[Section]:
     trained = run.data_fraction > 0
     asked = Target(result.teacher.parameters, result.workload.images > 0, run.ratio_reached, run.decoder_ratio)
     data, compute = min(max(run.data_fraction, 0), 1), "full" if trained else "none"
-    found = recommend(asked, data_fraction=data, compute=compute, speed=False, guide=read_guide())
+    recommendation = recommend(asked, data_fraction=data, compute=compute, speed=False, guide=read_guide())
     about = (
         f"For the ratio of the best run, {percent(asked.ratio)} of all parameters ({percent(asked.decoder_ratio)} of "
         f"the decoder), {'with the data it was trained on' if trained else 'without training'}; `vlmprune recommend` "
         "answers for other budgets."
     )
-    lines = [f"recommended: {summarize(found)}", *(f"{label}: {text}" for label, text in evidence(found))]
-    lines += reasons(found)
-    notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(found)))
-    yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(found)))
+    lines = [
+        f"recommended: {summarize(recommendation)}",
+        *(f"{label}: {text}" for label, text in evidence(recommendation)),
+    ]
+    lines += reasons(recommendation)
+    notes = tuple(line[:1].upper() + line[1:] for line in (about, *lines, *footnotes(recommendation)))
+    yield Section("What the guide recommends", notes=notes, tables=tuple(tables_of(recommendation)))

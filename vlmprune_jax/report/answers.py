@@ -18,24 +18,25 @@ Right = Mapping[str, Sequence[float]]  # by model: 1 (right) or 0 (wrong) for ev
 
 def length_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Yield a report section with every model's answer length in tokens, and energy per question if measured."""
-    models = [(UNPRUNED, None), *((result.labels[one.name], one.path) for one in result.entries[:MOST_COMPARED])]
+    models = [(UNPRUNED, None), *((result.labels[entry.name], entry.path) for entry in result.entries[:MOST_COMPARED])]
     tables, counters = list[Table](), set[str]()
-    for key, of in result.sets.items():
+    for key, metric in result.sets.items():
         rows, before = list[tuple[str, ...]](), None
         for label, folder in models:
             path = find_evaluated(workdir, folder, key)
-            found = None if path is None else read_evaluated(path)
-            if found is None or found.mean_generated_tokens is None or not found.count:
+            answers = None if path is None else read_evaluated(path)
+            if answers is None or answers.mean_generated_tokens is None or not answers.count:
                 continue
-            before, energy = before or found, "" if found.joules is None else f"{found.joules / found.count:.3g}"
-            counters |= {found.counters} - {""}
-            times = found.mean_generated_tokens / before.mean_generated_tokens if before.mean_generated_tokens else 1
-            rows.append((label, f"{found.mean_generated_tokens:.2f}", f"{times:.2f}", energy))
+            before = before or answers
+            energy = "" if answers.joules is None else f"{answers.joules / answers.count:.3g}"
+            counters |= {answers.counters} - {""}
+            times = answers.mean_generated_tokens / before.mean_generated_tokens if before.mean_generated_tokens else 1
+            rows.append((label, f"{answers.mean_generated_tokens:.2f}", f"{times:.2f}", energy))
         header = ("model", "tokens per answer", "x unpruned", "joules per question")
         measured = any(row[-1] for row in rows)
         cut = len(header) if measured else -1
         if rows:
-            title = "Means over all questions" if len(result.sets) == 1 else f"{key}: means over {of.size}"
+            title = "Means over all questions" if len(result.sets) == 1 else f"{key}: means over {metric.size}"
             tables.append(Table(title, header[:cut], tuple(row[:cut] for row in rows), ascending=header[1:]))
     if tables:
         energy = (
@@ -52,8 +53,8 @@ def length_section(workdir: Path, result: Result) -> Iterator[Section]:
 def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
     """Yield a report section with McNemar tests between the runs and the unpruned model."""
     tables, left_out, labels = list[Table](), list[str](), result.labels
-    for key, of in result.sets.items():
-        if of.counted != "questions" or of.full is None:
+    for key, metric in result.sets.items():
+        if metric.counted != "questions" or metric.full is None:
             continue
         prefix = "" if len(result.sets) == 1 else f"{key}: "
         right = _right_by_model(workdir, result.runs, key)
@@ -79,16 +80,16 @@ def comparison_section(workdir: Path, result: Result) -> Iterator[Section]:
 
 def _right_by_model(workdir: Path, runs: Sequence[Run], key: str) -> Right:
     """Return {model: 1 (right) or 0 (wrong) per question} of the models that answered all questions."""
-    found: dict[str, list[float]] = {}
+    right: dict[str, list[float]] = {}
     for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs[:MOST_COMPARED])]:
         path = find_evaluated(workdir, folder, key)
         if path is None:
             continue
         scores = read_evaluated(path).question_scores
-        fits = all(score in (0, 1) for score in scores) and len(scores) == len(found.get(UNPRUNED, scores))
+        fits = all(score in (0, 1) for score in scores) and len(scores) == len(right.get(UNPRUNED, scores))
         if scores and fits:
-            found[name] = [float(score or 0) for score in scores]
-    return found
+            right[name] = [float(score or 0) for score in scores]
+    return right
 
 
 def _against(title: str, reference: str, right: Right, labels: Mapping[str, str], runs: Sequence[Run] = ()) -> Table:

@@ -143,8 +143,8 @@ def _notes(result: Result) -> tuple[str, ...]:
 
 def _samples(workdir: Path, labels: Mapping[str, str], finished: bool) -> Iterator[Section]:
     """Yield one report section of sample questions per evaluation set."""
-    found = find_artefact(workdir / SAMPLES, Samples)
-    sets = {} if found is None else found.sets
+    artefact = find_artefact(workdir / SAMPLES, Samples)
+    sets = {} if artefact is None else artefact.sets
     title = "Questions and what every model answers"
     if not sets and finished:
         command = COMMAND.format(workdir, "").replace(" run ", " evaluate ")

@@ -109,14 +109,14 @@ def _against_best(workdir: Path, sweep: SweepResult, groups: Sequence[Group]) ->
     """Return {group: verdict of the test against the best group}, of groups whose evaluations are in the workdir."""
     best, scores = _best(groups), dict[str, np.ndarray]()
     for group in groups:
-        parts = [question_parts(workdir, model, sweep) for model in group.models]
-        if all(part is not None for part in parts) and len({len(part) for part in parts if part is not None}) == 1:
-            scores[group.name] = np.stack([part for part in parts if part is not None])
+        columns = [question_parts(workdir, model, sweep) for model in group.models]
+        if all(part is not None for part in columns) and len({len(part) for part in columns if part is not None}) == 1:
+            scores[group.name] = np.stack([part for part in columns if part is not None])
     if best is None or best.name not in scores:
         return {}
     reference = scores.pop(best.name)
-    others = {name: of for name, of in scores.items() if of.shape[1] == reference.shape[1]}
-    adjusted = holm([p_of_difference(reference, of) for of in others.values()])
+    others = {name: values for name, values in scores.items() if values.shape[1] == reference.shape[1]}
+    adjusted = holm([p_of_difference(reference, values) for values in others.values()])
     return {name: "worse" if p < SIGNIFICANT else CHANCE for name, p in zip(others, adjusted, strict=True)}
 
 
@@ -133,7 +133,7 @@ def _lead(
     verdicts: Mapping[str, str],
 ) -> Iterator[str]:
     runs = {entry.run: entry.status for entry in sweep.models}
-    count = {status: sum(found == status for found in runs.values()) for status in dict.fromkeys(runs.values())}
+    count = {status: sum(state == status for state in runs.values()) for status in dict.fromkeys(runs.values())}
     left = ", ".join(f"{number} {status}" for status, number in count.items() if status != DONE)
     yield f"{count.get(DONE, 0)} of {len(runs)} runs are done{f' ({left})' if left else ''}: {len(sweep.done)} models."
     if best is None or best.retained is None:
@@ -183,7 +183,7 @@ def _smaller(group: Group, sweep: SweepResult) -> str:
 def _speedup_of(group: Group, part: str) -> SpeedUp | None:
     """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
     speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
-    unclear = next((of for of in speedups if of is None or not of.measurable), speedups[0])
+    unclear = next((speedup for speedup in speedups if speedup is None or not speedup.measurable), speedups[0])
     if unclear is None or not unclear.measurable:
         return unclear
     return SpeedUp(*SPEEDUPS[part].of_group(group), spread=0.0)
@@ -191,7 +191,7 @@ def _speedup_of(group: Group, part: str) -> SpeedUp | None:
 
 def _timed(group: Group) -> bool:
     """Return True if a group's speed-ups were measured, and are measurable."""
-    return all((of := _speedup_of(group, part)) is not None and of.measurable for part in SPEEDUPS)
+    return all((speedup := _speedup_of(group, part)) is not None and speedup.measurable for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -236,13 +236,13 @@ def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
     fractions = sorted({group.first.data_fraction for group in drawable(groups)})
     for fraction in fractions[:MOST_FIGURES]:
         some = [group for group in drawable(groups) if group.first.data_fraction == fraction]
-        of = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
+        training = f"Trained on {100 * fraction:g} % of the data" if fraction else "Without training"
         figure = plots.curves_figure(some, way_of, lambda group: series[group.name], REMOVED, "linear")
         figures.append(
             figure_of(
                 figure,
-                f"{of}: retained percent over the share of parameters removed, {len(some)} points.",
-                f"{of}. {BANDS}",
+                f"{training}: retained percent over the share of parameters removed, {len(some)} points.",
+                f"{training}. {BANDS}",
             )
         )
     yield Section("Over the ratio", figures=tuple(figures))
@@ -276,11 +276,11 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
         name = f"{series[group.name]} {100 * _asked(group):.3g} %, {way_of(group)}"
         lines.setdefault(name, {})[group.first.image_tokens or 0] = [model.evaluation for model in group.models]
     figures = []
-    for name, of in itertools.islice(sweep.sets.items(), MOST_FIGURES):
-        label = f"{of.label} on {name}"
+    for name, metric in itertools.islice(sweep.sets.items(), MOST_FIGURES):
+        label = f"{metric.label} on {name}"
         points = {
             line: [
-                (tokens, interval_of_mean([of.scale * value for value in values]), len(values))
+                (tokens, interval_of_mean([metric.scale * value for value in values]), len(values))
                 for tokens, models in at.items()
                 if (values := [value for model in models if (value := model.main(name, sweep.sets)) is not None])
             ]
@@ -318,7 +318,7 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
     panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for at in chosen.values():
         panels[_removed(list(at.values()))] = {
-            name: {one: _kept(group, one) or 0.0 for one in names} for name, group in at.items()
+            name: {set_name: _kept(group, set_name) or 0.0 for set_name in names} for name, group in at.items()
         }
     figure = plots.radar_figure(panels, names)
     alt = f"Radar of retention on {', '.join(names)}, for the model of each method and ratio with the highest mean."
@@ -331,7 +331,7 @@ def _retention(group: Group) -> float:
 
 
 def _kept(group: Group, name: str) -> float | None:
-    values = [one.evaluation.retained.get(name) for one in group.models]
+    values = [model.evaluation.retained.get(name) for model in group.models]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 
@@ -348,7 +348,7 @@ def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, s
     unpruned = sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0))
     rows = [_unpruned_row(key, model, sweep, names) for key, model in unpruned]
     for group in groups:
-        averages = [value for one in group.models if (value := one.evaluation.paper_average) is not None]
+        averages = [value for model in group.models if (value := model.evaluation.paper_average) is not None]
         before = sweep.unpruned[group.first.unpruned].parameters
         rows.append(
             {
@@ -380,7 +380,7 @@ def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, s
 
 def _unpruned_names(sweep: SweepResult) -> dict[str, str]:
     """Return {key in `sweep.unpruned`: name of the model in tables}, with its folder if there are several models."""
-    models = {key: key.removesuffix(unpruned_key("", of.image_tokens)) for key, of in sweep.unpruned.items()}
+    models = {key: key.removesuffix(unpruned_key("", model.image_tokens)) for key, model in sweep.unpruned.items()}
     several = len({*models.values()}) > 1
     return {key: f"unpruned {printable(model)}" if several else "unpruned" for key, model in models.items()}
 
@@ -389,14 +389,14 @@ def _unpruned_row(key: str, model: UnprunedModel, sweep: SweepResult, names: Seq
     sets, label = sweep.sets, _unpruned_names(sweep)[key]
     label += f", {model.image_tokens} image tokens" if model.image_tokens else ""
     scores = {
-        f"{one}: {sets[one].label}": sets[one].show(model.evaluation.main(one, sets), unit=False) for one in names
+        f"{name}: {sets[name].label}": sets[name].show(model.evaluation.main(name, sets), unit=False) for name in names
     }
     whole = {"retained, %": "100.00", "size, %": "100.0", "paper avg, %": "100.00"}
     return {"model": label, **whole, **_costs([model]), **scores}
 
 
 def _costs(models: Sequence[SweptModel | UnprunedModel]) -> dict[str, str]:
-    parameters, mib, flops = (sum(map(cost.of, models)) / len(models) for cost in COSTS)
+    parameters, mib, flops = (sum(map(cost.value_of, models)) / len(models) for cost in COSTS)
     return {"parameters": f"{1e6 * parameters:,.0f}", "MiB": f"{mib:,.2f}", "GFLOPs": f"{flops:,.3f}"}
 
 

@@ -50,13 +50,13 @@ class Cost:
 
     title: str
     label: str
-    of: Callable[[Any], float]
+    value_of: Callable[[Any], float]
     rising: bool = False
     range_of: Callable[[Any], tuple[float, float]] | None = None
 
     def of_group(self, group: Group) -> tuple[float, float, float]:
         """Return a group's (mean, low, high) cost over its seeds."""
-        values = [self.of(model) for model in group.models]
+        values = [self.value_of(model) for model in group.models]
         mean = float(np.mean(values))
         if self.range_of is None:
             return mean, mean, mean
@@ -107,8 +107,8 @@ def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, s
         places.setdefault((name, way_of(group), first.data_fraction, share, first.image_tokens), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))
     for group in groups:
-        told = (group.labels[label] for label in extra if label in group.labels)
-        series[group.name] = ", ".join((series[group.name], *told))
+        values = (group.labels[label] for label in extra if label in group.labels)
+        series[group.name] = ", ".join((series[group.name], *values))
     return series
 
 
@@ -125,11 +125,11 @@ def drawable(groups: Sequence[Group]) -> list[Group]:
 def _styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return {line name: line style}; "without recovery" is grey."""
     others = [name for name in dict.fromkeys(names) if name != WITHOUT]
-    found = {WITHOUT: {"color": UNRECOVERED, "linestyle": "-", "marker": "o"}}
+    styles = {WITHOUT: {"color": UNRECOVERED, "linestyle": "-", "marker": "o"}}
     for i, name in enumerate(others):
         dashes, marker = _LINES[i // len(COLOURS) % len(_LINES)]
-        found[name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker}
-    return found
+        styles[name] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker}
+    return styles
 
 
 def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | None, costs: Sequence[Cost]) -> Figure:
@@ -144,7 +144,7 @@ def pareto_figure(groups: Sequence[Group], unpruned: Sequence[UnprunedModel] | N
         figure, panels = _panels(len(costs), 3.3)
         for axes, cost in zip(panels, costs, strict=True):
             axes.axhline(100, color=MUTED, linestyle="--", linewidth=1)
-            for x in [1.0] if unpruned is None else map(cost.of, unpruned):
+            for x in [1.0] if unpruned is None else map(cost.value_of, unpruned):
                 axes.plot(x, 100, "*", color=INK, markersize=12, zorder=3)
             places = [cost.of_group(group) for group in groups]
             front = _front(places, groups, rising=cost.rising)
@@ -234,7 +234,7 @@ def curves_figure(
                 if name in lines:
                     _curve(axes, lines[name], x, styles[name])
             if scale == "log":
-                _log_ticks(axes, sorted({round(x.of(group.first), 6) for group in groups}), "g")
+                _log_ticks(axes, sorted({round(x.value_of(group.first), 6) for group in groups}), "g")
             axes.set_title(legible(title, LONGEST_TITLE))
             axes.set_xlabel(x.label)
             retention_axis(axes, "y", [group.retained[0] for group in drawable(groups) if group.retained])
@@ -245,7 +245,7 @@ def curves_figure(
 
 def _curve(axes: Axes, groups: Sequence[Group], x: Cost, look: Mapping[str, Any]) -> None:
     points = [
-        (float(np.mean([x.of(model) for model in group.models])), group.retained, len(group.models))
+        (float(np.mean([x.value_of(model) for model in group.models])), group.retained, len(group.models))
         for group in groups
         if group.retained is not None
     ]
@@ -296,7 +296,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: 
     names = list(dict.fromkeys(name for models in panels.values() for name in models))
     styles = _styles(names)
     angles = np.linspace(0, 2 * np.pi, len(sets), endpoint=False)
-    top = max([100.0, *(value for models in panels.values() for of in models.values() for value in of.values())])
+    top = max([100.0, *(value for models in panels.values() for model in models.values() for value in model.values())])
     top = min(top, 150.0)
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -308,8 +308,8 @@ def radar_figure(panels: Mapping[str, Mapping[str, Mapping[str, float]]], sets: 
             axes.set_theta_direction(-1)
             around = np.append(angles, angles[0])
             axes.plot(around, np.full(len(around), 100.0), color=MUTED, linestyle="--", linewidth=1)
-            for name, of in models.items():
-                values = np.clip([of[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
+            for name, model in models.items():
+                values = np.clip([model[name_of_set] for name_of_set in (*sets, sets[0])], 0, top)
                 axes.plot(around, values, linewidth=1.5, markersize=3, **styles[name])
                 axes.fill(around, values, color=styles[name]["color"], alpha=0.08)
             axes.set_xticks(angles, [legible(name, 14) for name in sets])

@@ -43,8 +43,8 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
     title = f"Retained {over(sets)}"
     intervals: list[tuple[float, float] | None] = []
     if len(sets) == 1:
-        [(name, of)] = sets.items()
-        title = f"Retained {of.main} on {of.size}"
+        [(name, metric)] = sets.items()
+        title = f"Retained {metric.main} on {metric.size}"
         intervals = [None, *(run.retained_interval.get(name) for run in runs)]
     kept = [100.0, *(run.mean_of_ratios for run in runs)]
     first = plots.Measured("Retained", title, "retained (%)", kept, intervals, retention=True)
@@ -53,12 +53,14 @@ def score_sections(workdir: Path, result: Result) -> Iterator[Section]:
     yield Section("Retention, size and speed", figures=(_score_panels(result, first, caption),), folded=False)
     if len(sets) > 1:
         figures, models = [], [result.teacher.evaluation, *runs]
-        for name, of in itertools.islice(sets.items(), MOST_DRAWN):
+        for name, metric in itertools.islice(sets.items(), MOST_DRAWN):
             values = [model.main(name, sets) for model in models]
-            scaled = [None if value is None else of.scale * value for value in values]
-            label = of.main + (f" ({of.unit})" if of.unit else "")
-            measured = plots.Measured(upper(of.main), f"{name}: {upper(of.main)} on {of.size}", label, scaled)
-            better = "Higher is better." if of.higher_is_better else "Lower is better."
+            scaled = [None if value is None else metric.scale * value for value in values]
+            label = metric.main + (f" ({metric.unit})" if metric.unit else "")
+            measured = plots.Measured(
+                upper(metric.main), f"{name}: {upper(metric.main)} on {metric.size}", label, scaled
+            )
+            better = "Higher is better." if metric.higher_is_better else "Lower is better."
             figures.append(_score_panels(result, measured, better))
         yield Section("Every evaluation set", figures=tuple(figures))
 
@@ -73,8 +75,8 @@ def _score_panels(result: Result, measured: plots.Measured, caption: str) -> Fig
 def _score_alt(result: Result, measured: plots.Measured) -> str:
     names = [result.labels[name] for name in (UNPRUNED, *(run.name for run in result.runs))]
     values = zip(names[:MOST_LISTED], measured.values, strict=False)
-    told = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
-    return f"{measured.title}, against speed or size and in rows, in {measured.label}: {told}"
+    listing = ", ".join(f"{name} {'unknown' if value is None else f'{value:.1f}'}" for name, value in values)
+    return f"{measured.title}, against speed or size and in rows, in {measured.label}: {listing}"
 
 
 def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
@@ -92,10 +94,10 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
             if not kept.is_whole and len(figures) < MOST_DRAWN:
                 layers = {layer.index: _by_branch(layer.kept, ()) for layer in kept.layers}
                 widths = [_by_branch(sizes, 0) for sizes in kept.sizes_before]
-                where = "decoder" if stack == "text" else "vision tower"
-                drawn = plots.removed_figure(f"{plan.method}: what is left of the {where}", widths, layers)
+                component = "decoder" if stack == "text" else "vision tower"
+                drawn = plots.removed_figure(f"{plan.method}: what is left of the {component}", widths, layers)
                 caption = f"{', '.join(names[:MOST_LISTED])}, by {plan.criterion}"
-                figures.append(figure_of(drawn, _removed_alt(where, kept), caption))
+                figures.append(figure_of(drawn, _removed_alt(component, kept), caption))
     if figures:
         yield Section("What was removed", figures=tuple(figures))
 
@@ -107,7 +109,7 @@ def _by_branch(values: Mapping[str, T], absent: T) -> tuple[T, T]:
     return branches.get("o_proj", absent), branches.get("down_proj", absent)
 
 
-def _removed_alt(where: str, kept: KeptStack) -> str:
+def _removed_alt(component: str, kept: KeptStack) -> str:
     before = kept.sizes_before
     gone = ", ".join(map(str, kept.removed_layers[:MOST_LISTED])) or "none"
     left, whole = ([_by_branch(sizes, 0) for sizes in layers] for layers in (kept.sizes, before))
@@ -115,7 +117,7 @@ def _removed_alt(where: str, kept: KeptStack) -> str:
         f"{sum(sizes[branch] for sizes in left):,} of {sum(sizes[branch] for sizes in whole):,}" for branch in (0, 1)
     )
     return (
-        f"Map of the {where}: {len(kept.layers)} of {len(before)} layers stay, removed layers: {gone}; "
+        f"Map of the {component}: {len(kept.layers)} of {len(before)} layers stay, removed layers: {gone}; "
         f"{heads} heads and {neurons} neurons stay"
     )
 
@@ -184,7 +186,7 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
         if scores.by_kind and len(figures) < MOST_DRAWN:
             if scores.heads is not None:
                 _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
-            shares = {k: (head_shares(parts), layer_shares(parts)) for k, parts in scores.by_kind.items()}
+            shares = {k: (head_shares(arrays), layer_shares(arrays)) for k, arrays in scores.by_kind.items()}
             drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
             figure = figure_of(drawn, alt, f"{name}. {serves_vision(scores)}")
@@ -214,25 +216,25 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
         drawn = plots.loss_figure(lines, titles)
         if drawn is not None:
             steps = max(row["step"] for rows in lines.values() for row in rows)
-            of = "" if len(curves) == 1 else f" Vocabulary: {'whole' if tokens is None else f'{tokens:,} tokens'}."
-            alt = f"Training losses over {steps:,} steps of {', '.join(lines)}.{of}"
-            figures.append(figure_of(drawn, alt, f"Mean over each logged batch; logarithmic.{of}"))
+            note = "" if len(curves) == 1 else f" Vocabulary: {'whole' if tokens is None else f'{tokens:,} tokens'}."
+            alt = f"Training losses over {steps:,} steps of {', '.join(lines)}.{note}"
+            figures.append(figure_of(drawn, alt, f"Mean over each logged batch; logarithmic.{note}"))
     if figures:
         yield Section("Recovery training", figures=tuple(figures))
 
 
-def layer_shares(parts: Mapping[str, Any]) -> np.ndarray:
+def layer_shares(arrays: Mapping[str, Any]) -> np.ndarray:
     """Return each layer's share of all importance for one token type, float64[n_layers] (sum 1).
 
     Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
     """
-    values = parts["importance"] if "importance" in parts else [*_by_layer(parts["units"]).values()]
+    values = arrays["importance"] if "importance" in arrays else [*_by_layer(arrays["units"]).values()]
     return _shares([np.asarray(values, np.float64)])[0]
 
 
-def head_shares(parts: Mapping[str, Any]) -> list[np.ndarray] | None:
+def head_shares(arrays: Mapping[str, Any]) -> list[np.ndarray] | None:
     """Return each attention head's share of the total importance over all layers; None without head scores."""
-    heads = [scores for (_, axis), scores in parts.get("units", {}).items() if AXES[axis].channels]
+    heads = [scores for (_, axis), scores in arrays.get("units", {}).items() if AXES[axis].channels]
     return _shares(heads) if heads else None
 
 
@@ -250,15 +252,15 @@ def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def serves_vision(scores: Scores) -> str:
     """Return text naming up to 5 layers and heads that matter more for images than for text; "" if unknown."""
-    text = [parts for kind, parts in scores.by_kind.items() if kind != "image"]
+    text = [arrays for kind, arrays in scores.by_kind.items() if kind != "image"]
     if "image" not in scores.by_kind or not text:
         return ""
     image = scores.by_kind["image"]
-    leaning = _leaning([layer_shares(image)], [[layer_shares(parts)] for parts in text])[0]
+    leaning = _leaning([layer_shares(image)], [[layer_shares(arrays)] for arrays in text])[0]
     named = [f"layers {_named([(f'{i}', share) for i, share in enumerate(leaning)])}"]
     heads = head_shares(image)
     if heads is not None:
-        by_layer = _leaning(heads, [head_shares(parts) or [] for parts in text])
+        by_layer = _leaning(heads, [head_shares(arrays) or [] for arrays in text])
         named.append(
             f"heads {_named([(f'{i}.{n}', s) for i, layer in enumerate(by_layer) for n, s in enumerate(layer)])}"
         )
@@ -270,13 +272,13 @@ def serves_vision(scores: Scores) -> str:
 
 def _leaning(image: Sequence[np.ndarray], text: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Return each layer's image share of importance (1 = only images matter, 0.5 = no importance)."""
-    found = []
+    shares = []
     for i, layer in enumerate(image):
         both = layer + np.mean([kind[i] for kind in text], axis=0)
-        found.append(np.where(both > 0, layer / np.where(both > 0, both, 1.0), 0.5))
-    return found
+        shares.append(np.where(both > 0, layer / np.where(both > 0, both, 1.0), 0.5))
+    return shares
 
 
 def _named(shares: Sequence[tuple[str, float]]) -> str:
-    first = sorted(shares, key=lambda one: -one[1])[:MOST_SERVING]
+    first = sorted(shares, key=lambda pair: -pair[1])[:MOST_SERVING]
     return ", ".join(f"{name} ({share:.2f})" for name, share in first if share > 0.5) or "none"

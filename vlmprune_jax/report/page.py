@@ -71,16 +71,16 @@ def write_page(path: Path, title: str, sections: Sequence[Section], **values: An
     content policy forbids browsers to fetch anything and to run any script but ours.
     """
     loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
-    made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters["pieces"] = re.compile(r"[^-_/]*[-_/]+|[^-_/]+").findall
-    script = loader.get_source(made, "page.js")[0]
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["pieces"] = re.compile(r"[^-_/]*[-_/]+|[^-_/]+").findall
+    script = loader.get_source(environment, "page.js")[0]
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hashed}'; base-uri 'none'; "
         "form-action 'none'"
     )
     values |= {"title": title, "sections": sections, "script": Markup(script), "policy": policy}
-    text = made.get_template("page.html").render(values)
+    text = environment.get_template("page.html").render(values)
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
     return path

@@ -99,12 +99,12 @@ def _score_rows(
     order = sorted(range(len(runs)), key=lambda i: -(runs[i].evaluation.mean_of_ratios or -np.inf))[: MOST_ROWS - 1]
     axes.axvline(values[0], color=MUTED, linestyle="--", linewidth=1)
     for row, i in enumerate(order):
-        colour, value, told = colours[runs[i].after_pruning], values[i + 1], measured.values[i + 1]
+        colour, value, score = colours[runs[i].after_pruning], values[i + 1], measured.values[i + 1]
         ends = measured.intervals[i + 1] if measured.intervals else None
         if ends is not None:
             axes.plot(ends, [row, row], color=colour, linewidth=1.2, alpha=0.7)
         axes.plot(value, row, **marker(runs[i].method, colour))
-        text = "" if told is None else f"{told:.2f}" if abs(told) < 1e9 else f"{told:.3g}"
+        text = "" if score is None else f"{score:.2f}" if abs(score) < 1e9 else f"{score:.3g}"
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_yticks(range(len(order)), [legible(labels[runs[i].name]) for i in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
@@ -152,8 +152,8 @@ def width_importance_figure(
         top.set_ylabel("attention head")
         top.yaxis.set_major_locator(MaxNLocator(integer=True))
         top.set_title(f"{legible(title, LONGEST_TITLE)} (crossed: removed)")
-        parts = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]
-        bottom.bar(range(n_layers), parts, color=COLOURS[0])
+        kept_percent = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]
+        bottom.bar(range(n_layers), kept_percent, color=COLOURS[0])
         bottom.set_ylim(0, 100)
         bottom.set_ylabel("neurons\nkept (%)")
         _layer_axis(bottom, n_layers)
@@ -248,7 +248,7 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
     """
     named = set()
     shown = {term: {name: _curve(rows, term) for name, rows in curves.items()} for term in titles}
-    terms = [term for term, found in shown.items() if any(found.values())][:MOST_PANELS]
+    terms = [term for term, by_run in shown.items() if any(by_run.values())][:MOST_PANELS]
     if not terms:
         return None
     with styled(*titles.values(), *curves):

@@ -20,7 +20,7 @@ def provenance_section(records: Mapping[str, Done]) -> Section:
         dict[str, dict[str, list[str]]](),
         dict[str, dict[str, list[str]]](),
     )
-    made = dict[str, dict[str, list[str]]]()
+    environments = dict[str, dict[str, list[str]]]()
     for name, record in records.items():
         by = record.by
         rows.append((printable(name), f"{record.seconds:.1f}", by.finished, printable(by.processor)))
@@ -28,23 +28,23 @@ def provenance_section(records: Mapping[str, Done]) -> Section:
             settings.setdefault(setting, {}).setdefault(_short(value), []).append(name)
         for path, digest in record.made_from.inputs.items():
             inputs.setdefault(path, {}).setdefault(digest, []).append(name)
-        told = {"command": by.command, "versions": ", ".join(f"{k} {v}" for k, v in by.versions.items())}
-        told["commit"] = by.commit or "not known: the package is not run from its repository"
-        for what, value in told.items():
-            made.setdefault(what, {}).setdefault(value, []).append(name)
-    facts = [("Made by", made), ("Settings", settings), ("Data and models, by content", inputs)]
+        environment = {"command": by.command, "versions": ", ".join(f"{k} {v}" for k, v in by.versions.items())}
+        environment["commit"] = by.commit or "not known: the package is not run from its repository"
+        for what, value in environment.items():
+            environments.setdefault(what, {}).setdefault(value, []).append(name)
+    facts = [("Made by", environments), ("Settings", settings), ("Data and models, by content", inputs)]
     return Section(
         "Where it comes from",
         tables=(Table("Stages", ("stage", "seconds", "finished", "processor"), tuple(rows)),) if rows else (),
-        facts=tuple((title, _as_facts(of)) for title, of in facts if of),
+        facts=tuple((title, _as_facts(values)) for title, values in facts if values),
     )
 
 
-def _as_facts(of: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
+def _as_facts(facts: Mapping[str, Mapping[str, list[str]]]) -> tuple[tuple[str, str], ...]:
     """Return (name, value) pairs; values that differ between stages name their stages."""
     return tuple(
         (printable(name), " | ".join(v if len(values) == 1 else f"{v} ({_named(mine)})" for v, mine in values.items()))
-        for name, values in sorted(of.items())
+        for name, values in sorted(facts.items())
     )
 
 

@@ -20,7 +20,7 @@ HEADINGS = {
 class ShownAnswer:
     """One distinct answer to a sample question, and the models that gave it."""
 
-    said: str
+    text: str
     verdict: str
     models: str
 
@@ -54,7 +54,7 @@ def _shown(sample: Sample, labels: Mapping[str, str]) -> ShownSample:
     most = max(models.values(), key=len, default=[])
     if len(models) > 1 and len(most) > MOST_MODELS:
         most[:] = [f"the other {len(most)} models"]
-    answers = [ShownAnswer(said, verdict, "; ".join(mine)) for (said, verdict), mine in models.items()]
+    answers = [ShownAnswer(text, verdict, "; ".join(mine)) for (text, verdict), mine in models.items()]
     question = "\n".join(map(printable, sample.question.splitlines()))
     expected = " / ".join(map(printable, sample.references))
     return ShownSample(printable(sample.id), question, expected, sample.images, answers)

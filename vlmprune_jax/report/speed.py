@@ -72,14 +72,14 @@ def speed_notes(measured: Speed) -> list[str]:
         "compiled program takes of a device. Our own forward pass; other machines and engines differ.",
     ]
     if measured.pairs:
-        speeds = [one for pair in measured.pairs for one in (pair.unpruned, pair.pruned)]
+        speeds = [speed for pair in measured.pairs for speed in (pair.unpruned, pair.pruned)]
         lines.append(f"{_spread_note(speeds)} {RULE}{LIMITS}.")
     return lines
 
 
 def _spread_note(speeds: Sequence[Measurement]) -> str:
     """Return a note on how much measured speeds vary between rounds."""
-    prefill, decode = (max(spread(getattr(one, name)) for one in speeds) for name in ("prefill", "decode"))
+    prefill, decode = (max(spread(getattr(speed, name)) for speed in speeds) for name in ("prefill", "decode"))
     busy = "; other work disturbed them: measure on a quiet machine" if decode > STEADY else ""
     return (
         f"Rounds of a model differ by up to {100 * prefill:.1f} % in prefill, {100 * decode:.1f} % in decoding{busy}."
@@ -98,7 +98,7 @@ def bench_tables(bench: Bench) -> list[Table]:
         before = first.setdefault(side.backend, side)
         if before is not side:
             speedups = speedup(before.prefill, side.prefill), speedup(before.decode, side.decode)
-            times.append((name, side.backend, _path_end(before.model, 24), *(one.show() for one in speedups)))
+            times.append((name, side.backend, _path_end(before.model, 24), *(speedup.show() for speedup in speedups)))
     tables = [
         Table("Speed: median (range) of all rounds",
               ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds),

@@ -138,8 +138,8 @@ def styled(*names: str) -> Iterator[None]:
 @functools.cache
 def _font_of(character: str) -> str | None:
     """Return a font family that has this character; None if no installed font has it."""
-    own = font_manager.findfont(_FONT)
-    for path, family in [(own, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
+    default = font_manager.findfont(_FONT)
+    for path, family in [(default, _FONT), *((font.fname, font.name) for font in font_manager.fontManager.ttflist)]:
         if ord(character) in _characters(path) and "last resort" not in family.lower():
             return family
     return None
@@ -168,8 +168,8 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :].replace(INK, "currentColor"))
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
-    return re.sub(r'\bid="|href="#|url\(#', lambda found: f"{found[0]}f{own}-", svg)
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]  # ids are of the page, not of a figure
+    return re.sub(r'\bid="|href="#|url\(#', lambda match: f"{match[0]}f{digest}-", svg)
 
 
 def write_png(figure: Figure, path: Path) -> None:

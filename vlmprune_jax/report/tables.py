@@ -25,30 +25,30 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     sets, labels, models = result.sets, result.labels, result.models
     columns = [("model", [labels[name] for name, _ in models]), *_quality(result), *_made(result)]
     if names:
-        columns.append(("run", ["", *(printable(one.name) for one in result.entries)]))
+        columns.append(("run", ["", *(printable(entry.name) for entry in result.entries)]))
     columns = [(name, cells) for name, cells in columns if any(cells)]
     order = ["model", "retained, %", OF_CONTROL, SIZE, _score_label(sets)]
     columns.sort(key=lambda column: order.index(column[0]) if column[0] in order else len(order))
     rows = tuple(zip(*(cells for _, cells in columns), strict=True))
-    lower = tuple(of.main for of in sets.values() if not of.higher_is_better)
+    lower = tuple(metric.main for metric in sets.values() if not metric.higher_is_better)
     what = "Models" if len(sets) > 1 else f"Models on {next(iter(sets.values())).size}"
     header = tuple(name for name, _ in columns)
     summary = Table(what, header, rows, first=len({*order} & {*header}), ascending=(*SMALLEST_FIRST, *lower))
     if len(sets) == 1:
         return [summary]
     scores = [
-        (labels[key], *(of.show(model.evaluation.main(name, sets), unit=False) for name, of in sets.items()))
+        (labels[key], *(metric.show(model.evaluation.main(name, sets), unit=False) for name, metric in sets.items()))
         for key, model in models
     ]
-    kept = [(labels[one.name], *(_kept(one.evaluation, name) for name in sets)) for one in result.entries]
+    kept = [(labels[entry.name], *(_kept(entry.evaluation, name) for name in sets)) for entry in result.entries]
     kept += [
         (f"{labels[run.name]}, of control", *(_kept(run.evaluation.control, name) for name in sets))
         for run in result.runs
         if run.evaluation.control is not None
     ]
     has_intervals = any(run.evaluation.retained_interval for run in result.runs)
-    smallest = tuple(name for name, of in sets.items() if not of.higher_is_better)
-    titles = ", ".join(f"{name}: {of.label}" for name, of in sets.items())
+    smallest = tuple(name for name, metric in sets.items() if not metric.higher_is_better)
+    titles = ", ".join(f"{name}: {metric.label}" for name, metric in sets.items())
     title = f"Retained of each, in %{', and 95 % intervals' if has_intervals else ''}"
     return [
         summary,
@@ -59,18 +59,21 @@ def tables_of(result: Result, *, names: bool = False) -> list[Table]:
 
 def _quality(result: Result) -> Iterator[tuple[str, list[str]]]:
     """Yield table columns of retention: with interval for one evaluation set, averages for several."""
-    models = [one.evaluation for one in result.entries]
-    yield "retained, %", [percent(value) for value in (100.0, *(one.mean_of_ratios for one in models))]
-    controls = [one.control for one in models]
-    yield OF_CONTROL, ["", *("" if one is None else percent(one.mean_of_ratios) for one in controls)]
+    models = [entry.evaluation for entry in result.entries]
+    yield "retained, %", [percent(value) for value in (100.0, *(model.mean_of_ratios for model in models))]
+    controls = [model.control for model in models]
+    yield OF_CONTROL, ["", *("" if control is None else percent(control.mean_of_ratios) for control in controls)]
     if len(result.sets) > 1:
-        yield _score_label(result.sets), [percent(value) for value in (100.0, *(one.paper_average for one in models))]
+        yield (
+            _score_label(result.sets),
+            [percent(value) for value in (100.0, *(model.paper_average for model in models))],
+        )
         return
-    [(name, of)] = result.sets.items()
-    scores = [of.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
-    yield "95 % interval", ["", *(interval(one, name) for one in models)]
+    [(name, metric)] = result.sets.items()
+    scores = [metric.show(model.evaluation.main(name, result.sets), unit=False) for _, model in result.models]
+    yield "95 % interval", ["", *(interval(model, name) for model in models)]
     if any(controls):
-        yield "of control, 95 %", ["", *("" if one is None else interval(one, name) for one in controls)]
+        yield "of control, 95 %", ["", *("" if control is None else interval(control, name) for control in controls)]
     yield _score_label(result.sets), scores
 
 
@@ -87,13 +90,13 @@ def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
     for column, name in ((DECODE, "decode_speedup"), (PROMPT, "prefill_speedup")):
         known = [None if run.speed is None else getattr(run.speed, name) for run in runs]
         same = ["1.00" if any(known) else ""] * (1 + len(controls))
-        yield column, [*same, *("" if one is None else one.show(interval=False) for one in known)]
+        yield column, [*same, *("" if speedup is None else speedup.show(interval=False) for speedup in known)]
     yield "removed, % (of decoder)", ["", *controls, *map(_removed, runs)]
-    yield "data, %", ["", *(f"{100 * one.data_fraction:g}" if one.data_fraction else "" for one in result.entries)]
+    yield "data, %", ["", *(f"{100 * row.data_fraction:g}" if row.data_fraction else "" for row in result.entries)]
     if teacher.costs is None:  # else a table has the costs by shape
         sizes = [teacher.parameters] * (1 + len(controls)) + [run.parameters for run in runs]
         yield "parameters", [f"{size:,}" for size in sizes]
-    yield "seconds", ["", *("" if one.seconds is None else f"{one.seconds:.1f}" for one in result.entries)]
+    yield "seconds", ["", *("" if row.seconds is None else f"{row.seconds:.1f}" for row in result.entries)]
 
 
 def _removed(run: Run) -> str:
@@ -134,10 +137,16 @@ def key_numbers(result: Result) -> list[tuple[str, str]]:
     """Return the best model's retention, size and speed as (name, value) pairs."""
     run = result.best_run
     kept = {"retained": run.evaluation, "of control": run.evaluation.control}
-    found = [(name, f"{percent(of.mean_of_ratios)} %") for name, of in kept.items() if of and of.mean_of_ratios]
-    found.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
+    numbers = [
+        (name, f"{percent(evaluation.mean_of_ratios)} %")
+        for name, evaluation in kept.items()
+        if evaluation and evaluation.mean_of_ratios
+    ]
+    numbers.append(("size", f"{100 * run.parameters / result.teacher.parameters:.1f} %"))
     speedups = _speedups(run).items()
-    return found + [(f"{name} speed", f"{of.show(interval=False)} x") for name, of in speedups if of.measurable]
+    return numbers + [
+        (f"{name} speed", f"{speedup.show(interval=False)} x") for name, speedup in speedups if speedup.measurable
+    ]
 
 
 def _speedups(run: Run) -> dict[str, SpeedUp]:
@@ -167,11 +176,11 @@ def _scores(run: Run, result: Result) -> str:
         share = f"retains {alike}, and {kept} % of the unpruned score"
     if len(sets) > 1:
         return f"{share} {over(sets)}"
-    [(name, of)] = sets.items()
+    [(name, metric)] = sets.items()
     ends = interval(run.evaluation, name)
-    ours, theirs = (of.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
-    told = f"{of.main} {ours} on {of.size}, unpruned {theirs}"
-    return f"{share} ({told}{f', 95 % interval {ends}' if ends else ''})"
+    ours, theirs = (metric.show(model.evaluation.main(name, sets)) for model in (run, result.teacher))
+    scores = f"{metric.main} {ours} on {metric.size}, unpruned {theirs}"
+    return f"{share} ({scores}{f', 95 % interval {ends}' if ends else ''})"
 
 
 def over(sets: Mapping[str, Set]) -> str:
@@ -184,16 +193,19 @@ def groups_of(result: Result) -> Iterator[Table]:
     """Yield one table per evaluation set with grouped questions: values by group, one row per model."""
     sets = result.sets
     for name, groups in result.teacher.evaluation.groups.items():
-        of = sets[name]
+        metric = sets[name]
         rows = [
-            (result.labels[key], *(_group_value(model.evaluation.groups.get(name, {}), group, of) for group in groups))
+            (
+                result.labels[key],
+                *(_group_value(model.evaluation.groups.get(name, {}), group, metric) for group in groups),
+            )
             for key, model in result.models
         ]
         rows.insert(0, ("questions", *(f"{values.questions:,}" for values in groups.values())))
-        title = f"{upper(of.main)} by {of.grouped_by}"
+        title = f"{upper(metric.main)} by {metric.grouped_by}"
         yield Table(title if len(sets) == 1 else f"{name}: {title}", ("model", *groups), tuple(rows))
 
 
-def _group_value(groups: Mapping[str, Group], group: str, of: Set) -> str:
-    value = groups[group].values.get(of.main) if group in groups else None
-    return "" if value is None else f"{of.scale * value:.1f}"
+def _group_value(groups: Mapping[str, Group], group: str, metric: Set) -> str:
+    value = groups[group].values.get(metric.main) if group in groups else None
+    return "" if value is None else f"{metric.scale * value:.1f}"

@@ -71,17 +71,17 @@ def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluat
 
     Raises UserError if two tasks have a set of one name, and as `run_stage` does.
     """
-    sets, found = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
+    sets, evaluations = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
     for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
         done = run_stage("evaluate", part, sections)
-        made = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
-        twice = [name for name in made if name in found]
+        set_evaluations = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
+        twice = [name for name in set_evaluations if name in evaluations]
         if twice:
             raise UserError(
                 f"evaluate.tasks: {key} and another task both define the set {twice[0]!r}: remove one of the two"
             )
-        found |= made
-    return found
+        evaluations |= set_evaluations
+    return evaluations
 
 
 def read_predictions(path: Path) -> list[str]:
@@ -97,23 +97,26 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
     name = part_of(work)[0]
     answers = answers_file(evaluation_file(work.folder, name, task))
     facts, kind, compared = done.facts, dict[str, Evaluated], _compared(work, answers, task)
-    found: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, compared, done, name), kind)
+    evaluations: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, compared, done, name), kind)
     if facts.empty_answers:
         work.say(f"  {name} {task}: {facts.empty_answers:,} of {facts.questions:,} answers are empty")
-    for key, of in found.items():
-        work.say(f"  {name} {key}: {of.main_line()} ({of.parameters:,} parameters, {facts.model_seconds:.1f} s)")
-    return found
+    for key, evaluated in evaluations.items():
+        work.say(
+            f"  {name} {key}: {evaluated.main_line()} ({evaluated.parameters:,} parameters, "
+            f"{facts.model_seconds:.1f} s)"
+        )
+    return evaluations
 
 
-def measure_set(work: Work, of: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
+def measure_set(work: Work, eval_set: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
     """Score a model's answers to an evaluation set, and print one line."""
     name, key = part_of(work)
     path = evaluation_file(work.folder, name, key)
     compared = _compared(work, answers_file(path), key)
-    found: Evaluated = on_process_zero(lambda: _measure(of, path, compared, done), Evaluated)
-    size = f"{found.parameters:,} parameters, " * bool(found.parameters)  # of a server's model: unknown
-    work.say(f"  {work.part}: {found.main_line()} ({size}{found.model_seconds:.1f} s)")
-    return {key: found}
+    evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
+    size = f"{evaluated.parameters:,} parameters, " * bool(evaluated.parameters)  # of a server's model: unknown
+    work.say(f"  {work.part}: {evaluated.main_line()} ({size}{evaluated.model_seconds:.1f} s)")
+    return {key: evaluated}
 
 
 def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
@@ -121,27 +124,27 @@ def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
     files = {"retained_interval": evaluation_file(work.workdir, TEACHER, key)}
     if work.control is not None:
         files["control_interval"] = evaluation_file(work.control.parent, work.control.name, key)
-    found = {name: answers_file(path) for name, path in files.items()}
-    return {name: path for name, path in found.items() if path != answers and path.exists()}
+    answer_files = {name: answers_file(path) for name, path in files.items()}
+    return {name: path for name, path in answer_files.items() if path != answers and path.exists()}
 
 
-def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
+def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
     """Score a model's stored answers, and compare them with other models' answers."""
-    assert of.metric is not None
-    metric, answers, facts = METRICS[of.metric], answers_file(path), done.facts
+    assert eval_set.metric is not None
+    metric, answers, facts = METRICS[eval_set.metric], answers_file(path), done.facts
     # Whether a lone image's mark may be missing was checked when the records were asked.
-    records = () if of.text is not None else evaluation_records(of, image_lead=True)
-    scores = _scores(of, answers, records)
+    records = () if eval_set.text is not None else evaluation_records(eval_set, image_lead=True)
+    scores = _scores(eval_set, answers, records)
     intervals = dict[str, Any]()
     for name, original in compared.items() if is_quick(metric, scores) else ():
-        intervals[name] = retained_interval(metric, scores, _scores(of, original, records), records)
-    found = Evaluated(
+        intervals[name] = retained_interval(metric, scores, _scores(eval_set, original, records), records)
+    evaluated = Evaluated(
         **intervals,
-        metric=MetricInfo(name=of.metric, **metric.describe()),
+        metric=MetricInfo(name=eval_set.metric, **metric.describe()),
         values=metric.values(scores, records),
         groups=as_groups(metric.values_of_groups(scores, records)),
-        counted="questions" if of.text is None else "tokens",
-        count=facts.questions if of.text is None else facts.tokens,
+        counted="questions" if eval_set.text is None else "tokens",
+        count=facts.questions if eval_set.text is None else facts.tokens,
         parameters=facts.parameters,
         seconds=done.seconds,
         model_seconds=facts.model_seconds,
@@ -151,14 +154,14 @@ def _measure(of: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], do
         answers=answers.name,
         scores=as_columns(scores),
     )
-    write_artefact(path, found)
-    return found
+    write_artefact(path, evaluated)
+    return evaluated
 
 
-def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
+def _scores(eval_set: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> Sequence[Scores]:
     """Return the metric's scores of every answer (or text window) in an answers file."""
-    assert of.metric is not None
-    if of.text is not None:
+    assert eval_set.metric is not None
+    if eval_set.text is not None:
         return read_json_lines(answers, _Window)
     lines = read_json_lines(answers, _Answer)
     if len(lines) != len(records):
@@ -166,7 +169,7 @@ def _scores(of: EvaluationSetSpec, answers: Path, records: Sequence[Record]) -> 
             f"{answers}: has {len(lines)} answers to {len(records)} questions: remove the file, and run the command "
             "again"
         )
-    return METRICS[of.metric].score_all([line["prediction"] for line in lines], records)
+    return METRICS[eval_set.metric].score_all([line["prediction"] for line in lines], records)
 
 
 def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, name: str) -> dict[str, Evaluated]:
@@ -174,16 +177,20 @@ def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, n
     facts: AnswerFacts = done.facts
     mine = _task_sets(answers, facts)
     others = {interval: _task_sets(original, facts) for interval, original in compared.items()}
-    found: dict[str, Evaluated] = {}
-    for key, (task, of, count) in mine.items():
+    evaluations: dict[str, Evaluated] = {}
+    for key, (task, task_set, count) in mine.items():
         values, intervals = facts.values[task], dict[str, Any]()
-        for interval, theirs in others.items() if of.makes(values[of.key]) and is_quick(of.metric, of.scores) else ():
+        for interval, theirs in (
+            others.items()
+            if task_set.makes(values[task_set.key]) and is_quick(task_set.metric, task_set.scores)
+            else ()
+        ):
             before = theirs[key][1].scores if key in theirs else ()
-            if len(before) == len(of.scores):
-                intervals[interval] = retained_interval(of.metric, of.scores, before, of.records)
-        found[key] = Evaluated(
+            if len(before) == len(task_set.scores):
+                intervals[interval] = retained_interval(task_set.metric, task_set.scores, before, task_set.records)
+        evaluations[key] = Evaluated(
             **intervals,
-            metric=MetricInfo(name=f"lmms-eval {task}", **of.describe()),
+            metric=MetricInfo(name=f"lmms-eval {task}", **task_set.describe()),
             values={**values},
             counted="questions",
             count=count,
@@ -192,23 +199,23 @@ def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, n
             model_seconds=facts.model_seconds / len(mine),
             mean_generated_tokens=facts.mean_generated_tokens,
             answers=answers.name,
-            scores=as_columns(of.scores),
+            scores=as_columns(task_set.scores),
         )
-        write_artefact(answers.with_name(f"{name}.{key}.json"), found[key])
-    return found
+        write_artefact(answers.with_name(f"{name}.{key}.json"), evaluations[key])
+    return evaluations
 
 
 def _task_sets(answers: Path, facts: AnswerFacts) -> dict[str, tuple[str, TaskSet, int]]:
     """Return {set: (task, metric value with scores, number of questions)} of an lmms-eval answers file."""
     lines = read_json_lines(answers, _TaskAnswer)
-    found: dict[str, tuple[str, TaskSet, int]] = {}
+    task_sets: dict[str, tuple[str, TaskSet, int]] = {}
     with reading(answers, "remove it, and run the same command"):
         for task, values in facts.values.items():
             entries = [line["entries"] for line in lines if line["task"] == task]
             sets = sets_of(task, values, entries, facts.higher_is_better.get(task, {}))
-            for of in sets:
-                found[_set_name(task, of.key, len(sets))] = (task, of, len(entries))
-    return found
+            for task_set in sets:
+                task_sets[_set_name(task, task_set.key, len(sets))] = (task, task_set, len(entries))
+    return task_sets
 
 
 def _set_name(task: str, key: str, sets: int) -> str:
@@ -221,19 +228,19 @@ def _set_name(task: str, key: str, sets: int) -> str:
 def write_samples(workdir: Path, data: DataSpec, evaluate: EvaluateSpec, runs: Sequence[Run]) -> None:
     """Choose the sample questions of every evaluation set from the stored answers, for the report."""
     sets = {}
-    for key, of in evaluation_sets(data, evaluate).items():
-        if of.text is not None:
+    for key, eval_set in evaluation_sets(data, evaluate).items():
+        if eval_set.text is not None:
             continue
-        records = evaluation_records(of, image_lead=True)
-        said, scores = dict[str, list[str]](), dict[str, list[float | None]]()
+        records = evaluation_records(eval_set, image_lead=True)
+        predictions, scores = dict[str, list[str]](), dict[str, list[float | None]]()
         for name, folder in [(UNPRUNED, None), *((run.name, run.path) for run in runs)]:
             path = find_evaluated(workdir, folder, key)
             if path is None:
                 continue
             answers, worth = read_predictions(path), read_evaluated(path).question_scores
             if len(answers) == len(worth) == len(records):  # else an earlier evaluation, on other questions
-                said[name], scores[name] = answers, worth
-        if UNPRUNED in said and len(said) > 1:
-            sets[key] = make_samples(records, runs, said, scores, max_pixels=data.max_image_pixels)
+                predictions[name], scores[name] = answers, worth
+        if UNPRUNED in predictions and len(predictions) > 1:
+            sets[key] = make_samples(records, runs, predictions, scores, max_pixels=data.max_image_pixels)
     if sets:
         write_artefact(workdir / SAMPLES, Samples(sets=sets))

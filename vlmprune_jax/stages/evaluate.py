@@ -120,24 +120,24 @@ def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
         sources, without = task_sources(spec, key)[1], NOT_OF_TASKS
         settings = {"task": key, "lmms_eval": importlib.metadata.version("lmms_eval")}
         return Files({"model": work.start, **sources}, [answers], [journal_path(answers)], settings, without)
-    of, where = evaluation_sets(data, spec)[key], "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
-    names = ("text_window",) if of.text is not None else ("prompt_suffix", "max_new_tokens", "questions")
+    eval_set, section = evaluation_sets(data, spec)[key], "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
+    names = ("text_window",) if eval_set.text is not None else ("prompt_suffix", "max_new_tokens", "questions")
     shared = affecting("evaluate", {"model": work.model, "data": data, "evaluate": spec})
-    kept = shared if of.text is None else ("model.dtype", "evaluate.batch_size")
+    kept = shared if eval_set.text is None else ("model.dtype", "evaluate.batch_size")
     return Files(
-        inputs={"model": work.start, **set_files(data, key, of)},
+        inputs={"model": work.start, **set_files(data, key, eval_set)},
         outputs=[answers],
         journals=[journal_path(path)],
-        settings={f"{where}.{name}": getattr(of, name) for name in names},
-        without=[name for name in shared if name not in kept] + [f"evaluate.{name}" for name in settings_of(of)],
+        settings={f"{section}.{name}": getattr(eval_set, name) for name in names},
+        without=[name for name in shared if name not in kept] + [f"evaluate.{name}" for name in settings_of(eval_set)],
     )
 
 
-def set_files(data: DataSpec, key: str, of: EvaluationSetSpec) -> dict[str, Path | str]:
+def set_files(data: DataSpec, key: str, eval_set: EvaluationSetSpec) -> dict[str, Path | str]:
     """Return {name: path} of the data files of an evaluation set."""
-    if of.text is not None:
-        return {f"text of {key}": Path(of.text)}
-    return inputs.record_files(dataclasses.replace(data, eval=of.data, eval_images=of.images), "eval")
+    if eval_set.text is not None:
+        return {f"text of {key}": Path(eval_set.text)}
+    return inputs.record_files(dataclasses.replace(data, eval=eval_set.data, eval_images=eval_set.images), "eval")
 
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
@@ -160,8 +160,8 @@ def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFact
     if task:
         lines, facts = _ask_task(asking, key)
     else:
-        of = evaluation_sets(data, spec)[key]
-        lines, facts = (_ask if of.text is None else _read_text)(asking, of)
+        eval_set = evaluation_sets(data, spec)[key]
+        lines, facts = (_ask if eval_set.text is None else _read_text)(asking, eval_set)
     write_answers(path, lines)
     return AnswerFacts(parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)), **facts)
 
@@ -177,13 +177,13 @@ def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     write_text(answers_file(path), text)
 
 
-def _ask(asking: Asking, of: EvaluationSetSpec) -> Lines:
+def _ask(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     """Ask the model all questions; return answer lines, and counts and times."""
-    assert of.max_new_tokens is not None
+    assert eval_set.max_new_tokens is not None
     model, data = asking.model, asking.data
-    model.cfg.check_row("evaluate's max_new_tokens", of.max_new_tokens)
-    questions = arranged_questions(asking.tokens, data, asking.spec, of, model.cfg, multiple=asking.rows)
-    check_metric(of, questions.records)  # the last one now, not after hours
+    model.cfg.check_row("evaluate's max_new_tokens", eval_set.max_new_tokens)
+    questions = arranged_questions(asking.tokens, data, asking.spec, eval_set, model.cfg, multiple=asking.rows)
+    check_metric(eval_set, questions.records)  # the last one now, not after hours
     start, journal = time.perf_counter(), asking.journal({"batches": len(questions)})
     whole = not journal.entries and process_count() == 1
     with EnergyMeter() as meter, asking.phase(len(questions)) as progress:
@@ -191,7 +191,7 @@ def _ask(asking: Asking, of: EvaluationSetSpec) -> Lines:
             model,
             questions.batches(threads=data.threads, prefetch=PREFETCH, mesh=mesh_of(model.params)),
             tokenizer=questions.encoder.tokenizer,
-            max_new_tokens=of.max_new_tokens,
+            max_new_tokens=eval_set.max_new_tokens,
             progress=progress,
             journal=journal,
         )
@@ -224,7 +224,7 @@ def _about(lines: Sequence[Mapping[str, Any]], start: float) -> dict[str, Any]:
 def _ask_task(asking: Asking, task: str) -> Lines:
     """Run an lmms-eval task; return answer lines, and counts, times and task values."""
     start = time.perf_counter()
-    lines, found = ask_task(
+    lines, task_results = ask_task(
         asking.model,
         asking.load_inputs(),
         asking.spec,
@@ -234,22 +234,22 @@ def _ask_task(asking: Asking, task: str) -> Lines:
         journal=asking.journal,
     )
     empty = sum(not line["prediction"] for line in lines)
-    return lines, {**_about(lines, start), "empty_answers": empty, **found}
+    return lines, {**_about(lines, start), "empty_answers": empty, **task_results}
 
 
-def check_metric(of: EvaluationSetSpec, records: Sequence[Record]) -> None:
+def check_metric(eval_set: EvaluationSetSpec, records: Sequence[Record]) -> None:
     """Raise UserError for records that the metric cannot score, found by scoring their correct answers."""
-    assert of.metric is not None
+    assert eval_set.metric is not None
     check_answered(records)
-    metric = METRICS[of.metric]
+    metric = METRICS[eval_set.metric]
     metric.values(metric.score_all([record.references[0].strip() for record in records], records), records)
 
 
-def _read_text(asking: Asking, of: EvaluationSetSpec) -> Lines:
+def _read_text(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
     """Compute a text's log-likelihood; return one line per batch of windows, and counts and times."""
-    assert of.text is not None
-    assert of.text_window is not None
-    file, size, window, model = Path(of.text), asking.spec.batch_size, of.text_window, asking.model
+    assert eval_set.text is not None
+    assert eval_set.text_window is not None
+    file, size, window, model = Path(eval_set.text), asking.spec.batch_size, eval_set.text_window, asking.model
     model.cfg.check_row("evaluate's text_window", window)
     tokenizer = asking.load_inputs().tokenizer
     text = read_text(file, missing="no such file: evaluate.text names it")

@@ -30,14 +30,14 @@ def make_job(name: str, work: Work, sections: Sections) -> Job:
     settings = affecting(name, {section: sections[section] for section in ("model", *stage.sections)})
     below = work.folder.relative_to(work.workdir).as_posix()
     title = f"{name} {work.part}".strip()
-    made = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
+    files = [name for name in (*stage.outputs, stage.model) if name and "*" not in name]
     return Job(
         title if below == "." else f"{below}/{title}",
         stage.version,
         work.workdir,
-        settings={key: of for key, of in settings.items() if key not in more.without} | {**more.settings},
+        settings={key: value for key, value in settings.items() if key not in more.without} | {**more.settings},
         inputs={**work.model_files, **_inputs(name, work, sections), **more.inputs},
-        outputs=[*(work.folder / name for name in made), *more.outputs],
+        outputs=[*(work.folder / name for name in files), *more.outputs],
         facts=stage.facts,
         scratch=[work.folder / name for name in stage.scratch],
         journals=[*(work.folder / name for name in stage.journals), *more.journals],
@@ -56,8 +56,8 @@ def _inputs(name: str, work: Work, sections: Sections) -> dict[str, Path | str]:
         else:
             path = work.start if source == "start" else work.folder / source
             inputs[path.name] = path
-    own = file_of_users(stage.function)
-    return inputs if own is None else {**inputs, f"stage {name}": own}
+    user_file = file_of_users(stage.function)
+    return inputs if user_file is None else {**inputs, f"stage {name}": user_file}
 
 
 def run_stage(name: str, work: Work, sections: Sections) -> Finished:
@@ -89,5 +89,5 @@ def _check_inputs(job: Job) -> None:
     for path in job.inputs.values():
         if isinstance(path, Path) and path.is_relative_to(job.workdir) and not path.exists():
             for name, stage in STAGES.items():
-                if any(fnmatch.fnmatchcase(path.name, made) for made in (*stage.outputs, stage.model)):
+                if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*stage.outputs, stage.model)):
                     raise UserError(f"{path}: no such file or folder: run `vlmprune {name}` (or `vlmprune run`) first")

@@ -96,9 +96,9 @@ class Pipeline:
         name = CONTROL if below == Path() else f"{CONTROL}-{spec.recover.name}"
         first, settings = step(workdir / CONTROL / below, name), affecting("recover", sections)
         key = content_key(settings, [sections["data"].train, sections["data"].images, sections["model"].hf_dir])
-        taken = any(one.work.folder == first.work.folder for one in known.values())
-        own = step(run.pruned.folder / CONTROL / below, f"{run.pruned.name}-{name}") if taken else first
-        return known.setdefault(key, own)
+        taken = any(other.work.folder == first.work.folder for other in known.values())
+        control = step(run.pruned.folder / CONTROL / below, f"{run.pruned.name}-{name}") if taken else first
+        return known.setdefault(key, control)
 
     def _chain(
         self,
@@ -111,12 +111,12 @@ class Pipeline:
         control: Step | None = None,
     ) -> list[Step]:
         """Return the stages of one variant that change the model, in order."""
-        found, settings = list[Step](), self.sections
+        steps, settings = list[Step](), self.sections
         stages = {name: stage for name, stage in STAGES.items() if stage.per == scope and stage.is_on(settings)}
         final = [name for name, stage in stages.items() if stage.model and not recoveries][-1:]
         for name, stage in stages.items():
-            chain = (*before, *found)
-            starts = [step.work.out for step in (before or found) if step.makes_model]
+            chain = (*before, *steps)
+            starts = [step.work.out for step in (before or steps) if step.makes_model]
             work = self.work(
                 variant=variant,
                 folder=folder,
@@ -127,12 +127,12 @@ class Pipeline:
                 control=None if control is None else control.work.out,
             )
             title, recovery = named
-            if any(step.makes_model for step in found):
+            if any(step.makes_model for step in steps):
                 title = f"{title}-{stage.model}"
                 recovery = stage.model if recovery == NO_RECOVERY else f"{recovery}-{stage.model}"
             evaluated = scope == "recovery" or self.experiment.evaluate.unrecovered or name in final
-            found.append(Step(name, title, recovery, evaluated, settings, work, chain))
-        return found
+            steps.append(Step(name, title, recovery, evaluated, settings, work, chain))
+        return steps
 
     def models(self) -> list[Step]:
         """Return the steps whose models exist in the workdir and are to be evaluated."""
@@ -174,7 +174,7 @@ class Pipeline:
     def make_models(self) -> Result:
         """Run all stages except the export for all variants; return the result."""
         spec, work, finished, runs = self.experiment, self.work(), dict[Step, Finished](), list[Run]()
-        controls, found, pending = list[Control](), dict[Step, dict[str, Evaluated]](), list[Step]()
+        controls, by_step, pending = list[Control](), dict[Step, dict[str, Evaluated]](), list[Step]()
         if spec.speed.rounds:  # prompts that do not fit the model would otherwise fail after all other stages
             spec.speed.check(work.config(work.teacher))
         teacher = self.evaluate_teacher()
@@ -183,14 +183,14 @@ class Pipeline:
             finished[step] = step.run()
             pending += [step] * (step.makes_model and step.evaluated)
             if {model.work.control for model in pending} <= {None, *(done.work.out for done in finished)}:
-                found |= _evaluate(pending)
+                by_step |= _evaluate(pending)
                 pending.clear()
-        by_folder: dict[Path | None, dict[str, Evaluated]] = {step.work.out: of for step, of in found.items()}
-        sets = describe_sets(teacher, found.values())
-        for step, evaluations in found.items():
+        by_folder: dict[Path | None, dict[str, Evaluated]] = {step.work.out: scores for step, scores in by_step.items()}
+        sets = describe_sets(teacher, by_step.values())
+        for step, evaluations in by_step.items():
             evaluation = compare(evaluations, teacher, by_folder.get(step.work.control), sets)
             if step.work.pruned:
-                runs.append(as_run(step, [finished[one] for one in (*step.before, step)], evaluation))
+                runs.append(as_run(step, [finished[member] for member in (*step.before, step)], evaluation))
             else:
                 controls.append(as_control(step, finished[step], evaluation))
         best = best_run(runs, sets).name
@@ -214,14 +214,14 @@ class Pipeline:
         context, spec = self.context, self.experiment
         teacher = self.evaluate_teacher()
         self.note_steps()
-        found = {step.path: (step, evaluations) for step, evaluations in _evaluate(self.models()).items()}
+        by_path = {step.path: (step, evaluations) for step, evaluations in _evaluate(self.models()).items()}
         on_process_zero(
             lambda: write_samples(context.workdir, spec.data, spec.evaluate, read_unfinished(context.workdir).runs)
         )
-        if not found:
+        if not by_path:
             context.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
         elif is_main_process() and (context.workdir / RESULT).is_file():
-            _renew(teacher, found, context)
+            _renew(teacher, by_path, context)
 
     def evaluate_teacher(self) -> dict[str, Evaluated]:
         """Evaluate the unpruned model on every set -> `eval/teacher.json`."""
@@ -230,8 +230,8 @@ class Pipeline:
 
     def jobs(self) -> list[Job]:
         """Return the jobs of all stages except the export, with every model evaluated on every set."""
-        parts = parts_of(self.work(part=TEACHER), self.sections).values()
-        return [*(make_job("evaluate", part, self.sections) for part in parts), *(step.job for step in self.steps())]
+        works = parts_of(self.work(part=TEACHER), self.sections).values()
+        return [*(make_job("evaluate", part, self.sections) for part in works), *(step.job for step in self.steps())]
 
     def measure_speed(self) -> None:
         """Measure the speed of every model in the workdir, in turns with the unpruned model.
@@ -268,17 +268,17 @@ class Pipeline:
             best = best_run(runs, result.sets)
             label, done = result.labels[best.name], self._export_run(best, result, part)
         else:
-            made = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
-            made = [step for step in made if step.work.folder == workdir and step.work.pruned]
-            if not made:
+            model_steps = [step for step in self.steps() if step.makes_model and step.work.out.is_dir()]
+            model_steps = [step for step in model_steps if step.work.folder == workdir and step.work.pruned]
+            if not model_steps:
                 raise UserError(
                     f"{workdir}: no model to export yet: run `vlmprune run`, or `vlmprune prune` and `recover`, first"
                 )
             # Without evaluations there may be a model alone.
             known = read_unfinished(workdir).result if (workdir / "eval").is_dir() else None
-            run = None if known is None else next((run for run in known.runs if run.path == made[-1].path), None)
+            run = None if known is None else next((run for run in known.runs if run.path == model_steps[-1].path), None)
             rows = () if run is None or known is None else benchmark_rows(run, known.teacher, known.sets)
-            work, label = made[-1].work, made[-1].path
+            work, label = model_steps[-1].work, model_steps[-1].path
             done = self._export(work.out, work.reconstructed, work.recovered, rows, part)
         for line in describe_export(export_folder(workdir, part), label, done.facts):
             self.context.say(line)
@@ -304,23 +304,23 @@ def _evaluate(models: Iterable[Step]) -> dict[Step, dict[str, Evaluated]]:
 
 
 def _renew(
-    teacher: dict[str, Evaluated], found: Mapping[str, tuple[Step, dict[str, Evaluated]]], context: Context
+    teacher: dict[str, Evaluated], by_path: Mapping[str, tuple[Step, dict[str, Evaluated]]], context: Context
 ) -> None:
     """Write new evaluations to `result.json`, keeping its best run and export."""
     result = read_result(context.workdir)
-    lacking = [one.path for one in result.entries if one.path not in found]
+    lacking = [entry.path for entry in result.entries if entry.path not in by_path]
     if lacking:
         context.say(f"result.json was not updated, because this config does not make its model {lacking[0]}")
         return
-    by_folder = {step.work.out: evaluations for step, evaluations in found.values()}
+    by_folder = {step.work.out: evaluations for step, evaluations in by_path.values()}
     sets = describe_sets(teacher, by_folder.values())
 
     def renewed_of(path: str) -> RunEvaluation:
-        step, evaluations = found[path]
+        step, evaluations = by_path[path]
         return compare(evaluations, teacher, by_folder.get(step.work.control) if step.work.control else None, sets)
 
     runs = [replace(run, evaluation=renewed_of(run.path)) for run in result.runs]
-    controls = [replace(one, evaluation=renewed_of(one.path)) for one in result.controls]
+    controls = [replace(control, evaluation=renewed_of(control.path)) for control in result.controls]
     unpruned = unpruned_of(teacher, result.teacher.costs, result.teacher.speed, result.teacher.carried)
     renewed = replace(result, sets=sets, teacher=unpruned, runs=runs, controls=controls)
     if renewed != result:

@@ -72,8 +72,8 @@ def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) ->
     work, experiment = pipeline.work(), pipeline.experiment
     teacher_folder(work.model)
     sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
-    for name, one in sets.items():
-        _check_files("evaluate", set_files(experiment.data, name, one), work)
+    for name, eval_set in sets.items():
+        _check_files("evaluate", set_files(experiment.data, name, eval_set), work)
     for step in pipeline.steps():
         if step.stage in stages:
             _check_files(step.job.name, step.job.inputs, work)
@@ -111,13 +111,13 @@ def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
 def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
     """Yield a line with size and settings of each evaluation set, after reading its records."""
     work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
-    for name, one in sets.items():
-        if one.text is None:
+    for name, eval_set in sets.items():
+        if eval_set.text is None:
             shared = _load_inputs(work, data)
             yield from shared.notes
-            records = evaluation_records(one, image_lead=shared.template.image_lead)
+            records = evaluation_records(eval_set, image_lead=shared.template.image_lead)
             check_answered(records)
-            yield from remarks(records, one.data or name)
+            yield from remarks(records, eval_set.data or name)
             sizes.append(f"{name} ({len(records):,} questions)")
         else:
             sizes.append(f"{name} (text)")

@@ -130,11 +130,11 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
 
     def drawn(criterion: str, stack: str) -> Scores:
         options: dict[str, Any] = {"gqa": score.gqa}
-        parts = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
+        arrays = random_scores(cfg, seed=0, gqa=score.gqa, stack=stack)
         if "layers_removed" in CRITERIA[criterion].options and (span := score.layers_removed) is not None:
             options["layers_removed"] = span
-            parts = {**parts, "importance": parts["importance"][: max(0, len(parts["importance"]) + 1 - span)]}
-        return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **parts)
+            arrays = {**arrays, "importance": arrays["importance"][: max(0, len(arrays["importance"]) + 1 - span)]}
+        return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **arrays)
 
     scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
     plan_stacks([*map(_of_stack, scores)], cfg, _plan_config(work, data, spec, export))
@@ -215,7 +215,7 @@ def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
     """Return a plan's numbers for tables and reports."""
     lost = {}
     for name in plan.stacks:
-        before, after = (count_params(one, name) for one in (cfg, plan.apply_to(cfg)))
+        before, after = (count_params(config, name) for config in (cfg, plan.apply_to(cfg)))
         lost[name] = (before - after) / before
     return PruneFacts(
         method=plan.method,
@@ -241,5 +241,5 @@ def _of_parts(facts: PruneFacts) -> str:
 
 
 def _layers_gone(name: str, stack: KeptStack) -> str:
-    of = "" if name == "text" else " of the tower"
-    return f"; without layers {', '.join(map(str, stack.removed_layers))}{of}" if stack.removed_layers else ""
+    suffix = "" if name == "text" else " of the tower"
+    return f"; without layers {', '.join(map(str, stack.removed_layers))}{suffix}" if stack.removed_layers else ""

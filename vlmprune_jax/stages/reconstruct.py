@@ -60,7 +60,7 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
     work.save(model)
     modules = msgspec.convert(reports, list[Repaired])
     work.say(f"  {_summary(modules)}")
-    scarce = [one for one in modules if one.tokens < one.unknowns]
+    scarce = [module for module in modules if module.tokens < module.unknowns]
     if scarce:
         work.say(
             f"  {scarce[0].tokens:,} calibration tokens are few for {len(scarce)} weights with "
@@ -70,11 +70,11 @@ def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> Reco
 
 
 def _summary(modules: Sequence[Repaired]) -> str:
-    changed = [one for one in modules if one.ridge is not None]
+    changed = [module for module in modules if module.ridge is not None]
     if not changed:
         return f"none of {len(modules)} weights was changed: no change reduces the error on held-out records"
     before, after = (
-        sum(getattr(one, f"error_{when}") for one in changed) / len(changed) for when in ("before", "after")
+        sum(getattr(module, f"error_{when}") for module in changed) / len(changed) for when in ("before", "after")
     )
     return (
         f"{len(changed)} of {len(modules)} weights repaired; mean error of the residual stream after them, on "

@@ -66,9 +66,9 @@ class RecoverFacts(msgspec.Struct, frozen=True, kw_only=True):
 def recover_files(work: Work, data: DataSpec, spec: RecoverSpec) -> Files:
     """Return the recover stage's extra files: users' loss files, the adapter, cached teacher outputs."""
     losses = recover_config(spec).losses
-    own = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
+    loss_files = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
     return Files(
-        inputs={name: path for name, path in own.items() if path is not None},
+        inputs={name: path for name, path in loss_files.items() if path is not None},
         outputs=[work.folder / "adapter"] if spec.save_adapter else [],
         settings={"recover.teacher_top_k": losses.teacher_top_k},  # 0 if no teacher is cached
     )
@@ -279,10 +279,10 @@ def cached_teacher(
         on_error=data.on_error,
     )
     teacher = trim_vocabulary(recovery.teacher.load(parts), recovery.plan.vocabulary)
-    found = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=recovery.mesh)
+    outputs = teacher_top_k(teacher, batches, loss, compute_dtype=config.compute_dtype, mesh=recovery.mesh)
     try:
         with recovery.context.phase("teacher's top-k logits", -(-len(todo) // size)) as progress:
-            for done, (batch, ids, logprobs) in enumerate(found, start=1):
+            for done, (batch, ids, logprobs) in enumerate(outputs, start=1):
                 first = (done - 1) * size
                 for place, name in enumerate(batch.record_ids):
                     if name:

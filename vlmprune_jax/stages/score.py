@@ -48,7 +48,7 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
     if prune.method == "width":
         files = {"": spec.width}
     stacks = stacks_of(prune) if stack is None else (stack,)
-    return {f"{_FILES[of]}{suffix}.npz": criterion for of in stacks for suffix, criterion in files.items()}
+    return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files.items()}
 
 
 def no_scores(sections: Mapping[str, Any]) -> str | None:

@@ -42,7 +42,7 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Ex
     """
     if process_count() > 1:
         raise UserError("--server works with one process only: run the command without --coordinator")
-    spec, server, found = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
+    spec, server, evaluations = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
     name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
     work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
     unused = [
@@ -52,45 +52,45 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Ex
     ]
     if unused:
         work.say(f"  no effect: {', '.join(unused)}, because the server has its own template and limits")
-    for key, of in evaluation_sets(sections["data"], spec).items():
-        if of.text is not None:
+    for key, eval_set in evaluation_sets(sections["data"], spec).items():
+        if eval_set.text is not None:
             work.say(f"  {key}: not evaluated, because a server does not return log-likelihoods of a text")
             continue
         part = dataclasses.replace(work, part=name if key == QUESTIONS else f"{name} {key}")
         path = evaluation_file(work.folder, name, key)
-        settings = {setting: getattr(of, setting) for setting in ("prompt_suffix", "max_new_tokens", "questions")}
+        settings = {setting: getattr(eval_set, setting) for setting in ("prompt_suffix", "max_new_tokens", "questions")}
         job = Job(
             f"evaluate {part.part}",
             1,
             work.workdir,
             settings={**settings, "server": server.url, "model": server.model},
-            inputs=set_files(sections["data"], key, of),
+            inputs=set_files(sections["data"], key, eval_set),
             outputs=[answers_file(path)],
             facts=AnswerFacts,
             journals=[journal_path(path)],
         )
-        body = _body(part, spec, of, server, path)
-        found |= measure_set(part, of, run_job(job, body, overwrite=work.overwrite, say=work.say))
-    if not found:
+        body = _body(part, spec, eval_set, server, path)
+        evaluations |= measure_set(part, eval_set, run_job(job, body, overwrite=work.overwrite, say=work.say))
+    if not evaluations:
         raise UserError("evaluate.sets contains no questions for --server: add a set with `data`")
-    return found
+    return evaluations
 
 
-def _body(work: Work, spec: EvaluateSpec, of: EvaluationSetSpec, server: Server, path: Any) -> Any:
+def _body(work: Work, spec: EvaluateSpec, eval_set: EvaluationSetSpec, server: Server, path: Any) -> Any:
     """Return the function that asks a server a set's questions and writes the answers file."""
 
     def ask() -> AnswerFacts:
-        assert of.max_new_tokens is not None
-        records = evaluation_records(of, image_lead=True)
-        check_metric(of, records)
+        assert eval_set.max_new_tokens is not None
+        records = evaluation_records(eval_set, image_lead=True)
+        check_metric(eval_set, records)
         start = time.perf_counter()
         batches = -(-len(records) // spec.batch_size)
         with work.phase(f"evaluate {work.part}", batches) as progress:
             replies = ask_server(
                 server,
                 records,
-                prompt_suffix=of.prompt_suffix or "",
-                max_new_tokens=of.max_new_tokens,
+                prompt_suffix=eval_set.prompt_suffix or "",
+                max_new_tokens=eval_set.max_new_tokens,
                 parallel=spec.batch_size,
                 progress=progress,
                 journal=work.journal(path, {"batches": batches}),

@@ -107,7 +107,7 @@ def as_control(step: Step, done: Finished, evaluation: RunEvaluation) -> Control
 
 def as_run(step: Step, finished: Sequence[Finished], evaluation: RunEvaluation) -> Run:
     """Return the entry in `result.json` of a pruned model."""
-    facts = {one.stage: done.facts for one, done in zip((*step.before, step), finished, strict=True)}
+    facts = {member.stage: done.facts for member, done in zip((*step.before, step), finished, strict=True)}
     plan, settings = facts["prune"], step.sections
     scores, variant = criteria_of(settings["score"], settings["prune"]), step.work.variant
     variant = variant.relative_to(step.work.workdir)

@@ -54,8 +54,8 @@ def unused_settings(
     runs = [(run, cfg) for experiment, cfg in pairs for run in _variants(experiment)]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
-    own = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
-    taken = ({*sections} or {name.partition(".")[0] for name in names}) - own
+    user_sections = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
+    taken = ({*sections} or {name.partition(".")[0] for name in names}) - user_sections
     names = [name for name in names if name.partition(".")[0] in taken]
     given = {name: [_value(run, name) for run in (DEFAULTS, start, *_variants(start))] for name in names}
     changed = [name for name in names if any(_value(run, name) not in given[name] for run, _ in runs)]
@@ -69,11 +69,11 @@ def unused_settings(
             _model(run.speed, cfg),
         )
         reasons.append(_reasons(rules, changed))
-    found: dict[str, list[str]] = {}
+    unused: dict[str, list[str]] = {}
     for name in changed:
-        if all(name in one for one in reasons):
-            found.setdefault(reasons[0][name], []).append(name)
-    return found
+        if all(name in by_setting for by_setting in reasons):
+            unused.setdefault(reasons[0][name], []).append(name)
+    return unused
 
 
 def _variants(experiment: Experiment) -> list[Experiment]:
@@ -91,12 +91,12 @@ def _value(settings: object, name: str) -> Any:
 
 def _reasons(rules: Iterable[Rule], names: list[str]) -> dict[str, str]:
     """Return {setting: why it has no effect in this variant}."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for patterns, idle, why in rules:
         for name in names if idle else ():
             if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
-                found.setdefault(name, why)
-    return found
+                reasons.setdefault(name, why)
+    return reasons
 
 
 def _scoring(score: ScoreSpec, prune: PruneSpec) -> Iterator[Rule]:
@@ -106,12 +106,12 @@ def _scoring(score: ScoreSpec, prune: PruneSpec) -> Iterator[Rule]:
     yield "score.*", not criteria, "only the vocabulary is trimmed"
     yield "score.depth", method == "width", 'prune.method="width" scores heads and neurons only'
     yield "score.width", method == "depth", 'prune.method="depth" scores layers only'
-    of = f"the criterion {' and '.join(criteria)}"
+    subject = f"the criterion {' and '.join(criteria)}"
     for name in {*settings_of(ScoreConfig)} - {"seed", "options"}:
-        yield f"score.{name}", name not in used, f"{of} does not use it"
-    yield "score.options", not used & {*score.options}, f"{of} has none of these options"
-    yield "score.samples score.batch_size score.longest_text", not calibrates, f"{of} reads no records"
-    yield "score.seed", not calibrates and "seed" not in used, f"{of} reads no records"
+        yield f"score.{name}", name not in used, f"{subject} does not use it"
+    yield "score.options", not used & {*score.options}, f"{subject} has none of these options"
+    yield "score.samples score.batch_size score.longest_text", not calibrates, f"{subject} reads no records"
+    yield "score.seed", not calibrates and "seed" not in used, f"{subject} reads no records"
 
 
 def _pruning(prune: PruneSpec, reconstruct: ReconstructSpec, export: ExportSpec, cfg: ModelConfig) -> Iterator[Rule]:
@@ -158,17 +158,17 @@ def _training(recover: RecoverSpec, data: DataSpec, cfg: ModelConfig) -> Iterato
 
 def _evaluation(spec: EvaluateSpec, data: DataSpec, *, last: bool) -> Iterator[Rule]:
     sets = evaluation_sets(data, spec)
-    own = {name: spec.sets.get(name, EvaluationSetSpec()) for name in sets}
-    asked, texts = ([own[name] for name in sets if (sets[name].text is None) == of] for of in (True, False))
+    overrides = {name: spec.sets.get(name, EvaluationSetSpec()) for name in sets}
+    asked, texts = ([overrides[name] for name in sets if (sets[name].text is None) == asks] for asks in (True, False))
     shared = "no set with questions uses it"
     for name in ("metric", "prompt_suffix", "max_new_tokens", "questions"):
         tasks = name == "questions" and spec.tasks
-        yield f"evaluate.{name}", not tasks and all(getattr(one, name) is not None for one in asked), shared
-    yield "data.eval", all(one.data is not None for one in asked), shared
-    yield "data.eval_images", all(one.images is not None for one in asked), shared
+        yield f"evaluate.{name}", not tasks and all(getattr(eval_set, name) is not None for eval_set in asked), shared
+    yield "data.eval", all(eval_set.data is not None for eval_set in asked), shared
+    yield "data.eval_images", all(eval_set.images is not None for eval_set in asked), shared
     yield "evaluate.unrecovered", last, "nothing is reconstructed or trained after pruning"
     yield "evaluate.max_length", not (asked or spec.tasks), "no set has questions"
-    yield "evaluate.text_window", all(one.text_window is not None for one in texts), "no set with a text uses it"
+    yield "evaluate.text_window", all(text.text_window is not None for text in texts), "no set with a text uses it"
     yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
 
 

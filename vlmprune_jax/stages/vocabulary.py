@@ -77,10 +77,10 @@ def parse_size(text: str) -> int:
 
     Raises UserError for text of another form.
     """
-    found = re.fullmatch(r"(\d{1,9})(k?)", text.strip().lower())
-    if found is None or not int(found[1]):
+    match = re.fullmatch(r"(\d{1,9})(k?)", text.strip().lower())
+    if match is None or not int(match[1]):
         raise UserError(f"--sizes={text}: must be a number of tokens, such as 16384 or 16k")
-    return int(found[1]) * (1024 if found[2] else 1)
+    return int(match[1]) * (1024 if match[2] else 1)
 
 
 def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
@@ -92,9 +92,9 @@ def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Seque
         vocabulary = source.keep(sample.used, sample.listed, size, config.multiple)
         left, cost = count_params(vocabulary.apply_to(cfg)), ("", "", "")
         if sample.held_out:
-            one = _sample("all", sample.held_out, source, source.trimmed(vocabulary), vocabulary)
-            texts = f"{one.equal:,} of {one.texts:,}"
-            cost = (f"{100 * one.growth:.2f}", f"{one.tokens_after / one.texts:,.1f}", texts)
+            trimmed = _sample("all", sample.held_out, source, source.trimmed(vocabulary), vocabulary)
+            texts = f"{trimmed.equal:,} of {trimmed.texts:,}"
+            cost = (f"{100 * trimmed.growth:.2f}", f"{trimmed.tokens_after / trimmed.texts:,.1f}", texts)
         share = 100 * (whole - left) / whole
         rows.append([f"{len(vocabulary.kept):,}", f"{left:,}", f"{share:.1f}", f"{2 * left / 1e9:.3f}", *cost])
     per_text = f"{before / max(len(sample.held_out), 1):,.1f}"
@@ -114,13 +114,13 @@ def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Seque
 def vocabulary_lines(report: VocabularyReport) -> Iterator[str]:
     """Yield the vocabulary report as lines of text."""
     yield f"vocabulary: {report.rows:,} of {report.rows_before:,} tokens, {report.parameters:,} parameters fewer"
-    for one in report.samples[:1]:
+    for sample in report.samples[:1]:
         bits = ""
-        if one.bits_before is not None and one.bits_after is not None:
-            bits = f"; {one.bits_before:.3f} bits per byte before, {one.bits_after:.3f} after"
+        if sample.bits_before is not None and sample.bits_after is not None:
+            bits = f"; {sample.bits_before:.3f} bits per byte before, {sample.bits_after:.3f} after"
         yield (
-            f"on {one.texts:,} held-out texts: {one.equal:,} split as before, {one.growth:+.2%} tokens, {one.broken} "
-            f"of {one.kept:,} texts of kept tokens split in another way{bits}"
+            f"on {sample.texts:,} held-out texts: {sample.equal:,} split as before, {sample.growth:+.2%} tokens, "
+            f"{sample.broken} of {sample.kept:,} texts of kept tokens split in another way{bits}"
         )
 
 
@@ -157,8 +157,8 @@ def _with_bits(
         size += len(text.encode())
     model = work.load(work.teacher, ("text", "projector"))
     bits = [
-        _bits(one, [i for ids in tokens for i in ids], size)
-        for one, tokens in (
+        _bits(version, [i for ids in tokens for i in ids], size)
+        for version, tokens in (
             (model, source.tokens(some)),
             (trim_vocabulary(model, vocabulary), tokens_of(load_tokenizer(work.out), some)),
         )

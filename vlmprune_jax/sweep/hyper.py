@@ -123,12 +123,13 @@ def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     points = [_bare(point) for point in points]
     labels = [_labels_of(point, short) for short in [_short_names(points)] for point in points]
     runs = []
-    for point, parts in zip(points, labels, strict=True):
+    for point, run_labels in zip(points, labels, strict=True):
         overrides = _flat(point)
-        name, group = _name(parts), _name({label: value for label, value in parts.items() if not _is_seed(label)})
+        name = _name(run_labels)
+        group = _name({label: value for label, value in run_labels.items() if not _is_seed(label)})
         with error_context(f"run {name}"):
             experiment = prefer_explicit(override(base, nested(base, overrides)), overrides, "config.")
-        runs.append(SweepRun(name, group, parts, overrides, experiment))
+        runs.append(SweepRun(name, group, run_labels, overrides, experiment))
     _check_names(runs)
     return runs
 

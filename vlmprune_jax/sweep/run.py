@@ -50,7 +50,8 @@ class Sweep:
     def context(self, run: SweepRun, reporter: Reporter) -> Context:
         """Return the context of one run, with the result store that all runs of the sweep share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
-        images = [data.images, *(of.images for of in sets.values())]  # not inputs of any stage, as they are many files
+        # Image folders are inputs of no stage, as they hold many files.
+        images = [data.images, *(eval_set.images for eval_set in sets.values())]
         store = Store(self.workdir / SHARED, {"images": [path and str(real_path(path)) for path in images]})
         return Context(workdir=self.folder(run), reporter=reporter, overwrite=self.overwrite, store=store)
 
@@ -61,17 +62,17 @@ def with_caches(experiment: Experiment) -> Experiment:
     A cache of logits or features refuses entries of another teacher, tower or preprocessing.
     """
     teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
-    model, parts = experiment.model, experiment.sections
-    shared = affecting("teacher_cache", parts)
+    model, sections = experiment.model, experiment.sections
+    shared = affecting("teacher_cache", sections)
     if teacher is not None:
         recover = dataclasses.replace(experiment.recover, teacher_cache=_below(teacher, [vars(model), shared]))
         experiment = dataclasses.replace(experiment, recover=recover)
     if features is not None:
         stages = () if experiment.prune.stack == "text" else ("score", "prune", "reconstruct")
-        tower = [affecting(stage, parts) for stage in stages]
+        tower = [affecting(stage, sections) for stage in stages]
         data = [shared, experiment.data.max_images, experiment.data.images, experiment.recover.compute_dtype]
-        own = _below(features, [vars(model), data, tower])
-        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=own))
+        cache = _below(features, [vars(model), data, tower])
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, feature_cache=cache))
     return experiment
 
 
@@ -112,7 +113,7 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
 def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
     path, costs = sweep.folder(run) / model.path, _costs(model)
     shared = {name: getattr(model, name) for name in SweptModel.__struct_fields__ if hasattr(model, name)}
-    own = {
+    fields = {
         "model": run.experiment.model.hf_dir,
         "image_tokens": run.experiment.data.max_image_tokens,
         "bytes": costs.file_bytes,
@@ -122,7 +123,7 @@ def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
         "digest": digest(path, every_byte=True),
         "path": path.relative_to(sweep.workdir).as_posix(),
     }
-    return SweptModel(**{**shared, **own, **_speeds(model)})
+    return SweptModel(**{**shared, **fields, **_speeds(model)})
 
 
 def _costs(model: Run | Unpruned) -> Costs:
@@ -134,9 +135,9 @@ def _speeds(model: Run) -> dict[str, Any]:
     """Return a model's tokens per second, and its speed-ups over the unpruned model."""
     if model.speed is None:
         return {}
-    parts = ("prefill", "decode")
-    found = {f"{part}_tokens_per_second": getattr(model.speed, part) for part in parts}
-    return found | {f"{part}_speedup": getattr(model.speed, f"{part}_speedup") for part in parts}
+    phases = ("prefill", "decode")
+    speeds = {f"{part}_tokens_per_second": getattr(model.speed, part) for part in phases}
+    return speeds | {f"{part}_speedup": getattr(model.speed, f"{part}_speedup") for part in phases}
 
 
 def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
@@ -146,19 +147,19 @@ def note_error(run: SweepRun, sweep: Sweep, line: str) -> None:
 
 def is_done(run: SweepRun, sweep: Sweep) -> bool:
     """Return True if a sweep run is complete, with unchanged settings and inputs."""
-    found = read_run(run, sweep)
-    return found is not None and found.made_from == made_from_of(run, sweep)
+    record = read_run(run, sweep)
+    return record is not None and record.made_from == made_from_of(run, sweep)
 
 
 def read_run(run: SweepRun, sweep: Sweep) -> RunRecord | None:
     """Return a sweep run's results; None if its file is missing or damaged."""
     try:
-        found = read_artefact(sweep.folder(run) / RUN, RunRecord)
+        record = read_artefact(sweep.folder(run) / RUN, RunRecord)
     except UserError:
         return None
-    paths = [Path(model.path) for model in found.models]
+    paths = [Path(model.path) for model in record.models]
     inside = all(path.is_relative_to(Path(RUNS) / run.name) and ".." not in path.parts for path in paths)
-    return found if inside and paths else None
+    return record if inside and paths else None
 
 
 def read_error(run: SweepRun, sweep: Sweep) -> str | None:
@@ -175,10 +176,14 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
         files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
         jobs[job.name] = (job.settings, files, job.version)
-    parts, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
-    results = [{name: of.metric for name, of in sets.items()}, experiment.evaluate.unrecovered, experiment.recover.name]
+    sections, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
+    results = [
+        {name: eval_set.metric for name, eval_set in sets.items()},
+        experiment.evaluate.unrecovered,
+        experiment.recover.name,
+    ]
     variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
-    return content_key(jobs, results, variants, [affecting(stage, parts) for stage in ("speed", "export")])
+    return content_key(jobs, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
 
 
 def files_elsewhere(job: Job) -> dict[str, Path | str]:
@@ -200,14 +205,14 @@ def collect(runs: Sequence[SweepRun], sweep: Sweep) -> SweepResult:
     for run in runs:
         settings = {name: getattr(run, name) for name in ("group", "labels", "overrides", "seed")}
         entry = Entry(name=run.name, run=run.name, **settings)
-        found = read_run(run, sweep)
-        if found is None or found.made_from != made_from_of(run, sweep):
+        record = read_run(run, sweep)
+        if record is None or record.made_from != made_from_of(run, sweep):
             models.append(replace(entry, error=read_error(run, sweep)))
             continue
         # perplexities of different vocabularies are compared by bits per byte, in all runs
-        sets = {name: of if of.main == BITS else sets.get(name, of) for name, of in found.sets.items()}
-        unpruned = {**found.unpruned, **unpruned}
-        models += _entries(run, entry, found.models, seen)
+        sets = {name: metric if metric.main == BITS else sets.get(name, metric) for name, metric in record.sets.items()}
+        unpruned = {**record.unpruned, **unpruned}
+        models += _entries(run, entry, record.models, seen)
     return SweepResult(config=sweep.config, sets=sets, unpruned=unpruned, models=_alike(models, unpruned, sets))
 
 
@@ -215,10 +220,10 @@ def _alike(models: Sequence[Entry], unpruned: Mapping[str, UnprunedModel], sets:
     """Return sweep entries with retention recomputed from the same main metric per evaluation set."""
     return [
         entry
-        if (found := entry.found) is None
+        if (model := entry.found) is None
         else replace(
             entry,
-            found=replace(found, evaluation=compare_again(found.evaluation, unpruned[found.unpruned].evaluation, sets)),
+            found=replace(model, evaluation=compare_again(model.evaluation, unpruned[model.unpruned].evaluation, sets)),
         )
         for entry in models
     ]
@@ -235,5 +240,5 @@ def _entries(run: SweepRun, entry: Entry, models: Sequence[SweptModel], seen: se
         if last and not several:
             yield replace(entry, found=model)
         else:
-            own = Path(model.path).relative_to(Path(RUNS) / run.name).as_posix()
-            yield replace(entry, name=f"{entry.name}/{own}", group=f"{entry.group}/{own}", found=model)
+            relative = Path(model.path).relative_to(Path(RUNS) / run.name).as_posix()
+            yield replace(entry, name=f"{entry.name}/{relative}", group=f"{entry.group}/{relative}", found=model)

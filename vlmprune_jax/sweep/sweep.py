@@ -61,7 +61,8 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
         with error_context(f"run {run.name}"):
             check_experiment(run.experiment, sweep.folder(run))
         sets, first = (
-            (evaluation_sets(of.data, of.evaluate), of.evaluate.tasks) for of in (run.experiment, runs[0].experiment)
+            (evaluation_sets(experiment.data, experiment.evaluate), experiment.evaluate.tasks)
+            for experiment in (run.experiment, runs[0].experiment)
         )
         if sets != first:
             raise UserError(
@@ -75,8 +76,8 @@ def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
 
     Raises UserError unless it has the form i/n with 1 <= i <= n.
     """
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
-    number, count = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise UserError(f"--shard={shard}: must be i/n with i from 1 to n, such as 2/8")
     return list(runs)[number - 1 :: count]
@@ -130,10 +131,10 @@ def run_sweep(
     else:
         _run_here(left, sweep, reporter, update_page)
     if is_main_process():
-        found = write_sweep(runs, sweep, page)
-        if found.done:
-            reporter.table(*table(found))
-        _finish(found, mine, sweep, reporter)
+        result = write_sweep(runs, sweep, page)
+        if result.done:
+            reporter.table(*table(result))
+        _finish(result, mine, sweep, reporter)
 
 
 def _run_here(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter, update_page: Callable[[], None]) -> None:
@@ -209,21 +210,21 @@ def _forget_programs() -> None:
 
 def write_sweep(runs: Sequence[SweepRun], sweep: Sweep, page: Page) -> SweepResult:
     """Write `sweep.json`, `sweep.csv` and the comparison page from the results so far."""
-    found = collect(runs, sweep)
-    write_artefact(sweep.workdir / SWEEP, found)
-    write_text(sweep.workdir / "sweep.csv", as_csv(found))
-    if found.done:
+    result = collect(runs, sweep)
+    write_artefact(sweep.workdir / SWEEP, result)
+    write_text(sweep.workdir / "sweep.csv", as_csv(result))
+    if result.done:
         page(sweep.workdir)
-    return found
+    return result
 
 
-def _finish(found: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
+def _finish(result: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> None:
     """Print which runs failed, and the paths of the comparison files.
 
     Raises UserError if a run of this call failed.
     """
     names = {run.name for run in mine}
-    failed = [entry for entry in found.models if entry.status == FAILED]
+    failed = [entry for entry in result.models if entry.status == FAILED]
     for entry in failed:
         reporter.say(f"failed: {entry.name}: {entry.error}")
     there = [name for name in (SWEEP, "sweep.csv", "sweep.html") if (sweep.workdir / name).is_file()]
@@ -256,17 +257,17 @@ def tell_sharing(runs: Sequence[SweepRun], sweep: Sweep, reporter: Reporter) -> 
     stages = [*(name for name, stage in STAGES.items() if stage.per in ("variant", "recovery")), CONTROL]
     first: dict[str, int] = {}
     labels = tuple(dict.fromkeys(label for run in runs for label in run.labels))
-    made, rows = dict.fromkeys(stages, 0), []
+    times, rows = dict.fromkeys(stages, 0), []
     for number, run in enumerate(runs, start=1):
         keys, cells = _stage_keys(run, sweep, reporter), []
         for stage in stages:
             by = first.setdefault(keys[stage], number) if stage in keys else None
-            made[stage] += by == number
+            times[stage] += by == number
             cells.append("" if by is None else "makes" if by == number else f"of {by}")
         state = "failed" if read_error(run, sweep) else "there" if read_run(run, sweep) else ""
         rows.append((str(number), *(run.labels.get(label, "") for label in labels), *cells, state))
     reporter.table(f"{len(runs)} runs", ("run", *labels, *stages, "state"), rows)
-    counts = ", ".join(f"{stage} {count} times" for stage, count in made.items() if count)
+    counts = ", ".join(f"{stage} {count} times" for stage, count in times.items() if count)
     reporter.say(f"{len(runs)} runs: {counts}; the unpruned model, and equal models, are evaluated once")
 
 
@@ -277,7 +278,8 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     keys: dict[str, str] = {}
     placed = dataclasses.replace(run.experiment, data=data)
     for step in Pipeline(placed, sweep.context(run, reporter)).steps():
-        files, before = sorted(map(str, files_elsewhere(step.job).values())), [keys[one.stage] for one in step.before]
+        files = sorted(map(str, files_elsewhere(step.job).values()))
+        before = [keys[earlier.stage] for earlier in step.before]
         stage = step.stage if step.work.pruned else CONTROL
         keys[stage] = content_key(step.stage, step.job.settings, files, before)
     return keys

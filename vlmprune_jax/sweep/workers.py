@@ -39,14 +39,14 @@ def in_processes(
     for item in items:
         waiting.put(item)
     workers = [_Worker(start) for _ in range(min(jobs, len(items)))]
-    told, stopping = threading.Lock(), threading.Event()
+    lock, stopping = threading.Lock(), threading.Event()
 
     def drive(worker: _Worker) -> None:
         with contextlib.suppress(queue.Empty):
             while not stopping.is_set():
                 item = waiting.get_nowait()
                 line = worker.do(item)
-                with told:
+                with lock:
                     if not stopping.is_set():
                         done(item, line)
 

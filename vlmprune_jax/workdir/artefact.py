@@ -47,13 +47,13 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
     Raises UserError if the file is missing, too large, damaged, of another format, or holds something else.
     """
     value = read_json(path, missing=missing, todo=kind.HINT, most=kind.MAX_BYTES, unicode=False)
-    ours, found = kind.__struct_config__.tag, value.get("format")
-    if found != ours or isinstance(found, bool):
-        if isinstance(found, int) and isinstance(ours, int) and found > ours:
-            told = f"written by a newer vlmprune (format {found}, this version reads {ours}): upgrade vlmprune-jax"
+    ours, version = kind.__struct_config__.tag, value.get("format")
+    if version != ours or isinstance(version, bool):
+        if isinstance(version, int) and isinstance(ours, int) and version > ours:
+            message = f"written by a newer vlmprune (format {version}, this version reads {ours}): upgrade vlmprune-jax"
         else:
-            told = f"has no format that this version reads (format {ours}): {kind.HINT}"
-        raise UserError(f"{path}: {told}")
+            message = f"has no format that this version reads (format {ours}): {kind.HINT}"
+        raise UserError(f"{path}: {message}")
     try:
         read = msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeEncodeError, OverflowError) as error:
@@ -78,7 +78,9 @@ def write_artefact(path: Path, value: Artefact) -> None:
     """Write a JSON file of a workdir atomically (process 0 only)."""
     plain = to_json(value)
     if value.COMPACT:
-        text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in plain.items()) + "\n}\n"
+        text = (
+            "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(field)}" for name, field in plain.items()) + "\n}\n"
+        )
     else:
         text = json.dumps(plain, indent=2) + "\n"
     if is_main_process():

@@ -33,13 +33,13 @@ def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> d
     Texts that another model's vocabulary splits into another number of tokens are compared by bits per byte.
     """
     sets = {
-        name: Set(**msgspec.structs.asdict(of.metric), counted=of.counted, count=of.count)
-        for name, of in teacher.items()
+        name: Set(**msgspec.structs.asdict(evaluated.metric), counted=evaluated.counted, count=evaluated.count)
+        for name, evaluated in teacher.items()
     }
     for other in others:
-        for name, of in sets.items():
-            if of.counted == "tokens" and other[name].count != of.count and BITS in other[name].values:
-                sets[name] = msgspec.structs.replace(of, main=BITS)
+        for name, metric in sets.items():
+            if metric.counted == "tokens" and other[name].count != metric.count and BITS in other[name].values:
+                sets[name] = msgspec.structs.replace(metric, main=BITS)
     return sets
 
 
@@ -73,14 +73,14 @@ def compare(
         scores=scores,
         groups=_groups(evaluations),
         retained_interval=_intervals(evaluations, "retained_interval"),
-        seconds=round(sum(of.seconds for of in evaluations.values()), 2),
+        seconds=round(sum(evaluated.seconds for evaluated in evaluations.values()), 2),
         **_compared(scores, _values(teacher), sets),
         control=of_control,
     )
 
 
 def _intervals(evaluations: Evaluations, name: str) -> dict[str, tuple[float, float]]:
-    return {key: ends for key, of in evaluations.items() if (ends := getattr(of, name)) is not None}
+    return {key: ends for key, evaluated in evaluations.items() if (ends := getattr(evaluated, name)) is not None}
 
 
 def compare_again(model: RunEvaluation, unpruned: ModelEvaluation, sets: Sets) -> RunEvaluation:
@@ -97,9 +97,9 @@ def _compared(scores: Mapping[str, Values], original: Mapping[str, Values], sets
     ours, theirs = _averaged(scores, sets), _averaged(original, sets)
     theirs = {name: value for name, value in theirs.items() if value and math.isfinite(value)}
     ours = {name: ours[name] for name in theirs}
-    full = {name: of for name in theirs if (of := sets[name].full) is not None}
+    full = {name: maximum for name in theirs if (maximum := sets[name].full) is not None}
     return {
-        "retained": {name: _retained(scores[name], original[name], of) for name, of in sets.items()},
+        "retained": {name: _retained(scores[name], original[name], metric) for name, metric in sets.items()},
         "mean_of_ratios": mean_of_ratios(ours, theirs) if theirs else None,
         "paper_average": paper_average(ours, theirs, full) if theirs and len(full) == len(theirs) else None,
     }
@@ -149,15 +149,17 @@ def best_run(runs: Sequence[Run], sets: Sets) -> Run:
 
 def averaged_sets(sets: Sets) -> list[str]:
     """Return the evaluation sets included in averages: those with a maximum score, or all if none has one."""
-    return [name for name, of in sets.items() if of.full is not None] or list(sets)
+    return [name for name, metric in sets.items() if metric.full is not None] or list(sets)
 
 
 def _values(evaluations: Evaluations) -> dict[str, Values]:
-    return {name: dict(of.values) for name, of in evaluations.items()}
+    return {name: dict(evaluated.values) for name, evaluated in evaluations.items()}
 
 
 def _groups(evaluations: Evaluations) -> dict[str, dict[str, Group]]:
-    return {name: of.groups for name, of in evaluations.items() if 0 < len(of.groups) <= MOST_GROUPS}
+    return {
+        name: evaluated.groups for name, evaluated in evaluations.items() if 0 < len(evaluated.groups) <= MOST_GROUPS
+    }
 
 
 def _retained(values: Values, original: Values, metric: MetricInfo) -> float | None:
@@ -180,12 +182,13 @@ def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, s
     After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
     """
     rows, control = list[tuple[str, str, str, str, str]](), run.evaluation.control
-    for name, of in sets.items():
-        title, ours = f"{name} ({of.name}): {of.label}, {of.size}", of.show(run.evaluation.main(name, sets), unit=False)
-        before = of.show(teacher.evaluation.main(name, sets), unit=False)
+    for name, metric in sets.items():
+        title = f"{name} ({metric.name}): {metric.label}, {metric.size}"
+        ours = metric.show(run.evaluation.main(name, sets), unit=False)
+        before = metric.show(teacher.evaluation.main(name, sets), unit=False)
         rows.append((title, before, ours, percent(run.evaluation.retained.get(name)), interval(run.evaluation, name)))
         if control is not None:
-            alike = of.show(control.scores[name].get(of.main), unit=False)
+            alike = metric.show(control.scores[name].get(metric.main), unit=False)
             kept = percent(control.retained.get(name)), interval(control, name)
             rows.append((f"{name}, unpruned model after the same recovery", alike, ours, *kept))
     if (speed := run.speed) is not None:

@@ -42,9 +42,9 @@ def made_from(
     return MadeFrom(settings=plain(settings), inputs=digests, version=version)
 
 
-def content_key(*parts: Any) -> str:
+def content_key(*values: Any) -> str:
     """Return a hash (32 hex digits) of JSON values or structs."""
-    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(path: Path | str, *, every_byte: bool = False) -> str:

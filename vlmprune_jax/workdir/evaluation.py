@@ -97,8 +97,8 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
 def as_groups(values_by_group: Mapping[str, Mapping[str, float]]) -> dict[str, Group]:
     """Convert the values of `Metric.values_of_groups` to {group name: `Group`}."""
     return {
-        name: Group(questions=int(of["questions"]), values={key: v for key, v in of.items() if key != "questions"})
-        for name, of in values_by_group.items()
+        name: Group(questions=int(row["questions"]), values={key: v for key, v in row.items() if key != "questions"})
+        for name, row in values_by_group.items()
     }
 
 
@@ -129,11 +129,11 @@ def find_evaluated(workdir: Path, path: str | None, key: str) -> Path | None:
 
 def evaluations_of(folder: Path, name: str) -> dict[str, Evaluated]:
     """Return {set: evaluation} of the model `name`; raise UserError if a file is damaged."""
-    found = {}
+    evaluations = {}
     for path in sorted((folder / "eval").glob(f"{name}*.json")):
         key = DEFAULT_SET if path.stem == name else path.stem.removeprefix(f"{name}.")
         if path == evaluation_file(folder, name, key):
-            found[key] = read_evaluated(path)
-            if not found[key].parameters:  # unknown of served models alone
+            evaluations[key] = read_evaluated(path)
+            if not evaluations[key].parameters:  # unknown of served models alone
                 raise UserError(f"{path}: says that the model has 0 parameters: run `vlmprune evaluate` again")
-    return found
+    return evaluations

@@ -150,8 +150,8 @@ def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None
     same = last is not None and last.made_from == now
     present = [path for path in job.outputs if path.exists()]
     if same and isinstance(last, Done) and len(present) == len(job.outputs) and last.outputs == _digests(job.outputs):
-        made = job.outputs[0] if job.outputs else job.record
-        path = made.relative_to(job.workdir).as_posix() if made.is_relative_to(job.workdir) else made
+        output = job.outputs[0] if job.outputs else job.record
+        path = output.relative_to(job.workdir).as_posix() if output.is_relative_to(job.workdir) else output
         say(f"{job.name}: unchanged, skipped ({path} is up to date)")
         _clear(job)  # left by a process that was killed just after it had noted the end
         return last
@@ -169,8 +169,8 @@ def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
     assert job.store is not None
     entry = job.store.folder / key
     last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
-    made = [entry / path.name for path in job.outputs]
-    if not isinstance(last, Done) or not all(path.exists() for path in made) or last.outputs != _digests(made):
+    sources = [entry / path.name for path in job.outputs]
+    if not isinstance(last, Done) or not all(path.exists() for path in sources) or last.outputs != _digests(sources):
         remove(entry)
         return None
     assert begun is not None
@@ -233,7 +233,7 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     """Return lines "input changed" and "setting was a, now b" for all differences between two runs of a stage."""
     names = sorted({*before.inputs, *now.inputs})
     inputs = [f"{name} changed" for name in names if before.inputs.get(name) != now.inputs.get(name)]
-    old, new = ({**made.settings, "version": made.version} for made in (before, now))
+    old, new = ({**origin.settings, "version": origin.version} for origin in (before, now))
     return [*inputs, *differences(old, new)]
 
 
@@ -245,7 +245,7 @@ def differs_only_in(job: Job, setting: str) -> bool:
     if last.outputs != _digests(job.outputs):
         return False
     now = made_from(job.settings, job.inputs, job.version)
-    before, after = ({k: v for k, v in of.settings.items() if k != setting} for of in (last.made_from, now))
+    before, after = ({k: v for k, v in origin.settings.items() if k != setting} for origin in (last.made_from, now))
     return (before, last.made_from.inputs, last.made_from.version) == (after, now.inputs, now.version)
 
 

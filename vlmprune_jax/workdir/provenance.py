@@ -40,13 +40,13 @@ def made_by() -> MadeBy:
 @functools.cache
 def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
     """Return {package: version} of Python and the installed dependencies."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from a folder that is not installed
             continue
-    return found
+    return installed
 
 
 @functools.cache

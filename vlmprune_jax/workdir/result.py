@@ -204,7 +204,7 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
             if missing or unknown:
                 return f"{name}: set {(missing + unknown)[0]!r} is not in its scores, or not in sets"
         named = [path for run in self.runs for path in (run.plan, *run.scores)]
-        named += [path for one in self.entries for path in (one.path, one.metrics) if path is not None]
+        named += [path for entry in self.entries for path in (entry.path, entry.metrics) if path is not None]
         named += [] if self.export is None else [self.export.path]
         for path in dict.fromkeys(named):
             if not is_inside(folder / path, folder):
@@ -219,13 +219,15 @@ class Result(Artefact, frozen=True, kw_only=True, tag=1):
     @property
     def models(self) -> list[tuple[str, Unpruned | Control | Run]]:
         """Entries of all models by name, including the unpruned one."""
-        return [(UNPRUNED, self.teacher), *((one.name, one) for one in self.entries)]
+        return [(UNPRUNED, self.teacher), *((entry.name, entry) for entry in self.entries)]
 
     @property
     def labels(self) -> dict[str, str]:
         """Readable names of all models by name, made unique."""
-        counts = Counter(one.label for one in self.entries)
-        labels = {one.name: one.label + ("" if counts[one.label] == 1 else f" ({one.name})") for one in self.entries}
+        counts = Counter(entry.label for entry in self.entries)
+        labels = {
+            entry.name: entry.label + ("" if counts[entry.label] == 1 else f" ({entry.name})") for entry in self.entries
+        }
         return {UNPRUNED: UNPRUNED, **{name: printable(label) for name, label in labels.items()}}
 
     def distinct(self) -> Result:

@@ -79,7 +79,7 @@ class Samples(Artefact, frozen=True, kw_only=True, tag=1):
 def make_samples(
     records: Sequence[Record],
     runs: Sequence[Run],
-    said: Mapping[str, Sequence[str]],
+    predictions: Mapping[str, Sequence[str]],
     scores: Mapping[str, Sequence[float | None]],
     *,
     max_pixels: int,
@@ -89,20 +89,21 @@ def make_samples(
     Args:
       records: its questions.
       runs: every model but the unpruned one.
-      said, scores: {model: of every question}, of "unpruned" and of those runs that were asked.
+      predictions, scores: {model: of every question}, of "unpruned" and of those runs that were asked.
       max_pixels: larger images are not shown.
     """
-    right = {name: np.array([(score or 0) >= 0.5 for score in of], bool) for name, of in scores.items()}
+    right = {name: np.array([(score or 0) >= 0.5 for score in values], bool) for name, values in scores.items()}
     kinds, ranks = _kinds(right, runs)
     counts = {kind: int(np.count_nonzero(kinds == kind)) for kind in KINDS}
     order = [place for kind, most in KINDS.items() for place in _spread(records, kinds == kind, ranks, most)]
-    models, room, samples = list(said)[:MOST_ANSWERS], MOST_IMAGE_BYTES, []
+    models, room, samples = list(predictions)[:MOST_ANSWERS], MOST_IMAGE_BYTES, []
     for place in order:
         record = records[place]
         images = [_image(image, record.id, room, max_pixels) for image in record.images[:MOST_IMAGES]]
         room -= sum(len(image.uri or "") for image in images)
         answers = [
-            SampleAnswer(model=name, said=said[name][place][:LONGEST], score=scores[name][place]) for name in models
+            SampleAnswer(model=name, said=predictions[name][place][:LONGEST], score=scores[name][place])
+            for name in models
         ]
         samples.append(
             Sample(
@@ -125,13 +126,13 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
         mine = [run for run in runs if run.plan == plan and run.name in right]
         pruned = [right[run.name] for run in mine if run.recovery == "none"]
         recovered = [right[run.name] for run in mine if run.recovery != "none"]
-        for one in pruned:
-            lost = unpruned & ~one
+        for correct in pruned:
+            lost = unpruned & ~correct
             again = np.any(recovered, axis=0) if recovered else np.zeros_like(lost)
             repaired += lost & again
             broken += lost & ~again
     # Of the other questions, those first on which models differ.
-    differ = sum((one != unpruned for one in right.values()), np.zeros(len(unpruned), int))
+    differ = sum((correct != unpruned for correct in right.values()), np.zeros(len(unpruned), int))
     kinds = np.where(repaired > 0, "repaired", np.where(broken > 0, "broken", "other"))
     return kinds, np.where(repaired > 0, repaired, np.where(broken > 0, broken, differ))
 
@@ -139,10 +140,10 @@ def _kinds(right: Mapping[str, np.ndarray], runs: Sequence[Run]) -> tuple[np.nda
 def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, most: int) -> list[int]:
     """Choose up to `most` sample questions, the best ranked first, with varied answers and images."""
     places = sorted(np.flatnonzero(chosen).tolist(), key=lambda place: (-int(ranks[place]), place))
-    found: list[int] = []
+    picks: list[int] = []
     seen: set[tuple[str, ...]] = set()
     images: set[tuple[str, ...]] = set()
-    while places and len(found) < most:
+    while places and len(picks) < most:
         fresh = (p for p in places if records[p].references[:1] not in seen and _images(records[p]) not in images)
         place = next(fresh, None)
         if place is None and seen:  # every answer has had its turn
@@ -150,10 +151,10 @@ def _spread(records: Sequence[Record], chosen: np.ndarray, ranks: np.ndarray, mo
             place = next((p for p in places if _images(records[p]) not in images), None)
         place = places[0] if place is None else place
         places.remove(place)
-        found.append(place)
+        picks.append(place)
         seen.add(records[place].references[:1])
         images.add(_images(records[place]))
-    return found
+    return picks
 
 
 def _images(record: Record) -> tuple[str, ...]:

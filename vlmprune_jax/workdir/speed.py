@@ -95,14 +95,14 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
             return {}
         unpruned = [pair.unpruned for pair in self.pairs]
         every = Measurement(
-            prefill=tuple(value for one in unpruned for value in one.prefill),
-            decode=tuple(value for one in unpruned for value in one.decode),
-            first_token=tuple(value for one in unpruned for value in one.first_token),
+            prefill=tuple(value for measurement in unpruned for value in measurement.prefill),
+            decode=tuple(value for measurement in unpruned for value in measurement.decode),
+            first_token=tuple(value for measurement in unpruned for value in measurement.first_token),
             peak_bytes=unpruned[0].peak_bytes,
         )
         return {
             "": medians(every),
-            **{name: of for pair in self.pairs for of in [pair.medians] for name in pair.models},
+            **{name: speeds for pair in self.pairs for speeds in [pair.medians] for name in pair.models},
         }
 
 

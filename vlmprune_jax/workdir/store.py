@@ -45,8 +45,8 @@ class Store:
         outputs: Sequence[Path],
     ) -> str:
         """Return the key of a stage's result: a hash of all its inputs and of its file names."""
-        made = made_from(settings, inputs, version, every_byte=True)
-        return f"{stage}-{content_key(made, [path.name for path in outputs], self.also)}"
+        origin = made_from(settings, inputs, version, every_byte=True)
+        return f"{stage}-{content_key(origin, [path.name for path in outputs], self.also)}"
 
     @contextlib.contextmanager
     def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
@@ -65,15 +65,15 @@ class Store:
     def take(self, key: str, outputs: Sequence[Path]) -> None:
         """Link stored outputs into a run's folder."""
         for path in outputs:
-            made = self.folder / key / path.name
-            if made.is_dir():
+            source = self.folder / key / path.name
+            if source.is_dir():
                 with atomic_folder(path) as folder:
-                    _link(made, folder)
+                    _link(source, folder)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(f".{path.name}.partial")
                 partial.unlink(missing_ok=True)
-                _link(made, partial)
+                _link(source, partial)
                 os.replace(partial, path)
 
 

@@ -115,10 +115,10 @@ class SweepResult(Artefact, frozen=True, kw_only=True, tag=1):
     def problems(self, folder: Path) -> str | None:
         """Return an error message if an unpruned model or a set's value is missing; None otherwise."""
         for entry in self.models:
-            if (found := entry.found) is not None:
-                missing = [name for name in self.sets if found.evaluation.main(name, self.sets) is None]
-                if found.unpruned not in self.unpruned or missing:
-                    return f"{entry.name}: nothing is known of {missing[0] if missing else found.unpruned!r}"
+            if (model := entry.found) is not None:
+                missing = [name for name in self.sets if model.evaluation.main(name, self.sets) is None]
+                if model.unpruned not in self.unpruned or missing:
+                    return f"{entry.name}: nothing is known of {missing[0] if missing else model.unpruned!r}"
         return None
 
     @property
@@ -172,23 +172,25 @@ class Group:
 
     def show_mean(self, name: str, sets: Sets) -> str:
         """Return the mean of an evaluation set's main value as text; "" if no model has one."""
-        values = [value for one in self.models if (value := one.evaluation.main(name, sets)) is not None]
+        values = [value for model in self.models if (value := model.evaluation.main(name, sets)) is not None]
         return sets[name].show(sum(values) / len(values), unit=False) if values else ""
 
 
 def groups_of(sweep: SweepResult) -> list[Group]:
     """Group a sweep's models that differ only in seeds."""
-    found: dict[str, list[Entry]] = {}
+    by_group: dict[str, list[Entry]] = {}
     for entry in sweep.models:
         if entry.found is not None:
-            found.setdefault(entry.group, []).append(entry)
+            by_group.setdefault(entry.group, []).append(entry)
     groups = []
-    for name, entries in found.items():
+    for name, entries in by_group.items():
         labels = {label: value for label, value in entries[0].labels.items() if label.rpartition(".")[2] != "seed"}
         models = [entry.found for entry in entries if entry.found is not None]
         retained = _mean_of_all([model.evaluation for model in models], sweep.sets)
         groups.append(
-            Group(name, labels, models, retained, _mean_of_all([one.evaluation.control for one in models], sweep.sets))
+            Group(
+                name, labels, models, retained, _mean_of_all([model.evaluation.control for model in models], sweep.sets)
+            )
         )
     return groups
 
@@ -197,11 +199,11 @@ def _mean_of_all(
     evaluations: Sequence[RunEvaluation | OfControl | None], sets: Sets
 ) -> tuple[float, float, float] | None:
     """Return the mean retention with its 95 % interval over seeds and questions; None if a value is unknown."""
-    known = [one for one in evaluations if one is not None]
-    values = [one.mean_of_ratios for one in known if one.mean_of_ratios is not None]
+    known = [evaluation for evaluation in evaluations if evaluation is not None]
+    values = [evaluation.mean_of_ratios for evaluation in known if evaluation.mean_of_ratios is not None]
     if len(values) < len(evaluations):
         return None
-    return interval_of_mean(values, [average_interval(one, sets) for one in known])
+    return interval_of_mean(values, [average_interval(evaluation, sets) for evaluation in known])
 
 
 def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.ndarray | None:
@@ -210,7 +212,7 @@ def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.n
     None if an evaluation is not in the sweep's workdir, or if its scores do not average to the metric's value. For
     several sets, the parts of every set are in turn, and each set has the same weight.
     """
-    parts = []
+    contributions = []
     for name in (names := averaged_sets(sweep.sets)):
         path = find_evaluated(workdir, model.path, name)
         unpruned = sweep.unpruned[model.unpruned].evaluation.main(name, sweep.sets)
@@ -221,29 +223,35 @@ def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.n
         column = np.array(scores, float)
         if not math.isclose(column.mean(), value, rel_tol=1e-6, abs_tol=1e-9):
             return None
-        parts.append(100 * column / (unpruned or 1) / len(names) / len(column))
-    joined = np.concatenate(parts)
+        contributions.append(100 * column / (unpruned or 1) / len(names) / len(column))
+    joined = np.concatenate(contributions)
     return joined * len(joined)
 
 
 def as_csv(sweep: SweepResult) -> str:
     """Return the content of `sweep.csv`, one line per model of the sweep; without speed-ups that are not measurable."""
-    labels = list(dict.fromkeys(label for one in sweep.models for label in one.labels))
+    labels = list(dict.fromkeys(label for model in sweep.models for label in model.labels))
     speedups = ("prefill_speedup", "decode_speedup")
     facts = [name for name in SweptModel.__struct_fields__ if name not in ("evaluation", *speedups)]
     ends = [f"{name}{end}" for name in speedups for end in ("", "_low", "_high")]
-    parts = [f"{name}.{part}" for name in sweep.sets for part in ("score", "retained", "low", "high")]
+    set_columns = [f"{name}.{part}" for name in sweep.sets for part in ("score", "retained", "low", "high")]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     entry = ("name", "run", "group", "seed", "status", "error")
     scores = ("evaluation_seconds", "retained", "of_control", "paper_average")
-    lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *parts]))
-    for one in sweep.models:
-        row = [*(getattr(one, name) for name in entry), *(getattr(one.found, name, None) for name in facts)]
-        for of in (getattr(one.found, name, None) for name in speedups):
-            row += [of.ratio, of.low, of.high] if of is not None and of.measurable else [None] * 3
-        row += [one.labels.get(label) for label in labels]
-        row += ["" for _ in (*scores, *parts)] if one.found is None else _scores(one.found.evaluation, sweep.sets)
+    lines.writerow(map(cell, [*entry, *facts, *ends, *(f"label.{label}" for label in labels), *scores, *set_columns]))
+    for model in sweep.models:
+        row = [*(getattr(model, name) for name in entry), *(getattr(model.found, name, None) for name in facts)]
+        for speedup in (getattr(model.found, name, None) for name in speedups):
+            row += (
+                [speedup.ratio, speedup.low, speedup.high] if speedup is not None and speedup.measurable else [None] * 3
+            )
+        row += [model.labels.get(label) for label in labels]
+        row += (
+            ["" for _ in (*scores, *set_columns)]
+            if model.found is None
+            else _scores(model.found.evaluation, sweep.sets)
+        )
         lines.writerow(map(cell, row))
     return text.getvalue()
 

@@ -165,8 +165,8 @@ def _step_rows(step: PlannedStep) -> Iterator[tuple[str, str]]:
         f"{hbm.arguments / GIB:.2f} GiB arguments + {hbm.temporaries / GIB:.2f} GiB temporaries, "
         f"{hbm.free / GIB:.2f} GiB free",
     )
-    parts = ", ".join(f"{name} {getattr(flops, name):.2e}" for name in ("student", "teacher", "attention", "vision"))
-    yield "FLOPs", f"{flops.executed:.2e} executed, {flops.model:.2e} of the model ({parts})"
+    terms = ", ".join(f"{name} {getattr(flops, name):.2e}" for name in ("student", "teacher", "attention", "vision"))
+    yield "FLOPs", f"{flops.executed:.2e} executed, {flops.model:.2e} of the model ({terms})"
     received = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in step.received.items()) or "none"
     yield "received", f"per chip, in GiB: {received}"
     limits = ", ".join(f"{name} {getattr(seconds, name):.3f}" for name in ("compute", "memory", "interconnect"))

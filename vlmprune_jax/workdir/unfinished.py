@@ -48,8 +48,8 @@ class StepRecord(Part, frozen=True, kw_only=True):
 
     def is_done(self, workdir: Path) -> bool:
         """Return True if all outputs of the step exist."""
-        made = (*self.outputs, *([self.model] if self.model else []))
-        return all(any((workdir / self.folder).glob(pattern)) for pattern in made)
+        patterns = (*self.outputs, *([self.model] if self.model else []))
+        return all(any((workdir / self.folder).glob(pattern)) for pattern in patterns)
 
 
 class Steps(Artefact, frozen=True, kw_only=True, tag=1):
@@ -124,17 +124,17 @@ def read_unfinished(workdir: Path) -> Unfinished:
     models = [step for step in planned if (workdir / step.path).is_dir()]
     evaluations = {step.path: evaluations_of((workdir / step.path).parent, step.model) for step in models}
     sets = teacher
-    for found in filter(None, evaluations.values()):  # only sets on which all models were evaluated
-        sets = {key: of for key, of in sets.items() if key in found}
+    for by_set in filter(None, evaluations.values()):  # only sets on which all models were evaluated
+        sets = {key: evaluation for key, evaluation in sets.items() if key in by_set}
     result = None
     if sets:
         measured = find_artefact(workdir / SPEED, Speed)
         speeds = {} if measured is None else measured.medians()
-        known = [(step, {key: of[key] for key in sets}) for step in models if (of := evaluations[step.path])]
-        described = describe_sets(sets, [of for _, of in known])
-        compared = [(step, compare(of, sets, sets=described)) for step, of in known]
-        runs = [_run(step, of, speeds.get(step.name), workdir) for step, of in compared if not step.control]
-        controls = [Control(**_entry(step, of, workdir)) for step, of in compared if step.control]
+        known = [(step, {key: values[key] for key in sets}) for step in models if (values := evaluations[step.path])]
+        described = describe_sets(sets, [values for _, values in known])
+        compared = [(step, compare(scores, sets, sets=described)) for step, scores in known]
+        runs = [_run(step, scores, speeds.get(step.name), workdir) for step, scores in compared if not step.control]
+        controls = [Control(**_entry(step, scores, workdir)) for step, scores in compared if step.control]
         unpruned = unpruned_of(sets, speed=speeds.get(""))
         result = Result(sets=described, teacher=unpruned, runs=runs, controls=controls, best="")
     left = [step.name for step in models if step.evaluated and not evaluations[step.path]]

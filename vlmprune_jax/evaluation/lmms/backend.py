@@ -103,14 +103,14 @@ def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequenc
 
 
 class Backend(lmms):
-    """lmms-eval model class that runs a vlmprune model; `said` stores replies by (task, document number)."""
+    """lmms-eval model class that runs a vlmprune model; `replies` stores its answers by (task, document number)."""
 
     is_simple = False
 
     def __init__(self, answering: Answering) -> None:
         super().__init__()
         self._answering = answering
-        self.said: dict[tuple[str, int], Reply] = {}
+        self.replies: dict[tuple[str, int], Reply] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return greedy answers to lmms-eval requests; stop texts (`until`) are ignored, as in its transformers models.
@@ -127,7 +127,7 @@ class Backend(lmms):
             records = [pictures.record(requests[place]) for place in places]
             replies |= zip(places, self._answering.replies(records, max_new_tokens), strict=True)
         for place, request in enumerate(requests):
-            self.said[request.args[4], request.args[3]] = replies[place]
+            self.replies[request.args[4], request.args[3]] = replies[place]
         tokens, seconds = sum(reply.tokens for reply in replies.values()), time.perf_counter() - start
         log_metrics(total_gen_tokens=tokens, total_elapsed_time=seconds, avg_speed=tokens / max(seconds, 1e-9))
         ordered = (replies[place] for place in range(len(requests)))
@@ -242,9 +242,9 @@ class _Pictures:
         """Return a digest of all pictures in the store."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
-    def find(self, name: str, where: str) -> StoredImage:
+    def find(self, name: str, location: str) -> StoredImage:
         """Return the stored picture with this digest."""
-        del where
+        del location
         return StoredImage(name, self._numbers[name], self)
 
     def read(self, number: int) -> bytes:
@@ -272,20 +272,20 @@ class _Pictures:
                     f"{name}: system messages of single requests are not supported: set system=TEXT in --model_args "
                     "for all requests"
                 )
-            parts = []
+            texts = []
             for content in message.content:
                 if content.type == "text":
                     if IMAGE_TOKEN in content.text:
                         raise UserError(f"{name}: its text contains the image token {IMAGE_TOKEN}: remove it")
-                    parts.append(content.text)
+                    texts.append(content.text)
                 elif content.type == "image":
-                    parts.append(IMAGE_TOKEN)
+                    texts.append(IMAGE_TOKEN)
                     names.append(self._number(content.url, request, len(names), name))
                 else:
                     raise UserError(
                         f"{name}: contains {content.type}, which this model does not take: leave the task out"
                     )
-            turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(parts)})
+            turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(texts)})
         return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:

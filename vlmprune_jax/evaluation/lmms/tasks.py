@@ -51,15 +51,15 @@ def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, 
             "(--config.evaluate.tasks_data=DIR)"
         )
     root = None if spec.tasks_data is None else Path(spec.tasks_data)
-    parts = [] if root is None else [root / part for part in _DATA.findall(text)]
-    for place in parts:
+    paths = [] if root is None else [root / part for part in _DATA.findall(text)]
+    for place in paths:
         if not place.exists():
             raise UserError(
                 f"task {task}: {place} does not exist: save the data set there (docs/how-to/benchmarks.md) "
                 "or remove the task"
             )
     # A group names no data set itself.
-    read = parts or ([] if root is None else [root])
+    read = paths or ([] if root is None else [root])
     return folder, {"task files": folder, **{f"data of {task} ({place.name})": place for place in read}}
 
 
@@ -106,12 +106,12 @@ def ask_task(
     backend, files = Backend(answering), task_sources(spec, task)[0]
     with tempfile.TemporaryDirectory() as scratch:
         results = _evaluated(spec, task, files, backend, Path(scratch))
-    values = {name: _values(found) for name, found in results["results"].items() if name in results["samples"]}
+    values = {name: _values(metrics) for name, metrics in results["results"].items() if name in results["samples"]}
     lines = []
     for name in values or [task]:
         # Of several filters the first counts; each logs all questions.
         samples = {sample["doc_id"]: sample for sample in reversed(results["samples"].get(name, []))}
-        mine = [_line(name, samples[doc], values[name], backend.said[name, doc]) for doc in sorted(samples)]
+        mine = [_line(name, samples[doc], values[name], backend.replies[name, doc]) for doc in sorted(samples)]
         sets_of(name, values.get(name, {}), [line["entries"] for line in mine], {})  # refuses a task that failed
         lines += mine
     return lines, {"values": values, "higher_is_better": {n: results["higher_is_better"].get(n, {}) for n in values}}
@@ -170,17 +170,17 @@ def _quiet() -> None:
     logger.add(lambda line: logging.getLogger("lmms_eval").warning("%s", line.record["message"]), level="WARNING")
 
 
-def _values(found: Mapping[str, Any]) -> dict[str, float]:
+def _values(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return {metric: value} from lmms-eval's results, with 0 for None (as MathVista intends)."""
     values: dict[str, float] = {}
-    for name, value in found.items():
+    for name, value in metrics.items():
         metric, _, filtered = name.partition(",")
         if filtered and "_stderr" not in metric and isinstance(value, int | float | None):
             values.setdefault(metric, float(value or 0.0))
     return values
 
 
-def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], said: Any) -> dict[str, Any]:
+def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], reply: Any) -> dict[str, Any]:
     """Return one question's answer as a line of the answers file."""
     entries = {metric: sample[metric] for metric in values if metric in sample}
     if "mmmu_acc" in entries:
@@ -188,9 +188,9 @@ def _line(task: str, sample: Mapping[str, Any], values: Mapping[str, float], sai
 
         entries["mmmu_acc"] = {**entries["mmmu_acc"], "right": evaluate_mmmu([entries["mmmu_acc"]])[1]["acc"]}
     target = sample["target"]
-    references = [str(one) for one in target] if isinstance(target, list | tuple) else [str(target)]
-    line = {"id": str(sample["doc_id"]), "task": task, "prediction": said.prediction, "references": references}
-    return {**line, "tokens": said.tokens, "entries": entries}
+    references = [str(reference) for reference in target] if isinstance(target, list | tuple) else [str(target)]
+    line = {"id": str(sample["doc_id"]), "task": task, "prediction": reply.prediction, "references": references}
+    return {**line, "tokens": reply.tokens, "entries": entries}
 
 
 def as_plain(value: Any) -> Any:

@@ -61,8 +61,8 @@ def right_letters(record: Record, name: str) -> set[str]:
 
 def _scienceqa(prediction: str, record: Record) -> bool:
     """Return True if the answer names the correct letter as `B`, `b` or `B. any text`."""
-    said = prediction.strip()
-    letter = said[0] if said[1:2] == "." and said[0].isupper() else said
+    answer = prediction.strip()
+    letter = answer[0] if answer[1:2] == "." and answer[0].isupper() else answer
     return letter.lower() in {right.lower() for right in right_letters(record, "choices")}
 
 
@@ -75,8 +75,8 @@ SCIENCEQA = accuracy(_scienceqa)
 def _ai2d(prediction: str, record: Record) -> bool:
     """Return True if the answer names the correct letter as `B`, `b`, `(B)` or `B. any text`."""
     first = _LETTER_FIRST.match(prediction)
-    said = first[1] if first else prediction
-    return any(is_same_text(said, letter) for letter in right_letters(record, "options"))
+    answer = first[1] if first else prediction
+    return any(is_same_text(answer, letter) for letter in right_letters(record, "options"))
 
 
 AI2D = accuracy(_ai2d)
@@ -96,9 +96,9 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
         prediction = prediction.strip(character)
     text, known = f" {prediction} ", letters(choices)
     for named, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in known if named.format(letter) in text]
-        if found:
-            return max(found, key=lambda letter: text.rfind(place.format(letter)))  # the first of equals
+        matches = [letter for letter in known if named.format(letter) in text]
+        if matches:
+            return max(matches, key=lambda letter: text.rfind(place.format(letter)))  # the first of equals
     if len(text.split()) > 5:
         places = [text.lower().rfind(choice.lower()) for choice in choices]
         if max(places) >= 0:
@@ -111,9 +111,9 @@ def parse_open(prediction: str) -> set[str | float]:
     text = prediction.strip().strip(".").lower()
     lines = text.split("\n")
     ends = [_end(line, (*_KEYS, "=") if number == len(lines) else _KEYS) for number, line in enumerate(lines, 1)]
-    parts = [end for end in ends if end and end not in _TRIVIAL] or [text]
-    numbers = [found for part in parts for pattern in _NUMBERS for found in pattern.findall(part)]
-    return {meaning for part in (*parts, *numbers) for meaning in _normalised(part)}
+    texts = [end for end in ends if end and end not in _TRIVIAL] or [text]
+    numbers = [number for part in texts for pattern in _NUMBERS for number in pattern.findall(part)]
+    return {meaning for part in (*texts, *numbers) for meaning in _normalised(part)}
 
 
 def _end(line: str, keys: Sequence[str]) -> str | None:
@@ -171,16 +171,16 @@ MMMU = accuracy(_is_right_in_mmmu, groups=("subject", _subject))
 # therefore called `accuracy_without_judge`: not the published number, and fair only to models that answer shortly.
 
 
-def _chosen(said: str, choices: list[str]) -> str:
+def _chosen(answer: str, choices: list[str]) -> str:
     """Return the choice whose text equals the answer, else the choice with its letter, else the most similar choice."""
-    if said in choices:
-        return said
-    bracketed = _IN_BRACKETS.search(said)
-    said = bracketed[1].upper() if bracketed else said
+    if answer in choices:
+        return answer
+    bracketed = _IN_BRACKETS.search(answer)
+    answer = bracketed[1].upper() if bracketed else answer
     known = letters(choices)
-    if len(said) == 1 and said in known:
-        return choices[known.index(said)]
-    return min(choices, key=lambda choice: Levenshtein.distance(said, choice))
+    if len(answer) == 1 and answer in known:
+        return choices[known.index(answer)]
+    return min(choices, key=lambda choice: Levenshtein.distance(answer, choice))
 
 
 def _decimals(record: Record) -> int:
@@ -191,16 +191,16 @@ def _decimals(record: Record) -> int:
     return int(places)
 
 
-def _number(said: str, decimals: int | None) -> str | None:
+def _number(answer: str, decimals: int | None) -> str | None:
     """Return the number in an answer, in the format of the correct answer; None if it contains none."""
     try:
-        return str(int(float(said)) if decimals is None else round(float(said), decimals))
+        return str(int(float(answer)) if decimals is None else round(float(answer), decimals))
     except (ValueError, OverflowError):
         return None
 
 
 def _read(prediction: str, record: Record) -> str | None:
-    said, kind = prediction.strip(), name_field(record, "answer_type")
+    answer, kind = prediction.strip(), name_field(record, "answer_type")
     if name_field(record, "question_type") == "multi_choice":
         choices = choices_field(record, "choices")
         if not {*record.references} <= {*choices}:
@@ -208,11 +208,11 @@ def _read(prediction: str, record: Record) -> str | None:
                 f"record {record.id}: answer {record.references[0]!r} is not one of the record's choices: write the "
                 "text of a choice"
             )
-        return _chosen(said, choices)
+        return _chosen(answer, choices)
     if kind in ("integer", "float"):
-        return _number(said, _decimals(record) if kind == "float" else None)
+        return _number(answer, _decimals(record) if kind == "float" else None)
     if kind in ("list", "text"):
-        return said
+        return answer
     raise UserError(f"record {record.id}: field 'answer_type' {kind!r} must be integer, float, list or text")
 
 

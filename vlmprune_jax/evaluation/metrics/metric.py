@@ -140,7 +140,7 @@ class Metric:
 
 def accuracy(is_right: Callable[[str, Record], bool], **settings: Any) -> Metric:
     """Return a metric whose score "accuracy" is 1 if `is_right(prediction, record)` is true, and 0 otherwise."""
-    return Metric("accuracy", lambda said, _, record: {"accuracy": float(is_right(said, record))}, **settings)
+    return Metric("accuracy", lambda answer, _, record: {"accuracy": float(is_right(answer, record))}, **settings)
 
 
 def field(record: Record, name: str) -> Any:

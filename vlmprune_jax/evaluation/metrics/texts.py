@@ -108,11 +108,11 @@ _CONTRACTIONS = {
 def processed(answer: str) -> str:
     """Normalise an answer as in VQA: lower case, numbers as digits, no articles or punctuation."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
-    in_number, found = _COMMA_IN_NUMBER.search(text), text
+    in_number, cleaned = _COMMA_IN_NUMBER.search(text), text
     for mark in _PUNCTUATION:
         aside = in_number or f"{mark} " in text or f" {mark}" in text
-        found = found.replace(mark, "" if aside else " ")
-    words = (_WORDS.get(word, word) for word in _FULL_STOP.sub("", found, count=_MOST_STOPS).lower().split())
+        cleaned = cleaned.replace(mark, "" if aside else " ")
+    words = (_WORDS.get(word, word) for word in _FULL_STOP.sub("", cleaned, count=_MOST_STOPS).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -123,8 +123,8 @@ def _soft_accuracy(prediction: str, references: tuple[str, ...], record: Record)
             f"record {record.id}: has {len(references)} reference answer(s), but vqa_accuracy needs at least 4: list "
             "them in the field 'answers', or use exact_match"
         )
-    said, people = processed(prediction), [processed(reference) for reference in references]
-    same = [person == said for person in people]
+    answer, people = processed(prediction), [processed(reference) for reference in references]
+    same = [person == answer for person in people]
     worth = [min(1.0, (sum(same) - mine) / 3) for mine in same]
     return {"accuracy": sum(worth) / len(worth) if prediction else 0.0}
 

@@ -38,17 +38,17 @@ def _pope_score(prediction: str, _: tuple[str, ...], record: Record) -> dict[str
     Other texts do not change recall: a false negative is a question with the right answer yes and the prediction `no`.
     """
     _category(record)  # refuses a record without one
-    yes, said = right_yes_or_no(record), prediction.lower().strip()
-    found, invented, missed = yes and said == "yes", not yes and said == "yes", yes and said == "no"
-    right = said == ("yes" if yes else "no")
-    return dict(zip(_SCORES, (right, said == "yes", found, invented, missed), strict=True))
+    yes, answer = right_yes_or_no(record), prediction.lower().strip()
+    hit, invented, missed = yes and answer == "yes", not yes and answer == "yes", yes and answer == "no"
+    right = answer == ("yes" if yes else "no")
+    return dict(zip(_SCORES, (right, answer == "yes", hit, invented, missed), strict=True))
 
 
 def _rates(scores: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
     """Return weighted means of scores, float[draws], one per bootstrap sample; 0 for samples without answers."""
-    accuracy, said_yes, found, invented, missed = scores.T @ times
-    precision, recall = found / np.maximum(found + invented, 1), found / np.maximum(found + missed, 1)
-    f1 = 2 * precision * recall / np.where(found > 0, precision + recall, 1)
+    accuracy, said_yes, hits, invented, missed = scores.T @ times
+    precision, recall = hits / np.maximum(hits + invented, 1), hits / np.maximum(hits + missed, 1)
+    f1 = 2 * precision * recall / np.where(hits > 0, precision + recall, 1)
     number = np.maximum(times.sum(axis=0), 1)
     return {
         "f1": f1,
