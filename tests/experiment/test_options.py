@@ -26,7 +26,8 @@ def test_help_of_settings(capsys):
     assert "after a change: none" in capsys.readouterr().out
 
 
-def test_help_answers_for_every_section_and_the_variants(capsys):
+def test_help_answers_for_every_section_and_the_variants(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     for place, section in sections().items():
         name = place.removesuffix(".NAME")
         assert main(["help", name]) == 0
@@ -40,6 +41,7 @@ def test_help_answers_for_every_section_and_the_variants(capsys):
 
 
 def test_help_is_wrapped_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["help", "recover"]) == 0
     whole = capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "60")

@@ -33,9 +33,6 @@ def measure_speed(
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
         raise UserError("speed.rounds=0: must be at least 1 to measure speed")
-    others = [name for name, model in models.items() if not isinstance(model, Model)]
-    if others:
-        raise UserError(f"vp.measure_speed: models[{others[0]!r}] must be a Model: pass vp.load(DIR)")
     programs = {name: _compile(model, config) for name, model in models.items()}
 
     def agree(seconds: float) -> float:  # all processes must run a program equally often
@@ -51,6 +48,10 @@ def measure_speed(
 
 def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
     """Compile a model's generation program and run it once to warm up."""
+    if not isinstance(model, Model):
+        raise UserError(
+            f"vp.measure_speed: models must be Model objects, got {type(model).__name__}: pass vp.load(DIR)"
+        )
     config.check(model.cfg)
     ids, images = make_prompts(model.cfg, config)
     program = compile_generation(model, ids, **images, max_new_tokens=config.new_tokens + 1)
