@@ -22,7 +22,7 @@ from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
+from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
 from vlmprune_jax.hf.disk.storage import Storage
@@ -111,7 +111,7 @@ def make_tensors(
                 f"{source.folder}: has no tensor {first.key}: pass the folder that the model was loaded from"
             )
         if target.converts:
-            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), source_tensor[1]
+            spelled, stored = key, source_tensor[1]
         else:
             spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
             spelled = template(key) if family.respells else spelled
@@ -188,12 +188,13 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
             continue
         stored = entry.dtype if dtype == "source" else file_name(dtype)
+        written = name if family.respells else key
         if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
             extent = entry.extent(0, entry.n_bytes)
-            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
+            tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
         else:
             fetch = lambda entry=entry, stored=stored: _as_dtype(entry.array(), stored)  # noqa: E731
-            tensors.append(weight(key, stored, entry.shape, fetch))
+            tensors.append(weight(written, stored, entry.shape, fetch))
     return tensors
 
 

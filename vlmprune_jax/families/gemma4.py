@@ -358,6 +358,7 @@ GEMMA4 = Family(
     templates=(_TEMPLATE,),
     image_processors=("Gemma4",),
     images="budget",
+    budget_field="default_output_length",
     recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
         _DECODER,

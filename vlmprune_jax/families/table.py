@@ -135,7 +135,8 @@ class Family:
     "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan) or "patches"
     (any size).
     `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
-    tiles. `pixels(size)` returns processor settings if the folder has no file.
+    tiles. `budget_field` of vision_config has the processor's token budget, for engines that read it there.
+    `pixels(size)` returns processor settings if the folder has no file.
 
     `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
@@ -164,6 +165,7 @@ class Family:
     images: str = "whole"
     tiling: Callable[[Mapping[str, Any], str], TilingConfig] | None = None
     tile_limit: str = ""
+    budget_field: str = ""
     pixels: Callable[[int], JsonDict] | None = None
     recipe: Mapping[str, Any] | None = None
     decoder: Decoder | None = None
