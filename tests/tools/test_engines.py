@@ -48,6 +48,7 @@ def test_an_engine_that_dies_is_a_line(cells, tmp_path, monkeypatch):
     assert "| LLaVA | unpruned | 0.25 |" in shown
     assert "| LLaVA | depth | no (1) |" in shown
     assert "\n2. ValueError: no heads" in shown
+    assert table.summary(lines).endswith("| LLaVA | 0.25/0.25; no depth, heads |")
     monkeypatch.setattr(table.subprocess, "Popen", lambda *a, **k: pytest.fail("folders were run again"))
     assert table.run_engine("vllm", tmp_path / "python", cells, tmp_path) == lines
 

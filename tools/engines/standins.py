@@ -37,13 +37,19 @@ _ROOT = Path(__file__).parents[2]
 _GOLDENS = _ROOT / "tests/goldens/families"
 _TEXT = {
     "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 4, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4}
+# Activations, norms and layer patterns are those of the hub's models, on some of which engines rely unread.
+_TOWER = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 4,
+    "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 _PATCHES = {
     "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "out_hidden_size": 256, "depth": 4, "patch_size": 4,
-    "temporal_patch_size": 2,
+    "temporal_patch_size": 2, "hidden_act": "gelu_pytorch_tanh",
 }  # fmt: skip
+# Windows are longer than an image, as on the hub, and shorter than a prompt.
+_GEMMA3 = {"num_hidden_layers": 12, "query_pre_attn_scalar": 64, "sliding_window_pattern": 6, "sliding_window": 270}
 _GEMMA4 = {"num_hidden_layers": 6, "global_head_dim": 128}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _QWEN3_ROPE = {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
@@ -53,15 +59,23 @@ STANDINS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "LLaVA-1.5": (None, {**_TEXT, "num_key_value_heads": 4}, _TOWER),
     "InternVL3": ("internvl3", _TEXT, _TOWER),
     "Qwen3-VL": ("qwen3_vl", {**_TEXT, "rope_scaling": _QWEN3_ROPE, "attention_bias": False}, _PATCHES),
-    "Qwen2.5-VL": ("qwen2_5_vl", {**_TEXT, "rope_scaling": _QWEN2_ROPE}, {**_PATCHES, "window_size": 24}),
-    "SmolVLM": ("smolvlm", {**_TEXT, "tie_word_embeddings": False}, _TOWER),
-    "Gemma 3": ("gemma3", {**_TEXT, "num_hidden_layers": 6, "query_pre_attn_scalar": 64}, {**_TOWER, "image_size": 96}),
+    "Qwen2.5-VL": (
+        "qwen2_5_vl",
+        {**_TEXT, "rope_scaling": _QWEN2_ROPE},
+        {**_PATCHES, "hidden_act": "silu", "window_size": 24},
+    ),
+    "SmolVLM": ("smolvlm", {**_TEXT, "tie_word_embeddings": False}, {**_TOWER, "image_size": 32, "patch_size": 4}),
+    "Gemma 3": ("gemma3", {**_TEXT, **_GEMMA3}, {**_TOWER, "image_size": 128, "patch_size": 4}),
     "Gemma 4 E": (
         "gemma4",
         {**_TEXT, **_GEMMA4, "num_kv_shared_layers": 2, "layer_types": [_SLIDING, _FULL] * 3},
         {**_TOWER, "head_dim": 64, "num_key_value_heads": 2},
     ),
-    "Gemma 4 dense": ("gemma4_dense", {**_TEXT, **_GEMMA4}, {**_TOWER, "head_dim": 64, "num_key_value_heads": 2}),
+    "Gemma 4 dense": (
+        "gemma4_dense",
+        {**_TEXT, **_GEMMA4, "sliding_window": 80},
+        {**_TOWER, "head_dim": 64, "num_key_value_heads": 2},
+    ),
     "SmolLM2": ("smolvlm", _TEXT, {}),
 }
 STORAGES = ("float32", "bfloat16", "w4a16", "w8a16", "w8a8")
@@ -85,9 +99,16 @@ def write_source(name: str, folder: Path) -> Path:
             config["audio_config"] = None
         if "mm_tokens_per_image" in config:
             config["mm_tokens_per_image"] = 256  # mlx-vlm computes with no other number
-            _edit(folder, image_seq_length=256, image_processor={"size": {"height": 96, "width": 96}})
+            _edit(folder, image_seq_length=256, image_processor={"size": {"height": 128, "width": 128}})
+        if "projector_hidden_act" in config:
+            config["projector_hidden_act"] = "gelu"
         if "tie_word_embeddings" in text:
             config["tie_word_embeddings"] = False
+            sizes = {"max_image_size": {"longest_edge": 32}, "size": {"longest_edge": 64}}
+            _edit(folder, image_processor=sizes)
+        if "pooling_kernel_size" in config["vision_config"]:
+            config["vision_config"]["pooling_kernel_size"] = 3
+            _edit(folder, image_processor={"pooling_kernel_size": 3})
         if golden and golden.startswith("qwen"):
             _set_patches(folder, config["vision_config"])
     else:

@@ -1,7 +1,7 @@
 """Table of what serving engines compute with pruned exports, compared with stock transformers in float32.
 
 `python tools/engines/table.py --work=DIR` writes the stand-ins to DIR, runs each installed engine in its environment
-(`make engines-vllm`, `engines-mlx`, `engines-openvino`), and prints a Markdown table. DIR/ENGINE.jsonl keeps a line per
+(`make engines-vllm`, `engines-mlx`, `engines-openvino`), and prints Markdown tables. DIR/ENGINE.jsonl keeps a line per
 folder, which a second run does not repeat.
 """
 
@@ -124,6 +124,42 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n".join([*header, *rows, "", *footnotes])
 
 
+def summary(lines: Sequence[Line]) -> str:
+    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts that are refused.
+
+    "*" marks differences from transformers with causally masked images.
+    """
+    cells = {(*_place(line), line["engine"]): line for line in lines}
+    engines = [engine for engine in ENGINES if any(key[3] == engine for key in cells)]
+    rows = [f"| stand-in | {' | '.join(engines)} |", "|---" * (len(engines) + 1) + "|"]
+    for name in dict.fromkeys(key[0] for key in cells):
+        texts = []
+        for engine in engines:
+            cuts = {key[1]: line for key, line in cells.items() if (key[0], *key[2:]) == (name, "float32", engine)}
+            texts.append(_worst(cuts))
+        rows.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def _worst(cuts: dict[str, Line]) -> str:
+    numbers, refused, mark = dict[str, float](), list[str](), ""
+    for cut, line in cuts.items():
+        folder = Path(line["folder"])
+        value = line.get("error") or difference(folder, line["engine"])
+        if isinstance(value, float) and (folder / "causal.npz").exists():
+            masked = difference(folder, line["engine"], "causal")
+            value, mark = (masked, "*") if isinstance(masked, float) and masked < value / 10 else (value, mark)
+        if isinstance(value, float):
+            numbers[cut] = value
+        else:
+            refused.append(cut)
+    if "unpruned" not in numbers:
+        return "no" if cuts else ""
+    worst = max((value for cut, value in numbers.items() if cut != "unpruned"), default=None)
+    shown = _number(numbers["unpruned"]) + ("" if worst is None else f"/{_number(worst)}") + mark
+    return shown + (f"; no {', '.join(refused)}" if refused else "")
+
+
 def _place(line: Line) -> tuple[str, str, str]:
     """Return stand-in, cut and storage of a line's folder."""
     folder = Path(line["folder"])
@@ -185,7 +221,7 @@ def main() -> None:
             lines += run_engine(engine, interpreter(engine), folders, work)
         except UserError as error:
             print(error, file=sys.stderr)
-    print(markdown(lines))
+    print(markdown(lines), summary(lines), sep="\n\n")
 
 
 if __name__ == "__main__":

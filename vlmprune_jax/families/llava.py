@@ -175,6 +175,12 @@ HF_MODULES = (
 )
 
 
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    if engine == "mlx" and cfg.text.decoder not in ("llama", "qwen2"):
+        return f"mlx-vlm's LLaVA has no {cfg.text.decoder} decoder (only llama, qwen2): serve it with another engine"
+    return None
+
+
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     check_unpruned(vision_of(cfg), source.get("mm_vision_select_layer", -2))
     return layers_to_hf(cfg.text, source)  # the original layout has no class for unequal widths
@@ -200,6 +206,10 @@ LLAVA_HF = Family(
     ignored=(r".*\.rotary_emb\.inv_freq", r"language_model\.lm_head\.weight", UNUSED_VISION),
     image_processors=("CLIP", "Siglip", "Llava"),
     recipe=RECIPE,
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={"vllm": "", "mlx": "", "openvino": ""},
+    derives_head_dim=("mlx",),
+    engine_problem=_engine_problem,
     stock=Stock(
         "LlavaForConditionalGeneration",
         "AutoModelForImageTextToText",

@@ -143,7 +143,7 @@ QWEN2_5_VL = patch_family(
         _text_from_hf,
         _text_to_hf,
         llama_like_weights,
-        derives_head_dim=("transformers", "vllm", "vllm_tpu"),
+        derives_head_dim=("transformers", "vllm", "vllm_tpu", "mlx", "openvino"),
         gguf=(gguf.QWEN2VL,),
     ),
     from_hf=_from_hf,
@@ -156,4 +156,6 @@ QWEN2_5_VL = patch_family(
     modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
     templates=(TEMPLATE,),
     vllm_tpu="jax",
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
 )
