@@ -358,3 +358,14 @@ def test_refuse(uneven, tmp_path):
     source, model, _ = uneven
     refused("unequal widths.*pad.*per_layer", model, tmp_path / "out", source_dir=source, uneven="refuse")
     assert not (tmp_path / "out").exists()
+
+
+def test_fields_of_qwen2_5_vl_lie_where_the_hub_has_them_too(goldens, tmp_path):
+    """mlx-vlm reads the decoder's fields in config.json itself, transformers those in text_config."""
+    source = goldens / "families/qwen2_5_vl/ckpt"
+    model, _ = keep_layers(load(source), [0, 2])
+    save(model, tmp_path / "out", source_dir=source)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_hidden_layers"] == config["text_config"]["num_hidden_layers"] == 2
+    assert config["model_type"] == "qwen2_5_vl"
+    assert load(tmp_path / "out").cfg == model.cfg
