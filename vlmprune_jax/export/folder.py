@@ -69,7 +69,7 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
 
 def _engines(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
     """Return the model card's paragraphs on serving engines."""
-    names = () if storage is not None else ("vllm", "mlx", "openvino")
+    names = ("vllm", "mlx", "openvino") if storage is None and cfg.layout == "transformers" else ()
     lines = [f"- {name}: {why_not(cfg, name) or f'loads it ({how_known(cfg, name)})'}" for name in names]
     return "\n\n" * bool(lines) + "\n".join(lines) + _on_tpus(cfg, storage, origin)
 
