@@ -10,7 +10,9 @@ BIN := $(VENV)/bin
 COMPAT := .compat/transformers-4.57
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo demo-full test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
+ENGINES = engines-vllm engines-mlx engines-openvino
+
+.PHONY: $(ENGINES) help demo demo-full test test-all test-slow test-eval fuzz lint check docs setup-demo setup-test setup-dev clean distclean
 
 help:
 	@echo 'make demo       install what the demo needs (no torch) and run it into runs/demo (2 to 3 minutes)'
@@ -20,10 +22,11 @@ help:
 	@echo 'make test-all   the same, then the tests marked slow (25 minutes; CI runs this and make lint)'
 	@echo 'make lint       format, lint, types'
 	@echo 'make test-eval  the comparisons with lmms-eval, in .venv-eval: its protobuf is older than what sentencepiece needs'
+	@echo 'make engines-vllm, engines-mlx, engines-openvino: a serving engine in .venv-NAME, for tools/engines/table.py'
 	@echo 'make fuzz       damaged input for every reader: FUZZ=100 times what the tests try, other input each time'
 	@echo 'make check      make lint, then make test'
 	@echo 'make docs       write docs/reference from the package and build the site into build/site'
-	@echo 'make clean      remove caches; make distclean: .venv, .venv-eval and .compat as well'
+	@echo 'make clean      remove caches; make distclean: .venv, .venv-* and .compat as well'
 
 demo: setup-demo
 	$(BIN)/vlmprune demo --workdir=runs/demo
@@ -48,6 +51,16 @@ test-eval: .venv-eval/eval.stamp
 .venv-eval/eval.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[eval,test]' decord
+	touch $@
+
+# torchaudio and torchcodec: the wheels on PyPI need CUDA, and vLLM's import fails with them on a CPU.
+# num2words: SmolVLM's processor, which the reference in .venv runs as well.
+$(ENGINES): engines-%: .venv-%/engine.stamp
+.venv-%/engine.stamp: tools/engines/%.txt | setup-test
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	.venv-$*/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	$(PIP) install --quiet num2words
 	touch $@
 
 fuzz: setup-test
@@ -90,4 +103,4 @@ clean:
 	find vlmprune_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .venv-eval .compat
+	rm -rf $(VENV) .venv-* .compat

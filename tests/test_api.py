@@ -76,7 +76,10 @@ BLOCKS = {"criterion": "block_influence"}
             "a batch must be a QuestionBatch, got dict: use vp.questions",
         ),
         (lambda: vp.perplexity(ONE, "a", window=2, batch_size=1), "token_ids: must be the ids of a text's tokens"),
-        (lambda: vp.measure_speed({"a": "DIR"}), "vp.measure_speed: models must be Model objects, got str: pass vp.load(DIR)"),
+        (
+            lambda: vp.measure_speed({"a": "DIR"}),
+            "vp.measure_speed: models must be Model objects, got str: pass vp.load(DIR)",
+        ),
         (lambda: vp.save(ONE, "out", source_dir=ONE), "got Model: call vp.save(model, out_dir, source_dir=...)"),
         (lambda: vp.load(ONE), "vp.load: hf_dir must be of type str or Path, got Model: call vp.load(hf_dir)"),
     ],

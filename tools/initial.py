@@ -226,7 +226,6 @@ def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarr
             line = weight if i is None else weight.at(i)
             array = np.asarray(flat[path] if index is None else flat[path][index])
             names = axes[path] if index is None else axes[path][1:]
-            key = line.key.replace("vision_tower.", "vision_tower.vision_model.")  # LLaVA's
-            rows = einops.rearrange(array, f"{' '.join(names)} -> {line.layout}")
+            rows, key = einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"), line.key
             tensors[key] = np.concatenate([tensors[key], rows]) if key in tensors else np.ascontiguousarray(rows)
     return tensors

@@ -83,8 +83,6 @@ def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
             continue  # a tensor that several parameters share is drawn once
         noise = draw.standard_normal(slot.hf_shape, np.float32)
         key = slot.key
-        if family.name == "llava":
-            key = key.replace("vision_tower.", "vision_tower.vision_model.")
         tensors[key] = np.asarray(1 + 0.2 * noise if "norm" in key and key.endswith("weight") else 0.25 * noise)
     if family.name == "llava":
         width = config["vision_config"]["hidden_size"]
@@ -242,3 +240,8 @@ def transformers_5(key):
 
 def transformers_4_52(key):
     return "lm_head.weight" if "lm_head" in key else "model." + key.replace("language_model.model.", "language_model.")
+
+
+def saved_by_5(key):
+    """Names in the files of transformers 5.24: LLaVA's tower, and Gemma 3's, without the vision_model segment."""
+    return key.replace("vision_tower.vision_model.", "vision_tower.")

@@ -14,6 +14,7 @@ from repository import ROOT
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.weight_files import Entry
+from vlmprune_jax.export.loads import TARGETS
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.hf.read import read_config
@@ -57,10 +58,12 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
     assert set(found["export"]) >= {"depth", "equal widths", "uneven=per_layer", "uneven=pad", "format=gguf"}
     wide = "with uneven=pad only" if found["family"] == "bunny" else "at true size (deci)"
     assert f"unequal widths {wide}" in found["export"]["format=gguf"]
-    assert set(found["loads"]) == {"transformers", "vllm", "vllm_tpu", "gguf"}
+    assert set(found["loads"]) == set(found["evidence"]) == set(TARGETS)
     if found["family"] == "bunny":
-        assert "  loads in    transformers: fewer layers, neurons, heads; tower: fewer layers, neurons\n" in out
-        assert "              vllm: fewer layers, neurons; tower: fewer layers, neurons\n" in out
+        cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
+        assert f"  loads in    transformers: {cuts} (tried with transformers 5.24)\n" in out
+        assert f"              vllm: {cuts.replace(', heads', '')} (tried with vLLM 0.32)\n" in out
+        assert "              mlx: nothing: mlx-vlm's LLaVA has no phi decoder" in out
         assert "              vllm_tpu: nothing: tpu-inference 0.32 has no class for bunny: serve it" in out
         assert (
             'its class computes the head size of phi as hidden_size / heads: use heads="keep"'

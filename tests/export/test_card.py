@@ -5,14 +5,14 @@ import json
 import re
 
 import pytest
-from hf_cases import LLAMA, keep_layers, make_folder
+from hf_cases import LLAMA, LLAVA, keep_layers, make_folder, prune
 
 from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune import keep_everything
+from vlmprune_jax.prune import KeptLayer, keep_everything
 
 EVIL = 'a|b\n# c\n---\nlicense: mit <img src="x"> [d](http://e) `f` **g**'
 
@@ -73,3 +73,19 @@ def test_removed_layers_are_counted_with_their_types(goldens, tmp_path):
     )
     counts = [int(row.replace(",", "")) for row in rows]
     assert counts[-1] == before == sum(counts[:-1])
+
+
+def test_a_card_shows_no_command_that_cannot_work(tmp_path):
+    """A tower without some of its heads loads in no PyTorch class, padded it does."""
+    source = make_folder(tmp_path / "source", LLAVA)
+    model = load(source)
+    layers = [
+        dataclasses.replace(KeptLayer.whole(i, shape), q_heads=(0,), kv_heads=(0,))
+        for i, shape in enumerate(model.cfg.vision.layers)
+    ]
+    pruned, plan = prune(model, layers, "vision")
+    for uneven in ("per_layer", "pad"):
+        save(pruned, tmp_path / uneven, source_dir=source, plan=plan, uneven=uneven)
+        card = (tmp_path / uneven / "README.md").read_text()
+        assert ("from_pretrained" in card) == (uneven == "pad")
+        assert ("- vllm: loads it (tried with vLLM 0.32)\n" in card) == (uneven == "pad")

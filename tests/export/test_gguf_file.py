@@ -85,8 +85,8 @@ def test_padded_channels_weigh_nothing(tmp_path):
     found = {one.name: one.data[0] for one in opened(tmp_path / "out").tensors}
     text, narrow = whole.cfg.text, model.cfg.text.layers[1]
     for tensor, width, real in (
-        ("ffn_down", text.layers[0].channel.mlp, narrow.mlp),
-        ("attn_output", text.layers[0].mixer.q_heads * text.head_dim, narrow.q_heads * text.head_dim),
+        ("ffn_down", text.layers[0].channel.mlp, narrow.sizes["mlp"]),
+        ("attn_output", text.layers[0].mixer.q_heads * text.head_dim, narrow.sizes["q_heads"] * text.head_dim),
     ):
         sums = found[f"blk.1.{tensor}.weight.in_sum2"]
         assert (sums.size, np.count_nonzero(sums)) == (width, real)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.export.loads import TARGETS, what_loads
+from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
 from vlmprune_jax.hf.read import read_config
 
 # Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
@@ -21,7 +21,8 @@ MODELS = {
     "phi": {**{k: v for k, v in PHI.items() if k != "head_dim"}, **WHOLE, "hidden_act": "gelu_new"},
 }
 HEADS = {
-    "llama": TARGETS, "qwen2": ("transformers", "vllm_tpu", "gguf"), "qwen3": TARGETS, "phi": ("transformers",)
+    "llama": TARGETS, "qwen2": ("transformers", "vllm_tpu", "openvino", "gguf"), "qwen3": TARGETS,
+    "phi": ("transformers", "openvino"),
 }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_plans_are_held_to_targets(models):
             {"heads": "keep", "mlp_layers": (0, 2), "loads_in": ("transformers",)},
             r"one width for all layers: .*uneven=\"pad\"",
         ),
-        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, vllm_tpu, gguf"),
+        ({"loads_in": ("tgi",)}, "loads_in 'tgi' is not one of transformers, vllm, vllm_tpu, mlx, openvino, gguf"),
     ):
         with pytest.raises(UserError, match=said):
             plan(**options)
@@ -98,6 +99,27 @@ def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, head
     found = what_loads(read_config(goldens / "families" / family / "ckpt")[1])["transformers"]
     assert (found["text"]["heads"] is None) == heads
     assert (found["vision"]["fewer layers"] is None) == blocks
+
+
+def test_what_serving_engines_compute_otherwise(goldens):
+    """mlx-vlm takes Gemma 3's windows from the layer's number, and the size of LLaVA's heads from their number."""
+    cfg = read_config(goldens / "families/gemma3/ckpt")[1]
+    sixth = dataclasses.replace(cfg.text.layers[0], window=None)
+    layers = [sixth if i % 6 == 5 else dataclasses.replace(sixth, window=7) for i in range(12)]
+    assert why_not(cfg.with_layers(layers), "mlx") is None
+    assert why_not(cfg.with_layers(layers[:11]), "mlx") is None
+    assert "every sixth layer of Gemma 3 full attention" in why_not(cfg.with_layers(layers[1:]), "mlx")
+    assert why_not(cfg.with_layers(layers[1:]), "vllm") is None
+    llava = read_config(goldens / "ckpt/llava_hf")[1]
+    fewer = [
+        layer.resized({"q_heads": layer.mixer.q_heads // 2, "kv_heads": layer.mixer.kv_heads // 2})
+        for layer in llava.text.layers
+    ]
+    assert "head size of llama as hidden_size / heads" in why_not(llava.with_layers(fewer), "mlx")
+    bunny = read_config(goldens / "ckpt/bunny", goldens / "ckpt/siglip_tower")[1]
+    assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
+    assert how_known(llava, "vllm") == "tried with vLLM 0.32"
+    assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
 
 
 def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):

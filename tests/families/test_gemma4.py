@@ -42,8 +42,11 @@ def test_depth_plans_are_legal(model):
 
 def test_a_cut_writes_one_config_for_every_version(model, folder, tmp_path):
     shorter, _ = keep_layers(model, [0, 1, 2, 3, 5, 7, 8])
-    vp.save(shorter, tmp_path / "out", source_dir=folder, dtype="float32")
-    text = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
+    # layers that share keys and values are twice as wide, which zeros need not make equal
+    vp.save(shorter, tmp_path / "out", source_dir=folder, dtype="float32", uneven="pad", max_image_tokens=140)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    text = config["text_config"]
+    assert config["vision_config"]["default_output_length"] == 140  # vLLM counts the tokens of an image by it
     assert "per_layer_config" not in text
     assert (text["num_kv_shared_layers"], text["global_head_dim"], len(text["layer_types"])) == (3, 20, 7)
     assert vp.load(tmp_path / "out").cfg == shorter.cfg

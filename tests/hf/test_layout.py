@@ -140,7 +140,8 @@ def test_every_spelling_of_the_keys(tmp_path, name, spelling):
     for path, leaf in flatten(model.params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     save(model, tmp_path / "out", source_dir=other, dtype="source")
-    assert_same_tensors(other, tmp_path / "out")
+    # LLaVA's towers in the hub's spelling, the only one that 4.57 and engines load
+    assert_same_tensors(source if name.startswith("llava") else other, tmp_path / "out")
 
 
 # towers of Bunny -----------------------------------------------------------------------------------------------------

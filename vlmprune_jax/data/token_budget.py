@@ -17,6 +17,7 @@ from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was trained with
+DEFAULT_BUDGET = 280
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def token_budget_from_processor(config: Mapping[str, Any], location: str) -> Tok
             f"{location}: do_normalize true is not supported for Gemma 4, whose vision tower normalises pixels itself: "
             "set it to false"
         )
-    tokens, resample = config.get("max_soft_tokens") or 280, config.get("resample")
+    tokens, resample = config.get("max_soft_tokens") or DEFAULT_BUDGET, config.get("resample")
     if tokens not in BUDGETS:
         raise UserError(
             f"{location}: max_soft_tokens {tokens} is not one of {', '.join(map(str, BUDGETS))}: restore the file"

@@ -17,12 +17,12 @@ from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
 from vlmprune_jax.export.format import Contents, Origin
-from vlmprune_jax.export.loads import why_not
+from vlmprune_jax.export.loads import how_known, why_not
 from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, stock_tower_key, vision_of
+from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
 from vlmprune_jax.hf.disk.storage import Storage
@@ -63,8 +63,15 @@ def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, st
     return Contents(
         [*itertools.chain(*split_shards(tensors, MAX_SHARD_BYTES))],
         write,
-        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config) + _on_tpus(target.cfg, storage, origin),
+        lambda folder: loading_of(folder, model.cfg, target.cfg, target.config) + _engines(target.cfg, storage, origin),
     )
+
+
+def _engines(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
+    """Return the model card's paragraphs on serving engines."""
+    names = ("vllm", "mlx", "openvino") if storage is None and cfg.layout == "transformers" else ()
+    lines = [f"- {name}: {why_not(cfg, name) or f'loads it ({how_known(cfg, name)})'}" for name in names]
+    return "\n\n" * bool(lines) + "\n".join(lines) + _on_tpus(cfg, storage, origin)
 
 
 def _on_tpus(cfg: ModelConfig, storage: Storage | None, origin: Origin) -> str:
@@ -111,7 +118,7 @@ def make_tensors(
                 f"{source.folder}: has no tensor {first.key}: pass the folder that the model was loaded from"
             )
         if target.converts:
-            spelled, stored = stock_tower_key(key, vision_of(target.cfg)), source_tensor[1]
+            spelled, stored = key, source_tensor[1]
         else:
             spelled, stored = spelling.get(template(key), (template(key), source_tensor[1]))
             spelled = template(key) if family.respells else spelled
@@ -188,12 +195,13 @@ def _carried(source: Checkpoint, known: set[str], target: Target, family: Family
         if any(number is not None and number >= ends[stack] for stack, number in numbers.items()):
             continue
         stored = entry.dtype if dtype == "source" else file_name(dtype)
+        written = name if family.respells else key
         if stored == entry.dtype or entry.dtype not in WEIGHT_DTYPES or key.endswith("inv_freq"):
             extent = entry.extent(0, entry.n_bytes)
-            tensors.append(Tensor(key, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
+            tensors.append(Tensor(written, entry.dtype, entry.shape, entry.n_bytes, entry.raw, extent))
         else:
             fetch = lambda entry=entry, stored=stored: _as_dtype(entry.array(), stored)  # noqa: E731
-            tensors.append(weight(key, stored, entry.shape, fetch))
+            tensors.append(weight(written, stored, entry.shape, fetch))
     return tensors
 
 
@@ -234,11 +242,13 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     """Return the model card's text on how quantised weights are loaded."""
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
+    tried = storage.symmetric and (storage.bits == 4 or storage.activations)
     loads = why_not(cfg, "transformers", loader=not cfg.text.even) is None
     if loads:
         sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
-            "model is smaller on disk but not in memory. The keys follow the documentation of vLLM (not tested there)."
+            "model is smaller on disk but not in memory. vLLM 0.32 loads "
+            f"them ({'tried on a CPU' if tried else 'on GPUs, by its code'})."
         )
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:

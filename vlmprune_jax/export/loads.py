@@ -1,7 +1,7 @@
-"""Loading of pruned models at their true size: support in stock transformers, vLLM (GPUs, TPUs) and llama.cpp.
+"""Loading of pruned models at their true size: support in stock transformers, vLLM, MLX, OpenVINO and llama.cpp.
 
-The limits of each engine come from the descriptions of families, decoders and architectures. Those of vLLM are read
-from its code (vllm/model_executor/models; tpu-inference 0.32) and not tested.
+The limits of each engine come from the descriptions of families, decoders and architectures. `how_known` says which of
+them were tried (tools/engines/table.py) and which were read from an engine's code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from vlmprune_jax.export.vllm_tpu import implementation
 from vlmprune_jax.families import family_of, target_of
 from vlmprune_jax.families.decoders import decoder_of, layer_problem
 
-TARGETS = ("transformers", "vllm", "vllm_tpu", "gguf")
+# Engine -> the program and its version that was tried, or whose code was read.
+VERSIONS = {
+    "transformers": "transformers 5.24",
+    "vllm": "vLLM 0.32",
+    "vllm_tpu": "tpu-inference 0.32",
+    "mlx": "mlx-vlm 0.7.10",
+    "openvino": "optimum-intel 2.2",
+    "gguf": "llama.cpp of October 2026",
+}
+TARGETS = tuple(VERSIONS)
 _PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
 _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {_PAD}"
 
@@ -38,20 +47,34 @@ def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | Non
     family, text, vision = family_of(cfg), cfg.text, cfg.vision if cfg.tower else None
     if family.layout != "transformers" and target_of(family) is None:
         return f"transformers has no class for {family.name}: leave out {target!r}"
-    if target == "vllm_tpu" and not implementation(cfg):
-        return f"tpu-inference 0.32 has no class for {cfg.family}: serve it with another engine"
+    family = target_of(family) or family
+    has_class = implementation(cfg) if target == "vllm_tpu" else target in ("transformers", *family.runs_in)
+    if not has_class:
+        return f"{VERSIONS[target]} has no class for {cfg.family}: serve it with another engine"
+    if (problem := family.engine_problem(target, cfg)) is not None:
+        return problem
     if (problem := layer_problem(text)) is not None:
         return problem
     if not text.even and not loader:
         return f"its class has one width for all layers: {_ALIKE}"
-    own = any(shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers)
-    if own and not loader and target in decoder_of(text.decoder).derives_head_dim:
+    heads_changed = any(layer.mixer.q_heads * text.head_dim != text.hidden_size for layer in text.layers)
+    derives = (*decoder_of(text.decoder).derives_head_dim, *family.derives_head_dim)
+    if heads_changed and not loader and target in derives:
         return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'
     if vision is not None and not vision.even:
         return f"its class has one width for all layers of the tower: {_ALIKE}"
     if vision is not None and not vision.whole_heads:
         return f'its class computes the head size of the tower as hidden_size / heads: use heads="keep", or {_PAD}'
     return None
+
+
+def how_known(cfg: ModelConfig, target: str) -> str:
+    """Return text on how it is known which models of the family an engine loads: tried, or read from its code."""
+    family = target_of(family_of(cfg)) or family_of(cfg)
+    remarks = {"transformers": "", "gguf": "", **family.tried}
+    if target not in remarks:
+        return f"by the code of {VERSIONS[target]}"
+    return f"tried with {VERSIONS[target]}" + (f": {remarks[target]}" if remarks[target] else "")
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:

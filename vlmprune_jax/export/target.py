@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import copy_file, copy_folder
+from vlmprune_jax.data.image_processor import processor_settings
+from vlmprune_jax.data.token_budget import DEFAULT_BUDGET
 from vlmprune_jax.export.convert import rows_for, to_transformers
 from vlmprune_jax.export.processor import write_processor
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
@@ -101,6 +103,9 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
         if not family.separate_vision:  # else config.json does not describe the tower
             family = detect(written, "the new config.json")
             wide = family.from_hf(written, None)
+    if family.budget_field and (settings := processor_settings(source)) is not None:
+        budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
+        written = {**written, "vision_config": written["vision_config"] | budget}
     ships = family.layout == "transformers" and not wide.text.even
     written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, dtype, family)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)

@@ -43,7 +43,11 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     """Return the config with every stack zero-padded to equal widths; a vision tower gets all its heads back."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.head_dim
-        layers = padded(stack.layers, heads if name == "text" and cfg.text.whole_heads else None)
+        layers = stack.layers
+        if (
+            not stack.even or len({tuple(layer.sizes.items()) for layer in layers}) == 1
+        ):  # Gemma 4's class knows two widths
+            layers = padded(layers, heads if name == "text" and cfg.text.whole_heads else None)
         if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads
             layers = tuple(layer.resized({"q_heads": heads, "kv_heads": heads}) for layer in layers)
         cfg = cfg.with_layers(layers, name)

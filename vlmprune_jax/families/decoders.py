@@ -82,4 +82,6 @@ def decoder_family(decoder: Decoder) -> Family:
         decoder=decoder,
         stock=Stock(decoder.stock_class, "AutoModelForCausalLM"),
         vllm_tpu=decoder.vllm_tpu,
+        runs_in=decoder.runs_in,
+        tried=decoder.tried,
     )

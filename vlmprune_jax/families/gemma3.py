@@ -20,6 +20,7 @@ from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.towers import vision_from_hf, vision_of, vision_to_hf, vision_weights
 
+CAUSAL = "on CPUs, images are masked causally"  # vLLM's attention there ignores where images are
 _DECODER, _TOWER = "gemma3_text", "siglip_vision_model"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Defaults of the config classes in transformers, which hub files leave out.
@@ -136,6 +137,16 @@ def _problem(text: TextConfig) -> str | None:
     )
 
 
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    """Return why mlx-vlm, which reads the windows of no layer, computes other ones; None if it does not."""
+    if engine != "mlx" or all((layer.mixer.window is None) == (i % 6 == 5) for i, layer in enumerate(cfg.text.layers)):
+        return None
+    return (
+        "mlx-vlm gives every sixth layer of Gemma 3 full attention, whatever config.json says: remove layers so that "
+        "this stays true (the last ones, or six in a row)"
+    )
+
+
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     table, layer, key = llama_like_weights(text, prefix, head), "text/layers/{i}", prefix + "layers.{i}"
     norms = [Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", "embed") for path, name in NORMS.items()]
@@ -228,4 +239,7 @@ GEMMA3 = Family(
         problem=_problem,
     ),
     stock=Stock("Gemma3ForConditionalGeneration", "AutoModelForImageTextToText"),
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={"vllm": CAUSAL, "mlx": "images differ", "openvino": ""},
+    engine_problem=_engine_problem,
 )

@@ -16,7 +16,7 @@ from vlmprune_jax.core.parts import Dense, Layer, decoder_layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
-from vlmprune_jax.families.gemma3 import NORMS, THETA
+from vlmprune_jax.families.gemma3 import CAUSAL, NORMS, THETA
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.rope import rope_from_hf
@@ -343,6 +343,12 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return vlm_text_to_hf(cfg.text, source, {**_TEXT, **(source.get("text_config") or {})})
 
 
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    if engine == "openvino" and cfg.text.layer_inputs:
+        return "optimum-intel 2.2 did not convert an E model of Gemma 4: serve it with another engine"
+    return None
+
+
 GEMMA4 = Family(
     name="gemma4",
     layout="transformers",
@@ -360,6 +366,7 @@ GEMMA4 = Family(
     templates=(_TEMPLATE,),
     image_processors=("Gemma4",),
     images="budget",
+    budget_field="default_output_length",
     recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
         _DECODER,
@@ -372,4 +379,7 @@ GEMMA4 = Family(
     ),
     stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
     vllm_tpu="jax",
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={"vllm": f"of dense models, {CAUSAL}", "mlx": "images of dense models differ", "openvino": ""},
+    engine_problem=_engine_problem,
 )

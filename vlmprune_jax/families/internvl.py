@@ -309,6 +309,8 @@ INTERNVL_HF = Family(
     image_processors=("GotOcr2",),
     images="tiles",
     recipe=_RECIPE,
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
     stock=Stock(
         "InternVLForConditionalGeneration",
         "AutoModelForImageTextToText",

@@ -55,6 +55,7 @@ LLAMA = decoder_family(
         llama_like_weights,
         heads_divide=True,
         gguf=(gguf.LLAMA, gguf.DECI),
+        tried={"vllm": "", "mlx": "", "openvino": ""},
         vllm_tpu="jax",
     )
 )

@@ -50,12 +50,11 @@ RECIPE: dict[str, Any] = {
     },
 }
 
-# Key spellings in transformers: in-memory names since 4.52, and the segment that version 5 dropped.
+# Key spellings in transformers: in-memory names since 4.52.
 NATIVE_RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    (r"^vision_tower\.vision_model\.", "vision_tower."),
 )
 # Keys of the tower inside an original checkpoint, or in its own folder (spellings of transformers 4 and 5).
 TOWER_RENAMES = (
@@ -64,7 +63,9 @@ TOWER_RENAMES = (
     (r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.", r"vision_tower.\1."),
 )
 # Tensors above the feature layer, and the other parts of a CLIP or SigLIP model.
-UNUSED_VISION = r"vision_tower\.((post_layernorm|head)\..*|embeddings\.position_ids|encoder\.layers\..*)"
+UNUSED_VISION = (
+    r"vision_tower\.(vision_model\.)?((post_layernorm|head)\..*|embeddings\.position_ids|encoder\.layers\..*)"
+)
 OTHER_TOWERS = r"(text_model|text_projection|visual_projection)\..*|logit_scale|logit_bias"
 
 
@@ -169,8 +170,15 @@ def _processor(cfg: ModelConfig, source: JsonDict, template: Template, new_token
 HF_MODULES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head", "lm_head"),
-    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
 )
+
+
+def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
+    if engine == "mlx" and cfg.text.decoder not in ("llama", "qwen2"):
+        return f"mlx-vlm's LLaVA has no {cfg.text.decoder} decoder (only llama, qwen2): serve it with another engine"
+    return None
 
 
 def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
@@ -178,6 +186,7 @@ def _original_to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     return layers_to_hf(cfg.text, source)  # the original layout has no class for unequal widths
 
 
+# The hub's spelling, which every version of transformers, vLLM and mlx-vlm load; 5.24 saves the tower in another one.
 LLAVA_HF = Family(
     name="llava",
     layout="transformers",
@@ -189,13 +198,18 @@ LLAVA_HF = Family(
     weights=lambda cfg: (
         text_weights(cfg.text, "language_model.model.", "language_model.lm_head.weight")
         + projector_weights(projector_of(cfg), "multi_modal_projector.", ("linear_1", "linear_2"))
-        + vision_weights(vision_of(cfg), "vision_tower.")
+        + vision_weights(vision_of(cfg), "vision_tower.vision_model.")
     ),
     modules=HF_MODULES,
-    renames=NATIVE_RENAMES,
+    renames=(*NATIVE_RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")),
+    respells=True,
     ignored=(r".*\.rotary_emb\.inv_freq", r"language_model\.lm_head\.weight", UNUSED_VISION),
     image_processors=("CLIP", "Siglip", "Llava"),
     recipe=RECIPE,
+    runs_in=("vllm", "mlx", "openvino"),
+    tried={"vllm": "", "mlx": "", "openvino": ""},
+    derives_head_dim=("mlx",),
+    engine_problem=_engine_problem,
     stock=Stock(
         "LlavaForConditionalGeneration",
         "AutoModelForImageTextToText",

@@ -81,6 +81,6 @@ PHI = decoder_family(
         _weights,
         head_bias=True,
         gguf=(gguf.PHI2,),
-        derives_head_dim=("vllm", "vllm_tpu"),
+        derives_head_dim=("vllm", "vllm_tpu", "mlx"),
     )
 )

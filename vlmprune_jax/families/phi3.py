@@ -86,5 +86,6 @@ PHI3 = decoder_family(
         _weights,
         heads_divide=True,
         gguf=(gguf.PHI3, gguf.LLAMA, gguf.DECI),
+        derives_head_dim=("mlx",),
     )
 )

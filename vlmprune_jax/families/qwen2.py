@@ -36,7 +36,7 @@ QWEN2 = decoder_family(
         layers_to_hf,
         llama_like_weights,
         gguf=(gguf.QWEN2, gguf.LLAMA, gguf.DECI),
-        derives_head_dim=("vllm",),
+        derives_head_dim=("vllm", "mlx"),
         vllm_tpu="jax",
     )
 )

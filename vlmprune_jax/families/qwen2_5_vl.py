@@ -130,7 +130,9 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     config = tower_to_hf(vision_of(cfg), _nested(source), _vision_from_hf)
-    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
+    config = vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **config["text_config"]})
+    # mlx-vlm reads the decoder's fields where the hub has them, transformers and vLLM in text_config if there is one
+    return {name: value for name, value in config["text_config"].items() if name not in _OUTER} | config
 
 
 QWEN2_5_VL = patch_family(
@@ -141,7 +143,7 @@ QWEN2_5_VL = patch_family(
         _text_from_hf,
         _text_to_hf,
         llama_like_weights,
-        derives_head_dim=("transformers", "vllm", "vllm_tpu"),
+        derives_head_dim=("transformers", "vllm", "vllm_tpu", "mlx", "openvino"),
         gguf=(gguf.QWEN2VL,),
     ),
     from_hf=_from_hf,
@@ -154,4 +156,6 @@ QWEN2_5_VL = patch_family(
     modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
     templates=(TEMPLATE,),
     vllm_tpu="jax",
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
 )

@@ -110,4 +110,6 @@ QWEN3_VL = patch_family(
     ),
     templates=(TEMPLATE,),
     vllm_tpu="torchax",
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
 )

@@ -92,6 +92,9 @@ SMOLVLM = Family(
     image_processors=("SmolVLM",),
     images="splits",
     recipe={**RECIPE, "data": {"max_length": 4096}},
+    runs_in=("vllm", "mlx"),
+    tried={"vllm": "", "mlx": ""},
+    derives_head_dim=("mlx",),
     stock=Stock(
         "SmolVLMForConditionalGeneration",
         "AutoModelForImageTextToText",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmprune_jax.core.checks import Registry
@@ -44,7 +44,7 @@ class Decoder:
     multiple of the heads. `head_bias`: alone, its output head has a bias. `gguf`: llama.cpp architectures that compute
     it, tried in order. `problem(text)`: why its class holds no such layers and what to do, or None.
     `derives_head_dim`: engines (of `export.loads.TARGETS`) that compute head_dim as hidden_size / heads and ignore
-    config.json's. `vllm_tpu`: as in `Family`, alone.
+    config.json's. `runs_in`, `tried`, `vllm_tpu`: as in `Family`, alone.
     """
 
     model_type: str
@@ -56,6 +56,8 @@ class Decoder:
     head_bias: bool = False
     gguf: tuple[Architecture, ...] = ()
     derives_head_dim: tuple[str, ...] = ()
+    runs_in: tuple[str, ...] = ("vllm", "mlx", "openvino")
+    tried: Mapping[str, str] = field(default_factory=dict)
     vllm_tpu: str = "torchax"
     problem: Callable[[TextConfig], str | None] = lambda text: None
 
@@ -135,11 +137,16 @@ class Family:
     "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan) or "patches"
     (any size).
     `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
-    tiles. `pixels(size)` returns processor settings if the folder has no file.
+    tiles. `budget_field` of vision_config has the processor's token budget, for engines that read it there.
+    `pixels(size)` returns processor settings if the folder has no file.
 
     `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
     `vllm_tpu`: what runs it in vLLM on TPUs: a class of its own ("jax"), vLLM's PyTorch class ("torchax") or nothing.
+    `runs_in`: other engines that have a class for it. `tried`: those that were run (tools/engines/table.py), and how
+    their outputs differ from transformers', unpruned as well ("" if they do not). `derives_head_dim`: as in `Decoder`,
+    inside this family. `engine_problem(engine, cfg)`: why an engine's class cannot compute a pruned model, beyond
+    limits of transformers' class, or None.
     """
 
     name: str
@@ -164,11 +171,16 @@ class Family:
     images: str = "whole"
     tiling: Callable[[Mapping[str, Any], str], TilingConfig] | None = None
     tile_limit: str = ""
+    budget_field: str = ""
     pixels: Callable[[int], JsonDict] | None = None
     recipe: Mapping[str, Any] | None = None
     decoder: Decoder | None = None
     stock: Stock | None = None
     vllm_tpu: str = ""
+    runs_in: tuple[str, ...] = ("vllm",)
+    tried: Mapping[str, str] = field(default_factory=dict)
+    derives_head_dim: tuple[str, ...] = ()
+    engine_problem: Callable[[str, ModelConfig], str | None] = lambda engine, cfg: None
     conversion: Conversion | None = None
 
     def canonical(self, key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -351,8 +350,3 @@ def stock_tower_constants(vision: VisionConfig) -> dict[str, tuple[tuple[int, ..
     # a norm after the last block; features are taken before it
     norm = "vision_tower.vision_model.post_layernorm."
     return {f"{norm}weight": ((vision.hidden_size,), 1.0), f"{norm}bias": ((vision.hidden_size,), 0.0)}
-
-
-def stock_tower_key(key: str, vision: VisionConfig) -> str:
-    """Return a vision tower weight's key in the spelling that transformers 4 and 5 both load."""
-    return key if vision.kind == "internvit" else re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)

@@ -21,7 +21,7 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.experiment.recipes import recipes
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.export.loads import TARGETS, why_not
+from vlmprune_jax.export.loads import TARGETS, how_known, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config, resolve
@@ -203,7 +203,8 @@ def details(advice: Advice) -> list[str]:
 def _loading_lines(cfg: ModelConfig) -> list[str]:
     """Return lines on which inference engines load the pruned model at its true size, and why others do not."""
     unmet = {target: why_not(cfg, target) for target in TARGETS}
-    loads = ", ".join(target for target, reason in unmet.items() if reason is None) or "no engine"
+    able = [f"{target} ({how_known(cfg, target)})" for target, reason in unmet.items() if reason is None]
+    loads = ", ".join(able) or "no engine"
     on_tpus = [] if unmet["vllm_tpu"] else [f"  on TPUs: {facts(cfg)}"]
     return [f"  loads in {loads}", *on_tpus, *(f"  not in {name}: {why}" for name, why in unmet.items() if why)]
 

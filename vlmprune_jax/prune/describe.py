@@ -12,7 +12,7 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.parts import AXES, describe_layers, scan_groups
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import support
-from vlmprune_jax.export.loads import what_loads, why_not
+from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
 from vlmprune_jax.families import Family, target_of
 from vlmprune_jax.families.decoders import uneven_problem
@@ -54,6 +54,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
         "loads": what_loads(cfg),
+        "evidence": {target: how_known(cfg, target) for target in TARGETS},
         "vllm_tpu": None if why_not(cfg, "vllm_tpu") else facts(cfg),
     }
 
@@ -192,21 +193,24 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     on_tpus = found["vllm_tpu"]
     return (
         lines
-        + [f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks)}" for i, (name, stacks) in targets]
+        + [
+            f"  {'loads in' if i == 0 else '':<11} {name}: {_what_loads(stacks, found['evidence'][name])}"
+            for i, (name, stacks) in targets
+        ]
         + ([f"  on TPUs     {on_tpus}"] if on_tpus else [])
     )
 
 
-def _what_loads(stacks: dict[str, dict[str, str | None]]) -> str:
-    """Return text on the types of pruning after which each engine can load the model."""
-    reasons = {why for kinds in stacks.values() for why in kinds.values()}
-    if len(reasons) == 1 and (reason := next(iter(reasons))) is not None:
-        return f"nothing: {reason}"
+def _what_loads(stacks: dict[str, dict[str, str | None]], known: str) -> str:
+    """Return text on the types of pruning after which an engine can load the model; `known`: how this is known."""
+    reasons = [*dict.fromkeys(why for kinds in stacks.values() for why in kinds.values())]
+    if None not in reasons:
+        return f"nothing{' pruned' if len(reasons) > 1 else ''}: {reasons[0]}"
     said = []
     for stack, kinds in stacks.items():
         loads = ", ".join(kind for kind, why in kinds.items() if why is None) or "nothing pruned"
         said.append(loads if stack == "text" else f"tower: {loads}")
-    return "; ".join(said)
+    return f"{'; '.join(said)} ({known})"
 
 
 def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
