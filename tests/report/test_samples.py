@@ -53,7 +53,7 @@ def test_scores_between_right_and_wrong(records):
     assert found.counts == {"repaired": 40, "broken": 0, "other": 0}
     labels = {"unpruned": "unpruned", "depth": "depth 30 %", "depth-sft": "depth 30 %, SFT"}
     answers = next(shown_samples(found, labels))[1][0].answers
-    assert [(one.said, one.verdict, one.models) for one in answers] == [
+    assert [(one.text, one.verdict, one.models) for one in answers] == [
         ("x", "right", "unpruned; depth 30 %, SFT"),
         ("x", "wrong", "depth 30 %"),
     ]

@@ -51,11 +51,11 @@ def test_some_insights_hold_and_some_do_not():
     assert [round(one.effect.mean, 6) for one in found["1"].comparisons] == [-10.0, 20.0]
     assert {one.pairs for one in found["1"].comparisons} == {3}
     assert (found["1"].effect.mean, found["1"].effect.seeds) == (pytest.approx(5.0), 3)
-    replaced = {one.where: round(one.effect.mean, 6) for one in found["6a"].comparisons}
+    replaced = {one.setting: round(one.effect.mean, 6) for one in found["6a"].comparisons}
     assert replaced["width 45 %, 5 % of the data"] == 0.0  # half-way exactly
     assert replaced["width 45 %, 100 % of the data"] == -0.5
     assert [round(one.effect.mean, 6) for one in found["6b"].comparisons] == [0.5] * 4
-    assert found["3"].comparisons[0].where == "depth 15 %, 5 % of the data"
+    assert found["3"].comparisons[0].setting == "depth 15 %, 5 % of the data"
 
 
 def test_an_effect_in_one_noisy_setting_is_found():

@@ -67,7 +67,7 @@ def test_answers_are_those_of_single_rows(made, goldens):
     ]
     answers = backend.generate_until(asked(backend, contents))
     answering = backend._answering
-    for place, (answer, reply) in enumerate(zip(answers, backend.said.values(), strict=True)):
+    for place, (answer, reply) in enumerate(zip(answers, backend.replies.values(), strict=True)):
         record = reply.record
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2)
@@ -92,7 +92,7 @@ def test_images_come_first_where_the_family_has_them_there(made, goldens):
     backend = made()
     contents = [["Compare", picture(goldens, 0), "with", picture(goldens, 1)]]
     backend.generate_until(asked(backend, contents))
-    (reply,) = backend.said.values()
+    (reply,) = backend.replies.values()
     assert reply.record.turns == (("human", "Compare\n<image>\nwith\n<image>"),)
     encoder = backend._answering.inputs.encoder(backend._answering.model.cfg, 0)
     encoder = dataclasses.replace(encoder, max_images=2)
@@ -111,7 +111,7 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
     backend = VlmpruneJax(str(folder), batch_size=2, max_tiles=1)
     first, second = picture(goldens, 0), picture(goldens, 1)
     answers = backend.generate_until(asked(backend, [["Compare", first, "with", second, "now"], [first, "?"], ["Hi"]]))
-    answering, records = backend._answering, [reply.record for reply in backend.said.values()]
+    answering, records = backend._answering, [reply.record for reply in backend.replies.values()]
     for record, answer in zip(records, answers, strict=True):
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
@@ -144,7 +144,7 @@ def test_answers_end_at_the_models_positions(made, goldens):
     backend = made()
     cfg = backend._answering.model.cfg
     backend.generate_until(asked(backend, [["Hi"]], max_new_tokens=16_384))
-    assert backend.said["t", 0].tokens <= max(cfg.text.max_positions, 128)
+    assert backend.replies["t", 0].tokens <= max(cfg.text.max_positions, 128)
 
 
 @pytest.mark.parametrize(
