@@ -21,9 +21,8 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
     assert "Serve vision most: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
     path = workdir / "width" / "scores.npz"
     scores = Scores.load(path)
-    weighted = tuple(h * (1 + 9 * (i == 3)) for i, h in enumerate(scores.heads))
-    parts = {"heads": scores.heads, "mlp": scores.mlp}
-    dataclasses.replace(scores, by_kind={"image": {**parts, "heads": weighted}, "answer": parts}).save(path)
+    weighted = {(i, axis): part * (1 + 9 * (i == 3 and axis != "mlp")) for (i, axis), part in scores.units.items()}
+    dataclasses.replace(scores, by_kind={"image": {"units": weighted}, "answer": {"units": scores.units}}).save(path)
     told = re.search(
         r"width/scores.npz. Serve vision most: layers none; heads (.*?)\. In", build_report(workdir).read_text()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
@@ -78,6 +79,9 @@ def as_plan(data: Any, location: str) -> PlanJson:
         todo = "upgrade vlmprune-jax" if known > FORMAT else TODO
         raise UserError(f"this plan has format {known}, but this version of vlmprune reads {FORMAT}: {todo}")
     plan: PlanJson = msgspec.convert(checked(data, PlanJson, location, TODO), PlanJson)
+    unnamed = [name for name in plan["components"] if not re.fullmatch("[a-z][a-z0-9_]{0,63}", name)]
+    if unnamed:
+        raise UserError(f"prune plan: {unnamed[0][:64]!r} is no name of a component (text, vision): {TODO}")
     if "text" not in plan["components"]:
         raise UserError(f"prune plan: components are {', '.join(plan['components'])}, expected text among them")
     return plan

@@ -41,7 +41,9 @@ class _Meta(_Version):
     criterion: str
     fingerprint: str
     options: _Options
-    stack: NotRequired[str]  # absent in files of early versions, which scored the decoder
+    stack: NotRequired[
+        Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]*$")]
+    ]  # absent in files of early versions, which scored the decoder
     kinds: NotRequired[list[Literal["image", "prompt", "answer"]]]  # token types with scores of their own
     layers: NotRequired[
         Annotated[int, msgspec.Meta(ge=0, le=MOST_UNITS)]
