@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, width_scores
 
 import vlmprune_jax as vp
+from vlmprune_jax.models.vlm import INPUTS
 from vlmprune_jax.prune.config import PlanOptions
 
 
@@ -33,6 +35,30 @@ def test_names_and_settings_that_an_editor_shows():
     for function in (vp.make_plan, vp.prune_iteratively):
         assert settings <= inspect.signature(function).parameters.keys()
     assert vp.make_plan.__module__ == "vlmprune_jax"  # so that worker processes find it
+
+
+def test_methods_of_a_model_are_the_functions():
+    cfg = config(EQUAL, vision=True)
+    one, arrays = model(cfg), batch(cfg)
+    del arrays["labels"]
+    logits, aux = one(arrays, want=("hidden",))
+    expected, expected_aux = vp.forward(one, **arrays, want=("hidden",))
+    np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_array_equal(aux["hidden"], expected_aux["hidden"])
+    tokens = one.generate(**arrays, max_new_tokens=2)
+    np.testing.assert_array_equal(tokens, vp.generate(one, **arrays, max_new_tokens=2))
+    assert {*INPUTS} == inspect.signature(vp.forward).parameters.keys() - {"model", "want"}
+
+
+def test_folder_and_plan_are_no_part_of_a_model():
+    """Neither equality nor the text of a model shows them, and only keywords set them."""
+    one = vp.Model({"a": 1}, EQ)
+    same = one.replace(source=Path("DIR"), plan=PLAN)
+    assert same == one
+    assert (same.replace(params={}).source, same.replace(params={}).plan) == (Path("DIR"), PLAN)
+    assert repr(ONE.replace(source=Path("DIR"), plan=PLAN)) == repr(ONE)
+    with pytest.raises(TypeError):
+        vp.Model({}, EQ, Path("DIR"))
 
 
 EQ = config(EQUAL, vision=True)
@@ -76,11 +102,16 @@ BLOCKS = {"criterion": "block_influence"}
             "a batch must be a QuestionBatch, got dict: use vp.questions",
         ),
         (lambda: vp.perplexity(ONE, "a", window=2, batch_size=1), "token_ids: must be the ids of a text's tokens"),
-        (
-            lambda: vp.measure_speed({"a": "DIR"}),
-            "vp.measure_speed: models must be Model objects, got str: pass vp.load(DIR)",
-        ),
+        (lambda: vp.measure_speed({"a": "DIR"}), "vp.measure_speed: models must be Model objects, got str: pass"),
         (lambda: vp.save(ONE, "out", source_dir=ONE), "got Model: call vp.save(model, out_dir, source_dir=...)"),
+        (
+            lambda: ONE.save(ONE),
+            "vp.save: out_dir must be of type str or Path, got Model: call vp.save(model, out_dir)",
+        ),
+        (lambda: ONE.save("out"), "vp.save: source_dir is not set, and the model was not loaded from a folder: pass"),
+        (lambda: ONE([BATCH]), "model(batch): batch must be a mapping with input_ids: pass the outputs of a processor"),
+        (lambda: ONE({"pixel_values": 1}), "model(batch): batch must be a mapping with input_ids"),
+        (lambda: ONE({"input_ids": 1, "pixel_value": 1}), "no input 'pixel_value'; did you mean 'pixel_values'?"),
         (lambda: vp.load(ONE), "vp.load: hf_dir must be of type str or Path, got Model: call vp.load(hf_dir)"),
     ],
 )

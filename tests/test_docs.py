@@ -11,9 +11,10 @@ from repository import ROOT
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.config_files import read_hyper
-from vlmprune_jax.cli.flags import parse, shipped_configs
+from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.experiment.options import sections
+from vlmprune_jax.experiment.recipes import shipped_configs
 
 NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -128,11 +129,18 @@ def test_generated_pages_are_up_to_date(name):
     )
 
 
-def test_the_config_of_the_tutorial_is_valid(tmp_path):
-    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
-    (tmp_path / "my_run.py").write_text(re.search(r"```python\n(# my_run\.py\n.*?)```", text, re.DOTALL)[1])
-    config = parse("run", StageCommand("run"), [f"--config={tmp_path / 'my_run.py'}"]).config
-    assert (config.prune.method, config.reconstruct.method) == ("width", "least_squares")
+@pytest.mark.parametrize(
+    ("page", "file", "methods"),
+    [
+        ("tutorial.md", "my_run.py", ("width", "least_squares")),
+        ("how-to/own-data.md", "my_run.yaml", ("depth", "none")),
+    ],
+)
+def test_configs_of_pages_are_valid(tmp_path, page, file, methods):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (tmp_path / file).write_text(re.search(rf"```\w+\n(# {file}\n.*?)```", text, re.DOTALL)[1])
+    config = parse("run", StageCommand("run"), [f"--config={tmp_path / file}"]).config
+    assert (config.prune.method, config.reconstruct.method) == methods
 
 
 @pytest.mark.slow
@@ -160,7 +168,7 @@ def commands(path):
 def test_commands_name_configs_and_files_that_exist(path):
     """Configs by name or path, and files of the repository; a page may define a config of its own, `# my_run.py`."""
     folders = "|".join(FOLDERS)
-    own = set(re.findall(r"^# ([\w.]+\.py)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    own = set(re.findall(r"^# ([\w.]+\.(?:py|yaml))$", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
     missing = []
     for line in commands(path):
         for config in re.findall(r"--config[= ]([\w./-]+)", line):

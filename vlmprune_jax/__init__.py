@@ -5,7 +5,7 @@ import vlmprune_jax as vp
 model = vp.load("DIR/llava-1.5-7b-hf")
 scores = vp.score(model, batches, criterion="block_influence")
 plan = vp.make_plan(scores, model.cfg, method="depth", ratio=0.3)
-vp.save(vp.apply_plan(model, plan), "DIR/pruned", source_dir="DIR/llava-1.5-7b-hf")
+vp.apply_plan(model, plan).save("DIR/pruned")
 
 vp.prune_folder("DIR/llava-1.5-7b-hf", plan, "DIR/pruned")  # the same without the model in memory
 """

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.cli.config_files import experiment_config, to_experiment
+from vlmprune_jax.cli import plan
+from vlmprune_jax.cli.config_files import (
+    experiment_config,
+    read_experiment,
+    read_hyper,
+    shipped_config,
+    starting_point,
+    to_experiment,
+)
+from vlmprune_jax.cli.flags import parse
+from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
@@ -76,6 +86,69 @@ def test_shipped_configs_are_experiments(file):
         plan_config(run.experiment.prune, run.experiment.model, run.experiment.data, run.experiment.export).check()
     for values in list(experiment.recover_variants.values()) or [{}]:
         recover_config(override(experiment, values).recover)
+
+
+YAML = """
+shipped_config: demo
+prune_variants: {}
+prune: {method: width, ratio: 0.3}
+data: {system: 1e4x}
+recover:
+  learning_rate: 1e-4
+  losses: {l2: 0.5, l2_layers: [-1]}
+"""
+
+
+def test_a_yaml_file_is_a_config(tmp_path):
+    """It has the names of a Python config, and flags override its settings."""
+    (tmp_path / "my.yaml").write_text(YAML)
+    config = shipped_config("demo")
+    config.prune_variants = {}
+    config.prune = {"method": "width", "ratio": 0.2}
+    config.data.system = "1e4x"
+    config.recover = {"learning_rate": 1e-4, "losses": {"l2": 0.5, "l2_layers": (-1,)}}
+    flags = parse("run", StageCommand("run"), [f"--config={tmp_path}/my.yaml", "--config.prune.ratio=0.2"])
+    assert read_experiment(flags.config, explicit=flags.explicit) == override(Experiment(), config.to_dict())
+    assert starting_point(flags) == override(Experiment(), shipped_config("demo").to_dict())
+    (tmp_path / "my.yml").write_text("recipe: internvl")
+    flags = parse("plan", plan, [f"--config={tmp_path}/my.yml"])
+    assert read_experiment(flags.config) == override(Experiment(), recipe("internvl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: {ratio: 0.3", "cannot be read (expected ',' or '}', but got '<stream end>' in \"my.yaml\", line 1"),
+        ("- prune", "does not have the expected content (Expected `object`, got `array`)"),
+        ("", "does not have the expected content (Expected `object`, got `null`)"),
+        ("prnue: {ratio: 0.3}", "config has no 'prnue'; did you mean 'prune'?"),
+        ("1: 2", "config has no '1' (known: model, data,"),
+        ("prune: {ratio: much}", "config.prune.ratio='much' must be a number or None"),
+        ("prune: 0.3", "config.prune=0.3: is a section of settings"),
+        ("prune: {ratio: 2026-01-01}", "cannot be read (Object of type date is not JSON"),
+        ("prune: {ratio: 0.3}\nprune: {}", '(a name occurs twice in this section in "my.yaml", line 1'),
+        ("a: &a [x, x]\nb: [*a, *a]", 'cannot be read (aliases are not allowed in "my.yaml", line 2'),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
+        ("[" * 5000, "cannot be read (too deeply nested)"),
+        ("a: !!int ''", "cannot be read ("),
+        ("a: " + "x" * 300_000, "has 300,003 bytes, more than the maximum of 262,144 for such a file"),
+        ("shipped_config: evil.py", "shipped_config 'evil.py' is not one of bunny_3b, demo,"),
+        ("shipped_config: [demo]", "(Expected `str`, got `array` - at `$.shipped_config`)"),
+        ("recipe: lava", "no recipe 'lava'; did you mean 'llava'"),
+    ],
+)
+def test_wrong_yaml(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("raise SystemExit('executed')")
+    Path("my.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        parse("run", StageCommand("run"), ["--config=my.yaml"])
+    assert message in str(error.value)
+
+
+def test_a_sweep_needs_a_python_config(tmp_path):
+    with pytest.raises(UserError, match=r"my\.yaml: is a YAML file, which holds a single experiment: list the runs"):
+        read_hyper(str(tmp_path / "my.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import subprocess
 import pytest
 from repository import ROOT
 
-from vlmprune_jax.cli.flags import _define, parse, shipped_configs
+from vlmprune_jax.cli.flags import _define, parse
 from vlmprune_jax.cli.main import COMMANDS, _command
+from vlmprune_jax.experiment.recipes import shipped_configs
 
 PAGES = ("README.md", "launch/README.md", "docs/**/*.md", "configs/*.py", "configs/sweeps/*.py")
 VARIABLES = {

@@ -1,5 +1,7 @@
 """`vp.answer`, `vp.questions` and `vlmprune chat`: a question to a model, without an experiment."""
 
+from types import SimpleNamespace
+
 import pytest
 from hf_cases import copy_llava
 from PIL import Image
@@ -30,7 +32,7 @@ def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
     assert expected.prediction
     with Image.open(image) as picture:
         for source in (image, str(image), [image], picture):
-            assert vp.answer(model, source, QUESTION, source_dir=folder, max_new_tokens=3) == expected.prediction
+            assert vp.answer(model, source, QUESTION, max_new_tokens=3) == expected.prediction
     assert main(["chat", str(folder), str(folder), str(image), QUESTION, "--max_new_tokens=3"]) == 0
     size = f"{folder} ({vp.count_params(model):,} parameters)"
     assert capsys.readouterr().out.split("\n") == [*[size, f"  {expected.prediction}"] * 2, ""]
@@ -56,9 +58,12 @@ def test_wrong_arguments(goldens, folder, capsys, argv, message):
     assert err.count("\n") == 1
 
 
-def test_a_loaded_model_needs_its_folder(folder):
-    with pytest.raises(vp.UserError, match="a model in memory has no tokenizer: pass source_dir="):
-        vp.answer(vp.load(folder), None, QUESTION)
+def test_a_model_in_memory_needs_the_folder_of_its_tokenizer(folder):
+    """As one that no folder made has none, and one with a trimmed vocabulary another."""
+    model, trimmed = vp.load(folder), SimpleNamespace(vocabulary=())
+    for changes in ({"source": None}, {"plan": trimmed}):
+        with pytest.raises(vp.UserError, match="a model in memory has no tokenizer: pass source_dir="):
+            vp.answer(model.replace(**changes), None, QUESTION)
 
 
 def test_a_folder_has_its_own_tokenizer(folder):

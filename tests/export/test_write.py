@@ -37,7 +37,7 @@ from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune import PrunePlan, compose
 
 
 @pytest.fixture
@@ -217,6 +217,24 @@ def test_files_beside_the_weights(llama, tmp_path):
     assert config["a_field_of_the_future"] == {"kept": True}
 
 
+def test_a_model_remembers_its_folder_and_its_plans(llama, tmp_path, monkeypatch):
+    """Two plans compose, a changed working directory does not matter, and explicit arguments take precedence."""
+    monkeypatch.chdir(tmp_path)
+    model = load("llama")
+    (middle, first), other = keep_layers(model, [0, 1, 3]), make_folder(tmp_path / "other", LLAMA)
+    pruned, second = keep_layers(middle, [0, 2])
+    monkeypatch.chdir("/")
+    assert (model.plan, middle.plan, pruned.plan) == (None, first, compose(first, second))
+    pruned.save(tmp_path / "out")
+    save(pruned, tmp_path / "explicit", source_dir=llama, plan=compose(first, second))
+    for file in (tmp_path / "explicit").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    save(pruned, tmp_path / "chosen", source_dir=other, plan=first)
+    assert PrunePlan.from_json(tmp_path / "chosen/plan.json") == first
+    assert "Made from `other`" in (tmp_path / "chosen/README.md").read_text()
+    refused("source_dir is not set, and the model was not loaded from a", pruned.replace(source=None), tmp_path / "x")
+
+
 def test_model_card(llama, tmp_path):
     model, plan = keep_layers(load(llama), [0, 2])
     save(model, tmp_path / "out", source_dir=llama, plan=plan)
@@ -231,7 +249,7 @@ def test_model_card(llama, tmp_path):
     assert "base_model" not in text
     assert "\npipeline_tag: text-generation\n" in text
     # A later stage that writes from this folder hands plan and table on.
-    save(load(tmp_path / "out"), tmp_path / "again", source_dir=tmp_path / "out")
+    load(tmp_path / "out").save(tmp_path / "again")
     assert PrunePlan.from_json(tmp_path / "again/plan.json") == plan
     assert (
         f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from fuzz_cases import ESCAPES, edited, fuzz, reads
+from fuzz_cases import ESCAPES, damaged, edited, fuzz, reads
 from hypothesis import strategies as st
 from repository import ROOT
 
@@ -15,6 +15,7 @@ from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
 
 WHOLE = json.loads(json.dumps(dataclasses.asdict(Experiment())))
+YAML = b"recipe: llava\nmodel: {hf_dir: DIR}\nrecover:\n  epochs: 2.5e-1\n  losses: {l2_layers: [-1, 2]}\n"
 CONFIG = ROOT / "configs/llava15_7b.py"
 VALUES = (
     "", "x", "None", "True", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "()", "(1,", "[1,2]", "{'a': 1}",
@@ -51,5 +52,16 @@ def test_flags(tmp_path):
             return read_experiment(flags.config)
 
         reads(read)
+
+    check()
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "my.yaml"
+
+    @fuzz(60, content=damaged(YAML))
+    def check(content):
+        file.write_bytes(content)
+        reads(lambda: read_experiment(parse("score", StageCommand("score"), [f"--config={file}"]).config), file.name)
 
     check()

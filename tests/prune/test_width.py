@@ -66,7 +66,7 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
     assert asked == [0, 1, 1]
     assert [list(layer.kept["q_heads"]) for layer in plan.layers] == [want["kept_heads"][str(i)] for i in range(6)]
     assert [list(layer.kept["mlp"]) for layer in plan.layers] == [want["kept_neurons"][str(i)] for i in range(6)]
-    assert pruned.cfg == plan.apply_to(original.cfg)
+    assert (pruned.cfg, pruned.plan, pruned.source) == (plan.apply_to(original.cfg), plan, original.source)
     np.testing.assert_array_equal(
         forward(apply_plan(original, plan), calibration["text"]["input_ids"])[0],
         forward(pruned, calibration["text"]["input_ids"])[0],

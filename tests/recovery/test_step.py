@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,10 @@ def test_a_batch_with_nothing_to_learn_from_changes_nothing(blank):
 
     losses = LossConfig() if blank == "labels" else DISTILL
     config = cases.settings(trainable="decoder", losses=losses, steps=2, weight_decay=0.0)
-    trained, summary = recover(cases.model(CFG), Blank(CFG), config, teacher=cases.model(CFG, 9), **QUIET)
-    cases.assert_bitwise(trained, cases.model(CFG))
+    model = cases.model(CFG).replace(source=Path("DIR"))
+    trained, summary = recover(model, Blank(CFG), config, teacher=cases.model(CFG, 9), **QUIET)
+    cases.assert_bitwise(trained, model)
+    assert trained.source == model.source
     assert summary["last"]["loss"] == summary["last"]["ce"] == summary["last"]["grad_norm"] == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +107,10 @@ def test_fresh_adapters_change_nothing():
 
 
 def test_merged_adapters_give_the_same_states():
-    adapted = _with_random_b(add_lora(cases.model(CFG), cases.LORA, jax.random.key(3)))
+    plain = cases.model(CFG).replace(source=Path("DIR"))
+    adapted = _with_random_b(add_lora(plain, cases.LORA, jax.random.key(3)))
     merged = merge_lora(adapted)
-    assert merged.cfg == CFG
+    assert (merged.cfg, merged.source) == (CFG, plain.source)
     assert merged.params.keys() == cases.model(CFG).params.keys()
     ids = next(cases.Stream(CFG)).arrays["input_ids"] % 61
     one, two, plain = (encode(m.params, m.cfg, ids)[0] for m in (adapted, merged, cases.model(CFG)))
@@ -146,7 +148,7 @@ def _with_random_b(model: Model) -> Model:
     flat = flatten(model.params)
     for i, path in enumerate(p for p in flat if p.endswith("lora_b")):
         flat[path] = 0.3 * jax.random.normal(jax.random.key(i), flat[path].shape)
-    return Model(unflatten(flat), model.cfg)
+    return model.replace(params=unflatten(flat))
 
 
 def test_dropout_scales_what_it_keeps():

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from vlmprune_jax.cli.config_files import read_experiment, read_hyper, starting_point
-from vlmprune_jax.cli.flags import parse, shipped_configs
+from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.settings import nested, override
+from vlmprune_jax.experiment.recipes import shipped_configs
 from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages.registry import STAGES

@@ -1,31 +1,40 @@
-"""Between config files (ml_collections) and the typed experiment that the library takes."""
+"""Between config files (Python or YAML) and the typed experiment that the library takes."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import importlib.machinery
+import importlib.util
+import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import yaml
 from ml_collections import ConfigDict, config_dict
 
-from vlmprune_jax.cli.flags import file_of, load_file, locate, shipped_configs
-from vlmprune_jax.core.checks import blaming
+from vlmprune_jax.core.checks import blaming, one_of
 from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.files import checked, open_file, parse_json, read_text, reading
 from vlmprune_jax.core.links import check_links, real_path
 from vlmprune_jax.core.settings import hints_of, override
 from vlmprune_jax.data.hub import fetch_dataset, is_hub
 from vlmprune_jax.experiment import recipes
+from vlmprune_jax.experiment.recipes import YAML, file_of, locate, shipped_configs
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import choose_variants, prefer_explicit, prune_runs, recover_runs
 from vlmprune_jax.sweep.hyper import Hyper
 
+_MAX_YAML_BYTES = 2**18  # a config of a person has a few thousand
 _START = "_start"  # attribute of a ConfigDict: the experiment that it was made from
 
 
@@ -112,7 +121,7 @@ def read_experiment(config: ConfigDict | None, *, only: str = "", explicit: Coll
         `prefer_explicit`.
     """
     if config is None:
-        raise UserError("no config given: add --config=FILE.py (examples are in configs/)")
+        raise UserError("no config given: add --config=FILE.py or FILE.yaml (examples are in configs/)")
     experiment = choose_variants(override(Experiment(), config.to_dict()), only)
     experiment = prefer_explicit(experiment, explicit, "--config.")
     for pruned in prune_runs(experiment, Path()):  # what variants set is checked as well
@@ -183,6 +192,11 @@ def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -
 
 def read_hyper(config: str) -> Any:
     """Return the runs of a sweep: the list that `get_hyper(hyper)` in the config file FILE.py:VARIANT returns."""
+    if file_of(config).suffix in YAML:
+        raise UserError(
+            f"--config={config}: is a YAML file, which holds a single experiment: list the runs of a sweep in a Python "
+            "file with get_hyper(hyper), see configs/sweeps/"
+        )
     module = load_file(config)[0]
     if not hasattr(module, "get_hyper"):
         raise UserError(
@@ -191,6 +205,104 @@ def read_hyper(config: str) -> Any:
         )
     with blaming(f"--config={config}: get_hyper(hyper)", module.get_hyper):
         return module.get_hyper(Hyper())
+
+
+@contextlib.contextmanager
+def _importing_beside(config: str) -> Iterator[None]:
+    """Context in which a config file can import Python files from its own folder, for example the user's criteria."""
+    folder = str(real_path(file_of(config)).parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def load_file(config: str) -> tuple[types.ModuleType, Any]:
+    """Import a config file FILE.py:VARIANT; return the module and the result of its function `get_config`.
+
+    Criteria, metrics etc. in it are then registered.
+    """
+    file, (_, mark, variant) = file_of(config), config.partition(".py:")
+    loader = importlib.machinery.SourceFileLoader(f"{file.stem}_config", str(file))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    with _importing_beside(config):
+        loader.exec_module(module)
+        return module, module.get_config(*([variant] if mark else []))
+
+
+def load_config(config: str) -> ConfigDict:
+    """Return the config in a Python or YAML file; raise a one-line UserError if the file cannot be loaded."""
+    file = file_of(config)
+    if os.path.lexists(file):  # a FIFO would be waited for
+        open_file(file).close()
+    try:
+        loaded = _load_yaml(file) if file.suffix in YAML else load_file(config)[1]
+        if not isinstance(loaded, ConfigDict):
+            raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
+        return loaded
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever a config file may raise
+        lines = str(error).strip().splitlines()
+        problem = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
+        raise UserError(f"--config={config}: cannot be loaded ({problem}); --debug shows more") from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML loader that refuses Python objects, aliases (which expand a few lines to gigabytes) and repeated names."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a name occurs twice in this section", problem_mark=node.start_mark)
+        return mapping
+
+
+# 1e-4 is a number, as in YAML 1.2 and JSON; PyYAML alone reads a text.
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+
+
+class _Start(TypedDict, total=False):
+    """Names in a YAML config that are no settings: at most one of the settings that it starts from."""
+
+    recipe: str
+    shipped_config: str
+
+
+def _load_yaml(file: Path) -> ConfigDict:
+    """Return the config in a YAML file: settings by name, on top of its `recipe` or `shipped_config` if it has one.
+
+    Raises UserError for a file that is not YAML, or for settings as `override` does.
+    """
+    source, todo = f"--config={file}", "write settings as in docs/how-to/own-data.md"
+    content = read_text(file, _MAX_YAML_BYTES)
+    with reading(source, todo):
+        try:
+            loader = _YamlLoader(content)
+            loader.name = file.name  # for messages
+            text = json.dumps(loader.get_single_data())  # fails for what JSON does not have, such as dates
+        except yaml.MarkedYAMLError as error:
+            error.context = error.context_mark = None  # keep the problem and its place
+            raise
+    settings = checked(parse_json(text, source, todo), _Start, source, todo)
+    with error_context(source):
+        name = settings.pop("shipped_config", None)
+        if name is None:
+            config = experiment_config(settings.pop("recipe", None))
+        else:
+            one_of("shipped_config", name.partition(":")[0], shipped_configs())  # no other Python file is executed
+            config = shipped_config(name)
+        start = getattr(config, _START)
+        return _starting_with(start, _section(override(start, settings)))
 
 
 def shipped_config(name: str) -> ConfigDict:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.machinery
-import importlib.util
 import inspect
-import os
 import re
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -19,8 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.files import open_file
-from vlmprune_jax.core.links import real_path
+from vlmprune_jax.experiment.recipes import locate
 
 Flags = flags.FlagValues
 _SETTING, _UNSET = re.compile(r"--?(?:no)?config\.([^=[]+)"), re.compile(r"--?config\.(\S+)=None")
@@ -31,7 +23,7 @@ _HIDDEN = ("args", "explicit", "config_file")
 def config_flag(values: Flags) -> None:
     """Define the flag `--config`, unless the command has already defined it."""
     if "config" not in values:
-        text = "config file (FILE.py or FILE.py:VARIANT), or a shipped config such as demo or llava15_7b:depth,0.3"
+        text = "FILE.yaml, FILE.py or FILE.py:VARIANT, or the name of a shipped config such as llava15_7b:depth,0.3"
         flags.DEFINE_string("config", None, text, flag_values=values)
 
 
@@ -63,8 +55,10 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     config, others = split_flag(argv, "config")
     config = getattr(command, "CONFIG", None) if config is None else config
     if "config" in values and config is not None:
+        from vlmprune_jax.cli.config_files import load_config
+
         config = locate(config)
-        loaded = _loaded(config)
+        loaded = load_config(config)
         for setting in explicit:
             _check_path(setting.split("."), loaded)
         unset = {match[1]: None for arg in others if (match := _UNSET.fullmatch(arg))}
@@ -88,79 +82,6 @@ def parse(name: str, command: Any, argv: Sequence[str]) -> Flags:
     if rest and not getattr(command, "TAKES_ARGUMENTS", False):
         raise UserError(f"vlmprune {name} takes no argument {rest[0]!r}: write settings with --, as --config.{rest[0]}")
     return values
-
-
-@contextlib.contextmanager
-def _importing_beside(config: str) -> Iterator[None]:
-    """Context in which a config file can import Python files from its own folder, for example the user's criteria."""
-    folder = str(real_path(file_of(config)).parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return {name: file} of the config files bundled with vlmprune, such as `demo` and `sweeps/demo_cut`.
-
-    They lie in the installed package, and in a checkout beside it.
-    """
-    package = Path(__file__).parents[1]
-    folder = package / "configs"
-    folder = folder if folder.is_dir() else package.parent / "configs"
-    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("sweeps/*.py"))]
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
-
-
-def locate(config: str) -> str:
-    """Return FILE.py:VARIANT for a config given by path or by the name of a bundled config (NAME or NAME:VARIANT)."""
-    if config.endswith(".py") or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
-        return config
-    name, colon, variant = config.partition(":")
-    known = shipped_configs()
-    if name not in known:
-        raise UserError(f"--config={config}: no such file, and no shipped config of this name{suggest(name, known)}")
-    return f"{known[name]}{colon}{variant}"
-
-
-def file_of(config: str) -> Path:
-    """Return the path of the Python file in a config argument FILE.py:VARIANT."""
-    file, mark, _ = config.partition(".py:")
-    return Path(f"{file}.py" if mark else config)
-
-
-def load_file(config: str) -> tuple[types.ModuleType, Any]:
-    """Import a config file FILE.py:VARIANT; return the module and the result of its function `get_config`.
-
-    Criteria, metrics etc. in it are then registered.
-    """
-    file, (_, mark, variant) = file_of(config), config.partition(".py:")
-    loader = importlib.machinery.SourceFileLoader(f"{file.stem}_config", str(file))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
-    with _importing_beside(config):
-        loader.exec_module(module)
-        return module, module.get_config(*([variant] if mark else []))
-
-
-def _loaded(config: str) -> ConfigDict:
-    """Return the config in a config file; raise a one-line UserError if the file cannot be loaded."""
-    file = file_of(config)
-    if os.path.lexists(file):  # a FIFO would be waited for
-        open_file(file).close()
-    try:
-        loaded = load_file(config)[1]
-        if not isinstance(loaded, ConfigDict):
-            raise TypeError(f"get_config() gives a {type(loaded).__name__}, not what experiment_config() gives")
-        return loaded
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # whatever a config file may raise
-        lines = str(error).strip().splitlines()
-        problem = lines[-1].strip() if lines and isinstance(error, Exception) else repr(error)
-        raise UserError(f"--config={config}: cannot be loaded ({problem}); --debug shows more") from error
 
 
 def _define(command: Any, config: ConfigDict | None = None, argv: Sequence[str] = ()) -> Flags:

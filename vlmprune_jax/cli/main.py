@@ -17,13 +17,14 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 from vlmprune_jax.cli import env
-from vlmprune_jax.cli.flags import help_of, parse, shipped_configs, split_flag, switch
+from vlmprune_jax.cli.flags import help_of, parse, split_flag, switch
 from vlmprune_jax.cli.messages import kept, leave_quietly
 from vlmprune_jax.cli.stages import StageCommand, commands
 from vlmprune_jax.core.checks import line_of_users, suggest
 from vlmprune_jax.core.errors import SharedError, Stopped, UserError, printable, reason
 from vlmprune_jax.core.files import last_read
 from vlmprune_jax.distributed.failure import end, joined
+from vlmprune_jax.experiment.recipes import shipped_configs
 
 # The other commands: modules of this folder, which load when they are called, so that help stays fast.
 OTHERS = {

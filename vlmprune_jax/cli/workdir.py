@@ -10,8 +10,7 @@ from typing import Any
 from absl import logging
 from transformers.utils.logging import disable_progress_bar
 
-from vlmprune_jax.cli.config_files import placed, read_experiment, read_hyper, to_experiment, to_workdir
-from vlmprune_jax.cli.flags import load_file
+from vlmprune_jax.cli.config_files import load_file, placed, read_experiment, read_hyper, to_experiment, to_workdir
 from vlmprune_jax.cli.messages import kept
 from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_reporter
 from vlmprune_jax.core.errors import UserError

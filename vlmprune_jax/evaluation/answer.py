@@ -61,19 +61,18 @@ def answer(
       model: a model's folder or hub id, or a loaded model.
       image: a file or a PIL image, a list of these, or None.
       question: the question, without image placeholders.
-      source_dir: for a loaded model only, the folder with its tokenizer and image processor.
+      source_dir: for a loaded model only, the folder with its tokenizer and image processor (None = where the model
+        was loaded).
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       max_new_tokens: maximum length of the answer.
       settings: settings of rows in the section `data`, such as template="vicuna_v1".
 
-    Raises UserError for a loaded model without `source_dir` or a folder with one, an image that cannot be read, or a
-    model that takes none.
+    Raises UserError for a model in memory whose tokenizer is unknown, a folder with `source_dir`, an image that cannot
+    be read, or a model that takes none.
     """
-    folder = source_dir if isinstance(model, Model) else model
+    folder = model if not isinstance(model, Model) else source_dir or _tokenizer_folder(model)
     if folder is None:
-        raise UserError(
-            "answer: a model in memory has no tokenizer: pass source_dir=, the folder that the model was loaded from"
-        )
+        raise UserError("answer: a model in memory has no tokenizer: pass source_dir=, the folder with its tokenizer")
     if source_dir is not None and not isinstance(model, Model):
         raise UserError(
             f"answer: source_dir={source_dir} has no effect, because {model} has its own tokenizer: leave it out"
@@ -85,6 +84,11 @@ def answer(
     record = Record("question", (("human", text),), tuple(map(_source, pictures)))
     asked = arrange_questions([record], inputs.encoder(cfg, 0), batch_size=1)
     return ask(on_decoding_mesh(loaded), asked, tokenizer=inputs.tokenizer, max_new_tokens=max_new_tokens)[0].prediction
+
+
+def _tokenizer_folder(model: Model) -> Path | None:
+    """Return the folder from which a model was loaded, unless a plan has renumbered its tokens since then."""
+    return None if model.plan is not None and model.plan.vocabulary is not None else model.source
 
 
 @dataclass(frozen=True)

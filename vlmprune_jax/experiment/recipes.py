@@ -1,8 +1,10 @@
-"""Starting points of a config: the reference's recovery of each family, by the family's name, and the paper's cuts."""
+"""Starting points of a config: shipped configs, recipes (the reference's recovery of each family), the paper's cuts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.checks import fraction, one_of, suggest
@@ -14,6 +16,37 @@ from vlmprune_jax.families import FAMILIES
 PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
 # The paper's nine benchmarks, MME's two scores counted apart, as tasks of lmms-eval.
 PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d", "mme", "pope", "docvqa_val", "gqa")
+
+YAML = (".yaml", ".yml")  # how the names of YAML configs end
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return {name: file} of the config files bundled with vlmprune, such as `demo` and `sweeps/demo_cut`.
+
+    They lie in the installed package, and in a checkout beside it.
+    """
+    package = Path(__file__).parents[1]
+    folder = package / "configs"
+    folder = folder if folder.is_dir() else package.parent / "configs"
+    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("sweeps/*.py"))]
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def locate(config: str) -> str:
+    """Return the path of a config file, or FILE.py:VARIANT for the name of a bundled config (NAME or NAME:VARIANT)."""
+    if config.endswith((".py", *YAML)) or ".py:" in config or (os.path.lexists(config) and not os.path.isdir(config)):
+        return config
+    name, colon, variant = config.partition(":")
+    known = shipped_configs()
+    if name not in known:
+        raise UserError(f"--config={config}: no such file, and no shipped config of this name{suggest(name, known)}")
+    return f"{known[name]}{colon}{variant}"
+
+
+def file_of(config: str) -> Path:
+    """Return the path of the file in a config argument, such as FILE.py:VARIANT."""
+    file, mark, _ = config.partition(".py:")
+    return Path(f"{file}.py" if mark else config)
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:

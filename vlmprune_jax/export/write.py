@@ -30,7 +30,7 @@ def save(
     model: Model,
     out_dir: str | Path,
     *,
-    source_dir: str | Path,
+    source_dir: str | Path | None = None,
     format: str = "huggingface",
     layout: str = "source",
     uneven: str = "per_layer",
@@ -59,7 +59,7 @@ def save(
     Args:
       model: the model; adapters must be merged (`recovery.merge_lora`).
       out_dir: the new folder.
-      source_dir: the folder that the model came from, whose tokenizer, processor and unused tensors are copied.
+      source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
       layout: keys and config of "source", or of the stock class of "transformers".
       uneven: layers of unequal width get their true sizes ("per_layer") or zeros ("pad"), or are refused ("refuse").
@@ -72,7 +72,7 @@ def save(
       rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
       max_image_tokens: limit that the processor files get (None = as in `source_dir`).
       overwrite: replace an existing model folder.
-      plan: the prune plan, written as plan.json; needed to write the tokenizer of a vocabulary that it trims.
+      plan: the prune plan, written as plan.json and used to trim the tokenizer (None = as `apply_plan` pruned it).
       name: name of the unpruned model on the model card, a hub id if it has one (None = that of `source_dir`).
       license: license on the model card, as the hub names it (None = that of `source_dir`'s card).
       datasets: names of the training data on the model card, hub ids if they have one.
@@ -81,12 +81,16 @@ def save(
       **options: options of a format of your own.
 
     Raises:
-      UserError: out_dir exists, source_dir is not this model's, an option or weight does not fit, or the disk is full.
+      UserError: out_dir exists, source_dir is unknown or not this model's, an option or weight does not fit, or the
+        disk is full.
     """
     options |= {"layout": layout, "uneven": uneven, "dtype": dtype, "quantize": quantize, "group_size": group_size}
     options |= {"symmetric": symmetric, "storage": storage, "imatrix": imatrix, "rolled_positions": rolled_positions}
     card: dict[str, Any] = {"reconstructed": reconstructed, "recovered": recovered}
     card |= {"license": license, "datasets": datasets, "benchmarks": benchmarks}
+    source_dir, plan = model.source if source_dir is None else source_dir, model.plan if plan is None else plan
+    if source_dir is None:
+        raise UserError("vp.save: source_dir is not set, and the model was not loaded from a folder: pass source_dir=")
     source, chosen = resolve(source_dir), choose_format(format, options)
     with _files(source, plan, max_image_tokens, model) as files:
         _write(model, Path(out_dir), source, files, *chosen, overwrite, plan, name, card)

@@ -153,7 +153,7 @@ def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None =
     family, cfg = read_config(folder, vision_dir)
     slots = make_slots(cfg, family)
     sources, cast = find_weights(slots, cfg, family, folder, vision_dir), None if dtype is None else DTYPES[dtype]
-    return Model(file_params(cfg, slots, sources, cast), cfg)
+    return Model(file_params(cfg, slots, sources, cast), cfg, source=folder.absolute())
 
 
 def file_params(

@@ -83,7 +83,7 @@ def load(
     sources = find_weights(slots, cfg, family, folder, tower)
     read = [slot for slot in slots if slot.path.split("/")[0] in parts]
     params = read_params(cfg, read, sources, DTYPES[dtype], devices)
-    return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts))
+    return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
 
 
 def resolve(name: str | Path) -> Path:

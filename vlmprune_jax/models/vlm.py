@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import Stack
@@ -36,6 +39,11 @@ Params = dict[str, Any]
 WANT = ("hidden", "image_features", "inputs_embeds")
 # Arrays of a batch's images, beside ids and mask, by the names of `encode`.
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
+# Arrays that `forward` takes.
+INPUTS = (
+    "input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_position_ids",
+    "mm_token_type_ids", "token_type_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,33 @@ class Model:
 
     params: Params
     cfg: ModelConfig
+    _: KW_ONLY
+    # Defaults of `save`, without effect on computation or equality: the folder that the model was loaded from, and
+    # what `vp.apply_plan` has pruned since then, as one PrunePlan (a class that this package must not import).
+    source: Path | None = field(default=None, compare=False)
+    plan: Any = field(default=None, compare=False)
+
+    def __call__(self, batch: Mapping[str, Any], *, want: Collection[str] = ()) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the logits of a batch, and the intermediate values named in `want`, see `vp.forward`.
+
+        `batch`: arrays by the argument names of `vp.forward`, such as the outputs of a Hugging Face processor.
+
+        Raises UserError as `vp.forward` does, or for an array with another name.
+        """
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise UserError("model(batch): batch must be a mapping with input_ids: pass the outputs of a processor")
+        for name in batch:
+            if name not in INPUTS:
+                raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, INPUTS)}: leave it out")
+        return forward(self, **batch, want=want)
+
+    def generate(self, input_ids: Any, *, max_new_tokens: int, **inputs: Any) -> np.ndarray:
+        """Return the greedy continuation of every prompt, int32[batch, max_new_tokens], see `vp.generate`."""
+        return _public("generate")(self, input_ids, max_new_tokens=max_new_tokens, **inputs)
+
+    def save(self, out_dir: str | Path, **options: Any) -> None:
+        """Write the model to a new folder, see `vp.save`."""
+        _public("save")(self, out_dir, **options)
 
     def __repr__(self) -> str:
         """Return family, size, dtype and layers of every stack as text, without the arrays."""
@@ -53,8 +88,13 @@ class Model:
         return "\n  ".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
-        """Return a copy of the model with other `params` or another `cfg`."""
+        """Return a copy of the model with other `params` or another `cfg`, from the same folder."""
         return dataclasses.replace(self, **changes)
+
+
+def _public(name: str) -> Any:
+    """Return a function of the public API, whose module imports this one."""
+    return getattr(sys.modules["vlmprune_jax"], name)
 
 
 def config_of(model: Model | ModelConfig) -> ModelConfig:

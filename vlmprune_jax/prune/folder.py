@@ -46,4 +46,4 @@ def prune_folder(
     pruned = apply_plan(model, plan)
     if plan.vocabulary is not None:
         Source.of(source, model.cfg).check(plan.vocabulary)
-    save(pruned, out_dir, source_dir=source, dtype=dtype, overwrite=overwrite, plan=plan, **options)
+    save(pruned, out_dir, dtype=dtype, overwrite=overwrite, **options)

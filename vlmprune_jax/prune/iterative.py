@@ -13,11 +13,11 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.config import PlanConfig, PlanOptions, ScoreConfig
-from vlmprune_jax.prune.plan import PrunePlan, compose
+from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import make_trim, plan_layers
-from vlmprune_jax.prune.surgery import apply_plan, trim_vocabulary
+from vlmprune_jax.prune.surgery import apply_plan, plan_since_loading, trim_vocabulary
 
 
 def prune_iteratively(
@@ -57,7 +57,7 @@ def prune_iteratively(
     config.check()
     trim, total = make_trim(config.vocabulary, model.cfg), config.parameters_total or count_params(model.cfg)
     ratio = trim.share_left(config, total)
-    current, plan, used = model, None, list[Scores]()
+    current, used = model.replace(plan=None), list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
             scores = score(
@@ -70,11 +70,10 @@ def prune_iteratively(
         costed = current.cfg if trim.vocabulary is None else trim.vocabulary.apply_to(current.cfg)
         now = plan_layers(scores, current.cfg, step, step.ratio, costed)
         current = apply_plan(current, now)
-        plan = now if plan is None else compose(plan, now)
-    assert plan is not None
     recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": config.sparsity}
-    plan = dataclasses.replace(plan, asked=config.ratio, parameters_total=total, options=recorded)
-    return trim_vocabulary(current, trim.vocabulary), trim.attach(plan), tuple(used)
+    plan = trim.attach(dataclasses.replace(current.plan, asked=config.ratio, parameters_total=total, options=recorded))
+    pruned = trim_vocabulary(current, trim.vocabulary).replace(plan=plan_since_loading(model, plan))
+    return pruned, plan, tuple(used)
 
 
 def _step_of(config: PlanConfig, ratio: float | None, k: int, steps: int, unpruned: ModelConfig) -> PlanConfig:

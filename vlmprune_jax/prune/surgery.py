@@ -17,7 +17,7 @@ from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_la
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
 from vlmprune_jax.prune.kept import KeptLayer, KeptVocabulary, Sizes
-from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.prune.plan import PrunePlan, compose
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
@@ -43,10 +43,15 @@ def apply_plan(model: Model, plan: PrunePlan) -> Model:
         params = stack_layers(kept, rest, cfg, name)
     if plan.vocabulary is not None:
         params = _keep_tokens(params, plan.vocabulary, cfg)
-    if mesh is None:
-        return Model(params, cfg)
-    placed = {path: _place(params_leaf, param_axes(cfg)[path], mesh) for path, params_leaf in flatten(params).items()}
-    return Model(unflatten(placed), cfg)
+    if mesh is not None:
+        axes = param_axes(cfg)
+        params = unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in flatten(params).items()})
+    return model.replace(params=params, cfg=cfg, plan=plan_since_loading(model, plan))
+
+
+def plan_since_loading(model: Model, plan: PrunePlan) -> PrunePlan:
+    """Return a plan for the model combined with the plans that were applied to it before."""
+    return plan if model.plan is None else compose(model.plan, plan)
 
 
 def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
@@ -61,7 +66,9 @@ def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
         check_divides(cfg, mesh)
     params = flatten(_keep_tokens(model.params, vocabulary, cfg))
     axes = param_axes(cfg)
-    return Model(unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in params.items()}), cfg)
+    return model.replace(
+        params=unflatten({path: _place(leaf, axes[path], mesh) for path, leaf in params.items()}), cfg=cfg
+    )
 
 
 def _keep_tokens(params: Params, vocabulary: KeptVocabulary, cfg: ModelConfig) -> Params:

@@ -89,7 +89,7 @@ def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     if mesh is not None:
         axes = param_axes(cfg)
         leaves = {path: jax.device_put(leaf, sharding(mesh, axes[path], leaf.shape)) for path, leaf in leaves.items()}
-    return Model(unflatten({**flat, **leaves}), cfg)
+    return model.replace(params=unflatten({**flat, **leaves}), cfg=cfg)
 
 
 def projection_names(cfg: ModelConfig) -> list[str]:
@@ -111,7 +111,7 @@ def merge_lora(model: Model) -> Model:
         delta = _delta(flat[path], flat[f"{owner}/lora_b"], n_out=len(axes[f"{owner}/lora_b"]) - 2)
         total = jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)
         merged[f"{owner}/weight"] = total.astype(weight.dtype)
-    return Model(unflatten(merged), dataclasses.replace(model.cfg, lora=None))
+    return model.replace(params=unflatten(merged), cfg=dataclasses.replace(model.cfg, lora=None))
 
 
 def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:

@@ -186,7 +186,7 @@ def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
         context.say(f"  {summary['skipped_rows']:,} rows skipped, listed in {training}/skipped-*.jsonl")
     if features is not None:
         tower = recovery.student.model.params[TOWER]
-        model = Model({**model.params, TOWER: tower}, dataclasses.replace(model.cfg, tower=True))
+        model = model.replace(params={**model.params, TOWER: tower}, cfg=dataclasses.replace(model.cfg, tower=True))
     merged = merge_lora(model)
     if unchanged(student, merged, ready.trained):
         raise UserError(
