@@ -146,7 +146,7 @@ def test_what_a_notebook_shows_is_short():
         "  text: 4 of 4 layers; 2 x (4/2 heads, 8 neurons), 1 x (8/2 heads, 6 neurons), 1 x (3 heads, 8 neurons))"
     )
     assert repr(widths) == (
-        f"Scores(l1, text: importance of 10 head groups and 46 neurons of 4 layers; model {widths.fingerprint})"
+        f"Scores(l1, text: importance of 10 key/value heads and 46 neurons of 4 layers; model {widths.fingerprint})"
     )
 
 

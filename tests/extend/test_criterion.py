@@ -53,8 +53,8 @@ def test_the_printed_criterion_scores_and_prunes(experiment, tmp_path, capsys):
     assert main(["prune", *experiment]) == 0
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     assert plan.criterion == "wanda"
-    lowest = np.argsort(scores.mlp[2], kind="stable")[: len(scores.mlp[2]) - len(plan.layers[2].neurons)]
-    assert not set(lowest) & set(plan.layers[2].neurons)
+    lowest = np.argsort(scores.mlp[2], kind="stable")[: len(scores.mlp[2]) - len(plan.layers[2].kept["mlp"])]
+    assert not set(lowest) & set(plan.layers[2].kept["mlp"])
     capsys.readouterr()
     assert main(["score", *experiment]) == 0
     assert "score: unchanged, skipped" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_file_surgery_computes_what_masking_does(source, tmp_path, cut):
     heads = 3 if cut == "uneven" else layers[0].sizes["q_heads"]
     assert (vision["num_attention_heads"], vision.get("head_dim", 8)) == (heads, 8)
     assert vision.get("vision_use_head", True) == (model.cfg.vision.kind != "siglip")
-    assert vision["intermediate_size"] == (40 if cut == "uneven" else len(layers[0].neurons))
+    assert vision["intermediate_size"] == (40 if cut == "uneven" else layers[0].sizes["mlp"])
     assert (len(again.cfg.vision.layers), again.cfg.vision.n_layers_total) == (n_layers, n_layers)
     # the blocks above the feature layer do not fit the new widths, and nothing computes them
     blocks = {key.split(".layer")[1].split(".")[1] for key in Checkpoint(out) if "encoder.layer" in key}
