@@ -80,7 +80,7 @@ def test_a_card_shows_no_command_that_cannot_work(tmp_path):
     source = make_folder(tmp_path / "source", LLAVA)
     model = load(source)
     layers = [
-        dataclasses.replace(KeptLayer.whole(i, shape), q_heads=(0,), kv_heads=(0,))
+        KeptLayer(i, {**KeptLayer.whole(i, shape).kept, "q_heads": (0,), "kv_heads": (0,)})
         for i, shape in enumerate(model.cfg.vision.layers)
     ]
     pruned, plan = prune(model, layers, "vision")

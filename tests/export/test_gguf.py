@@ -100,7 +100,7 @@ def architecture(folder):
 
 def compare(out, model, tolerance=0.1):
     """Log-probabilities in llama.cpp, in rows that fit every window; LongRoPE's factors go by the context there."""
-    tokens = min([50, *(one.window for one in model.cfg.text.layers if one.window is not None)])
+    tokens = min([50, *(one.mixer.window for one in model.cfg.text.layers if one.mixer.window is not None)])
     ids = np.random.default_rng(0).integers(4, 260, (1, tokens))
     found = llama_cpp(out, rows=ids, context=256)["logits"][0]
     largest, mean, _ = differences(forward(model, ids)[0][0], found)

@@ -65,7 +65,7 @@ def test_plans_are_held_to_targets(models):
     scores = dataclasses.replace(scores, units={key: part * (key[1] == "mlp") for key, part in scores.units.items()})
 
     total, (shape, *_) = vp.count_params(model.cfg), model.cfg.text.layers
-    fewer = dataclasses.replace(shape, q_heads=shape.mixer.q_heads // 2, kv_heads=shape.mixer.kv_heads // 2)
+    fewer = shape.resized({"q_heads": shape.mixer.q_heads // 2, "kv_heads": shape.mixer.kv_heads // 2})
     ratio = (
         1.01 - vp.count_params(model.cfg.with_layers([fewer] * len(model.cfg.text.layers))) / total
     )  # a group of heads of every layer, and a few neurons
@@ -104,8 +104,11 @@ def test_what_loads_of_models_whose_images_are_of_any_size(goldens, family, head
 def test_what_serving_engines_compute_otherwise(goldens):
     """mlx-vlm takes Gemma 3's windows from the layer's number, and the size of LLaVA's heads from their number."""
     cfg = read_config(goldens / "families/gemma3/ckpt")[1]
-    sixth = dataclasses.replace(cfg.text.layers[0], window=None)
-    layers = [sixth if i % 6 == 5 else dataclasses.replace(sixth, window=7) for i in range(12)]
+    full, sliding = (
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=window))
+        for layer, window in ((cfg.text.layers[0], None), (cfg.text.layers[0], 7))
+    )
+    layers = [full if i % 6 == 5 else sliding for i in range(12)]
     assert why_not(cfg.with_layers(layers), "mlx") is None
     assert why_not(cfg.with_layers(layers[:11]), "mlx") is None
     assert "every sixth layer of Gemma 3 full attention" in why_not(cfg.with_layers(layers[1:]), "mlx")

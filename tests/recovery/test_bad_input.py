@@ -87,7 +87,7 @@ def refused(root, capsys, *settings):
         (["mesh.data=3"], "needs 3 devices but there are 8"),
         (
             ["mesh.tensor=8", "recover.batch_size=8"],
-            "= 4; kv_heads of vision layer 1 = 4 …: use data=2 fsdp=1 tensor=4 or prune to widths",
+            "= 4; q_heads of vision layer 1 = 4 …: use data=2 fsdp=1 tensor=4 or prune to widths",
         ),
         (["mesh.data=8"], "2 rows (batch_size / accumulation) must be a multiple of mesh.data x mesh.fsdp = 8 devices"),
         (["data.fraction=0"], "data.fraction=0.0 must be above 0 and at most 1"),
