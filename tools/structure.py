@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "vlmprune_jax", ROOT / "tests"
 RIDDLES = ("What", "Whether", "Of", "How", "Where")  # openings of docstrings that english.md replaces
 LONG = 60  # lines of a function
+EMPTY = ("found", "one", "of", "own", "told", "said", "made", "parts", "where")  # variables that name nothing
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -44,6 +45,15 @@ def tests_by_name(paths: list[Path]) -> tuple[int, int]:
     return len(named), len(modules)
 
 
+def bindings(tree: ast.Module) -> Iterator[str]:
+    """Yield the name of every variable and parameter that a module binds, once per binding."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
 def main() -> None:
     """Print one line per measure."""
     paths = sorted(PACKAGE.rglob("*.py"))
@@ -64,6 +74,11 @@ def main() -> None:
     words = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
     named, modules = tests_by_name(paths)
     print(f"lines of the package                         {sum(text.count(chr(10)) for text in texts):,}")
+    tests = sum(path.read_text(encoding="utf-8").count("\n") for path in TESTS.rglob("*.py"))
+    classes = sum(isinstance(node, ast.ClassDef) for tree in trees for node in ast.walk(tree))
+    print(f"lines of the tests                           {tests:,}")
+    print(f"classes                                      {classes}")
+    print(f"bindings that name nothing                   {sum(n in EMPTY for tree in trees for n in bindings(tree))}")
     print(f"functions that take the whole Experiment     {len(experiments)}")
     print(f"Json as the type of a parameter or result    {json}")
     print(f"functions over {LONG} lines                      {len(long)}  {', '.join(long)}")
