@@ -301,8 +301,10 @@ def smallest_sparsity(units: Sequence[Units], removal: float) -> Widths:
 
 def most_removable(units: Sequence[Units]) -> int:
     """Return the maximum number of parameters that width pruning can remove (one unit per axis remains)."""
-    least = [{axis.axis: axis.step if axis.prune else axis.size for axis in layer.axes} for layer in units]
-    return sum(int(layer.removed(counts)) for layer, counts in zip(units, least, strict=True))
+    total = 0
+    for layer, times in Counter(units).items():  # equal layers are computed once, here and below
+        total += times * int(layer.removed({axis.axis: axis.step if axis.prune else axis.size for axis in layer.axes}))
+    return total
 
 
 def solve_widths(units: Sequence[Units], removal: float) -> Widths:
@@ -328,18 +330,16 @@ def apart(units: Sequence[Units], removal: float) -> list[Widths]:
     sizes = [axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine]
     candidates = []
     for gone in range(max(sizes, default=0)):
-        heads = [
-            layer.whole
-            | {
+        by_heads, after = 0, dict[Units, Units]()
+        for layer, times in Counter(units).items():
+            counts = layer.whole | {
                 axis.axis: int(snap(np.asarray(max(axis.size - gone, 1)), axis.step, axis.size))
                 for axis in layer.axes
                 if axis.prune and not axis.fine
             }
-            for layer in units
-        ]
-        by_heads = sum(int(layer.removed(counts)) for layer, counts in zip(units, heads, strict=True))
-        fixed = [layer.without_coarse(counts) for layer, counts in zip(units, heads, strict=True)]
-        rest = removal - by_heads
+            by_heads += times * int(layer.removed(counts))
+            after[layer] = layer.without_coarse(counts)
+        fixed, rest = [after[layer] for layer in units], removal - by_heads
         if 0 <= rest <= most_removable(fixed):
             widths = solve_widths(fixed, rest)
             candidates.append(dataclasses.replace(widths, removed=widths.removed + by_heads))
@@ -353,21 +353,23 @@ def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
         return widths
     most = max(axis.size // axis.wide for axis in fine)
     fractions = np.arange(1, most + 1)
-    # equal layers are computed once
-    alike = Counter((layer, tuple(counts.items())) for layer, counts in zip(units, widths.counts, strict=True))
-    kept, removed = {}, np.zeros(most, np.int64)
-    for (layer, counts), times in alike.items():
-        kept[layer, counts] = dict(counts) | {
+    # widths of equal layers are equal
+    counts_of = dict(zip(units, widths.counts, strict=True))
+    kept, removed = dict[Units, dict[str, Any]](), np.zeros(most, np.int64)
+    for layer, times in Counter(units).items():
+        kept[layer] = dict(counts_of[layer]) | {
             axis.axis: axis.wide * snap(axis.size // axis.wide * fractions // most, axis.step, axis.size // axis.wide)
             for axis in layer.axes
             if axis.fine and axis.prune
         }
-        removed += times * layer.removed(kept[layer, counts])
+        removed += times * layer.removed(kept[layer])
     gap = np.abs(removed - removal)
     best = int(np.flatnonzero(gap == gap.min())[-1])  # the widest of equally near ones
-    chosen = [kept[layer, tuple(counts.items())] for layer, counts in zip(units, widths.counts, strict=True)]
-    tuned = [{axis: int(np.broadcast_to(n, most)[best]) for axis, n in counts.items()} for counts in chosen]
-    return Widths(tuple(tuned), widths.sparsity, int(removed[best]))
+    tuned = {
+        layer: {axis: int(np.broadcast_to(n, most)[best]) for axis, n in counts.items()}
+        for layer, counts in kept.items()
+    }
+    return Widths(tuple(tuned[layer] for layer in units), widths.sparsity, int(removed[best]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,8 +391,11 @@ class _Grid:
 
     def widths(self, units: Sequence[Units], index: int) -> Widths:
         """Return the widths at one sparsity of the grid."""
-        counts = tuple({axis: int(kept[index]) for axis, kept in self.counts[layer].items()} for layer in units)
-        return Widths(counts, float(self.sparsities[index]), int(self.removed[index]))
+        counts = {
+            layer: {axis: int(kept[index]) for axis, kept in arrays.items()} for layer, arrays in self.counts.items()
+        }
+        widths = tuple(counts[layer] for layer in units)
+        return Widths(widths, float(self.sparsities[index]), int(self.removed[index]))
 
 
 @functools.lru_cache(maxsize=4)  # a search for a budget repeats its arguments
