@@ -57,5 +57,5 @@ def test_batches_add_up_on_a_mesh():
     parts = [{name: array[at : at + 4] for name, array in whole.items()} for at in (0, 4)]
     first = score(one, [whole], criterion="activation")
     second = score(on_mesh(one, 4, 2, 1), parts, criterion="activation")
-    for a, b in zip((*first.heads, *first.channel.mlp), (*second.heads, *second.mlp), strict=True):
+    for a, b in zip((*first.heads, *first.mlp), (*second.heads, *second.mlp), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
