@@ -1,4 +1,4 @@
-"""What the parts of a layer share: inputs of a forward pass, names of intermediate values, LoRA dropout.
+"""Types that the parts of a layer share: inputs of a forward pass, names of intermediate values, LoRA dropout.
 
 A block adds two branches to its residual stream, a mixer (attention) and a channel mixer (MLP). The names of what they
 read and write are the same in every family: "o_proj" is the projection with which the mixer writes to the stream, and
@@ -84,7 +84,7 @@ class LayerState(NamedTuple):
     """State of the mixers of a run of equal layers, and which of them is computed."""
 
     stacked: Any
-    """What `empty_state` of the mixer's module returns: a pytree whose leaves have a leading layer axis."""
+    """Result of `empty_state` of the mixer's module: a pytree whose leaves have a leading layer axis."""
 
     layer: jax.Array
     """Place of the layer on that axis, int32[]."""
@@ -103,7 +103,7 @@ class Mixed(NamedTuple):
     """The updated state of all layers of the run; None without a cache."""
 
     shared: Any
-    """What later layers may reuse, such as keys and values."""
+    """Values that later layers may reuse, such as keys and values."""
 
 
 class Writer(NamedTuple):
@@ -133,13 +133,13 @@ def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Pro
     One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
     copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.
     """
-    sizes = [math.prod(one.inputs) if key is not None and one.dropout else 0 for one in projections]
+    sizes = [math.prod(module.inputs) if key is not None and module.dropout else 0 for module in projections]
     if key is None or not any(sizes):
         return [None] * len(projections)
-    rate = max(one.dropout for one in projections)
+    rate = max(module.dropout for module in projections)
     drawn = saveable(compute_once(bernoulli(key, 1 - rate, (x.shape[0], x.shape[1], sum(sizes)))))
     parts = jnp.split(constrain(drawn, STREAM), np.cumsum(sizes)[:-1].tolist(), axis=-1)
     return [
-        part.reshape(*x.shape[:2], *one.inputs) if size else None
-        for part, size, one in zip(parts, sizes, projections, strict=True)
+        part.reshape(*x.shape[:2], *module.inputs) if size else None
+        for part, size, module in zip(parts, sizes, projections, strict=True)
     ]
