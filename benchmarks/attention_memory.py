@@ -24,22 +24,21 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.parts import decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.distributed.rules import MESH_AXES, sharding
 from vlmprune_jax.models import block
 from vlmprune_jax.models.params import param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, encode, to_nnx
 
 CHIPS, LAYERS = 4, 4
-TEXT = TextConfig(
-    4096, 128, (decoder_layer(32, 32, 11008),) * LAYERS, 32000, RopeConfig(1e4, "default"), rotary_dim=128,
-    norm_eps=1e-5, activation="silu", max_positions=4096, qkv_bias=False, out_bias=False, mlp_bias=False,
-    tie_embeddings=False, decoder="llama",
-)  # fmt: skip
-TILES, BLOCKS = 13, (decoder_layer(16, 16, 4096),) * LAYERS
-TOWER = VisionConfig(1024, 64, BLOCKS, LAYERS, 448, 14, 3, norm_eps=1e-6, activation="gelu", kind="internvit")
+HEADS = Attention(32, 32, head_dim=128, rope=RopeConfig(1e4, "default"))
+TEXT = TextConfig(4096, (Layer(HEADS, Dense(11008)),) * LAYERS, BlockConfig(1e-5), 32000, False, 4096, "llama")
+TILES, HEADS = 13, Attention(16, 16, head_dim=64, bias=True, out_bias=True)
+BLOCKS = (Layer(HEADS, Dense(4096, activation="gelu", gated=False, bias=True)),) * LAYERS
+TOWER = VisionConfig(1024, BLOCKS, BlockConfig(1e-6, norm="layer"), LAYERS, 448, 14, 3, "internvit")
 
 
 def decoder_case(mesh: Mesh, seq: int, remat: str) -> tuple[Callable[..., Any], list[Any]]:

@@ -12,6 +12,8 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     # Most of a test's time is compiling what then runs for milliseconds: leave out what only makes programs faster.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # A pool of two threads deadlocks eight devices: one waits in a collective where another begins an independent one.
+    "PJRT_NPROC": "16",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",  # pyproject.toml says why
     "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a defect: fail at once instead of timing out

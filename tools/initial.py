@@ -109,8 +109,8 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
             "num_attention_heads": vision.layers[0].mixer.q_heads,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
-            "hidden_act": vision.activation,
-            "layer_norm_eps": vision.norm_eps,
+            "hidden_act": vision.channel.activation,
+            "layer_norm_eps": vision.block.norm_eps,
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

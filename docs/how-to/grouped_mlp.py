@@ -25,6 +25,10 @@ class Grouped(vp.ChannelMixer):
     groups: int
     neurons: int  # per group
 
+    @property
+    def fixed_sizes(self):
+        return {"group": self.neurons}
+
 
 class GroupedMlp(nnx.Module):
     """down(scale of the group * silu(gate(x)) * up(x))."""
@@ -32,7 +36,6 @@ class GroupedMlp(nnx.Module):
     writer = "down_proj"
 
     def __init__(self, cfg, layer, sizes, names, lora):
-        sizes = {**sizes, "group": layer.channel.neurons}
         inner, outer = ("groups", "group"), (names.axis,)
         for name, out, into in (("gate_proj", inner, outer), ("up_proj", inner, outer), ("down_proj", outer, inner)):
             setattr(self, name, Projection(sizes, out, into, bias=False, lora=lora_of(lora, name)))
@@ -57,7 +60,7 @@ def to_hf(text, source):
     layer = text.layers[0]
     heads = {"num_attention_heads": layer.mixer.q_heads, "num_key_value_heads": layer.mixer.kv_heads}
     groups = {"num_groups": layer.channel.groups, "intermediate_size": layer.channel.groups * layer.channel.neurons}
-    return {**source, **heads, **groups, "num_hidden_layers": len(text.layers), "head_dim": text.head_dim}
+    return {**source, **heads, **groups, "num_hidden_layers": len(text.layers), "head_dim": layer.mixer.head_dim}
 
 
 def weights(text, prefix, head):

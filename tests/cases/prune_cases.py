@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.parts import Layer, decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.hf.read import load
@@ -35,35 +37,12 @@ def kept_stack(layers, kept) -> KeptStack:
     return KeptStack(tuple(layer.sizes for layer in layers), tuple(kept))
 
 
-def text_config(layers: tuple[Layer, ...], **changes) -> TextConfig:
-    """A decoder whose every hyper-parameter is unusual."""
-    values = {
-        "vocab_size": 62,
-        "hidden_size": 20,
-        "head_dim": 6,
-        "layers": layers,
-        "norm_eps": 3e-4,
-        "activation": "gelu_new",
-        "rope": RopeConfig(theta=700.0, kind="linear", factor=1.5),
-        "tie_embeddings": False,
-        "rotary_dim": 6,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        "max_positions": 50,
-        "decoder": "llama",
-    }
-    return TextConfig(**{**values, **changes})
-
-
 def config(layers: tuple[Layer, ...] = EQUAL, *, vision: bool = False, **changes) -> ModelConfig:
     """A plain decoder, or a LLaVA with a tower of 4 patches (image id 61)."""
     text = text_config(layers, **changes)
     if not vision:
         return ModelConfig(family="llama", layout="transformers", text=text)
-    tower = VisionConfig(
-        8, 4, (decoder_layer(2, 2, 10),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip"
-    )
+    tower = tower_config((tower_layer(2, 2, 10),) * 2)
     projector = ProjectorConfig("relu", True)
     return ModelConfig("llava", "transformers", text, vision=tower, projector=projector, image_token_id=61)
 
@@ -128,24 +107,12 @@ REFERENCE_TOTAL = 7_062_902_784  # the reference counts the whole tower: one mor
 
 def llava_7b() -> ModelConfig:
     """LLaVA-1.5-7B's shapes."""
-    text = TextConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        head_dim=128,
-        layers=(decoder_layer(32, 32, 11008),) * 32,
-        norm_eps=1e-5,
-        activation="silu",
-        rope=RopeConfig(10000.0, "default"),
-        tie_embeddings=False,
-        rotary_dim=128,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        max_positions=4096,
-        decoder="llama",
-    )
-    shapes, block = (decoder_layer(16, 16, 4096),) * 23, {"norm_eps": 1e-5, "activation": "quick_gelu"}
-    vision = VisionConfig(1024, 64, shapes, 24, 336, 14, 3, **block, kind="clip")
+    attention = Attention(32, 32, head_dim=128, rope=RopeConfig(10000.0, "default"))
+    layers = (Layer(attention, Dense(11008)),) * 32
+    text = TextConfig(4096, layers, BlockConfig(1e-5), 32000, False, 4096, "llama")
+    attention = Attention(16, 16, head_dim=64, bias=True, out_bias=True)
+    layers = (Layer(attention, Dense(4096, activation="quick_gelu", gated=False, bias=True)),) * 23
+    vision = VisionConfig(1024, layers, BlockConfig(1e-5, norm="layer"), 24, 336, 14, 3, "clip")
     return ModelConfig("llava", "original", text, vision, ProjectorConfig("gelu", True), image_token_id=-200)
 
 

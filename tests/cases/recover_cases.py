@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
-from vlmprune_jax.core.config import LoraConfig, ModelConfig, ProjectorConfig, RopeConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.parts import decoder_layer
+from vlmprune_jax.core.config import LoraConfig, ModelConfig, ProjectorConfig
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.models.params import flatten, init_params
 from vlmprune_jax.models.vlm import Model
@@ -23,16 +23,10 @@ LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=("q_proj", "o_proj", "
 def config(*, vision: bool = True, layers: int = 2, **changes: Any) -> ModelConfig:
     """A LLaVA with one wide and `layers` - 1 narrow layers (sizes that 8 devices divide), or its decoder alone."""
     shapes = (decoder_layer(4, 2, 24),) + (decoder_layer(2, 2, 16),) * (layers - 1)
-    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
-    values = biases | {"tie_embeddings": False, "decoder": "llama", **changes}
-    rope = RopeConfig(theta=700.0, kind="linear", factor=1.5)
-    block = {"norm_eps": 3e-4, "activation": "gelu_new"}
-    text = TextConfig(16, 6, shapes, 64, rope, rotary_dim=6, max_positions=50, **block, **values)
+    text = text_config(shapes, **{"hidden_size": 16, "vocab_size": 64, **changes})
     if not vision:
         return ModelConfig("llama", "transformers", text)
-    tower = VisionConfig(
-        8, 4, (decoder_layer(2, 2, 16),) * 2, 3, 6, 3, 3, norm_eps=2e-4, activation="gelu", kind="clip"
-    )
+    tower = tower_config((tower_layer(2, 2, 16),) * 2)
     return ModelConfig("llava", "transformers", text, tower, ProjectorConfig("relu", True), image_token_id=IMAGE)
 
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 from msgspec.structs import replace
 from prune_cases import EQUAL, config, model, unit_scores
+from stack_cases import decoder_layer
 
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.texts import EXACT_MATCH
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from prune_cases import EQUAL, config, expanded
+from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.hf.read import read_config
 
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 from prune_cases import config
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.distributed import mesh
 from vlmprune_jax.recovery.step import place_rows
 

@@ -86,7 +86,11 @@ def test_padded_channels_weigh_nothing(tmp_path):
     text, narrow = whole.cfg.text, model.cfg.text.layers[1]
     for tensor, width, real in (
         ("ffn_down", text.layers[0].channel.mlp, narrow.sizes["mlp"]),
-        ("attn_output", text.layers[0].mixer.q_heads * text.head_dim, narrow.sizes["q_heads"] * text.head_dim),
+        (
+            "attn_output",
+            text.layers[0].mixer.q_heads * text.attention.head_dim,
+            narrow.sizes["q_heads"] * text.attention.head_dim,
+        ),
     ):
         sums = found[f"blk.1.{tensor}.weight.in_sum2"]
         assert (sums.size, np.count_nonzero(sums)) == (width, real)

@@ -1,6 +1,5 @@
 """Gemma 3 and 4 in llama.cpp: windows, shared keys, per-layer inputs and towers, whole and cut; what it cannot hold."""
 
-import dataclasses
 import json
 import shutil
 
@@ -11,6 +10,7 @@ from hf_cases import edit_weights, keep_layers, keep_width, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
 from prune_cases import kept_units
+from stack_cases import changed
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -110,8 +110,9 @@ def test_images(models, tmp_path, name):
     if model.cfg.any_size:
         sides = [side // model.cfg.vision.patch_size for side in SIZES[name]]
         arrays = {"pixel_values": pixels[0], "image_grid_thw": [[1, *sides]]}
-    sees = dataclasses.replace(model.cfg.text, sees_images=model.cfg.text.sees_images or "windows")
-    seeing = model.replace(cfg=dataclasses.replace(model.cfg, text=sees))
+    layers = model.cfg.text.layers
+    sees = [changed(x, {"sees_images": x.mixer.sees_images or x.mixer.window is not None}) for x in layers]
+    seeing = model.replace(cfg=model.cfg.with_layers(sees))
     logits, aux = forward(seeing, row, **arrays, want=("image_features",))
     features = np.asarray(aux["image_features"]).reshape(-1, model.cfg.text.hidden_size)
     assert np.abs(found["features"] - features).max() <= 0.02
@@ -189,6 +190,6 @@ def test_the_attention_scale_of_27b(models):
     """By its 62 layers llama.cpp recognises the 27B, whose scale is not head_dim ** -0.5."""
     text = models("gemma3")[1].cfg.text
     (architecture,) = vp.families["gemma3"].decoder.gguf
-    assert np.isclose(architecture.query_gain(text), (text.head_dim / 18) ** 0.5)
+    assert np.isclose(architecture.query_gain(text), (text.attention.head_dim / 18) ** 0.5)
     large = text.with_layers(text.layers[:1] * 62)
     assert np.isclose(architecture.query_gain(large), (48 // 4 / 18) ** 0.5)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from decoder_cases import QWEN2
 from hf_cases import LLAMA, keep_layers, make_folder
+from stack_cases import with_facts
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -82,7 +83,7 @@ def test_fewer_heads_of_llama_are_written_as_mistral():
 )
 def test_heads(heads, head_dim, said):
     cfg = config_of("llama")
-    text = dataclasses.replace(cfg.text, head_dim=head_dim, rotary_dim=head_dim, hidden_size=heads[0] * head_dim)
+    text = with_facts(cfg.text, head_dim=head_dim, hidden_size=heads[0] * head_dim)
     cfg = dataclasses.replace(cfg, text=text)
     assert said in facts(
         cfg.with_layers(

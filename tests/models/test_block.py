@@ -1,15 +1,13 @@
 """The block against the same computation in jnp: every place of norms, `1 + w`, parallel branches, scales."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import EQUAL, batch, config, model
+from stack_cases import decoder_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.context import VALUES
 from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.layers import rope_tables
@@ -21,7 +19,7 @@ CASES = {
     "after": {"norm_place": "after"},
     "sandwich": {"norm_place": "both", "norm_offset": 1.0, "qk_norm": True},
     "layer norms": {"norm_place": "both", "norm": "layer"},
-    "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain", "norm_place": "both"},
+    "parallel": {"parallel": True, "norm": "layer", "gated": False, "norm_place": "both"},
     "scaled": {"norm_place": "both", "layer_scale": True},
 }
 
@@ -30,9 +28,13 @@ def norm(cfg, params, name, x, kind=None):
     """The norm of these parameters, or x where the block has none of this name."""
     if f"{name}/weight" not in params:
         return x
-    if (kind or cfg.norm) == "layer":
+    if (kind or cfg.block.norm) == "layer":
         x = x - x.mean(-1, keepdims=True)
-    y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * (params[f"{name}/weight"] + cfg.norm_offset)
+    y = (
+        x
+        / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.block.norm_eps)
+        * (params[f"{name}/weight"] + cfg.block.norm_offset)
+    )
     return y + params.get(f"{name}/bias", 0.0)
 
 
@@ -59,13 +61,13 @@ def plain_block(cfg, params, x, cos, sin):
         turned(norm(cfg, params, "self_attn/k_norm", k, "rms")),
     )
     k, v = (jnp.repeat(one, q.shape[2] // k.shape[2], axis=2) for one in (k, v))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * cfg.head_dim**-0.5
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * cfg.attention.head_dim**-0.5
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
     found["o_proj"] = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
-    out, down = ("dense", "fc2") if cfg.block == "parallel" else ("o_proj", "down_proj")
+    out, down = ("dense", "fc2") if cfg.block.parallel else ("o_proj", "down_proj")
     found["o_proj_out"] = project(f"self_attn/{out}", found["o_proj"], 2)
     found["middle"] = x + follow(found["o_proj_out"], 0)
-    parallel = cfg.block == "parallel"
+    parallel = cfg.block.parallel
     found["mlp"] = found["self_attn"] if parallel else norm(cfg, params, "post_attention_layernorm", found["middle"])
     act = jax.nn.gelu
     if down == "fc2":
@@ -89,14 +91,14 @@ def test_blocks_equal_the_same_in_jnp(case):
         after = []
         # Every block starts from the model's own state: rounding of the blocks before it is not compared again.
         for layer, block, x in zip(unstack_layers(params, one.cfg)[0], aux["tap"], aux["states"], strict=True):
-            expected = plain_block(text, layer, x, *rope_tables(text.rope, text.rotary_dim, positions))
+            expected = plain_block(text, layer, x, *rope_tables(text.rope, text.attention.rotated, positions))
             for name in VALUES:
                 np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)
             for name, scale in block.scales.items():
                 out = expected[f"{name}_out"]
-                spread = out.var(-1) if text.norm == "layer" else (out**2).mean(-1)
-                np.testing.assert_allclose(scale[..., 0], (spread + text.norm_eps) ** -0.5, rtol=1e-4)
-            assert set(block.scales) == (set() if text.norm_place == "before" else {"o_proj", "down_proj"})
+                spread = out.var(-1) if text.block.norm == "layer" else (out**2).mean(-1)
+                np.testing.assert_allclose(scale[..., 0], (spread + text.block.norm_eps) ** -0.5, rtol=1e-4)
+            assert set(block.scales) == (set() if text.block.norm_place == "before" else {"o_proj", "down_proj"})
             after.append(expected["after"])
         final_norm = to_nnx(one.replace(params=params)).text.final_norm
         np.testing.assert_allclose(aux["states"][1], after[0], atol=5e-5)
@@ -136,7 +138,7 @@ def test_follow_at_given_statistics_is_affine_with_the_gain_as_its_slope(case):
 def test_blocks_name_what_writes_to_the_stream():
     decoder = stack_module("text", config(EQUAL).text).layers["0"]
     phi = stack_module("text", config(EQUAL, **CASES["parallel"]).text).layers["0"]
-    vision = dataclasses.replace(config(EQUAL, vision=True).vision, layer_scale=True)
+    vision = with_facts(config(EQUAL, vision=True).vision, layer_scale=True)
     tower = stack_module("vision", vision).layers["0"]
     assert [tuple(one) for block in (decoder, phi, tower) for one in block.writers.values()] == [
         ("self_attn/o_proj", None, None), ("mlp/down_proj", None, None),

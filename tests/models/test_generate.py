@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stack_cases import decoder_layer, text_config
 
-from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
-from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models import kernels
 from vlmprune_jax.models.generate import SharedPrefix, generate
@@ -105,11 +104,7 @@ def test_end_token_is_kept_then_padding(llava, goldens):
 
 @pytest.mark.slow
 def test_sliding_window_equals_full_forwards():
-    text = TextConfig(
-        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
-        layers=(decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20)), rotary_dim=6, max_positions=64,
-        rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-    )  # fmt: skip
+    text = text_config((decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20)), max_positions=64)
     cfg = ModelConfig("llama", "transformers", text)
     model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
     ids = np.random.default_rng(0).integers(0, 50, (2, 9))
@@ -127,11 +122,7 @@ def test_sliding_window_equals_full_forwards():
 
 def test_sliding_window_across_a_shared_prefix():
     """Padding between the prefix and its rows takes no place in a window: 4 keys are seen, however far they are."""
-    text = TextConfig(
-        vocab_size=50, hidden_size=24, head_dim=6, norm_eps=1e-5, activation="silu", decoder="llama",
-        layers=(decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20, window=6)), rotary_dim=6, max_positions=64,
-        rope=RopeConfig(500.0, "default"), tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-    )  # fmt: skip
+    text = text_config((decoder_layer(4, 2, 20, window=4), decoder_layer(4, 2, 20, window=6)), max_positions=64)
     cfg = ModelConfig("llama", "transformers", text)
     model = Model(init_params(cfg, jax.random.key(0), jnp.float32), cfg)
     draw = np.random.default_rng(1)

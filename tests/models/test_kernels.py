@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import recover_cases as cases
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from stack_cases import decoder_layer
 
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.models import kernels

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recover_cases import Stream, config, model
+from stack_cases import decoder_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import Rounding
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.models.rounding import rounded_product
@@ -56,7 +56,9 @@ def _wide(**changes):
     """A decoder whose matrices have rows that groups of 32 divide."""
     cfg = config(vision=False, decoder="llama", **{name: False for name in ("qkv_bias", "out_bias", "mlp_bias")})
     shapes = (decoder_layer(4, 2, 64),) * 2
-    text = dataclasses.replace(cfg.text, hidden_size=32, head_dim=8, rotary_dim=8, layers=shapes, activation="silu")
+    text = with_facts(
+        cfg.text.with_layers(shapes), hidden_size=32, head_dim=8, qkv_bias=False, out_bias=False, mlp_bias=False
+    )
     return dataclasses.replace(cfg, text=text, **changes)
 
 

@@ -4,9 +4,9 @@ import jax
 import pytest
 import recover_cases as cases
 from prune_cases import config
+from stack_cases import decoder_layer
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.planning import evaluation
 from vlmprune_jax.planning.ahead_of_time import Compiled, make_slice
 from vlmprune_jax.planning.evaluation import BENCHMARKS, EvaluationCase, Questions, plan_evaluation
@@ -33,7 +33,7 @@ def test_decoding_touches_little_more_than_weights_and_cache(head, monkeypatch):
     real, compiled = evaluation.compile_for_tpu, []
     monkeypatch.setattr(evaluation, "compile_for_tpu", lambda *of: compiled.append(real(*of)) or compiled[-1])
     monkeypatch.setattr(evaluation, "BENCHMARKS", {"long": Questions(0, 0, text=4096, answer=16)})
-    widths = {"hidden_size": 1024, "head_dim": head, "rotary_dim": head, "vocab_size": 4096, "max_positions": 8192}
+    widths = {"hidden_size": 1024, "head_dim": head, "vocab_size": 4096, "max_positions": 8192}
     cfg = config((decoder_layer(8, 8, 16384),) * 3, **widths)
     with jax.default_matmul_precision("default"):
         planned = plan_evaluation(EvaluationCase(cfg, "bfloat16", make_slice("v5e:2x2"), None, 32, (2, 1, 2)))

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
 from report_cases import BENCH
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer, decoder_layer
+from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
@@ -53,13 +54,15 @@ def test_costs_are_those_of_the_config(before, after, options, work):
     found = make_measure(cfg, Budget(**ALL, **work, slice="v6e:2x2", dtype="float32"))(now)
     text, images = now.text, work["images"] if options["vision"] else 0
     kept = [(s.mixer.kv_heads, s.mixer.q_heads, min(s.mixer.window or work["context"], work["context"])) for s in after]
-    cache = work["batch"] * sum(2 * kv * text.head_dim * tokens for kv, _, tokens in kept)
+    cache = work["batch"] * sum(2 * kv * text.attention.head_dim * tokens for kv, _, tokens in kept)
     assert found["parameters"] == count_params(now)
     assert found["disk_bytes"] == 4 * count_params(now)
     assert found["memory_bytes"] == 4 * (count_params(now) + cache)
     assert found["flops"] == forward_flops(now, length=work["context"], images=images)
     # one token of a row: all matrices once, and what it attends to
-    token = forward_flops(now, length=1, images=0) + sum(4 * q * text.head_dim * (tokens - 1) for _, q, tokens in kept)
+    token = forward_flops(now, length=1, images=0) + sum(
+        4 * q * text.attention.head_dim * (tokens - 1) for _, q, tokens in kept
+    )
     head = text.vocab_size * text.hidden_size
     layers = sum(int(np.prod(shape)) for path, shape in param_shapes(now).items() if "text/layers" in path)
     chip = CHIPS["v6e"]
@@ -143,7 +146,7 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
     assert plan.asked is None
     if method not in ("heads traded", "global", "hybrid"):  # whose costs do not always fall where more is asked for
         # Widths are whole, so a head of one layer may go for neurons of others: costs fall but for that step.
-        head = 4 * cfg.text.hidden_size * cfg.text.head_dim / count_params(cfg)
+        head = 4 * cfg.text.hidden_size * cfg.text.attention.head_dim / count_params(cfg)
         assert all(spent > limits[name] for reached, spent in costs if reached < plan.reached - head)
 
 

@@ -12,7 +12,6 @@ from prune_cases import kept_units
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
@@ -104,7 +103,8 @@ def test_blocks_with_windows_keep_them(goldens):
         dataclasses.replace(scores, importance=np.array([3.0, 0, 2, 1])), model.cfg, method="depth", layers_removed=1
     )
     shorter = vp.apply_plan(model, plan).cfg.vision.layers
-    assert shorter == tuple(decoder_layer(5, 5, 52, window) for window in (3, 3, None))
+    assert shorter == tuple(model.cfg.vision.layers[number] for number in (0, 2, 3))
+    assert [layer.mixer.window for layer in shorter] == [3, 3, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,9 +2,9 @@
 
 import pytest
 from prune_cases import EQUAL, config, kept_stack, kept_units
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
 
 BEFORE = (decoder_layer(6, 3, 10), decoder_layer(4, 2, 8), decoder_layer(6, 3, 10))

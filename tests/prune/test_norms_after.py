@@ -41,7 +41,7 @@ def values(one, arrays):
 
 def gain_of(one, number, name):
     layer = unstack_layers(one.params, one.cfg)[0][number]
-    return np.asarray(layer[f"{name}/weight"], np.float64) + one.cfg.text.norm_offset
+    return np.asarray(layer[f"{name}/weight"], np.float64) + one.cfg.text.block.norm_offset
 
 
 @pytest.mark.parametrize("norms", NORMS)
@@ -61,7 +61,7 @@ def test_a_weight_before_a_norm_equals_least_squares_in_float64(norms):
         dense, ours = values(teacher, arrays)[0], values(pruned, arrays)[0]
         out, target = dense["o_proj_out"], dense["middle"]
         centre = out.mean(1, keepdims=True) if "norm" in norms else 0.0
-        rate = (((out - centre) ** 2).mean(1, keepdims=True) + teacher.cfg.text.norm_eps) ** -0.5
+        rate = (((out - centre) ** 2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
         # of layer 0 the inputs are the same: the norm's affine map takes one output to the other
         residual = gain_of(teacher, 0, "attention_output_norm") * rate * (out - ours["o_proj_out"])
         x = rate * np.concatenate([ours["o_proj"].reshape(len(out), -1), np.ones((len(out), 1))], axis=1)
@@ -191,6 +191,6 @@ def test_rounding_weighs_tokens_by_what_they_add_to_the_stream(norms):
     for name in ("o_proj", "down_proj"):
         out, x = layer[f"{name}_out"], layer[name].reshape(len(layer["after"]), -1)
         centre = out.mean(1, keepdims=True) if "norm" in norms else 0.0
-        rate = 1 / (((out - centre) ** 2).mean(1) + one.cfg.text.norm_eps)
+        rate = 1 / (((out - centre) ** 2).mean(1) + one.cfg.text.block.norm_eps)
         weighted = x * (rate / (layer["after"] ** 2).mean(1))[:, None]
         np.testing.assert_allclose(sums[name], weighted.T @ x, rtol=1e-3, atol=1e-5 * sums[name].max())

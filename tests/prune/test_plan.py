@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, config, depth_scores, kept_units, model, unit_scores, width_scores
+from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import (
     KeptStack,
@@ -332,7 +332,7 @@ def test_from_json_refuses_components(components, message):
 
 # The tower ------------------------------------------------------------------------------------------------------------
 
-TOWER = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(2, 2, 7), decoder_layer(2, 2, 10))
+TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
 
 
 def tower_scores(cfg, seed=0):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, batch, config, depth_scores, kept_stack, kept_units, model, width_scores
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.prune import PrunePlan, compose, keep_everything, make_plan, score
 
 shapes = st.builds(lambda kv, group, mlp: decoder_layer(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 2, 30)))

@@ -10,7 +10,7 @@ from vlmprune_jax.prune import apply_plan
 from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.reconstruction import reconstruct
 
-SHAPES = {"sequential": {"qk_norm": True}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
+SHAPES = {"sequential": {"qk_norm": True}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

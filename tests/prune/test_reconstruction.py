@@ -24,7 +24,7 @@ from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
 from vlmprune_jax.prune.steps import row_steps
 
-SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
+SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
 
 

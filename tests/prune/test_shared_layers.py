@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hf_cases import keep_layers
 from prune_cases import config, missing, model, plan_for, rows, width_scores
+from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import encode, forward
 from vlmprune_jax.models.vocabulary import cross_entropy
@@ -22,7 +22,7 @@ LAYERS = (
     decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12), decoder_layer(4, 2, 12, 5), decoder_layer(4, 2, 12, 5, True),
     decoder_layer(4, 2, 12, None, True),
 )  # fmt: skip
-TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "query_scale": 1.0, "layer_scalar": True}
+TRAITS = {"norm_place": "both", "qk_norm": True, "v_norm": True, "scale": 1.0, "layer_scalar": True}
 VALUES = ("o_proj", "down_proj", "down_proj_out", "middle")
 
 
@@ -102,7 +102,7 @@ def test_a_weight_before_the_per_layer_branch_equals_least_squares_in_float64(ex
     for arrays in batches:
         dense, ours = values(teacher, arrays)[0], values(pruned, arrays)[0]
         out = dense["down_proj_out"]
-        rate = ((out**2).mean(1, keepdims=True) + teacher.cfg.text.norm_eps) ** -0.5
+        rate = ((out**2).mean(1, keepdims=True) + teacher.cfg.text.block.norm_eps) ** -0.5
         residual = scale * gain * rate * (out - ours["down_proj_out"])
         x = scale * rate * np.concatenate([ours["down_proj"], np.ones((len(out), 1))], axis=1)
         weighted = x / (dense["after"] ** 2).mean(1, keepdims=True)

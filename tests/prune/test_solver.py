@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from prune_cases import REFERENCE_TOTAL, UNEQUAL, config, depth_scores, llava_7b, width_scores
+from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import make_plan
 from vlmprune_jax.prune.solver import BLOCKS, AxisUnits, Polynomial, Units, layer_costs, smallest_sparsity, widths_at
@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "bunny": (32, 10240, 819_440, 5_121, 80, 3_182_254_624),
     "internvl": (32, 8192, 1_179_648, 9_216, 96, 4_146_855_936),
 }
-TOWER = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(2, 2, 7), decoder_layer(2, 2, 10))
+TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
 RANGES = {"A": (range(3, 21), range(3, 20)), "B": (range(3, 31), range(4, 30)), "C": (range(4, 30), range(4, 30))}
 
 
@@ -133,8 +133,8 @@ def test_costs_of_the_tower():
     cfg = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
     shapes = {path: np.prod(shape) for path, shape in param_shapes(cfg).items() if path.startswith("vision/layers/")}
     assert sum(map(layer_costs(cfg, "vision").of, TOWER)) == sum(shapes.values())
-    narrow = cfg.with_layers([decoder_layer(1, 1, 3)] * 2, "vision")
-    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(decoder_layer(1, 1, 3))
+    narrow = cfg.with_layers([tower_layer(1, 1, 3)] * 2, "vision")
+    gone = sum(map(layer_costs(cfg, "vision").of, TOWER)) - 2 * layer_costs(cfg, "vision").of(tower_layer(1, 1, 3))
     assert count_params(cfg) - count_params(narrow) == gone
 
 
@@ -170,7 +170,7 @@ def test_multiples_of_llava_7b(options, heads, neurons):
 )
 @settings(max_examples=40, deadline=None)
 def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices, ratio):
-    cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim, rotary_dim=head_dim)
+    cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim)
     try:
         plan = make_plan(
             width_scores(cfg, gqa=gqa), cfg, method="width", ratio=ratio, snap_for=target, tensor_parallel=devices
@@ -212,7 +212,7 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
     ],
 )
 def test_targets_that_do_not_suit_are_refused(options, message):
-    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
     options = {"method": "width", "ratio": 0.1, **options}
     scores = width_scores(cfg) if options["method"] == "width" else depth_scores(cfg, [0.0, 1, 2])
     with pytest.raises(UserError, match=message):
@@ -220,7 +220,7 @@ def test_targets_that_do_not_suit_are_refused(options, message):
 
 
 def test_heads_that_are_kept_need_not_fill_blocks():
-    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16, rotary_dim=16)
+    cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, snap_for="tpu", heads="keep")
     assert {(layer.sizes["q_heads"], layer.sizes["mlp"] % 128) for layer in plan.layers} == {(4, 0)}
     budget = {"parameters": plan.parameters_before * 0.7}

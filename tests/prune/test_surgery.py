@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_cases import EQUAL, UNEQUAL, batch, config, kept_stack, kept_units, model, on_mesh
+from stack_cases import decoder_layer, tower_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, stack_layers, unstack_layers
 from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, apply_plan, compose, fingerprint, keep_everything
 
-TOWER = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(2, 2, 7), decoder_layer(2, 2, 10))
+TOWER = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(2, 2, 7), tower_layer(2, 2, 10))
 CFG = config(UNEQUAL, vision=True).with_layers(TOWER, "vision")
 STACKS = pytest.mark.parametrize("stack", ["text", "vision"])
 # What heads and neurons write with, in each stack.
@@ -209,7 +209,7 @@ def test_a_mesh_keeps_its_shardings_and_numbers():
 
 @pytest.mark.slow
 def test_a_tower_on_a_mesh_keeps_its_shardings_and_numbers():
-    cfg = config(vision=True).with_layers((decoder_layer(2, 2, 10),) * 4, "vision")
+    cfg = config(vision=True).with_layers((tower_layer(2, 2, 10),) * 4, "vision")
     one, sharded = model(cfg), on_mesh(model(cfg), 2, 2, 2)
     layers = [kept_units(0, (0, 1), (0, 1), (0, 2, 3, 9)), kept_units(3, (0, 1), (0, 1), (5, 8))]
     pruned = apply_plan(sharded, plan_for(one, layers, "vision"))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import EQUAL, config, kept_stack, kept_units, model
+from stack_cases import tower_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten
 from vlmprune_jax.models.vlm import Model, forward, to_nnx
 from vlmprune_jax.prune import KeptStack, PrunePlan, apply_plan, fingerprint
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
 
-TOWER = (decoder_layer(2, 2, 10),) * 4
+TOWER = (tower_layer(2, 2, 10),) * 4
 HEADS = (0, 1)
 WHOLE = tuple(range(10))
 NEURONS = [kept_units(0, HEADS, HEADS, WHOLE[:6]), kept_units(1, (1,), (1,), WHOLE), kept_units(3, HEADS, HEADS, WHOLE)]
@@ -27,7 +27,7 @@ SCALED = {"layer_scale": True, "class_token": False, "patch_bias": True, "pre_no
 
 def seeing(**changes):
     cfg = config(EQUAL, vision=True)
-    vision = dataclasses.replace(cfg.vision, n_layers_total=4, layers=TOWER, **changes)
+    vision = with_facts(dataclasses.replace(cfg.vision, n_layers_total=4, layers=TOWER), **changes)
     select = "patch" if vision.class_token else "full"
     return model(dataclasses.replace(cfg, vision=vision, feature_select=select))
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hf_cases import edit_config, prune
 from prune_cases import kept_units
+from stack_cases import tower_layer
 from vlm_cases import TOWERS, internvl_chat_config, internvl_config, llava_config, make_vlm_folder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.params import flatten, stack_layers, unstack_layers
@@ -24,7 +24,7 @@ CONFIGS = {
     "internvl": internvl_config("qwen2"),
     "internvl_chat": internvl_chat_config("llama"),
 }
-SHAPE = decoder_layer(3, 3, 40)
+SHAPE = tower_layer(3, 3, 40)
 SOME = tuple(range(1, 40, 3))
 CUTS = {
     "depth": [KeptLayer.whole(0, SHAPE), KeptLayer.whole(2, SHAPE)],

@@ -15,6 +15,7 @@ import pytest
 import recover_cases as cases
 from hf_cases import copy_llava
 from PIL import Image
+from stack_cases import with_facts
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import Stopped, UserError
@@ -265,7 +266,7 @@ def test_whatever_changes_features_is_in_the_identity():
     cfg = cases.config()
     given = {"cfg": cfg, "weights": {"digest": "a"}, "preparation": {"size": 6}, "dtype": "float32"}
     changes = [
-        {"cfg": dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, activation="gelu_new"))},
+        {"cfg": dataclasses.replace(cfg, vision=with_facts(cfg.vision, activation="gelu_new"))},
         {"cfg": dataclasses.replace(cfg, feature_select="full")},
         {"cfg": dataclasses.replace(cfg, projector=dataclasses.replace(cfg.projector, shuffle_version="v1"))},
         {"weights": {"digest": "b"}},

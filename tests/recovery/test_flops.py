@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
+from stack_cases import decoder_layer
 
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.planning.ahead_of_time import (
     executed_flops,

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.recovery.config import LossConfig
@@ -88,8 +88,8 @@ def test_what_the_backward_pass_keeps():
     outputs = {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 16, "fc1": 96}  # the backward pass needs none of fc2
     lora = LoraConfig(rank=8, alpha=6.0, dropout=0.1, targets=tuple(inputs))
     n_layers, seq = 24, 64
-    cfg = dataclasses.replace(cases.config(vision=False, mlp_kind="plain"), lora=lora)
-    cfg = cfg.with_layers((decoder_layer(4, 2, 96),) * n_layers)
+    cfg = dataclasses.replace(cases.config(vision=False, gated=False), lora=lora)
+    cfg = cfg.with_layers((cfg.text.layers[0].resized({"q_heads": 4, "kv_heads": 2, "mlp": 96}),) * n_layers)
     held = {
         remat: compiled_step(cfg, LossConfig(chunk=4), "lora", seq, remat).memory_analysis().temp_size_in_bytes
         for remat in ("none", "dots", "full")

@@ -141,7 +141,7 @@ def _random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     family, draw = detect(config, "stand-in"), np.random.default_rng(0)
     whole = {**config, "vision_feature_layer": -1} if "vision_config" in config else config
     cfg = family.from_hf(whole, None)
-    offset, tensors = cfg.text.norm_offset, dict[str, np.ndarray]()
+    offset, tensors = cfg.text.block.norm_offset, dict[str, np.ndarray]()
     for slot in make_slots(cfg, family):
         if slot.start > 0:
             continue

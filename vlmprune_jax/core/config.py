@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
@@ -25,44 +25,45 @@ STACKS = ("text", "vision")
 
 @dataclass(frozen=True)
 class TextConfig(Stack):
-    """Configuration of a language model's decoder.
-
-    The first `rotary_dim` channels of every head are rotated. `decoder` is the `model_type` in files, and `whole_heads`
-    says that its PyTorch class derives the size of a head as hidden_size / heads. Embeddings of tokens are multiplied
-    by `embed_scale`. Layers with a window rotate by `window_rope` (None: by `rope`, as all others). The tokens of an
-    image also see those that follow them in the same image, in the layers that `sees_images` names: "" none, "windows"
-    those with a window, "all".
-
-    Layers without a window may have other heads: of `full_head_dim` channels (0: `head_dim`), and with `keys_as_values`
-    their values are their keys before norm and rotation. Logits are bounded by `logit_cap` (0: not). With
-    `layer_inputs`, every layer also gets so many channels by token, from a table of its own and from the embeddings,
-    and its output is multiplied by one learned number.
-    """
+    """Configuration of a language model's decoder."""
 
     causal: ClassVar[bool] = True
 
     vocab_size: int
-    rope: RopeConfig
-    tie_embeddings: bool
-    max_positions: int
-    rotary_dim: int
-    head_bias: bool = False
-    whole_heads: bool = False
-    embed_scale: float = 1.0
-    window_rope: RopeConfig | None = None
-    sees_images: str = ""
-    full_head_dim: int = 0
-    keys_as_values: bool = False
-    logit_cap: float = 0.0
-    layer_inputs: int = 0
-    layer_scalar: bool = False
-    decoder: str = field(kw_only=True)
-    norm: str = field(default="rms", kw_only=True)
-    mlp_kind: str = field(default="gated", kw_only=True)
+    """Rows of the embedding table."""
 
-    def head_dim_of(self, layer: Layer) -> int:
-        """Return the number of channels per attention head in a layer."""
-        return self.head_dim if layer.mixer.window is not None else self.full_head_dim or self.head_dim
+    tie_embeddings: bool
+    """True if the output head has the embedding's weights."""
+
+    max_positions: int
+    """Positions that the model was trained with."""
+
+    decoder: str
+    """`model_type` in files."""
+
+    head_bias: bool = False
+    """True if the output head has a bias."""
+
+    whole_heads: bool = False
+    """True if the PyTorch class derives the size of a head as hidden_size / heads."""
+
+    embed_scale: float = 1.0
+    """Factor on the embeddings of tokens."""
+
+    logit_cap: float = 0.0
+    """Bound c of the logits, c * tanh(logit / c); 0 for none."""
+
+    @property
+    def sees_images(self) -> bool:
+        """True if the tokens of an image also see those that follow them in the same image, in some layers."""
+        return any(layer.mixer.sees_images for layer in self.layers)
+
+    @property
+    def rope(self) -> RopeConfig:
+        """Rotary position embedding of the layers without a window."""
+        rope = self.attention.rope
+        assert rope is not None  # of every decoder
+        return rope
 
     @property
     def even(self) -> bool:
@@ -70,19 +71,15 @@ class TextConfig(Stack):
         sizes: dict[tuple[str, bool], set[float]] = {}
         for layer in self.layers:
             # full attention whose values are its keys has a number of key/value heads of its own
-            apart = self.keys_as_values and layer.mixer.window is None
+            apart = layer.mixer.keys_as_values
             for part in layer.parts:
                 for axis, size in part.sizes.items():
                     sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)
         return all(len(known) == 1 for known in sizes.values())
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
-        if not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
-            raise UserError(f"rotary_dim {self.rotary_dim} must be even (pairs) and at most head_dim {self.head_dim}")
-        self.rope.check(self.rotary_dim)
         if self.head_bias and self.tie_embeddings:
             raise UserError(
                 "tie_word_embeddings is true, but an output head with a bias cannot share the embedding: set it to "
@@ -102,8 +99,8 @@ class VisionConfig(Stack):
 
     With `temporal` (copies of the image in a patch) images have any size and arrive as patches, `merge` x `merge`
     neighbours consecutively; `image_size` is then a typical size, for estimates. Such a tower interpolates its position
-    table, if it has one (`table`), for every image, and rotates queries and keys by row and column (`rope_theta`). The
-    outputs of the blocks in `deepstack` are added to the first decoder layers. With `axis_positions`, an image's
+    table, if it has one (`table`), for every image, and rotates queries and keys by row and column. The outputs of the
+    blocks in `deepstack` are added to the first decoder layers. With `axis_positions`, an image's
     patches take the sum of two entries of as many, by column and by row. `channels_last`: order of a patch's values,
     which are then in 0..1, and centred by the tower.
     """
@@ -112,7 +109,7 @@ class VisionConfig(Stack):
     image_size: int
     patch_size: int
     channels: int
-    kind: str = field(kw_only=True)
+    kind: str
     class_token: bool = True
     patch_bias: bool = False
     pre_norm: bool = True
@@ -123,19 +120,18 @@ class VisionConfig(Stack):
     temporal: int = 0
     merge: int = 1
     table: bool = True
-    rope_theta: float = 0.0
     deepstack: tuple[int, ...] = ()
     axis_positions: int = 0
     channels_last: bool = False
-    norm: str = field(default="layer", kw_only=True)
-    mlp_kind: str = field(default="plain", kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
-        if self.rope_theta and self.head_dim % 4:
-            raise UserError(f"vision tower: head_dim {self.head_dim} must be a multiple of 4 (2-D rotary embedding)")
+        for layer in self.layers:
+            if layer.mixer.rope is not None and layer.mixer.head_dim % 4:
+                raise UserError(
+                    f"vision tower: head_dim {layer.mixer.head_dim} must be a multiple of 4 (2-D rotary embedding)"
+                )
         last, ascending = self.n_layers_total - 1, sorted(set(self.deepstack))
         if ascending != list(self.deepstack) or not set(ascending) <= set(range(len(self.layers))):
             raise UserError(
@@ -166,7 +162,7 @@ class VisionConfig(Stack):
     @property
     def whole_heads(self) -> bool:
         """True if heads x head_dim equals hidden_size in every layer, as stock PyTorch classes assume."""
-        return all(shape.mixer.q_heads * self.head_dim == self.hidden_size for shape in self.layers)
+        return all(layer.mixer.q_heads * layer.mixer.head_dim == self.hidden_size for layer in self.layers)
 
     def with_layers(self, layers: Sequence[Layer]) -> Self:
         """Return a copy of the vision config with other layer shapes; the projector then reads the last layer."""

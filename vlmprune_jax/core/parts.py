@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.rope import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ class Part:
         """Size of every prunable axis by name."""
         return {axis.name: getattr(self, axis.name) for axis in self.axes}
 
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {}
+
+    def channels_of(self, axis: Axis) -> int:
+        """Return the number of channels that make up one unit of a prunable axis."""
+        return self.fixed_sizes.get(axis.channels, 1)
+
     def resized(self, sizes: Mapping[str, int]) -> Self:
         """Return a copy of the part with other sizes of its own axes; other names in `sizes` are ignored."""
         changes: dict[str, Any] = {axis.name: sizes[axis.name] for axis in self.axes if axis.name in sizes}
@@ -95,11 +105,11 @@ class Mixer(Part):
     writer = "o_proj"
     settings = ("attn_layers", "heads_multiple")
 
-    def mixing_flops(self, length: int, head_dim: int, *, last: bool = False) -> int:
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
         raise NotImplementedError
 
-    def state_size(self, length: int, head_dim: int) -> int:
+    def state_size(self, length: int) -> int:
         """Return the number of values that generation caches for a sequence of `length` tokens."""
         raise NotImplementedError
 
@@ -129,20 +139,68 @@ class Attention(Mixer):
     kv_shared: bool = False
     """True if the layer attends to the keys and values of the last earlier layer with its own and the same window."""
 
+    _: KW_ONLY
+    head_dim: int
+    """Number of channels per head."""
+
+    rope: RopeConfig | None = None
+    """Rotary position embedding, None for none."""
+
+    rotary_dim: int = 0
+    """Number of leading channels of a head that rotate; 0 for all."""
+
+    rope_parts: int = 1
+    """Number of equal parts of a head that rotate independently (2 in towers that rotate by row and by column)."""
+
+    scale: float = 0.0
+    """Factor on the scores of queries and keys; 0 for head_dim ** -0.5."""
+
+    bias: bool = False
+    """True if queries, keys and values are projected with a bias."""
+
+    out_bias: bool = False
+    """True if the output projection has a bias."""
+
+    qk_norm: bool = False
+    """True if every query and key head is normalised (RMS) before rotation."""
+
+    v_norm: bool = False
+    """True if every value head is divided by its root mean square."""
+
+    keys_as_values: bool = False
+    """True if the values are the keys before norm and rotation."""
+
+    sees_images: bool = False
+    """True if tokens of an image also see those that follow them in the same image."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None and self.window < 1:
             raise UserError(f"{self}: the attention window must be at least 1")
+        if self.rope is not None:
+            if not 0 < self.rotated <= self.head_dim or self.rotated % 2:
+                raise UserError(f"rotary_dim {self.rotated} must be even (pairs) and at most head_dim {self.head_dim}")
+            self.rope.check(self.rotated)
 
-    def mixing_flops(self, length: int, head_dim: int, *, last: bool = False) -> int:
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {"head": self.head_dim}
+
+    @property
+    def rotated(self) -> int:
+        """Number of leading channels of a head that rotate."""
+        return self.rotary_dim or self.head_dim
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 4 FLOPs per channel and pair of a query and a key that it sees."""
         span = min(self.window or length, length)  # from this position on a query sees a whole window
         pairs = span if last else span * (span + 1) // 2 + (length - span) * span
-        return 4 * pairs * self.q_heads * head_dim
+        return 4 * pairs * self.q_heads * self.head_dim
 
-    def state_size(self, length: int, head_dim: int) -> int:
+    def state_size(self, length: int) -> int:
         """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
-        return 0 if self.kv_shared else 2 * self.kv_heads * head_dim * min(self.window or length, length)
+        return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
 
     @property
     def group(self) -> int:
@@ -170,6 +228,16 @@ class Dense(ChannelMixer):
 
     wide: int = 1
     """Relative width (Gemma 4: some layers are twice as wide as the others)."""
+
+    _: KW_ONLY
+    activation: str = "silu"
+    """Activation by its name in transformers."""
+
+    gated: bool = True
+    """True for down(act(gate(x)) * up(x)), False for two projections."""
+
+    bias: bool = False
+    """True if its projections have biases."""
 
     @property
     def relative_width(self) -> int:
@@ -203,6 +271,16 @@ class Layer:
         return {name: size for part in self.parts for name, size in part.sizes.items()}
 
     @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the weights' other axes by name, of all parts."""
+        return {name: size for part in self.parts for name, size in part.fixed_sizes.items()}
+
+    def shape_of(self, axis: Axis) -> tuple[int, int]:
+        """Return (units, channels per unit) of a prunable axis."""
+        part = next(part for part in self.parts if axis in part.axes)
+        return part.sizes[axis.name], part.channels_of(axis)
+
+    @property
     def kind(self) -> Layer:
         """The layer with all sizes 1: equal for layers that differ in their sizes only."""
         return self.resized(dict.fromkeys(self.sizes, 1))
@@ -219,11 +297,6 @@ class Layer:
             if axis.name not in sizes and axis.parent in sizes
         }
         return {**sizes, **follow}
-
-
-def decoder_layer(q_heads: int, kv_heads: int, mlp: int, window: int | None = None, kv_shared: bool = False) -> Layer:
-    """Return a layer of attention and a dense MLP."""
-    return Layer(Attention(q_heads, kv_heads, window, kv_shared), Dense(mlp))
 
 
 def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:

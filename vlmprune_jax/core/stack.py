@@ -4,60 +4,86 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Axis, Layer, describe_layers
+from vlmprune_jax.core.parts import Attention, Layer, describe_layers
 
-_CHOICES = {
-    "block": ("sequential", "parallel"),
-    "norm": ("rms", "layer"),
-    "norm_place": ("before", "after", "both"),
-    "mlp_kind": ("gated", "plain"),
-}
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What all transformer blocks of a stack have around their mixers and channel mixers (`models/block.py`)."""
+
+    norm_eps: float
+    """Number added to the mean of squares (variance) in norms."""
+
+    norm: str = "rms"
+    """"rms" or "layer"."""
+
+    norm_offset: float = 0.0
+    """Number added to the weights of norms."""
+
+    norm_place: str = "before"
+    """Norm "before" each branch, "after" it (of its output, before it is added to the stream), or "both"."""
+
+    parallel: bool = False
+    """True for x + attention(norm x) + mlp(norm x), with one norm for both branches."""
+
+    layer_scale: bool = False
+    """True if what a branch adds is scaled channel by channel."""
+
+    layer_scalar: bool = False
+    """True if a block's output is multiplied by one learned number."""
+
+    layer_inputs: int = 0
+    """Channels that every layer also gets by token, from a table of its own and the embeddings (0: none)."""
+
+    clips: bool = False
+    """True if inputs and outputs of every projection are bounded."""
+
+    def __post_init__(self) -> None:
+        for name, known in {"norm": ("rms", "layer"), "norm_place": ("before", "after", "both")}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
+
+    @property
+    def norm_facts(self) -> dict[str, Any]:
+        """Keyword arguments of the blocks' norms."""
+        return {"kind": self.norm, "eps": self.norm_eps, "offset": self.norm_offset}
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Configuration of the decoder's or the vision tower's transformer layers, one `Layer` each.
-
-    The fields by keyword describe the block (`models/block.py`). `norm` is "rms" or "layer"; `norm_place` is "before"
-    each branch, "after" it (its output is normalised before it is added to the stream) or "both"; norms multiply by
-    their weight + `norm_offset`. `block` is "sequential", or "parallel" for x + attention(norm x) + mlp(norm x).
-    `mlp_kind` is "gated" or "plain" (two projections). `qk_norm` normalises every query and key head; `layer_scale`
-    scales what a branch adds, channel by channel. Attention scores are multiplied by `query_scale` (0: head_dim **
-    -0.5); `v_norm` divides every value head by its root mean square. `clips` bounds inputs and outputs of every
-    projection. A head is rotated in `rope_parts` independent parts.
-    """
+    """Configuration of the decoder's or the vision tower's transformer layers, one `Layer` each."""
 
     causal: ClassVar[bool] = False  # whether a position sees only itself and those before it
 
     hidden_size: int
-    head_dim: int
-    layers: tuple[Layer, ...]
-    _: KW_ONLY
-    norm_eps: float
-    activation: str
-    norm: str
-    mlp_kind: str
-    qkv_bias: bool = True
-    out_bias: bool = True
-    mlp_bias: bool = True
-    qk_norm: bool = False
-    layer_scale: bool = False
-    block: str = "sequential"
-    norm_place: str = "before"
-    norm_offset: float = 0.0
-    query_scale: float = 0.0
-    v_norm: bool = False
-    clips: bool = False
-    rope_parts: int = 1
+    """Channels of the residual stream."""
 
-    def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} of a layer is not one of {', '.join(known)}")
+    layers: tuple[Layer, ...]
+    """Parts of every layer, in order."""
+
+    block: BlockConfig
+    """What all blocks have around their parts."""
+
+    @property
+    def attention(self) -> Attention:
+        """Attention of the first layer without a window, or of the first layer: the facts config.json states once."""
+        mixers = [layer.mixer for layer in self.layers]
+        return next((mixer for mixer in mixers if mixer.window is None), mixers[0])
+
+    @property
+    def local_attention(self) -> Attention:
+        """Attention of the first layer with a window; `attention` if there is none."""
+        mixers = (layer.mixer for layer in self.layers)
+        return next((mixer for mixer in mixers if mixer.window is not None), self.attention)
+
+    @property
+    def channel(self) -> Any:
+        """Channel mixer of the first layer."""
+        return self.layers[0].channel
 
     def producer(self, window: int | None) -> int | None:
         """Return the number of the layer whose keys and values later layers with this window reuse, or None."""
@@ -74,14 +100,6 @@ class Stack:
     def even(self) -> bool:
         """True if all layers have equal widths, as stock transformers classes require."""
         return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
-
-    def head_dim_of(self, layer: Layer) -> int:
-        """Return the number of channels per attention head in a layer."""
-        return self.head_dim
-
-    def channels_of(self, axis: Axis) -> int:
-        """Return the number of channels that make up one unit of a prunable axis."""
-        return self.head_dim if axis.channels else 1
 
     def describe(self, most: int | None = None) -> str:
         """Return the sizes of the layers as text (see `parts.describe_layers`)."""

@@ -36,7 +36,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     if uneven == "pad":
         text = _padded_text(text, able[0])
         if vision is not None:
-            heads = vision.hidden_size // vision.head_dim
+            heads = vision.hidden_size // vision.attention.head_dim
             whole = {"q_heads": heads, "kv_heads": heads}
             vision = vision.with_layers([layer.resized(whole) for layer in vision.layers])
     chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
@@ -74,7 +74,7 @@ def _held(name: str | None) -> str:
 def _padded_text(text: TextConfig, architecture: Architecture) -> TextConfig:
     if architecture.misfit(text) is None:
         return text
-    whole = None if architecture.free_heads else text.hidden_size // text.head_dim
+    whole = None if architecture.free_heads else text.hidden_size // text.attention.head_dim
     wide = text.with_layers(padded(text.layers, whole))
     if architecture.misfit(wide) is not None:
         raise UserError(

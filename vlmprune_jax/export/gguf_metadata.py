@@ -52,11 +52,11 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
         "head_count": widths("q_heads"),
         "head_count_kv": widths("kv_heads"),
         "feed_forward_length": widths("mlp"),
-        "key_length": text.full_head_dim or text.head_dim,
-        "value_length": text.full_head_dim or text.head_dim,
-        "rope_dimension_count": text.full_head_dim or text.rotary_dim,
+        "key_length": text.attention.head_dim,
+        "value_length": text.attention.head_dim,
+        "rope_dimension_count": text.attention.rotated,
         "rope_freq_base": rope.theta,
-        "layer_norm_rms_eps" if text.norm == "rms" else "layer_norm_eps": text.norm_eps,
+        "layer_norm_rms_eps" if text.block.norm == "rms" else "layer_norm_eps": text.block.norm_eps,
     }
     if architecture.windows is not None:
         fields |= _window_fields(text)
@@ -85,16 +85,16 @@ def _window_fields(text: TextConfig) -> JsonDict:
     fields: JsonDict = {
         "sliding_window": max(windows, default=text.max_positions),
         "sliding_window_pattern": full_attention_period(text.layers),
-        "rope_freq_base_swa": (text.window_rope or text.rope).theta,
+        "rope_freq_base_swa": (text.local_attention.rope or text.rope).theta,
     }
-    if text.full_head_dim:
+    if text.attention.head_dim != text.local_attention.head_dim:
         fields |= {
             "sliding_window_pattern": [shape.mixer.window is not None for shape in text.layers],
-            "key_length_swa": text.head_dim,
-            "value_length_swa": text.head_dim,
-            "rope_dimension_count_swa": text.rotary_dim,
+            "key_length_swa": text.local_attention.head_dim,
+            "value_length_swa": text.local_attention.head_dim,
+            "rope_dimension_count_swa": text.local_attention.rotated,
             "shared_kv_layers": sum(shape.mixer.kv_shared for shape in text.layers),
-            "embedding_length_per_layer_input": text.layer_inputs,
+            "embedding_length_per_layer_input": text.block.layer_inputs,
         }
     return fields | ({"final_logit_softcapping": text.logit_cap} if text.logit_cap else {})
 
@@ -235,7 +235,7 @@ def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ..
             "resizing; smaller images are not enlarged to the token budget of the processor. The audio tower is left "
             "out."
         )
-        if cfg.text.sees_images != "windows":
+        if not cfg.text.local_attention.sees_images:
             remarks.append(
                 "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
                 "of the family; in this model they only see those before them, so answers about images differ."

@@ -224,7 +224,9 @@ def spelled(
         return neighbours(array, back)
     if "norm" not in module or slot.part == "vision":
         return array
-    offset = cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.norm_offset
+    offset = (
+        cfg.projector.norm_offset if slot.part == "projector" and cfg.projector is not None else text.block.norm_offset
+    )
     gain = architecture.query_gain(text) if architecture is not None and module == "q_norm" else 1.0
     if offset == 0 and gain == 1:
         return array
@@ -334,7 +336,7 @@ def _constants(text: TextConfig, architecture: Architecture, tensors: Sequence[T
     """Return tensors that llama.cpp needs but the model lacks: rotary factors, and an untied output head."""
     arrays: dict[str, np.ndarray] = {}
     if text.rope.kind in ("llama3", "proportional"):
-        plain, dim = dataclasses.replace(text.rope, kind="default"), text.full_head_dim or text.rotary_dim
+        plain, dim = dataclasses.replace(text.rope, kind="default"), text.attention.rotated
         scaled = np.maximum(inverse_frequencies(text.rope, dim), _STILL)
         arrays["rope_freqs.weight"] = np.minimum(inverse_frequencies(plain, dim) / scaled, 1 / _STILL)
     if text.rope.kind == "longrope":

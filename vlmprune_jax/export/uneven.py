@@ -42,7 +42,7 @@ def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ..
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     """Return the config with every stack zero-padded to equal widths; a vision tower gets all its heads back."""
     for name, stack in cfg.stacks.items():
-        heads = stack.hidden_size // stack.head_dim
+        heads = stack.hidden_size // stack.attention.head_dim
         layers = stack.layers
         if (
             not stack.even or len({tuple(layer.sizes.items()) for layer in layers}) == 1
@@ -93,7 +93,7 @@ def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
     inner = family.text_config(config)
     if decoder_of(inner["model_type"]).heads_divide:
         fits = [n for n in range(inner["num_attention_heads"], text.hidden_size + 1) if text.hidden_size % n == 0]
-        whole = text.hidden_size // text.head_dim
+        whole = text.hidden_size // text.attention.head_dim
         inner["num_attention_heads"] = heads = whole if whole in fits else fits[0]
         if heads % inner["num_key_value_heads"]:
             inner["num_key_value_heads"] = heads

@@ -71,7 +71,7 @@ def _tensor_sizes(cfg: ModelConfig) -> list[int]:
 
 def _padded(cfg: ModelConfig) -> dict[int, int]:
     """Return {head_dim: padded head_dim} for head sizes that vLLM's TPU kernels pad."""
-    sizes = sorted(set(map(cfg.text.head_dim_of, cfg.text.layers)))
+    sizes = sorted({layer.mixer.head_dim for layer in cfg.text.layers})
     return {size: -(-size // 128) * 128 for size in sizes if size != 64 and size % 128}
 
 
@@ -89,7 +89,7 @@ def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str |
     for shape in cfg.text.layers if storage.bits == 4 else ():
         inputs = (
             cfg.text.hidden_size,
-            shape.mixer.q_heads * cfg.text.head_dim_of(shape) // tensor,
+            shape.mixer.q_heads * shape.mixer.head_dim // tensor,
             shape.sizes["mlp"] // tensor,
         )
         if shape.mixer.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
@@ -108,6 +108,6 @@ def _scheme_problem(cfg: ModelConfig, storage: CompressedTensors) -> str | None:
         return f"w4a16 does not load in the PyTorch class of {cfg.family}"
     if not storage.symmetric:
         return "zero points do not load"
-    if text.qkv_bias or text.out_bias or text.mlp_bias:
+    if text.attention.bias or text.attention.out_bias or text.channel.bias:
         return "w4a16 does not load with biases"
     return "w4a16 does not load with padded heads" if _padded(cfg) else None

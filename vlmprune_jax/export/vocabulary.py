@@ -246,7 +246,7 @@ def _explicit(config: JsonDict, cfg: ModelConfig) -> JsonDict:
     if section is None:
         changed.setdefault("vocab_size", cfg.text.vocab_size)
     elif isinstance(changed.get(section), dict):
-        names = _ROWS if cfg.text.layer_inputs else _ROWS[:1]
+        names = _ROWS if cfg.text.block.layer_inputs else _ROWS[:1]
         changed[section] = {**dict.fromkeys(names, cfg.text.vocab_size), **changed[section]}
     return changed
 

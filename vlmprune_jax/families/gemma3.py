@@ -96,15 +96,16 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
         _DECODER,
         windows=_windows(config),
-        window_rope=rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-        norm_place="both",
-        norm_offset=1.0,
+        attention={
+            "bias": bias,
+            "out_bias": bias,
+            "qk_norm": True,
+            "scale": float(config["query_pre_attn_scalar"]) ** -0.5,
+            "sees_images": True,
+        },
+        local={"rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]})},
+        block={"norm_place": "both", "norm_offset": 1.0},
         embed_scale=math.sqrt(int(config["hidden_size"])),
-        query_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-        sees_images="all",
     )
 
 
@@ -170,7 +171,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
         bias=False,
         kind="pool",
         norm="rms",
-        norm_eps=tower.norm_eps,
+        norm_eps=tower.block.norm_eps,
         norm_offset=1.0,
         inputs_first=True,
         downsample=grid // side,

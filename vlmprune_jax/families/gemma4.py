@@ -12,8 +12,10 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Dense, Layer, decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.gemma3 import CAUSAL, NORMS, THETA
@@ -130,24 +132,29 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     extra, double = int(config["hidden_size_per_layer_input"] or 0), bool(config.get("use_double_wide_mlp"))
     if extra and int(config.get("vocab_size_per_layer_input") or 262144) != int(config["vocab_size"]):
         raise UserError("vocab_size_per_layer_input must equal vocab_size: trim both embedding tables alike")
+    bias = bool(config.get("attention_bias", False))
     text = llama_like(
         {**config, "hidden_act": config["hidden_activation"], "rope_parameters": ropes[_FULL]},
         _DECODER,
         windows=windows,
-        window_rope=rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
-        qkv_bias=bool(config.get("attention_bias", False)),
-        out_bias=bool(config.get("attention_bias", False)),
-        qk_norm=True,
-        v_norm=True,
-        norm_place="both",
+        attention={
+            "head_dim": full_head_dim,
+            "bias": bias,
+            "out_bias": bias,
+            "qk_norm": True,
+            "v_norm": True,
+            "scale": 1.0,
+            "keys_as_values": bool(config.get("attention_k_eq_v")),
+        },
+        local={
+            "head_dim": int(config["head_dim"]),
+            "rope": rope_from_hf({"rope_parameters": ropes[_SLIDING]}),
+            "keys_as_values": False,
+            "sees_images": config.get("use_bidirectional_attention") == "vision",
+        },
+        block={"norm_place": "both", "layer_inputs": extra, "layer_scalar": True},
         embed_scale=math.sqrt(int(config["hidden_size"])),
-        query_scale=1.0,
-        sees_images="windows" if config.get("use_bidirectional_attention") == "vision" else "",
-        full_head_dim=full_head_dim,
-        keys_as_values=bool(config.get("attention_k_eq_v")),
         logit_cap=float(config.get("final_logit_softcapping") or 0.0),
-        layer_inputs=extra,
-        layer_scalar=True,
     )
     first_shared = n_layers - int(config["num_kv_shared_layers"] or 0)
     stated = config.get(PER_LAYER)
@@ -157,7 +164,8 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         wide = 2 if double and shared else 1
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
         neurons = layer.sizes["mlp"] * (1 if stated else wide)
-        return Layer(dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared), Dense(neurons, wide=wide))
+        mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared)
+        return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
     problem = _problem(text)
@@ -193,8 +201,8 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         "num_key_value_heads": max(shape.mixer.kv_heads for shape in local),
         "intermediate_size": max(layer.sizes["mlp"] // layer.channel.relative_width for layer in text.layers),
         "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
-        "global_head_dim": text.full_head_dim,
-        "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.keys_as_values else None,
+        "global_head_dim": text.attention.head_dim,
+        "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.attention.keys_as_values else None,
     }
 
 
@@ -202,7 +210,7 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
     lines = {f"{layer}/{path}": (f"{key}.{name}", "embed") for path, name in NORMS.items()}
     lines[f"{layer}/layer_scalar"] = (f"{key}.layer_scalar", "unit")
-    if text.layer_inputs:
+    if text.block.layer_inputs:
         lines |= {
             f"{layer}/extra/gate": (f"{key}.per_layer_input_gate", "extra embed"),
             f"{layer}/extra/project": (f"{key}.per_layer_projection", "embed extra"),
@@ -255,7 +263,7 @@ def _tower_weights(cfg: ModelConfig) -> list[Weight]:
         table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", layout))
     for path, (name, layout) in _CLIPPED.items():
         table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.linear.weight", layout))
-        if vision.clips:
+        if vision.block.clips:
             table += [Weight(f"{layer}/{path}/{bound}", f"{key}.{name}.{bound}", "") for bound in _BOUNDS]
     for name in ("std_bias", "std_scale") if projector_of(cfg).standardizes else ():
         table.append(Weight(f"projector/{name}/weight", prefix + name, "vision"))
@@ -268,39 +276,35 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
     depth, patch, merge = (int(full[name]) for name in ("num_hidden_layers", "patch_size", "pooling_kernel_size"))
-    heads, kv_heads = int(full["num_attention_heads"]), int(full["num_key_value_heads"])
-    bias = bool(full.get("attention_bias"))
-    if bias:
+    if full.get("attention_bias"):
         raise UserError("vision tower: attention_bias true is not supported")
+    attention = Attention(
+        int(full["num_attention_heads"]),
+        int(full["num_key_value_heads"]),
+        head_dim=int(full["head_dim"]),
+        rope=RopeConfig(float(rope.get("rope_theta", 100.0)), "axial"),
+        rope_parts=2,
+        scale=1.0,
+        qk_norm=True,
+        v_norm=True,
+    )
     return VisionConfig(
         hidden_size=int(full["hidden_size"]),
-        head_dim=int(full["head_dim"]),
-        layers=(decoder_layer(heads, kv_heads, int(full["intermediate_size"])),) * depth,
+        layers=(Layer(attention, Dense(int(full["intermediate_size"]), activation=full["hidden_activation"])),) * depth,
+        block=BlockConfig(
+            norm_eps=float(full["rms_norm_eps"]), norm_place="both", clips=bool(full["use_clipped_linears"])
+        ),
         n_layers_total=depth,
         image_size=_TYPICAL * merge * patch,
         patch_size=patch,
         channels=3,
-        norm_eps=float(full["rms_norm_eps"]),
-        activation=full["hidden_activation"],
         kind="gemma4",
         class_token=False,
         pre_norm=False,
         temporal=1,
         merge=merge,
-        rope_theta=float(rope.get("rope_theta", 100.0)),
         axis_positions=int(full["position_embedding_size"]),
         channels_last=True,
-        norm="rms",
-        norm_place="both",
-        mlp_kind="gated",
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
-        v_norm=True,
-        query_scale=1.0,
-        rope_parts=2,
-        clips=bool(full["use_clipped_linears"]),
     )
 
 
@@ -320,7 +324,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
             bias=False,
             kind="pool",
             norm="rms",
-            norm_eps=seen.norm_eps,
+            norm_eps=seen.block.norm_eps,
             plain_norm=True,
             downsample=seen.merge,
             feature_scale=math.sqrt(seen.hidden_size),
@@ -344,7 +348,7 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 
 
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
-    if engine == "openvino" and cfg.text.layer_inputs:
+    if engine == "openvino" and cfg.text.block.layer_inputs:
         return "optimum-intel 2.2 did not convert an E model of Gemma 4: serve it with another engine"
     return None
 

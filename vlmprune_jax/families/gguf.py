@@ -54,32 +54,32 @@ class Architecture:
 
     def query_gain(self, text: TextConfig) -> float:
         """Return the factor on query norm weights that makes llama.cpp's attention scale equal the model's."""
-        return 1.0 if self.scale is None else (text.query_scale or text.head_dim**-0.5) / self.scale(text)
+        return 1.0 if self.scale is None else (text.attention.scale or text.attention.head_dim**-0.5) / self.scale(text)
 
     def lacks(self, text: TextConfig) -> str | None:
         """Return a decoder feature that llama.cpp's architecture does not implement; None if it has all."""
         absent = [name for name in _BIASES if getattr(text, name) and name not in self.biases]
-        if text.activation not in self.activations:
-            return f"activation {text.activation} (it has {' or '.join(self.activations)})"
+        if text.channel.activation not in self.activations:
+            return f"activation {text.channel.activation} (it has {' or '.join(self.activations)})"
         if absent:
             return f"biases ({', '.join(absent)})"
         if text.rope.kind not in ("default", *self.ropes):
             return f"{text.rope.kind} rope"
-        if text.window_rope is not None and text.window_rope.kind != "default":
-            return f"{text.window_rope.kind} rope in layers with windows"
+        if text.local_attention.rope is not None and text.local_attention.rope.kind != "default":
+            return f"{text.local_attention.rope.kind} rope in layers with windows"
         if bool(text.rope.sections) != self.sections:
             return f"rotary embedding {'by rows and columns' if text.rope.sections else 'by one position'}"
-        if text.rotary_dim != text.head_dim and not self.partial:
-            return f"rotary embedding of {text.rotary_dim} of {text.head_dim} channels"
+        if text.attention.rotated != text.attention.head_dim and not self.partial:
+            return f"rotary embedding of {text.attention.rotated} of {text.attention.head_dim} channels"
         return None
 
     def misfit(self, text: TextConfig) -> str | None:
         """Return the layer widths that llama.cpp's architecture needs zero-padded, as text; None if there are none."""
         if not (text.even or self.per_layer):
             return "layers of unequal width"
-        heads = text.hidden_size // text.head_dim
+        heads = text.hidden_size // text.attention.head_dim
         if not self.free_heads and any(
-            shape.mixer.q_heads * text.head_dim != text.hidden_size for shape in text.layers
+            shape.mixer.q_heads * shape.mixer.head_dim != text.hidden_size for shape in text.layers
         ):
             return f"other numbers of heads than hidden_size / head_dim ({heads})"
         return None
@@ -170,7 +170,7 @@ def full_attention_period(layers: Sequence[Layer]) -> int | None:
 
 def _gemma3_scale(text: TextConfig) -> float:
     heads = text.layers[0].mixer.q_heads
-    return float(text.hidden_size // heads if len(text.layers) == _27B else text.head_dim) ** -0.5
+    return float(text.hidden_size // heads if len(text.layers) == _27B else text.attention.head_dim) ** -0.5
 
 
 def _gemma3_windows(text: TextConfig) -> str | None:

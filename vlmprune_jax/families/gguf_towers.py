@@ -75,7 +75,7 @@ def _graph(cfg: ModelConfig) -> str:
         return _POOLED_ANY_SIZE if vision.any_size else _POOLED
     if projector.kind != "merger":
         return _GRAPHS[projector.kind]
-    return _WINDOWS if vision.norm == "rms" else _DEEPSTACK
+    return _WINDOWS if vision.block.norm == "rms" else _DEEPSTACK
 
 
 def _vision_and_projector(cfg: ModelConfig) -> tuple[VisionConfig, ProjectorConfig]:
@@ -103,7 +103,8 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
     """Return a feature of tower or projector that llama.cpp does not implement; None if it has all."""
     vision, projector = _vision_and_projector(cfg)
     wrong = {
-        f"tower with activation {vision.activation}": vision.activation not in (*_GELU, "quick_gelu", "silu"),
+        f"tower with activation {vision.channel.activation}": vision.channel.activation
+        not in (*_GELU, "quick_gelu", "silu"),
         f"images of {vision.channels} channels (3)": vision.channels != 3,
         **(_patches_lack(cfg) if vision.any_size else _square_lacks(cfg)),
     }
@@ -126,7 +127,7 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
         ),
     }
     if projector.kind == "mlp":
-        wrong["layer scales under LLaVA's projector"] = vision.layer_scale
+        wrong["layer scales under LLaVA's projector"] = vision.block.layer_scale
     elif projector.kind == "linear":
         wrong["one linear map behind a tower with a class token"] = vision.class_token
     elif not projector.pools:
@@ -141,7 +142,8 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     """Return {unsupported feature: True if the model has it} for towers with images of any size."""
     vision, projector = _vision_and_projector(cfg)
     base = _POOLED_ROPE_BASE if projector.pools else _ROPE_BASE
-    wrong = {f"rotary base {vision.rope_theta:g} in a tower ({base:g})": vision.rope_theta != base}
+    theta = 0.0 if vision.attention.rope is None else vision.attention.rope.theta
+    wrong = {f"rotary base {theta:g} in a tower ({base:g})": theta != base}
     if projector.pools:
         grouped = any(shape.mixer.q_heads != shape.mixer.kv_heads for shape in vision.layers)
         return wrong | {"towers with grouped-query attention": grouped}
@@ -177,11 +179,11 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_embedding_length": vision.hidden_size,
         "vision_feed_forward_length": max(shape.sizes["mlp"] for shape in vision.layers),
         "vision_block_count": len(vision.layers),
-        "vision_head_count": vision.hidden_size // vision.head_dim,
+        "vision_head_count": vision.hidden_size // vision.attention.head_dim,
         "vision_projection_dim": cfg.text.hidden_size,
-        "vision_attention_layernorm_eps": vision.norm_eps,
-        "vision_use_gelu": vision.activation in _GELU,
-        "vision_use_silu": vision.activation == "silu",
+        "vision_attention_layernorm_eps": vision.block.norm_eps,
+        "vision_use_gelu": vision.channel.activation in _GELU,
+        "vision_use_silu": vision.channel.activation == "silu",
     }
     if projector.pools or (projector.shuffles and not vision.any_size):
         fields["vision_projector_scale_factor"] = projector.downsample

@@ -21,7 +21,7 @@ DEFAULTS: JsonDict = {"vocab_size": 32000, "intermediate_size": 11008, "max_posi
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     bias = bool(config.get("attention_bias", False))
     mlp_bias = bool(config.get("mlp_bias", False))
-    return llama_like({**DEFAULTS, **config}, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+    return llama_like({**DEFAULTS, **config}, "llama", attention={"bias": bias, "out_bias": bias}, mlp_bias=mlp_bias)
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -34,7 +34,7 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     heads = config["num_attention_heads"]
     if text.hidden_size % heads == 0:
         return config
-    biases = text.qkv_bias or text.mlp_bias
+    biases = text.attention.bias or text.channel.bias
     if biases and PER_LAYER in config:
         return config  # no stock class loads unequal widths anyway
     if biases:

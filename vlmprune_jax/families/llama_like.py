@@ -6,37 +6,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import layers_from_hf
 from vlmprune_jax.families.table import Weight
 
 
 def llama_like(
-    config: Mapping[str, Any], decoder: str, *, windows: Sequence[int | None] = (), **traits: Any
+    config: Mapping[str, Any],
+    decoder: str,
+    *,
+    windows: Sequence[int | None] = (),
+    attention: Mapping[str, Any] | None = None,
+    local: Mapping[str, Any] | None = None,
+    mlp_bias: bool = False,
+    block: Mapping[str, Any] | None = None,
+    **traits: Any,
 ) -> TextConfig:
     """Return the TextConfig of a decoder whose config dictionary has Llama's fields.
 
     `vocab_size`, `intermediate_size` and `max_position_embeddings` are required; other absent fields take LlamaConfig's
-    defaults. `windows` has the sliding window of each layer (empty: full attention). `traits` override fields of
-    TextConfig; by default the decoder has no biases and no norm of queries and keys.
+    defaults. `windows` has the sliding window of each layer (empty: full attention). `attention`, `block` and `traits`
+    are fields of Attention, BlockConfig and TextConfig; `local` overrides those of attention with a window. By default
+    the decoder has no biases and no norm of queries and keys.
     """
     hidden = int(config.get("hidden_size", 4096))
     heads = int(config.get("num_attention_heads", 32))
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
     widths = (heads, kv_heads, int(config["intermediate_size"]))
+    dense = {"activation": config.get("hidden_act", "silu"), "bias": mlp_bias}
+    windows = windows or [None] * int(config.get("num_hidden_layers", 32))
+    attention = {"head_dim": head_dim, "rope": rope_from_hf(config), **(attention or {})}
     return TextConfig(
-        vocab_size=int(config["vocab_size"]),
         hidden_size=hidden,
-        head_dim=head_dim,
-        layers=layers_from_hf(config, widths, windows or [None] * int(config.get("num_hidden_layers", 32))),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        activation=config.get("hidden_act", "silu"),
-        rope=rope_from_hf(config),
+        layers=layers_from_hf(config, widths, windows, attention, local or {}, dense),
+        block=BlockConfig(norm_eps=float(config.get("rms_norm_eps", 1e-6)), **(block or {})),
+        vocab_size=int(config["vocab_size"]),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config["max_position_embeddings"]),
         decoder=decoder,
-        **{"rotary_dim": head_dim, "qkv_bias": False, "out_bias": False, "mlp_bias": False} | traits,
+        **traits,
     )
 
 
@@ -46,16 +56,16 @@ def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     for name in ("input_layernorm", "post_attention_layernorm"):
         table.append(Weight(f"{layer}/{name}/weight", f"{key}.{name}.weight", "embed"))
-    for name in ("q_norm", "k_norm") if text.qk_norm else ():
+    for name in ("q_norm", "k_norm") if text.attention.qk_norm else ():
         table.append(Weight(f"{layer}/self_attn/{name}/weight", f"{key}.self_attn.{name}.weight", "head"))
     projections = {
-        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)", text.qkv_bias),
-        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)", text.qkv_bias),
-        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)", text.qkv_bias),
-        "self_attn.o_proj": ("embed (q_heads head)", "embed", text.out_bias),
-        "mlp.gate_proj": ("mlp embed", "mlp", text.mlp_bias),
-        "mlp.up_proj": ("mlp embed", "mlp", text.mlp_bias),
-        "mlp.down_proj": ("embed mlp", "embed", text.mlp_bias),
+        "self_attn.q_proj": ("(q_heads head) embed", "(q_heads head)", text.attention.bias),
+        "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
+        "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
+        "self_attn.o_proj": ("embed (q_heads head)", "embed", text.attention.out_bias),
+        "mlp.gate_proj": ("mlp embed", "mlp", text.channel.bias),
+        "mlp.up_proj": ("mlp embed", "mlp", text.channel.bias),
+        "mlp.down_proj": ("embed mlp", "embed", text.channel.bias),
     }
     for name, (weight, bias, has_bias) in projections.items():
         path = f"{layer}/{name.replace('.', '/')}"

@@ -37,8 +37,8 @@ def as_mistral(text: TextConfig, config: JsonDict) -> JsonDict:
     defaults = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
-        "hidden_act": text.activation,
-        "rms_norm_eps": text.norm_eps,
+        "hidden_act": text.channel.activation,
+        "rms_norm_eps": text.block.norm_eps,
         "max_position_embeddings": text.max_positions,
     }
     config = {**defaults, **config, "model_type": "mistral", "sliding_window": text.layers[0].mixer.window}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer, decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.rope import RopeConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.shapes import vlm_token_ids
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
@@ -30,8 +32,18 @@ def square_side(positions: int) -> int:
     return side
 
 
-def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
-    """Return the VisionConfig of a vision config dictionary; `traits` are further VisionConfig fields.
+def tower_from_hf(
+    config: Mapping[str, Any],
+    *,
+    windows: Sequence[int | None] = (),
+    norm: str = "layer",
+    gated: bool = False,
+    **traits: Any,
+) -> VisionConfig:
+    """Return the VisionConfig of a vision config dictionary.
+
+    `windows` has the side of each layer's attention windows (empty: full attention); `norm` and `gated` are fields of
+    BlockConfig and Dense, and `traits` of VisionConfig.
 
     Raises UserError if the heads do not divide the width, or the type of rotary embedding is not supported.
     """
@@ -42,19 +54,27 @@ def tower_from_hf(config: Mapping[str, Any], **traits: Any) -> VisionConfig:
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
     depth = int(config["depth"])
-    shape = decoder_layer(heads, heads, int(config["intermediate_size"]))
+    attention = Attention(
+        heads,
+        heads,
+        head_dim=int(config.get("head_dim", hidden // heads)),
+        rope=RopeConfig(float(rope.get("rope_theta", 10000.0)), "axial"),
+        bias=True,
+        out_bias=True,
+    )
+    channel = Dense(int(config["intermediate_size"]), activation=config["hidden_act"], gated=gated, bias=True)
     return VisionConfig(
         hidden_size=hidden,
-        head_dim=int(config.get("head_dim", hidden // heads)),
+        layers=tuple(
+            Layer(dataclasses.replace(attention, window=window), channel) for window in windows or [None] * depth
+        ),
+        block=BlockConfig(norm_eps=EPS, norm=norm),
         n_layers_total=depth,
         patch_size=int(config["patch_size"]),
         channels=int(config["in_channels"]),
-        norm_eps=EPS,
-        activation=config["hidden_act"],
         temporal=int(config["temporal_patch_size"]),
         merge=int(config["spatial_merge_size"]),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        **{"layers": (shape,) * depth, "class_token": False, "pre_norm": False, **traits},
+        **{"class_token": False, "pre_norm": False, **traits},
     )
 
 
@@ -72,8 +92,8 @@ def window_side(config: Mapping[str, Any]) -> int:
     return side
 
 
-def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[Layer, ...]:
-    """Return the vision layer shapes: full attention in `fullatt_block_indexes`, windowed attention elsewhere.
+def windows_of_blocks(config: Mapping[str, Any], side: int) -> list[int | None]:
+    """Return every block's window: none (full attention) in `fullatt_block_indexes`, windows of `side` elsewhere.
 
     Raises UserError if an index is not a block number.
     """
@@ -82,8 +102,7 @@ def windowed_layers(config: Mapping[str, Any], side: int) -> tuple[Layer, ...]:
         raise UserError(
             f"vision tower: fullatt_block_indexes {sorted(whole)} must be layer numbers from 0 to {depth - 1}"
         )
-    heads, mlp = int(config["num_heads"]), int(config["intermediate_size"])
-    return tuple(decoder_layer(heads, heads, mlp, None if i in whole else side) for i in range(depth))
+    return [None if i in whole else side for i in range(depth)]
 
 
 def typical_size(config: Mapping[str, Any], cells: int) -> int:
@@ -108,7 +127,7 @@ def merger_of(vision: VisionConfig) -> ProjectorConfig:
         kind="merger",
         norm_eps=EPS,
         downsample=vision.merge,
-        norm=vision.norm,
+        norm=vision.block.norm,
         deepstack=len(vision.deepstack),
     )
 
@@ -133,7 +152,7 @@ def tower_to_hf(vision: VisionConfig, source: JsonDict, read: Callable[[Mapping[
     if any(layer.mixer.window for layer in vision.layers):
         new["fullatt_block_indexes"] = [i for i, layer in enumerate(vision.layers) if layer.mixer.window is None]
     if "head_dim" in old or not vision.whole_heads:
-        new["head_dim"] = vision.head_dim
+        new["head_dim"] = vision.attention.head_dim
     return {**source, "vision_config": new}
 
 
@@ -159,12 +178,12 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
     """Return the weight table of vision tower and patch mergers; `merger` names the layers of the last merger."""
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
-    without_bias = without_bias if vision.norm == "rms" else set()
+    without_bias = without_bias if vision.block.norm == "rms" else set()
     without_bias |= {"vision/position_embedding", *(() if vision.patch_bias else ("vision/patch_embedding",))}
     lines = {"vision/patch_embedding": ("patch_embed.proj", "vision channel temporal patch_row patch_column")}
     if vision.table:
         lines["vision/position_embedding"] = ("pos_embed", "position vision")
-    for path, (key, layout) in {**_BLOCK, **_MLP[vision.mlp_kind]}.items():
+    for path, (key, layout) in {**_BLOCK, **_MLP["gated" if vision.channel.gated else "plain"]}.items():
         lines[f"vision/layers/{{i}}/{path}"] = (f"blocks.{{i}}.{key}", layout)
     layers = {"linear_1": "projector shuffled", "linear_2": "embed projector"}
     for path, key, layout in zip(("patch_norm", *layers), merger, ("vision", *layers.values()), strict=True):
@@ -184,7 +203,8 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
 def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool) -> TextConfig:
     """Return the decoder config with M-RoPE; `default` is used if `mrope_section` is absent."""
     sections = text.rope.sections or default
-    return dataclasses.replace(text, rope=dataclasses.replace(text.rope, sections=sections, interleaved=interleaved))
+    rope = dataclasses.replace(text.rope, sections=sections, interleaved=interleaved)
+    return text.with_layers([Layer(dataclasses.replace(x.mixer, rope=rope), x.channel) for x in text.layers])
 
 
 def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, vision: VisionConfig) -> ModelConfig:

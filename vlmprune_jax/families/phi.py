@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import decoder_family
 from vlmprune_jax.families.rope import rope_from_hf, rotary_dim
@@ -26,23 +27,17 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
     widths = (heads, kv_heads, int(config.get("intermediate_size", 8192)))
+    windows = [None] * int(config.get("num_hidden_layers", 24))
+    rotated = rotary_dim(config, head_dim, default=0.5)
+    attention = {"head_dim": head_dim, "rope": rope_from_hf(config), "rotary_dim": rotated}
+    dense = {"activation": config.get("hidden_act", "gelu_new"), "gated": False, "bias": True}
     return TextConfig(
-        vocab_size=int(config.get("vocab_size", 51200)),
         hidden_size=hidden,
-        head_dim=head_dim,
-        layers=layers_from_hf(config, widths, [None] * int(config.get("num_hidden_layers", 24))),
-        norm_eps=float(config.get("layer_norm_eps", 1e-5)),
-        activation=config.get("hidden_act", "gelu_new"),
-        rope=rope_from_hf(config),
+        layers=layers_from_hf(config, widths, windows, {**attention, "bias": True, "out_bias": True}, {}, dense),
+        block=BlockConfig(norm_eps=float(config.get("layer_norm_eps", 1e-5)), norm="layer", parallel=True),
+        vocab_size=int(config.get("vocab_size", 51200)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_positions=int(config.get("max_position_embeddings", 2048)),
-        rotary_dim=rotary_dim(config, head_dim, default=0.5),
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        block="parallel",
-        norm="layer",
-        mlp_kind="plain",
         decoder="phi",
     )
 

@@ -38,7 +38,9 @@ def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     window = config.get("sliding_window")
     windows = [None if window is None else int(window)] * int(config["num_hidden_layers"])
-    return llama_like(config, "phi3", windows=windows, rotary_dim=rotary_dim(config, head_dim, default=1.0))
+    return llama_like(
+        config, "phi3", windows=windows, attention={"rotary_dim": rotary_dim(config, head_dim, default=1.0)}
+    )
 
 
 def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -56,12 +58,12 @@ def _to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     if text.rope.kind == "longrope" and "type" in scaling:
         config["rope_scaling"] = {**scaling, "type": "longrope"}
     heads = config["num_attention_heads"]
-    if text.rope.kind != "longrope" or text.hidden_size // heads == text.head_dim or PER_LAYER in config:
+    if text.rope.kind != "longrope" or text.hidden_size // heads == text.attention.head_dim or PER_LAYER in config:
         return config
-    if text.rotary_dim != text.head_dim:
+    if text.attention.rotated != text.attention.head_dim:
         raise UserError(
-            f"no transformers class supports {heads} heads of {text.head_dim} with hidden_size {text.hidden_size}, "
-            "LongRoPE and partial rotary embedding: keep all heads and prune layers or neurons"
+            f"no transformers class supports {heads} heads of {text.attention.head_dim} with hidden_size "
+            f"{text.hidden_size}, LongRoPE and partial rotary embedding: keep all heads and prune layers or neurons"
         )
     config = {name: value for name, value in config.items() if name not in ("auto_map", "partial_rotary_factor")}
     return as_mistral(text, {**config, **longrope_to_hf(text.rope, source)})

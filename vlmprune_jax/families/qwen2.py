@@ -25,7 +25,7 @@ DEFAULTS: JsonDict = {
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**DEFAULTS, **config}
     windows = windows_from_hf(config, int(config["num_hidden_layers"]))
-    return llama_like(config, "qwen2", windows=windows, qkv_bias=True)
+    return llama_like(config, "qwen2", windows=windows, attention={"bias": True})
 
 
 QWEN2 = decoder_family(

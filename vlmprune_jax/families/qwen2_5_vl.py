@@ -19,7 +19,7 @@ from vlmprune_jax.families.patch_towers import (
     tower_weights,
     typical_size,
     window_side,
-    windowed_layers,
+    windows_of_blocks,
     with_sections,
 )
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
@@ -74,12 +74,12 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         raise UserError(f"hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
     config["head_dim"] = hidden // heads
     windows = windows_from_hf(config, int(config["num_hidden_layers"]))
-    text = llama_like(config, _DECODER, windows=windows, qkv_bias=True, whole_heads=True)
+    text = llama_like(config, _DECODER, windows=windows, attention={"bias": True}, whole_heads=True)
     return with_sections(text, _SECTIONS, interleaved=False)
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    config, heads = layers_to_hf(text, source), text.hidden_size // text.head_dim
+    config, heads = layers_to_hf(text, source), text.hidden_size // text.attention.head_dim
     del config["head_dim"]  # the class does not read it
     if PER_LAYER not in config and config["num_attention_heads"] != heads:
         raise UserError(
@@ -97,11 +97,11 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     return tower_from_hf(
         full,
         kind="qwen2_5_vl",
-        layers=windowed_layers(full, side),
+        windows=windows_of_blocks(full, side),
         image_size=typical_size(full, _TYPICAL_WINDOWS * side),
         table=False,
         norm="rms",
-        mlp_kind="gated",
+        gated=True,
     )
 
 

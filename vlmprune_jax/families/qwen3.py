@@ -17,7 +17,7 @@ from vlmprune_jax.families.table import Decoder
 def _from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**DEFAULTS, "head_dim": 128, **config}
     windows, bias = windows_from_hf(config, int(config["num_hidden_layers"])), bool(config.get("attention_bias", False))
-    return llama_like(config, "qwen3", windows=windows, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return llama_like(config, "qwen3", windows=windows, attention={"bias": bias, "out_bias": bias, "qk_norm": True})
 
 
 QWEN3 = decoder_family(

@@ -59,7 +59,7 @@ _VISION: JsonDict = {
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
     bias = bool(config.get("attention_bias", False))
-    text = llama_like(config, _DECODER, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    text = llama_like(config, _DECODER, attention={"bias": bias, "out_bias": bias, "qk_norm": True})
     # the class interleaves regardless of mrope_interleaved
     return with_sections(text, _SECTIONS, interleaved=True)
 

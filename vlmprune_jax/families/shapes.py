@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer, decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
@@ -16,16 +16,26 @@ LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 def layers_from_hf(
-    config: Mapping[str, Any], widths: tuple[int, int, int], windows: Sequence[int | None]
+    config: Mapping[str, Any],
+    widths: tuple[int, int, int],
+    windows: Sequence[int | None],
+    attention: Mapping[str, Any],
+    local: Mapping[str, Any],
+    dense: Mapping[str, Any],
 ) -> tuple[Layer, ...]:
-    """Return one layer shape per layer, from config.json's per-layer widths or else the same `widths` for all.
+    """Return the layers, of widths that config.json states per layer, or else of the same `widths`.
+
+    `attention` and `dense` are fields of the parts; `local` overrides those of layers with a window.
 
     Raises UserError if the recorded widths and the config have different numbers of layers.
     """
     recorded = config.get(PER_LAYER) or [widths] * len(windows)
     if len(recorded) != len(windows):
         raise UserError(f"num_hidden_layers is {len(windows)} but {PER_LAYER} lists {len(recorded)} layers")
-    return tuple(decoder_layer(q, kv, mlp, window) for (q, kv, mlp), window in zip(recorded, windows, strict=True))
+    return tuple(
+        Layer(Attention(q, kv, window, **{**attention, **({} if window is None else local)}), Dense(mlp, **dense))
+        for (q, kv, mlp), window in zip(recorded, windows, strict=True)
+    )
 
 
 def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None]:
@@ -55,7 +65,7 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
         num_attention_heads=q_heads,
         num_key_value_heads=kv_heads,
         intermediate_size=mlp,
-        head_dim=text.head_dim,
+        head_dim=text.local_attention.head_dim,
     )
     config.pop(PER_LAYER, None)
     if not text.even:

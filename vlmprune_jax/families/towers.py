@@ -7,8 +7,9 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer, decoder_layer
+from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.table import JsonDict, Weight
 
 # Defaults of each tower's config class in transformers (InternViT: in the hub's remote code).
@@ -38,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Fields of VisionConfig in which the towers differ.
-_INTERNVIT = {"patch_bias": True, "pre_norm": False, "layer_scale": True, "resizes": True}
+_INTERNVIT = {"patch_bias": True, "pre_norm": False, "resizes": True}
 _SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
@@ -96,17 +97,24 @@ def vision_from_hf(
     hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
     if "head_dim" not in full and hidden % heads:
         raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
+    attention = Attention(
+        heads,
+        heads,
+        head_dim=int(full.get("head_dim", hidden // heads)),
+        bias=bool(full.get("qkv_bias", full.get("attention_bias", True))),
+        out_bias=True,
+    )
+    channel = Dense(int(full["intermediate_size"]), activation=full["hidden_act"], gated=False, bias=True)
     return VisionConfig(
         hidden_size=hidden,
-        head_dim=int(full.get("head_dim", hidden // heads)),
-        layers=(decoder_layer(heads, heads, int(full["intermediate_size"])),) * used,
+        layers=(Layer(attention, channel),) * used,
+        block=BlockConfig(
+            float(full["layer_norm_eps"]), norm="layer", layer_scale=_TRAITS[kind]["kind"] == "internvit"
+        ),
         n_layers_total=total,
         image_size=image_size or table_size,
         patch_size=_side(full["patch_size"], "patch_size"),
         channels=int(full.get("num_channels", 3)),
-        norm_eps=float(full["layer_norm_eps"]),
-        activation=full["hidden_act"],
-        qkv_bias=bool(full.get("qkv_bias", full.get("attention_bias", True))),
         position_size=table_size if image_size not in (None, table_size) else 0,
         **_TRAITS[kind],
     )
@@ -134,7 +142,7 @@ def vision_to_hf(
         "intermediate_size": shape.sizes["mlp"],
     }
     if "head_dim" in old or not vision.whole_heads:
-        new["head_dim"] = vision.head_dim
+        new["head_dim"] = vision.attention.head_dim
     if vision.kind == "siglip":
         new["vision_use_head"] = False
     return {**source, "vision_config": new, **({feature_layer[0]: -1} if feature_layer else {})}
@@ -265,13 +273,13 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
         "class_embedding": not vision.class_token,
         "pre_layrnorm": not vision.pre_norm,
         "post_layernorm": not vision.post_norm,
-        "layers/{i}/layer_scale1": not vision.layer_scale,
-        "layers/{i}/layer_scale2": not vision.layer_scale,
+        "layers/{i}/layer_scale1": not vision.block.layer_scale,
+        "layers/{i}/layer_scale2": not vision.block.layer_scale,
     }
     without_bias = {"class_embedding", "position_embedding", "layers/{i}/layer_scale1", "layers/{i}/layer_scale2"}
     if not vision.patch_bias:
         without_bias.add("patch_embedding")
-    if not vision.qkv_bias:
+    if not vision.attention.bias:
         without_bias.update(f"layers/{{i}}/self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj"))
     # InternViT stores class token and positions with a batch axis of size 1
     batched = {"class_embedding": "1 1 ", "position_embedding": "1 "} if vision.kind == "internvit" else {}
@@ -332,14 +340,14 @@ def stock_tower(vision: VisionConfig) -> JsonDict:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "num_channels": vision.channels,
-        "layer_norm_eps": vision.norm_eps,
-        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.block.norm_eps,
+        "hidden_act": vision.channel.activation,
     }
     if vision.kind == "siglip":
         config["vision_use_head"] = False
     if vision.kind == "internvit":
         sides = {name: [config[name]] * 2 for name in ("image_size", "patch_size")}
-        config |= {**sides, "attention_bias": vision.qkv_bias, "norm_type": "layer_norm", "use_qk_norm": False}
+        config |= {**sides, "attention_bias": vision.attention.bias, "norm_type": "layer_norm", "use_qk_norm": False}
     return config
 
 

@@ -135,9 +135,9 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         vision = read_fields(vision_dir / "config.json") if vision_dir is not None else config.get("vision_config")
     with reading(path), error_context(path):
         cfg = family.from_hf(config, vision)
-        for part in (cfg.text, cfg.vision, cfg.projector):
-            if part is not None:
-                activation(part.activation)  # refuses unknown ones
+        channels = [layer.channel for stack in cfg.stacks.values() for layer in stack.layers]
+        for part in {*channels, *([] if cfg.projector is None else [cfg.projector])}:
+            activation(getattr(part, "activation", "silu"))  # refuses unknown ones
     return family, cfg
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
@@ -26,12 +25,12 @@ FIXED_POINT_STEPS = 16
 class LayerInput(nnx.Module):
     """Per-layer embeddings (Gemma): add norm(project(act(gate(x)) * layer input)) to the residual stream."""
 
-    def __init__(self, cfg: TextConfig, sizes: Mapping[str, int]):
-        sizes = {**sizes, "extra": cfg.layer_inputs}
+    def __init__(self, cfg: Stack, sizes: Mapping[str, int]):
+        sizes = {**sizes, "extra": cfg.block.layer_inputs}
         self.gate = Projection(sizes, ("extra",), ("embed",), bias=False)
         self.project = Projection(sizes, ("embed",), ("extra",), bias=False)
-        self.norm = Norm(sizes, "embed", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-        self.activation = cfg.activation
+        self.norm = Norm(sizes, "embed", **cfg.block.norm_facts)
+        self.activation = cfg.channel.activation
 
     def __call__(self, x: jax.Array, layer_input: jax.Array | None) -> jax.Array:
         assert layer_input is not None
@@ -46,22 +45,21 @@ class Block(nnx.Module):
     """
 
     def __init__(self, cfg: Stack, layer: Layer, length: int, names: Names, lora: LoraConfig | None = None):
-        sizes = {"layer": length, names.axis: cfg.hidden_size, **layer.sizes}
-        self.names, self.parallel = names, cfg.block == "parallel"
+        sizes = {"layer": length, names.axis: cfg.hidden_size, **layer.sizes, **layer.fixed_sizes}
+        self.names, self.parallel = names, cfg.block.parallel
         self.modules = tuple(part.module for part in layer.parts)
         for part, kinds in zip(layer.parts, (MIXERS, CHANNELS), strict=True):
             setattr(self, part.module, kinds[type(part)](cfg, layer, sizes, names, lora))
-        before = names.norms[: 1 if self.parallel else 2] if cfg.norm_place != "after" else ()
-        after = ("attention_output_norm", "mlp_output_norm") if cfg.norm_place != "before" else ()
+        before = names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ()
+        after = ("attention_output_norm", "mlp_output_norm") if cfg.block.norm_place != "before" else ()
         for name in (*before, *after):
-            norm = Norm(sizes, names.axis, kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
+            norm = Norm(sizes, names.axis, **cfg.block.norm_facts)
             setattr(self, name, norm)
-        scales = ("layer_scale1", "layer_scale2") if cfg.layer_scale else ()
+        scales = ("layer_scale1", "layer_scale2") if cfg.block.layer_scale else ()
         for name in scales:
             setattr(self, name, Leaf(sizes, (names.axis,)))
-        self.extra = LayerInput(cfg, sizes) if isinstance(cfg, TextConfig) and cfg.layer_inputs else None
-        scaled = isinstance(cfg, TextConfig) and cfg.layer_scalar
-        self.layer_scalar = Leaf({**sizes, "unit": 1}, ("unit",)) if scaled else None
+        self.extra = LayerInput(cfg, sizes) if cfg.block.layer_inputs else None
+        self.layer_scalar = Leaf({**sizes, "unit": 1}, ("unit",)) if cfg.block.layer_scalar else None
         projections = [f"{module}/{getattr(self, module).writer}" for module in self.modules]
         following = zip(projections, after or (None, None), scales or (None, None), strict=True)
         self._writers = tuple(Writer(*parts) for parts in following)

@@ -49,11 +49,16 @@ class LayerInputs(nnx.Module):
     """
 
     def __init__(self, cfg: TextConfig):
-        sizes = {"vocab": cfg.vocab_size, "depth": len(cfg.layers), "extra": cfg.layer_inputs, "embed": cfg.hidden_size}
+        sizes = {
+            "vocab": cfg.vocab_size,
+            "depth": len(cfg.layers),
+            "extra": cfg.block.layer_inputs,
+            "embed": cfg.hidden_size,
+        }
         self.table = Leaf(sizes, ("vocab", "depth", "extra"))
         self.project = Projection(sizes, ("depth", "extra"), ("embed",), bias=False)
-        self.norm = Norm(sizes, "extra", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
-        self.scales = cfg.layer_inputs**0.5, cfg.hidden_size**-0.5
+        self.norm = Norm(sizes, "extra", **cfg.block.norm_facts)
+        self.scales = cfg.block.layer_inputs**0.5, cfg.hidden_size**-0.5
 
     def __call__(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         rows = jnp.take(self.table.weight.get_value(), ids, axis=0, mode="clip")
@@ -71,7 +76,7 @@ class Decoder(BlockStack):
 
     def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, rounding: Rounding | None = None):
         # parameters are named as in Hugging Face's classes: Llama's, or Phi's of parallel blocks
-        out, self.norm_name = ("dense", "final_layernorm") if cfg.block == "parallel" else ("o_proj", "norm")
+        out, self.norm_name = ("dense", "final_layernorm") if cfg.block.parallel else ("o_proj", "norm")
         super().__init__(cfg, Names("embed", ("input_layernorm", "post_attention_layernorm"), out), lora)
         if rounding is not None:
             for _, part in nnx.iter_modules(self.layers):
@@ -79,9 +84,9 @@ class Decoder(BlockStack):
                     part.product = rounded_product(rounding)
         self.embed_tokens = Table(cfg)
         sizes = {"embed": cfg.hidden_size}
-        setattr(self, self.norm_name, Norm(sizes, "embed", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset))
+        setattr(self, self.norm_name, Norm(sizes, "embed", **cfg.block.norm_facts))
         self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
-        self.extra_inputs = LayerInputs(cfg) if cfg.layer_inputs else None
+        self.extra_inputs = LayerInputs(cfg) if cfg.block.layer_inputs else None
 
     @property
     def per_layer(self) -> bool:
@@ -111,24 +116,23 @@ class Decoder(BlockStack):
 
         `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
         the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
-        each token's image (0: none), if images fill the first slots and see themselves (`TextConfig.sees_images`).
+        each token's image (0: none), if images fill the first slots and see themselves (`Attention.sees_images`).
         """
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        windows = sorted({shape.mixer.window or 0 for shape in self.cfg.layers})
+        mixers = {layer.mixer.window or 0: layer.mixer for layer in self.cfg.layers}  # alike where windows are
         if self.cfg.sees_images and positions.ndim == 3:
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
-        masks = {size: windowed(seen, size)[:, None] for size in windows}
+        masks = {size: windowed(seen, size)[:, None] for size in mixers}
         if ahead is not None:  # a window limits what lies behind
-            masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if s or self.cfg.sees_images == "all"}
-        rope, dim = self.cfg.rope, self.cfg.rotary_dim
-        full = rope_tables(rope, self.cfg.full_head_dim or dim, positions)
-        local = full if self.cfg.window_rope is None else rope_tables(self.cfg.window_rope, dim, positions)
-        ropes = {size: local if size else full for size in windows}
+            masks |= {s: allowed | ahead[:, None] for s, allowed in masks.items() if mixers[s].sees_images}
+        turned = {size: (mixer.rope or self.cfg.rope, mixer.rotated) for size, mixer in mixers.items()}
+        tables = {key: rope_tables(*key, positions) for key in dict.fromkeys(turned.values())}
+        ropes = {size: tables[key] for size, key in turned.items()}
         return Context(masks, ropes, ahead, valid, slot=slot, dropout_key=dropout_key)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:

@@ -53,7 +53,7 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 def causal_flops(cfg: ModelConfig, length: int) -> int:
     """Return the forward FLOPs of one causal sequence beside products with weights (attention's scores and sums)."""
     text = cfg.text
-    return sum(layer.mixer.mixing_flops(length, text.head_dim_of(layer)) for layer in text.layers)
+    return sum(layer.mixer.mixing_flops(length) for layer in text.layers)
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
@@ -68,8 +68,9 @@ def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_
         return images * projector
     positions = positions_of(cfg, image_tokens)
     blocks = weight_flops(cfg, "vision/layers/", trained, in_tower) * positions
-    pairs = sum(shape.mixer.q_heads * tower_pairs(cfg, shape, positions) for shape in tower.layers)
-    blocks += 4 * tower.head_dim * pairs * (3 if in_tower else 1)
+    mixers = [(layer.mixer.q_heads * layer.mixer.head_dim, layer) for layer in tower.layers]
+    pairs = sum(channels * tower_pairs(cfg, layer, positions) for channels, layer in mixers)
+    blocks += 4 * pairs * (3 if in_tower else 1)
     patches = weight_flops(cfg, "vision/patch_embedding/", trained, False) * (positions - tower.class_token)
     return images * (blocks + patches + projector)
 

@@ -123,7 +123,7 @@ def _init(
         return jnp.zeros(shape, dtype)
     if "norm" in owner:
         stack = path.split("/")[0]
-        offset = cfg.stack(stack).norm_offset if stack in STACKS else 0.0
+        offset = cfg.stack(stack).block.norm_offset if stack in STACKS else 0.0
         return jnp.full(shape, 1 - offset, dtype)
     if owner.startswith("layer_scale"):
         return jnp.full(shape, 0.1, dtype)  # InternVLVisionConfig.layer_scale_init_value

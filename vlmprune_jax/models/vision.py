@@ -70,7 +70,7 @@ class VisionTower(BlockStack):
         self.patch_embedding = PatchEmbedding(cfg, sizes)
         by_axis = ("axis",) if cfg.axis_positions else ()
         self.position_embedding = Leaf(sizes, (*by_axis, "position", "vision")) if cfg.table else None
-        norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.norm_eps, offset=cfg.norm_offset)
+        norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.block.norm_eps)
         self.pre_layrnorm = norm() if cfg.pre_norm else None
         self.post_layernorm = norm() if cfg.post_norm else None
 
@@ -132,7 +132,9 @@ class VisionTower(BlockStack):
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
         masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in segments.items()}
-        rope = axial_angles(places, cfg.head_dim, cfg.rope_theta, columns_first=cfg.rope_parts > 1)
+        facts = cfg.attention
+        assert facts.rope is not None  # of towers that take images of any size
+        rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:

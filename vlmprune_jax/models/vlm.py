@@ -246,7 +246,7 @@ def encode(
         inputs_embeds, features, added = module.embed(
             input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw
         )
-    elif cfg.text.layer_inputs:  # those of another model's layers would be of no use
+    elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
         added = module.layer_inputs(inputs_embeds, input_ids)
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:

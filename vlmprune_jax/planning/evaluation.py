@@ -196,5 +196,5 @@ def _memory(case: EvaluationCase, mesh: Mesh, params: Any, cached: float) -> _Me
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    cache = sum(layer.mixer.state_size(1, cfg.text.head_dim_of(layer)) for layer in cfg.text.layers)
+    cache = sum(layer.mixer.state_size(1) for layer in cfg.text.layers)
     return _Memory(sum(flat.values()), read, cache * size / mesh.size, cached * size / mesh.size)

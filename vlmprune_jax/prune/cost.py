@@ -170,12 +170,12 @@ def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, St
 
 def _cache(text: Stack, context: int) -> int:
     """Return the number of values that generation caches per sequence."""
-    return sum(layer.mixer.state_size(context, text.head_dim_of(layer)) for layer in text.layers)
+    return sum(layer.mixer.state_size(context) for layer in text.layers)
 
 
 def _attention_of_token(text: Stack, context: int) -> int:
     """Return the mixers' FLOPs beside their weights for the last token of a sequence."""
-    return sum(layer.mixer.mixing_flops(context, text.head_dim_of(layer), last=True) for layer in text.layers)
+    return sum(layer.mixer.mixing_flops(context, last=True) for layer in text.layers)
 
 
 def _forward_of_layers(
@@ -184,13 +184,14 @@ def _forward_of_layers(
     """Return the layers' share of the forward FLOPs (`forward_flops`)."""
     total, text = 0, cfg.text
     for layer in text.layers:
-        mixing = layer.mixer.mixing_flops(length, text.head_dim_of(layer))
+        mixing = layer.mixer.mixing_flops(length)
         total += 2 * length * products["text"].of(layer) + mixing
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)
         for tower_layer in tower.layers:
-            attention = 4 * tower_pairs(cfg, tower_layer, positions) * tower_layer.mixer.q_heads * tower.head_dim
+            channels = tower_layer.mixer.q_heads * tower_layer.mixer.head_dim
+            attention = 4 * tower_pairs(cfg, tower_layer, positions) * channels
             total += slots * (2 * positions * products["vision"].of(tower_layer) + attention)
     return total
 

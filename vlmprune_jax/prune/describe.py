@@ -76,7 +76,7 @@ def _stack(stack: Stack) -> dict[str, Any]:
             for first, n, layer in scan_groups(stack.layers)
         ],
         "hidden_size": stack.hidden_size,
-        "head_dim": stack.head_dim,
+        "head_dim": stack.attention.head_dim,
     }
 
 

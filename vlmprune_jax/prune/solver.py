@@ -96,7 +96,7 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
     """
     devices = config.tensor_parallel
     block = 1 if config.snap_for is None else BLOCKS[config.snap_for]
-    heads = devices * (block // math.gcd(block, stack.head_dim))  # of query heads
+    heads = devices * (block // math.gcd(block, stack.attention.head_dim))  # of query heads
     if gqa == "groups":
         groups = {layer.mixer.group for layer in stack.layers}
         heads = math.lcm(devices, *(heads // math.gcd(heads, group) for group in groups))
@@ -239,7 +239,7 @@ def units_of(
                     axis.name,
                     size=layer.sizes[axis.name] // parents,
                     parents=parents,
-                    channels=stack.channels_of(axis),
+                    channels=part.channels_of(axis),
                     step=multiples[name] // math.gcd(multiples[name], parents),
                     prune=i in ranges[layers],
                     wide=part.relative_width,

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from prune_cases import config, model
+from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.evaluation.speed import clock as clock_file
 from vlmprune_jax.evaluation.speed import measure as speed
 from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig

@@ -10,7 +10,7 @@ from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import encode
 from vlmprune_jax.prune import make_plan, score
 
-SHAPES = {"sequential": {}, "parallel": {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}}
+SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 
 
 def expected(one, arrays, image_weight, criterion):

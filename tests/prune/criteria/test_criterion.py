@@ -17,7 +17,7 @@ from vlmprune_jax.prune import CRITERIA, Criterion, score
 from vlmprune_jax.prune.criteria import ANSWER, IMAGE, PADDING, PROMPT, input_weights, reduce_inputs
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 
-PHI = {"block": "parallel", "norm": "layer", "mlp_kind": "plain"}
+PHI = {"parallel": True, "norm": "layer", "gated": False}
 
 
 @pytest.mark.slow

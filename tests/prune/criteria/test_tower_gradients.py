@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import batch, config, model, on_mesh
+from stack_cases import tower_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import decoder_layer
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, apply, to_nnx
 from vlmprune_jax.prune import CRITERIA, Criterion, Scores, make_plan, score
 
 SCALES = {"self_attn/out_proj/weight": "layer_scale1/weight", "mlp/fc2/weight": "layer_scale2/weight"}
-SHAPES = (decoder_layer(2, 2, 10), decoder_layer(2, 2, 10), decoder_layer(4, 4, 6))
+SHAPES = (tower_layer(2, 2, 10), tower_layer(2, 2, 10), tower_layer(4, 4, 6))
 
 
 def seeing():
     """A model whose tower has unequal layers, and InternViT's scaled branches."""
     cfg = config(vision=True)
-    vision = dataclasses.replace(cfg.vision, n_layers_total=3, layers=SHAPES, layer_scale=True)
+    vision = with_facts(dataclasses.replace(cfg.vision, n_layers_total=3, layers=SHAPES), layer_scale=True)
     return model(dataclasses.replace(cfg, vision=vision))
 
 

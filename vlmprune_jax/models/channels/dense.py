@@ -7,25 +7,26 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Dense, Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.context import Context, Names, dropout_masks, lora_of
 from vlmprune_jax.models.layers import Projection, activation, compute_once
 
-_PROJECTIONS = {"gated": ("gate_proj", "up_proj", "down_proj"), "plain": ("fc1", "fc2")}
+_PROJECTIONS = {True: ("gate_proj", "up_proj", "down_proj"), False: ("fc1", "fc2")}
 
 
 class Mlp(nnx.Module):
     """MLP: down(act(gate(x)) * up(x)), or fc2(act(fc1(x)))."""
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        axis = names.axis
-        self.names, self.activation = _PROJECTIONS[cfg.mlp_kind], cfg.activation
+        axis, facts = names.axis, layer.channel
+        assert isinstance(facts, Dense)
+        self.names, self.activation = _PROJECTIONS[facts.gated], facts.activation
         for name in self.names:
             out, into = ((axis,), ("mlp",)) if name == self.names[-1] else (("mlp",), (axis,))
             adapter = lora_of(lora, name)
-            setattr(self, name, Projection(sizes, out, into, bias=cfg.mlp_bias, lora=adapter, clips=cfg.clips))
+            setattr(self, name, Projection(sizes, out, into, bias=facts.bias, lora=adapter, clips=cfg.block.clips))
 
     @property
     def writer(self) -> str:

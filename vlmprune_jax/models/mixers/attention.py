@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
@@ -24,25 +23,24 @@ class Attention(nnx.Module):
     """Grouped-query attention with optional rotary embedding, query and key norms, and key/value cache."""
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        facts, head_dim = layer.mixer, cfg.head_dim_of(layer)
-        sizes = {**sizes, "head": head_dim}
+        facts = layer.mixer
 
         def projection(name: str, out: tuple[str, ...], into: tuple[str, ...], bias: bool) -> Projection:
-            return Projection(sizes, out, into, bias=bias, lora=lora_of(lora, name), clips=cfg.clips)
+            return Projection(sizes, out, into, bias=bias, lora=lora_of(lora, name), clips=cfg.block.clips)
 
         own = not facts.kv_shared
-        values = own and not (isinstance(cfg, TextConfig) and cfg.keys_as_values and facts.window is None)
+        values = own and not facts.keys_as_values
         self.window, self.causal, self.writer = facts.window or 0, cfg.causal, names.out
         self.kv_heads = facts.kv_heads
-        self.query_gain = cfg.query_scale * head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
-        self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), cfg.qkv_bias)
-        self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if own else None
-        self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), cfg.qkv_bias) if values else None
-        setattr(self, names.out, projection(names.out, (names.axis,), ("q_heads", "head"), cfg.out_bias))
-        norm = functools.partial(Norm, sizes, "head", kind="rms", eps=cfg.norm_eps, offset=cfg.norm_offset)
-        self.q_norm = norm() if cfg.qk_norm else None
-        self.k_norm = norm() if cfg.qk_norm and own else None
-        self.v_eps, self.parts = cfg.norm_eps if cfg.v_norm else None, cfg.rope_parts
+        self.query_gain = facts.scale * facts.head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
+        self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), facts.bias)
+        self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if own else None
+        self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if values else None
+        setattr(self, names.out, projection(names.out, (names.axis,), ("q_heads", "head"), facts.out_bias))
+        norm = functools.partial(Norm, sizes, "head", **{**cfg.block.norm_facts, "kind": "rms"})
+        self.q_norm = norm() if facts.qk_norm else None
+        self.k_norm = norm() if facts.qk_norm and own else None
+        self.v_eps, self.parts = cfg.block.norm_eps if facts.v_norm else None, facts.rope_parts
 
     def _keys_and_values(
         self, x: jax.Array, ctx: Context, masks: Sequence[jax.Array | None]
@@ -102,7 +100,7 @@ class Attention(nnx.Module):
         """Return zero-filled keys and values of `length` equal layers; None if they reuse those of another."""
         if layer.mixer.kv_shared:
             return None
-        rows, channels = cache_rows(layer.mixer.kv_heads, cfg.head_dim_of(layer))
+        rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)
         size = (length, slots, rows, batch, channels)
         return jnp.zeros(size, dtype), jnp.zeros(size, dtype)
 

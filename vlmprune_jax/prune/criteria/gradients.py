@@ -258,7 +258,7 @@ def _forward(
     """
     embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
     xs, added, nothing = [x for x, _ in embedded], [extra for _, extra in embedded], [None for _ in steps]
-    added, layer_inputs = (nothing, added) if model.cfg.text.layer_inputs else (added, nothing)
+    added, layer_inputs = (nothing, added) if model.cfg.text.block.layer_inputs else (added, nothing)
     stream, shared = [], [Shared() for _ in steps]
     for number in range(layers):
         layer, text = _layer_of(model, number)

@@ -164,7 +164,7 @@ class _Cut:
 
         Deepstack features are added to the first layers that are left.
         """
-        return number if self._model.cfg.text.layer_inputs else place
+        return number if self._model.cfg.text.block.layer_inputs else place
 
     def _run(self, layer: Layer, at: int, x: States) -> States:
         """Run a layer on all calibration rows; return the residual streams after it."""

@@ -89,7 +89,7 @@ def random_scores(cfg: ModelConfig, *, seed: int, gqa: str, stack: str = "text")
     importance = draw.random(len(component.layers))
     axes = [(i, axis) for i, layer in enumerate(component.layers) for axis in scored_axes(layer, gqa)]
     units = {
-        (i, axis.name): draw.random((component.layers[i].sizes[axis.name], component.channels_of(axis))).sum(axis=1)
+        (i, axis.name): draw.random(component.layers[i].shape_of(axis)).sum(axis=1)
         for i, axis in sorted(axes, key=lambda item: not item[1].channels)  # all heads are drawn before all neurons
     }
     return {"importance": importance, "units": dict(sorted(units.items(), key=lambda item: item[0][0]))}
