@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from prune_cases import EQUAL, config, depth_scores, model, width_scores
 from report_cases import BENCH
-from stack_cases import decoder_layer
+from stack_cases import changed, decoder_layer
 
 from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
@@ -49,6 +49,7 @@ ALL = dict.fromkeys(LIMITS, 1.0) | {"curve": ((0.5, 2.0), (10**12, 4.0))}
 def test_costs_are_those_of_the_config(before, after, options, work):
     cfg = config(tuple(before), **options)
     windows = itertools.cycle(layer.mixer.window for layer in before)  # pruning makes no other kinds of layers
+    after = [changed(layer, options) for layer in after]
     after = [Layer(dataclasses.replace(layer.mixer, window=next(windows)), layer.channel) for layer in after]
     now = cfg.with_layers(after)
     found = make_measure(cfg, Budget(**ALL, **work, slice="v6e:2x2", dtype="float32"))(now)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from decoder_cases import PHI, PHI3, fed_with, golden_decoder
 from hf_cases import edit_weights, keep_width, make_folder
+from stack_cases import with_facts
 from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
 from vlmprune_jax.core.sections import LoraConfig
@@ -77,7 +78,7 @@ def test_long_text_equals_the_reference(decoders, goldens):
 def test_null_rope_scaling_equals_the_reference(decoders, goldens):
     model, inputs = decoders["phi3"][3]["vlm"]
     rope = dataclasses.replace(model.cfg.text.rope, kind="default", attention_factor=1.0)
-    plain = model.replace(cfg=dataclasses.replace(model.cfg, text=dataclasses.replace(model.cfg.text, rope=rope)))
+    plain = model.replace(cfg=dataclasses.replace(model.cfg, text=with_facts(model.cfg.text, rope=rope)))
     real = inputs["attention_mask"] == 1
     _, aux = forward(plain, inputs["input_ids"], attention_mask=inputs["attention_mask"], want=("hidden",))
     with np.load(goldens / "forward" / "internvl_rope_null.npz") as golden:

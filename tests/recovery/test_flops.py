@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import recover_cases as cases
-from stack_cases import decoder_layer
+from stack_cases import tower_layer
 
 from vlmprune_jax.models.params import param_shapes, unflatten
 from vlmprune_jax.planning.ahead_of_time import (
@@ -80,7 +80,7 @@ def test_the_formula_counts_what_the_step_computes(model, trainable, loss):
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_the_formula_counts_a_tower_of_unequal_layers(trainable):
-    layers = (decoder_layer(2, 2, 16), decoder_layer(1, 1, 5), decoder_layer(1, 1, 5), decoder_layer(2, 2, 3))
+    layers = (tower_layer(2, 2, 16), tower_layer(1, 1, 5), tower_layer(1, 1, 5), tower_layer(2, 2, 3))
     teacher, loss = cases.config(), LossConfig(kl=0.1, teacher_inputs="own", chunk=4)
     check_formula(cases.config().with_layers(layers, "vision"), teacher, trainable, loss)
 

@@ -64,9 +64,12 @@ class Part:
         for axis in self.axes:
             size, parents = self.sizes[axis.name], self.sizes.get(axis.parent, 1)
             if size < 1:
-                raise UserError(f"{self}: {axis.name} must be at least 1")
+                raise UserError(f"{self.module}: {axis.name} {size} must be at least 1")
             if size % parents:
-                raise UserError(f"{self}: {axis.name} must be a multiple of {axis.parent} ({axis.title} in groups)")
+                raise UserError(
+                    f"{self.module}: {axis.name} {size} must be a multiple of {axis.parent} {parents} "
+                    f"({axis.title} in groups)"
+                )
 
     @property
     def relative_width(self) -> int:
@@ -176,7 +179,7 @@ class Attention(Mixer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None and self.window < 1:
-            raise UserError(f"{self}: the attention window must be at least 1")
+            raise UserError(f"{self.module}: the attention window {self.window} must be at least 1")
         if self.rope is not None:
             if not 0 < self.rotated <= self.head_dim or self.rotated % 2:
                 raise UserError(f"rotary_dim {self.rotated} must be even (pairs) and at most head_dim {self.head_dim}")

@@ -23,7 +23,7 @@ class Architecture:
 
     `tensors` maps a module in `params["text"]` to the tensor that holds it, both with the layer as `{i}`; modules that
     share a tensor are its rows, in order. Features of the architecture: `activations`, `ropes` (beside "default") and
-    `biases` (fields of `TextConfig`) that it computes; `interleaved`: a rotary pair are neighbouring channels (in
+    `biases`, of `_BIASES`, that it computes; `interleaved`: a rotary pair are neighbouring channels (in
     Hugging Face files they are halves of a head); `per_layer`: layers may have different widths; `free_heads`: heads x
     head_dim may differ from the hidden size; `partial`: only part of each head may be rotated; `sections`: rotary
     positions by time, row and column; `own_head`: output head and bias are always stored, even if tied or absent in the
@@ -58,7 +58,8 @@ class Architecture:
 
     def lacks(self, text: TextConfig) -> str | None:
         """Return a decoder feature that llama.cpp's architecture does not implement; None if it has all."""
-        absent = [name for name in _BIASES if getattr(text, name) and name not in self.biases]
+        biases = (text.attention.bias, text.attention.out_bias, text.channel.bias)
+        absent = [name for name, has in zip(_BIASES, biases, strict=True) if has and name not in self.biases]
         if text.channel.activation not in self.activations:
             return f"activation {text.channel.activation} (it has {' or '.join(self.activations)})"
         if absent:
@@ -142,7 +143,7 @@ _PHI3_TENSORS = {
     **block_tensors("blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"}),
     **block_tensors("blk", {"mlp/gate_proj": "ffn_up", "mlp/up_proj": "ffn_up"}),
 }
-_BIASES = ("qkv_bias", "out_bias", "mlp_bias")
+_BIASES = ("qkv_bias", "out_bias", "mlp_bias")  # of queries, keys and values; of attention's output; of the MLP
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 LLAMA = Architecture(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.parts import Dense
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import layers_from_hf
@@ -53,6 +54,7 @@ def llama_like(
 def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the weight table of a Llama-like decoder; keys begin with `prefix`, and `head` is the key of lm_head."""
     layer, key = "text/layers/{i}", prefix + "layers.{i}"
+    mlp_bias = isinstance(text.channel, Dense) and text.channel.bias
     table = [Weight("text/embed_tokens/weight", prefix + "embed_tokens.weight", "vocab embed")]
     for name in ("input_layernorm", "post_attention_layernorm"):
         table.append(Weight(f"{layer}/{name}/weight", f"{key}.{name}.weight", "embed"))
@@ -63,9 +65,9 @@ def llama_like_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]
         "self_attn.k_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
         "self_attn.v_proj": ("(kv_heads head) embed", "(kv_heads head)", text.attention.bias),
         "self_attn.o_proj": ("embed (q_heads head)", "embed", text.attention.out_bias),
-        "mlp.gate_proj": ("mlp embed", "mlp", text.channel.bias),
-        "mlp.up_proj": ("mlp embed", "mlp", text.channel.bias),
-        "mlp.down_proj": ("embed mlp", "embed", text.channel.bias),
+        "mlp.gate_proj": ("mlp embed", "mlp", mlp_bias),
+        "mlp.up_proj": ("mlp embed", "mlp", mlp_bias),
+        "mlp.down_proj": ("embed mlp", "embed", mlp_bias),
     }
     for name, (weight, bias, has_bias) in projections.items():
         path = f"{layer}/{name.replace('.', '/')}"
