@@ -180,6 +180,8 @@ class Attention(Mixer):
         super().__post_init__()
         if self.window is not None and self.window < 1:
             raise UserError(f"{self.module}: the attention window {self.window} must be at least 1")
+        if self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", 0)  # so that equal computations are equal
         if self.rope is not None:
             if not 0 < self.rotated <= self.head_dim or self.rotated % 2:
                 raise UserError(f"rotary_dim {self.rotated} must be even (pairs) and at most head_dim {self.head_dim}")

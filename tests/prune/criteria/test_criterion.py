@@ -32,7 +32,7 @@ def test_a_tap_sees_what_the_output_projections_read():
             tap=lambda block: block, tap_inputs=("o_proj", "down_proj"),
         )  # fmt: skip
         _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, want=("hidden",))
-        names = ("dense", "fc2") if cfg.text.block == "parallel" else ("o_proj", "down_proj")
+        names = ("dense", "fc2") if cfg.text.block.parallel else ("o_proj", "down_proj")
         for i, (block, shape) in enumerate(zip(aux["tap"], cfg.text.layers, strict=True)):
             assert block.inputs["o_proj"].shape == (4, 9, shape.mixer.q_heads, 6)
             out, down = block.params["self_attn"][names[0]], block.params["mlp"][names[1]]
