@@ -123,7 +123,7 @@ class Decoder(BlockStack):
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
         mixers = {layer.mixer.window or 0: layer.mixer for layer in self.cfg.layers}  # alike where windows are
-        if self.cfg.sees_images and positions.ndim == 3:
+        if positions.shape[1:-1] == (2,):  # even where this layer, run alone, does not see images
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
             ahead = ~seen & valid[:, None] & (keys[:, None] == image[..., None]) & (image[..., None] > 0)
