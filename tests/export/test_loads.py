@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
+from vlmprune_jax.export.uneven import with_head_dim
 from vlmprune_jax.hf.read import read_config
 
 # Heads that make up the hidden size, as engines that derive the size of one need it to begin with.
@@ -121,7 +122,10 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert "head size of llama as hidden_size / heads" in why_not(llava.with_layers(fewer), "mlx")
     bunny = read_config(goldens / "ckpt/bunny", goldens / "ckpt/siglip_tower")[1]
     assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
-    assert how_known(llava, "vllm") == "tried with vLLM 0.32"
+    small = "on CPUs, not with heads of 6 channels, see export.head_dim"
+    assert how_known(llava, "vllm") == f"tried with vLLM 0.32: {small}"
+    assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
+    assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"
     assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
 
 

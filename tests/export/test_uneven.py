@@ -1,14 +1,18 @@
-"""Layers of unequal width at their true size in PyTorch: the file that exports ship, in transformers 5 and 4.57."""
+"""Layers of unequal width at their true size in PyTorch (transformers 5 and 4.57), and heads padded with zeros."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
-from decoder_cases import PHI, PHI3
+from decoder_cases import DECODERS, PHI, PHI3
 from hf_cases import LLAMA, LLAVA, keep_layers, keep_width, make_folder, random_ids
+from rounding import assert_same_function, double_logits
 from torch_compat import VERSIONS, TorchJobError
 from vlm_cases import internvl_config, make_vlm_folder
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
@@ -116,3 +120,30 @@ def test_an_even_folder_made_of_one_has_no_loader(exported, tmp_path, uneven):
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert not (tmp_path / "even/modeling_per_layer.py").exists()
     assert check_export(model, tmp_path / "even")["backend"] == "torch"
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_padded_channels_of_heads_are_the_same_function(tmp_path, kind):
+    """Unequal layers as well, with biases, in a language model and in a LLaVA; bfloat16 rounds nothing."""
+    scaled = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 32}
+    changes = {"attention_bias": True, "rope_scaling": scaled if kind == "llama3" else None, "torch_dtype": "bfloat16"}
+    config = {**LLAVA, "text_config": LLAVA["text_config"] | changes} if kind == "default" else {**LLAMA, **changes}
+    source = (make_vlm_folder if "vision_config" in config else make_folder)(tmp_path / "source", config)
+    model, _ = keep_width(load(source, dtype="bfloat16"), [0, 2], range(3, 43), only=[1, 2])
+    save(model, tmp_path / "out", source_dir=source, uneven="pad", head_dim=48, dtype="bfloat16")
+    padded = load(tmp_path / "out")
+    assert padded.cfg.text.attention.head_dim == 48
+    wide, narrow = (dataclasses.replace(m, params=jax.tree.map(np.float32, m.params)) for m in (padded, model))
+    inputs = random_ids(model)
+    assert_same_function(double_logits(wide, **inputs), double_logits(narrow, **inputs))
+    assert "6 query heads, 56 neurons, heads of 48 channels" in (tmp_path / "out/README.md").read_text()
+    assert check_export(narrow, tmp_path / "out")["backend"] == "torch"
+    with pytest.raises(UserError, match=r"head_dim=24: expected 4 or 16 times the model's 12 channels"):
+        save(model, tmp_path / "no", source_dir=source, head_dim=24)
+
+
+def test_heads_that_are_not_padded(tmp_path):
+    model = load(make_folder(tmp_path / "source", DECODERS["qwen3"]))
+    with pytest.raises(UserError, match="heads of qwen3 with this rotary embedding, norm or scale"):
+        save(model, tmp_path / "out", head_dim=64)

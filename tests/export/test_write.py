@@ -333,7 +333,7 @@ def test_pad_is_the_same_function(uneven, tmp_path):
     inputs = random_ids(model)
     assert_same_function(double_logits(padded, **inputs), double_logits(model, **inputs))
     card = (tmp_path / "out/README.md").read_text()
-    assert "padded with zero heads" in card
+    assert "padded with zeros: each with 3 key/value heads, 6 query heads, 56 neurons, heads of 12 channels" in card
     after, before = count_params(padded.cfg), count_params(model.cfg)
     assert f"{after:,} parameters in files, memory and computation instead of {before:,}" in card
     assert check_export(model, tmp_path / "out")["backend"] == "torch"

@@ -139,7 +139,7 @@ def test_words(folder, capsys):
     assert "conflict: Between 30 and 45 %" in out
     assert "config = experiment_config(" in out
     assert "easy-VQA teacher" in out
-    assert "\n  loads in transformers (tried with transformers 5.24), vllm (tried with vLLM 0.32), mlx (" in out
+    assert "\n  loads in transformers (tried with transformers 5.24), vllm (tried with vLLM 0.32: on CPUs" in out
     assert "\n  not in vllm_tpu: tpu-inference 0.32 has no class for llava" in out
     unsupported = told(capsys, f"--model={folder}", "--ratio=0.3", "--compute=none", "--speed", "--evidence")
     assert "because: nothing supports this; nearest rule: above 15 % of the decoder" in unsupported

@@ -121,7 +121,7 @@ def test_a_checked_export_is_uploaded(command, tmp_path, capsys, monkeypatch):
         (
             "format=compressed-tensors --config.export.quantize=w4a16 --config.export.rounding=gptq "
             "--config.export.uneven=pad",
-            'rounding="gptq" cannot round the zeros that uneven="pad" adds',
+            'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds',
         ),
         ("layout=transformers", "layout='transformers' is an option of format 'huggingface'"),
     ],

@@ -199,10 +199,11 @@ def loading_of(folder: Path, cfg: ModelConfig, written: ModelConfig, config: dic
         padded = padded.with_layers(written.stack(name).layers, name)
     before, after = count_params(cfg), count_params(padded)
     if after != before:
+        channels = written.text.attention.head_dim
         paragraphs.append(
-            f"Unequal layers were padded with zero heads and neurons to {_shapes(written.text.layers)}: the same "
-            f"function as the pruned model, in a stock class, but with {after:,} parameters in files, memory and "
-            f"computation instead of {before:,}."
+            f"The layers were padded with zeros: {_shapes(written.text.layers)}, heads of {channels} "
+            "channels. That is the same function as the pruned model, in a stock class, but with "
+            f"{after:,} parameters in files, memory and computation instead of {before:,}."
         )
     tower = "" if family_of(written).holds_tower else ", `vision_dir=...` for the tower"
     paragraphs.append(f"In JAX: `vlmprune_jax.load(folder)`{tower}.")

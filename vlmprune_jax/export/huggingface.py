@@ -30,6 +30,13 @@ class FolderOptions:
         'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
         choices="export.uneven:UNEVEN",
     )
+    head_dim: int = export_setting(
+        0,
+        "Channels per attention head of the decoder: 4 or 16 times the model's, padded with zeros (same function, for "
+        "engines that lack small heads), or 0 for the model's own number.",
+        unit="channels",
+        least=0,
+    )
     dtype: str = export_setting(
         "bfloat16",
         'Data type of the exported weights; "source" keeps that of the source folder.',
@@ -45,7 +52,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     from vlmprune_jax.export.folder import folder_contents  # imports jax, like all that reads a model
     from vlmprune_jax.export.target import make_target
 
-    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
+    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype, options.head_dim)
     return folder_contents(model, origin, target, options.dtype, options.storage)
 
 

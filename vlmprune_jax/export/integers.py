@@ -46,10 +46,10 @@ class IntegerOptions(FolderOptions):
             raise UserError(f"format 'compressed-tensors' needs quantize: choose {', '.join(SCHEMES)}")
         if self.quantize != "none":
             check_scheme(self.quantize, self.group_size, self.symmetric)
-        if self.rounding == "gptq" and self.uneven == "pad":
+        if self.rounding == "gptq" and (self.uneven == "pad" or self.head_dim):
             raise UserError(
-                'rounding="gptq" cannot round the zeros that uneven="pad" adds: use uneven="per_layer" (no difference '
-                'if all layers are equal), or rounding="nearest"'
+                'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds: use uneven="per_layer" (no '
+                'difference if all layers are equal) and head_dim=0, or rounding="nearest"'
             )
 
 
@@ -60,7 +60,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
 
     if options.rounding == "gptq" and options.storage is None:
         raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
-    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype)
+    target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype, options.head_dim)
     storage = options.storage or make_storage(
         target.cfg, target.family, options.quantize, options.group_size, options.symmetric
     )

@@ -28,6 +28,7 @@ VERSIONS = {
     "gguf": "llama.cpp of October 2026",
 }
 TARGETS = tuple(VERSIONS)
+_VLLM_CPU_HEADS = {32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512}  # head sizes of its attention kernels
 _PAD = 'export with uneven="pad" (zeros: the same function, no savings)'
 _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection local), or {_PAD}"
 
@@ -74,7 +75,11 @@ def how_known(cfg: ModelConfig, target: str) -> str:
     remarks = {"transformers": "", "gguf": "", **family.tried}
     if target not in remarks:
         return f"by the code of {VERSIONS[target]}"
-    return f"tried with {VERSIONS[target]}" + (f": {remarks[target]}" if remarks[target] else "")
+    remark, refused = remarks[target], {layer.mixer.head_dim for layer in cfg.text.layers} - _VLLM_CPU_HEADS
+    if target == "vllm" and refused:
+        heads = f"on CPUs, not with heads of {max(refused)} channels, see export.head_dim"
+        remark = f"{remark}; {heads}" if remark else heads
+    return f"tried with {VERSIONS[target]}" + (f": {remark}" if remark else "")
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:

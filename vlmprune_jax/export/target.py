@@ -18,7 +18,7 @@ from vlmprune_jax.data.token_budget import DEFAULT_BUDGET
 from vlmprune_jax.export.convert import rows_for, to_transformers
 from vlmprune_jax.export.processor import write_processor
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
-from vlmprune_jax.export.uneven import padded_stacks, with_loader, without_loader, write_loader
+from vlmprune_jax.export.uneven import padded_stacks, with_head_dim, with_loader, without_loader, write_loader
 from vlmprune_jax.export.vocabulary import Vocabulary
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
@@ -65,12 +65,12 @@ class Target:
     tokenizer: JsonDict | None = None
 
 
-def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str) -> Target:
+def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str, head_dim: int = 0) -> Target:
     """Return the family and configs of the exported folder, for a model loaded from `source`.
 
     Raises:
-      UserError: the source has another family, layers are unequal with uneven="refuse", or the layout cannot hold the
-        model.
+      UserError: the source has another family, layers are unequal with uneven="refuse", heads cannot be padded to
+        `head_dim` channels, or the layout cannot hold the model.
     """
     if uneven == "refuse":
         _check_uneven(cfg)
@@ -86,7 +86,7 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
             "that "
             "trimmed the vocabulary (plan=), or the folder that this model was loaded from"
         )
-    wide = padded_stacks(cfg) if uneven == "pad" else cfg
+    wide = with_head_dim(padded_stacks(cfg) if uneven == "pad" else cfg, head_dim)
     new_family, conversion = target_of(family) if layout == "transformers" else None, family.conversion
     tokenizer = None
     if new_family is not None and conversion is not None:

@@ -1,7 +1,9 @@
-"""Layers of unequal width: padding with zeros, or a config and loader file for PyTorch that have their true sizes."""
+"""Padding of layers and attention heads with zeros, and the PyTorch loader file of layers with unequal true sizes."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
@@ -18,6 +21,7 @@ UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true 
 LOADER_FILE = "modeling_per_layer.py"
 _LOADER = Path(__file__).parent / "remote" / LOADER_FILE
 _PREFIX = "PerLayer"
+_PADDED_ROPES = ("default", "linear", "llama3")  # a frequency depends on the channel's share of the head alone
 
 
 def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ...]:
@@ -54,11 +58,38 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
     return cfg
 
 
+def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
+    """Return the config with decoder heads zero-padded to `head_dim` channels (0 = as they are).
+
+    Raises UserError if the padded heads would compute another function.
+    """
+    layers = []
+    for layer in cfg.text.layers:
+        heads, rope = layer.mixer, layer.mixer.rope
+        if head_dim not in (0, heads.head_dim):
+            plain = rope is not None and rope.kind in _PADDED_ROPES and not rope.sections and not heads.rotary_dim
+            if not plain or heads.qk_norm or heads.v_norm or heads.scale or cfg.text.whole_heads:
+                raise UserError(
+                    f"head_dim={head_dim}: heads of {cfg.text.decoder} with this rotary embedding, norm or scale "
+                    "cannot be padded with zeros: leave head_dim out"
+                )
+            if head_dim not in (4 * heads.head_dim, 16 * heads.head_dim):  # doubled or quadrupled queries round nothing
+                raise UserError(
+                    f"head_dim={head_dim}: expected 4 or 16 times the model's {heads.head_dim} channels: set head_dim "
+                    f"to {4 * heads.head_dim} or {16 * heads.head_dim}"
+                )
+            layer = dataclasses.replace(layer, mixer=dataclasses.replace(heads, head_dim=head_dim))
+        layers.append(layer)
+    return cfg.with_layers(layers)
+
+
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
     """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
 
     A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
     attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
+    In heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i
+    of n * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
     """
     layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
     before, after = layer_before.sizes, layer_after.sizes
@@ -73,7 +104,13 @@ def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int,
             array = array.reshape(*array.shape[:at], size, *array.shape[at + 2 :])
         else:
             array = _extend(array, at, size)
-    return array
+    times = layer_after.mixer.head_dim // layer_before.mixer.head_dim
+    if "head" not in axes or times == 1:
+        return array
+    at = axes.index("head")
+    wide = np.zeros((*array.shape[:at], times * array.shape[at], *array.shape[at + 1 :]), array.dtype)
+    wide[(slice(None),) * at + (slice(None, None, times),)] = array
+    return wide * array.dtype.type(math.isqrt(times)) if axes[0] == "q_heads" else wide
 
 
 def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
