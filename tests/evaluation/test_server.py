@@ -103,6 +103,23 @@ def test_questions_go_out_with_their_images_and_come_back_in_order(stand_in, tmp
     assert {key for _, _, key in stand_in.asked} == {"Bearer secret"}
 
 
+@pytest.mark.parametrize(
+    ("as_served", "with_begin", "asks"), [([5, 6], [1, 5, 6], True), ([1, 5], [1, 1, 5], False), ([5], [5], False)]
+)
+def test_the_begin_token_of_vllm(stand_in, as_served, with_begin, asks):
+    """Templates such as LLaVA's leave the token to the processor; a server that hides /tokenize is asked as before."""
+    records = [Record("r0", (("human", "?"),), ())]
+    stand_in.replies[MODELS] = sent({"data": [{"id": "org/m", "owned_by": "vllm"}]})
+    for replies in (
+        {"/tokenize": lambda body: sent({"tokens": with_begin if body["add_special_tokens"] else as_served})(body)},
+        {"/tokenize": sent({}, status=404)},
+    ):
+        stand_in.replies |= replies
+        ask(stand_in, records)
+        assert stand_in.asked[-1][1].get("add_special_tokens", False) == asks
+        asks = False
+
+
 def test_an_interrupted_pass_continues(stand_in, tmp_path):
     records = [Record(f"r{i}", (("human", f"{i}?"),), ()) for i in range(6)]
     repeat, count = stand_in.replies[CHAT], []

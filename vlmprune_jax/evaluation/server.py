@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -35,10 +36,15 @@ _Text = Annotated[str, Meta(max_length=2**20)]
 
 class _Served(msgspec.Struct):
     id: Annotated[str, Meta(min_length=1, max_length=1000)]
+    owned_by: _Text = ""
 
 
 class _Models(msgspec.Struct):
     data: Annotated[list[_Served], Meta(max_length=10_000)]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: Annotated[list[int], Meta(max_length=2**20)]
 
 
 class _Message(msgspec.Struct):
@@ -67,10 +73,14 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Server:
-    """OpenAI-compatible server at `url` (ending in "/v1"), and the name of the model that it serves."""
+    """OpenAI-compatible server at `url` (ending in "/v1"), and the name of the model that it serves.
+
+    `adds_begin`: requests ask for the tokenizer's begin token, which the model's chat template lacks.
+    """
 
     url: str
     model: str
+    adds_begin: bool = False
 
     @classmethod
     def connect(cls, url: str) -> Server:
@@ -82,10 +92,10 @@ class Server:
         if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError(f"--server={url}: must be an address such as http://localhost:8000/v1")
         url = url.rstrip("/")
-        names = [model.id for model in _request(f"{url}/models", None, _Models).data]
-        if len(names) != 1:
-            raise UserError(f"{url}/models: the server lists {len(names)} models, expected 1: serve one model")
-        return cls(url, names[0])
+        models = _request(f"{url}/models", None, _Models).data
+        if len(models) != 1:
+            raise UserError(f"{url}/models: the server lists {len(models)} models, expected 1: serve one model")
+        return cls(url, models[0].id, models[0].owned_by == "vllm" and _template_lacks_begin(url, models[0].id))
 
     def answer(self, record: Record, suffix: str, max_new_tokens: int) -> tuple[str, int]:
         """Return the server's greedy answer to a record's last question, and the answer's length in tokens."""
@@ -94,6 +104,7 @@ class Server:
             "messages": _messages(with_suffix(record, suffix)),
             "max_tokens": max_new_tokens,
             "temperature": 0,
+            **({"add_special_tokens": True} if self.adds_begin else {}),
         }
         completion = _request(f"{self.url}/chat/completions", body, _Completion)
         return (completion.choices[0].message.content or "").strip(), completion.usage.completion_tokens
@@ -152,6 +163,21 @@ def _messages(record: Record) -> list[dict[str, Any]]:
                 content.append({"type": "text", "text": part.strip()})
         messages.append({"role": "user", "content": content})
     return messages
+
+
+def _template_lacks_begin(url: str, model: str) -> bool:
+    """Return True if vLLM's prompts of chats lack the begin token that the model's tokenizer adds to texts.
+
+    Chat templates of LLaVA-1.5 leave the token to the processor, but vLLM calls it without special tokens.
+    """
+    body = {"model": model, "messages": [{"role": "user", "content": "?"}]}
+    with contextlib.suppress(UserError):  # a proxy may pass on only addresses of OpenAI's interface
+        as_served, with_begin = (
+            _request(f"{url.removesuffix('/v1')}/tokenize", body | {"add_special_tokens": adds}, _Tokens).tokens
+            for adds in (False, True)
+        )
+        return with_begin[1:] == as_served and with_begin[:1] != as_served[:1]
+    return False
 
 
 def _data_url(image: Path | StoredImage) -> str:

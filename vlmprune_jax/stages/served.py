@@ -58,12 +58,13 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Ex
             continue
         part = dataclasses.replace(work, part=name if key == QUESTIONS else f"{name} {key}")
         path = evaluation_file(work.folder, name, key)
+        begin = {"add_special_tokens": True} if server.adds_begin else {}
         settings = {setting: getattr(eval_set, setting) for setting in ("prompt_suffix", "max_new_tokens", "questions")}
         job = Job(
             f"evaluate {part.part}",
             1,
             work.workdir,
-            settings={**settings, "server": server.url, "model": server.model},
+            settings={**settings, **begin, "server": server.url, "model": server.model},
             inputs=set_files(sections["data"], key, eval_set),
             outputs=[answers_file(path)],
             facts=AnswerFacts,
