@@ -83,7 +83,7 @@ def test_frozen_weights_have_no_gradients():
 
 @pytest.mark.slow
 def test_what_the_backward_pass_keeps():
-    """Of every layer "full" keeps its input; "dots" what has a name as well (decision 47); "none" much more."""
+    """Of every layer "full" keeps its input; "dots" what has a name as well; "none" much more."""
     inputs = {"q_proj": 16, "k_proj": 16, "v_proj": 16, "o_proj": 24, "fc1": 16, "fc2": 96}
     outputs = {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 16, "fc1": 96}  # the backward pass needs none of fc2
     lora = LoraConfig(rank=8, alpha=6.0, dropout=0.1, targets=tuple(inputs))

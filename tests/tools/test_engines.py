@@ -1,19 +1,30 @@
-"""The table of serving engines: stand-ins are written, engines that are missing or die are one line each."""
+"""Serving engines: the table of stand-ins, engines that are missing or die, and the answers of a real vLLM server."""
 
+import contextlib
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 
 sys.path.append(str(Path(__file__).parents[2] / "tools/engines"))
 import standins
 import table
 
+TEACHER = Path(__file__).parents[2] / "vlmprune_jax/demo/teacher"
 # Stands for an engine's script: dies on its second folder, is refused by its third.
 SCRIPT = """
 import json, sys, numpy as np
@@ -70,3 +81,68 @@ def test_cells_of_a_stand_in(tmp_path):
     assert "not written" in cells[2]  # no class holds unequal heads
     assert [len(load(cell).cfg.text.layers) for cell in cells[:2]] == [6, 5]
     assert len(json.loads((cells[1] / "prompts/texts.json").read_text())) == standins.PROMPTS
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """Start vLLM's server with the demo's model, of which it needs larger heads; yield its process and address."""
+    try:
+        python = table.interpreter("vllm")
+    except UserError as error:
+        pytest.skip(str(error))
+    save(load(TEACHER), tmp_path / "export", head_dim=64, dtype="float32")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [
+        "--model",
+        "export",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+        "--port",
+        str(port),
+    ]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(1)
+        yield process, f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the test ended it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_answers_of_vllm_are_ours(vllm, tmp_path, capsys):
+    """500 questions; then the server dies among 9,673, and `vlmprune evaluate` says so in one line."""
+    process, url = vllm
+    command = ["evaluate", "--config=demo", f"--workdir={tmp_path / 'w'}", f"--config.model.hf_dir={tmp_path}/export"]
+    short = [*command, "--config.evaluate.questions=500"]
+    assert main(short) == 0, capsys.readouterr().err
+    assert main([*short, f"--server={url}"]) == 0, capsys.readouterr().err
+    ours, served = (
+        [json.loads(line) for line in (tmp_path / f"w/eval/{name}.answers.jsonl").read_text().splitlines()]
+        for name in ("teacher", "served-export")
+    )
+    assert len(ours) == len(served) == 500
+    assert [line["prediction"] for line in served] == [line["prediction"] for line in ours]
+    threading.Timer(5, os.killpg, (process.pid, signal.SIGKILL)).start()
+    capsys.readouterr()
+    assert main([*command, "--config.evaluate.batch_size=1", "--overwrite", f"--server={url}"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"vlmprune: error: \S+: the server does not answer \(.*\): start it, then .* to continue\n", error
+    )

@@ -32,8 +32,7 @@ class FolderOptions:
     )
     head_dim: int = export_setting(
         0,
-        "Channels per attention head of the decoder: 4 or 16 times the model's, padded with zeros (same function, for "
-        "engines that lack small heads), or 0 for the model's own number.",
+        "Channels per attention head of the decoder: 4 or 16 times the model's, padded with zeros (0 = the model's).",
         unit="channels",
         least=0,
     )
