@@ -131,7 +131,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts that are refused.
+    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts refused or not run.
 
     "*" marks differences from transformers with causally masked images.
     """
@@ -148,7 +148,7 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def _worst(cuts: dict[str, Line]) -> str:
-    numbers, refused, mark = dict[str, float](), list[str](), ""
+    numbers, others, mark = dict[str, float](), {"no": list[str](), _NOT_RUN: list[str]()}, ""
     for cut, line in cuts.items():
         folder = Path(line["folder"])
         value = line.get("error") or difference(folder, line["engine"])
@@ -158,12 +158,12 @@ def _worst(cuts: dict[str, Line]) -> str:
         if isinstance(value, float):
             numbers[cut] = value
         else:
-            refused.append(cut)
+            others[_NOT_RUN if value == _NOT_RUN else "no"].append(cut)
     if "unpruned" not in numbers:
-        return "no" if cuts else ""
+        return next((word for word, names in others.items() if "unpruned" in names), "")
     worst = max((value for cut, value in numbers.items() if cut != "unpruned"), default=None)
     shown = _number(numbers["unpruned"]) + ("" if worst is None else f"/{_number(worst)}") + mark
-    return shown + (f"; no {', '.join(refused)}" if refused else "")
+    return "; ".join([shown, *(f"{word} {', '.join(names)}" for word, names in others.items() if names)])
 
 
 def _place(line: Line) -> tuple[str, str, str]:
