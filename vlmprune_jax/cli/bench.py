@@ -3,7 +3,6 @@
 Measures prefill and decode speed (tokens/s), time of a question, peak memory and file size in vlmprune's JAX forward
 pass, transformers, vLLM, OpenVINO, mlx-vlm (folders) and llama.cpp (GGUF), in turns, one process per model and engine.
   vlmprune bench --model=DIR --against=runs/llava/export --backends=jax,transformers --threads=4 --json=bench.json
-  vlmprune bench --model=DIR --backends=jax,vllm --engine_python=vllm:.venv-vllm/bin/python
 """
 
 from __future__ import annotations
