@@ -123,6 +123,7 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
     assert how_known(llava, "vllm") == "tried with vLLM 0.32"
     assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
+    assert how_known(cfg, "openvino") == "tried with optimum-intel 2.2: layers and heads"  # no other cut was run
 
 
 def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):
