@@ -17,6 +17,7 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
     ("evaluation/speed/bench.py", "start"): "-P",
+    ("evaluation/speed/bench.py", "_installed"): "-I, with an interpreter that the command line names",
     ("export/gguf_check.py", "_ask"): "-P",
     ("data/tokenizer_files.py", "_try_rules"): "-P",
     ("data/chat_template.py", "chat_prompt"): "-P",
@@ -43,7 +44,7 @@ WRITERS = {
     ("hf/disk/tensors.py", "write_weights"): _NEW,
     ("recovery/peft.py", "write_adapter"): _NEW,
     ("evaluation/lmms/tasks.py", "write_tasks"): _NEW,
-    ("evaluation/speed/engines.py", "serve"): "standard output",
+    ("evaluation/speed/process.py", "serve"): "standard output",
     ("core/console.py", "without_output"): "the null device",
     ("distributed/journal.py", "add"): _REPLACED,
     ("recovery/metrics.py", "__init__"): _REPLACED,
@@ -62,7 +63,6 @@ UNBOUNDED = {
     ("export/gguf_file.py", "_header"): "what was written a moment ago",
     ("distributed/machine.py", "_lines"): _SYSTEM,
     ("sweep/sweep.py", "_forget_programs"): _SYSTEM,
-    ("evaluation/speed/engines.py", "_peak_bytes"): _SYSTEM,
     ("evaluation/speed/energy.py", "_rapl"): _SYSTEM,
 }
 

@@ -127,6 +127,7 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
     assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"
     assert how_known(llava, "vllm_tpu") == "by the code of tpu-inference 0.32"
+    assert how_known(cfg, "openvino") == "tried with optimum-intel 2.2: layers and heads"  # no other cut was run
 
 
 def test_copies_of_gemma_4_are_those_that_its_class_holds(goldens):

@@ -60,6 +60,9 @@ def test_an_engine_that_dies_is_a_line(cells, tmp_path, monkeypatch):
     assert "| LLaVA | depth | no (1) |" in shown
     assert "\n2. ValueError: no heads" in shown
     assert table.summary(lines).endswith("| LLaVA | 0.25/0.25; no depth, heads |")
+    waiting = {"folder": str(tmp_path / "LLaVA/neurons, float32"), "engine": "vllm", "error": table._NOT_RUN}
+    assert "| LLaVA | neurons | not run |" in table.markdown([*lines, waiting])
+    assert table.summary([*lines, waiting]).endswith("| LLaVA | 0.25/0.25; no depth, heads; not run neurons |")
     monkeypatch.setattr(table.subprocess, "Popen", lambda *a, **k: pytest.fail("folders were run again"))
     assert table.run_engine("vllm", tmp_path / "python", cells, tmp_path) == lines
 
@@ -81,6 +84,9 @@ def test_cells_of_a_stand_in(tmp_path):
     assert "not written" in cells[2]  # no class holds unequal heads
     assert [len(load(cell).cfg.text.layers) for cell in cells[:2]] == [6, 5]
     assert len(json.loads((cells[1] / "prompts/texts.json").read_text())) == standins.PROMPTS
+    before = (cells[1] / "model.safetensors").stat().st_mtime_ns
+    assert [*standins.write_cells("Gemma 4 E", tmp_path, ["depth"], ["float32"])] == cells[:2]
+    assert (cells[1] / "model.safetensors").stat().st_mtime_ns == before, "an export was written again"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Configs, tokenizers and processors are those of the golden checkpoints (tests/go
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -250,10 +251,13 @@ CUTS: dict[str, Callable[[Model, Path], PrunePlan]] = {
 def write_cells(name: str, work: Path, cuts: Sequence[str], storages: Sequence[str]) -> Iterator[Path | str]:
     """Write a stand-in's exports to `work`; yield their folders, or a line on why a cut or storage does not exist.
 
-    All cuts are written in float32, the unpruned stand-in and "heads" in every storage.
+    All cuts are written in float32, the unpruned stand-in and "heads" in every storage. Exports that exist are kept.
     """
-    source = write_source(name, work / name / "source")
-    model, bare = vp.load(source), "vision_config" not in json.loads((source / "config.json").read_text())
+    source = work / name / "source"
+    if not _complete(source):
+        write_source(name, source)
+    load = functools.cache(lambda: vp.load(source))
+    bare = "vision_config" not in json.loads((source / "config.json").read_text())
     for cut in ("unpruned", *cuts):
         if bare and cut.startswith("tower"):
             continue
@@ -262,12 +266,18 @@ def write_cells(name: str, work: Path, cuts: Sequence[str], storages: Sequence[s
                 continue
             out = work / name / f"{cut}, {storage}"
             try:
-                plan = CUTS[cut](model, source) if cut != "unpruned" else None
-                _write_cell(model, plan, source, out, storage)
+                if not _complete(out):
+                    plan = CUTS[cut](load(), source) if cut != "unpruned" else None
+                    _write_cell(load(), plan, source, out, storage)
             except UserError as error:
                 yield f"{out.parent.name}: {out.name}: not written: {error}"
                 continue
             yield out
+
+
+def _complete(folder: Path) -> bool:
+    """Return True if a folder has its prompts, which are written last."""
+    return (folder / "prompts/texts.json").exists()
 
 
 def _write_cell(model: Model, plan: PrunePlan | None, source: Path, out: Path, storage: str) -> None:

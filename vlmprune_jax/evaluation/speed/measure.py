@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.distributed.mesh import on_process_zero
-from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig, Stopwatch, take_turns, to_speed
+from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig, take_turns, to_speed
+from vlmprune_jax.evaluation.speed.process import Stopwatch
 from vlmprune_jax.models.generate import CompiledGeneration, compile_generation
 from vlmprune_jax.models.vlm import Model
 
@@ -28,7 +29,7 @@ def measure_speed(
       models: models by name; all must fit in memory together.
       config: workload; `options` override single settings of `SpeedConfig`.
 
-    Raises UserError as `SpeedConfig.check` and `Stopwatch.read` do.
+    Raises UserError as `SpeedConfig.check` and `to_speed` do.
     """
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
@@ -38,12 +39,14 @@ def measure_speed(
     def agree(seconds: float) -> float:  # all processes must run a program equally often
         return float(on_process_zero(lambda: seconds))
 
-    reads = [Stopwatch(program, name, agree=agree).read for name, program in programs.items()]
+    reads = [Stopwatch(program, agree=agree).read for program in programs.values()]
     prompt_tokens, new_tokens = config.batch_size * config.prompt_tokens, config.batch_size * config.new_tokens
-    return {
-        name: Measurement(**to_speed(seconds, prompt_tokens, new_tokens), peak_bytes=program.peak_bytes)
-        for (name, program), seconds in zip(programs.items(), take_turns(reads, config.rounds), strict=True)
-    }
+    measured = dict[str, Measurement]()
+    for (name, program), seconds in zip(programs.items(), take_turns(reads, config.rounds), strict=True):
+        with error_context(name):
+            speeds = to_speed(seconds, prompt_tokens, new_tokens)
+        measured[name] = Measurement(**speeds, peak_bytes=program.peak_bytes)
+    return measured
 
 
 def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
