@@ -154,7 +154,8 @@ def api_page() -> str:
         elif inspect.isfunction(value):
             functions.append(f"|`{name}({_parameters(value)})`|{about}|")
         else:
-            other.append(f"|`{name}`|{', '.join(f'`{key}`' for key in sorted(value))}|")
+            keys = sorted(getattr(key, "__name__", key) for key in value)
+            other.append(f"|`{name}`|{', '.join(f'`{key}`' for key in keys)}|")
     tables = (("Functions", functions), ("Classes", classes), ("Mappings that your files can extend", other))
     text = "\n".join(
         [API, *("\n".join([f"## {title}", "", "|name||", "|---|---|", *lines, ""]) for title, lines in tables)]

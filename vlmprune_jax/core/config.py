@@ -78,6 +78,7 @@ class TextConfig(Stack):
         return all(len(known) == 1 for known in sizes.values())
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.layers:
             raise UserError("a decoder needs at least one layer")
         if self.head_bias and self.tie_embeddings:
@@ -125,6 +126,7 @@ class VisionConfig(Stack):
     channels_last: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.image_size < self.patch_size:
             raise UserError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
         for layer in self.layers:

@@ -25,7 +25,8 @@ class Axis:
     parent: str = ""
     """Axis of the same part of which every index owns equally many indices of this axis; "" for none.
 
-    Indices count over all parents: index i belongs to parent index i // (size / parent's size).
+    Indices count over all parents: index i belongs to parent index i // (size / parent's size). A weight that names the
+    parent before the axis has the axis once per parent, so that its array has size / parent's size indices of it.
     """
 
     channels: str = ""
@@ -33,6 +34,12 @@ class Axis:
 
     mesh: str = ""
     """Mesh axis that shards it; "" if it is replicated."""
+
+    where_divisible: bool = False
+    """True if the axis is replicated on a mesh that does not divide it, instead of refusing that mesh."""
+
+    multiple: str = ""
+    """Setting with the multiple of the remaining units; "" for that of the part (`Part.settings`)."""
 
 
 # Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
@@ -75,6 +82,19 @@ class Part:
     def relative_width(self) -> int:
         """Width relative to the layers that config.json states one number for; all keep the same share of it."""
         return 1
+
+    @property
+    def problem(self) -> str | None:
+        """Return why no layer can have a part with these sizes, with advice; None if it can."""
+        return None
+
+    def least(self, axis: str) -> int:
+        """Return the smallest size of an axis with which the part can be computed."""
+        return 1
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        return self.sizes
 
     @property
     def root(self) -> str:
@@ -220,6 +240,11 @@ class ChannelMixer(Part):
     writer = "down_proj"
     settings = ("mlp_layers", "neurons_multiple")
 
+    @property
+    def neuron_counts(self) -> tuple[int, ...]:
+        """Lengths of the rows that its writers read."""
+        return tuple(self.sizes.values())
+
 
 @dataclass(frozen=True)
 class Dense(ChannelMixer):
@@ -251,6 +276,75 @@ class Dense(ChannelMixer):
 
 
 @dataclass(frozen=True)
+class Experts(ChannelMixer):
+    """Mixture of experts: a router sends every token to a few of many gated MLPs, and weighs their outputs."""
+
+    module = "mlp"
+    axes: ClassVar[tuple[Axis, ...]] = (
+        Axis("experts", "experts", mesh="fsdp", where_divisible=True, multiple="experts_multiple"),
+        Axis("expert_mlp", "neurons of experts", parent="experts", mesh="tensor"),
+    )
+
+    experts: int
+    """Number of experts."""
+
+    expert_mlp: int
+    """Number of neurons of all experts together, equally many of each."""
+
+    top_k: int
+    """Number of experts per token, those with the largest router probabilities."""
+
+    renormalise: bool = True
+    """True if the probabilities of a token's experts are divided by their sum."""
+
+    _: KW_ONLY
+    activation: str = "silu"
+    """Activation by its name in transformers."""
+
+    bias: ClassVar[bool] = False
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons of one expert."""
+        return self.expert_mlp // self.experts
+
+    @property
+    def problem(self) -> str | None:
+        """Return why no layer can have these experts, with advice; None if it can."""
+        if self.top_k <= self.experts:
+            return None
+        return f"every token uses {self.top_k} experts, but the layer has {self.experts}: keep at least {self.top_k}"
+
+    @property
+    def neuron_counts(self) -> tuple[int, ...]:
+        """Lengths of the rows that its writers read: neurons of one expert, and of a dense MLP beside them."""
+        return self.neurons, *(size for axis, size in self.sizes.items() if axis not in ("experts", "expert_mlp"))
+
+    def least(self, axis: str) -> int:
+        """Return the smallest size of an axis: as many experts as a token uses."""
+        return self.top_k if axis == "experts" else 1
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that tokens use at most: neurons of `top_k` experts each."""
+        return {**self.sizes, "expert_mlp": min(self.experts, tokens * self.top_k) * self.neurons}
+
+
+@dataclass(frozen=True)
+class ExpertsBesideDense(Experts):
+    """Experts and a dense MLP that read the same residual stream; their outputs are added.
+
+    Each has norms of its own before and after it. The router reads the stream itself, divided by its root mean square
+    and scaled by channel; a learned factor per expert multiplies the gates.
+    """
+
+    axes = (*Experts.axes, *Dense.axes)
+
+    _: KW_ONLY
+    mlp: int
+    """Number of neurons of the dense MLP."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer layer: a mixer over positions, then a mixer over channels."""
 
@@ -274,6 +368,10 @@ class Layer:
     def sizes(self) -> dict[str, int]:
         """Size of every prunable axis of the layer by name, the form in which plans store layers."""
         return {name: size for part in self.parts for name, size in part.sizes.items()}
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        return {name: size for part in self.parts for name, size in part.active_sizes(tokens).items()}
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
@@ -304,6 +402,12 @@ class Layer:
         return {**sizes, **follow}
 
 
+def array_axes(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the axes whose sizes multiply to an array's size: without parents of other axes that it names."""
+    parents = {AXES[name].parent for name in names if name in AXES}
+    return tuple(name for name in names if name not in parents)
+
+
 def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:
     """Group equal neighbours as (first layer, number of layers, layer); each group is one scan."""
     result, start = [], 0
@@ -320,8 +424,10 @@ def describe_sizes(sizes: Mapping[str, int]) -> str:
     texts = []
     for name, size in sizes.items():
         axis = AXES[name]
-        if axis.parent and size != sizes[axis.parent]:
+        if axis.parent and axis.channels and size != sizes[axis.parent]:
             texts.append(f"{size}/{sizes[axis.parent]} {axis.title.split()[-1]}")
+        elif axis.parent and not axis.channels:
+            texts.append(f"{sizes[axis.parent]} {AXES[axis.parent].title} of {size // sizes[axis.parent]:,} neurons")
         elif name not in parents:
             texts.append(f"{size:,} {axis.title.split()[-1]}")
     return ", ".join(texts)

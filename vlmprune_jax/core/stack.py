@@ -68,6 +68,11 @@ class Stack:
     block: BlockConfig
     """What all blocks have around their parts."""
 
+    def __post_init__(self) -> None:
+        for i, layer in enumerate(self.layers):
+            if problem := next((part.problem for part in layer.parts if part.problem), None):
+                raise UserError(f"layer {i}: {problem}")
+
     @property
     def attention(self) -> Attention:
         """Attention of the first layer without a window, or of the first layer: the facts config.json states once."""

@@ -32,13 +32,14 @@ WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
 def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
     """Return the PartitionSpec for named axes; each mesh axis shards only the first named axis that maps to it.
 
-    `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE`, which are replicated without.
+    `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE` and those of parts like them, which are
+    replicated without.
     """
     divisible = {axis for axis, size in zip(axes, shape, strict=False) if size % fsdp == 0}
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
-        entry = _rule(axis) if axis and (axis not in WHERE_DIVISIBLE or axis in divisible) else None
+        entry = _rule(axis) if axis and (not _where_divisible(axis) or axis in divisible) else None
         names = (entry,) if isinstance(entry, str) else entry or ()
         if used.intersection(names):
             entry = None
@@ -46,6 +47,10 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -
             used.update(names)
         entries.append(entry)
     return PartitionSpec(*entries)
+
+
+def _where_divisible(axis: str) -> bool:
+    return AXES[axis].where_divisible if axis in AXES else axis in WHERE_DIVISIBLE
 
 
 def _rule(axis: str) -> str | tuple[str, ...] | None:
@@ -95,8 +100,11 @@ def _split_sizes(cfg: ModelConfig) -> dict[str, tuple[str, int]]:
     }
     for name, stack in cfg.stacks.items():
         for i, layer in enumerate(stack.layers):
-            sharded = {axis.name: axis.mesh for axis in layer.axes if axis.mesh}
-            sizes |= {f"{axis} of {name} layer {i}": (by, layer.sizes[axis]) for axis, by in sharded.items()}
+            for axis in layer.axes:
+                if axis.mesh and not axis.where_divisible:
+                    apart = axis.parent and AXES[axis.parent].mesh != axis.mesh  # weights have it once per parent
+                    size = layer.sizes[axis.name] // (layer.sizes[axis.parent] if apart else 1)
+                    sizes[f"{axis.name} of {name} layer {i}"] = axis.mesh, size
     if cfg.vision is not None:
         sizes |= {
             "vision hidden_size": ("fsdp", cfg.vision.hidden_size),

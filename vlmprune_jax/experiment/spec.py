@@ -43,7 +43,7 @@ class ScoreSpec(ScoreConfig):
     )
     width: str = score_setting(
         "taylor",
-        'Criterion that scores heads and neurons, for methods "width" and "hybrid".',
+        'Criterion that scores heads, neurons or experts, for methods "width", "hybrid" and "experts".',
         choices="prune.criteria:CRITERIA",
     )
     samples: int = score_setting(50, "Number of calibration records for scoring.", unit="records", least=1)

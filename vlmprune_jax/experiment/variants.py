@@ -145,11 +145,14 @@ def _checked(name: str) -> str:
 def _check_criteria(spec: ScoreSpec) -> None:
     """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
-    for name, criterion, what in (("depth", spec.depth, "layers"), ("width", spec.width, "widths")):
+    needed: tuple[tuple[str, str, tuple[str, ...]], ...]
+    needed = (("depth", spec.depth, ("layers",)), ("width", spec.width, ("widths", "experts")))
+    for name, criterion, kinds in needed:
         chosen = CRITERIA[one_of(f"score.{name}", criterion, tuple(CRITERIA))]
-        if what not in chosen.scores:
+        if not {*kinds} & {*chosen.scores}:
             raise UserError(
-                f"score.{name}={criterion!r} scores {' and '.join(chosen.scores)}, not {what}: use {scoring(what)}"
+                f"score.{name}={criterion!r} scores {' and '.join(chosen.scores)}, not {kinds[0]}: use "
+                f"{scoring(kinds[0])}"
             )
         options |= chosen.options
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
@@ -157,7 +160,8 @@ def _check_criteria(spec: ScoreSpec) -> None:
 
 def _check_target(config: PruneSpec) -> None:
     """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
-    if config.budget.limits or any(t is not None for t in (config.ratio, config.layers_removed, config.sparsity)):
+    targets = (config.ratio, config.layers_removed, config.sparsity, config.experts)
+    if config.budget.limits or any(target is not None for target in targets):
         config.check()
     if config.budget.limits:
         with error_context("prune.budget.slice"):

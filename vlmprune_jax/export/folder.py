@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vlmprune_jax.hf.layout import (
     by_key,
     join_tensor,
     make_slots,
+    row_groups,
     template,
     tied_head,
 )
@@ -146,7 +148,7 @@ def _weight(
     """Return one tensor of the exported checkpoint, joined from the model parameters that it contains."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
-        array = to_host(flat[before.path], before.index)
+        array = to_host(flat[before.path], before.place)
         if before.shape != after.shape:
             if before.layer is not None:
                 array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
@@ -154,14 +156,23 @@ def _weight(
                 array = more_words(array, before.axes, new.text.vocab_size)
         return _as_dtype(array, dtype)
 
-    arrays = [(flat[before.path], before.index) for before, _ in pairs]
+    def joined(pairs: Sequence[tuple[Slot, Slot]]) -> np.ndarray:
+        return join_tensor([fetch_part(*pair) for pair in pairs], [after for _, after in pairs])
+
+    def pieces() -> Iterator[np.ndarray]:
+        if blocks is not None:
+            yield from (_as_dtype(block, dtype) for block in blocks())
+        else:
+            yield from map(joined, groups)
+
+    arrays = [(flat[before.path], before.place) for before, _ in pairs]
     extent = extent_of(arrays, dtype) if all(before.shape == after.shape for before, after in pairs) else None
     check = functools.partial(check_finite, what=f"{origin(*arrays[0]) or key}, to be written as {dtype},")
-    fetch = lambda: join_tensor([fetch_part(*pair) for pair in pairs])  # noqa: E731
+    groups = row_groups(pairs, operator.itemgetter(1))
     whole = len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape
     blocks = blocks_of(*arrays[0]) if whole else None
-    pieces = None if blocks is None else lambda: (_as_dtype(block, dtype) for block in blocks())
-    return weight(key, dtype, pairs[0][1].hf_shape, fetch, extent, check, pieces)
+    by_piece = pieces if blocks is not None or pairs[0][0].entry is not None else None
+    return weight(key, dtype, pairs[0][1].hf_shape, lambda: joined(pairs), extent, check, by_piece)
 
 
 def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from vlmprune_jax.families.gguf import NAME, WHEEL
 from vlmprune_jax.families.gguf_towers import projector_tensors, tower_tensors
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.gguf import read_gguf_header
-from vlmprune_jax.hf.layout import make_slots
+from vlmprune_jax.hf.layout import by_key, make_slots, stacked
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.vlm import Model, forward
@@ -196,18 +196,15 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
             return np.stack([stored(copy_of(n), (rows, channels, *sides)) for n in range(copies)], axis=2)
         return dequantize(tensors[key].data, tensors[key].tensor_type).reshape(shape)
 
-    flat: dict[str, Any] = {}
-    for slot in make_slots(wide, family):
-        array = stored(slot.key, slot.hf_shape or (1,))[slot.start : slot.stop]
-        if slot.path == "vision/patch_embedding/weight" and vision_of(wide).channels_last:
-            array = np.moveaxis(array.reshape(len(array), vision_of(wide).channels, -1), 1, 2)
-        array = array.reshape(slot.shape)
-        if rolled_positions and slot.path == "vision/position_embedding/weight" and vision_of(wide).class_token:
-            array = np.roll(array, 1, axis=0)
-        array = spelled(array, slot, wide, architecture if slot.part == "text" else None, back=True)
-        if slot.index is None:
-            flat[slot.path] = array
-        else:
-            flat.setdefault(slot.path, []).append(array)
-    stacked = {path: np.stack(leaf) if isinstance(leaf, list) else leaf for path, leaf in flat.items()}
-    return Model(unflatten(stacked), wide), {tensor.tensor_type.name for tensor in tensors.values()}
+    arrays = []
+    for key, slots in by_key(make_slots(wide, family)).items():
+        path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
+        if path == "vision/patch_embedding/weight" and vision_of(wide).channels_last:
+            tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
+        if rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
+            tensor = np.roll(tensor, 1, axis=0)
+        for slot in slots:
+            array = spelled(slot.array_of(tensor), slot, wide, architecture if slot.part == "text" else None, back=True)
+            arrays.append((slot, array))
+    flat = stacked(arrays, np.stack)
+    return Model(unflatten(flat), wide), {tensor.tensor_type.name for tensor in tensors.values()}

@@ -16,7 +16,7 @@ from vlmprune_jax.data.tiling import tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture, full_attention_period
+from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture, full_attention_period, width_fields
 from vlmprune_jax.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.tiles import TilingConfig
@@ -51,7 +51,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
         "vocab_size": text.vocab_size,
         "head_count": widths("q_heads"),
         "head_count_kv": widths("kv_heads"),
-        "feed_forward_length": widths("mlp"),
+        **width_fields(text.layers),
         "key_length": text.attention.head_dim,
         "value_length": text.attention.head_dim,
         "rope_dimension_count": text.attention.rotated,
@@ -188,7 +188,8 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
             f"llama.cpp has no sliding window for `{architecture.name}`: results agree up to {longest:,} tokens, the "
             "context length in the file."
         )
-    widths = sorted({shape.sizes["mlp"] for shape in text.layers if shape.sizes["mlp"] % _BLOCK})
+    neurons = {width for layer in text.layers for width in layer.channel.neuron_counts}
+    widths = sorted(width for width in neurons if width % _BLOCK)
     if widths:
         listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
         remarks.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from vlmprune_jax.export.gguf_metadata import (
 from vlmprune_jax.export.gguf_tokenizer import make_vocabulary
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.gguf import Architecture
+from vlmprune_jax.families.gguf import LAYOUTS, UNQUANTISED, Architecture
 from vlmprune_jax.families.gguf_towers import (
     TOWER,
     WITHOUT_LEAF,
@@ -43,7 +44,7 @@ from vlmprune_jax.families.gguf_towers import (
 from vlmprune_jax.families.table import JsonDict, Weight
 from vlmprune_jax.families.towers import vision_of
 from vlmprune_jax.hf.disk.tensors import Tensor
-from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
+from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots, row_groups
 from vlmprune_jax.hf.lazy import blocks_of, origin, to_host
 from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.layers import inverse_frequencies
@@ -242,8 +243,10 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
         for line in family.weights(cfg):
             inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
             if line.path.startswith(f"{part}/"):
-                key = names[inside] if names[inside] in WITHOUT_LEAF else f"{names[inside]}.{leaf}"
-                line = Weight(line.path, key, " ".join(axis for axis in line.layout.split() if axis != "1"))
+                whole = names[inside] in WITHOUT_LEAF or names[inside].endswith(".scale")
+                key = names[inside] if whole else f"{names[inside]}.{leaf}"
+                layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
+                line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
             lines.append(line)
         return lines
 
@@ -251,8 +254,8 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
 
 
 def _type_of(key: str, shape: tuple[int, ...], plain: str, quantize: str) -> str:
-    """Return a tensor's GGML type: F32 for vectors and positions, at least 8 bits for embeddings and output head."""
-    if len(shape) <= 1 or key.startswith("v.position_embd"):
+    """Return a tensor's GGML type: F32 for vectors, routers and positions, at least 8 bits for embedding and head."""
+    if len(shape) <= 1 or key.startswith("v.position_embd") or key.endswith(UNQUANTISED):
         return "F32"
     if quantize == "none":
         return plain
@@ -273,19 +276,20 @@ def _tensor(
     """Return one GGUF tensor, joined from the model parameters that it contains."""
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
-        array = to_host(flat[before.path], before.index)
+        array = to_host(flat[before.path], before.place)
         if before.shape != after.shape:
             assert before.layer is not None
             array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
         return spelled(array, after, new, architecture)
 
     before, after = pairs[0]
-    array, whole = (flat[before.path], before.index), len(pairs) == 1 and before.shape == after.shape
+    array, whole = (flat[before.path], before.place), len(pairs) == 1 and before.shape == after.shape
     blocks = blocks_of(*array) if whole else None
 
     def pieces() -> Iterator[np.ndarray]:
         if blocks is None:
-            yield join_tensor([fetch_part(*pair) for pair in pairs])
+            for group in [pairs] if before.entry is None else row_groups(pairs, operator.itemgetter(1)):
+                yield join_tensor([fetch_part(*pair) for pair in group], [slot for _, slot in group])
         else:
             yield from (spelled(block, after, new, architecture) for block in blocks())
 

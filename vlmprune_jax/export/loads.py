@@ -6,12 +6,12 @@ them were tried (tools/engines/table.py) and which were read from an engine's co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer, Part
+from vlmprune_jax.core.parts import AXES, Layer, Part
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.vllm_tpu import implementation
@@ -100,16 +100,11 @@ def check_loads(cfg: ModelConfig, targets: Sequence[str]) -> None:
 
 def what_loads(cfg: ModelConfig) -> dict[str, dict[str, dict[str, str | None]]]:
     """Return {engine: {stack: {type of pruning: why the engine cannot load the pruned model, or None}}}."""
-    copies: dict[str, Callable[[Stack], list[Layer]]] = {
-        "fewer layers": _fewer_layers,
-        "neurons": lambda stack: [_without(layer, layer.channel) for layer in stack.layers],
-        "heads": _fewer_heads,
-        "unequal widths": lambda stack: [_without(stack.layers[0], stack.layers[0].channel, 1), *stack.layers[1:]],
-    }
+    copies = {name: _copies(stack) for name, stack in cfg.stacks.items()}
     return {
         target: {
-            stack: {kind: _why_not_copy(cfg, stack, make(layers), target) for kind, make in copies.items()}
-            for stack, layers in cfg.stacks.items()
+            stack: {kind: _why_not_copy(cfg, stack, layers, target) for kind, layers in kinds.items()}
+            for stack, kinds in copies.items()
         }
         for target in TARGETS
     }
@@ -125,6 +120,17 @@ def _why_not_copy(cfg: ModelConfig, stack: str, layers: Sequence[Layer], target:
 
 
 # Copies with the least removed -----------------------------------------------------------------------------
+
+
+def _copies(stack: Stack) -> dict[str, list[Layer]]:
+    """Return {type of pruning: the layers after it}."""
+    first, *others = stack.layers
+    return {
+        "fewer layers": _fewer_layers(stack),
+        AXES[first.channel.root].title: [_without(layer, layer.channel) for layer in stack.layers],
+        "heads": _fewer_heads(stack),
+        "unequal widths": [_without(first, first.channel, 1), *others],
+    }
 
 
 def _fewer_layers(stack: Stack) -> list[Layer]:

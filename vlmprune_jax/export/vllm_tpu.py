@@ -90,7 +90,7 @@ def _problem(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> str |
         inputs = (
             cfg.text.hidden_size,
             shape.mixer.q_heads * shape.mixer.head_dim // tensor,
-            shape.sizes["mlp"] // tensor,
+            *(width // tensor for width in shape.channel.neuron_counts),
         )
         if shape.mixer.kv_heads % tensor or any(width % (storage.group or width) for width in inputs):
             needed = f"each of {tensor} chips needs whole key/value heads and groups of {storage.group}"

@@ -19,7 +19,9 @@ from vlmprune_jax.families.phi3 import PHI3
 from vlmprune_jax.families.qwen2 import QWEN2
 from vlmprune_jax.families.qwen2_5_vl import QWEN2_5_VL
 from vlmprune_jax.families.qwen3 import QWEN3
+from vlmprune_jax.families.qwen3_moe import QWEN3_MOE
 from vlmprune_jax.families.qwen3_vl import QWEN3_VL
+from vlmprune_jax.families.qwen3_vl_moe import QWEN3_VL_MOE
 from vlmprune_jax.families.smolvlm import SMOLVLM
 from vlmprune_jax.families.table import FAMILIES, Family, Weight
 from vlmprune_jax.families.templates import Template
@@ -33,10 +35,11 @@ FAMILIES.update(
         "internvl-original": INTERNVL_ORIGINAL,
         "smolvlm": SMOLVLM,
         "qwen3_vl": QWEN3_VL,
+        "qwen3_vl_moe": QWEN3_VL_MOE,
         "qwen2_5_vl": QWEN2_5_VL,
         "gemma3": GEMMA3,
         "gemma4": GEMMA4,
-        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3)},
+        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, QWEN3_MOE)},
     }
 )
 

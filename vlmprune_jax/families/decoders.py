@@ -33,9 +33,8 @@ def layer_problem(text: TextConfig) -> str | None:
 def uneven_problem(text: TextConfig) -> str | None:
     """Return why no export can hold this decoder with layers of unequal width; None if one can."""
     first, *others = text.layers
-    return layer_problem(
-        text.with_layers([first.resized({first.channel.root: first.sizes[first.channel.root] + 1}), *others])
-    )
+    wider = first.completed({first.channel.root: first.sizes[first.channel.root] + 1})
+    return layer_problem(text.with_layers([first.resized(wider), *others]))
 
 
 def text_from_hf(config: Mapping[str, Any]) -> TextConfig:

@@ -53,7 +53,8 @@ _KINDS: tuple[_Kind, ...] = (
          "spatial_merge_size", "temporal_patch_size", "window_size", "out_hidden_size", "num_position_embeddings"),
         ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
          "sliding_window_pattern", "mm_tokens_per_image", "global_head_dim", "num_global_key_value_heads",
-         "vocab_size_per_layer_input", "pooling_kernel_size", "position_embedding_size"),
+         "vocab_size_per_layer_input", "pooling_kernel_size", "position_embedding_size", "num_experts",
+         "num_local_experts", "num_experts_per_tok", "top_k_experts", "moe_intermediate_size", "decoder_sparse_step"),
     ),
     (f"a whole number from 1 to {MAX_LAYERS}", lambda v: _whole(v, MAX_LAYERS), ("num_hidden_layers", "depth"), ()),
     (
@@ -101,7 +102,7 @@ _KINDS: tuple[_Kind, ...] = (
         "a list of whole numbers from 0",
         lambda v: _list_of(lambda number: type(number) is int and 0 <= number <= _MAX, v),
         ("deepstack_visual_indexes", "fullatt_block_indexes", "mrope_section"),
-        (),
+        ("mlp_only_layers",),
     ),
     ("a list of numbers above 0", lambda v: _list_of(_positive, v), ("short_factor", "long_factor"), ()),
     (
@@ -119,7 +120,8 @@ _KINDS: tuple[_Kind, ...] = (
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window", "qk_layernorm",
          "multimodal_projector_bias", "use_s2", "qk_normalization", "use_qk_norm", "use_mean_pooling",
          "use_absolute_position_embeddings", "vision_use_head", "dynamic_image_size", "use_thumbnail", "pad2square",
-         "attention_k_eq_v", "use_double_wide_mlp", "use_clipped_linears", "standardize", "enable_moe_block"),
+         "attention_k_eq_v", "use_double_wide_mlp", "use_clipped_linears", "standardize", "enable_moe_block",
+         "norm_topk_prob"),
     ),
     (
         "a text",

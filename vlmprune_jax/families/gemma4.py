@@ -1,4 +1,4 @@
-"""Gemma 4 (E2B, E4B and dense kinds): a tower for images of any aspect, and layers that share keys and values.
+"""Gemma 4 (E2B, E4B, 26B-A4B, dense): a tower for images of any aspect, and layers that share keys and values.
 
 Its audio tower is carried along unchanged.
 """
@@ -18,6 +18,7 @@ from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
 from vlmprune_jax.families.gemma3 import CAUSAL, NORMS, THETA
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
@@ -122,9 +123,8 @@ def _full_heads(config: Mapping[str, Any], windows: list[int | None]) -> tuple[i
 
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
-    for name, wrong in {"enable_moe_block": True, "use_bidirectional_attention": "all"}.items():
-        if config.get(name) == wrong:
-            raise UserError(f"{name} {wrong!r} of Gemma 4 is not supported")
+    if config.get("use_bidirectional_attention") == "all":
+        raise UserError("use_bidirectional_attention 'all' of Gemma 4 is not supported")
     n_layers, ropes = int(config["num_hidden_layers"]), config.get("rope_parameters") or _ROPE
     types = config.get("layer_types") or [_SLIDING if (i + 1) % 6 else _FULL for i in range(n_layers)]
     windows = windows_from_hf({**config, "use_sliding_window": True, "layer_types": types}, n_layers)
@@ -165,6 +165,8 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
         kv_heads = full_kv_heads if layer.mixer.window is None and not stated else layer.mixer.kv_heads
         neurons = layer.sizes["mlp"] * (1 if stated else wide)
         mixer = dataclasses.replace(layer.mixer, kv_heads=kv_heads, kv_shared=shared)
+        if config.get("enable_moe_block"):
+            return Layer(mixer, beside_dense(config, neurons, activation=config["hidden_activation"]))
         return Layer(mixer, Dense(neurons, wide, activation=config["hidden_activation"]))
 
     text = text.with_layers([shape(i, layer) for i, layer in enumerate(text.layers)])
@@ -203,7 +205,19 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
         "num_kv_shared_layers": sum(shape.mixer.kv_shared for shape in text.layers),
         "global_head_dim": text.attention.head_dim,
         "num_global_key_value_heads": max(s.mixer.kv_heads for s in full) if text.attention.keys_as_values else None,
+        **(expert_sizes(text) if has_experts(text) else {}),
     }
+
+
+# Parameters of layers with experts beside the experts themselves, and their names in the files.
+_MOE = {
+    "dense_output_norm": ("post_feedforward_layernorm_1.weight", "embed"),
+    "experts_norm": ("pre_feedforward_layernorm_2.weight", "embed"),
+    "experts_output_norm": ("post_feedforward_layernorm_2.weight", "embed"),
+    "router": ("router.proj.weight", "experts embed"),
+    "router_scale": ("router.scale", "embed"),
+    "expert_scale": ("router.per_expert_scale", "experts"),
+}
 
 
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
@@ -224,7 +238,14 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
         for path, (name, layout) in lines.items()
     ]
     paths = {line.path for line in weights}
-    return [line for line in llama_like_weights(text, prefix, head) if line.path not in paths] + weights
+    table = [line for line in llama_like_weights(text, prefix, head) if line.path not in paths]
+    if has_experts(text):
+        layouts = ("experts expert_mlp embed", "experts embed expert_mlp")
+        files = ("gate_up_proj", "gate_up_proj", "down_proj")
+        weights += expert_weights(layer, f"{key}.experts.", layouts, files)
+        weights += [Weight(f"{layer}/mlp/{path}/weight", f"{key}.{name}", axes) for path, (name, axes) in _MOE.items()]
+        table = [dataclasses.replace(line, path=line.path.replace("/mlp/", "/mlp/dense/")) for line in table]
+    return table + weights
 
 
 _TOWER = {
@@ -350,6 +371,8 @@ def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
 def _engine_problem(engine: str, cfg: ModelConfig) -> str | None:
     if engine == "openvino" and cfg.text.block.layer_inputs:
         return "optimum-intel 2.2 did not convert an E model of Gemma 4: serve it with another engine"
+    if engine == "openvino" and has_experts(cfg.text):
+        return "optimum-intel 2.2 was not tried with experts of Gemma 4: serve it with another engine"
     return None
 
 

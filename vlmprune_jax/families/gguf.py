@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Experts, ExpertsBesideDense, Layer
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
@@ -27,9 +27,10 @@ class Architecture:
     Hugging Face files they are halves of a head); `per_layer`: layers may have different widths; `free_heads`: heads x
     head_dim may differ from the hidden size; `partial`: only part of each head may be rotated; `sections`: rotary
     positions by time, row and column; `own_head`: output head and bias are always stored, even if tied or absent in the
-    model. `windows(text)`: why it cannot hold these layers' sliding windows and shared keys, with advice, or None
-    (without the function sliding windows are ignored). `scale(text)`: its factor of attention scores, if not head_dim
-    ** -0.5 (query norms absorb the difference). `tokenizer`: its own tokenizer, instead of `SPACED` or `BYTE_LEVEL`.
+    model; `experts`: part of layers with experts, which all layers must then have (None: no experts). `windows(text)`:
+    why it cannot hold these layers' sliding windows and shared keys, with advice, or None (without the function sliding
+    windows are ignored). `scale(text)`: its factor of attention scores, if not head_dim ** -0.5 (query norms absorb the
+    difference). `tokenizer`: its own tokenizer, instead of `SPACED` or `BYTE_LEVEL`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Architecture:
     partial: bool = False
     sections: bool = False
     own_head: bool = False
+    experts: type[Experts] | None = None
     windows: Callable[[TextConfig], str | None] | None = None
     scale: Callable[[TextConfig], float] | None = None
     tokenizer: str = ""
@@ -70,6 +72,12 @@ class Architecture:
             return f"{text.local_attention.rope.kind} rope in layers with windows"
         if bool(text.rope.sections) != self.sections:
             return f"rotary embedding {'by rows and columns' if text.rope.sections else 'by one position'}"
+        parts = {type(layer.channel): layer.channel for layer in text.layers}
+        mixed = [part for part in parts.values() if isinstance(part, Experts)]
+        if any(type(part) is not self.experts for part in mixed) or not all(part.renormalise for part in mixed):
+            return "experts of this kind"
+        if mixed and len(parts) > 1:
+            return "dense layers among those of experts"
         if text.attention.rotated != text.attention.head_dim and not self.partial:
             return f"rotary embedding of {text.attention.rotated} of {text.attention.head_dim} channels"
         return None
@@ -115,12 +123,23 @@ _LLAMA_TENSORS = {
             "extra/gate": "inp_gate",
             "extra/project": "proj",
             "extra/norm": "post_norm",
+            "mlp/router": "ffn_gate_inp",
+            "mlp/experts/gate_proj": "ffn_gate_exps",
+            "mlp/experts/up_proj": "ffn_up_exps",
+            "mlp/experts/down_proj": "ffn_down_exps",
         },
     ),
     "extra_inputs/table": "per_layer_token_embd",
     "extra_inputs/project": "per_layer_model_proj",
     "extra_inputs/norm": "per_layer_proj_norm",
 }
+# Layouts of tensors of experts, whatever those of a family's files are; and tensors that are never quantised.
+LAYOUTS = {
+    "mlp/experts/gate_proj": "experts expert_mlp embed",
+    "mlp/experts/up_proj": "experts expert_mlp embed",
+    "mlp/experts/down_proj": "experts embed expert_mlp",
+}
+UNQUANTISED = ("ffn_gate_inp.weight",)
 _PHI2_TENSORS = {
     "embed_tokens": "token_embd",
     "final_layernorm": "output_norm",
@@ -157,10 +176,26 @@ LLAMA = Architecture(
 DECI = replace(LLAMA, name="deci", per_layer=True)
 QWEN2 = Architecture("qwen2", _LLAMA_TENSORS, biases=("qkv_bias",))
 QWEN3 = Architecture("qwen3", _LLAMA_TENSORS, free_heads=True)
+QWEN3MOE = replace(QWEN3, name="qwen3moe", experts=Experts)
 QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
 QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
+QWEN3VLMOE = replace(QWEN3VL, name="qwen3vlmoe", experts=Experts)
 PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
 _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another attention scale
+
+
+def width_fields(layers: Sequence[Layer]) -> dict[str, int | list[int]]:
+    """Return GGUF metadata with the widths of the channel mixers: one number, or one per layer."""
+    columns: dict[str, list[int]] = {}
+    for layer in layers:
+        part = layer.channel
+        if "mlp" in part.sizes:
+            columns.setdefault("feed_forward_length", []).append(part.sizes["mlp"])
+        if isinstance(part, Experts):
+            values = {"count": part.experts, "used_count": part.top_k, "feed_forward_length": part.neurons}
+            for name, value in values.items():
+                columns.setdefault(f"expert_{name}", []).append(value)
+    return {name: column[0] if len(set(column)) == 1 else column for name, column in columns.items()}
 
 
 def full_attention_period(layers: Sequence[Layer]) -> int | None:
@@ -197,9 +232,25 @@ def _gemma4_windows(text: TextConfig) -> str | None:
 GEMMA3 = Architecture(
     "gemma3", _LLAMA_TENSORS, TANH_GELU, ("linear",), free_heads=True, windows=_gemma3_windows, scale=_gemma3_scale
 )
+_GEMMA4_TENSORS = {
+    **_LLAMA_TENSORS,
+    **block_tensors(
+        "blk",
+        {
+            **{f"mlp/dense/{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
+            "mlp/dense_output_norm": "post_ffw_norm_1",
+            "mlp/experts_norm": "pre_ffw_norm_2",
+            "mlp/experts_output_norm": "post_ffw_norm_2",
+            "mlp/router_scale": "ffn_gate_inp.scale",
+            "mlp/expert_scale": "ffn_down_exps.scale",
+            "mlp/experts/gate_proj": "ffn_gate_up_exps",
+            "mlp/experts/up_proj": "ffn_gate_up_exps",
+        },
+    ),
+}
 GEMMA4 = Architecture(
     "gemma4",
-    _LLAMA_TENSORS,
+    _GEMMA4_TENSORS,
     TANH_GELU,
     ("proportional",),
     per_layer=True,
@@ -207,6 +258,7 @@ GEMMA4 = Architecture(
     windows=_gemma4_windows,
     scale=lambda text: 1.0,
     tokenizer="gemma4",
+    experts=ExpertsBesideDense,
 )
 PHI3 = Architecture("phi3", _PHI3_TENSORS, ropes=("linear", "yarn", "longrope"), partial=True)
 

@@ -21,7 +21,7 @@ from vlmprune_jax.families.patch_towers import (
     with_sections,
 )
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings
-from vlmprune_jax.families.table import Decoder, JsonDict
+from vlmprune_jax.families.table import Decoder, Family, JsonDict
 from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
 from vlmprune_jax.families.towers import vision_of
 
@@ -56,10 +56,10 @@ _VISION: JsonDict = {
 }
 
 
-def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_TEXT, **config}
+def text_of(config: Mapping[str, Any], decoder: str) -> TextConfig:
+    """Return the TextConfig of a Qwen3-VL decoder config with all defaults filled in."""
     bias = bool(config.get("attention_bias", False))
-    text = llama_like(config, _DECODER, attention={"bias": bias, "out_bias": bias, "qk_norm": True})
+    text = llama_like(config, decoder, attention={"bias": bias, "out_bias": bias, "qk_norm": True})
     # the class interleaves regardless of mrope_interleaved
     return with_sections(text, _SECTIONS, interleaved=True)
 
@@ -77,39 +77,49 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    section = config.get("text_config") or {}
-    tied = tied_embeddings(config, section, default=False)
-    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": tied})
-    tower = config.get("vision_config") or {}
-    check_out_size({**_VISION, **tower}, text)
-    return model_from_hf("qwen3_vl", config, text, _vision_from_hf(tower))
+def qwen3_vl_family(name: str, decoder: Decoder, defaults: JsonDict, **fields: Any) -> Family:
+    """Return a family with Qwen3-VL's tower; `defaults` are those of the decoder's config class."""
+
+    def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+        del vision
+        section = config.get("text_config") or {}
+        tied = tied_embeddings(config, section, default=False)
+        text = text_from_hf({**defaults, **section, "tie_word_embeddings": tied})
+        tower = config.get("vision_config") or {}
+        check_out_size({**_VISION, **tower}, text)
+        return model_from_hf(name, config, text, _vision_from_hf(tower))
+
+    def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+        config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
+        own = {"model_type": decoder.model_type, **(source.get("text_config") or {})}
+        return vlm_text_to_hf(cfg.text, config, own)
+
+    return patch_family(
+        name,
+        decoder,
+        from_hf=from_hf,
+        to_hf=to_hf,
+        weights=lambda cfg: (
+            text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+            + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
+        ),
+        templates=(TEMPLATE,),
+        vllm_tpu="torchax",
+        runs_in=("vllm", "mlx"),
+        **fields,
+    )
 
 
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
-    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
-
-
-QWEN3_VL = patch_family(
+QWEN3_VL = qwen3_vl_family(
     "qwen3_vl",
     Decoder(
         _DECODER,
         "Qwen3VLForConditionalGeneration",
-        _text_from_hf,
+        lambda config: text_of({**_TEXT, **config}, _DECODER),
         layers_to_hf,
         llama_like_weights,
         gguf=(gguf.QWEN3VL,),
     ),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
-    ),
-    templates=(TEMPLATE,),
-    vllm_tpu="torchax",
-    runs_in=("vllm", "mlx"),
+    _TEXT,
     tried={"vllm": "", "mlx": ""},
 )

@@ -59,14 +59,11 @@ def windows_from_hf(config: Mapping[str, Any], n_layers: int) -> list[int | None
 def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     """Return a config with its layer counts and widths updated; other fields are kept."""
     config = dict(source)
-    q_heads, kv_heads, mlp = (max(layer.sizes[axis] for layer in text.layers) for axis in _PER_LAYER_AXES)
-    config.update(
-        num_hidden_layers=len(text.layers),
-        num_attention_heads=q_heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        head_dim=text.local_attention.head_dim,
-    )
+    fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    for name, axis in zip(fields, _PER_LAYER_AXES, strict=True):
+        if widths := [layer.sizes[axis] for layer in text.layers if axis in layer.sizes]:
+            config[name] = max(widths)
+    config.update(num_hidden_layers=len(text.layers), head_dim=text.local_attention.head_dim)
     config.pop(PER_LAYER, None)
     if not text.even:
         config[PER_LAYER] = [[layer.sizes[axis] for axis in _PER_LAYER_AXES] for layer in text.layers]

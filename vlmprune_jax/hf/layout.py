@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import AXES, array_axes
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.families import Family
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -34,6 +38,11 @@ class Slot:
       shape: shape of the array: that in files with the named `axes` split, so that conversion is a reshape.
       layer: number of the block in its stack.
       start, stop: rows of the tensor; parameters that files fuse share a tensor, others own all rows.
+      width: number of values of a row, those of other parameters beside it included.
+      columns: values of a row that belong to the parameter; None if all do.
+      entry: index on the parameter's first axis; None if the slot is of all. Weights that name an axis and its parent
+        (experts and their neurons) have a slot per parent.
+      turned: True if the two axes of an entry are in the other order in files.
     """
 
     key: str
@@ -46,6 +55,26 @@ class Slot:
     layer: int | None
     start: int
     stop: int
+    width: int
+    columns: tuple[int, int] | None = None
+    entry: int | None = None
+    turned: bool = False
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Index of the slot's array in the parameter: of the layer, and of the entry."""
+        return tuple(number for number in (self.index, self.entry) if number is not None)
+
+    @property
+    def stride(self) -> int:
+        """Number of values in the file from one index of the array's first axis to the next."""
+        return math.prod(self.shape[1:]) if self.columns is None else self.width
+
+    def array_of(self, tensor: np.ndarray) -> np.ndarray:
+        """Return the parameter's array in a whole tensor."""
+        rows = tensor.reshape(-1, self.width)[self.start : self.stop]
+        array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
+        return array.T if self.turned else array
 
     @property
     def part(self) -> str:
@@ -90,15 +119,20 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
             if index is not None:
                 names, shape = names[1:], shape[1:]
             unnamed = () if "unit" in tokens else ("unit",)  # numbers without an axis in files
-            if [t for t in tokens if t not in "()1"] != [name for name in names if name not in unnamed]:
+            entries = array_axes(names) != names
+            stored = [t for t in tokens if t not in "()1"]
+            if entries:  # one after another in a tensor, or in a tensor each, with axes in any order
+                stored = sorted({*stored, *re.findall("{(.*?)}", line.key)}, key=names.index)
+            if stored != [name for name in names if name not in unnamed]:
                 raise UserError(
                     f"family {family.name}: layout {line.layout!r} of {line.path} does not match the parameter's "
                     f"axes {names}"
                 )
             size = {"1": 1, **dict(zip(names, shape, strict=True))}
             hf_shape = _grouped(tokens, size)
-            rows = hf_shape[0] if hf_shape else 1
-            slots.append(Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows))
+            rows, width = hf_shape[0] if hf_shape else 1, math.prod(hf_shape[1:])
+            slot = Slot(line.key, line.path, hf_shape, path, index, shape, names, i, 0, rows, width)
+            slots += _entries(slot, tokens[-2:]) if entries else [slot]
     slots = _fused(slots)
     missing = sorted(set(shapes) - {slot.path for slot in slots})
     if missing:
@@ -106,31 +140,97 @@ def make_slots(cfg: ModelConfig, family: Family) -> list[Slot]:
     return slots
 
 
-def _fused(slots: Sequence[Slot]) -> list[Slot]:
-    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows."""
-    rows: Counter[str] = Counter()
-    placed = []
-    for slot in slots:
-        start = rows[slot.key]
-        rows[slot.key] += slot.stop
-        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
+def _entries(slot: Slot, axes: Sequence[str]) -> list[Slot]:
+    """Return a slot per entry of a parameter's first axis; an entry has these two axes in files."""
+    (count, *inner), (parent, *names) = slot.shape, slot.axes
+    turned = list(axes) != names
+    shape = tuple(reversed(inner)) if turned else tuple(inner)
+    one = dataclasses.replace(slot, shape=shape, axes=tuple(axes), turned=turned, width=shape[1], stop=shape[0])
     return [
-        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
-        for slot in placed
+        dataclasses.replace(one, entry=e, key=slot.key.replace(f"{{{parent}}}", str(e)), name=f"{slot.name}/{e}")
+        for e in range(count)
     ]
 
 
+def _fused(slots: Sequence[Slot]) -> list[Slot]:
+    """Return slots with row ranges: parameters that share a fused checkpoint tensor get consecutive rows.
+
+    Entries that share a tensor lie side by side along the axis with a parent (the neurons of an expert).
+    """
+    rows: Counter[str] = Counter()
+    placed, entries = [], dict[tuple[str, int], list[Slot]]()
+    for slot in slots:
+        if slot.entry is not None:
+            entries.setdefault((slot.key, slot.entry), []).append(slot)
+            continue
+        start = rows[slot.key]
+        rows[slot.key] += slot.stop
+        placed.append(dataclasses.replace(slot, start=start, stop=rows[slot.key]))
+    whole = [
+        dataclasses.replace(slot, hf_shape=(rows[slot.key], *slot.hf_shape[1:])) if slot.hf_shape else slot
+        for slot in placed
+    ]
+    return whole + [slot for group in entries.values() for slot in _side_by_side(group)]
+
+
+def _side_by_side(group: Sequence[Slot]) -> Iterator[Slot]:
+    """Yield the slots of one entry of the parameters that share a tensor, with their rows and columns."""
+    first = group[0]
+    child = next(i for i, name in enumerate(first.axes) if name in AXES and AXES[name].parent)
+    edges = [0, *itertools.accumulate(slot.shape[child] for slot in group)]
+    shape = [edges[-1] if i == child else size for i, size in enumerate(first.shape)]
+    outer = first.hf_shape[:-2]
+    begin = (first.entry or 0) * shape[0] if outer else 0
+    for slot, (low, high) in zip(group, itertools.pairwise(edges), strict=True):
+        low_row, high_row = (low, high) if child == 0 else (0, shape[0])
+        yield dataclasses.replace(
+            slot,
+            hf_shape=(*outer, *shape),
+            start=begin + low_row,
+            stop=begin + high_row,
+            width=shape[1],
+            columns=(low, high) if child == 1 and len(group) > 1 else None,
+        )
+
+
 def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
-    """Group slots by checkpoint tensor, in the order of their rows."""
+    """Group slots by checkpoint tensor, in the order of their rows and columns."""
     tensors: dict[str, list[Slot]] = {}
     for slot in slots:
         tensors.setdefault(slot.key, []).append(slot)
-    return tensors
+    return {key: sorted(group, key=lambda slot: (slot.start, slot.columns or ())) for key, group in tensors.items()}
 
 
-def join_tensor(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Concatenate the arrays of the parameters that form one checkpoint tensor (flat)."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
+def row_groups(slots: Sequence[Any], slot_of: Callable[[Any], Slot] = lambda item: item) -> list[list[Any]]:
+    """Split a tensor's slots, or items with a slot each, into those with the same rows, in order."""
+    return [[*group] for _, group in itertools.groupby(slots, key=lambda item: slot_of(item).start)]
+
+
+def join_tensor(arrays: Sequence[np.ndarray], slots: Sequence[Slot]) -> np.ndarray:
+    """Concatenate the arrays of the parameters that form one checkpoint tensor, or some rows of it (flat)."""
+    turned = [array.T if slot.turned else array for array, slot in zip(arrays, slots, strict=True)]
+    if len(turned) == 1:
+        return turned[0]
+    pairs = row_groups([*zip(slots, turned, strict=True)], operator.itemgetter(0))
+    rows = [np.concatenate([array for _, array in group], axis=1) if len(group) > 1 else group[0][1] for group in pairs]
+    return np.concatenate([array.reshape(-1) for array in rows])
+
+
+def stacked(arrays: Iterable[tuple[Slot, Any]], stack: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """Return {path: parameter} from the arrays of all slots; `stack` joins layers, and entries, on a new axis."""
+    found: dict[str, dict[tuple[int, ...], Any]] = {}
+    for slot, array in arrays:
+        found.setdefault(slot.path, {})[slot.place] = array
+
+    def join(parts: dict[tuple[int, ...], Any]) -> Any:
+        if () in parts:
+            return parts[()]
+        groups: dict[int, dict[tuple[int, ...], Any]] = {}
+        for (first, *rest), array in sorted(parts.items()):
+            groups.setdefault(first, {})[tuple(rest)] = array
+        return stack([join(group) for group in groups.values()])
+
+    return {path: join(parts) for path, parts in found.items()}
 
 
 def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:

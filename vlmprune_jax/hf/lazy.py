@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import open_file
 from vlmprune_jax.core.weight_files import DTYPES, WEIGHT_DTYPES, Extent, advise
 from vlmprune_jax.hf.disk.storage import StoredWeight
-from vlmprune_jax.hf.layout import Slot, make_slots
+from vlmprune_jax.hf.layout import Slot, make_slots, stacked
 from vlmprune_jax.hf.read import Sources, check_finite, find_weights, read_config
 from vlmprune_jax.models.params import unflatten
 from vlmprune_jax.models.stack import at_layer
@@ -36,6 +37,8 @@ class FileArray:
       first: position of its first element, in a tensor that holds several weights in sequence.
       picks: pairs (axis, kept indices).
       cast: dtype of the weight once it is read; None = that of the file.
+      columns: values of each row in the file that belong to the weight; None = all.
+      turned: True if the two axes of the weight are in the other order in the file.
 
     Only `read` and `elements` read data. Like a numpy array, it has `shape`, `dtype` and `take`.
     """
@@ -45,14 +48,18 @@ class FileArray:
     first: int = 0
     picks: tuple[tuple[int, np.ndarray], ...] = ()
     cast: np.dtype | None = None
+    columns: tuple[int, int] | None = None
+    turned: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight after the selected indices are applied."""
         sizes = list(self.stored)
+        if self.columns is not None:
+            sizes[1] = self.columns[1] - self.columns[0]
         for axis, indices in self.picks:
             sizes[axis] = len(indices)
-        return tuple(sizes)
+        return tuple(reversed(sizes)) if self.turned else tuple(sizes)
 
     @property
     def dtype(self) -> np.dtype:
@@ -61,21 +68,25 @@ class FileArray:
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
         """Return the weight restricted to `indices` of one axis, without reading it; once per axis."""
-        return replace(self, picks=(*self.picks, (axis, np.asarray(indices))))
+        return replace(self, picks=(*self.picks, (1 - axis if self.turned else axis, np.asarray(indices))))
 
     @property
     def extent(self) -> Extent | None:
         """Byte range of the weight in its file; None if its bytes differ (pruned, cast or quantised)."""
-        return None if self.picks or self.dtype != self._stored_dtype else self._stored_extent()
+        changed = self.picks or self.turned or self.columns or self.dtype != self._stored_dtype
+        return None if changed else self._stored_extent()
 
     def read(self) -> np.ndarray:
         """Read the weight from its file."""
         # Integers of the same width: numpy has fast paths for them, and none for bfloat16.
         bits = self.source.values(self.first, self._size).view(f"u{self._stored_dtype.itemsize}")
         array = bits.reshape(self.stored)
+        if self.columns is not None:
+            array = np.ascontiguousarray(array[:, slice(*self.columns)])
         for axis, indices in self.picks:
             array = np.take(array, indices, axis=axis)
-        return array.view(self._stored_dtype).astype(self.dtype, copy=False)
+        array = array.view(self._stored_dtype).astype(self.dtype, copy=False)
+        return array.T if self.turned else array
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the weight in consecutive groups of rows, of at most `BLOCK` bytes each."""
@@ -101,8 +112,11 @@ class FileArray:
 
     def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
         """Read only the elements at these index arrays."""
-        flat = np.ravel_multi_index(positions, self.stored)
         assert not self.picks, "elements index the weight as stored"
+        positions = positions[::-1] if self.turned else positions
+        if self.columns is not None:
+            positions = (positions[0], positions[1] + self.columns[0])
+        flat = np.ravel_multi_index(positions, self.stored)
         return self.source.elements(self.first + flat)
 
     @property
@@ -118,16 +132,16 @@ class FileArray:
         return self.source.extent(self.first * size, self._size * size)
 
     @staticmethod
-    def stack(members: Sequence[FileArray]) -> FileStack:
+    def stack(members: Sequence[FileArray | FileStack]) -> FileStack:
         """Stack weights of several layers along a new first axis, without reading them."""
         return FileStack(tuple(members))
 
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """One weight of several equal layers, with a leading layer axis; it stays in its files until accessed."""
+    """One weight of several equal layers, or experts, with a leading axis; it stays in its files until accessed."""
 
-    members: tuple[FileArray, ...]
+    members: tuple[FileArray | FileStack, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,8 +153,38 @@ class FileStack:
         """Dtype of the stacked weight once it is read."""
         return self.members[0].dtype
 
-    def __getitem__(self, index: int) -> FileArray:
+    def __getitem__(self, index: int) -> FileArray | FileStack:
         return self.members[index]
+
+    def take(self, indices: np.ndarray, axis: int) -> FileStack:
+        """Return the weight restricted to `indices` of one axis, without reading it."""
+        if axis == 0:
+            return FileStack(tuple(self.members[i] for i in indices))
+        return FileStack(tuple(member.take(indices, axis - 1) for member in self.members))
+
+    def take_each(self, indices: np.ndarray, axis: int) -> FileStack:
+        """Return the weight whose i-th member is restricted to `indices[i]` of its axis `axis - 1`."""
+        pairs = zip(self.members, indices, strict=True)
+        return FileStack(tuple(member.take(own, axis - 1) for member, own in pairs))
+
+    def read(self) -> np.ndarray:
+        """Read the weight from its files."""
+        return np.stack([member.read() for member in self.members])
+
+    def elements(self, positions: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Read only the elements at these index arrays."""
+        numbers, *inner = positions
+        parts = [(number, numbers == number) for number in np.unique(numbers)]
+        read = [self.members[number].elements(tuple(p[mask] for p in inner)) for number, mask in parts]
+        result = np.empty(numbers.shape, read[0].dtype)
+        for (_, mask), values in zip(parts, read, strict=True):
+            result[mask] = values
+        return result
+
+    @staticmethod
+    def stack(members: Sequence[FileArray | FileStack]) -> FileStack:
+        """Stack weights along a new first axis, without reading them."""
+        return FileStack(tuple(members))
 
 
 def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None = None) -> Model:
@@ -160,36 +204,40 @@ def file_params(
     cfg: ModelConfig, slots: Sequence[Slot], sources: Sources, cast: np.dtype | None = None
 ) -> dict[str, Any]:
     """Return `params` whose arrays stay in their checkpoint files."""
-    flat: dict[str, Any] = {}
+    arrays = []
     for slot in slots:
-        first = slot.start * math.prod(slot.hf_shape[1:])
-        array = FileArray(sources[slot.key], slot.shape, first, cast=cast)
-        if slot.index is None:
-            flat[slot.path] = array
-        else:
-            flat.setdefault(slot.path, []).append((slot.index, array))
-    for path, leaf in flat.items():
-        if isinstance(leaf, list):
-            flat[path] = FileArray.stack([array for _, array in sorted(leaf, key=lambda pair: pair[0])])
-    return unflatten(flat)
+        stored = slot.shape if slot.columns is None else (slot.stop - slot.start, slot.width)
+        first = slot.start * slot.width
+        own = FileArray(sources[slot.key], stored, first, cast=cast, columns=slot.columns, turned=slot.turned)
+        arrays.append((slot, own))
+    return unflatten(stacked(arrays, FileArray.stack))
 
 
-def to_host(array: Any, index: int | None) -> np.ndarray:
-    """Return an array, or layer `index` of a stacked array, in host memory (collective for sharded arrays)."""
-    stored = _in_file(array, index)
+Place = int | tuple[int, ...] | None  # index of a layer in a stacked array, or of an entry in a layer; None: all
+
+
+def _indices(place: Place) -> tuple[int, ...]:
+    return () if place is None else (place,) if isinstance(place, int) else place
+
+
+def to_host(array: Any, place: Place) -> np.ndarray:
+    """Return an array, or the layer or entry of a stacked array at `place`, in host memory.
+
+    Collective for sharded arrays.
+    """
+    indices, stored = _indices(place), _in_file(array, place)
     if stored is not None:
         return stored.read()
     if isinstance(array, np.ndarray):
-        return array if index is None else array[index]
-    if is_split(array):
-        part = array if index is None else at_layer(array, index)
-        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
-    if array.is_fully_replicated:
+        host: np.ndarray = array[indices]
+        return host
+    if not is_split(array) and array.is_fully_replicated:
         # On CPU this is a view of the device buffer.
-        host = np.asarray(array.addressable_data(0))
-        return host if index is None else host[index]
+        return np.asarray(array.addressable_data(0))[indices]
+    part = functools.reduce(at_layer, indices, array)
+    if is_split(array):
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     # Assembled by hand: np.asarray(array) would keep a host copy of every weight alive inside the model.
-    part = array if index is None else at_layer(array, index)
     host = np.empty(part.shape, part.dtype)
     for shard in part.addressable_shards:
         host[shard.index] = np.asarray(shard.data)
@@ -203,7 +251,8 @@ def to_device(array: Any, index: int | None = None) -> jax.Array:
     """
     if isinstance(array, jax.Array):
         return array if index is None else array[index]
-    if isinstance(array, FileStack) and index is None:
+    array, index = (array[index], None) if isinstance(array, FileStack) and index is not None else (array, index)
+    if isinstance(array, FileStack):
         return jnp.stack([to_device(member) for member in array.members])
     host, location = to_host(array, index), origin(array, index)
     if location is not None:
@@ -216,28 +265,33 @@ def is_split(array: Any) -> bool:
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
-def extent_of(weights: Sequence[tuple[Any, int | None]], dtype: str) -> Extent | None:
+def extent_of(weights: Sequence[tuple[Any, Place]], dtype: str) -> Extent | None:
     """Return the byte range of weights that are stored consecutively in one file; None otherwise."""
     arrays = [_in_file(*weight) for weight in weights]
-    extents = [array.extent for array in arrays if array is not None and array.dtype == WEIGHT_DTYPES[dtype]]
+    extents = [x.extent for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
     known = [extent for extent in extents if extent is not None]
     consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
     return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(weights) and consecutive else None
 
 
-def blocks_of(array: Any, index: int | None) -> Callable[[], Iterator[np.ndarray]] | None:
+def blocks_of(array: Any, place: Place) -> Callable[[], Iterator[np.ndarray]] | None:
     """Return a function that yields a large weight from its file in blocks; None for small or in-memory weights."""
-    stored = _in_file(array, index)
-    small = stored is None or math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK
-    return None if small or stored is None else stored.blocks
+    stored = _in_file(array, place)
+    if not isinstance(stored, FileArray) or stored.turned or stored.columns:
+        return None
+    return None if math.prod(stored.stored) * stored.dtype.itemsize <= 4 * BLOCK else stored.blocks
 
 
-def origin(array: Any, index: int | None) -> str | None:
+def origin(array: Any, place: Place) -> str | None:
     """Return "FILE: tensor KEY" for a weight that is still in its file; None for arrays in memory."""
-    stored = _in_file(array, index)
+    stored = _in_file(array, place)
+    while isinstance(stored, FileStack):
+        stored = stored.members[0]
     return None if stored is None else f"{stored.source.file}: tensor {stored.source.key}"
 
 
-def _in_file(array: Any, index: int | None) -> FileArray | None:
-    entry = array[index] if isinstance(array, FileStack) and index is not None else array
-    return entry if isinstance(entry, FileArray) else None
+def _in_file(array: Any, place: Place) -> FileArray | FileStack | None:
+    entry = array
+    for index in _indices(place) if isinstance(array, FileStack) else ():
+        entry = entry[index]
+    return entry if isinstance(entry, FileArray | FileStack) else None

@@ -231,7 +231,7 @@ def _read_param(
 
 def _parts(slot: Slot) -> Iterator[range]:
     """Yield row ranges of a checkpoint tensor that threads read in parallel."""
-    step = max(1, _PART // math.prod(slot.shape[1:]))
+    step = max(1, _PART // slot.stride)
     for begin in range(0, slot.shape[0], step):
         yield range(begin, min(begin + step, slot.shape[0]))
 
@@ -243,23 +243,27 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
     """
     targets = []
     for bounds, block in blocks.items():
-        if slot.index is not None:
+        for number in slot.place:
             (first, last), *inner = bounds
-            if not first <= slot.index < last:
-                continue
-            bounds, block = tuple(inner), block[slot.index - first]
-        targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
+            if not first <= number < last:
+                break
+            bounds, block = tuple(inner), block[number - first]
+        else:
+            if slot.turned:
+                bounds, block = bounds[::-1], block.T
+            targets.append((bounds[0], tuple(slice(*bound) for bound in bounds[1:]), block))
     if not targets:
         return
-    location, dtype = f"{source.file.parent}: tensor {source.key}", targets[0][2].dtype
+    entry = "" if slot.entry is None or str(slot.entry) in source.key.split(".") else f"[{slot.entry}]"
+    location, dtype = f"{source.file.parent}: tensor {source.key}{entry}", targets[0][2].dtype
     start = max(part.start, min(rows[0] for rows, _, _ in targets))
     stop = min(part.stop, max(rows[1] for rows, _, _ in targets))
     if start >= stop:
         return
-    row = math.prod(slot.shape[1:])
+    row = slot.stride
     step = max(1, _PIECE // row)
     rows = [*range(start, stop, step), stop]
-    offset = slot.start * math.prod(slot.hf_shape[1:])
+    offset = slot.start * slot.width
     pieces = source.pieces([offset + n * row for n in rows])
     for (begin, end), piece in zip(itertools.pairwise(rows), pieces, strict=True):
         check_finite(piece, location)
@@ -267,7 +271,7 @@ def _fill(slot: Slot, part: range, source: StoredWeight, blocks: Mapping[Bounds,
             with np.errstate(over="ignore"):  # reported with the tensor's name instead
                 piece = piece.astype(dtype)
             check_finite(piece, f"{location} as {dtype.name}")
-        piece = piece.reshape(-1, *slot.shape[1:])
+        piece = piece.reshape(-1, row)[:, slice(*(slot.columns or (None,)))].reshape(-1, *slot.shape[1:])
         for (first, last), columns, block in targets:
             low, high = max(first, begin), min(last, end)
             if low < high:

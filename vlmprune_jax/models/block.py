@@ -10,12 +10,24 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.channels import CHANNELS
-from vlmprune_jax.models.context import BRANCHES, KEYS, STREAM, VALUES, WRITERS, Context, LayerState, Names, Writer
+from vlmprune_jax.models.context import (
+    BRANCHES,
+    KEYS,
+    STREAM,
+    VALUES,
+    WRITERS,
+    Context,
+    LayerState,
+    Names,
+    Routed,
+    Writer,
+)
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, compute_once
 from vlmprune_jax.models.mixers import MIXERS
 
@@ -131,12 +143,21 @@ class Block(nnx.Module):
         else:
             middle = constrain(middle, STREAM)
             channel_input = middle if norms[1] is None else compute_once(norms[1](middle))
-        out, hidden = channel(channel_input, ctx._replace(dropout_key=keys[1]))
+        out, hidden = channel(channel_input, ctx._replace(dropout_key=keys[1], stream=middle))
         y = constrain(middle + self.follow("down_proj", out), STREAM)
         if self.extra is not None:
             y = constrain(y + self.extra(y, ctx.layer_input), STREAM)
         if self.scalar is not None:
             y = y * self.scalar
         arrays = (mixer_input, channel_input, mixed.written, hidden, mixed.out, out, middle)
-        values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=True)), KEYS: mixed.shared}
+        values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=False)), KEYS: mixed.shared}
+        if isinstance(hidden, Routed):
+            values["routed"] = values.pop("down_proj")
+        for name in want:
+            if name not in values:
+                raise UserError(
+                    "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
+                    if name == "routed"
+                    else f"a layer has experts, and no single input of {name}, which this needs: use one for experts"
+                )
         return y, mixed.state, {name: values[name] for name in want}

@@ -27,7 +27,8 @@ READERS = (*BRANCHES, *WRITERS)  # groups of matrices that read the same input
 # "self_attn", "mlp": float[batch, seq, embed], inputs of both branches; "o_proj" float[batch, seq, q_heads, head] and
 # "down_proj" float[batch, seq, mlp], inputs of the writers; "o_proj_out", "down_proj_out": their outputs, before what
 # `Block.follow` applies; "middle": float[batch, seq, embed], the stream between attention and MLP.
-VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle")
+# "routed": `Routed`, of layers of experts, which have no "down_proj" input in that sense.
+VALUES = (*READERS, *(f"{name}_out" for name in WRITERS), "middle", "routed")
 KEYS = "keys"
 
 # State of the mixers of one run (a scan), each leaf with a leading layer axis. Attention's is (keys, values):
@@ -48,7 +49,7 @@ class Context(NamedTuple):
     segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
     `slot`: the first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: LoRA dropout
     is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this
-    layer alone.
+    layer alone. `stream`: float[batch, seq, embed], the residual stream that a channel mixer's input is the norm of.
     """
 
     masks: Mapping[int, jax.Array | None]
@@ -60,6 +61,7 @@ class Context(NamedTuple):
     dropout_key: jax.Array | None = None
     shared: Mapping[int, tuple[jax.Array, jax.Array]] | None = None
     layer_input: jax.Array | None = None
+    stream: jax.Array | None = None
 
 
 class BlockValues(NamedTuple):
@@ -88,6 +90,19 @@ class LayerState(NamedTuple):
 
     layer: jax.Array
     """Place of the layer on that axis, int32[]."""
+
+
+class Routed(NamedTuple):
+    """Choices of a router, and the outputs of the chosen experts: arrays [batch, seq, experts per token]."""
+
+    experts: jax.Array
+    """int32, numbers of the chosen experts, best first."""
+
+    gates: jax.Array
+    """Factors of their outputs, as used."""
+
+    norms: jax.Array
+    """float32, Euclidean norms of their outputs before the gates."""
 
 
 class Mixed(NamedTuple):

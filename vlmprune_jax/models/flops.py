@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Layer, array_axes, scan_groups
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
-    """Return the FLOPs per token of all matrices under a parameter path; `passes` includes the backward pass."""
+    """Return the FLOPs per token of all matrices under a parameter path; `passes` includes the backward pass.
+
+    Of weights of which a token uses a part (experts), that part counts.
+    """
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
         leaf = path.rpartition("/")[2]
         is_matrix = leaf != "bias" and len([axis for axis in axes[path] if axis != "layer"]) > 1
         if path.startswith(prefix) and is_matrix:
-            total += 2 * math.prod(shape) * (1 + passes + (path in trained))
+            total += 2 * _active(cfg, path, axes[path], math.prod(shape)) * (1 + passes + (path in trained))
     return total
+
+
+def active_params(cfg: ModelConfig) -> int:
+    """Return the number of parameters that the computation of one token uses."""
+    axes = param_axes(cfg)
+    return sum(_active(cfg, path, axes[path], math.prod(shape)) for path, shape in param_shapes(cfg).items())
+
+
+def _active(cfg: ModelConfig, path: str, axes: Sequence[str], size: int) -> int:
+    """Return how many of the `size` values of a parameter with these axes one token uses."""
+    stack, _, rest = path.partition("/layers/")
+    if rest:
+        layer = scan_groups(cfg.stack(stack).layers)[int(rest.split("/")[0])][2]
+        active = layer.active_sizes()
+        for axis in array_axes(axes):
+            size = size * active.get(axis, 1) // layer.sizes.get(axis, 1)
+    return size
 
 
 def head_of(cfg: ModelConfig) -> str:

@@ -19,7 +19,9 @@ from vlmprune_jax.core.settings import (
     settings_of,
 )
 
-METHODS = ("depth", "width", "hybrid")
+METHODS = ("depth", "width", "hybrid", "experts")
+# Method -> settings that it takes as a target in place of a ratio.
+_TARGETS = {"depth": ("layers_removed",), "width": ("sparsity",), "hybrid": (), "experts": ("experts", "sparsity")}
 ROUNDINGS = ("nearest", "at_least")
 DEEPSTACK = ("keep", "move")
 PRODUCERS = ("keep", "redirect")
@@ -30,12 +32,16 @@ _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "snap_for", "tensor_parallel", "heads",
     "selection",
 )  # fmt: skip
+_EXPERTS = ("experts", "experts_multiple")
 # Method -> settings that it does not have.
 _LACKS = {
-    "depth": (*_WIDTH, "sparsity", "base", "depth_share"),
-    "width": (*_DEPTH, "layers_removed", "depth_share"),
-    "hybrid": ("sparsity", "base"),
+    "depth": (*_WIDTH, *_EXPERTS, "sparsity", "base", "depth_share"),
+    "width": (*_DEPTH, "experts", "layers_removed", "depth_share"),
+    "hybrid": ("experts", "sparsity", "base"),
+    "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
 }
+# Method -> axes whose units it removes; those of scores if it is not listed.
+METHOD_AXES = {"experts": ("experts",)}
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ class PlanConfig:
 
     method: str = prune_setting(
         "depth",
-        'Parts to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), or layers first and then '
-        'heads and neurons ("hybrid").',
+        'Parts to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), layers first and then '
+        'heads and neurons ("hybrid"), or as many experts of every layer ("experts").',
         choices=METHODS,
     )
     ratio: float | None = prune_setting(
@@ -225,6 +231,19 @@ class PlanConfig:
         least=0,
         below=1,
     )
+    experts: int | None = prune_setting(
+        None,
+        'Number of experts that every layer keeps, in place of `ratio` (method "experts").',
+        unit="experts",
+        least=1,
+    )
+    experts_multiple: int | None = prune_setting(
+        None,
+        "Number of which the remaining experts per layer must be a multiple (None = 64 or 32 if layers have at least "
+        "four times as many, else 1).",
+        unit="experts",
+        least=1,
+    )
     depth_share: float = prune_setting(
         0.5, "Share of hybrid pruning's reduction that comes from removing layers.", unit=FRACTION, least=0, below=1
     )
@@ -247,8 +266,8 @@ class PlanConfig:
     @property
     def only_vocabulary(self) -> bool:
         """True if only the vocabulary is trimmed, and no layers, heads or neurons are removed."""
-        targets = (self.ratio, self.layers_removed, self.sparsity)
-        return self.vocabulary.size is not None and targets == (None, None, None) and not self.budget.limits
+        targets = {self.ratio, self.layers_removed, self.sparsity, self.experts}
+        return self.vocabulary.size is not None and targets == {None} and not self.budget.limits
 
     def recorded(self) -> list[str]:
         """Return the names of the settings, except targets, that influence plans of this pruning method."""
@@ -271,7 +290,7 @@ class PlanConfig:
                     f"prune.{name}: method {self.method!r} has no such setting, only {' and '.join(others)}: leave it "
                     "out, or change prune.method"
                 )
-        names = ("ratio", *{"depth": ("layers_removed",), "width": ("sparsity",), "hybrid": ()}[self.method])
+        names = ("ratio", *_TARGETS[self.method])
         targets = [name for name in names if getattr(self, name) is not None]
         targets += ["budget"] * bool(self.budget.limits)
         if len(targets) > 1 or (not targets and self.vocabulary.size is None):
@@ -301,6 +320,8 @@ class PlanOptions(TypedDict, total=False):
     selection: str
     loads_in: Sequence[str]
     sparsity: float | None
+    experts: int | None
+    experts_multiple: int | None
     depth_share: float
     parameters_total: int | None
     base: ModelConfig | None

@@ -22,6 +22,7 @@ from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.flops import (
+    active_params,
     causal_flops,
     forward_flops,
     head_of,
@@ -42,8 +43,9 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
     roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
-    once, split evenly over the slice's devices, without communication. `decode_ms` is interpolated over the parameter
-    counts of measured models. Raises UserError for a workload that this model cannot have, an unknown slice or dtype.
+    once (of experts those that the tokens can use), split evenly over the slice's devices, without communication.
+    `decode_ms` is interpolated over the parameter counts of measured models. Raises UserError for a workload that this
+    model cannot have, an unknown slice or dtype.
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
     one_of("budget uneven", budget.uneven, UNEVEN)
@@ -64,9 +66,9 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     forward -= _forward_of_layers(cfg, products, context, slots, slot_tokens)
 
     def step_ms(now: ModelConfig) -> float:
-        text = {"text": now.text}
-        weights = _total(now, sizes, text) + head // 2
-        flops = 2 * _total(now, products, text) + head + _attention_of_token(now.text, context)
+        weights = sum(sizes["text"].active(layer, budget.batch) for layer in now.text.layers) + head // 2
+        products_of = sum(products["text"].active(layer) for layer in now.text.layers)
+        flops = 2 * products_of + head + _attention_of_token(now.text, context)
         traffic = itemsize * (weights + budget.batch * _cache(now.text, context))
         seconds = chip.seconds(budget.batch * flops / devices, traffic / devices, 0)
         return 1000 * max(seconds.values())
@@ -128,11 +130,12 @@ def costs_of(
 ) -> dict[str, int]:
     """Return a model's costs (parameters, bytes, FLOPs), computed from its layer shapes.
 
-    `forward_flops`: see `models.flops.forward_flops`; `kv_bytes_per_token`: of a row (less
-    beyond a layer's window); `file_bytes`: of the exported weights.
+    `active_parameters`: those that one token uses; `forward_flops`: see `models.flops.forward_flops`;
+    `kv_bytes_per_token`: of a row (less beyond a layer's window); `file_bytes`: of the exported weights.
     """
     itemsize, text, images = DTYPES[dtype].itemsize, cfg.text, images if cfg.vision is not None else 0
     return {
+        "active_parameters": active_params(cfg),
         "forward_flops": forward_flops(cfg, length=length, images=images, image_tokens=image_tokens),
         "kv_bytes_per_token": itemsize * _cache(text, 1),
         "file_bytes": itemsize * count_params(padded_stacks(cfg) if uneven == "pad" else cfg),
@@ -162,10 +165,9 @@ def speed_limits(
     return largest(flops(before), flops(after)), largest(weights(before), weights(after))
 
 
-def _total(cfg: ModelConfig, costs: Mapping[str, Costs], stacks: Mapping[str, Stack] | None = None) -> int:
+def _total(cfg: ModelConfig, costs: Mapping[str, Costs]) -> int:
     """Return the summed costs of all layers in all stacks."""
-    counted_stacks = cfg.stacks if stacks is None else stacks
-    return sum(costs[name].of(shape) for name, stack in counted_stacks.items() for shape in stack.layers)
+    return sum(costs[name].of(shape) for name, stack in cfg.stacks.items() for shape in stack.layers)
 
 
 def _cache(text: Stack, context: int) -> int:
@@ -185,7 +187,7 @@ def _forward_of_layers(
     total, text = 0, cfg.text
     for layer in text.layers:
         mixing = layer.mixer.mixing_flops(length)
-        total += 2 * length * products["text"].of(layer) + mixing
+        total += 2 * length * products["text"].active(layer) + mixing
     tower = cfg.stacks.get("vision")
     if tower is not None and cfg.vision is not None and cfg.projector is not None:
         positions = positions_of(cfg, slot_tokens)

@@ -19,6 +19,7 @@ from vlmprune_jax.families.decoders import uneven_problem
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import make_slots, match_keys
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
+from vlmprune_jax.models.flops import active_params
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of
 
@@ -49,6 +50,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "vision": None if cfg.vision is None else _vision(cfg.vision),
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
+        "active_parameters": active_params(cfg),
         "carried": count_carried(folder, tower),
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
@@ -109,13 +111,14 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
         costs,
         [part.root for part in layers[0].parts],
         ranges={layers: everywhere for layers, _ in settings},
-        multiples={multiple: 1 for _, multiple in settings},
+        multiples={axis.multiple or part.settings[1]: 1 for part in layers[0].parts for axis in part.axes},
     )
     return {
         "layer": max(sizes) / total,
         "head_group": costs.price(layers[0], layers[0].mixer.root) / total,
         "query_heads_per_group": layers[0].mixer.group,
         "neuron": costs.price(layers[0], layers[0].channel.root) / total,
+        "unit": AXES[layers[0].channel.root].title.removesuffix("s"),
         "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
         "most_by_width": most_removable(units) / total,
     }
@@ -170,6 +173,11 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         f"  parameters  {total:,}: "
         + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
         *(
+            [f"              {found['active_parameters']:,} of them are active for a token: some of the experts"]
+            if found["active_parameters"] < total
+            else []
+        ),
+        *(
             [f"              num_parameters() of transformers: {carried:,}, with unused tower layers or an audio tower"]
             if found["carried"]
             else []
@@ -218,9 +226,10 @@ def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
     unit = "head" if group == 1 else f"head group ({group} query heads)"
     depth = prunable["most_by_depth"]
     by_depth = "all of them stay, at most" if depth is None else f"at most {_percent(depth)} by depth,"
+    article = "an" if prunable["unit"][0] in "aeiou" else "a"
     return [
         f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
-        f"{_percent(prunable['head_group'])}, a neuron {_percent(prunable['neuron'])}",
+        f"{_percent(prunable['head_group'])}, {article} {prunable['unit']} {_percent(prunable['neuron'])}",
         f"              {by_depth} {_percent(prunable['most_by_width'])} by width",
     ]
 

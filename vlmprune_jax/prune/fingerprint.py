@@ -58,7 +58,8 @@ def _digested(path: str) -> str:
 
 def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     """Return bfloat16 samples of every parameter, without loading whole tensors from files."""
-    sampled = {path: _from_files(leaf) for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
+    in_files = {path: leaf for path, leaf in flat.items() if isinstance(leaf, FileArray | FileStack)}
+    sampled = {path: _from_files(leaf, stacked[path]) for path, leaf in in_files.items()}
     host = {path: np.asarray(leaf) for path, leaf in flat.items() if path not in sampled and _on_host(leaf)}
     device = {path: leaf for path, leaf in flat.items() if path not in host and path not in sampled}
     sampled |= {path: leaf[_indices(leaf.shape, stacked[path])] for path, leaf in host.items()}
@@ -71,10 +72,10 @@ def _sample(flat: Flat, stacked: dict[str, bool]) -> dict[str, np.ndarray]:
     return sampled
 
 
-def _from_files(leaf: FileArray | FileStack) -> np.ndarray:
+def _from_files(leaf: Any, stacked: bool) -> np.ndarray:
     """Return weight samples of parameters that are still in their checkpoint files."""
-    if isinstance(leaf, FileStack):
-        return np.stack([_from_files(member) for member in leaf.members])
+    if stacked:
+        return np.stack([_from_files(member, False) for member in leaf.members])
     return leaf.elements(_indices(leaf.shape, stacked=False))
 
 

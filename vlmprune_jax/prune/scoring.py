@@ -64,7 +64,7 @@ def score(
     if stack not in chosen.stacks:
         others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
         raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
-    if chosen.scores == ("widths",) and model.cfg.lora is not None:
+    if "layers" not in chosen.scores and model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
     if chosen.needs_batches and batches is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")

@@ -143,7 +143,7 @@ class Trim:
         """Return the share of parameters left to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
-        return 0.0 if (config.layers_removed, config.sparsity) == (None, None) else None
+        return 0.0 if {config.layers_removed, config.sparsity, config.experts} == {None} else None
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
         """Return the plan with the kept vocabulary added to it."""
@@ -293,6 +293,17 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
     )
 
 
+def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
+    """Return a notice if a plan leaves a number of experts that engines serve by a slower path; None otherwise."""
+    count, multiple = plan.options.get("experts"), plan.options.get("experts_multiple") or 1
+    if count is None or count % multiple == 0:
+        return None
+    return (
+        f"{count} experts are no multiple of {multiple}: vLLM serves them by a slower path, and expert parallelism "
+        "needs a number that the devices divide"
+    )
+
+
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
     """Return the settings that a plan records, as JSON values."""
     shares = any(shape.mixer.kv_shared for shape in cfg.text.layers)
@@ -300,6 +311,7 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
         *(() if shares else ("producers",)),
         *(() if cfg.deepstack else ("deepstack",)),
         *(() if config.loads_in else ("loads_in",)),
+        *(() if any("experts" in layer.sizes for layer in cfg.text.layers) else ("experts_multiple",)),
     )
     kept = {name: getattr(config, name) for name in config.recorded() if name not in unused}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, Layer, scan_groups
+from vlmprune_jax.core.parts import AXES, Layer, array_axes, scan_groups
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import PlanConfig
@@ -60,6 +60,10 @@ class Costs:
         """Return the number of parameters of a layer."""
         return int(self.at(layer)(layer.sizes))
 
+    def active(self, layer: Layer, tokens: int = 1) -> int:
+        """Return the number of parameters of a layer that the computation of this many tokens uses at most."""
+        return int(self.at(layer)(layer.active_sizes(tokens)))
+
     def price(self, layer: Layer, axis: str) -> int:
         """Return the number of parameters that one unit of an axis takes along, with the units that belong to it."""
         fewer = layer.completed({axis: layer.sizes[axis] - 1})
@@ -83,7 +87,7 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
             if products and (name.endswith("/bias") or len(names) < 3):
                 continue
             fixed = [n for axis, n in zip(names, sizes, strict=True) if axis not in ("layer", "depth", *layer.sizes)]
-            terms[tuple(axis for axis in names if axis in layer.sizes)] += math.prod(fixed)
+            terms[tuple(axis for axis in array_axes(names) if axis in layer.sizes)] += math.prod(fixed)
         kinds[layer.kind] = Polynomial(tuple(terms.items()))
     return Costs(kinds)
 
@@ -108,7 +112,16 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
                 f"{name}={multiple} is not a multiple of {needed}, as {reason_of(config)} needs: leave it out"
             )
         steps[name] = max(multiple, needed)
+    own = {(axis.name, axis.multiple) for layer in stack.layers for axis in layer.axes if axis.multiple}
+    for axis, name in own:
+        smallest = min(layer.sizes[axis] for layer in stack.layers if axis in layer.sizes)
+        steps[name] = getattr(config, name) or served_multiple(smallest)
     return steps
+
+
+def served_multiple(size: int) -> int:
+    """Return the multiple of units that engines serve without a slower path: 64 or 32, for four or more of them."""
+    return next((multiple for multiple in (64, 32) if size % multiple == 0 and size >= 4 * multiple), 1)
 
 
 def reason_of(config: PlanConfig) -> str:
@@ -153,6 +166,14 @@ class AxisUnits:
     wide: int = 1
     """Width relative to other layers: all keep the same share, exactly."""
 
+    least: int = 1
+    """Number of units without which the layer cannot be computed."""
+
+    @property
+    def fewest(self) -> int:
+        """Smallest number of units that may be kept."""
+        return -(-self.least // self.step) * self.step
+
     @property
     def fine(self) -> bool:
         """True if a unit is a single channel, so that the number of units makes up for what heads leave."""
@@ -168,8 +189,8 @@ class AxisUnits:
         usual = self.size // self.wide
         channels = usual * self.channels
         gone = channels - (channels * (1 - sparsity)).astype(np.int64)
-        kept = np.maximum(usual - gone // self.channels, smallest)
-        return self.wide * (kept if self.step == 1 else snap(kept, self.step, usual))
+        kept = np.maximum(usual - gone // self.channels, min(smallest, 1) * self.least)
+        return self.wide * (kept if self.step == 1 else np.maximum(snap(kept, self.step, usual), self.fewest))
 
 
 @dataclass(frozen=True)
@@ -230,19 +251,22 @@ def units_of(
     for i, layer in enumerate(stack.layers):
         axes = list[AxisUnits]()
         for part in layer.parts:
-            layers, name = part.settings
+            layers, of_part = part.settings
             for axis in part.axes:
                 if axis.name not in scored:
                     continue
+                name = axis.multiple or of_part
                 parents = layer.sizes[axis.parent] if axis.parent else 1
                 units = AxisUnits(
                     axis.name,
                     size=layer.sizes[axis.name] // parents,
                     parents=parents,
                     channels=part.channels_of(axis),
-                    step=multiples[name] // math.gcd(multiples[name], parents),
+                    # heads of all parents are side by side in a row
+                    step=multiples[name] // (math.gcd(multiples[name], parents) if axis.channels else 1),
                     prune=i in ranges[layers],
                     wide=part.relative_width,
+                    least=part.least(axis.name),
                 )
                 if units.prune and units.step > units.size:
                     raise UserError(
@@ -303,7 +327,8 @@ def most_removable(units: Sequence[Units]) -> int:
     """Return the maximum number of parameters that width pruning can remove (one unit per axis remains)."""
     total = 0
     for layer, times in Counter(units).items():  # equal layers are computed once, here and below
-        total += times * int(layer.removed({axis.axis: axis.step if axis.prune else axis.size for axis in layer.axes}))
+        fewest = {axis.axis: axis.fewest if axis.prune else axis.size for axis in layer.axes}
+        total += times * int(layer.removed(fewest))
     return total
 
 
@@ -358,7 +383,10 @@ def _tune(units: Sequence[Units], widths: Widths, removal: float) -> Widths:
     kept, removed = dict[Units, dict[str, Any]](), np.zeros(most, np.int64)
     for layer, times in Counter(units).items():
         kept[layer] = dict(counts_of[layer]) | {
-            axis.axis: axis.wide * snap(axis.size // axis.wide * fractions // most, axis.step, axis.size // axis.wide)
+            axis.axis: axis.wide
+            * np.maximum(
+                snap(axis.size // axis.wide * fractions // most, axis.step, axis.size // axis.wide), axis.fewest
+            )
             for axis in layer.axes
             if axis.fine and axis.prune
         }

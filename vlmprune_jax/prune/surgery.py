@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import describe_layers
+from vlmprune_jax.core.parts import AXES, describe_layers
 from vlmprune_jax.distributed.rules import check_divides, sharding
+from vlmprune_jax.hf.lazy import FileStack
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
 from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
@@ -111,10 +113,25 @@ def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
     """
     for position, axis in enumerate(axes):
         indices = layer.kept.get(axis)
-        if indices is None or len(indices) == leaf.shape[position]:
+        parents = layer.kept.get(AXES[axis].parent) if axis in AXES and AXES[axis].parent in axes[:position] else None
+        if indices is None or len(indices) == leaf.shape[position] * (1 if parents is None else len(parents)):
             continue
-        leaf = leaf.take(np.asarray(indices), axis=position)
+        if parents is None:
+            leaf = leaf.take(np.asarray(indices), axis=position)
+        else:  # of every parent its own, and the parents were taken before
+            own = np.reshape(indices, (len(parents), -1)) % leaf.shape[position]
+            leaf = _take_each(leaf, own, position)
     return leaf
+
+
+def _take_each(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+    """Return an array [parents, ...] whose i-th entry keeps `indices[i]` of an axis."""
+    if isinstance(leaf, FileStack):
+        return leaf.take_each(indices, axis)
+    shape = [1] * leaf.ndim
+    shape[0], shape[axis] = indices.shape
+    take = np.take_along_axis if isinstance(leaf, np.ndarray) else jnp.take_along_axis
+    return take(leaf, indices.reshape(shape), axis=axis)
 
 
 def _keep_depth(params: Any, axes: Any, stack: str, layers: tuple[int, ...]) -> Any:

@@ -16,7 +16,7 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.parts import AXES, Layer
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.config import METHOD_AXES, PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import (
@@ -40,13 +40,14 @@ Kept = Mapping[str, np.ndarray]  # {scored axis: sorted original indices}
 
 @dataclass(frozen=True)
 class Target:
-    """Target of width pruning: a number of parameters to remove, or a sparsity.
+    """Target of width pruning: a number of parameters to remove, a sparsity, or counts of units by axis.
 
     `asked` is the ratio that the user set and `total` the count it refers to, for messages.
     """
 
     removal: float | None
     sparsity: float | None
+    counts: Mapping[str, int]
     asked: float | None
     total: int
     by_depth: int
@@ -66,7 +67,7 @@ def choose_widths(
     With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
     UserError for ranges or multiples that do not fit, or a target out of reach.
     """
-    scores.check_units()
+    scores = _scores_for(scores, config.method)
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
@@ -79,7 +80,8 @@ def choose_widths(
     units = _units(base, costs, scores.axes, alive, config, snapped)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
-    target = Target(removal, config.sparsity, ratio, total, by_depth)
+    counts = {} if config.experts is None else {"experts": config.experts}
+    target = Target(removal, config.sparsity, counts, ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise OutOfReach(
             f"ratio {ratio:g} cannot be reached by width pruning of the {stack} stack "
@@ -99,6 +101,20 @@ def choose_widths(
     layers = cfg.stack(stack).layers
     check_divides(((i, pruned_layer(kept[i], layers[i])) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
+
+
+def _scores_for(scores: Scores, method: str) -> Scores:
+    """Return the scores of the axes that a method prunes; raise UserError if there are none."""
+    scores.check_units()
+    axes = METHOD_AXES.get(method, scores.axes)
+    units = {key: values for key, values in scores.units.items() if key[1] in axes}
+    if not units:
+        titles = " and ".join(AXES[axis].title for axis in axes)
+        raise UserError(
+            f"{scores.criterion} has no scores of {titles}, which method {method!r} removes: use a model with {titles} "
+            f"and a criterion that scores {titles}"
+        )
+    return dataclasses.replace(scores, units=units)
 
 
 def _tied(scores: Scores, base: TextConfig, alive: Sequence[int]) -> Scores:
@@ -140,7 +156,9 @@ def _local(
     Heads and neurons lose the same share, or (`trade`) the shares whose scores add up to the least: the smallest loss
     per parameter, as far as scores of both are comparable.
     """
-    if target.removal is None:
+    if target.counts:
+        widths = _widths_of(units, target.counts)
+    elif target.removal is None:
         assert target.sparsity is not None
         widths = widths_at(units, target.sparsity)
     else:
@@ -161,6 +179,27 @@ def _local(
         for i in alive
     }
     return kept, {"sparsity": widths.sparsity}
+
+
+def _widths_of(units: Sequence[Units], counts: Mapping[str, int]) -> Widths:
+    """Return the layer widths with these numbers of units by axis; other axes stay whole.
+
+    Raises UserError if a layer has fewer units, or needs more.
+    """
+    kept = []
+    for i, layer in enumerate(units):
+        for axis in layer.axes:
+            if not axis.least <= counts.get(axis.axis, axis.size) <= axis.size:
+                raise UserError(
+                    f"{axis.axis}={counts[axis.axis]} must be from {axis.least} to {axis.size}, the "
+                    f"{AXES[axis.axis].title} of layer {i}: change it"
+                )
+        kept.append({**layer.whole, **{axis.axis: counts.get(axis.axis, axis.size) for axis in layer.axes}})
+    removed = sum(int(layer.removed(numbers)) for layer, numbers in zip(units, kept, strict=True))
+    shares = [
+        1 - numbers[axis] / layer.whole[axis] for layer, numbers in zip(units, kept, strict=True) for axis in counts
+    ]
+    return Widths(tuple(kept), max(shares, default=0.0), removed)
 
 
 def _fine_price(layer: Units) -> int:

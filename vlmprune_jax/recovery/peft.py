@@ -68,7 +68,8 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     whole = _whole_modules(slots, trained, family)
     for module, members in whole.items():
         for key, pieces in by_key(members).items():
-            value = join_tensor([to_host(flat[slot.path], slot.index).astype(np.float32) for slot in pieces])
+            arrays = [to_host(flat[slot.path], slot.place).astype(np.float32) for slot in pieces]
+            value = join_tensor(arrays, pieces)
             tensors[f"{_ROOT}{module}.{key.rpartition('.')[2]}"] = value.reshape(pieces[0].hf_shape)
     if is_main_process():
         base, stock = os.path.relpath(real_path(base_dir), real_path(out_dir)), read_fields(base_dir / "config.json")

@@ -188,9 +188,11 @@ def _costs(workdir: Path, result: Result | None, finished: bool) -> Iterator[Sec
 
 def _cost_table(result: Result, unpruned: Costs) -> Table:
     teacher, labels = result.teacher, result.labels
+    sparse = unpruned.active_parameters not in (None, teacher.parameters)  # a token uses some of the experts
 
     def row(parameters: int, costs: Costs) -> tuple[str, ...]:
         cells = [f"{parameters:,}", f"{100 * parameters / teacher.parameters:.1f}"]
+        cells += [f"{costs.active_parameters or parameters:,}"] if sparse else []
         for key, scale in (("forward_flops", 1e9), ("kv_bytes_per_token", 1), ("file_bytes", 1e6)):
             ours, theirs = getattr(costs, key), getattr(unpruned, key)
             value, share = ours / scale, 100 * ours / theirs if theirs else 100.0
@@ -201,7 +203,8 @@ def _cost_table(result: Result, unpruned: Costs) -> Table:
     for run in result.runs:
         if run.costs is not None:
             shapes.setdefault(row(run.parameters, run.costs), []).append(labels[run.name])
-    header = ("model", "parameters", "%", "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
+    active = ("active per token",) if sparse else ()
+    header = ("model", "parameters", "%", *active, "GFLOPs", "%", "cache, bytes a token", "%", "file, MB", "%")
     rows = [("unpruned", *row(teacher.parameters, unpruned))]
     rows += [(together(names), *cells) for cells, names in shapes.items()]
     return Table("Cost by shape, and in % of the unpruned model's", header, tuple(rows))

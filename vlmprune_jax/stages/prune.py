@@ -28,7 +28,7 @@ from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
-from vlmprune_jax.prune.select import moved_features, plan_stacks
+from vlmprune_jax.prune.select import moved_features, plan_stacks, unusual_counts
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
@@ -108,8 +108,8 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
         f"({_of_parts(facts)})"
     )
-    moved = moved_features(plan, cfg)
-    for line in (*_budget_lines(plan), *([] if moved is None else [f"  {moved}"])):
+    notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
+    for line in (*_budget_lines(plan), *(f"  {notice}" for notice in notices)):
         work.say(line)
     work.say(
         f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"

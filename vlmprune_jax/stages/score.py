@@ -45,7 +45,7 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
     if prune.only_vocabulary:
         return {}
     files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}
-    if prune.method == "width":
+    if prune.method not in ("depth", "hybrid"):
         files = {"": spec.width}
     stacks = stacks_of(prune) if stack is None else (stack,)
     return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files.items()}

@@ -86,6 +86,7 @@ class Costs(Part, frozen=True, kw_only=True):
     forward_flops: Finite
     kv_bytes_per_token: Count
     file_bytes: Count
+    active_parameters: Count | None = None  # those that one token uses; None in results of earlier versions
 
 
 class Workload(Part, frozen=True, kw_only=True):

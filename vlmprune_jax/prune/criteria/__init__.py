@@ -1,4 +1,4 @@
-"""Criteria that score layers, heads and neurons, by name."""
+"""Criteria that score layers, heads, neurons and experts, by name."""
 
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
@@ -6,9 +6,14 @@ from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROM
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
+from vlmprune_jax.prune.criteria.expert_frequency import EXPERT_FREQUENCY
+from vlmprune_jax.prune.criteria.expert_norm import EXPERT_NORM
 from vlmprune_jax.prune.criteria.gradients import gradient_channels
 from vlmprune_jax.prune.criteria.greedy import GREEDY_LOSS
 from vlmprune_jax.prune.criteria.groups import coupled, reduce_groups, reduce_inputs
+from vlmprune_jax.prune.criteria.man import MAN
+from vlmprune_jax.prune.criteria.msan import MSAN
+from vlmprune_jax.prune.criteria.reap import REAP
 from vlmprune_jax.prune.criteria.taylor import TAYLOR
 from vlmprune_jax.prune.criteria.weights import L1, L2, RANDOM, input_weights
 
@@ -23,6 +28,11 @@ CRITERIA = Registry(
         "taylor": TAYLOR,
         "activation": ACTIVATION,
         "fluctuation": FLUCTUATION,
+        "expert_frequency": EXPERT_FREQUENCY,
+        "expert_norm": EXPERT_NORM,
+        "reap": REAP,
+        "man": MAN,
+        "msan": MSAN,
         "l1": L1,
         "l2": L2,
         "random": RANDOM,
@@ -31,7 +41,7 @@ CRITERIA = Registry(
 
 
 def scoring(what: str) -> str:
-    """Return the names of criteria that score "layers" or "widths", as text such as `a or b or c`."""
+    """Return the names of criteria that score "layers", "widths" or "experts", as text such as `a or b or c`."""
     return " or ".join(name for name, criterion in CRITERIA.items() if what in criterion.scores)
 
 

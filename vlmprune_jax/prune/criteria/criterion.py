@@ -16,7 +16,7 @@ from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
-FIELDS = {"layers": ("importance",), "widths": ("units",)}
+FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
 Parts = Mapping[str, Any]
 
 
@@ -24,8 +24,8 @@ Parts = Mapping[str, Any]
 class Criterion:
     """Importance criterion that scores layers, or heads and neurons.
 
-    `scores`: which of "layers" and "widths" (heads and neurons) it scores. `options`: defaults by name; each function
-    is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
+    `scores`: which of "layers", "widths" (heads and neurons) and "experts" it scores. `options`: defaults by name; each
+    function is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
     `layers_removed` say what the numbers refer to (see `Scores`).
 
     The signature of `function` depends on `needs`:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import WRITERS, Axis, Layer
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.criteria.criterion import Parts
@@ -68,7 +69,7 @@ def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
     gqa="q_heads" the children.
     """
     one_of("gqa", gqa, GQA)
-    children = {axis.parent: axis for axis in layer.axes if axis.parent}
+    children = {axis.parent: axis for axis in layer.axes if axis.parent and axis.channels}
     singly = children if gqa == "q_heads" else {}
     return tuple(singly.get(axis.name, axis) for axis in layer.axes if not axis.parent)
 
@@ -89,6 +90,8 @@ def reduce_groups(
     for i, (scores, layer) in enumerate(zip(channels, cfg.stack(stack).layers, strict=True)):
         for axis in scored_axes(layer, gqa):
             names = [name for name in groups[axis.parent or axis.name] if name in scores]
+            if not names:
+                raise UserError(f"this criterion has no scores of {axis.title}: use a criterion that scores them")
             members = [_unit_channels(np.asarray(scores[name], np.float64), layer, axis) for name in names]
             values = reduce(np.stack([member for member in members if member is not None]))
             units[i, axis.name] = values.sum(axis=-1) if axis.channels else values
@@ -115,5 +118,5 @@ def _unit_channels(channels: np.ndarray, layer: Layer, axis: Axis) -> np.ndarray
     """Return a tensor's channel scores as float[units, ...]; None if one of its heads belongs to several units."""
     size, n = layer.sizes[axis.name], len(channels)
     if n == size:
-        return channels
+        return channels if axis.channels else channels.reshape(size, -1).sum(axis=1)  # of experts all neurons
     return channels.reshape(size, n // size, *channels.shape[1:]).sum(axis=1) if n > size else None

@@ -1,0 +1,88 @@
+"""Folders of a family's stored outputs of stock transformers, and the model's inputs for each case."""
+
+import json
+
+import numpy as np
+
+import vlmprune_jax as vp
+from vlmprune_jax.prune import KeptLayer
+
+CASES = ("single", "two", "text", "tiny")
+MORE_CASES = {"gemma3": ("adjacent", "crops"), "gemma4": ("adjacent",), "gemma4_dense": ("adjacent",)}
+CLOSE = dict(atol=1e-4, rtol=0)
+
+
+class Golden:
+    """The folder of one family, its numbers and its model."""
+
+    def __init__(self, folder):
+        self.folder, self.ckpt = folder, folder / "ckpt"
+        self.arrays = np.load(folder / "golden.npz")
+        self.facts = json.loads((folder / "golden.json").read_text())
+        self.keys = json.loads((folder / "keys.json").read_text())
+        self.model = vp.load(self.ckpt)
+        self.by_row = folder.name == "smolvlm"
+        self.patched = "image0_grid_thw" in self.arrays  # images of any size, as patches with a grid
+        self.positioned = "image0_position_ids" in self.arrays  # or with the position of each
+        self.cases = CASES + MORE_CASES.get(folder.name, ())
+        self.respelled = folder.name in ("gemma3", "gemma4", "gemma4_dense")  # exports have the hub's keys
+
+    @property
+    def without_1_3(self):
+        return [i for i in range(len(self.model.cfg.text.layers)) if i not in (1, 3)]
+
+    def images(self, case):
+        return self.facts["cases"][case]["images"]
+
+    def pixels(self, cases):
+        """Pixel values of rows as the processor gives them: a list (InternVL), or rows with zeros at their ends."""
+        names = {case: "crops_" * (case == "crops") + "pixel_values" for case in cases}
+        rows = [[self.arrays[f"image{k}_{names[case]}"] for k in self.images(case)] for case in cases]
+        joined = [np.concatenate(row) for row in rows if row]
+        if not self.by_row or not joined:
+            return np.concatenate(joined) if joined else None
+        found = np.zeros((len(rows), max(map(len, joined)), *joined[0].shape[1:]), np.float32)
+        for row, images in zip(found, rows, strict=True):
+            pixels = np.concatenate(images) if images else row[:0]
+            row[: len(pixels)] = pixels
+        return found
+
+    def shown(self, cases):
+        """The images of these cases, with their grids where they have some."""
+        pixels = {"pixel_values": self.pixels(cases)}
+        grids = [self.arrays[f"image{k}_grid_thw"] for case in cases for k in self.images(case) if self.patched]
+        places = [self.arrays[f"image{k}_position_ids"] for case in cases for k in self.images(case) if self.positioned]
+        places = {"image_position_ids": np.stack(places)} if places else {}
+        return pixels | places | ({"image_grid_thw": np.stack(grids)} if grids else {})
+
+    def inputs(self, case):
+        inputs = {"input_ids": self.arrays[f"{case}_input_ids"][None], **self.shown([case])}
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
+            # version 4.57 takes the repeated positions of an image for many short rows if there is no mask
+            inputs["attention_mask"] = np.ones_like(inputs["input_ids"])
+        if f"{case}_token_type_ids" in self.arrays:
+            inputs["token_type_ids"] = self.arrays[f"{case}_token_type_ids"][None]
+        if self.positioned:
+            inputs["mm_token_type_ids"] = self.arrays[f"{case}_mm_token_type_ids"][None]
+        return inputs
+
+    def batch(self, side):
+        names = ("input_ids", "attention_mask", "labels")
+        arrays = {name: self.arrays[f"batch_{side}_{name}"] for name in names}
+        return arrays | self.shown(["tiny", "text", "two"])
+
+
+def kept_layers(golden, cut):
+    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
+    lists, layers = golden.facts["cuts"][cut], []
+    for i, layer in enumerate(golden.model.cfg.text.layers):
+        if i in lists.get("layers_removed", ()):
+            continue
+        part, units = layer.channel, dict(KeptLayer.whole(i, layer).kept)
+        experts = lists["experts"][i] if "experts" in lists else range(part.experts)
+        neurons = lists["expert_neurons"][i] if "expert_neurons" in lists else [range(part.neurons)] * part.experts
+        units["experts"] = tuple(experts)
+        units["expert_mlp"] = tuple(e * part.neurons + n for e in experts for n in neurons[e])
+        layers.append(KeptLayer(i, units))
+    return layers

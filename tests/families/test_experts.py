@@ -1,0 +1,240 @@
+"""Layers of experts against stock transformers: routers, gradients, cuts by hand, and exports of them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CLOSE, Golden, kept_layers
+from hf_cases import assert_same_tensors, edit_weights, prune
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import Experts, Layer
+from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.models.channels.moe import Moe
+from vlmprune_jax.models.context import Context, Names
+from vlmprune_jax.models.params import count_params, flatten, unflatten
+from vlmprune_jax.models.stack import fill
+from vlmprune_jax.models.vlm import Model, encode
+from vlmprune_jax.prune import KeptLayer
+from vlmprune_jax.prune.cost import costs_of
+
+MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe")
+CUTS = ("experts", "neurons", "depth", "all")
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def golden(goldens, request):
+    return Golden(goldens / "families" / request.param)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts(golden, cut):
+    smaller, plan = prune(golden.model, kept_layers(golden, cut))
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    for case in ("single", "text"):
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        logits, _ = vp.forward(smaller, **golden.inputs(case))
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+
+
+def routed(golden, case):
+    """The choices of every layer's router for a case without images, as a tap sees them."""
+    model, ids = golden.model, golden.arrays[f"{case}_input_ids"][None]
+    tap = {"tap": lambda block: block.inputs["routed"], "tap_inputs": ("routed",)}
+    return encode(model.params, model.cfg, ids, **tap)[1]["tap"]
+
+
+def test_routers_choose_as_stock(golden):
+    for layer, choices in enumerate(routed(golden, "text")):
+        np.testing.assert_array_equal(choices.experts[0], golden.arrays["text_router_experts"][layer])
+        np.testing.assert_allclose(choices.gates[0], golden.arrays["text_router_gates"][layer], atol=1e-5)
+        for expert in range(golden.model.cfg.text.layers[layer].channel.experts):
+            norms = np.asarray(choices.norms[0])[np.asarray(choices.experts[0]) == expert]
+            np.testing.assert_allclose(norms.sum(), golden.arrays["text_sum_f"][layer, 0, expert], rtol=1e-4)
+
+
+def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
+    """The gradient of the loss in every weight of the decoder against stock transformers."""
+    inputs, model, labels = golden.inputs("single"), golden.model, golden.arrays["single_labels"][None]
+    auto = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+    theirs = torch_outputs(golden.ckpt, {**inputs, "labels": labels}, **auto, want=("gradients",))
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    edit_weights(
+        tmp_path / "model", lambda held: {k: np.zeros_like(x) for k, x in held.items()} | on_hub(golden, theirs)
+    )
+    expected = flatten(vp.load(tmp_path / "model").params)
+
+    def loss(params):
+        logits = jax.nn.log_softmax(vp.forward(Model(params, model.cfg), **inputs)[0][:, :-1])
+        picked = np.maximum(labels[:, 1:], 0)[..., None]
+        return -jnp.mean(jnp.take_along_axis(logits, picked, axis=-1)[labels[:, 1:] != IGNORED])
+
+    for path, gradient in flatten(jax.grad(loss)(model.params)).items():
+        if path.startswith("text/") and not path.endswith("layer_scalar/weight"):  # which is a buffer in the class
+            scale = float(np.abs(expected[path]).max())
+            assert scale > 1e-4, path
+            np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * scale, rtol=1e-4, err_msg=path)
+
+
+def on_hub(golden, tensors):
+    """Tensors by their names in memory in transformers, as the tensors of the hub's files."""
+    hub = {}
+    for name, array in tensors.items():
+        place = golden.keys[name]["hub"] if name in golden.keys else None
+        if isinstance(place, str):
+            hub[place] = array
+        elif place is not None and "transposed" in place:
+            hub[place["transposed"]] = np.ascontiguousarray(array.swapaxes(1, 2))
+        elif place is not None:
+            keys = place["per_expert"]
+            for expert, rows in enumerate(array):
+                for key, part in zip(keys, np.split(rows, len(keys)), strict=True):
+                    hub[key.replace("{expert}", str(expert))] = np.ascontiguousarray(part)
+    return hub
+
+
+@pytest.mark.parametrize("cut", ["experts", "all"])
+def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, cut):
+    """From file to file: experts are read and written one by one, in the hub's layout and under its keys."""
+    opened = open_model(golden.ckpt)
+    smaller, _ = prune(opened, kept_layers(golden, cut))
+    vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    in_memory, _ = prune(golden.model, kept_layers(golden, cut))
+    vp.save(in_memory, tmp_path / "same", source_dir=golden.ckpt, dtype="float32")
+    assert_same_tensors(tmp_path / "same", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
+    assert config["num_experts"] == 5
+    assert "num_local_experts" not in config
+    for case in ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        options = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+        logits = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    assert check_export(in_memory, tmp_path / "out")["backend"] == "torch"
+
+
+def test_plans_of_experts(golden):
+    """The same number in every layer, by count, ratio and budget; what a token uses is unchanged."""
+    model, cfg = golden.model, golden.model.cfg
+    scores, before = vp.score(model, criterion="l2"), costs_of(cfg, dtype="float32", uneven="pad", length=9, images=0)
+    plan = vp.make_plan(scores, model, method="experts", experts=5)
+    smaller = vp.apply_plan(model, plan)
+    assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {5}
+    assert count_params(smaller.cfg) == plan.parameters_after == sum(x.size for x in flatten(smaller.params).values())
+    for layer in plan.layers:
+        values = scores.units[layer.index, "experts"]
+        assert set(layer.kept["experts"]) == set(np.argsort(values)[-5:])
+    after = costs_of(smaller.cfg, dtype="float32", uneven="pad", length=9, images=0)
+    routers = sum(layer.sizes["experts"] - 5 for layer in cfg.text.layers)
+    hidden, per_expert = cfg.text.hidden_size, 1 if cfg.family == "gemma4" else 0
+    assert before["active_parameters"] - after["active_parameters"] == routers * (hidden + per_expert)
+    assert before["forward_flops"] - after["forward_flops"] == 9 * 2 * routers * hidden
+    assert vp.make_plan(scores, model, method="experts", ratio=plan.reached).layers == plan.layers
+    budget = {"parameters": plan.parameters_after}
+    assert vp.make_plan(scores, model, method="experts", budget=budget).layers == plan.layers
+
+
+def test_impossible_plans_of_experts(golden):
+    model = golden.model
+    scores = vp.score(model, criterion="random")
+    for experts in (1, 9):
+        with pytest.raises(UserError, match=rf"experts={experts} must be from . to ., the experts of layer 0"):
+            vp.make_plan(scores, model, method="experts", experts=experts)
+    with pytest.raises(UserError, match=r"every token uses . experts, but the layer has 1: keep at least"):
+        prune(model, [KeptLayer(i, keep_first(layer, 1)) for i, layer in enumerate(model.cfg.text.layers)])
+    uneven = [keep_first(layer, 5 if i else 6) for i, layer in enumerate(model.cfg.text.layers)]
+    with pytest.raises(UserError, match=r"one (number|width) for all layers"):
+        prune(model, [KeptLayer(i, kept) for i, kept in enumerate(uneven)])
+    with pytest.raises(UserError, match="a layer has experts, and no single input of down_proj"):
+        vp.score(model, [golden.batch("right")], criterion="activation")
+
+
+def keep_first(layer, experts):
+    kept = dict(KeptLayer.whole(0, layer).kept)
+    return kept | {"experts": tuple(range(experts)), "expert_mlp": tuple(range(experts * layer.channel.neurons))}
+
+
+def damaged(name, edit):
+    """An edit of tensors that replaces those of layer 2 whose key ends in `name`."""
+    return lambda held: {k: edit(v) if "layers.2." in k and k.endswith(name) else v for k, v in held.items()}
+
+
+def with_nan(array):
+    array = array.copy()
+    array[5, 3, 2] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "edit", "message"),
+    [
+        ("qwen3_vl_moe", {"num_experts": 6}, None, r"layers\.0\.\S+ has shape \[8, .*\], config\.json says \[6, "),
+        ("qwen3_vl_moe", {"num_experts": 1}, None, "every token uses 2 experts, but the layer has 1"),
+        ("qwen3_vl_moe", {"num_local_experts": 6}, None, "num_experts 8 and num_local_experts 6: state one number"),
+        ("qwen3_vl_moe", {"num_experts": 0}, None, "num_experts is 0, expected a whole number above 0"),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, None, r"has shape \[8, 28, 24\]"),
+        ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
+        ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
+        ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
+        ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
+        ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: state one number"),
+        ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
+        ("internvl_moe", {}, lambda held: {k: v for k, v in held.items() if "layers.2.mlp.experts.3.up" not in k},
+         r"missing key \S+layers\.2\.mlp\.experts\.3\.up_proj\.weight"),
+        ("internvl_moe", {"num_experts": 6}, None, r"unknown key \S+experts\.6"),
+    ],
+)  # fmt: skip
+def test_bad_files(goldens, tmp_path, family, fields, edit, message):
+    shutil.copytree(goldens / "families" / family / "ckpt", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["text_config"].update(fields)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    if edit is not None:
+        edit_weights(tmp_path / "model", edit)
+    with pytest.raises(UserError, match=message) as caught:
+        vp.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_the_dense_sibling(goldens):
+    dense, mixture = (vp.load(goldens / "families" / name / "ckpt") for name in ("qwen3_vl", "qwen3_vl_moe"))
+    plan = vp.make_plan(vp.score(dense, criterion="l2"), dense, method="width", ratio=0.1)
+    with pytest.raises(UserError, match=r"plan of another model: .* 8 experts of 12 neurons"):
+        vp.apply_plan(mixture, plan)
+    with pytest.raises(UserError, match="has no scores of experts, which method 'experts' removes"):
+        vp.make_plan(vp.score(dense, criterion="l2"), dense, method="experts", experts=5)
+
+
+@given(seed=st.integers(0, 2**16), kept=st.integers(2, 8))
+@settings(max_examples=10, deadline=None)
+def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
+    """With gates divided by their sum, removing experts changes the tokens that had chosen one of them only."""
+    draw = np.random.default_rng(seed)
+    cfg = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
+    x = draw.standard_normal((1, 20, cfg.hidden_size)).astype(np.float32)
+    weights = {"router/weight": (8, 28), "experts/gate_proj/weight": (8, 3, 28), "experts/up_proj/weight": (8, 3, 28)}
+    weights = {k: draw.standard_normal(s).astype(np.float32) for k, s in weights.items()}
+    weights["experts/down_proj/weight"] = draw.standard_normal((8, 28, 3)).astype(np.float32)
+    chosen = np.sort(draw.choice(8, kept, replace=False))
+    outs = []
+    for count, arrays in ((8, weights), (kept, {k: v[chosen] for k, v in weights.items()})):
+        layer = Layer(cfg.layers[0].mixer, Experts(count, count * 3, 2))
+        sizes = {"embed": 28, **layer.sizes}
+        module = fill(
+            Moe(cfg, layer, sizes, Names("embed", ("", ""), ""), None), jax.tree.map(jnp.asarray, unflatten(arrays))
+        )
+        outs.append(module(jnp.asarray(x), Context(masks={})))
+    (whole, routed), (cut, _) = outs
+    unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)
+    np.testing.assert_allclose(cut[unaffected], whole[unaffected], atol=1e-4, rtol=1e-5)
+    if kept < 8:
+        assert not np.allclose(cut[~unaffected], whole[~unaffected], atol=1e-3) or unaffected.all()

@@ -1,0 +1,102 @@
+"""Config fields and weight names of layers of experts that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import ChannelMixer, Experts, ExpertsBesideDense, Layer
+from vlmprune_jax.families.llama_like import llama_like_weights
+from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
+from vlmprune_jax.families.table import JsonDict, Weight
+
+_COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one that transformers 5 writes
+
+
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Return the number of experts per layer in config.json; raise UserError if its two names disagree or lack one."""
+    counts = {name: int(config[name]) for name in _COUNTS if config.get(name) is not None}
+    if len(set(counts.values())) != 1:
+        raise UserError(
+            f"{' and '.join(f'{name} {count}' for name, count in counts.items()) or 'num_experts is missing'}: "
+            "state one number of experts"
+        )
+    return next(iter(counts.values()))
+
+
+def with_experts(text: TextConfig, config: Mapping[str, Any], *, renormalise: bool) -> TextConfig:
+    """Return the decoder config with experts in the layers in which Qwen's config class puts them."""
+    if config.get(PER_LAYER):
+        raise UserError(f"{PER_LAYER} of layers of experts is not supported: all layers have the same widths")
+    n_experts, neurons = expert_count(config), int(config["moe_intermediate_size"])
+    active, activation = int(config["num_experts_per_tok"]), text.channel.activation
+    part = Experts(n_experts, n_experts * neurons, active, renormalise, activation=activation)
+    dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
+    return with_channels(text, [None if i in dense or (i + 1) % step else part for i in range(len(text.layers))])
+
+
+def beside_dense(config: Mapping[str, Any], neurons: int, activation: str) -> ExpertsBesideDense:
+    """Return experts beside a dense MLP of so many neurons; raise UserError for layers of different widths."""
+    unequal = next((name for name in ("use_double_wide_mlp", PER_LAYER) if config.get(name)), None)
+    if unequal is not None:
+        raise UserError(f"{unequal} of layers of experts is not supported: all layers have the same widths")
+    count = expert_count(config)
+    total = count * int(config["moe_intermediate_size"])
+    return ExpertsBesideDense(count, total, int(config["top_k_experts"]), mlp=neurons, activation=activation)
+
+
+def with_channels(text: TextConfig, channels: Sequence[ChannelMixer | None]) -> TextConfig:
+    """Return the decoder config with these channel mixers; None keeps that of the layer."""
+    pairs = zip(text.layers, channels, strict=True)
+    return text.with_layers([Layer(layer.mixer, channel or layer.channel) for layer, channel in pairs])
+
+
+def has_experts(text: TextConfig) -> bool:
+    """Return True if a layer has experts."""
+    return any(isinstance(layer.channel, Experts) for layer in text.layers)
+
+
+def expert_sizes(text: TextConfig) -> JsonDict:
+    """Return the config fields with the number of experts and of their neurons."""
+    part = next(layer.channel for layer in text.layers if isinstance(layer.channel, Experts))
+    return {"num_experts": part.experts, "moe_intermediate_size": part.neurons}
+
+
+def experts_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
+    """Return a Qwen config with its layer counts and widths updated, under the hub's names."""
+    config = {name: value for name, value in layers_to_hf(text, source).items() if name != "num_local_experts"}
+    dense = [i for i, layer in enumerate(text.layers) if not isinstance(layer.channel, Experts)]
+    return {**config, **expert_sizes(text), "mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def experts_problem(text: TextConfig) -> str | None:
+    """Return why transformers' class does not support these layers of experts, with advice; None if it does."""
+    if not has_experts(text):
+        return "its class needs a layer of experts: keep one"
+    return None if text.even else "its class has one number for all layers, of experts as of heads: prune them alike"
+
+
+def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tuple[str, str, str]) -> list[Weight]:
+    """Return the weight table of a layer's experts, which are at the path `layer`/mlp/experts.
+
+    `layouts` are those of gate and up, and of down; `keys` of gate, up and down follow `experts`.
+    """
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [
+        Weight(f"{layer}/mlp/experts/{name}/weight", experts + key, layouts[name == "down_proj"])
+        for name, key in zip(names, keys, strict=True)
+    ]
+
+
+def qwen_expert_weights(
+    text: TextConfig, prefix: str, head: str, layouts: tuple[str, str], keys: tuple[str, str, str]
+) -> list[Weight]:
+    """Return the weight table of a Qwen decoder with experts; arguments as for `expert_weights`."""
+    layer, key = "text/layers/{i}", prefix + "layers.{i}.mlp"
+    table = llama_like_weights(text, prefix, head)
+    if not any("mlp" in layer.sizes for layer in text.layers):  # no dense layer
+        table = [line for line in table if "/mlp/" not in line.path]
+    router = Weight(f"{layer}/mlp/router/weight", f"{key}.gate.weight", "experts embed")
+    return [*table, router, *expert_weights(layer, f"{key}.experts.", layouts, keys)]
