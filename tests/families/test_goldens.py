@@ -121,14 +121,14 @@ def test_tower(golden):
     tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
-        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid))
+        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
         order = order.transpose(0, 2, 1, 3).reshape(-1)  # stored row by row of patches
         found = [(before[:, order], after[:, order]) for before, after in found]
     elif golden.patched:  # with padding behind the image
-        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None], slice(len(pixels))
+        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
         _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window

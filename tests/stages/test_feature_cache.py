@@ -16,6 +16,7 @@ import pytest
 import recover_cases as cases
 from hf_cases import copy_golden, copy_llava, edit_weights
 from rich.console import Console
+from vlm_cases import row_of
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError
@@ -208,7 +209,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
     )
     for one, other, reason in zip(again, records, reasons, strict=True):
         if not reason:
-            row, wanted = ours.training_row(one), theirs.training_row(other)
+            row, wanted = row_of(ours, one), row_of(theirs, other)
             assert row.keys() == wanted.keys() >= {"vision_features"}
             assert all(np.array_equal(row[name], wanted[name]) for name in row)
     shutil.copytree(tmp_path / "set", tmp_path / "copy")

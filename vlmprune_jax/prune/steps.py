@@ -23,7 +23,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import Model, place_inputs, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
 from vlmprune_jax.prune.layers import Given, Layer, Shared, streamed
@@ -184,9 +184,11 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
     if pixels is None:
         return
     if cfg.any_size:
-        for patches, grid in zip(pixels[row], arrays["image_grid_thw"][row], strict=True):
+        at = 0
+        for grid in arrays["image_grid_thw"][row]:
             if grid.any():
-                yield patches[: int(np.prod(grid))], grid
+                yield pixels[row, at : at + int(np.prod(grid))], grid
+                at += int(np.prod(grid))
         return
     real = real_images(arrays["kind"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
     for image in pixels[row, real]:
@@ -203,12 +205,12 @@ def _image_step(
     inputs["pixel_values"] = np.zeros((size, *shape), np.float32)
     real = np.zeros((size, positions), np.float32)
     if grid is not None:
-        inputs["image_grid_thw"] = np.zeros((size, 3), np.int32)
+        inputs["image_grid_thw"] = np.zeros((size, 1, 3), np.int32)  # each image in a packed row of its own
     for at, (pixels, grid, _) in enumerate(images):
         inputs["pixel_values"][at, : len(pixels)] = pixels
         real[at, : positions if grid is None else len(pixels)] = 1
         if grid is not None:
-            inputs["image_grid_thw"][at] = grid
+            inputs["image_grid_thw"][at, 0] = grid
     context = {"image_grid_thw": inputs.get("image_grid_thw")}
     return Step(inputs, context, real, [name for _, _, name in images], held_out)
 
@@ -246,8 +248,7 @@ def entrance(model: Model, stack: str) -> Model:
 
 def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Return the first layer's input and the DeepStack additions for one step of calibration rows."""
-    placed = place_batch(step.inputs, mesh_of(model.params))
-    return _embed(model.params, placed, cfg=model.cfg)
+    return _embed(model.params, place_inputs(model, step.inputs), cfg=model.cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

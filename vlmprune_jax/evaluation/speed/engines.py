@@ -84,7 +84,7 @@ class InTransformers:
         ids, pixels = torch.tensor(job.ids), _pixels(job)
         self.inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if pixels is not None:
-            shown = torch.from_numpy(pixels if job.by_row else pixels[:, 0])
+            shown = torch.from_numpy(pixels if job.by_row or job.grids else pixels[:, 0])
             if job.grids:
                 shown, self.inputs["image_grid_thw"] = shown[0], torch.tensor(job.grids[0])
                 if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # from version 5 on

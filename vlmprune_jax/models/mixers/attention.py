@@ -15,7 +15,15 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import CACHE_AXES, Context, LayerState, Mixed, Names, RunCache, dropout_masks, lora_of
-from vlmprune_jax.models.kernels import cache_rows, for_tpu, heads_of_rows, splash_attention, xla_attention
+from vlmprune_jax.models.kernels import (
+    cache_rows,
+    for_tpu,
+    heads_of_rows,
+    in_blocks,
+    segment_attention,
+    splash_attention,
+    xla_attention,
+)
 from vlmprune_jax.models.layers import Norm, Projection, rotate, unit_rms
 
 
@@ -89,6 +97,8 @@ class Attention(nnx.Module):
             keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
             keys, values = (heads_of_rows(x, self.kv_heads, q.shape[-1]) for x in (keys, values))
             mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window, segments=segments)
+        elif ctx.segments is not None and in_blocks(q.shape[1]):
+            mixed = segment_attention(q, k, v, ctx.segments[self.window])
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window), self.kv_heads // k.shape[2])
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))
