@@ -79,7 +79,7 @@ def test_patches_equal_the_processors(golden: Golden) -> None:
             shape = golden.patching.image_shape(*image.size, 1)
             found = golden.patching.prepare(image, 1)
         levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
-        assert np.array_equal(found[0], (levels / 255 - mean) / std)
+        assert np.array_equal(found, (levels / 255 - mean) / std)
         assert list(shape.grid) == facts["grid_thw"] == golden.arrays[f"image{k}_grid_thw"].tolist()
         assert (shape.slots, shape.tokens) == (1, facts["image_tokens"])
 
