@@ -13,7 +13,7 @@ from prune_cases import kept_units
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
-from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.models.patch_rows import patch_rows, repacked
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq
 from vlmprune_jax.prune.config import TokenWeights
@@ -111,15 +111,17 @@ def test_blocks_with_windows_keep_them(goldens):
 def test_losses_of_a_batch(goldens, family):
     """The golden loss, and no distance from a teacher that is the model itself."""
     model, batch = golden(goldens, family)
-    rows = patch_rows(
-        model.cfg, batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["image_grid_thw"]
-    )
-    del rows["deltas"]
     losses = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
-    found = vp.losses(model, batch | rows, losses, teacher=model)
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
-    np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
-    assert max(found["kl"], found["l2"]) < 1e-6
+    inputs = (batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
+    by_row = patch_rows(model.cfg, *inputs)
+    together = repacked(model.cfg, by_row["pixel_values"], by_row["image_grid_thw"], 1)
+    assert [len(images["pixel_values"]) for images in (by_row, together)] == [3, 1]
+    del by_row["deltas"]
+    for images in (by_row, by_row | together):
+        found = vp.losses(model, batch | images, losses, teacher=model)
+        np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
+        assert max(found["kl"], found["l2"]) < 1e-6
 
 
 def rows_apart(batch):

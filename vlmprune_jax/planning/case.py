@@ -48,8 +48,8 @@ from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFl
 class Case:
     """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
 
-    `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
-    (empty unless images are of any size), ascending. The planned step uses the largest of each. `records`: number of
+    `lengths`, `slots`, `image_tokens`: buckets of tokens, of images or tiles, and of image tokens per row (empty unless
+    images are of any size), ascending. The planned step uses the largest of each. `records`: number of
     training records; None if unknown.
     """
 
@@ -187,7 +187,7 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the possible image or tile counts per sequence, and tokens per image if images have any size."""
+    """Return the possible image or tile counts per sequence, and its image tokens if images have any size."""
     if cfg.vision is None:
         return (0,), ()
     preparation = preparation_of(data, cfg, folder)
