@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import spec
@@ -100,17 +102,15 @@ def splash_attention(
     *,
     causal: bool,
     window: int = 0,
-    segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return softmax attention computed by the TPU splash kernel, with float32 scores per tile.
 
     `q`: the queries of the last `queries` of `seq` slots (all of them, or what follows a prefix in a cache). `valid`:
-    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead of it
-    int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
-    `window` only that many slots, its own included (xla_attention under `windowed` counts real keys, which is the same
-    if padding lies at the ends of a row). Heads are split over `tensor` and rows over (data, fsdp) of the mesh in use,
-    rows only if they divide. `interpret` runs the kernel on a CPU.
+    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `causal`: a query sees no
+    later key, and with a `window` only that many slots, its own included (xla_attention under `windowed` counts real
+    keys, which is the same if padding lies at the ends of a row). Heads are split over `tensor` and rows over
+    (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
     """
     batch, queries, seq = *q.shape[:2], k.shape[1]
     blocks = _block(queries), _block(seq)
@@ -119,8 +119,6 @@ def splash_attention(
     if valid is None and pad:
         valid = jnp.ones((batch, seq), bool)
     keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
-    if segments is not None:
-        keys = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
 
     def per_head(x: jax.Array, length: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -130,8 +128,6 @@ def splash_attention(
         kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
-            if segments is not None and keys is not None:
-                return kernel(q, k, v, splash.SegmentIds(keys, keys))
             # Queries are all of one segment, padding among them: as in xla_attention.
             ones = jnp.ones(q.shape[1], jnp.int32)
             return kernel(q, k, v, None if keys is None else splash.SegmentIds(ones, keys))
@@ -159,14 +155,17 @@ def in_blocks(positions: int) -> bool:
     return positions > _LARGEST_BLOCK
 
 
-def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, interpret: bool = False
+) -> jax.Array:
     """Return softmax attention of every position to those of its own segment, with float32 scores.
 
     `segments`: int[batch, seq], ascending but for windows of one image. The scores of one block of queries and one of
     keys exist at a time, and only of blocks that may share a segment: time grows with the squared lengths of the
-    segments, and memory with the length of the row.
+    segments, and memory with the length of the row. TPUs run the splash kernel, which `interpret` runs on a CPU.
     """
-    positions, block = q.shape[1], _LARGEST_BLOCK
+    positions, in_kernel = q.shape[1], interpret or for_tpu()
+    block = _block(positions) if in_kernel else _LARGEST_BLOCK
     pad = -positions % block
     ids = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=np.iinfo(np.int32).max)
 
@@ -176,6 +175,8 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Ar
     def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
         def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
             q, k, v, ids = arrays
+            if in_kernel:
+                return _segment_kernel(ids, block, interpret)(q, k, v, splash.SegmentIds(ids, ids))
             grouped = q.reshape(len(k), -1, *q.shape[1:])
             return _row_attention(block, grouped, k, v, ids).reshape(q.shape)
 
@@ -267,16 +268,43 @@ def _scores(q: jax.Array, k: jax.Array, ids: jax.Array, i: jax.Array, j: jax.Arr
     return jnp.where(same[None, None], scores, _HIDDEN)
 
 
+def _meeting_blocks(ids: jax.Array, block: int) -> jax.Array:
+    """Return bool[blocks, blocks], True for blocks of a row that may share a segment."""
+    low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
+    return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
+
+
 def _shared_blocks(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Return for every block of a row the first block that may share a segment with it, and the one after the last."""
-    low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
-    meets = (low[:, None] <= high[None]) & (low[None] <= high[:, None])
-    return meets.argmax(axis=1), len(low) - meets[:, ::-1].argmax(axis=1)
+    meets = _meeting_blocks(ids, block)
+    return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
 
 
 def _block(n: int) -> int:
     """Return the kernel's tile size for `n` positions: equal tiles, multiples of a register's lanes."""
     return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
+
+
+def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
+    """Return the splash kernel for one row that skips blocks without a common segment: the mask is per block."""
+    meets = _meeting_blocks(ids, block)[None]
+    number, marks = jnp.arange(meets.shape[1], dtype=jnp.int32), jnp.where(meets, 2, 0).astype(jnp.int32)
+    by_keys, by_queries = (
+        MaskInfo(jnp.where(meets, blocks, 0), None, marks, None, None) for blocks in (number, number[:, None])
+    )
+    return SplashAttentionKernel(
+        by_keys,
+        by_keys,
+        by_queries,
+        block_sizes=splash.BlockSizes(*(block,) * 8),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=_HIDDEN,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=SAVEABLE,
+        mask_function=None,
+        interpret=interpret,
+    )
 
 
 def _kernel(
