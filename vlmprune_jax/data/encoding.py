@@ -134,11 +134,13 @@ class Encoder:
         Each has the images or tiles (or their patches) of as many neighbouring rows in order, then zeros; {} for models
         without images.
         """
+        loader, size = self.image_loader, len(rows) // packs
+        if loader is None:
+            return {}
         arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in self.packed_arrays(shape, len(rows), packs)}
-        size = len(rows) // packs
-        for pack in range(packs if self.image_loader is not None else 0):
+        for pack in range(packs):
             images = [image for row in rows[pack * size : (pack + 1) * size] for image in row]
-            array, count = arrays[self.image_loader.array][pack], sum(len(pixels) for pixels, _ in images)
+            array, count = arrays[loader.array][pack], sum(len(pixels) for pixels, _ in images)
             if count > len(array):
                 raise UserError(f"a batch of records: {_CHANGED}")
             if images:

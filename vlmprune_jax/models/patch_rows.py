@@ -68,6 +68,9 @@ def patch_rows(
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     by_row = grids_by_row(is_image & valid, grids, merge)
+    if pixels.ndim == 4 and grids.ndim == 3:  # padded to the largest image, as in 0.1
+        slots = zip(pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, AXES), strict=True)
+        pixels = np.concatenate([patches[: grid.prod()] for patches, grid in slots])
     if pixels.ndim == grids.ndim == 3:
         _check_packed(cfg, pixels, grids)
         return placed | repacked(cfg, pixels, grids, packs or len(pixels), by_row)

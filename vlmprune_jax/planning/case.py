@@ -302,7 +302,7 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
             batch["image_grid_thw"] = rows((packs, images, 3), np.int32)
     if vision is not None and projector is not None and case.images and not case.cfg.tower:
         tokens, features = case.cfg.feature_shape
-        room = (each * case.image_tokens_per_row,) if vision.any_size else (images, tokens)
+        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.any_size else (images, tokens)
         batch["vision_features"] = rows((packs, *room, features), jnp.dtype(case.config.compute_dtype))
     elif vision is not None and projector is not None and case.images:
         room = (images, vision.channels, vision.image_size, vision.image_size)

@@ -222,7 +222,7 @@ def _image_step(packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int]
         pixels[row, : len(joined)] = joined
         real[row, : positions if grid is None else len(joined)] = 1
         if grid is not None:
-            grids[row, : len(images)] = [grid for _, grid, _ in images]
+            grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
     context = {"image_grid_thw": None if grid is None else grids}
     names = [", ".join(name for _, _, name in images) for images in packs]
     return Step({"pixel_values": pixels, **context}, context, real, names, held_out)
