@@ -133,7 +133,7 @@ def test_inputs_of_a_model_without_its_tower():
     cfg = dataclasses.replace(cases.config(), tower=False)
     ids = np.full((2, 5), cases.IMAGE)
     check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
-    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((1, 1, *cfg.feature_shape))):
+    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
         with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
             check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
     with pytest.raises(UserError, match="otherwise pass pixel_values"):

@@ -115,7 +115,8 @@ class ArrangedQuestions:
         prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
         mine, encoder = set(rows_of_process(mesh, len(shared)).tolist()), self.encoder
         images = [encoder.images(beginning.record, read=row in mine) for row, beginning in enumerate(shared)]
-        arrays |= encoder.packed(images, group.shape, len(shared) if mesh is None else row_ways(mesh))
+        packed = mesh is not None or encoder.image_buckets is not None
+        arrays |= encoder.packed(images, group.shape, row_ways(mesh) if packed else len(shared))
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(
             arrays=arrays,
