@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from hf_cases import edit_weights, make_folder
 
+from vlmprune_jax.data.encoding import Encoder, Shape
+from vlmprune_jax.data.records import Record
+
 # Every hyper-parameter differs from its default.
 _COMMON = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -174,3 +177,14 @@ def make_vlm_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path
         head = {f"vision_tower.vision_model.head.{k}": draw.standard_normal(s, np.float32) for k, s in shapes.items()}
         edit_weights(folder, lambda tensors: {**tensors, **head})
     return folder
+
+
+def images_of(encoder: Encoder, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
+    """A record's image arrays as a packed row of their own."""
+    packed = encoder.packed([encoder.images(record)], shape or encoder.shape_of([record]), 1)
+    return {name: array[0] for name, array in packed.items()}
+
+
+def row_of(encoder: Encoder, record: Record) -> dict[str, np.ndarray]:
+    """A record's training row with its images."""
+    return encoder.training_row(record) | images_of(encoder, record)

@@ -68,6 +68,14 @@ def test_slots_are_the_smallest_bucket(samples: list[Record], encoder: Encoder) 
             assert not pixels[tiles:].any()
             if record.images:
                 assert np.array_equal(pixels[:tiles], pixels_of(encoder, record))
+    packed = train_batches(chosen, encoder, **TRAIN, packs=1)
+    for batch, other, records in zip(batches, packed, (chosen[:3], chosen[3:6], chosen[6:9], chosen[9:]), strict=True):
+        tiles = [slots_of(encoder.shapes(record)) for record in records]
+        real = [pixels[:count] for pixels, count in zip(batch.arrays["pixel_values"], tiles, strict=False)]
+        (joined,) = other.arrays["pixel_values"]
+        assert len(joined) == 3 * min(bucket for bucket in (1, 2, 4, 7) if 3 * bucket >= sum(tiles))
+        assert np.array_equal(joined[: sum(tiles)], np.concatenate(real))
+        assert not joined[sum(tiles) :].any()
     assert not batches[-1].arrays["attention_mask"][1:].any()  # padding rows
     assert not batches[-1].arrays["pixel_values"][1:].any()
 

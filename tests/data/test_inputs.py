@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vlm_cases import row_of
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -112,7 +113,7 @@ def test_internvl_records_may_leave_the_mark_out(
     spec = dataclasses.replace(data(goldens), train=str(tmp_path / "d.json"))
     loaded = load_inputs(model, spec, internvl_cfg)
     records = inputs.training_records(spec, loaded.template)
-    row = loaded.encoder(internvl_cfg, 4096).training_row(records[0])
+    row = row_of(loaded.encoder(internvl_cfg, 4096), records[0])
     assert (row["input_ids"] == 393).sum() == 4 * len(row["pixel_values"]) > 0
     llava = ModelSpec(
         hf_dir=folder_of(tmp_path, goldens, "llava_hf", "llava"), vision_dir=str(goldens / "ckpt/clip_tower")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vlm_cases import images_of
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.batching import train_batches
@@ -87,7 +88,7 @@ def expected(llava: Model, encoder: Encoder, asked: list[Record]) -> list[str]:
     texts = []
     for record in (asked[0], asked[1], asked[2]):
         ids = encoder.prompt_ids(record)
-        start, pixels = len(ids), encoder.images(record, Shape(0, 7))["pixel_values"][None]
+        start, pixels = len(ids), images_of(encoder, record, Shape(0, 7))["pixel_values"][None]
         for _ in range(STEPS):
             padded, mask = np.zeros((2, 1, encoder.max_length), np.int32)
             padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1

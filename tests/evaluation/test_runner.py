@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import config, model, on_mesh
+from vlm_cases import images_of
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Encoder
@@ -56,7 +57,7 @@ def records(goldens, answers):
 def greedy(llava, encoder, record, steps):
     """Tokens by repeated full forwards of one row, padded at the right."""
     tokens = encoder.prompt_ids(record).tolist()
-    pixels = encoder.images(record, encoder.shape_of([record]))["pixel_values"][None]
+    pixels = images_of(encoder, record)["pixel_values"][None]
     start = len(tokens)
     for _ in range(steps):
         ids, mask = np.zeros((2, 1, 80), np.int32)

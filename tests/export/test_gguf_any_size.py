@@ -31,7 +31,7 @@ def compare(source, model, out, cells):
     image = np.random.default_rng(0).integers(0, 256, (rows * vision.patch_size, columns * vision.patch_size, 3))
     image = image.astype(np.uint8)
     loader = load_image_processor(source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
-    (pixels,) = loader.preparation.prepare(Image.fromarray(image), 1)
+    pixels = loader.preparation.prepare(Image.fromarray(image), 1)
     ids = np.random.default_rng(0).integers(4, 340, (1, 50))
     found = llama_cpp(out, rows=ids, image=image, prompt=f"{MARKER}What is it?", texts=["What is it?"])
     start, end = (json.loads((source / "config.json").read_text())[f"vision_{at}_token_id"] for at in ("start", "end"))
@@ -114,7 +114,7 @@ def test_limits_of_the_processor(tmp_path):
     assert limits == [LIMITS["shortest_edge"], LIMITS["longest_edge"]]
     image = np.zeros((400, 200, 3), np.uint8)
     loader = load_image_processor(source, aspect_ratio="square", max_pixels=10**6, cache_bytes=0)
-    (patches,) = loader.preparation.prepare(Image.fromarray(image), 1)
+    patches = loader.preparation.prepare(Image.fromarray(image), 1)
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}What?")["features"]
     assert len(found) == len(patches) // 4 < 400 * 200 // 64
 

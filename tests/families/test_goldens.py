@@ -64,14 +64,14 @@ def test_tower(golden):
     tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
-        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid))
+        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
         order = order.transpose(0, 2, 1, 3).reshape(-1)  # stored row by row of patches
         found = [(before[:, order], after[:, order]) for before, after in found]
     elif golden.patched:  # with padding behind the image
-        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None], slice(len(pixels))
+        grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
         _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
@@ -85,7 +85,7 @@ def test_tower(golden):
 
 def test_deepstack(goldens):
     golden = Golden(goldens / "families/qwen3_vl")
-    module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None]
+    module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
     added = module.projector.added(module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid))
     np.testing.assert_allclose(added[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
@@ -235,11 +235,11 @@ def test_budgets_of_tokens(goldens, tmp_path, budget):
         (shape,), expected = images.shapes([golden.folder / facts["file"]], "record"), facts["budgets"][str(budget)]
         assert ([shape.rows, shape.columns], shape.tokens) == (expected["grid"], expected["image_tokens"])
     if budget in (140, 280):
-        pixels = images.load(golden.folder / "images/0.png", "record")[0]
+        pixels = images.load(golden.folder / "images/0.png", "record")
         levels, places = (golden.arrays[f"image0_budget{budget}_{name}"] for name in ("levels", "position_ids"))
         expected, grid = in_cells(golden.model.cfg, levels[None] / 255, None, places[None])
         np.testing.assert_allclose(pixels, expected, atol=1 / 255 + 1e-6, rtol=0)  # torchvision's levels
-        module, grid = to_nnx(golden.model), jnp.asarray(grid)
+        module, grid = to_nnx(golden.model), jnp.asarray(grid)[None]
         features = module.projector(module.vision_features(expected[None], grid=grid))
         np.testing.assert_allclose(features[0], golden.arrays[f"image0_budget{budget}_features"], **CLOSE)
 
@@ -287,11 +287,11 @@ def test_prompts_labels_and_images(golden, tmp_path, processor):
         assert labels[last].tolist() == answer[last].tolist()
         for path, k, shape in zip(record.images, golden.images(case), shapes, strict=True):
             pixels = images.load(path, case, len(record.images))
-            assert len(pixels) == shape.slots
+            assert len(pixels) == (shape.rows * shape.columns if golden.positioned else shape.slots)
             levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
             if golden.positioned:
                 places = golden.arrays[f"image{k}_position_ids"][None]
-                levels = in_cells(cfg, levels, None, places)[0][None]
+                levels = in_cells(cfg, levels, None, places)[0]
             expected = golden.arrays[f"image{k}_crops_pixel_values"] if one_level else (levels / 255 - mean) / std
             atol = one_level / std.min() + 1e-5
             np.testing.assert_allclose(pixels, expected, atol=atol, rtol=0, err_msg=str(path))

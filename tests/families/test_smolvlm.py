@@ -10,6 +10,7 @@ import pytest
 from hf_cases import prune
 from PIL import Image
 from prune_cases import kept_units
+from vlm_cases import row_of
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -222,7 +223,7 @@ def test_rows_and_buckets(goldens, folder, model):
     sizes = measure(records, encoder, on_error="stop", threads=1)
     assert sizes[:, 1].tolist() == [0, 3, 5, 8]
     for record, (tokens, slots) in zip(records, sizes[:, :2].tolist(), strict=True):
-        row = encoder.training_row(record)
+        row = row_of(encoder, record)
         assert row["attention_mask"].sum() == tokens
         assert len(row["pixel_values"]) == encoder.shape_of([record]).slots >= slots
         assert (row["input_ids"] == model.cfg.image_token_id).sum() == slots * model.cfg.tokens_per_image

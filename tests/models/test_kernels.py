@@ -13,7 +13,7 @@ import recover_cases as cases
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from stack_cases import decoder_layer
 
-from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
 from vlmprune_jax.distributed.rules import MESH_AXES
 from vlmprune_jax.models import kernels
 from vlmprune_jax.models.generate import decode, prefill
@@ -133,6 +133,40 @@ def test_splash_on_a_mesh():
     for ours, theirs in zip(found, gradients(functools.partial(xla_attention, mask=mask), q, k, v), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     np.testing.assert_allclose(whole, xla_attention(q[:3], k[:3], v[:3]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_attention_within_segments_equals_a_mask(monkeypatch, sizes):
+    """Images of 50, 20, 96 and 34 patches in a row, the third in alternating windows; blocks of 32."""
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 32)
+    rng = np.random.default_rng(4)
+    q, k, v, out = (jnp.asarray(rng.standard_normal((4, SEQ, n, 8)), jnp.float32) for n in (4, 2, 2, 4))
+    ids = np.repeat([0, 1, 2, 8], (50, 20, 96, 34))[None].repeat(4, axis=0)
+    ids[0, 70:166] += np.arange(96) // 4 % 2
+    ids[3] = 5
+    first, end = kernels._shared_blocks(jnp.asarray(np.pad(ids[1], (0, 24), constant_values=9)), 32)
+    assert (first.tolist(), end.tolist()) == ([0, 0, 1, 2, 2, 2, 5], [2, 3, 6, 6, 6, 7, 7])
+    mask = (ids[:, :, None] == ids[:, None])[:, None]
+
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda *args: jnp.vdot(attend(*args), out), argnums=(0, 1, 2)))(q, k, v)
+
+    expected = xla_attention(q, k, v, mask), *gradients(functools.partial(xla_attention, mask=mask))
+    blocks = functools.partial(kernels.segment_attention, segments=jnp.asarray(ids))
+    with use_mesh(sizes and make_mesh(*sizes)):
+        found = jax.jit(blocks)(q, k, v), *gradients(blocks)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5, rtol=0)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_scores_of_a_packed_row_do_not_exist_at_once():
+    """A row of 16,384 patches: scores of 4 heads would be 4.3 GB."""
+    shape = jax.ShapeDtypeStruct((1, 16384, 4, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 16384), jnp.int32)
+    loss = jax.grad(lambda q, k, v, ids: kernels.segment_attention(q, k, v, ids).sum(), argnums=(0, 1, 2))
+    memory = jax.jit(loss).lower(shape, shape, shape, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 16 * 16384 * 4 * 16 * 4
 
 
 def test_tpus_get_splash():

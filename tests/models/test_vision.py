@@ -12,8 +12,9 @@ import pytest
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.models import kernels
 from vlmprune_jax.models.generate import SharedPrefix
-from vlmprune_jax.models.kernels import splash_attention, xla_attention
+from vlmprune_jax.models.kernels import segment_attention, xla_attention
 from vlmprune_jax.models.patches import places_of, windows_of
 
 
@@ -42,8 +43,8 @@ def single(arrays):
         (lambda x: {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "marks video tokens .2.: only images"),
         (lambda x: {"mm_token_type_ids": 1 - x["mm_token_type_ids"]}, "does not mark the image tokens"),
         (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "has video tokens"),
-        (lambda x: {"pixel_values": x["pixel_values"][None, None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* need 16"),
-        (lambda x: {"pixel_values": x["pixel_values"][None, None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "56 patches"),
+        (lambda x: {"pixel_values": x["pixel_values"][None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* need 16"),
+        (lambda x: {"pixel_values": x["pixel_values"][None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "56 patches"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together(qwen, change, said):
@@ -118,17 +119,26 @@ def test_rows_that_share_an_image(qwen):
 
 
 @pytest.mark.slow
-def test_windows_in_the_kernel():
-    """Segments in splash attention (interpreted), and as a mask in XLA's."""
-    grid = jnp.asarray([[1, 14, 10], [1, 6, 4]])
-    places = places_of(grid, 160, 2)
+def test_windows_in_the_kernel(monkeypatch):
+    """Windows of packed rows in splash attention (interpreted), of whose 3 blocks not all meet, as a mask in XLA's."""
+    monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
+    grid = jnp.asarray([[[1, 14, 10], [1, 20, 12]], [[1, 6, 4], [1, 4, 8]]])
+    places = places_of(grid, 384, 2)
     windows = windows_of(places, grid, 2, 3)
-    assert np.unique(windows[0]).tolist() == [-1, 0, 1, 2, 3, 4, 5]
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 160, 2, 64))
-    expected = xla_attention(q, k, v, (windows[:, :, None] == windows[:, None])[:, None])
-    found = splash_attention(q, k, v, causal=False, segments=windows, interpret=True)
-    real = np.asarray(places.image) == 0
-    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=1e-5, rtol=1e-5)
+    assert np.unique(windows[0]).tolist() == [*range(15)]
+    assert np.unique(windows[1], return_counts=True)[1].tolist() == [24, 24, 8, 328]
+    q, k, v, out = jax.random.normal(jax.random.key(0), (4, 2, 384, 2, 64))
+    out = out * places.real[..., None, None].astype(jnp.float32)
+
+    def with_gradients(attend):
+        result, pull = jax.vjp(attend, q, k, v)
+        return [jnp.where(out == 0, 0, result), *pull(out)]
+
+    mask = (windows[:, :, None] == windows[:, None])[:, None]
+    expected = with_gradients(lambda *args: xla_attention(*args, mask))
+    found = with_gradients(lambda *args: segment_attention(*args, windows, interpret=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_both_spellings_of_tied_embeddings(goldens, tmp_path):

@@ -13,7 +13,7 @@ from prune_cases import kept_units
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
-from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.models.patch_rows import patch_rows, repacked
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq
 from vlmprune_jax.prune.config import TokenWeights
@@ -111,15 +111,25 @@ def test_blocks_with_windows_keep_them(goldens):
 def test_losses_of_a_batch(goldens, family):
     """The golden loss, and no distance from a teacher that is the model itself."""
     model, batch = golden(goldens, family)
-    rows = patch_rows(
-        model.cfg, batch["input_ids"], batch["attention_mask"], batch["pixel_values"], batch["image_grid_thw"]
-    )
-    del rows["deltas"]
     losses = vp.LossConfig(ce=1.0, kl=1.0, l2=1.0, l2_layers=(1, 2, -1))
-    found = vp.losses(model, batch | rows, losses, teacher=model)
     logits, _ = vp.forward(model, **{name: array for name, array in batch.items() if name != "labels"})
-    np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
-    assert max(found["kl"], found["l2"]) < 1e-6
+    inputs = (batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw"))
+    by_row = patch_rows(model.cfg, *inputs)
+    together = repacked(model.cfg, by_row["pixel_values"], by_row["image_grid_thw"], 1)
+    assert [len(images["pixel_values"]) for images in (by_row, together)] == [3, 1]
+    ends = np.cumsum(batch["image_grid_thw"].prod(axis=1))
+    padded = np.zeros((3, 2, ends[-1], batch["pixel_values"].shape[1]), np.float32)  # of 0.1
+    slots = np.zeros((3, 2, 3), np.int32)
+    parts = np.split(batch["pixel_values"], ends[:-1])
+    for row, slot, grid, patches in zip((0, 2, 2), (0, 0, 1), batch["image_grid_thw"], parts, strict=True):
+        padded[row, slot, : len(patches)], slots[row, slot] = patches, grid
+    again = patch_rows(model.cfg, batch["input_ids"], batch["attention_mask"], padded, slots, packs=1)
+    np.testing.assert_array_equal(again["pixel_values"], together["pixel_values"])
+    del by_row["deltas"]
+    for images in (by_row, by_row | together):
+        found = vp.losses(model, batch | images, losses, teacher=model)
+        np.testing.assert_allclose(found["ce"], mean_loss(np.asarray(logits), batch["labels"]), rtol=1e-5)
+        assert max(found["kl"], found["l2"]) < 1e-6
 
 
 def rows_apart(batch):
@@ -272,7 +282,8 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
     assert [(one["stack"], one["module"]) for one in report] == [("vision", "down_proj")] * len(layers)
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
     images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
-    assert sum(int((step.weight[:, 0] > 0).sum()) for step in steps) == len(images)
+    packed = [grid for step in steps for grid in step.inputs["image_grid_thw"].reshape(-1, 3) if grid.any()]
+    assert sorted(map(tuple, packed)) == sorted(map(tuple, images))
     assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
     pass_all(steps)
     for step in (steps[0], steps[-1]):
@@ -288,9 +299,9 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
         for batch in many(teacher, range(30, 32)):
             names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
             made = patch_rows(teacher.cfg, *(batch[name] for name in names))
-            pixels, grid = made["pixel_values"][:, 0], made["image_grid_thw"][:, 0]
+            pixels, grid = made["pixel_values"], made["image_grid_thw"]
             a, b = (np.asarray(_tower(one.params, one.cfg, pixels, grid)) for one in (model, teacher))
-            total += float(((a - b) ** 2)[np.arange(pixels.shape[1]) < grid.prod(axis=1)[:, None]].sum())
+            total += float(((a - b) ** 2)[np.arange(pixels.shape[1]) < grid.prod(axis=2).sum(axis=1)[:, None]].sum())
         return total
 
     assert missing(solved) < 0.9 * missing(pruned)

@@ -16,6 +16,7 @@ import recover_cases as cases
 from hf_cases import copy_llava
 from PIL import Image
 from stack_cases import with_facts
+from vlm_cases import row_of
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import Stopped, UserError
@@ -107,8 +108,8 @@ def test_images_of_any_size(goldens, tmp_path):
     for record in records:
         for path, shape in zip(record.images, images.shapes(record.images, "r"), strict=True):
             pixels = np.zeros((1, 80, *images.shape), np.float32)
-            pixels[0, : shape.tokens * 4] = images.load(path, "r")[0]
-            alone = direct(pixels, np.array([shape.grid], np.int32))[:, : shape.tokens]
+            pixels[0, : shape.tokens * 4] = images.load(path, "r")
+            alone = direct(pixels, np.array([[shape.grid]], np.int32))[0, : shape.tokens]
             for loader in loaders:
                 np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
     encoder = Encoder(
@@ -120,7 +121,7 @@ def test_images_of_any_size(goldens, tmp_path):
         tokens_per_image=0,
         max_images=2,
         truncate=False,
-        image_buckets=(20,),
+        image_buckets=(40,),
     )
     losses = []
     for loader, cfg, params in (
@@ -131,7 +132,7 @@ def test_images_of_any_size(goldens, tmp_path):
             {k: v for k, v in model.params.items() if k != "vision"},
         ),
     ):
-        rows = [dataclasses.replace(encoder, image_loader=loader).training_row(record) for record in records]
+        rows = [row_of(dataclasses.replace(encoder, image_loader=loader), record) for record in records]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         losses.append(vp.losses(Model(params, cfg), arrays, vp.LossConfig(ce=1.0))["total"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

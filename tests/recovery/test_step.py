@@ -14,7 +14,7 @@ import pytest
 import recover_cases as cases
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.mesh import make_mesh, use_mesh
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import encode, forward
 from vlmprune_jax.planning.ahead_of_time import collective_bytes
@@ -323,3 +323,13 @@ def test_settings_that_do_not_fit_the_model():
         train(cases.settings(batch_size=16, trainable="projector"))
     with pytest.raises(UserError, match="ended after 2 steps"):
         recover(original, cases.Stream(CFG, end=2), cases.settings(trainable="projector"), **QUIET)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_packed_rows_are_split_as_their_rows(devices):
+    """8 rows with 4 packed rows of images, 2 for each micro-batch."""
+    mesh = make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
+    rows, packs = jnp.arange(8), jnp.arange(4)
+    with use_mesh(mesh):
+        of_rows, of_packs = (jax.jit(functools.partial(_split, n=2))(x) for x in (rows, packs))
+    np.testing.assert_array_equal(of_rows // 2, np.repeat(of_packs, 2, axis=1))

@@ -16,6 +16,7 @@ import pytest
 import recover_cases as cases
 from hf_cases import copy_golden, copy_llava, edit_weights
 from rich.console import Console
+from vlm_cases import row_of
 
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import Stopped, UserError
@@ -132,7 +133,7 @@ def test_inputs_of_a_model_without_its_tower():
     cfg = dataclasses.replace(cases.config(), tower=False)
     ids = np.full((2, 5), cases.IMAGE)
     check_inputs(cfg, ids, None, np.zeros((2, 1, *cfg.feature_shape)))
-    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((1, 1, *cfg.feature_shape))):
+    for features in (None, np.zeros((2, 1, 3, 8)), np.zeros((3, 1, *cfg.feature_shape))):
         with pytest.raises(UserError, match=r"vision_features has shape .*, expected \[2, im"):
             check_inputs(cfg, ids, np.zeros((2, 1, 3, 6, 6)), features)
     with pytest.raises(UserError, match="otherwise pass pixel_values"):
@@ -208,7 +209,7 @@ def test_images_of_a_tfds_data_set(llava, tmp_path):
     )
     for one, other, reason in zip(again, records, reasons, strict=True):
         if not reason:
-            row, wanted = ours.training_row(one), theirs.training_row(other)
+            row, wanted = row_of(ours, one), row_of(theirs, other)
             assert row.keys() == wanted.keys() >= {"vision_features"}
             assert all(np.array_equal(row[name], wanted[name]) for name in row)
     shutil.copytree(tmp_path / "set", tmp_path / "copy")

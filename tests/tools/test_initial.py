@@ -14,6 +14,7 @@ from pretrain import make_encoder
 from pretrain_tokens import get_config as tokens_config
 from repository import ROOT
 from rounding import assert_same_function, double_logits
+from vlm_cases import images_of
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.chat_template import chat_prompt, prompt_of
@@ -86,7 +87,7 @@ def test_a_language_model_is_joined_with_a_tower(tmp_path):
             model.cfg, vision=dataclasses.replace(model.cfg.vision, post_norm=False), projector=joined.cfg.projector
         )
         encoder = make_encoder(model.cfg, folder)
-        pixels = encoder.images(seen, encoder.shape_of([seen]))["pixel_values"]
+        pixels = images_of(encoder, seen)["pixel_values"]
         tower = {name: leaf for name, leaf in model.params["vision"].items() if name != "post_layernorm"}
         features.append(np.asarray(tower_features(tower, bare, pixels)))
     theirs, ours = features

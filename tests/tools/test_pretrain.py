@@ -65,9 +65,9 @@ def test_augmentation_of_patches_is_that_of_pixels() -> None:
     patching = Patching(2, 2, 2, 16, 10**4, (0.5,) * 3, (0.5,) * 3, 3)
     sizes = ((8, 12), (12, 8), (8, 8))
     noise = [np.random.default_rng(n).integers(0, 256, (*size, 3)).astype(np.uint8) for n, size in enumerate(sizes)]
-    rows, grids = np.zeros((3, 1, 24, 24), np.float32), np.zeros((3, 1, 3), np.int32)
+    rows, grids = np.zeros((3, 24, 24), np.float32), np.zeros((3, 1, 3), np.int32)
     for row, image, (height, width) in zip(rows, noise, sizes, strict=True):
-        row[0, : height * width // 4] = patching.prepare(PIL.Image.fromarray(image), 1)[0]
+        row[: height * width // 4] = patching.prepare(PIL.Image.fromarray(image), 1)
     grids[:, 0] = [(1, height // 2, width // 2) for height, width in sizes]
     found = flip_shift(
         Batch({"pixel_values": rows, GRIDS: grids}, ("r",) * 3), np.random.default_rng(5), patching=patching
@@ -76,9 +76,9 @@ def test_augmentation_of_patches_is_that_of_pixels() -> None:
     for row, image, (height, width) in zip(found.arrays["pixel_values"], noise, sizes, strict=True):
         plain = Batch({"pixel_values": image.transpose(2, 0, 1)[None, None]}, ("r",))
         moved = flip_shift(plain, draw).arrays["pixel_values"][0, 0].transpose(1, 2, 0)
-        expected = patching.prepare(PIL.Image.fromarray(moved), 1)[0]
-        np.testing.assert_allclose(row[0, : height * width // 4], expected, atol=1e-6)
-        assert not row[0, height * width // 4 :].any()
+        expected = patching.prepare(PIL.Image.fromarray(moved), 1)
+        np.testing.assert_allclose(row[: height * width // 4], expected, atol=1e-6)
+        assert not row[height * width // 4 :].any()
 
 
 def test_images_of_other_sizes(tmp_path):

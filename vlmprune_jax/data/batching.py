@@ -29,11 +29,11 @@ class Batch:
     """Arrays of one padded batch for training or scoring; all rows have the same shape.
 
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
-    pixel_values float32[batch, slots, 3, height, width], or from a feature cache vision_features [batch, slots, tokens,
-    features]; unused slots come last and are zero. For images of any size, pixel_values are float32[batch, slots,
-    patches, values] with the patches of a token next to each other and zeros at the end, image_grid_thw int32[batch,
-    slots, 3] (frames, rows and columns of patches, 0 for an empty slot), and position_ids int32[batch, 3, tokens]. A
-    cached teacher adds the arrays of `TeacherRows`.
+    pixel_values float32[packs, slots, 3, height, width], or from a feature cache vision_features [packs, slots, tokens,
+    features]: a packed row has the images of batch / packs neighbouring rows, then zeros. For images of any size,
+    pixel_values are float32[packs, patches, values] with the patches of a token next to each other, vision_features
+    [packs, tokens, features], image_grid_thw int32[packs, slots, 3] (frames, rows and columns of patches, then zeros),
+    and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of `TeacherRows`.
 
     A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, whose rows
     are padding.
@@ -48,7 +48,8 @@ class Batch:
 class TrainBatches:
     """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
 
-    Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`.
+    Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`. A process
+    has `local` rows of a batch, and all processes `packs` packed rows of images.
     """
 
     batches: grain.IterDataset[Batch]
@@ -57,6 +58,7 @@ class TrainBatches:
     sizes: np.ndarray | None
     teacher: TeacherRows | None
     local: int
+    packs: int
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -69,9 +71,11 @@ class TrainBatches:
         """
         kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
-            check_memory(self.local, shape, self.encoder, 0)
+            packs = self.packs * self.local // len(self.rows[0])
+            check_memory(self.local, shape, self.encoder, 0, packs)
             row = _padding_row(self.encoder, shape, self.teacher)
-            kinds.append({name: ((self.local, *array.shape), array.dtype) for name, array in row.items()})
+            kind = {name: ((self.local, *array.shape), array.dtype) for name, array in row.items()}
+            kinds.append(kind | dict(self.encoder.packed_arrays(shape, self.local, packs)))
         return kinds
 
     def _shapes(self, first: int, last: int) -> set[Shape]:
@@ -83,8 +87,7 @@ class TrainBatches:
         most = self.encoder.count_shapes(self.sizes)
         # 50 microseconds per record: LLaVA's 665k take half a minute, unless all shapes occur earlier
         for place in range(first, last):
-            batch = self.rows[place]
-            shapes.add(self.encoder.shape(self.sizes[batch[batch != _PADDING_ROW]]))
+            shapes.add(self.encoder.shape(_sizes_of(self.rows[place], self.sizes), self.packs))
             if len(shapes) == most:
                 break
         return shapes
@@ -100,6 +103,7 @@ def train_batches(
     epochs: int | None = 1,
     drop_remainder: bool = False,
     mine: np.ndarray | None = None,
+    packs: int | None = None,
     sizes: np.ndarray | None = None,
     group_by: str = "none",
     on_error: str = "stop",
@@ -110,7 +114,8 @@ def train_batches(
     The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
     epochs=None the batches never end; batches continue across epoch borders. `mine` int[local] are this process's rows
     (`mesh.rows_of_process`; None: all); those of all processes are the batch that a single process would read. A last
-    short batch is dropped or filled with padding rows. The iterator's state resumes exactly.
+    short batch is dropped or filled with padding rows. The iterator's state resumes exactly. `packs`: packed rows of
+    images in a global batch, of whole processes each (None: one for each row).
 
     `sizes` int[records, 3] (`encoding.measure`) must be equal on all processes and decide the shape of each batch. They
     are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which replaces
@@ -130,8 +135,8 @@ def train_batches(
         raise UserError(
             f"{len(records)} records x {epochs} epochs do not fill one batch of {batch_size}: use a smaller batch size"
         )
-    mine = np.arange(batch_size) if mine is None else mine
-    check_memory(len(mine), encoder.least_shape, encoder, PREFETCH)
+    mine, packs = np.arange(batch_size) if mine is None else mine, packs or batch_size
+    check_memory(len(mine), encoder.least_shape, encoder, PREFETCH, packs * len(mine) // batch_size)
     indices, order = grain.MapDataset.range(len(records)), None
     if sizes is not None and group_by != "none":
         grouped = functools.partial(grouped_order, sizes, group_by=group_by, batch_size=batch_size, seed=seed or 0)
@@ -144,12 +149,13 @@ def train_batches(
         records=records,
         encoder=encoder,
         mine=mine,
+        packs=packs,
         sizes=sizes,
         skip=on_error == "skip",
         teacher=teacher,
     )
     batches = rows.map(load).to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH))
-    return TrainBatches(batches, rows, encoder, sizes, teacher, len(mine))
+    return TrainBatches(batches, rows, encoder, sizes, teacher, len(mine), packs)
 
 
 def _load_rows(
@@ -158,23 +164,28 @@ def _load_rows(
     records: Sequence[Record],
     encoder: Encoder,
     mine: np.ndarray,
+    packs: int,
     sizes: np.ndarray | None,
     skip: bool,
     teacher: TeacherRows | None,
 ) -> Batch:
     """Load this process's share (`mine`) of a global batch of record indices, padded to the batch's shape."""
-    real = batch[batch != _PADDING_ROW]
-    shape = encoder.shape_of([records[index] for index in real]) if sizes is None else encoder.shape(sizes[real])
-    check_memory(len(mine), shape, encoder, 0)
-    rows, names, skipped = [], [], []
+    if sizes is None:
+        every = [None if index == _PADDING_ROW else records[index] for index in batch.tolist()]
+        shape = encoder.shape_of(every, packs)
+    else:
+        shape = encoder.shape(_sizes_of(batch, sizes), packs)
+    local = packs * len(mine) // len(batch)
+    check_memory(len(mine), shape, encoder, 0, local)
+    rows, pictures, names, skipped = [], [], [], []
     for index in batch[mine].tolist():
-        row, name = None, ""
+        row, images, name = None, [], ""
         if index != _PADDING_ROW:
             record = records[index]
             try:
                 if sizes is not None and not sizes[index, 0]:
                     raise UserError(encoder.problem(record) or f"record {record.id}: could not be read when measured")
-                training_row = encoder.training_row(record, shape)
+                training_row, images = encoder.training_row(record, shape.tokens), encoder.images(record)
                 if teacher is not None:
                     teacher.fill(training_row, record)
                 row, name = training_row, record.id
@@ -183,28 +194,33 @@ def _load_rows(
                     raise
                 skipped.append((record.id, str(error)))
         rows.append(_padding_row(encoder, shape, teacher) if row is None else row)
+        pictures.append([] if row is None else images)
         names.append(name)
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return Batch(arrays, tuple(names), skipped=tuple(skipped))
+    return Batch(arrays | encoder.packed(pictures, shape, local), tuple(names), skipped=tuple(skipped))
+
+
+def _sizes_of(batch: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the sizes of a batch's records, int[rows, 3]; 0 for rows of padding."""
+    return np.where(batch[:, None] == _PADDING_ROW, 0, sizes[batch])
 
 
 def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) -> dict[str, np.ndarray]:
-    row = encoder.padding_row(shape)
+    row = encoder.padding_row(shape.tokens)
     if teacher is not None:
         teacher.fill(row, None)
     return row
 
 
-def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int) -> None:
+def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int, packs: int) -> None:
     """Raise UserError if a batch, and those read ahead, need more memory than this machine has."""
-    loader = encoder.image_loader
-    arrays = {} if loader is None else loader.arrays(shape.slots, shape.image_tokens)
-    image_bytes = sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values())
-    needed = (prefetch + 1) * rows * (3 * 4 * shape.tokens + image_bytes)
+    arrays = encoder.packed_arrays(shape, rows, packs)
+    image_bytes = sum(math.prod(size) * dtype.itemsize for _, (size, dtype) in arrays)
+    needed = (prefetch + 1) * (rows * 3 * 4 * shape.tokens + image_bytes)
     if needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         images, setting = "images", "data.max_images"
         if shape.image_tokens:
-            images, setting = f"images of up to {shape.image_tokens} tokens", "data.max_image_tokens"
+            images, setting = f"images of {shape.image_tokens} tokens together", "data.max_image_tokens"
         raise UserError(
             f"batches of {rows} rows of {shape.tokens} tokens and {shape.slots} {images}: {prefetch + 1} batches take "
             f"{needed / 2**30:,.0f} GiB, more than this machine has: lower batch_size, {setting} or data.max_length"

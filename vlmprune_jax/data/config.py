@@ -112,14 +112,15 @@ class DataSpec:
     )
     image_buckets: tuple[int, ...] = records_setting(
         (),
-        "Token counts to which images of any size are padded; each count needs one compiled program (() = 64, 128, "
-        "256, ... up to the maximum per image).",
+        "Image tokens per record, averaged over the records of a device, to which images of any size are padded; each "
+        "number needs one compiled program (() = 64, 96, 128, 192, ... up to the maximum).",
         unit="tokens",
     )
     tile_buckets: tuple[int, ...] = records_setting(
         (),
-        "Numbers of images or tiles per record to which batches are padded; each number needs one compiled program "
-        "(() = the model's own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a thumbnail).",
+        "Images or tiles per record, averaged over the records of a device, to which batches are padded; each number "
+        "needs one compiled program (() = the model's own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a "
+        "thumbnail).",
         unit="images",
     )
     length_buckets: tuple[int, ...] = training_setting(

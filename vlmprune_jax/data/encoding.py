@@ -1,4 +1,4 @@
-"""Encoding of records as rows of a batch (token ids, labels and image slots), and the sizes of rows."""
+"""Encoding of records as rows of a batch (token ids, labels) and packed rows of images, and the sizes of rows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.positions import AXES, mrope_positions
 
+_CHANGED = "image files have changed since this command started: run it again"
 _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
 
 
 class Shape(NamedTuple):
-    """Padded shape of one encoded record: tokens, image tiles, and tokens per tile (0 if all images have one size)."""
+    """Padded shape of a batch, per record: tokens, images or tiles, and image tokens (0 if all images have one size).
+
+    A packed row of the images of n records has n times the room for images.
+    """
 
     tokens: int
     slots: int
@@ -35,16 +39,17 @@ class Shape(NamedTuple):
 class Encoder:
     """Converter of records to arrays: token ids, labels and images.
 
-    Every image or tile takes one slot and `tokens_per_image` positions, which hold `image_token_id`. A record has at
-    most `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
+    Every image or tile takes `tokens_per_image` positions, which hold `image_token_id`. A record has at most
+    `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
 
     Length: rows have `max_length` tokens. With `truncate` longer training rows are cut at the right, as in the
     reference; otherwise they are refused. If nothing cuts them, rows over `longest` tokens (`ModelConfig.longest_row`;
     0 = no limit) are refused. `words` is the size of the model's vocabulary; larger ids are refused (0 = no limit).
 
     Buckets (ascending) limit the number of compiled programs: a batch takes the smallest bucket that holds all its
-    rows. `tile_buckets` are numbers of slots (None: always `max_images`), `image_buckets` tokens per image for images
-    of any size (else None), `length_buckets` tokens of measured training batches (None: always `max_length`).
+    rows. `tile_buckets` are numbers of tiles per record (None: always `max_images`), `image_buckets` image tokens per
+    record for images of any size (else None), both averaged over a packed row; `length_buckets` are tokens of measured
+    training batches (None: always `max_length`).
     """
 
     tokenizer: Any
@@ -61,32 +66,34 @@ class Encoder:
     longest: int = 0
     words: int = 0
 
-    def training_row(self, record: Record, shape: Shape | None = None) -> dict[str, np.ndarray]:
-        """Return one record's training arrays, padded at the right; raise UserError naming the record."""
+    def training_row(self, record: Record, length: int | None = None) -> dict[str, np.ndarray]:
+        """Return one record's training arrays except its images, padded at the right to `length` tokens.
+
+        Raises UserError naming the record.
+        """
         ids, labels = self.training_tokens(record)
-        shape = self.shape_of([record]) if shape is None else shape
-        row = self.padding_row(shape)
+        row = self.padding_row(self.max_length if length is None else length)
         row["input_ids"][: len(ids)] = ids
         row["attention_mask"][: len(ids)] = 1
         row["labels"][: len(ids)] = labels
-        row |= self.images(record, shape)
         if self._merge:
-            tokens, mask, grids = (row[name][None] for name in ("input_ids", "attention_mask", GRIDS))
+            tokens, mask = (row[name][None] for name in ("input_ids", "attention_mask"))
+            grids = np.array([image.grid for image in self.shapes(record)]).reshape(-1, AXES)
             row["position_ids"] = mrope_positions(tokens, mask, grids, self.image_token_id, self._merge)[0][0]
         return row
 
-    def padding_row(self, shape: Shape) -> dict[str, np.ndarray]:
+    def padding_row(self, length: int) -> dict[str, np.ndarray]:
         """Return the arrays of a row of padding only, used to fill up a batch."""
         # any id of the vocabulary will do, since padding is masked
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         row = {
-            "input_ids": np.full(shape.tokens, pad, np.int32),
-            "attention_mask": np.zeros(shape.tokens, np.int32),
-            "labels": np.full(shape.tokens, IGNORED, np.int32),
+            "input_ids": np.full(length, pad, np.int32),
+            "attention_mask": np.zeros(length, np.int32),
+            "labels": np.full(length, IGNORED, np.int32),
         }
         if self._merge:
-            row["position_ids"] = np.zeros((AXES, shape.tokens), np.int32)
-        return row | self._empty_slots(shape)
+            row["position_ids"] = np.zeros((AXES, length), np.int32)
+        return row
 
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return the token ids int32[tokens] of a record's prompt, with image placeholders expanded."""
@@ -102,36 +109,53 @@ class Encoder:
         self._check_longest(ids, record)
         return ids
 
-    def images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
-        """Return a record's image arrays: its images or tiles in order, then zeros; {} for models without images."""
-        loader, arrays, slot = self.image_loader, self._empty_slots(shape), 0
+    def images(self, record: Record, *, read: bool = True) -> list[tuple[np.ndarray, ImageShape]]:
+        """Return pixels [tiles or patches, ...] (or features) and shape of each image of a record.
+
+        Without `read` pixels are zeros, for rows that another process computes.
+        """
+        loader, images = self.image_loader, list[tuple[np.ndarray, ImageShape]]()
         if loader is None or not record.images:
-            return arrays
-        array = arrays[loader.array]
+            return images
         for path, image in zip(record.images, self.shapes(record), strict=True):
-            counted = loader.arrays(1, image.tokens)[loader.array][0][1]  # patches or tokens, for images of any size
-            for pixels in loader.load(path, record.id, len(record.images)):
-                if slot == len(array) or (image.tokens and not len(pixels) == counted <= len(array[slot])):
-                    raise UserError(
-                        f"record {record.id}: its image files have changed since this command started: run it again"
-                    )
-                if image.tokens:
-                    array[slot, : len(pixels)], arrays[GRIDS][slot] = pixels, image.grid
-                else:
-                    array[slot] = pixels
-                slot += 1
+            size, dtype = loader.arrays(image.slots, image.tokens)[loader.array]
+            zeros = np.broadcast_to(np.zeros((), dtype), size)
+            pixels = loader.load(path, record.id, len(record.images)) if read else zeros
+            if len(pixels) != len(zeros):
+                raise UserError(f"record {record.id}: {_CHANGED}")
+            images.append((pixels, image))
+        return images
+
+    def packed(
+        self, rows: Sequence[Sequence[tuple[np.ndarray, ImageShape]]], shape: Shape, packs: int
+    ) -> dict[str, np.ndarray]:
+        """Return the image arrays of a batch, given the images of every row, as `packs` packed rows.
+
+        Each has the images or tiles (or their patches) of as many neighbouring rows in order, then zeros; {} for models
+        without images.
+        """
+        loader, size = self.image_loader, len(rows) // packs
+        if loader is None:
+            return {}
+        arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in self.packed_arrays(shape, len(rows), packs)}
+        for pack in range(packs):
+            images = [image for row in rows[pack * size : (pack + 1) * size] for image in row]
+            array, count = arrays[loader.array][pack], sum(len(pixels) for pixels, _ in images)
+            if count > len(array):
+                raise UserError(f"a batch of records: {_CHANGED}")
+            if images:
+                np.concatenate([pixels for pixels, _ in images], out=array[:count])
+            for at, (_, image) in enumerate(images if GRIDS in arrays else ()):
+                arrays[GRIDS][pack, at] = image.grid
         return arrays
 
-    def empty_images(self, record: Record, shape: Shape) -> dict[str, np.ndarray]:
-        """Return the image arrays of a row that another process computes: grids, and zeros as pixels."""
-        arrays = self._empty_slots(shape)
-        for slot, image in enumerate(self.shapes(record) if GRIDS in arrays else ()):
-            arrays[GRIDS][slot] = image.grid
-        return arrays
-
-    def _empty_slots(self, shape: Shape) -> dict[str, np.ndarray]:
-        arrays = {} if self.image_loader is None else self.image_loader.arrays(shape.slots, shape.image_tokens)
-        return {name: np.zeros(size, dtype) for name, (size, dtype) in arrays.items()}
+    def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
+        """Return (name, (shape, dtype)) of the image arrays of a batch of `rows` rows in `packs` packed rows."""
+        if self.image_loader is None:
+            return []
+        each = rows // packs
+        arrays = self.image_loader.arrays(shape.slots * each, shape.image_tokens * each)
+        return [(name, ((packs, *size), dtype)) for name, (size, dtype) in arrays.items()]
 
     def shapes(self, record: Record) -> list[ImageShape]:
         """Return the grid and number of tiles of each image of a record; raise UserError naming the record."""
@@ -148,24 +172,29 @@ class Encoder:
             )
         return self.image_loader.shapes(record.images, record.id)
 
-    def shape_of(self, records: Sequence[Record]) -> Shape:
+    def shape_of(self, records: Sequence[Record | None], packs: int | None = None) -> Shape:
         """Return the padded shape of a batch of these records, with sequences of `max_length` tokens.
 
-        Raises UserError naming the record if no bucket is large enough.
+        None is a row of padding; `packs`: see `shape`. Raises UserError naming the record if no bucket is large enough.
         """
-        slots, tokens = 0, 0
+        sizes = np.zeros((len(records), 3), np.int32)
         if self.image_loader is not None and (self.tile_buckets is not None or self.image_buckets is not None):
-            for record in records:
-                images = self.shapes(record)
-                self._check_buckets(record, images)
-                slots, tokens = max(slots, slots_of(images)), max(tokens, largest(images))
-        return self._padded(self.max_length, slots, tokens)
+            for at, record in enumerate(records):
+                if record is not None:
+                    images = self.shapes(record)
+                    self._check_buckets(record, images)
+                    sizes[at] = 0, slots_of(images), tokens_of(images)
+        return self.shape(sizes, packs)._replace(tokens=self.max_length)
 
-    def shape(self, sizes: np.ndarray) -> Shape:
-        """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`)."""
-        tokens, slots, image = sizes.max(0, initial=0).tolist()
+    def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
+        """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`).
+
+        `packs`: number of packed rows in which its images are (None: one for each row).
+        """
+        tokens, each = sizes[:, 0].max(initial=0), max(len(sizes) // (packs or max(len(sizes), 1)), 1)
+        slots, images = (-(-sizes[:, 1:].reshape(-1, each, 2).sum(axis=1).max(axis=0, initial=0) // each)).tolist()
         length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
-        return self._padded(length, slots, image)
+        return self._padded(length, slots, images)
 
     def count_shapes(self, sizes: np.ndarray) -> int:
         """Return an upper bound on the number of distinct batch shapes for training records with these sizes."""
@@ -201,11 +230,11 @@ class Encoder:
                 f"record {record.id}: needs {needed} image tiles, more than the largest bucket ({most[-1]}): raise "
                 "data.tile_buckets or lower data.max_tiles"
             )
-        needed, most = largest(images), self.image_buckets
+        needed, most = tokens_of(images), self.image_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
-                f"record {record.id}: an image has {needed} tokens, more than the largest bucket ({most[-1]}): raise "
-                "data.image_buckets or lower data.max_image_tokens"
+                f"record {record.id}: its images have {needed} tokens, more than the largest bucket ({most[-1]}): "
+                "raise data.image_buckets or lower data.max_image_tokens"
             )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
@@ -245,7 +274,7 @@ class Encoder:
             self.training_tokens(record)
             images = self.shapes(record)
             self._check_buckets(record, images)
-            self.images(record, Shape(0, slots_of(images), largest(images)))
+            self.images(record)
         except UserError as error:
             return str(error)
         return None
@@ -282,9 +311,9 @@ def slots_of(images: Sequence[ImageShape]) -> int:
     return sum(image.slots for image in images)
 
 
-def largest(images: Sequence[ImageShape]) -> int:
-    """Return the token count of the largest image, for models with images of any size (0 without images)."""
-    return max((image.tokens for image in images), default=0)
+def tokens_of(images: Sequence[ImageShape]) -> int:
+    """Return the total number of tokens of these images, for models with images of any size (else 0)."""
+    return sum(image.tokens for image in images)
 
 
 def _smallest(buckets: Sequence[int], needed: int) -> int:
@@ -308,9 +337,9 @@ def measure(
     threads: int,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Return int32[records, 3]: tokens, image tiles, and tokens of the largest image of each training record.
+    """Return int32[records, 3]: tokens, image tiles, and image tokens of each training record.
 
-    Tokens are at most `encoder.max_length` (0 = no limit); tokens of an image are 0 if images have one size. With
+    Tokens are at most `encoder.max_length` (0 = no limit); image tokens are 0 if images have one size. With
     `on_error` "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not
     decoded; `threads` read the headers of images with tiles. `progress` takes the number of records done.
     """
@@ -343,7 +372,7 @@ def measure(
                     cut = attempt(encoder.training_tokens, record)
                     tokens = 0 if cut is None else len(cut[0])
                 if tokens:
-                    sizes[place] = tokens, slots_of(part[0]), largest(part[0])
+                    sizes[place] = tokens, slots_of(part[0]), tokens_of(part[0])
             if progress is not None:
                 progress(start + len(chunk))
     return sizes

@@ -29,11 +29,11 @@ class Picture(NamedTuple):
 
 
 class FeatureLoader:
-    """Loader of cached vision features [tiles, tokens, features], used in place of an `ImageLoader` of pixels.
+    """Loader of cached vision features, used in place of an `ImageLoader` of pixels.
 
-    An image of any size has one tile, with as many tokens as it has merged patches. The key of an image is its
-    `image_key`, with the number of images in its record if its tiles depend on that. Images that could not be read when
-    the features were computed have no tiles in the cache.
+    Features are [tiles, tokens, features], or [tokens, features] of an image of any size (cached as one tile). The key
+    of an image is its `image_key`, with the number of images in its record if its tiles depend on that. Images that
+    could not be read when the features were computed have no tiles in the cache.
 
     Args:
       images: loader of the pixels of the same images.
@@ -56,10 +56,7 @@ class FeatureLoader:
         """Return {name: (shape, dtype)} of a record's image arrays; see `ImageLoader.arrays`."""
         if not self.preparation.merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
-        return {
-            self.array: ((slots, image_tokens, *self.shape), self.dtype),
-            GRIDS: ((slots, 3), np.dtype(np.int32)),
-        }
+        return {self.array: ((image_tokens, *self.shape), self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
         """Return the tile or patch grid of each image of a record; see `ImageLoader.shapes`."""
@@ -76,7 +73,7 @@ class FeatureLoader:
                 f"expected {self.dtype}[{', '.join(map(str, (*open_axes, *self.shape)))}]: remove that folder"
             )
         if len(features):
-            return features
+            return features[0] if self.preparation.merge else features
         self.images.load(path, record, sharing)  # normally raises the error that occurred when features were computed
         raise UserError(
             f"{path} (record {record}): could not be read when its features were cached, but is readable now: "

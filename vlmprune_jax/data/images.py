@@ -117,7 +117,7 @@ class ImageLoader:
     def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
         """Load an image's pixels (read-only); `sharing` is the number of images in its record.
 
-        float32[slots, 3, height, width], or float32[1, patches, values] for images of any size. Raises UserError naming
+        float32[tiles, 3, height, width], or float32[patches, values] for images of any size. Raises UserError naming
         the file and the record.
         """
         key = (path, sharing)
@@ -142,14 +142,15 @@ class ImageLoader:
         return pixels
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return {name: (shape, dtype)} of a record's image arrays for `slots` tiles of `image_tokens` tokens."""
+        """Return {name: (shape, dtype)} of a packed row's image arrays: `slots` images or tiles.
+
+        Images of any size have `image_tokens` tokens together.
+        """
         merge = self.preparation.merge
         if not merge:
             return {self.array: ((slots, *self.shape), self.dtype)}
-        return {
-            self.array: ((slots, image_tokens * merge**2, *self.shape), self.dtype),
-            GRIDS: ((slots, 3), np.dtype(np.int32)),
-        }
+        patches = (image_tokens * merge**2, *self.shape)
+        return {self.array: (patches, self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
 
     def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
         """Return the tile or patch grid of each image of a record; files are opened only if the grids need it.

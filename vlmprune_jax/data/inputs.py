@@ -34,7 +34,7 @@ from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, rows_of_process
+from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, row_ways, rows_of_process
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
 
@@ -104,14 +104,18 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
 
 
 def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return the padded image token counts in `data.image_buckets`, or defaults; None unless images have any size.
+    """Return the padded numbers of image tokens per record; None unless images have any size.
 
+    They are `data.image_buckets` or the defaults, then doubled until `data.max_images` of the largest images fit.
     Raises UserError if they are set for a model whose images have one size.
     """
     buckets, defaults = data.image_buckets, () if preparation is None else preparation.image_buckets
     if buckets and not defaults:
         raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
-    return buckets or defaults or None
+    several = list(buckets or defaults)
+    while several and several[-1] < (buckets or defaults)[-1] * data.max_images:
+        several.append(min(2 * several[-1], (buckets or defaults)[-1] * data.max_images))
+    return tuple(several) or None
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
@@ -350,7 +354,14 @@ def training_rows(
 
 
 def recovery_batches(
-    rows: TrainingRows, data: DataSpec, *, batch_size: int, seed: int, teacher: TeacherRows | None, mesh: Mesh | None
+    rows: TrainingRows,
+    data: DataSpec,
+    *,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+    teacher: TeacherRows | None,
+    mesh: Mesh | None,
 ) -> TrainBatches:
     """Return this process's endless iterator of training batches; `teacher` adds cached teacher outputs to them."""
     return train_batches(
@@ -361,6 +372,7 @@ def recovery_batches(
         epochs=None,
         drop_remainder=True,
         mine=rows_of_process(mesh, batch_size),
+        packs=row_ways(mesh) * accumulation,
         threads=data.threads,
         sizes=rows.sizes,
         group_by=data.group_by,

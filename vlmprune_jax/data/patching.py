@@ -15,6 +15,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.image_processor import check_steps, normalize, pixel_fields
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.models.patch_rows import padded_tokens
 
 _THINNEST = 200  # maximum ratio of long to short side, as in the reference
 _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
@@ -46,10 +47,10 @@ class Patching(Preparation):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded: each twice the one before, up to the maximum."""
+        """Numbers of tokens to which an image is padded: 64, 96, 128, 192, 256, ..., up to the maximum."""
         buckets = [_SMALLEST_BUCKET]
         while buckets[-1] < self._most_tokens:
-            buckets.append(2 * buckets[-1])
+            buckets.append(padded_tokens(buckets[-1] + 1))
         return (*buckets[:-1], self._most_tokens)
 
     @property
@@ -94,7 +95,7 @@ class Patching(Preparation):
         m, p = self.merge, self.patch
         cells = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         frames = np.broadcast_to(cells[..., None, :, :], (*cells.shape[:5], self.temporal, p, p))
-        return frames.reshape(1, rows * columns, -1)
+        return frames.reshape(rows * columns, -1)
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Return an image's (rows, columns) in patches, both multiples of `merge`."""

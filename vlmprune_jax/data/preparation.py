@@ -32,7 +32,7 @@ class Preparation(Protocol):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images of any size are padded, ascending; () if all images have one size."""
+        """Numbers of tokens to which an image of any size is padded, ascending; () if all images have one size."""
         return ()
 
     @property
@@ -60,7 +60,7 @@ class Preparation(Protocol):
         """Return the pixel count of the largest intermediate image that the preparation creates."""
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        """Convert an RGB image to float32[tiles, channels, height, width], or float32[1, patches, values]."""
+        """Convert an RGB image to float32[tiles, channels, height, width], or float32[patches, values]."""
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
         """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.

@@ -69,7 +69,7 @@ class TokenBudget(Preparation):
         resized = image if image.size == size else image.resize(size, self.resample)
         pixels = np.asarray(resized).astype(np.float32) * np.float32(1 / 255)
         cells = pixels.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        return np.ascontiguousarray(cells.reshape(1, rows * columns * m * m, -1))
+        return np.ascontiguousarray(cells.reshape(rows * columns * m * m, -1))
 
     def _cells(self, width: int, height: int) -> tuple[int, int]:
         """Return an image's numbers of token rows and token columns."""

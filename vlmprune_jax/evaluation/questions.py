@@ -24,7 +24,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Encoder, Shape, check_length
 from vlmprune_jax.data.inputs import load_inputs, read_set
 from vlmprune_jax.data.records import Record
-from vlmprune_jax.distributed.mesh import rows_of_process
+from vlmprune_jax.distributed.mesh import row_ways, rows_of_process
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.models.generate import SharedPrefix
 
@@ -98,7 +98,7 @@ class ArrangedQuestions:
         `mesh`: device mesh of the model; a process opens only the images of its own rows (None: all images).
         """
         for group in self.groups:
-            check_memory(group.beginnings, group.shape, self.encoder, prefetch)
+            check_memory(group.beginnings, group.shape, self.encoder, prefetch, group.beginnings)
         rows = grain.MapDataset.range(len(self.groups)).map(lambda number: self._load(self.groups[number], mesh))
         return rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
 
@@ -114,11 +114,9 @@ class ArrangedQuestions:
         shared += [shared[0]] * (group.beginnings - len(shared))
         prefix_ids, prefix_mask = _left_padded([beginning.ids for beginning in shared], group.shape.tokens)
         mine, encoder = set(rows_of_process(mesh, len(shared)).tolist()), self.encoder
-        images = [
-            (encoder.images if row in mine else encoder.empty_images)(beginning.record, group.shape)
-            for row, beginning in enumerate(shared)
-        ]
-        arrays |= {name: np.stack([row[name] for row in images]) for name in images[0]}
+        images = [encoder.images(beginning.record, read=row in mine) for row, beginning in enumerate(shared)]
+        packed = mesh is not None or encoder.image_buckets is not None
+        arrays |= encoder.packed(images, group.shape, row_ways(mesh) if packed else len(shared))
         names = [self.records[question.place].id for question in questions]
         return QuestionBatch(
             arrays=arrays,

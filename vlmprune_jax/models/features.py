@@ -17,7 +17,7 @@ from vlmprune_jax.models.vision import VisionTower
 def features_of(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the images' vision features, the input of the projector."""
+    """Return the images' vision features, the input of the projector; those of packed rows with `grid`."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -52,17 +52,13 @@ def tower_features(
     return features_of(module, cfg, pixels.astype(dtype), None, grid)
 
 
-def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, per_row: bool) -> jax.Array:
-    """Replace the embeddings at image positions (bool[batch, seq]) of `x` by vision features, in order."""
-    batch = x.shape[0] if per_row else 1
-    flat = features.reshape(batch, -1, x.shape[-1])
-    marks = is_image.reshape(batch, -1)
+def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, packs: int) -> jax.Array:
+    """Replace the embeddings at image positions (bool[batch, seq]) of `x` by vision features, in order.
+
+    The features are those of `packs` packed rows, each for as many rows of the batch.
+    """
+    flat = features.reshape(packs, -1, x.shape[-1])
+    marks = is_image.reshape(packs, -1)
     index = jnp.clip(jnp.cumsum(marks, axis=1) - 1, 0, flat.shape[1] - 1)
     placed = jnp.take_along_axis(flat, index[..., None], axis=1).reshape(x.shape)
     return jnp.where(is_image[..., None], placed, x)
-
-
-def place(x: jax.Array, is_image: jax.Array, features: jax.Array, index: jax.Array) -> jax.Array:
-    """Replace the embeddings at image tokens of `x` by features of the same row, at `index` int[batch, seq]."""
-    flat = features.reshape(len(x), -1, x.shape[-1])
-    return jnp.where(is_image[..., None], jnp.take_along_axis(flat, index[..., None], axis=1), x)

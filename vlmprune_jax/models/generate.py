@@ -22,7 +22,16 @@ from vlmprune_jax.models.inputs import check_inputs, needed_mask
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows
 from vlmprune_jax.models.positions import with_images
-from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import (
+    Embedded,
+    Model,
+    Params,
+    VisionLanguageModel,
+    mesh_of,
+    packed_rows,
+    place_batch,
+    to_nnx,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def generate(
         host["rows"] = np.asarray(prefix.rows, np.int32)
     check_types(model.cfg, shown_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
     if model.cfg.any_size:
-        host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
+        host |= _patches(model, host, pixel_values, image_grid_thw)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
     if not 0 < first < max_new_tokens:
@@ -131,7 +140,7 @@ def compile_generation(
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
     mesh, host = mesh_of(model.params), _prompts(model.cfg, input_ids, None, pixel_values, None)
     if model.cfg.any_size:
-        host |= _patches(model.cfg, host, pixel_values, image_grid_thw)
+        host |= _patches(model, host, pixel_values, image_grid_thw)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
         lowered = prefill.lower(model.params, model.cfg, arrays, max_new_tokens, ())
@@ -159,10 +168,11 @@ def _prompts(
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
 
 
-def _patches(cfg: ModelConfig, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
+def _patches(model: Model, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
     """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets."""
-    before = "prefix_" * ("rows" in host)
-    image_arrays = patch_rows(cfg, host[f"{before}ids"], host[f"{before}valid"], pixel_values, image_grid_thw)
+    ids, valid = (host["prefix_" * ("rows" in host) + name] for name in ("ids", "valid"))
+    packs = packed_rows(len(ids), mesh_of(model.params))
+    image_arrays = patch_rows(model.cfg, ids, valid, pixel_values, image_grid_thw, packs=packs)
     placed = {"pixels": image_arrays["pixel_values"], "grid": image_arrays["image_grid_thw"]}
     if "deltas" not in image_arrays:
         return placed

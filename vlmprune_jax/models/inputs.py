@@ -71,13 +71,12 @@ def check_inputs(
 
 
 def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None:
-    per_image = cfg.feature_shape
-    if cfg.any_size and len(shape) == 4:
-        per_image = (shape[2], per_image[1])
-    if cfg.tower or len(shape) != 4 or (shape[0], *shape[2:]) != (rows, *per_image):
+    each = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
+    if cfg.tower or len(shape) != 2 + len(each) or shape[2:] != each or not shape[0] or rows % shape[0]:
         raise UserError(
-            f"vision_features has shape {list(shape)}, expected [{rows}, images, {per_image[0]}, {per_image[1]}] (only "
-            "for a model without its vision tower; otherwise pass pixel_values)"
+            f"vision_features has shape {list(shape)}, expected [{rows}, {'tokens' if cfg.any_size else 'images'}, "
+            f"{', '.join(map(str, each))}], or packed rows that divide the {rows} (only for a model without its vision "
+            "tower; otherwise pass pixel_values)"
         )
 
 
@@ -87,8 +86,10 @@ def _check_pixels(cfg: ModelConfig, is_image: np.ndarray, shape: tuple[int, ...]
     wanted, per_image = (cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size), cfg.tokens_per_image
     if len(shape) not in (4, 5) or shape[-3:] != wanted:
         raise UserError(f"pixel_values has shape {list(shape)}, expected [images, {', '.join(map(str, wanted))}]")
-    positions, most = int(is_image.sum()), int(is_image.sum(axis=1).max(initial=0))
-    if len(shape) == 5 and (shape[0] != len(is_image) or most > shape[1] * per_image):
+    positions, packs = int(is_image.sum()), shape[0] if len(shape) == 5 else 1
+    divides = packs > 0 and len(is_image) % packs == 0
+    most = int(is_image.reshape(packs, -1).sum(axis=1).max(initial=0)) if divides else positions
+    if len(shape) == 5 and (not divides or most > shape[1] * per_image):
         raise UserError(
             f"pixel_values has shape {list(shape)} for {len(is_image)} rows with up to {most} image positions: a row "
             f"has room for {shape[1] * per_image} ({per_image} per image)"

@@ -6,12 +6,16 @@ Splash attention (jax.experimental.pallas.ops.tpu) keeps softmax tiles on the ch
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import spec
@@ -98,17 +102,15 @@ def splash_attention(
     *,
     causal: bool,
     window: int = 0,
-    segments: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Return softmax attention computed by the TPU splash kernel, with float32 scores per tile.
 
     `q`: the queries of the last `queries` of `seq` slots (all of them, or what follows a prefix in a cache). `valid`:
-    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `segments`: instead of it
-    int[batch, seq], and a query sees the keys of its own segment. `causal`: a query sees no later key, and with a
-    `window` only that many slots, its own included (xla_attention under `windowed` counts real keys, which is the same
-    if padding lies at the ends of a row). Heads are split over `tensor` and rows over (data, fsdp) of the mesh in use,
-    rows only if they divide. `interpret` runs the kernel on a CPU.
+    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `causal`: a query sees no
+    later key, and with a `window` only that many slots, its own included (xla_attention under `windowed` counts real
+    keys, which is the same if padding lies at the ends of a row). Heads are split over `tensor` and rows over
+    (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
     """
     batch, queries, seq = *q.shape[:2], k.shape[1]
     blocks = _block(queries), _block(seq)
@@ -117,8 +119,6 @@ def splash_attention(
     if valid is None and pad:
         valid = jnp.ones((batch, seq), bool)
     keys = None if valid is None else jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, pad)))
-    if segments is not None:
-        keys = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-1)
 
     def per_head(x: jax.Array, length: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -128,28 +128,183 @@ def splash_attention(
         kernel = _kernel(q.shape[1], shape, blocks, causal, window, seq - queries, interpret)
 
         def row(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array | None) -> jax.Array:
-            if segments is not None and keys is not None:
-                return kernel(q, k, v, splash.SegmentIds(keys, keys))
             # Queries are all of one segment, padding among them: as in xla_attention.
             ones = jnp.ones(q.shape[1], jnp.int32)
             return kernel(q, k, v, None if keys is None else splash.SegmentIds(ones, keys))
 
         return jax.vmap(row)(q, k, v, keys)
 
+    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
+    out = _on_devices(local, per_head(scaled, n_queries), per_head(k, n_keys), per_head(v, n_keys), keys)
+    return out.swapaxes(1, 2)[:, :queries]
+
+
+def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, keys: Any) -> jax.Array:
+    """Run `attention` of [batch, heads, positions, head] and int[batch, positions] on each device's rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        rows = "batch" if batch % row_ways(mesh) == 0 else None
-        heads = spec((rows, "q_heads", None, None))
-        specs = (heads, spec((rows, "kv_heads", None, None)), spec((rows, "kv_heads", None, None)), spec((rows, None)))
-        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
-    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
-    out = local(per_head(scaled, n_queries), per_head(k, n_keys), per_head(v, n_keys), keys)
-    return out.swapaxes(1, 2)[:, :queries]
+        rows = "batch" if len(q) % row_ways(mesh) == 0 else None
+        heads, pairs = spec((rows, "q_heads", None, None)), spec((rows, "kv_heads", None, None))
+        specs = (heads, pairs, pairs, spec((rows, None)))
+        attention = jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)
+    return attention(q, k, v, keys)
+
+
+def in_blocks(positions: int) -> bool:
+    """Return True if attention within segments of rows this long is computed in blocks, without a mask."""
+    return positions > _LARGEST_BLOCK
+
+
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Return softmax attention of every position to those of its own segment, with float32 scores.
+
+    `segments`: int[batch, seq], ascending but for windows of one image. The scores of one block of queries and one of
+    keys exist at a time, and only of blocks that may share a segment: time grows with the squared lengths of the
+    segments, and memory with the length of the row. TPUs run the splash kernel, which `interpret` runs on a CPU.
+    """
+    positions, in_kernel = q.shape[1], interpret or for_tpu()
+    block = _block(positions) if in_kernel else _LARGEST_BLOCK
+    pad = -positions % block
+    ids = jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=np.iinfo(np.int32).max)
+
+    def per_head(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
+            q, k, v, ids = arrays
+            if in_kernel:
+                return _segment_kernel(ids, block, interpret)(q, k, v, splash.SegmentIds(ids, ids))
+            grouped = q.reshape(len(k), -1, *q.shape[1:])
+            return _row_attention(block, grouped, k, v, ids).reshape(q.shape)
+
+        return jax.lax.map(row, (q, k, v, ids))
+
+    out = _on_devices(local, per_head(q * q.shape[-1] ** -0.5), per_head(k), per_head(v), ids)
+    return out.swapaxes(1, 2)[:, :positions]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_attention(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return attention within the segments of one row: q [kv_heads, group, seq, head], k and v [kv_heads, seq, head].
+
+    As in flash attention (Dao et al. 2022), softmax is accumulated over blocks of keys, and the backward pass computes
+    the scores again from the stored logarithm of their sum.
+    """
+    return _row_forward(block, q, k, v, ids)[0]
+
+
+def _row_forward(block: int, q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+    first, end = _shared_blocks(ids, block)
+
+    def queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_i = _block_of(q, i, block)
+
+        def add(j: jax.Array, carry: Any) -> Any:
+            top, total, out = carry
+            scores = _scores(q_i, _block_of(k, j, block), ids, i, j, block)
+            higher = jnp.maximum(top, scores.max(axis=-1))
+            weights, fade = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+            values = _block_of(v, j, block)
+            mixed = jnp.einsum("kgts,ksh->kgth", weights.astype(v.dtype), values, preferred_element_type=out.dtype)
+            return higher, total * fade + weights.sum(axis=-1), out * fade[..., None] + mixed
+
+        start = jnp.full(q_i.shape[:-1], _HIDDEN, _sum_dtype(q)), jnp.zeros(q_i.shape[:-1], _sum_dtype(q))
+        top, total, out = jax.lax.fori_loop(first[i], end[i], add, (*start, jnp.zeros(q_i.shape, _sum_dtype(q))))
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, sums = jax.lax.map(queries, jnp.arange(len(first)))
+    out = saveable(jnp.moveaxis(out, 0, 2).reshape(q.shape))
+    return out, (q, k, v, ids, out, saveable(jnp.moveaxis(sums, 0, 2).reshape(q.shape[:-1])))
+
+
+def _row_backward(block: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, ids, out, sums = saved
+    first, end = _shared_blocks(ids, block)
+    inner = jnp.sum(out.astype(sums.dtype) * gradient.astype(sums.dtype), axis=-1)
+
+    def queries(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+        q_i, gradient_i, inner_i, sums_i = (_block_of(x, i, block, 2) for x in (q, gradient, inner, sums))
+
+        def add(j: jax.Array, carry: Any) -> Any:
+            d_q, d_k, d_v = carry
+            k_j, v_j = _block_of(k, j, block), _block_of(v, j, block)
+            weights = jnp.exp(_scores(q_i, k_j, ids, i, j, block) - sums_i[..., None])
+            d_weights = jnp.einsum("kgth,ksh->kgts", gradient_i, v_j, preferred_element_type=sums.dtype)
+            d_scores = (weights * (d_weights - inner_i[..., None])).astype(q.dtype)
+            d_q += jnp.einsum("kgts,ksh->kgth", d_scores, k_j, preferred_element_type=sums.dtype)
+            of_keys = jnp.einsum("kgts,kgth->ksh", d_scores, q_i, preferred_element_type=sums.dtype)
+            mixed = jnp.einsum("kgts,kgth->ksh", weights.astype(q.dtype), gradient_i, preferred_element_type=sums.dtype)
+            at = (0, j * block, 0)
+            added = ((d, _block_of(d, j, block) + new) for d, new in ((d_k, of_keys), (d_v, mixed)))
+            return (d_q, *(jax.lax.dynamic_update_slice(d, new, at) for d, new in added))
+
+        d_q, *rest = jax.lax.fori_loop(first[i], end[i], add, (jnp.zeros(q_i.shape, sums.dtype), *carry))
+        return tuple(rest), d_q
+
+    zeros = tuple(jnp.zeros(x.shape, sums.dtype) for x in (k, v))
+    (d_k, d_v), d_q = jax.lax.scan(queries, zeros, jnp.arange(len(first)))
+    d_q = jnp.moveaxis(d_q, 0, 2).reshape(q.shape)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_row_attention.defvjp(_row_forward, _row_backward)
+
+
+def _sum_dtype(x: jax.Array) -> Any:
+    return np.promote_types(x.dtype, np.float32)
+
+
+def _block_of(x: jax.Array, number: jax.Array, block: int, axis: int = -2) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, number * block, block, axis)
+
+
+def _scores(q: jax.Array, k: jax.Array, ids: jax.Array, i: jax.Array, j: jax.Array, block: int) -> jax.Array:
+    """Return the scores [kv_heads, group, queries, keys] of two blocks, hidden between segments."""
+    scores = jnp.einsum("kgth,ksh->kgts", q, k, preferred_element_type=_sum_dtype(q))
+    same = _block_of(ids, i, block, 0)[:, None] == _block_of(ids, j, block, 0)[None]
+    return jnp.where(same[None, None], scores, _HIDDEN)
+
+
+def _meeting_blocks(ids: jax.Array, block: int) -> jax.Array:
+    """Return bool[blocks, blocks], True for blocks of a row that may share a segment."""
+    low, high = (reduce(ids.reshape(-1, block), axis=1) for reduce in (jnp.min, jnp.max))
+    return (low[:, None] <= high[None]) & (low[None] <= high[:, None])
+
+
+def _shared_blocks(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Return for every block of a row the first block that may share a segment with it, and the one after the last."""
+    meets = _meeting_blocks(ids, block)
+    return meets.argmax(axis=1), len(meets) - meets[:, ::-1].argmax(axis=1)
 
 
 def _block(n: int) -> int:
     """Return the kernel's tile size for `n` positions: equal tiles, multiples of a register's lanes."""
     return -(-n // (-(-n // _LARGEST_BLOCK) * LANES)) * LANES
+
+
+def _segment_kernel(ids: jax.Array, block: int, interpret: bool) -> Any:
+    """Return the splash kernel for one row that skips blocks without a common segment: the mask is per block."""
+    meets = _meeting_blocks(ids, block)[None]
+    number, marks = jnp.arange(meets.shape[1], dtype=jnp.int32), jnp.where(meets, 2, 0).astype(jnp.int32)
+    by_keys, by_queries = (
+        MaskInfo(jnp.where(meets, blocks, 0), None, marks, None, None) for blocks in (number, number[:, None])
+    )
+    return SplashAttentionKernel(
+        by_keys,
+        by_keys,
+        by_queries,
+        block_sizes=splash.BlockSizes(*(block,) * 8),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=_HIDDEN,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=SAVEABLE,
+        mask_function=None,
+        interpret=interpret,
+    )
 
 
 def _kernel(

@@ -1,7 +1,12 @@
-"""Images of any size on the host: a processor's patches arranged row by row in one shape, with positions."""
+"""Images of any size on the host: a processor's patches in packed rows, with the positions of their tokens.
+
+A packed row has the patches of the images of some rows of the batch, image after image, and padding at the end. A batch
+of n rows in p packed rows has those of its rows 0 to n/p - 1 in the first one, and so on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +15,16 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.positions import AXES, grids_by_row, mrope_positions
 
-# Rows of patches are padded to multiples of so many merged cells: fewer shapes are compiled.
-_CELLS = 16
+_LEAST = 16  # tokens of the shortest packed row
+
+
+def padded_tokens(tokens: int) -> int:
+    """Return the length in image tokens to which a packed row is padded: 16, 32, 48, 64, 96, 128, 192, 256, ...
+
+    Two lengths per doubling, so that few programs are compiled and at most a third of a longer row is padding.
+    """
+    step = max(_LEAST, (1 << max(tokens - 1, 1).bit_length() - 1) // 2)
+    return max(-(-tokens // step), 1) * step
 
 
 def patch_rows(
@@ -21,20 +34,22 @@ def patch_rows(
     pixel_values: Any,
     image_grid_thw: Any,
     mm_token_type_ids: Any = None,
+    *,
+    packs: int | None = None,
 ) -> dict[str, Any]:
-    """Return a batch's images and token positions as padded arrays per row, for models with images of any size.
+    """Return a batch's images in packed rows, and its token positions, for models with images of any size.
 
     Args:
       cfg: the model.
       input_ids, attention_mask: int[batch, seq]; or no mask.
-      pixel_values: float[patches of all images, values of one], or by row [batch, slots, patches, values], or None.
-      image_grid_thw: int[images, 3], or [batch, slots, 3] by row.
+      pixel_values: float[patches of all images, values], or in packed rows [packs, patches, values], or None.
+      image_grid_thw: int[images, 3], or in packed rows [packs, images, 3].
       mm_token_type_ids: int[batch, seq], 1 at image tokens, as processors emit it; only checked.
+      packs: number of packed rows to return (None: one per row of the batch, or as they come).
 
     Returns:
-      {"pixel_values": float32[batch, slots, patches, values], "image_grid_thw": int32[batch, slots, 3]}, both None
-      without an image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see
-      `mrope_positions`.
+      {"pixel_values": float32[packs, patches, values], "image_grid_thw": int32[packs, images, 3]}, both None without an
+      image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see `mrope_positions`.
 
     Raises UserError for pixels, grids, image tokens or their types that do not fit together, or a video.
     """
@@ -51,11 +66,41 @@ def patch_rows(
     if pixel_values is None:
         return {**placed, "pixel_values": None, "image_grid_thw": None}
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)
-    if pixels.ndim == 4 and grids.ndim == 3:
-        _check_rows(cfg, pixels, grids, len(ids))
-        return {**placed, "pixel_values": pixels, "image_grid_thw": grids.astype(np.int32)}
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
-    return placed | _by_row(cfg, pixels, grids_by_row(is_image & valid, grids, merge))
+    by_row = grids_by_row(is_image & valid, grids, merge)
+    if pixels.ndim == 4 and grids.ndim == 3:  # padded to the largest image, as in 0.1
+        slots = zip(pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, AXES), strict=True)
+        pixels = np.concatenate([patches[: grid.prod()] for patches, grid in slots])
+    if pixels.ndim == grids.ndim == 3:
+        _check_packed(cfg, pixels, grids)
+        return placed | repacked(cfg, pixels, grids, packs or len(pixels), by_row)
+    sizes = [int(np.prod(row, axis=1).sum()) if row else 0 for row in by_row]
+    if pixels.shape != (sum(sizes), _values(cfg)):
+        raise UserError(
+            f"pixel_values has shape {list(pixels.shape)}, expected [{sum(sizes)}, {_values(cfg)}] (patches of "
+            "image_grid_thw, values per patch)"
+        )
+    return placed | _packed(np.split(pixels, np.cumsum(sizes)[:-1]), by_row, packs or len(ids), merge)
+
+
+def repacked(
+    cfg: ModelConfig,
+    pixels: np.ndarray,
+    grids: np.ndarray,
+    packs: int,
+    by_row: Sequence[Sequence[np.ndarray]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Return packed rows of patches and their grids in another number of packed rows.
+
+    `by_row`: the image grids of every row of the batch (None: of every packed row, which are only joined).
+    """
+    if len(pixels) == packs:
+        return {"pixel_values": pixels, "image_grid_thw": grids.astype(np.int32)}
+    real = [row[: grid.prod(axis=1).sum()] for row, grid in zip(pixels, grids, strict=True)]
+    if by_row is None:
+        by_row = [[grid for grid in row if grid.any()] for row in grids]
+    ends = np.cumsum([sum(int(grid.prod()) for grid in row) for row in by_row])
+    return _packed(np.split(np.concatenate(real), ends[:-1]), by_row, packs, _merge(cfg))
 
 
 def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
@@ -109,8 +154,8 @@ def check_patches(cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_v
 
 
 def real_features(cfg: ModelConfig, features: Any, image_grid_thw: Any) -> np.ndarray:
-    """Remove padding from vision features [images, tokens, embed]; return float[tokens, embed] in order."""
-    counts = np.asarray(image_grid_thw).reshape(-1, AXES).prod(axis=1) // _merge(cfg) ** 2
+    """Remove padding from vision features [packs, tokens, embed]; return float[tokens, embed] in order."""
+    counts = np.asarray(image_grid_thw).prod(axis=2).sum(axis=1) // _merge(cfg) ** 2
     array = np.asarray(features)
     return array[np.arange(array.shape[1])[None] < counts[:, None]]
 
@@ -138,41 +183,34 @@ def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
         )
 
 
-def _check_rows(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray, rows: int) -> None:
-    values = _values(cfg)
-    if len(pixels) != rows or pixels.shape[:2] != grids.shape[:2] or pixels.shape[3] != values:
+def _check_packed(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> None:
+    values, cell = _values(cfg), _merge(cfg) ** 2
+    if len(pixels) != len(grids) or pixels.shape[2] != values:
         raise UserError(
-            f"pixel_values has shape {list(pixels.shape)} and image_grid_thw {list(grids.shape)}, expected "
-            f"[{rows}, slots, patches, {values}] and [{rows}, slots, {AXES}]"
+            f"pixel_values has shape {list(pixels.shape)} and image_grid_thw {list(grids.shape)}, expected [packs, "
+            f"patches, {values}] and [packs, images, {AXES}]"
         )
-    most = int(grids.prod(axis=2).max(initial=0))
-    if most > pixels.shape[2] or pixels.shape[2] % _merge(cfg) ** 2:
+    most = int(grids.prod(axis=2).sum(axis=1).max(initial=0))
+    if most > pixels.shape[1] or pixels.shape[1] % cell:
         raise UserError(
-            f"pixel_values has {pixels.shape[2]} patches per image, expected at least {most} (the largest image of "
-            f"image_grid_thw) and a multiple of {_merge(cfg) ** 2}"
+            f"pixel_values has {pixels.shape[1]} patches in a packed row, expected at least {most} (the images of "
+            f"image_grid_thw) and a multiple of {cell}"
         )
 
 
-def _by_row(cfg: ModelConfig, pixels: np.ndarray, by_row: list[list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """Distribute the patches of all images [patches, values] to padded arrays of each row's images."""
-    sizes = [[int(grid.prod()) for grid in row] for row in by_row]
-    total, values = sum(map(sum, sizes)), _values(cfg)
-    if pixels.shape != (total, values):
-        raise UserError(
-            f"pixel_values has shape {list(pixels.shape)}, expected [{total}, {values}] (patches of image_grid_thw, "
-            "values per patch)"
-        )
-    cells = _CELLS * _merge(cfg) ** 2
-    room = -(-max((size for row in sizes for size in row), default=1) // cells) * cells
-    slots = max(map(len, sizes), default=0) or 1
-    rows = np.zeros((len(by_row), slots, room, values), np.float32)
-    grids = np.zeros((len(by_row), slots, AXES), np.int32)
-    at = 0
-    for row, images in enumerate(by_row):
-        for slot, grid in enumerate(images):
-            size = sizes[row][slot]
-            rows[row, slot, :size], grids[row, slot] = pixels[at : at + size], grid
-            at += size
+def _packed(
+    patches: Sequence[np.ndarray], by_row: Sequence[Sequence[np.ndarray]], packs: int, merge: int
+) -> dict[str, np.ndarray]:
+    """Pack the patches of every row of a batch, [patches, values], and the grids of its images."""
+    size = len(by_row) // packs
+    sizes = [sum(map(len, patches[at : at + size])) for at in range(0, len(by_row), size)]
+    images = [[grid for row in by_row[at : at + size] for grid in row] for at in range(0, len(by_row), size)]
+    room = padded_tokens(-(-max(sizes) // merge**2)) * merge**2
+    rows = np.zeros((packs, room, patches[0].shape[1]), np.float32)
+    grids = np.zeros((packs, max(1, *map(len, images)), AXES), np.int32)
+    for pack, (length, of_pack) in enumerate(zip(sizes, images, strict=True)):
+        np.concatenate(patches[pack * size : (pack + 1) * size], out=rows[pack, :length])
+        grids[pack, : len(of_pack)] = np.reshape(of_pack, (-1, AXES))
     return {"pixel_values": rows, "image_grid_thw": grids}
 
 

@@ -1,4 +1,4 @@
-"""Positions of the patches of images of any size, from the grid of each image."""
+"""Positions of the patches of images of any size in packed rows, from the grid of each image."""
 
 from __future__ import annotations
 
@@ -9,51 +9,72 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Row and column of every patch in its image; all arrays are int32[images, patches].
+    """Row and column of every patch in its image; all arrays are int32[packs, patches].
 
-    Patches come in merged cells, row by row of cells and row by row inside a cell. `cell_row`, `cell_column`: of the
-    cell; `row`, `column`: of the patch; `image`: 0, or -1 for padding after an image's own patches.
+    A packed row has its images one after the other, then padding. Patches come in merged cells, row by row of cells
+    and row by row inside a cell.
     """
 
     row: jax.Array
     column: jax.Array
     cell_row: jax.Array
+    """Row of the patch's merged cell."""
+
     cell_column: jax.Array
+    """Column of the patch's merged cell."""
+
+    rows: jax.Array
+    """Number of rows of patches of the image."""
+
+    columns: jax.Array
+    """Number of columns of patches of the image."""
+
     image: jax.Array
+    """Number of the patch's image in its packed row; for padding the number of images."""
+
+    real: jax.Array
+    """bool, False for padding."""
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return row and column of every patch, padded to `patches` per image, from image grids int[images, 3]."""
+    """Return row and column of every patch of packed rows of `patches`, from image grids int[packs, images, 3]."""
     index = jnp.arange(patches, dtype=jnp.int32)[None]
-    rows, columns = (grid[:, axis, None].astype(jnp.int32) for axis in (1, 2))
-    cell, inside = index // merge**2, index % merge**2
-    across = jnp.maximum(columns // merge, 1)
-    cell_row, cell_column = cell // across, cell % across
-    image = jnp.where(index < rows * columns, jnp.int32(0), jnp.int32(-1))
+    sizes = grid.prod(axis=-1, dtype=jnp.int32)
+    ends = jnp.cumsum(sizes, axis=1, dtype=jnp.int32)
+    image = (index[..., None] >= ends[:, None]).sum(axis=-1, dtype=jnp.int32)
+
+    def of_image(values: jax.Array) -> jax.Array:
+        at = jnp.minimum(image, values.shape[1] - 1)
+        return jnp.take_along_axis(values.astype(jnp.int32), at, axis=1)
+
+    rows, columns = (of_image(grid[..., axis]) for axis in (1, 2))
+    cell, inside = jnp.divmod(index - of_image(ends - sizes), merge**2)
+    cell_row, cell_column = jnp.divmod(cell, jnp.maximum(columns // merge, 1))
     row, column = cell_row * merge + inside // merge, cell_column * merge + inside % merge
-    return Places(row, column, cell_row, cell_column, image)
+    return Places(row, column, cell_row, cell_column, rows, columns, image, index < ends[:, -1:])
 
 
 def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
-    """Return each patch's attention window (`side` merged patches wide), int32[images, patches] (-1 = padding).
+    """Return each patch's attention window (`side` merged patches wide), int32[packs, patches].
 
-    Windows are numbered row by row from the upper left, and cut short at the right and at the bottom.
+    Windows are numbered image by image, row by row from the upper left, and cut short at the right and at the bottom.
+    The window of padding has no other patches than padding.
     """
-    across = -(-grid[:, 2, None].astype(jnp.int32) // (merge * side))
-    window = places.cell_row // side * across + places.cell_column // side
-    return jnp.where(places.image < 0, places.image, window)
+    down, across = (-(-grid[..., axis].astype(jnp.int32) // (merge * side)) for axis in (1, 2))
+    starts = jnp.pad(jnp.cumsum(down * across, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    before = jnp.take_along_axis(starts, places.image, axis=1)
+    window = places.cell_row // side * -(-places.columns // (merge * side)) + places.cell_column // side
+    return before + jnp.where(places.real, window, 0)
 
 
-def resampled(table: jax.Array, places: Places, grid: jax.Array) -> jax.Array:
-    """Interpolate a position table [side * side, vision] to each image's grid: float[images, patches, vision].
+def resampled(table: jax.Array, places: Places) -> jax.Array:
+    """Interpolate a position table [side * side, vision] to each image's grid: float[packs, patches, vision].
 
     Bilinear, with aligned corners.
     """
     side = round(table.shape[0] ** 0.5)
-    (top, down), (left, right) = (
-        _between(at, grid[:, axis, None], side) for at, axis in ((places.row, 1), (places.column, 2))
-    )
-    (row, below), (column, beside) = top, left
+    top, left = _between(places.row, places.rows, side), _between(places.column, places.columns, side)
+    ((row, below), down), ((column, beside), right) = top, left
     taps = [
         table[r * side + c] * (share_r * share_c)[..., None].astype(table.dtype)
         for r, share_r in ((row, 1 - down), (below, down))
@@ -75,24 +96,10 @@ def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Arra
 def axial_angles(
     places: Places, head_dim: int, theta: float, columns_first: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return 2-D rotary cosines and sines by row and column, float32[images, patches, head_dim / 2] each."""
+    """Return 2-D rotary cosines and sines by row and column, float32[packs, patches, head_dim / 2] each."""
     quarter = head_dim // 4
     inverse = 1.0 / theta ** (jnp.arange(quarter, dtype=jnp.float32) / quarter)
     axes = (places.column, places.row) if columns_first else (places.row, places.column)
     at = jnp.stack(axes, axis=-1).astype(jnp.float32)
     angles = (at[..., None] * inverse[None, None, None]).reshape(*places.row.shape, 2 * quarter)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def slot_index(marks: jax.Array, counts: jax.Array, room: int) -> jax.Array:
-    """Return the index of every image token's feature among its row's features, int32[batch, seq].
-
-    marks: bool[batch, seq], image tokens; counts: int[batch, slots], features of each image, which come first in its
-    `room`. Other positions have an arbitrary index.
-    """
-    nth = jnp.cumsum(marks, axis=1, dtype=jnp.int32) - 1
-    ends = jnp.cumsum(counts.astype(jnp.int32), axis=1, dtype=jnp.int32)
-    slot = (nth[..., None] >= ends[:, None]).sum(axis=-1, dtype=jnp.int32)
-    slot = jnp.minimum(slot, counts.shape[1] - 1)
-    start = jnp.take_along_axis(ends - counts.astype(jnp.int32), slot, axis=1)
-    return jnp.clip(slot * room + nth - start, 0, counts.shape[1] * room - 1)

@@ -24,7 +24,7 @@ def mrope_positions(
       input_ids: int[batch, seq], an image's tokens expanded.
       attention_mask: int[batch, seq], 1 = real token, or None.
       image_grid_thw: frames, rows and columns of patches, int[images, 3] in order of appearance over the batch, or
-        int[batch, slots, 3] by row (0, 0, 0 = empty slot), or None.
+        int[packs, images, 3] by packed row (0, 0, 0 = no image; see `patch_rows`), or None.
       image_token_id, merge: of the model; `merge` x `merge` patches make one token.
 
     Raises UserError for grids that are no multiples of `merge`, or that do not match a row's image tokens.
@@ -61,9 +61,11 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
     """Return the image grids of each row, int[3] per image; image tokens are marked in `is_image`, bool[batch, seq]."""
     counts = [int(row.sum()) for row in is_image]
     grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
-    if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or (grids.ndim == 3 and len(grids) != len(counts)):
+    packs = len(grids) if grids.ndim == 3 else 1
+    if grids.ndim not in (2, 3) or grids.shape[-1] != AXES or not packs or len(counts) % packs:
         raise UserError(
-            f"image_grid_thw has shape {list(grids.shape)}, expected [images, 3] or [{len(counts)}, slots, 3]"
+            f"image_grid_thw has shape {list(grids.shape)}, expected [images, 3], or [packs, images, 3] whose packed "
+            f"rows divide the {len(counts)} rows of the batch"
         )
     for grid in grids.reshape(-1, AXES):
         if grid.any() and (grid.min() < 1 or grid[1] % merge or grid[2] % merge):
@@ -75,10 +77,9 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
             raise UserError(
                 f"image_grid_thw {grid.tolist()} has several frames: videos are not supported, only images (1 frame)"
             )
-    if grids.ndim == 3:
-        by_row = [[grid for grid in row if grid.any()] for row in grids]
-    else:
-        by_row = _in_order(counts, [grid for grid in grids if grid.any()], merge)
+    by_row, size = [], len(counts) // packs
+    for pack, packed in enumerate(grids.reshape(packs, -1, AXES)):
+        by_row += _in_order(counts[pack * size : (pack + 1) * size], [grid for grid in packed if grid.any()], merge)
     for row, (count, images) in enumerate(zip(counts, by_row, strict=True)):
         n_tokens = sum(tokens_of(grid, merge) for grid in images)
         if n_tokens != count:

@@ -15,6 +15,7 @@ from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Context, Names, Tap
+from vlmprune_jax.models.kernels import in_blocks
 from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
 from vlmprune_jax.models.stack import BlockStack
@@ -120,7 +121,7 @@ class VisionTower(BlockStack):
         return table[jnp.where(patches, index, 0).reshape(len(patches), -1)]
 
     def places(self, pixels: jax.Array, grid: jax.Array) -> Places:
-        """Return row and column of every patch, given patches [images, patches, values] and grids int[images, 3]."""
+        """Return row and column of every patch of packed rows [packs, patches, ...]; `grid`: int[packs, images, 3]."""
         return places_of(grid, pixels.shape[1], self.cfg.merge)
 
     def context(self, x: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> Context:
@@ -131,7 +132,8 @@ class VisionTower(BlockStack):
         cfg, places = self.cfg, self.places(x, grid)
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
         segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
-        masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in segments.items()}
+        whole = {} if in_blocks(x.shape[1]) else segments
+        masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in whole.items()}
         facts = cfg.attention
         assert facts.rope is not None  # of towers that take images of any size
         rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
@@ -154,7 +156,7 @@ class VisionTower(BlockStack):
         if grid is not None:
             if self.position_embedding is not None:
                 table = constrain(self._table(), (None, None))  # small, and gathered from whole
-                x = x + resampled(table, self.places(pixels, grid), grid)
+                x = x + resampled(table, self.places(pixels, grid))
             return constrain(x, ("batch", None, None))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]
@@ -172,7 +174,7 @@ class VisionTower(BlockStack):
         return self.tapped(pixels, None, patches=patches, grid=grid)[0]
 
     def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
-        """Return hidden states float[images, patches, vision] after the last block and each block in `deepstack`."""
+        """Return hidden states float[packs, patches, vision] after the last block and each block in `deepstack`."""
         x, deep = self.embed(pixels, grid=grid), self.cfg.deepstack
         passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
         return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
@@ -192,8 +194,8 @@ class VisionTower(BlockStack):
           tap, tap_inputs: see `BlockStack.pass_through`.
           patches: bool[images, rows, columns], patches that show the image and not padding (None: all); for towers
             that `spread` positions.
-          grid: int[images, 3] frames, rows and columns of patches of images of any size; pixels are then their patches
-            [images, patches, values], with padding behind them.
+          grid: int[packs, images, 3] frames, rows and columns of patches of images of any size; pixels are then packed
+            rows of their patches [packs, patches, values], see `patch_rows`.
         """
         x = self.embed(pixels, patches, grid)
         passed = self.pass_through(x, self.context(x, patches, grid), tap=tap, tap_inputs=tap_inputs)

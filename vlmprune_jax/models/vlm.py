@@ -25,10 +25,9 @@ from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.context import Tap
 from vlmprune_jax.models.decoder import Decoder
-from vlmprune_jax.models.features import features_of, place, splice
+from vlmprune_jax.models.features import features_of, splice
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows, real_features
-from vlmprune_jax.models.patches import slot_index
+from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows, real_features, repacked
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.projector import Projector
 from vlmprune_jax.models.stack import BlockStack
@@ -119,7 +118,8 @@ class VisionLanguageModel(nnx.Module):
         """Return the images' features float[images, tokens, features], the input of the projector.
 
         `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
-        `grid`, int[images, 3], pixels are [images, patches, values], and features those of all levels of the tower.
+        `grid`, int[packs, images, 3], pixels are [packs, patches, values], and features those of all levels of the
+        tower.
         """
         assert self.cfg.vision is not None
         return features_of(self.vision, self.cfg, pixels, mask, grid)
@@ -134,39 +134,34 @@ class VisionLanguageModel(nnx.Module):
     ) -> Embedded:
         """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
-        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [batch, slots, 3, H, W] per row
-        (then every device splices its own rows without communication), `pixel_attention_mask` without the channels.
-        Images of any size: [batch, slots, patches, values], with `image_grid_thw` int[batch, slots, 3].
-        `vision_features`: instead of pixels, the tower's features of them, [batch, slots, tokens, features].
+        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [packs, slots, 3, H, W], a packed
+        row for each of as many equal groups of rows (then every device splices its own rows without communication),
+        `pixel_attention_mask` without the channels. Images of any size: [packs, patches, values], with `image_grid_thw`
+        int[packs, images, 3]. `vision_features`: instead of pixels, the tower's features of them, [packs, slots,
+        tokens, features], or [packs, tokens, features] with `image_grid_thw`.
         """
         x = self.text.embed_tokens.lookup(input_ids)
-        grid = image_grid_thw
-        images = None if grid is None else grid.reshape(-1, grid.shape[-1])
+        grid, mask = image_grid_thw, pixel_attention_mask
         if vision_features is not None:
-            per_row, states = True, vision_features.reshape(-1, *vision_features.shape[-2:]).astype(x.dtype)
+            packs, states = len(vision_features), vision_features.reshape(-1, *vision_features.shape[-2:])
+            states = states.astype(x.dtype)
         elif pixel_values is not None:
-            per_row, each = pixel_values.ndim == 5 or grid is not None, 3 if grid is None else 2
-            mask = pixel_attention_mask
+            each = 3 if grid is None else 2  # axes of an image, or a packed row of patches
+            packs = len(pixel_values) if pixel_values.ndim == 5 or grid is not None else 1
             states = self.vision_features(
                 pixel_values.reshape(-1, *pixel_values.shape[-each:]).astype(x.dtype),
                 None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
-                images,
+                grid,
             )
         else:
             return Embedded(x, None, self.layer_inputs(x, input_ids))
         features = self.projector(states)
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
-        if grid is None:
-            x = splice(x, is_image, features, per_row)
-            return Embedded(x, features, self.layer_inputs(x, input_ids))
-        assert self.cfg.projector is not None
-        counts = grid.prod(axis=-1) // self.cfg.projector.downsample**2
-        index = slot_index(is_image, counts, features.shape[1])
         added = self.projector.added(states)
         if added is not None:
-            added = jnp.stack([place(jnp.zeros_like(x), is_image, embeds, index) for embeds in added])
+            added = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in added])
             added = constrain(added, (None, "batch", "sequence", None))
-        x = place(x, is_image, features, index)
+        x = splice(x, is_image, features, packs)
         return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
@@ -329,7 +324,7 @@ def forward(
         empty slots at the end of rows that have fewer images.
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
       image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
-        [patches of all images, values], as processors emit them (or both by row, see `patch_rows`).
+        [patches of all images, values], as processors emit them (or both in packed rows, see `patch_rows`).
       image_position_ids: int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with
         pixel_values [images, patches, values] (Gemma 4).
       mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
@@ -354,10 +349,11 @@ def forward(
         "pixel_attention_mask": needed_mask(model.cfg, pixel_values, pixel_attention_mask),
         "attention_mask": attention_mask,
     }
-    if model.cfg.any_size:
-        arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw)
-        arrays.pop("deltas", None)
     mesh = mesh_of(model.params)
+    if model.cfg.any_size:
+        packs = packed_rows(len(input_ids), mesh)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw, packs=packs)
+        arrays.pop("deltas", None)
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
     if model.cfg.any_size and aux.get("image_features") is not None:
@@ -370,6 +366,23 @@ def mesh_of(params: Params) -> Mesh | None:
     leaf = jax.tree.leaves(params)[0]
     placed = getattr(leaf, "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
+
+
+def packed_rows(batch: int, mesh: Mesh | None) -> int:
+    """Return the number of packed rows of images for a batch: one per device group, or one if rows do not divide."""
+    return row_ways(mesh) if batch % row_ways(mesh) == 0 else 1
+
+
+def place_inputs(model: Model, arrays: Mapping[str, Any]) -> dict[str, jax.Array | None]:
+    """Move a batch to the model's devices; images of any size are packed into one row for each device group.
+
+    Images without `input_ids` stay in the packed rows they are in.
+    """
+    mesh, names = mesh_of(model.params), ("input_ids", "pixel_values", "image_grid_thw")
+    ids, pixels, grids = (arrays.get(name) for name in names)
+    if ids is not None and pixels is not None and grids is not None:
+        arrays = {**arrays, **repacked(model.cfg, pixels, grids, packed_rows(len(ids), mesh))}
+    return place_batch(arrays, mesh)
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:

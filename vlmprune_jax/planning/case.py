@@ -19,7 +19,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.data.inputs import image_buckets, length_buckets, tile_buckets, within_row
 from vlmprune_jax.data.preparation import Preparation, fixed_size
-from vlmprune_jax.distributed.mesh import make_mesh
+from vlmprune_jax.distributed.mesh import make_mesh, row_ways
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
@@ -48,8 +48,8 @@ from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFl
 class Case:
     """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
 
-    `lengths`, `slots`, `image_tokens`: buckets of tokens per row, image (or tile) slots per row, and tokens per image
-    (empty unless images are of any size), ascending. The planned step uses the largest of each. `records`: number of
+    `lengths`, `slots`, `image_tokens`: buckets of tokens, of images or tiles, and of image tokens per row (empty unless
+    images are of any size), ascending. The planned step uses the largest of each. `records`: number of
     training records; None if unknown.
     """
 
@@ -76,8 +76,8 @@ class Case:
         return self.slots[-1]
 
     @property
-    def tokens_per_image(self) -> int:
-        """Tokens per image in the largest image bucket, for models with images of any size; 0 otherwise."""
+    def image_tokens_per_row(self) -> int:
+        """Image tokens per sequence in the largest image bucket, for models with images of any size; 0 otherwise."""
         return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
@@ -187,7 +187,7 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
 
 
 def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the possible image or tile counts per sequence, and tokens per image if images have any size."""
+    """Return the possible image or tile counts per sequence, and its image tokens if images have any size."""
     if cfg.vision is None:
         return (0,), ()
     preparation = preparation_of(data, cfg, folder)
@@ -217,8 +217,8 @@ def estimate(case: Case) -> PlannedStep:
         program.groups,
         rows=config.batch_size,
         length=case.length,
-        images=config.batch_size * case.images,
-        image_tokens=case.tokens_per_image,
+        images=config.batch_size * (1 if case.image_tokens_per_row else case.images),
+        image_tokens=case.image_tokens_per_row,
     )
     return planned_step(case, compiled, model)
 
@@ -292,21 +292,23 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     n_rows = case.config.batch_size
     batch = {name: rows((n_rows, case.length), np.int32) for name in ("input_ids", "attention_mask", "labels")}
     vision, projector = case.cfg.vision, case.cfg.projector
-    each = (n_rows, case.images)
+    packs = case.config.accumulation * row_ways(mesh)
+    each = n_rows // packs  # rows of a packed row of images
+    images = each * case.images
     if vision is not None and vision.any_size:
         if case.cfg.text.rope.sections:
             batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
         if case.images:
-            batch["image_grid_thw"] = rows((*each, 3), np.int32)
+            batch["image_grid_thw"] = rows((packs, images, 3), np.int32)
     if vision is not None and projector is not None and case.images and not case.cfg.tower:
         tokens, features = case.cfg.feature_shape
-        shape, dtype = (*each, case.tokens_per_image or tokens, features), case.config.compute_dtype
-        batch["vision_features"] = rows(shape, jnp.dtype(dtype))
+        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.any_size else (images, tokens)
+        batch["vision_features"] = rows((packs, *room, features), jnp.dtype(case.config.compute_dtype))
     elif vision is not None and projector is not None and case.images:
-        image: tuple[int, ...] = (vision.channels, vision.image_size, vision.image_size)
+        room = (images, vision.channels, vision.image_size, vision.image_size)
         if vision.any_size:
-            image = (case.tokens_per_image * projector.downsample**2, vision.patch_values)
-        batch["pixel_values"] = rows((*each, *image), np.float32)
+            room = (each * case.image_tokens_per_row * projector.downsample**2, vision.patch_values)
+        batch["pixel_values"] = rows((packs, *room), np.float32)
     if top_k := case.config.losses.teacher_top_k:
         batch["teacher_ids"] = rows((n_rows, case.length, top_k), np.int32)
         batch["teacher_logprobs"] = rows((n_rows, case.length, top_k + 1), jnp.dtype(case.config.compute_dtype))

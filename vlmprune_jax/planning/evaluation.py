@@ -172,7 +172,7 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
     vision = cfg.vision
     if vision is not None and vision.any_size:
         patches = image.rows * image.columns
-        arrays |= {"pixels": array(1, patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
+        arrays |= {"pixels": array(patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
         if cfg.text.rope.sections:
             arrays |= {"positions": array(3, length), "delta": array(1)}
     elif vision is not None:

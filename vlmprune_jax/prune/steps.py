@@ -23,12 +23,13 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import Model, place_inputs, to_nnx
 from vlmprune_jax.prune.criteria.activations import real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
 from vlmprune_jax.prune.layers import Given, Layer, Shared, streamed
 
 R = TypeVar("R")
+_Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
 
 
 @dataclasses.dataclass
@@ -157,7 +158,7 @@ def image_steps(
     batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
 ) -> list[Step]:
     """Group the calibration images into steps, each image once, so that no image is both fitted and held out."""
-    images = dict[bytes, tuple[np.ndarray, np.ndarray | None, str]]()
+    images = dict[bytes, _Picture]()
     row = 0
     for arrays in batches:
         for at in range(len(arrays["kind"])):
@@ -170,12 +171,27 @@ def image_steps(
     positions = cfg.vision.grid**2 + cfg.vision.class_token
     if cfg.any_size:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
+    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, "images")]
+    most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
+    size = len(batches[0]["kind"])
     return [
-        _image_step(part[at : at + size], size, positions, held_out)
-        for size in (len(batches[0]["kind"]),)
-        for part, held_out in _parted(chosen, settings, "images")
-        for at in range(0, len(part), size)
+        _image_step(packs[at : at + size], (size, positions, most), held_out)
+        for packs, held_out in parts
+        for at in range(0, len(packs), size)
     ]
+
+
+def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
+    """Pack images of any size in order into rows of `positions` patches; others have a row each."""
+    packs, room = list[list[_Picture]](), 0
+    for image in images:
+        needed = positions if image[1] is None else len(image[0])
+        if needed > room:
+            packs.append([])
+            room = positions
+        packs[-1].append(image)
+        room -= needed
+    return packs
 
 
 def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -184,33 +200,32 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
     if pixels is None:
         return
     if cfg.any_size:
-        for patches, grid in zip(pixels[row], arrays["image_grid_thw"][row], strict=True):
+        at = 0
+        for grid in arrays["image_grid_thw"][row]:
             if grid.any():
-                yield patches[: int(np.prod(grid))], grid
+                yield pixels[row, at : at + int(np.prod(grid))], grid
+                at += int(np.prod(grid))
         return
     real = real_images(arrays["kind"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
     for image in pixels[row, real]:
         yield image, None
 
 
-def _image_step(
-    images: Sequence[tuple[np.ndarray, np.ndarray | None, str]], size: int, positions: int, held_out: bool
-) -> Step:
-    """Return a step of images with equal numbers of vision-tower positions, padded to `size` images."""
-    inputs: dict[str, Any] = {}
-    first, grid, _ = images[0]
-    shape = first.shape if grid is None else (positions, first.shape[-1])
-    inputs["pixel_values"] = np.zeros((size, *shape), np.float32)
-    real = np.zeros((size, positions), np.float32)
-    if grid is not None:
-        inputs["image_grid_thw"] = np.zeros((size, 3), np.int32)
-    for at, (pixels, grid, _) in enumerate(images):
-        inputs["pixel_values"][at, : len(pixels)] = pixels
-        real[at, : positions if grid is None else len(pixels)] = 1
+def _image_step(packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool) -> Step:
+    """Return a step of images in packed rows; `shape`: number of rows, positions and images of each."""
+    size, positions, most = shape
+    first, grid, _ = packs[0][0]
+    pixels = np.zeros((size, *(first.shape if grid is None else (positions, *first.shape[1:]))), np.float32)
+    real, grids = np.zeros((size, positions), np.float32), np.zeros((size, most, 3), np.int32)
+    for row, images in enumerate(packs):
+        joined = np.concatenate([image for image, _, _ in images])
+        pixels[row, : len(joined)] = joined
+        real[row, : positions if grid is None else len(joined)] = 1
         if grid is not None:
-            inputs["image_grid_thw"][at] = grid
-    context = {"image_grid_thw": inputs.get("image_grid_thw")}
-    return Step(inputs, context, real, [name for _, _, name in images], held_out)
+            grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
+    context = {"image_grid_thw": None if grid is None else grids}
+    names = [", ".join(name for _, _, name in images) for images in packs]
+    return Step({"pixel_values": pixels, **context}, context, real, names, held_out)
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
@@ -246,8 +261,7 @@ def entrance(model: Model, stack: str) -> Model:
 
 def embedded(step: Step, model: Model) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Return the first layer's input and the DeepStack additions for one step of calibration rows."""
-    placed = place_batch(step.inputs, mesh_of(model.params))
-    return _embed(model.params, placed, cfg=model.cfg)
+    return _embed(model.params, place_inputs(model, step.inputs), cfg=model.cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

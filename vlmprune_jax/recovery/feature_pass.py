@@ -154,11 +154,12 @@ class _Queue:
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
     """Return a batch of `rows` rows that begins with `tiles`; images of any size are padded to a bucket."""
     room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
-    arrays = {name: np.zeros(size, dtype) for name, (size, dtype) in loader.images.arrays(rows, room).items()}
+    every = loader.images.arrays(1 if room else rows, room).items()
+    arrays = {name: np.zeros((rows, *size) if room else size, dtype) for name, (size, dtype) in every}
     for row, tile in enumerate(tiles):
         arrays[loader.images.array][row, : len(tile.pixels)] = tile.pixels
-        if GRIDS in arrays:
-            arrays[GRIDS][row] = tile.shape.grid
+        if room:
+            arrays[GRIDS][row, 0] = tile.shape.grid
     return arrays
 
 
@@ -185,8 +186,8 @@ def _decoded(
         return iter(())
 
     def tiles(picture: Picture) -> list[_Tile]:
-        pixels = loader.pixels(picture)
-        return [_Tile(tile, loader.shape_of(picture)) for tile in pixels]
+        pixels, shape = loader.pixels(picture), loader.shape_of(picture)
+        return [_Tile(tile, shape) for tile in ([pixels] if shape.tokens else pixels)]
 
     def decode(item: tuple[str, Picture]) -> tuple[str, list[_Tile]]:
         return item[0], _attempt(functools.partial(tiles, item[1]), [], on_error)

@@ -87,30 +87,39 @@ def batch_flops(
 ) -> Callable[[Mapping[str, Any]], int]:
     """Return a function that computes the FLOPs of a training step from a process's batch arrays.
 
-    If losses use only labelled positions, the rows of other processes are assumed to have as many labels.
+    The rows of other processes are assumed to have as many image tokens and, if losses use only labelled positions, as
+    many labels. Padding behind the images of packed rows is not counted.
     """
 
     @functools.cache
-    def count(length: int, slots: int, tokens: int, looked_at: int | None) -> int:
-        sizes = {"rows": rows, "length": length, "images": rows * slots, "image_tokens": tokens}
+    def count(rows: int, length: int, images: int, tokens: int, looked_at: int | None) -> int:
+        sizes = {"rows": rows, "length": length, "images": images, "image_tokens": tokens}
         return step_flops(cfg, teacher_cfg, loss, trained, **sizes, looked_at=looked_at).total
 
+    def of_images(arrays: Mapping[str, Any]) -> int:
+        images, grids = arrays.get("pixel_values", arrays.get("vision_features")), arrays.get("image_grid_thw")
+        if images is None or cfg.projector is None:
+            return 0
+        if grids is None:
+            return count(0, 0, images.shape[0] * images.shape[1], 0, 0)
+        tokens = grids.prod(axis=-1).ravel() // cfg.projector.downsample**2
+        return sum(count(0, 0, 1, size, 0) for size in tokens.tolist() if size)
+
     def of(arrays: Mapping[str, Any]) -> int:
-        images = arrays.get("pixel_values", arrays.get("vision_features"))
-        tokens = room_of(cfg, arrays) if "image_grid_thw" in arrays else 0
         mine, length = arrays["input_ids"].shape
-        shape = length, 0 if images is None else images.shape[1], tokens
+        vision = of_images(arrays) * rows // mine
         if not only_at_labels(loss):
-            return count(*shape, None)
+            return vision + count(rows, length, 0, 0, None)
         labels = int(np.count_nonzero(arrays["labels"][:, 1:] != IGNORED)) * rows // mine
-        return count(*shape, 0) + labels * (count(*shape, 1) - count(*shape, 0))
+        without = count(rows, length, 0, 0, 0)
+        return vision + without + labels * (count(rows, length, 0, 0, 1) - without)
 
     return of
 
 
 def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Return the tokens per image in a batch with images of any size, from its pixels or features."""
+    """Return the image tokens of a packed row in a batch with images of any size, from its pixels or features."""
     assert cfg.projector is not None
     if "vision_features" in arrays:
-        return int(arrays["vision_features"].shape[2])
-    return int(arrays["pixel_values"].shape[2]) // cfg.projector.downsample**2
+        return int(arrays["vision_features"].shape[1])
+    return int(arrays["pixel_values"].shape[1]) // cfg.projector.downsample**2

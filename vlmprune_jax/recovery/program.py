@@ -211,8 +211,9 @@ def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:
-    """Return a batch's tokens per row and its number of images as text."""
+    """Return a batch's tokens per row, and its number of images or image tokens as text."""
     images = batch.get("pixel_values", batch.get("vision_features"))
-    slots = 0 if images is None else images.shape[1]
-    room = f" of {room_of(cfg, batch):,}" if "image_grid_thw" in batch else ""
-    return batch["input_ids"].shape[1], f"{slots} image{'s' if slots != 1 else ''}{room}"
+    slots = 0 if images is None else images.shape[0] * images.shape[1]
+    if "image_grid_thw" in batch:
+        return batch["input_ids"].shape[1], f"{len(batch['image_grid_thw']) * room_of(cfg, batch):,} image tokens"
+    return batch["input_ids"].shape[1], f"{slots} image{'s' if slots != 1 else ''}"

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.distributed.mesh import use_mesh
+from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.params import Flat, param_axes, unflatten
 from vlmprune_jax.models.vlm import Params
@@ -182,10 +182,10 @@ def make_step(
 
 
 def _image_padding(cfg: ModelConfig, batch: dict[str, jax.Array]) -> jax.Array:
-    """Return the share of padding, float32[], in the images of a batch with images of any size."""
+    """Return the share of padding, float32[], in the packed rows of a batch with images of any size."""
     assert cfg.projector is not None
     grids = batch["image_grid_thw"]
-    room = grids.shape[0] * grids.shape[1] * room_of(cfg, batch) * cfg.projector.downsample**2
+    room = len(grids) * room_of(cfg, batch) * cfg.projector.downsample**2
     return 1 - jnp.sum(jnp.prod(grids, axis=-1), dtype=jnp.float32) / room
 
 
@@ -234,8 +234,13 @@ def _gradients(
 
 
 def _split(x: jax.Array, n: int) -> jax.Array:
-    """Reshape [rows, ...] to [n, rows / n, ...] so that every device keeps its rows in all n micro-batches."""
-    split = jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1)
+    """Reshape [rows, ...] to [n, rows / n, ...] so that every device keeps its rows in all n micro-batches.
+
+    Neighbouring rows stay together, so that packed rows of images are split as the rows of their tokens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else row_ways(mesh)
+    split = jnp.swapaxes(x.reshape(ways, n, -1, *x.shape[1:]), 0, 1).reshape(n, -1, *x.shape[1:])
     return constrain(split, (None, "batch", *(None,) * (x.ndim - 1)))
 
 

@@ -172,7 +172,13 @@ def train(recovery: Recovery, ready: Ready) -> tuple[Model, dict[str, Any]]:
     model, summary = recover(
         student,
         inputs.recovery_batches(
-            rows, data, batch_size=config.batch_size, seed=config.seed, teacher=taught, mesh=recovery.mesh
+            rows,
+            data,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            teacher=taught,
+            mesh=recovery.mesh,
         ),
         config,
         teacher=recovery.teacher.load(parts) if ready.runs_teacher else None,
@@ -274,6 +280,7 @@ def cached_teacher(
         training.encoder,
         batch_size=size,
         mine=mine,
+        packs=row_ways(recovery.mesh),
         threads=data.threads,
         sizes=None if training.sizes is None else training.sizes[todo],
         on_error=data.on_error,
@@ -286,7 +293,7 @@ def cached_teacher(
                 first = (done - 1) * size
                 for place, name in enumerate(batch.record_ids):
                     if name:
-                        row = {key: array[place] for key, array in batch.arrays.items()}
+                        row = {key: batch.arrays[key][place] for key in ("labels", "attention_mask")}
                         rows.keep(training.records[todo[first + mine[place]]], row, ids[place], logprobs[place])
                 progress(done)
     except Stopped:

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from vlm_cases import images_of
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.encoding import Shape
@@ -74,7 +75,7 @@ def test_answers_are_those_of_single_rows(made, goldens):
         ids = encoder.prompt_ids(record)
         pixels = None
         if record.images:
-            pixels = encoder.images(record, Shape(0, len(record.images)))["pixel_values"]
+            pixels = images_of(encoder, record, Shape(0, len(record.images)))["pixel_values"]
             paths = [
                 goldens / f"data/images/img{int(part is second)}.png"
                 for part in contents[place]
@@ -116,7 +117,7 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
         encoder = answering.inputs.encoder(answering.model.cfg, 0)
         encoder = dataclasses.replace(encoder, max_images=2, tile_buckets=None)
         ids = encoder.prompt_ids(record)
-        pixels = encoder.images(record, Shape(0, len(record.images)))["pixel_values"] if record.images else None
+        pixels = images_of(encoder, record, Shape(0, len(record.images)))["pixel_values"] if record.images else None
         tokens = generate(answering.model, ids[None], pixel_values=pixels, max_new_tokens=3)
         assert answer.text == encoder.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         if record is records[0]:

@@ -65,8 +65,8 @@ def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
 def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return prompts int32[batch, prompt] that repeat one token, and the arrays of a leading image, if any.
 
-    `pixel_values` is noise, float32[batch, 1, channels, height, width]; for images of any size float32[batch, 1,
-    patches, values] of a typical one with `image_grid_thw`, int32[batch, 1, 3].
+    `pixel_values` is noise, float32[batch, 1, channels, height, width]; for images of any size float32[batch, patches,
+    values] of a typical one with `image_grid_thw`, int32[batch, 1, 3].
     """
     rows = config.batch_size
     word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)
@@ -78,9 +78,9 @@ def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dic
     size = (
         (vision.grid**2, vision.patch_values)
         if cfg.any_size
-        else (vision.channels, vision.image_size, vision.image_size)
+        else (1, vision.channels, vision.image_size, vision.image_size)
     )
-    images = {"pixel_values": np.random.default_rng(0).standard_normal((rows, 1, *size), np.float32)}
+    images = {"pixel_values": np.random.default_rng(0).standard_normal((rows, *size), np.float32)}
     if cfg.any_size:
         images["image_grid_thw"] = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1))
     return ids, images

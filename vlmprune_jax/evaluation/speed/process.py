@@ -102,7 +102,7 @@ def noise(job: Any) -> np.ndarray | None:
 def _hf_pixels(job: Any) -> np.ndarray | None:
     """Return random pixels in the shape that the model's class in transformers takes; None without an image."""
     pixels = noise(job)
-    return pixels if pixels is None or job.by_row else pixels[0, 0] if job.grids else pixels[:, 0]
+    return pixels if pixels is None or job.by_row else pixels[0] if job.grids else pixels[:, 0]
 
 
 class TorchProgram:

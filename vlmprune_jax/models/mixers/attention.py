@@ -15,7 +15,15 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import CACHE_AXES, Context, LayerState, Mixed, Names, RunCache, dropout_masks, lora_of
-from vlmprune_jax.models.kernels import cache_rows, for_tpu, heads_of_rows, splash_attention, xla_attention
+from vlmprune_jax.models.kernels import (
+    cache_rows,
+    for_tpu,
+    heads_of_rows,
+    in_blocks,
+    segment_attention,
+    splash_attention,
+    xla_attention,
+)
 from vlmprune_jax.models.layers import Norm, Projection, rotate, unit_rms
 
 
@@ -83,12 +91,13 @@ class Attention(nnx.Module):
         if state is not None:
             updated, (k, v) = _write(state.stacked, new, state.layer, ctx.slot)
         seen = self._seen_by_kernel(q.shape[1], k.shape[1], ctx)
-        if seen and for_tpu():
-            segments = None if ctx.segments is None else ctx.segments[self.window]
+        if ctx.segments is not None and (for_tpu() or in_blocks(q.shape[1])):
+            mixed = segment_attention(q, k, v, ctx.segments[self.window])
+        elif seen and for_tpu():
             valid = None if ctx.valid is None else ctx.valid[:, :seen]
             keys, values = new if new[0].shape[1] == seen else (k[:, :seen], v[:, :seen])
             keys, values = (heads_of_rows(x, self.kv_heads, q.shape[-1]) for x in (keys, values))
-            mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window, segments=segments)
+            mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window)
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window), self.kv_heads // k.shape[2])
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))

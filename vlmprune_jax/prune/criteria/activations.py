@@ -18,7 +18,7 @@ from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import VALUES, BlockValues, Tap
-from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_inputs, to_nnx
 from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
 
 
@@ -81,7 +81,7 @@ def accumulate(
             yield arrays
 
     def sums(arrays: Arrays) -> list[Any]:
-        placed = place_batch(_inputs(arrays), mesh)
+        placed = place_inputs(model, _inputs(arrays))
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
@@ -166,16 +166,15 @@ def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
 
 
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
-    tower, pixels = to_nnx(Model(params, cfg)).vision, batch["pixel_values"]
-    images = pixels.reshape(-1, *pixels.shape[2:]).astype(jax.tree.leaves(params["vision"])[0].dtype)
-    grid = batch["image_grid_thw"]
+    tower, grid = to_nnx(Model(params, cfg)).vision, batch["image_grid_thw"]
+    images = pixels = batch["pixel_values"].astype(jax.tree.leaves(params["vision"])[0].dtype)
     if grid is None:
+        images = pixels.reshape(-1, *pixels.shape[2:])
         positions = tower.cfg.grid**2 + tower.cfg.class_token
         real = real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
         real = jnp.repeat(real, positions, 0)
     else:
-        grid = grid.reshape(-1, grid.shape[-1])
-        real = tower.places(images, grid).image.reshape(-1, 1) >= 0
+        real = tower.places(images, grid).real.reshape(-1, 1)
 
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 1, *x.shape[2:])

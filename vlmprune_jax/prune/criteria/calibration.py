@@ -28,8 +28,8 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
     pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
     processors emit them, they are assigned to the rows that have their positions. Images of any size come out as
-    `patch_rows` arranges them, with image_grid_thw and position_ids. Raises UserError if there is no batch, an array is
-    missing, or shapes, ids, images or labels do not fit the model.
+    `patch_rows` arranges them, a packed row for each row, with image_grid_thw and position_ids. Raises UserError if
+    there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
     """
     number = -1
     for number, batch in enumerate(batches):
@@ -101,7 +101,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     if "labels" in result:
         _check_labels(result["labels"], cfg)
     if cfg.any_size:
-        image_arrays = patch_rows(cfg, result["input_ids"], result["attention_mask"], pixels, grid)
+        ids, mask = result["input_ids"], result["attention_mask"]
+        image_arrays = patch_rows(cfg, ids, mask, pixels, grid, packs=len(ids))
         result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}
     elif pixels is not None:
         pixels = np.asarray(pixels, np.float32)

@@ -28,7 +28,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import at_layer
-from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, place_inputs, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import summed_axes
@@ -86,7 +86,7 @@ def gradient_channels(
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh):
-        steps = [place_batch(micro, mesh) for micro in _micro(data, ways)]
+        steps = [place_inputs(model, micro) for micro in _micro(data, ways)]
         # all-(-100) rows, such as the filler of a last batch, are not samples
         weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
         layers = _backward(model, steps, weighed, channels, squares, _Budget(memory_budget), progress, cache)

@@ -23,7 +23,7 @@ from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
-from vlmprune_jax.models.vlm import Model, Params, encode, head_of, mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, Params, encode, head_of, mesh_of, place_inputs
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.activations import with_images
 from vlmprune_jax.prune.criteria.calibration import Arrays
@@ -60,7 +60,7 @@ def tower_channels(
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
                 continue
-            sums = _add(sums, weights, params, place_batch(arrays, mesh), labels, cfg=cfg)
+            sums = _add(sums, weights, params, place_inputs(model, arrays), labels, cfg=cfg)
             total, samples = total + labels, samples + 1
             if progress is not None:
                 progress(0)
