@@ -58,8 +58,8 @@ def to_hosts(x: jax.Array) -> jax.Array:
 
 
 def to_devices(x: Any) -> jax.Array:
-    """Move an array back to device memory (undoes `to_hosts`); a NumPy array goes to the default device."""
-    if isinstance(x, np.ndarray):
+    """Move an array back to device memory (undoes `to_hosts`); NumPy's values go to the default device."""
+    if not isinstance(x, jax.Array):
         return jnp.asarray(x)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
@@ -130,7 +130,7 @@ class Layer:
         weights = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
-        shares = not shape.mixer.kv_shared and bool(cfg.producers)
+        shares = bool(cfg.producers) and not shape.mixer.kv_shared
         return cls(number, stack, params, cfg.alone(shape), stored, mesh_of(model.params), shares)
 
     @functools.cached_property
@@ -192,13 +192,19 @@ def run_block(
     params: Mapping[str, jax.Array],
     x: jax.Array,
     given: Given,
-    want: tuple[str, ...],
+    capture: tuple[str, ...],
+    prepare: Callable[[Block], None] | None = None,
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Run one layer; return (module, residual stream after it, intermediate values named in `want`)."""
+    """Run one layer; return (module, residual stream after it, intermediate values named in `capture`).
+
+    `prepare` changes the module before it runs.
+    """
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
+    if prepare is not None:
+        prepare(block)
     layer_input = given.added if module.per_layer else None
-    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, want)
+    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, capture)
     return block, after if given.added is None or module.per_layer else after + given.added, values
 
 

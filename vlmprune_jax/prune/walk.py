@@ -190,7 +190,7 @@ def row_batches(
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
     weight_of, size = weight_of_kinds(settings), len(batches[0]["kind"])
     grouped = [
-        _row_batch(chosen[at : at + size], size, weight_of, held_out)
+        text_batch(stack_rows(rows := chosen[at : at + size], size), weight_of, [row["name"] for row in rows], held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
         for at in range(0, len(chosen), size)
     ]
@@ -203,13 +203,13 @@ def row_batches(
     return grouped
 
 
-def _row_batch(rows: Sequence[Mapping[str, Any]], size: int, weight_of: np.ndarray, held_out: bool) -> CalibrationBatch:
-    """Return a batch of rows, padded to the longest row and to `size` rows."""
-    arrays = stack_rows(rows, size)
+def text_batch(
+    arrays: Arrays, weight_of: np.ndarray, names: Sequence[str] = (), held_out: bool = False
+) -> CalibrationBatch:
+    """Return rows as `stack_rows` makes them; `weight_of`: weight of a token of each type."""
     inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
-    names = [row["name"] for row in rows]
-    return CalibrationBatch(inputs, context, weight_of[arrays["kind"]], names, held_out, arrays["labels"])
+    return CalibrationBatch(inputs, context, weight_of[arrays["kind"]], list(names), held_out, arrays["labels"])
 
 
 def image_batches(
