@@ -16,11 +16,12 @@ from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
 from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
+from vlmprune_jax.prune.batches import row_batches
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
 from vlmprune_jax.prune.select import moved_features
-from vlmprune_jax.prune.walk import LayerStream, row_batches
+from vlmprune_jax.prune.walk import LayerStream
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 

@@ -45,6 +45,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.kept import KeptStack
@@ -55,7 +56,7 @@ from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
 from vlmprune_jax.prune.ridge import Sums, best_ridge, total_sums
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
-from vlmprune_jax.prune.walk import BATCHES, CalibrationBatch, LayerStream, names_of_rows
+from vlmprune_jax.prune.walk import LayerStream
 
 SolveReport = dict[str, Any]
 READ_BELOW = 0.4  # share of the neurons that is left; above it readers gain nothing (SmolLM2: 0.3 % at 0.49)
@@ -133,7 +134,7 @@ def _streams(
     """Return the calibration batches at the first layer of the unpruned and of the pruned model."""
     dense, stream = LayerStream(teacher, stack, batches), LayerStream(pruned, stack, batches)
     for at, pair in enumerate(zip(dense.added, stream.added, strict=True)):
-        if all(bool(jnp.array_equal(*map(to_devices, arrays))) for arrays in zip(*pair, strict=True)):
+        if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in zip(*pair, strict=True)):
             stream.added[at] = dense.added[at]  # of one tower: in memory once
     return dense, stream
 
@@ -144,7 +145,7 @@ class Targets(NamedTuple):
     before: Sequence[jax.Array]
     """At the layer's input; () if readers are not repaired."""
 
-    middle: Sequence[jax.Array | None]
+    middle: Sequence[Any]
     """Between its attention and MLP; None if nothing needs it."""
 
     after: Sequence[jax.Array]

@@ -28,11 +28,12 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
+from vlmprune_jax.prune.batches import text_batch
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
-from vlmprune_jax.prune.walk import LayerStream, text_batch
+from vlmprune_jax.prune.walk import LayerStream
 
 Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
 Cotangent = tuple[jax.Array, dict[int, Any]]  # gradients at a layer's input, and at the keys and values of `Shared`
@@ -88,10 +89,8 @@ def gradient_channels(
     # all-(-100) rows, such as the filler of a last batch, are not samples
     weighed = _Weighed(labels.sum(axis=1).astype(np.float32), float(labels.sum()), float((labels > 0).sum()))
     with use_mesh(mesh):
-        batches = [
-            text_batch({name: array[at] for name, array in data.items()}, weight_of) for at in range(len(labels))
-        ]
-        stream = LayerStream(model, "text", batches, dtype=None, hosts=False)
+        steps = [text_batch({name: array[at] for name, array in data.items()}, weight_of) for at in range(len(labels))]
+        stream = LayerStream(model, "text", steps, dtype=None, hosts=False)
         losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, ways)]
         layers = _backward(stream, losses, weighed, channels, squares, _Budget(memory_budget), progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
@@ -163,7 +162,7 @@ def _add_gradients(
         sums, incoming = _differentiate(inputs, cotangent, sums, **static)
         return incoming
 
-    visited = stream.visit(differentiate, layer.number, cotangents, products, counts, labels)
+    visited = stream.visit(differentiate, layer.number, cotangents, products, counts, list(labels))
     for at, (_, incoming) in enumerate(visited):
         cotangents[at] = incoming
     return sums
@@ -195,7 +194,7 @@ def _resume(
         return jax.tree.unflatten(structure, [cache[f"{name}/{i}"] for i in range(structure.num_leaves)])
 
     shared = {text.layers[number].mixer.window or 0: (0, 0) for number in text.producers}
-    structure = jax.tree.structure([(0, shared) for _ in stream.batches])
+    structure: Any = jax.tree.structure([(0, shared) for _ in stream.batches])
     for done in range(stream.n_layers, 0, -1):
         keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
         if not cache.missing([*keys, *(f"layer {number}/0" for number in range(done))]):
