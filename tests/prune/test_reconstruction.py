@@ -193,7 +193,7 @@ def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
 
 
 def _on_hosts(monkeypatch):
-    """Keep streams in host memory as on accelerators; return a list that gets "in" or "out" for each that moves."""
+    """Keep streams in host memory as on full accelerators; return a list with "in" or "out" for each that moves."""
     moved, to_devices = [], layers.to_devices
 
     def count(x, way, kind):
@@ -207,6 +207,7 @@ def _on_hosts(monkeypatch):
         count(x, "in", "pinned_host")
         return to_devices(x)
 
+    monkeypatch.setattr(walk, "free_memory", lambda: 0)
     monkeypatch.setattr(layers, "to_hosts", out)
     for module in (layers, walk):
         monkeypatch.setattr(module, "to_devices", back)
@@ -220,6 +221,10 @@ def test_streams_of_both_models_come_back_once_per_layer(monkeypatch):
     plan = plan_for(teacher, [(layer, *heads, tuple(range(8))) for layer in range(n_layers)])
     batches = rows(8)
     moved = _on_hosts(monkeypatch)
+    with monkeypatch.context() as roomy:
+        roomy.setattr(walk, "free_memory", lambda: 2**30)
+        reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    assert moved == []
     reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
     checked, defaults = list(calibration_batches(batches, teacher.cfg, labels=False)), ReconstructConfig()
     n_steps = len(row_batches(checked, {**defaults.by_name, "held_out": defaults.held_out}))

@@ -14,13 +14,13 @@ is an affine map, which scales x and r. The reported error is always that of the
 The tower is reconstructed before the decoder, over the positions of all images with equal weight; the decoder then
 reads the features of the reconstructed tower, and its dense stream those of the dense tower.
 
-The residual streams of the dense and of the pruned model are on the hosts (`walk`), float32[rows, seq, embed] each, of
-a tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first
-layer to whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and
-sums are reduced over the mesh. On the device are one layer of either model, the activations of a batch, and for one
-module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out rows: 8 * in
-* (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise the few tokens
-with a massive residual would dominate.
+The residual streams of the dense and of the pruned model are in memory (`walk`), float32[rows, seq, embed] each, of a
+tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer
+to whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums
+are reduced over the mesh. On the device are one layer of either model, the activations of a batch, and for one module
+at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out rows: 8 * in * (in +
+embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise the few tokens with a
+massive residual would dominate.
 """
 
 from __future__ import annotations

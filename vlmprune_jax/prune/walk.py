@@ -7,9 +7,9 @@
             ...
         stream.advance(layer, number)  # carries on, here or with other weights
 
-One layer is on the devices at a time, with a few batches; its weights come from devices, the host or files. Between
-layers the streams are on the hosts of their devices (`layers.to_hosts`), or stay on the devices. Every process has the
-inputs of all rows.
+One layer is on the devices at a time; its weights come from devices, the host or files. Between layers the streams are
+on the devices if they are small, otherwise on their hosts (`layers.to_hosts`), with a few batches on the devices. Every
+process has the inputs of all rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.distributed.machine import free_memory
+from vlmprune_jax.distributed.mesh import from_all, row_ways
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.context import STREAM
@@ -42,7 +44,8 @@ class LayerStream:
       model: weights may be on devices, on a mesh, on the host or in files.
       stack: "text" or "vision".
       dtype: of streams and layers; None is the model's.
-      hosts: keep the streams on the hosts between layers.
+      copies: number of such streams that are kept at a time. On the devices if a quarter of the free memory holds
+        them, otherwise on the hosts; None: on the devices.
     """
 
     def __init__(
@@ -52,17 +55,19 @@ class LayerStream:
         batches: Sequence[CalibrationBatch],
         *,
         dtype: Any = jnp.float32,
-        hosts: bool = True,
+        copies: int | None = 4,
     ):
         self.model, self.stack, self.batches, self.mesh = model, stack, batches, mesh_of(model.params)
-        self._dtype, self._hosts, params = dtype, hosts, _entrance(model, stack)
+        self._dtype, params, width = dtype, _entrance(model, stack), model.cfg.stack(stack).hidden_size
+        size = 4 * width * sum(batch.weight.size for batch in batches) // row_ways(self.mesh)
+        self._hosts = copies is not None and copies * size > min(from_all(lambda: free_memory() // 4))
         # Added to the outputs of the first layers, whatever their numbers, or the layers' own inputs.
         self.states, self.added = list[State](), list[tuple[jax.Array, ...]]()
 
         def embed(batch: CalibrationBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             return _embed(params, place_batch(batch.inputs, self.mesh), cfg=model.cfg, dtype=dtype)
 
-        for x, added in streamed(embed, batches, hosts=hosts):
+        for x, added in streamed(embed, batches, hosts=self._hosts):
             self.states.append(State(x, {}))
             self.added.append(added)
 
@@ -89,7 +94,7 @@ class LayerStream:
     def visit(
         self, compute: Callable[..., R], place: int, *targets: Sequence[Any], held_out: bool | None = None
     ) -> Iterator[tuple[CalibrationBatch, R]]:
-        """Yield (batch, `compute(rows, *targets of the batch)`) for the batches, in order; results are on the hosts.
+        """Yield (batch, `compute(rows, *targets of the batch)`) for every batch, with results where streams are.
 
         All processes call it in step.
 

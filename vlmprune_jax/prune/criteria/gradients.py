@@ -90,7 +90,7 @@ def gradient_channels(
     weighed = _Weighed(labels.sum(axis=1).astype(np.float32), float(labels.sum()), float((labels > 0).sum()))
     with use_mesh(mesh):
         steps = [text_batch({name: array[at] for name, array in data.items()}, weight_of) for at in range(len(labels))]
-        stream = LayerStream(model, "text", steps, dtype=None, hosts=False)
+        stream = LayerStream(model, "text", steps, dtype=None, copies=None)
         losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, ways)]
         layers = _backward(stream, losses, weighed, channels, squares, _Budget(memory_budget), progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
@@ -121,9 +121,12 @@ def _backward(
     layers, cotangents = ([], []) if cache is None else _resume(cache, stream, channels, squares, ways)
     saved = _forward(stream, budget, stream.n_layers - len(layers))
     if not layers:
-        for state, arrays in zip(stream.states, losses, strict=True):
-            outgoing = _loss_gradient(stream.model.params, state.x, arrays, cfg=cfg)
-            cotangents.append((outgoing, jax.tree.map(jnp.zeros_like, dict(state.shared))))
+
+        def at_last(rows: Rows, arrays: Any) -> Cotangent:
+            outgoing = _loss_gradient(stream.model.params, rows.x, arrays, cfg=cfg)
+            return outgoing, jax.tree.map(jnp.zeros_like, dict(rows.given.shared))
+
+        cotangents = [cotangent for _, cotangent in stream.visit(at_last, stream.n_layers, losses)]
     stream.states.clear()
     while saved:
         layer, (states, products) = _layer(stream, len(saved) - 1), saved.pop()

@@ -69,7 +69,7 @@ def greedy_loss(
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh_of(model.params)):
         rows = row_batches(list(batches), dataclasses.asdict(ReconstructConfig()))
-        cut = _Cut(LayerStream(model, "text", rows), solved)
+        cut = _Cut(LayerStream(model, "text", rows, copies=2 * n_layers + 2), solved)
         # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         trial = lambda key, layer: {key: np.asarray([cut.loss_without(layer)])}  # noqa: E731
