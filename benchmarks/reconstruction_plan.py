@@ -6,9 +6,10 @@ The programs of one layer at its true widths, 30 % of the parameters gone by wid
 layer of either model, the sums of `down_proj`, the held-out errors of all ridges and the change; 64 rows at a time.
 Bytes are of one chip. Times are of 65,536 tokens to fit to and as many held out (an eighth of them, padded), all
 layers. Arithmetic: 1 pass of the bf16 unit for a layer's products, 6 for those of sums and solves (float32). Streams:
-what moves between hosts and chips, every host that of its chips. Both overlap while the rows pass a layer of each model
-and its sums, but not with the solve that follows; that is the least time. --layerwise: one layer's training
-(`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on one chip instead.
+what moves between hosts and chips, every host that of its chips, if the chips cannot keep them. Both overlap while the
+rows pass a layer of each model and its sums, but not with the solve that follows; that is the least time.
+--layerwise: one layer's training (`reconstruct.method="layerwise"`, at most 6 epochs of 65,536 tokens) on one chip
+instead.
 """
 
 from __future__ import annotations
@@ -127,10 +128,10 @@ def row(family: str, topology: str) -> str:
     with use_mesh(mesh):
         for name, of in (("dense", dense), ("ours", cfg)):
             params, text = layer(of)
-            streams = functools.partial(layers._streams, stack="text", cfg=text, shares=False)
-            found[name] = compile_for_tpu(jax.jit(streams), params, stream, given)
+            run = functools.partial(layers._run, stack="text", cfg=text, shares=False, capture=())
+            found[name] = compile_for_tpu(jax.jit(run), params, stream, given)
         sums_of = functools.partial(reconstruction._sums, stack="text", cfg=text, module="down_proj")
-        found["sums"] = compile_for_tpu(jax.jit(sums_of), params, stream, stream, weight, None, given)
+        found["sums"] = compile_for_tpu(jax.jit(sums_of), params, stream, weight, given, stream, None)
         sums = ridge.Sums(abstract((mlp, mlp), ("mlp", None)), abstract((mlp, width), ("mlp", None)), abstract((), ()))
         ridges = abstract((len(ridge.RIDGES),), (None,))
         found["errors"] = compile_for_tpu(ridge.held_out_errors, sums, sums, ridges)
@@ -141,7 +142,9 @@ def row(family: str, topology: str) -> str:
     flops = found["dense"].flops + found["sums"].flops + (PASSES - 1) * products + found["ours"].flops
     arithmetic = steps * flops / chips / target.chip.flops
     solve = PASSES * (found["errors"].flops + found["change"].flops) / chips / target.chip.flops
-    moved = steps * 4 * rows * length * width * 4 / hosts / HOST  # both models' streams, in and out
+    size = steps * rows * length * width * 4
+    fits = 4 * size / chips < target.chip.hbm / 4  # as `walk.LayerStream` has it
+    moved = 0 if fits else 6 * size / hosts / HOST  # both models' streams, twice in and once out
     least = max(arithmetic, moved) + solve
     times = n_layers * np.array([arithmetic + solve, moved, least])
     gib = {name: f"{one.temporaries / 2**30:.2f} GiB" for name, one in found.items()}

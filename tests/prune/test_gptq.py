@@ -14,6 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
+from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import gptq
 from vlmprune_jax.prune.gptq import compensated
 
@@ -96,9 +97,10 @@ def test_a_folder_is_nearer_to_the_model(tmp_path, name):
     ("function", "options"), [("gptq", {"quantize": "w4a16", "symmetric": False}), ("importance", {})]
 )
 def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, function, options):
+    """With the weights in their files as well."""
     model = vp.load(make_folder(tmp_path / "source", TEXT))
-    run = functools.partial(getattr(gptq, function), model, rows(model, 4), **options)
-    expected, visited, finite_sums = run(), [], gptq.finite_sums
+    run = functools.partial(getattr(gptq, function), batches=rows(model, 4), **options)
+    expected, visited, finite_sums = run(model), [], gptq.finite_sums
 
     def seen(sums, layer, *rest):
         visited.append(layer.number)
@@ -111,8 +113,8 @@ def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, functi
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(progress=stop, cache=ArrayCache(tmp_path / "parts", {}))
-    found = run(cache=ArrayCache(tmp_path / "parts", {}))
+        run(model, progress=stop, cache=ArrayCache(tmp_path / "parts", {}))
+    found = run(open_model(tmp_path / "source"), cache=ArrayCache(tmp_path / "parts", {}))
     assert visited == [0, 1, 2]
     name = "codes" if function == "gptq" else "means"
     ours, theirs = (jax.tree.flatten(getattr(one, name)) for one in (found, expected))

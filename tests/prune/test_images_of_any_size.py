@@ -15,13 +15,13 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.patch_rows import patch_rows, repacked
 from vlmprune_jax.models.vlm import Model, apply, encode, to_nnx
-from vlmprune_jax.prune import KeptLayer, gptq
+from vlmprune_jax.prune import KeptLayer, gptq, reconstruction
+from vlmprune_jax.prune.batches import row_batches
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.criteria.greedy import _Cut
-from vlmprune_jax.prune.layers import Layer
 from vlmprune_jax.prune.select import moved_features
-from vlmprune_jax.prune.steps import STEPS, image_steps, pass_all, row_steps
+from vlmprune_jax.prune.walk import LayerStream
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -184,20 +184,20 @@ def test_layer_by_layer_is_the_forward(goldens, family):
     hidden = vp.forward(model, batch["input_ids"], **images, want=("hidden",))[1]["hidden"]
     weights = {"prompt_weight": 1.0, "image_weight": 0.5, "answer_weight": 0.25}
     means = vp.importance(model, rows_apart(batch), **weights).means
-    steps = gptq.embedded_steps(model, rows_apart(batch), TokenWeights(**weights))
-    taps = [forward_of(model, step)[1] for step in steps]
-    counts = [np.asarray(step.weight, np.float64) for step in steps]
+    stream = gptq.decoder_stream(model, rows_apart(batch), TokenWeights(**weights))
+    taps = [forward_of(model, step)[1] for step in stream.batches]
+    counts = [np.asarray(step.weight, np.float64) for step in stream.batches]
     for number in range(len(model.cfg.text.layers)):
-        layer, last = Layer.of(model, "text", number), number + 1 == len(model.cfg.text.layers)
-        sums, gram, squares = gptq.finite_sums(gptq._sums, layer, steps, "test"), 0.0, 0.0
-        for step, tapped, count in zip(steps, taps, counts, strict=True):
-            step.ours, _ = layer.run(step.ours, step.given(number))
-            found = normed(model, step.ours) if last else step.ours
+        layer, last = stream.layer(number), number + 1 == len(model.cfg.text.layers)
+        sums, gram, squares = gptq.finite_sums(gptq._sums, layer, stream, "test"), 0.0, 0.0
+        stream.advance(layer, number)
+        for step, state, tapped, count in zip(stream.batches, stream.states, taps, counts, strict=True):
+            found = normed(model, state.x) if last else state.x
             np.testing.assert_allclose(
                 found[step.context["attention_mask"] == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5
             )
             attended, neurons = (read.reshape(*count.shape, -1).astype(np.float64) for read in tapped[number])
-            scaled = neurons * (count / np.mean(step.ours**2, axis=2))[..., None]
+            scaled = neurons * (count / np.mean(state.x**2, axis=2))[..., None]
             gram += np.einsum("bsi,bsj->ij", scaled, neurons)
             squares += np.einsum("bsi,bs->i", attended**2, count) / sum(one.sum() for one in counts)
         np.testing.assert_allclose(sums["down_proj"], gram, atol=1e-5 * gram.max())
@@ -211,6 +211,18 @@ def many(model, seeds):
     return [one | {"attention_mask": np.pad(np.ones((2, 28), np.int32), ((0, 0), (0, 2)))} for one in batches]
 
 
+def seen_streams(monkeypatch):
+    """A list that gets the streams of `reconstruct`: the dense one, then the pruned model's."""
+    streams = []
+
+    def made(*arguments):
+        streams.append(LayerStream(*arguments))
+        return streams[-1]
+
+    monkeypatch.setattr(reconstruction, "LayerStream", made)
+    return streams
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_vl"])  # positions as the other, and features in the decoder besides
 def test_reconstruction(goldens, family, monkeypatch):
@@ -218,27 +230,22 @@ def test_reconstruction(goldens, family, monkeypatch):
     teacher, _ = golden(goldens, family)
     whole = [KeptLayer.whole(i, shape) for i, shape in enumerate(teacher.cfg.text.layers)]
     pruned, plan = prune(teacher, [whole[0], whole[2], kept_units(3, (2, 3), (1,), tuple(range(40))), whole[4]])
-    steps = []
-
-    def seen(*arguments):
-        steps.extend(row_steps(*arguments))
-        return steps
-
-    monkeypatch.setitem(STEPS, "text", seen)
+    streams = seen_streams(monkeypatch)
     solved, report = vp.reconstruct(pruned, plan, teacher, many(teacher, range(16)), image_weight=1.0)
     assert [(one["layer"], one["module"]) for one in report] == [(0, "down_proj"), (3, "o_proj"), (3, "down_proj")]
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
+    dense, ours, steps = *streams, streams[0].batches
     errors, weights = [], [step.weight for step in steps if step.held_out]
     for step in (step for step in steps if step.held_out):
-        dense, ours = (forward_of(model, step)[0][at] for model, at in ((teacher, 2), (pruned, 1)))
-        errors.append(np.mean((dense - ours) ** 2, axis=2) / np.mean(dense**2, axis=2))
+        whole, cut = (forward_of(model, step)[0][at] for model, at in ((teacher, 2), (pruned, 1)))
+        errors.append(np.mean((whole - cut) ** 2, axis=2) / np.mean(whole**2, axis=2))
     np.testing.assert_allclose(report[0]["error_before"], np.average(errors, weights=weights), rtol=1e-4)
-    pass_all(steps)
-    for step in (steps[0], steps[-1]):
-        real = step.context["attention_mask"] == 1
-        for model, stream in ((teacher, step.dense), (solved, step.ours)):
-            expected = forward_of(model, step)[0][-1]
-            np.testing.assert_allclose(normed(model, stream)[real], expected[real], atol=2e-5)
+    ours.advance(LayerStream(solved, "text", []).layer(3), 3)
+    for at in (0, -1):
+        real = steps[at].context["attention_mask"] == 1
+        for model, stream in ((teacher, dense), (solved, ours)):
+            expected = forward_of(model, steps[at])[0][-1]
+            np.testing.assert_allclose(normed(model, stream.states[at].x)[real], expected[real], atol=2e-5)
 
     def missing(model):
         total = 0.0
@@ -270,28 +277,23 @@ def test_towers_are_reconstructed(goldens, family, monkeypatch):
         for i, shape in enumerate(teacher.cfg.vision.layers)
     ]
     pruned, plan = prune(teacher, layers, "vision")
-    steps = []
-
-    def seen(*arguments):
-        steps.extend(image_steps(*arguments))
-        return steps
-
-    monkeypatch.setitem(STEPS, "vision", seen)
+    streams = seen_streams(monkeypatch)
     batches = many(teacher, range(16))
     solved, report = vp.reconstruct(pruned, plan, teacher, batches)
     assert [(one["stack"], one["module"]) for one in report] == [("vision", "down_proj")] * len(layers)
     assert all(one["ridge"] is not None and one["error_after"] < one["error_before"] for one in report)
+    dense, ours, steps = *streams, streams[0].batches
     images = np.concatenate([batch["image_grid_thw"].reshape(-1, 3) for batch in batches])
     packed = [grid for step in steps for grid in step.inputs["image_grid_thw"].reshape(-1, 3) if grid.any()]
     assert sorted(map(tuple, packed)) == sorted(map(tuple, images))
     assert sum(int(step.weight.sum()) for step in steps) == images.prod(axis=1).sum()
-    pass_all(steps)
-    for step in (steps[0], steps[-1]):
-        real = step.weight == 1
-        for model, stream in ((teacher, step.dense), (solved, step.ours)):
-            norm = to_nnx(model).vision.post_layernorm
-            found = stream if norm is None else np.asarray(norm(jnp.asarray(stream)))
-            expected = _tower(model.params, model.cfg, step.inputs["pixel_values"], step.inputs["image_grid_thw"])
+    ours.advance(LayerStream(solved, "vision", []).layer(len(layers) - 1), len(layers) - 1)
+    for at in (0, -1):
+        real, inputs = steps[at].weight == 1, steps[at].inputs
+        for model, stream in ((teacher, dense), (solved, ours)):
+            norm, x = to_nnx(model).vision.post_layernorm, stream.states[at].x
+            found = x if norm is None else np.asarray(norm(jnp.asarray(x)))
+            expected = _tower(model.params, model.cfg, inputs["pixel_values"], inputs["image_grid_thw"])
             np.testing.assert_allclose(found[real], np.asarray(expected)[real], atol=2e-5)
 
     def missing(model):
@@ -315,7 +317,8 @@ def test_search_counts_places_anew(goldens, family):
     arrays = {name: array for name, array in batch.items() if name != "labels"}
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     options = {"prompt_weight": 1.0, "image_weight": 1.0, "answer_weight": 1.0}
-    cut = _Cut(model, row_steps(list(calibration_batches([batch], model.cfg, labels=True)), options), solved=False)
+    rows = row_batches(list(calibration_batches([batch], model.cfg, labels=True)), options)
+    cut = _Cut(LayerStream(model, "text", rows), solved=False)
     for gone in ([], [0]):
         for layer in gone:
             cut.remove(layer)

@@ -15,7 +15,6 @@ from vlmprune_jax.models.vlm import Model, apply, encode
 from vlmprune_jax.prune import apply_plan, gptq
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria import input_weights
-from vlmprune_jax.prune.layers import Layer
 
 SANDWICH = {"norm_place": "both", "norm_offset": 1.0, "qk_norm": True}
 NORMS = [SANDWICH, {"norm_place": "after", "norm": "layer"}]
@@ -185,8 +184,8 @@ def test_layers_by_search_close_their_cuts():
 def test_rounding_weighs_tokens_by_what_they_add_to_the_stream(norms):
     one = model(config(EQUAL[:2], **norms))
     (arrays,) = rows(4)
-    steps = gptq.embedded_steps(one, [arrays], TokenWeights())
-    sums = gptq.finite_sums(gptq._sums, Layer.of(one, "text", 0), steps, "test")
+    stream = gptq.decoder_stream(one, [arrays], TokenWeights())
+    sums = gptq.finite_sums(gptq._sums, stream.layer(0), stream, "test")
     layer = values(one, arrays)[0]
     for name in ("o_proj", "down_proj"):
         out, x = layer[f"{name}_out"], layer[name].reshape(len(layer["after"]), -1)

@@ -17,12 +17,12 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.params import count_params, flatten, unflatten
 from vlmprune_jax.models.vlm import encode
-from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, reconstruction
+from vlmprune_jax.prune import KeptLayer, apply_plan, fingerprint, keep_everything, layers, walk
+from vlmprune_jax.prune.batches import row_batches
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.ridge import RIDGES
-from vlmprune_jax.prune.steps import row_steps
 
 SHAPES = {"sequential": {}, "parallel": {"parallel": True, "norm": "layer", "gated": False}}
 NAMES = ["sequential", pytest.param("parallel", marks=pytest.mark.slow)]
@@ -193,7 +193,7 @@ def test_streams_in_host_memory_give_the_same_bytes(monkeypatch):
 
 
 def _on_hosts(monkeypatch):
-    """Keep streams in host memory as on accelerators; return a list that gets "in" or "out" for each that moves."""
+    """Keep streams in host memory as on full accelerators; return a list with "in" or "out" for each that moves."""
     moved, to_devices = [], layers.to_devices
 
     def count(x, way, kind):
@@ -207,24 +207,29 @@ def _on_hosts(monkeypatch):
         count(x, "in", "pinned_host")
         return to_devices(x)
 
+    monkeypatch.setattr(walk, "free_memory", lambda: 0)
     monkeypatch.setattr(layers, "to_hosts", out)
-    for module in (layers, reconstruction):
+    for module in (layers, walk):
         monkeypatch.setattr(module, "to_devices", back)
     return moved
 
 
-def test_streams_of_both_models_move_once_per_layer(monkeypatch):
-    """In and out, though three programs read them: a layer of either model, and its sums."""
+def test_streams_of_both_models_come_back_once_per_layer(monkeypatch):
+    """Two programs read either stream: its layer, and the sums."""
     teacher = model(config(EQUAL))
     heads, n_layers = (tuple(range(4)), (0, 1)), 5
     plan = plan_for(teacher, [(layer, *heads, tuple(range(8))) for layer in range(n_layers)])
     batches = rows(8)
     moved = _on_hosts(monkeypatch)
+    with monkeypatch.context() as roomy:
+        roomy.setattr(walk, "free_memory", lambda: 2**30)
+        reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
+    assert moved == []
     reconstruct(apply_plan(teacher, plan), plan, teacher, batches)
     checked, defaults = list(calibration_batches(batches, teacher.cfg, labels=False)), ReconstructConfig()
-    n_steps = len(row_steps(checked, {**defaults.by_name, "held_out": defaults.held_out}))
+    n_steps = len(row_batches(checked, {**defaults.by_name, "held_out": defaults.held_out}))
     embedded, last = 2 * n_steps, n_steps  # nothing reads what the pruned model's last layer adds
-    assert moved.count("in") == 2 * n_layers * n_steps
+    assert moved.count("in") == 4 * n_layers * n_steps - last
     assert moved.count("out") == embedded + 2 * n_layers * n_steps - last
 
 
@@ -258,8 +263,8 @@ def test_one_layer_of_models_in_files_is_on_the_device(goldens, tmp_path, monkey
     def look(done):
         found_on_device.extend(one for one in jax.live_arrays() if id(one) not in known and one.shape in stacked)
 
-    embed = reconstruction.embedded
-    monkeypatch.setattr(reconstruction, "embedded", lambda *arguments: look(0) or embed(*arguments))
+    embed = walk._embed
+    monkeypatch.setattr(walk, "_embed", lambda *arguments, **options: look(0) or embed(*arguments, **options))
     found, again = reconstruct(files[0], plan, files[1], batches, progress=look)
     assert (again, found_on_device) == (told, [])
     vp.save(found, tmp_path / "files", source_dir=tmp_path / "pruned", plan=plan)

@@ -26,6 +26,7 @@ import numpy as np
 import scipy.linalg
 
 from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.core.stack import Stack
@@ -39,20 +40,12 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.context import READERS, WRITERS
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, row_batches
 from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
-from vlmprune_jax.prune.layers import Given, Layer, run_block, streamed, to_devices
-from vlmprune_jax.prune.steps import (
-    Step,
-    embedded,
-    names_of_rows,
-    pass_all,
-    pass_layers,
-    pass_ours,
-    row_steps,
-    wait_for,
-)
+from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
+from vlmprune_jax.prune.walk import LayerStream, walk
 
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean
 _FLOOR = 1e-6  # of the mean: weight of columns that are never active
@@ -114,13 +107,14 @@ def gptq(
     storage = make_storage(model.cfg, family_of(model.cfg), quantize, group_size, symmetric)
     codes: dict[str, dict[str, np.ndarray]] = {}
 
-    def round_layer(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
-        held = [matrix for matrix in by_key(slots).values() if storage.holds(matrix[0].name, matrix[0].hf_shape)]
-        layer_codes, params = _round_layer(layer, held, steps, storage, DTYPES[dtype], cache)
+    def round_layer(layer: Layer, stream: LayerStream) -> Layer:
+        slots = by_key(_matrices(model.cfg, layer.number)).values()
+        held = [matrix for matrix in slots if storage.holds(matrix[0].name, matrix[0].hf_shape)]
+        layer_codes, params = _round_layer(layer, held, stream, storage, DTYPES[dtype], cache)
         codes.update(layer_codes)
         return dataclasses.replace(layer, params=layer.params | params)
 
-    _pass_layers(model, batches, weights, round_layer, progress)
+    _walk_rows(model, batches, weights, round_layer, progress)
     return Rounded(**vars(storage), codes=codes)
 
 
@@ -140,67 +134,58 @@ def importance(
     weights = override(TokenWeights() if weights is None else weights, options, "importance")
     sums: dict[str, np.ndarray] = {}
 
-    def add_squares(layer: Layer, slots: Sequence[Slot], steps: Sequence[Step]) -> Layer:
+    def add_squares(layer: Layer, stream: LayerStream) -> Layer:
         keys = {f"{layer.number}/{name}": name for name in READERS}
 
         def compute() -> dict[str, np.ndarray]:
-            sums = finite_sums(_squares, layer, steps, "importance")
+            sums = finite_sums(_squares, layer, stream, "importance")
             return {key: sums[name] for key, name in keys.items()}
 
         arrays = recorded(cache, keys, compute)
-        squares = {name: arrays[key] for key, name in keys.items()}
-        sums.update({slot.name: squares[layer.block.reader_of(inside(slot))] for slot in slots})
+        for slot in _matrices(model.cfg, layer.number):
+            sums[slot.name] = arrays[f"{layer.number}/{layer.block.reader_of(inside(slot))}"]
         return layer
 
-    steps = _pass_layers(model, batches, weights, add_squares, progress)
-    weight = sum(float(step.weight.sum(dtype=np.float64)) for step in steps)
-    rows = sum(int((step.weight > 0).any(axis=1).sum()) for step in steps)
-    tokens = sum(int((step.weight > 0).sum()) for step in steps)
+    calibration = _walk_rows(model, batches, weights, add_squares, progress)
+    weight = sum(float(batch.weight.sum(dtype=np.float64)) for batch in calibration)
+    rows = sum(int((batch.weight > 0).any(axis=1).sum()) for batch in calibration)
+    tokens = sum(int((batch.weight > 0).sum()) for batch in calibration)
     return Importance({name: total / weight for name, total in sums.items()}, rows, tokens)
 
 
-def _pass_layers(
+def _walk_rows(
     model: Model,
     batches: Iterable[Any],
     weights: TokenWeights,
-    visit: Callable[[Layer, Sequence[Slot], Sequence[Step]], Layer],
+    visit: Callable[[Layer, LayerStream], Layer],
     progress: Callable[[int], None] | None,
-) -> list[Step]:
-    """Run the calibration rows through the decoder, replacing each layer by the result of `visit`.
-
-    `visit(layer, slots of its matrices, rows at its input)` returns the layer that they pass.
-    """
-    cfg, mesh = model.cfg, mesh_of(model.params)
-    if mesh is None:
-        model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
-    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
-    with use_mesh(mesh):
-        steps = embedded_steps(model, batches, weights)
-        for number in range(len(cfg.text.layers)):
-            matrices = [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
-            layer = visit(Layer.of(model, "text", number), matrices, steps)
-            pass_all(steps)
-            wait_for(steps, functools.partial(pass_ours, layer, number))
-            if progress is not None:
-                progress(number + 1)
-    return steps
+) -> list[CalibrationBatch]:
+    """Run all calibration rows through the decoder, see `walk`; return them."""
+    with use_mesh(mesh_of(model.params)):
+        stream = decoder_stream(model, batches, weights)
+        walk(stream, visit, progress)
+    return list(stream.batches)
 
 
-def embedded_steps(model: Model, batches: Iterable[Any], weights: TokenWeights) -> list[Step]:
-    """Return all calibration rows with the decoder's input embeddings as their residual stream."""
+def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) -> LayerStream:
+    """Return all calibration rows at the input of the decoder's first layer."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
-    steps = row_steps(checked, weights.by_name, names_of_rows(batches, checked))
-    positive(len(steps))
-    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, model), steps), strict=True):
-        step.ours, step.added_ours = x, added
-    return steps
+    grouped = row_batches(checked, weights.by_name, names_of_rows(batches, checked))
+    positive(len(grouped))
+    return LayerStream(model, "text", grouped)
+
+
+def _matrices(cfg: ModelConfig, number: int) -> list[Slot]:
+    """Return the slots of the matrices in one layer of the decoder."""
+    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path.startswith("text/layers/")]
+    return [slot for slot in slots if slot.layer == number and len(slot.hf_shape) == 2]
 
 
 def _round_layer(
     layer: Layer,
     held: Sequence[Sequence[Slot]],
-    steps: Sequence[Step],
+    stream: LayerStream,
     storage: CompressedTensors,
     dtype: np.dtype,
     cache: ArrayCache | None,
@@ -211,7 +196,7 @@ def _round_layer(
     slots_of = {tap: [slot for matrix in matrices for slot in matrix] for tap, matrices in by_input.items() if matrices}
 
     def compute() -> dict[str, np.ndarray]:
-        sums, arrays = finite_sums(_sums, layer, steps, "gptq"), dict[str, np.ndarray]()
+        sums, arrays = finite_sums(_sums, layer, stream, "gptq"), dict[str, np.ndarray]()
         for tap, slots in slots_of.items():
             values = np.concatenate(
                 [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
@@ -294,7 +279,7 @@ def _sums(
 
 
 def finite_sums(
-    sums: Callable[..., dict[str, jax.Array]], layer: Layer, steps: Sequence[Step], what: str
+    sums: Callable[..., dict[str, jax.Array]], layer: Layer, stream: LayerStream, what: str
 ) -> dict[str, np.ndarray]:
     """Sum a layer's statistics over all calibration rows in float64; errors begin with the name `what`.
 
@@ -302,18 +287,16 @@ def finite_sums(
     """
     totals: dict[str, np.ndarray] = {}
 
-    def of_rows(step: Step) -> dict[str, jax.Array]:
-        weight = place_batch({"weight": step.weight}, layer.mesh)["weight"]
-        given = step.given(layer.number).placed(layer.mesh)
-        return sums(layer.params, to_devices(step.ours), weight, given, stack=layer.stack, cfg=layer.cfg)
+    def of_rows(rows: Rows) -> dict[str, jax.Array]:
+        return sums(layer.params, *rows, stack=layer.stack, cfg=layer.cfg)
 
-    for step, batch_sums in pass_layers(steps, of_rows):
+    for batch, batch_sums in stream.visit(of_rows, layer.number):
         for name, batch_sum in batch_sums.items():
             values = np.asarray(batch_sum, np.float64)
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{what}: activations in layer {layer.number} are not finite in {', '.join(step.names[:5])} of the "
-                    "calibration batches: check these records and the weights"
+                    f"{what}: activations in layer {layer.number} are not finite in {', '.join(batch.names[:5])} of "
+                    "the calibration batches: check these records and the weights"
                 )
             totals[name] = totals.get(name, 0.0) + values
     return totals

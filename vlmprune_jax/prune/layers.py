@@ -34,14 +34,16 @@ R = TypeVar("R")
 _AHEAD = 2  # results that are on the devices at a time, besides the one that is computed
 
 
-def streamed(compute: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `compute(item)` for every item, with its arrays moved to host memory.
+def streamed(compute: Callable[[T], R], items: Iterable[T], *, hosts: bool = True) -> Iterator[R]:
+    """Yield `compute(item)` for every item, with its arrays moved to host memory unless `hosts` is False.
 
-    Copies overlap with the arithmetic of the following items. All processes call it in step.
+    Copies overlap with the arithmetic of the following items, of which only a few are under way: on a mesh of virtual
+    devices a long queue of collectives can starve. All processes call it in step.
     """
     pending = deque[R]()
     for item in items:
-        pending.append(jax.tree.map(to_hosts, compute(item)))
+        result = compute(item)
+        pending.append(jax.tree.map(to_hosts, result) if hosts else result)
         if len(pending) > _AHEAD:
             yield jax.block_until_ready(pending.popleft())
     while pending:
@@ -56,8 +58,8 @@ def to_hosts(x: jax.Array) -> jax.Array:
 
 
 def to_devices(x: Any) -> jax.Array:
-    """Move an array back to device memory (undoes `to_hosts`); a NumPy array goes to the default device."""
-    if isinstance(x, np.ndarray):
+    """Move an array back to device memory (undoes `to_hosts`); NumPy's values go to the default device."""
+    if not isinstance(x, jax.Array):
         return jnp.asarray(x)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
@@ -75,26 +77,32 @@ class Given(NamedTuple):
 
     def placed(self, mesh: Mesh | None) -> Given:
         """Return a copy of the layer's inputs on the device, or sharded over a mesh."""
-        keys = {size: (to_devices(k), to_devices(v)) for size, (k, v) in self.shared.items()}
-        return Given(place_batch(self.arrays, mesh), None if self.added is None else to_devices(self.added), keys)
+        return Given(place_batch(self.arrays, mesh), *jax.tree.map(to_devices, (self.added, dict(self.shared))))
 
 
-class Streams(NamedTuple):
-    """Residual stream after a layer, and between its attention and MLP, float32[rows, seq, embed] each.
+class Rows(NamedTuple):
+    """Calibration rows on the devices, at the input of a layer."""
 
-    `statistics`: per writer whose output is normalised, float32[rows, seq, 2], see `Norm.statistics`. `shared`: keys
-    and values for the layers that follow, with this layer's own.
-    """
+    x: jax.Array
+    """Residual stream, float[rows, seq, embed]."""
 
-    after: Any
-    middle: Any
-    statistics: dict[str, Any]
-    shared: Shared
+    weight: jax.Array
+    """Weight of every token, float32[rows, seq]."""
+
+    given: Given
+    """The layer's other inputs."""
+
+
+class State(NamedTuple):
+    """Residual stream between two layers, and what earlier layers share with later ones, for some rows."""
+
+    x: Any
+    shared: Shared = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: original number, float32 parameters by path, and the model's dtype.
+    """One layer of a stack: original number, parameters by path (in float32 if not asked otherwise), the model's dtype.
 
     `shares`: layers that follow may need its keys and values.
     """
@@ -109,34 +117,35 @@ class Layer:
     changed_paths: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: Model, stack: str, number: int) -> Layer:
-        """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files."""
+    def of(cls, model: Model, stack: str, number: int, dtype: Any = jnp.float32) -> Layer:
+        """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files.
+
+        `dtype`: of the parameters that it computes with; None is the model's.
+        """
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
             (run, group) for run, group in enumerate(scan_groups(cfg.layers)) if number < group[0] + group[1]
         )
         flat = flatten(model.params[stack]["layers"][str(run)])
         weights = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
-        dtype = next(iter(weights.values())).dtype
-        params = {path: leaf.astype(jnp.float32) for path, leaf in weights.items()}
-        shares = not shape.mixer.kv_shared and bool(cfg.producers)
-        return cls(number, stack, params, cfg.alone(shape), dtype, mesh_of(model.params), shares)
+        stored = next(iter(weights.values())).dtype
+        params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
+        shares = bool(cfg.producers) and not shape.mixer.kv_shared
+        return cls(number, stack, params, cfg.alone(shape), stored, mesh_of(model.params), shares)
 
     @functools.cached_property
     def block(self) -> Block:
         """NNX module that computes this layer."""
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
-    def run(self, x: jax.Array, given: Given) -> tuple[jax.Array, Shared]:
-        """Run the layer; return the residual stream after it, and its keys and values."""
-        streams = self.streams(x, given)
-        return streams.after, streams.shared
+    def run(self, rows: Rows, capture: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
+        """Run the layer; return the stream after it with what it shares, and the values named in `capture`.
 
-    def streams(self, x: jax.Array, given: Given) -> Streams:
-        """Run the layer; return the residual stream after it, and between its attention and MLP."""
-        placed, sizes = given.placed(self.mesh), {"stack": self.stack, "cfg": self.cfg, "shares": self.shares}
-        streams = _streams(self.params, to_devices(x), placed, **sizes)
-        return streams._replace(shared={**given.shared, **streams.shared})
+        They are those of `models.context.VALUES`, and "statistics": {writer whose output is normalised: float32[rows,
+        seq, 2]}, see `Norm.statistics`.
+        """
+        sizes = {"stack": self.stack, "cfg": self.cfg, "shares": self.shares, "capture": capture}
+        return _run(self.params, rows.x, rows.given, **sizes)
 
     def changed(self, module: str, change: np.ndarray) -> Layer:
         """Return a copy of the layer with a least-squares correction added to an output projection.
@@ -183,25 +192,36 @@ def run_block(
     params: Mapping[str, jax.Array],
     x: jax.Array,
     given: Given,
-    want: tuple[str, ...],
+    capture: tuple[str, ...],
+    prepare: Callable[[Block], None] | None = None,
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
-    """Run one layer; return (module, residual stream after it, intermediate values named in `want`)."""
+    """Run one layer; return (module, residual stream after it, intermediate values named in `capture`).
+
+    `prepare` changes the module before it runs.
+    """
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
+    if prepare is not None:
+        prepare(block)
     layer_input = given.added if module.per_layer else None
-    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, want)
+    after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, capture)
     return block, after if given.added is None or module.per_layer else after + given.added, values
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"))
-def _streams(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool) -> Streams:
-    want = ("middle", *(f"{name}_out" for name in WRITERS), *((KEYS,) if shares else ()))
-    block, after, values = run_block(stack, cfg, params, x, given, want)
-    norms = {name: block.norm_after(name) for name in WRITERS}
-    statistics = {name: norm.statistics(values[f"{name}_out"]) for name, norm in norms.items() if norm is not None}
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares", "capture"))
+def _run(
+    params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool, capture: tuple[str, ...]
+) -> tuple[State, dict[str, Any]]:
+    outs = {name: f"{name}_out" for name in WRITERS if "statistics" in capture}
+    names = (*(name for name in capture if name != "statistics"), *outs.values(), *((KEYS,) if shares else ()))
+    block, after, values = run_block(stack, cfg, params, x, given, names)
+    captured: dict[str, Any] = {name: values[name] for name in capture if name != "statistics"}
+    if outs:
+        norms = {name: norm for name in WRITERS if (norm := block.norm_after(name)) is not None}
+        captured["statistics"] = {name: norm.statistics(values[outs[name]]) for name, norm in norms.items()}
     keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
-    streams = Streams(after, values["middle"], statistics, keys)
-    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), streams)
+    result = State(after, keys), captured
+    return jax.tree.map(lambda leaf: constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1))), result)
 
 
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:

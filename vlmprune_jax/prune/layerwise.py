@@ -21,7 +21,7 @@ from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.models.vlm import place_batch
 from vlmprune_jax.prune.layers import Given, Layer, run_block, to_devices
-from vlmprune_jax.prune.steps import Step
+from vlmprune_jax.prune.walk import LayerStream
 
 RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # 1e-3 is harmful
 PATIENCE = 2  # epochs without a lower held-out error, after which the layer is done
@@ -51,29 +51,36 @@ def _step(
     return jax.tree.map(lambda value, update: value - rate * update, params, updates), state
 
 
-def _rows(step: Step, place: int, size: int) -> list[dict[str, Any]]:
-    """Split a step's calibration rows into parts of `size`: residual streams, token weights, other layer inputs."""
-    arrays = {"x": step.ours, "target": step.dense, "weight": step.weight, "given": step.given(place)}
-    count = len(step.weight)
+def _split(arrays: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """Split the rows of a batch into parts of `size`; leave out parts without weight."""
+    count = len(arrays["weight"])
     if size >= count:
-        return [arrays] if step.weight.any() else []
+        return [arrays] if arrays["weight"].any() else []
     arrays = jax.tree.map(np.asarray, arrays)  # on a CPU without a copy
     chunks = [jax.tree.map(lambda leaf, at=at: leaf[at : at + size], arrays) for at in range(0, count, size)]
     return [chunk for chunk in chunks if chunk["weight"].any()]
 
 
-def train_layer(layer: Layer, steps: Sequence[Step], place: int) -> tuple[np.ndarray | None, dict[str, Any]]:
+def train_layer(
+    layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]
+) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Train one layer to imitate the unpruned model; return its parameters as a vector, None if that does not help.
 
     All weights and norms train by Adam with a cosine schedule; the epoch of the lowest held-out error is kept.
 
     Args:
-      steps: calibration rows with the streams before (`ours`) and, of the dense model, after the layer (`dense`).
+      stream: calibration rows at the layer's input.
       place: the layer's number among those that are left.
+      targets: stream of the unpruned model after the layer, of each batch.
     """
-    size = ROWS if layer.mesh is None else len(steps[0].weight)
-    fitted = [part for step in steps if not step.held_out for part in _rows(step, place, size)]
-    held = [part for step in steps if step.held_out for part in _rows(step, place, len(step.weight))]
+    fitted, held = list[dict[str, Any]](), list[dict[str, Any]]()
+    for at, batch in enumerate(stream.batches):
+        streams = {"x": stream.states[at].x, "target": targets[at]}
+        arrays = {**streams, "weight": batch.weight, "given": stream.given(at, place)}
+        if batch.held_out:
+            held += _split(arrays, len(batch.weight))
+        else:
+            fitted += _split(arrays, ROWS if layer.mesh is None else len(batch.weight))
     tokens = sum(float(part["weight"].sum()) for part in held)
     total, stack, cfg = EPOCHS * len(fitted), layer.stack, layer.cfg
 

@@ -17,17 +17,16 @@ import numpy as np
 
 from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
-from vlmprune_jax.models.vlm import place_batch
-from vlmprune_jax.prune.layers import Given, Layer, run_block, streamed, to_devices
-from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
+from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
+from vlmprune_jax.prune.ridge import Sums, best_ridge, total_sums
 from vlmprune_jax.prune.ridge import change as solve
-from vlmprune_jax.prune.steps import Step
+from vlmprune_jax.prune.walk import LayerStream
 
 READER_OF = {"o_proj": "self_attn", "down_proj": "mlp"}  # the input of the branch that ends in a writer
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "reader"))
-def _sums(params: Any, x: Any, dense: Any, weight: Any, given: Given, *, stack: str, cfg: Stack, reader: str) -> Sums:
+def _sums(params: Any, x: Any, weight: Any, given: Given, dense: Any, *, stack: str, cfg: Stack, reader: str) -> Sums:
     block, _, values = run_block(stack, cfg, params, x, given, (reader,))
     target = getattr(block, block.names.norms[list(READER_OF.values()).index(reader)])(dense)
     read, counts = values[reader], weight[..., None] > 0
@@ -35,7 +34,7 @@ def _sums(params: Any, x: Any, dense: Any, weight: Any, given: Given, *, stack: 
     scaled = read * jnp.where(weight > 0, weight / jnp.mean(target * target, axis=-1), 0.0)[..., None]
     gram = jnp.einsum("bsi,bsj->ij", scaled, read, precision="highest")
     cross = jnp.einsum("bsi,bse->ie", scaled, missing, precision="highest")
-    return Sums(gram, cross, jnp.zeros(()))
+    return Sums(gram, cross, jnp.zeros(len(x)))
 
 
 def can_read(layer: Layer, reader: str) -> bool:
@@ -45,31 +44,23 @@ def can_read(layer: Layer, reader: str) -> bool:
 
 
 def reader_change(
-    layer: Layer, reader: str, steps: Sequence[Step], dense: Sequence[jax.Array], place: int, *, refit: bool
+    layer: Layer, reader: str, stream: LayerStream, place: int, dense: Sequence[jax.Array], *, refit: bool
 ) -> tuple[np.ndarray, float] | None:
     """Solve for a linear change of a branch's normalised input; return it with its ridge penalty, None if none helps.
 
     Args:
-      dense: the dense stream in front of the branch's norm, for each step.
+      stream: calibration rows at the layer's input.
       place: the layer's number among those that are left.
+      dense: the dense stream in front of the branch's norm, of each batch.
       refit: solve again on all rows after the ridge is chosen.
     """
-    totals = dict[bool, Any]()
 
-    def add(pair: tuple[Step, jax.Array]) -> jax.Array:
-        step, (x, target) = pair[0], map(to_devices, (pair[0].ours, pair[1]))
-        weight, given = place_batch({"weight": step.weight}, layer.mesh)["weight"], step.given(place).placed(layer.mesh)
-        sums = _sums(layer.params, x, target, weight, given, stack=layer.stack, cfg=layer.cfg, reader=reader)
-        known, products = totals.get(step.held_out), (sums.gram, sums.cross)
-        totals[step.held_out] = products if known is None else add_into(known, products)
-        return sums.energy
+    def sums(rows: Rows, dense: jax.Array) -> Sums:
+        return _sums(layer.params, *rows, dense, stack=layer.stack, cfg=layer.cfg, reader=reader)
 
-    for _ in streamed(add, zip(steps, dense, strict=True)):
-        pass
-    fit, held = (Sums(gram, cross, np.float32(0)) for gram, cross in (totals[False], totals[True]))
-    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
-    best = int(np.nanargmin(np.append(errors, 0.0)))
-    if best == len(RIDGES):
+    fit, held = (total_sums(stream, place, held_out, sums, dense, what=reader) for held_out in (False, True))
+    best = best_ridge(fit, held)
+    if best is None:
         return None
-    change = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, RIDGES[best])
-    return np.array(gather_to_host(change)), RIDGES[best]
+    change = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, best[0])
+    return np.array(gather_to_host(change)), best[0]

@@ -14,13 +14,13 @@ is an affine map, which scales x and r. The reported error is always that of the
 The tower is reconstructed before the decoder, over the positions of all images with equal weight; the decoder then
 reads the features of the reconstructed tower, and its dense stream those of the dense tower.
 
-The residual streams of the dense and of the pruned model are on the hosts, float32[rows, seq, embed] each, of a tower
-float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer to
-whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums are
-reduced over the mesh. On the device are one layer of the dense and two of the pruned model, the activations of a batch,
-and for one module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out
-rows: 8 * in * (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise
-the few tokens with a massive residual would dominate.
+The residual streams of the dense and of the pruned model are in memory (`walk`), float32[rows, seq, embed] each, of a
+tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer
+to whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums
+are reduced over the mesh. On the device are one layer of either model, the activations of a batch, and for one module
+at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out rows: 8 * in * (in +
+embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise the few tokens with a
+massive residual would dominate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,28 +44,19 @@ from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import param_shapes
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.kept import KeptStack
-from vlmprune_jax.prune.layers import Layer, run_block, streamed, to_devices, with_layers
+from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
-from vlmprune_jax.prune.ridge import RIDGES, Sums, add_into, held_out_errors
+from vlmprune_jax.prune.ridge import Sums, best_ridge, total_sums
 from vlmprune_jax.prune.ridge import change as solve
-from vlmprune_jax.prune.steps import (
-    STEPS,
-    Step,
-    embedded,
-    entrance,
-    names_of_rows,
-    pass_all,
-    pass_layers,
-    pass_ours,
-    wait_for,
-)
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
+from vlmprune_jax.prune.walk import LayerStream
 
 SolveReport = dict[str, Any]
 READ_BELOW = 0.4  # share of the neurons that is left; above it readers gain nothing (SmolLM2: 0.3 % at 0.49)
@@ -129,73 +120,98 @@ def reconstruct(
     report, done = list[SolveReport](), itertools.count(1)
     with use_mesh(mesh):
         for stack in _stacks(plan):
-            steps = STEPS[stack](checked, settings, names, pruned.cfg)
-            _enter(steps, *(entrance(model, stack) for model in (teacher, pruned)))
+            streams = _streams(teacher, pruned, stack, BATCHES[stack](checked, settings, names, pruned.cfg))
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
-            solved, rows = _solve(stack, plan.stacks[stack], teacher, pruned, steps, cache, config, tick)
+            solved, rows = _solve(plan.stacks[stack], *streams, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)
             report += [{"stack": stack, **row} for row in rows]
     return pruned, report
 
 
-def _enter(steps: Sequence[Step], teacher: Model, pruned: Model) -> None:
-    """Compute the first layer's input and the DeepStack additions, for the unpruned and the pruned model."""
-    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, teacher), steps), strict=True):
-        step.dense, step.added_dense = x, added
-    for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, pruned), steps), strict=True):
-        pairs = zip(step.added_dense, added, strict=True)
-        same = all(bool(jnp.array_equal(to_devices(dense), to_devices(ours))) for dense, ours in pairs)
-        step.ours, step.added_ours = x, step.added_dense if same else added  # of one tower: in memory once
+def _streams(
+    teacher: Model, pruned: Model, stack: str, batches: Sequence[CalibrationBatch]
+) -> tuple[LayerStream, LayerStream]:
+    """Return the calibration batches at the first layer of the unpruned and of the pruned model."""
+    dense, stream = LayerStream(teacher, stack, batches), LayerStream(pruned, stack, batches)
+    for at, pair in enumerate(zip(dense.added, stream.added, strict=True)):
+        if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in zip(*pair, strict=True)):
+            stream.added[at] = dense.added[at]  # of one tower: in memory once
+    return dense, stream
+
+
+class Targets(NamedTuple):
+    """Streams of the unpruned model, towards which a layer of the pruned model is repaired, for each batch."""
+
+    before: Sequence[jax.Array]
+    """At the layer's input; () if readers are not repaired."""
+
+    middle: Sequence[Any]
+    """Between its attention and MLP; None if nothing needs it."""
+
+    after: Sequence[jax.Array]
+    """After it and the removed layers that follow it."""
+
+    statistics: Sequence[dict[str, jax.Array]]
+    """Of the writers' outputs, see `Layer.run`."""
 
 
 def _solve(
-    stack: str,
     kept: KeptStack,
-    teacher: Model,
-    pruned: Model,
-    steps: Sequence[Step],
+    dense: LayerStream,
+    stream: LayerStream,
     cache: ArrayCache | None,
     config: ReconstructConfig,
     tick: Callable[[], None],
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
-    """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight."""
+    """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight.
+
+    `dense`, `stream`: the unpruned and the pruned model's.
+    """
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
-    reads = _reads(config, kept)
-    _advance(steps, teacher, stack, range(kept.kept_layers[0]), middle=False)
+    for number in range(kept.kept_layers[0]):
+        dense.advance(dense.layer(number), number)
     for number, (first, end) in enumerate(_spans(kept)):
-        before = [step.dense for step in steps] if reads else []
-        _advance(steps, teacher, stack, range(first, end), middle=reads or "o_proj" in _modules(kept, number))
-        layer = dataclasses.replace(Layer.of(pruned, stack, number), number=first)
-        if reads:
-            pass_all(steps)
+        targets = _targets(dense, first, end, _modules(kept, number), reads=_reads(config, kept))
+        layer = dataclasses.replace(stream.layer(number), number=first)
         for module in WRITERS:
-            key, lost = f"{stack}/{number}/{module}", module in _modules(kept, number)
-            if reads and can_read(layer, READER_OF[module]):
-                dense = before if module == "o_proj" else [step.middle for step in steps]
-                read = functools.partial(_read, layer, module, steps, dense, number, lost=lost, refit=config.refits)
+            key, lost = f"{stream.stack}/{number}/{module}", module in _modules(kept, number)
+            if targets.before and can_read(layer, READER_OF[module]):
+                read = functools.partial(_read, layer, module, stream, number, targets, lost, config.refits)
                 change, row = _recorded(cache, f"{key}/reader", read)
-                report.append({"layer": first, "module": READER_OF[module], **row, **_counts(layer, module, steps)})
+                row |= _counts(layer, module, stream)
+                report.append({"layer": first, "module": READER_OF[module], **row})
                 if change is not None:
                     layer, lost = layer.reading(READER_OF[module], change), True
             if lost:
-                solve = functools.partial(solve_for, layer, module, steps, number, refit=config.refits)
-                change, row = _recorded(cache, key, solve)
-                report.append({"layer": first, "module": module, **row, **_counts(layer, module, steps)})
+                solution = functools.partial(solve_for, layer, module, stream, number, targets, refit=config.refits)
+                change, row = _recorded(cache, key, solution)
+                report.append({"layer": first, "module": module, **row, **_counts(layer, module, stream)})
                 if change is not None:
                     layer = layer.changed(module, change)
         trains = trains or (config.trains_layers and end - first > 1)
-        pass_all(steps)
         if trains:
-            train = functools.partial(train_layer, layer, steps, number)
-            vector, row = _recorded(cache, f"{stack}/{number}/layer", train)
-            report.append({"layer": first, "module": "layer", **row, **_counts(layer, "down_proj", steps)})
+            train = functools.partial(train_layer, layer, stream, number, targets.after)
+            vector, row = _recorded(cache, f"{stream.stack}/{number}/layer", train)
+            report.append({"layer": first, "module": "layer", **row, **_counts(layer, "down_proj", stream)})
             if vector is not None:
                 layer = replaced(layer, vector)
         if layer.changed_paths:
             solved[number] = layer.written
-        wait_for(steps, functools.partial(pass_ours, layer, number))
+        if number + 1 < len(kept.layers):
+            stream.advance(layer, number)
         tick()
     return solved, report
+
+
+def _targets(dense: LayerStream, first: int, end: int, modules: Sequence[str], *, reads: bool) -> Targets:
+    """Run the unpruned model's layers `first` to `end`; return the streams that repairs of the first one need."""
+    before = [state.x for state in dense.states] if reads else []
+    capture = ("statistics", "middle") if reads or "o_proj" in modules else ("statistics",)
+    captured = dense.advance(dense.layer(first), first, capture)
+    for removed in range(first + 1, end):
+        dense.advance(dense.layer(removed), removed)
+    after, statistics = [state.x for state in dense.states], [values["statistics"] for values in captured]
+    return Targets(before, [values.get("middle") for values in captured], after, statistics)
 
 
 def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
@@ -208,34 +224,29 @@ def _reads(config: ReconstructConfig, kept: KeptStack) -> bool:
 
 
 def _read(
-    layer: Layer,
-    module: str,
-    steps: Sequence[Step],
-    dense: Sequence[jax.Array],
-    place: int,
-    *,
-    lost: bool,
-    refit: bool,
+    layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, lost: bool, refit: bool
 ) -> tuple[np.ndarray | None, SolveReport]:
     """Solve for the change of a branch's input; return None unless it lowers the held-out error.
 
     Both ways are compared after the writer is solved; without the change only if it `lost` something.
     """
-    solution = reader_change(layer, READER_OF[module], steps, dense, place, refit=refit)
-    alone = solve_for(layer, module, steps, place, refit=refit)[1]
+    before_norm = targets.before if module == "o_proj" else targets.middle
+    solution = reader_change(layer, READER_OF[module], stream, place, before_norm, refit=refit)
+    alone = solve_for(layer, module, stream, place, targets, refit=refit)[1]
     before = alone["error_after" if lost else "error_before"]
     if solution is not None:
         change, ridge = solution
-        after = solve_for(layer.reading(READER_OF[module], change), module, steps, place, refit=refit)[1]["error_after"]
+        reading = layer.reading(READER_OF[module], change)
+        after = solve_for(reading, module, stream, place, targets, refit=refit)[1]["error_after"]
         if after < before:
             return change, {"ridge": ridge, "error_before": before, "error_after": after}
     return None, {"ridge": None, "error_before": before, "error_after": before}
 
 
-def _counts(layer: Layer, module: str, steps: Sequence[Step]) -> SolveReport:
+def _counts(layer: Layer, module: str, stream: LayerStream) -> SolveReport:
     path = layer.block.writers[module].projection
     unknowns = layer.params[f"{path}/weight"][0].size + (f"{path}/bias" in layer.params)
-    return {"tokens": sum(int((step.weight > 0).sum()) for step in steps), "unknowns": unknowns}
+    return {"tokens": sum(int((batch.weight > 0).sum()) for batch in stream.batches), "unknowns": unknowns}
 
 
 def layers_to_solve(plan: PrunePlan) -> int:
@@ -263,23 +274,6 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     return [module for module in WRITERS if module in lost]
 
 
-def _advance(steps: Sequence[Step], teacher: Model, stack: str, layers: range, *, middle: bool) -> None:
-    """Run the unpruned model's residual streams through these layers; the last one waits for its rows."""
-    for number in layers:
-        if number > layers.start:
-            pass_all(steps)
-        first = number == layers.start
-        wait_for(steps, functools.partial(_pass_dense, Layer.of(teacher, stack, number), first, first and middle))
-
-
-def _pass_dense(layer: Layer, first: bool, middle: bool, step: Step) -> None:
-    """Run a layer of the unpruned model; keep what the first layer's writers are solved for."""
-    streams = layer.streams(step.dense, step.given(layer.number, dense=True))
-    step.dense, step.shared_dense = streams.after, streams.shared
-    if first:
-        step.middle, step.statistics = streams.middle if middle else None, streams.statistics
-
-
 def _recorded(
     cache: ArrayCache | None, key: str, solve: Callable[[], tuple[np.ndarray | None, SolveReport]]
 ) -> tuple[np.ndarray | None, SolveReport]:
@@ -298,8 +292,8 @@ def _recorded(
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "module"))
 def _sums(
-    params: Any, x: Any, target: Any, weight: Any, statistics: Any, given: Any, *, stack: str, cfg: Any, module: str
-) -> Any:
+    params: Any, x: Any, weight: Any, given: Any, target: Any, statistics: Any, *, stack: str, cfg: Any, module: str
+) -> Sums:
     want = (module, f"{module}_out", "middle")
     block, after, values = run_block(stack, cfg, params, x, given, want)
     residual = target - (values["middle"] if module == "o_proj" else after)
@@ -328,54 +322,36 @@ def _sums(
 
 
 def solve_for(
-    layer: Layer, module: str, steps: Sequence[Step], place: int, *, refit: bool = True
+    layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, *, refit: bool = True
 ) -> tuple[np.ndarray | None, SolveReport]:
     """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
 
     `place`: the layer's among those that are left. `refit`: solve again on all rows after the ridge is chosen.
     """
-    fitted, held_out = ([step for step in steps if step.held_out == out] for out in (False, True))
-    fit, held = (_total(layer, module, part, place) for part in (fitted, held_out))
-    stream = layer.cfg.hidden_size * float(sum(step.weight.sum() for step in held_out))
-    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
-    best, before = int(np.nanargmin(np.append(errors, 0.0))), float(held.energy) / stream
+    fit, held = (_total(layer, module, stream, place, targets, held_out) for held_out in (False, True))
+    weight = layer.cfg.hidden_size * float(sum(batch.weight.sum() for batch in stream.batches if batch.held_out))
+    best, before = best_ridge(fit, held), float(held.energy) / weight
     unchanged = {"ridge": None, "error_before": before, "error_after": before}
-    if best == len(RIDGES):
+    if best is None:
         return None, unchanged
-    after = before + float(errors[best]) / stream
+    ridge, difference = best
+    after = before + difference / weight
     if layer.block.writers[module].norm is not None:  # the norm's statistics change with the weight: measure
-        trial = layer.changed(module, np.array(gather_to_host(solve(fit, RIDGES[best]))))
-        after = float(_total(trial, module, held_out, place).energy) / stream
+        trial = layer.changed(module, np.array(gather_to_host(solve(fit, ridge))))
+        after = float(_total(trial, module, stream, place, targets, True).energy) / weight
         if after >= before:
             return None, unchanged
-    change = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, RIDGES[best])
-    return np.array(gather_to_host(change)), {"ridge": RIDGES[best], "error_before": before, "error_after": after}
+    change = solve(jax.tree.map(jnp.add, fit, held) if refit else fit, ridge)
+    return np.array(gather_to_host(change)), {"ridge": ridge, "error_before": before, "error_after": after}
 
 
-def _total(layer: Layer, module: str, steps: Sequence[Step], place: int) -> Sums:
-    """Return the least-squares sums over all calibration rows."""
-    totals, energies = None, np.float32(0)
+def _total(layer: Layer, module: str, stream: LayerStream, place: int, targets: Targets, held_out: bool) -> Sums:
+    """Return the least-squares sums over fitted or held-out calibration rows."""
+    target = targets.middle if module == "o_proj" else targets.after
+    statistics = [arrays.get(module) for arrays in targets.statistics]
 
-    def add(step: Step) -> jax.Array:
-        nonlocal totals
-        streams = (step.ours, step.middle if module == "o_proj" else step.dense, step.statistics.get(module))
-        x, target, statistics = jax.tree.map(to_devices, streams)
-        weight, given = place_batch({"weight": step.weight}, layer.mesh)["weight"], step.given(place).placed(layer.mesh)
-        sums = _sums(
-            layer.params, x, target, weight, statistics, given, stack=layer.stack, cfg=layer.cfg, module=module
-        )
-        products = sums.gram, sums.cross
-        totals = products if totals is None else add_into(totals, products)
-        return sums.energy
+    def sums(rows: Rows, target: jax.Array, statistics: jax.Array | None) -> Sums:
+        return _sums(layer.params, *rows, target, statistics, stack=layer.stack, cfg=layer.cfg, module=module)
 
-    for step, sums_of_rows in pass_layers(steps, add):
-        energy = np.asarray(sums_of_rows)
-        wrong = [name for name, value in zip(step.names, energy, strict=False) if not math.isfinite(value)]
-        if wrong:
-            raise UserError(
-                f"reconstruct: outputs of {module} in layer {layer.number} are not finite in "
-                f"{', '.join(sorted(wrong)[:5])} of the calibration batches: check these records and the weights"
-            )
-        energies += energy.sum()
-    assert totals is not None
-    return Sums(*totals, energies)
+    what = f"outputs of {module} in layer {layer.number}"
+    return total_sums(stream, place, held_out, sums, target, statistics, what=what)

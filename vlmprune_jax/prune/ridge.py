@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.prune.walk import LayerStream
 
 # Ridges that are tried. At 4,096 tokens for 1,000 unknowns 0.3 to 3 win; with more tokens, or fewer unknowns, smaller
 # ones do. Leaving the weight alone is always among the choices.
@@ -39,6 +45,42 @@ class Sums(NamedTuple):
 def add_into(totals: Any, terms: Any) -> Any:
     """Add two pytrees of arrays, in place in the first."""
     return jax.tree.map(jnp.add, totals, terms)
+
+
+def total_sums(
+    stream: LayerStream, place: int, held_out: bool, compute: Callable[..., Sums], *targets: Sequence[Any], what: str
+) -> Sums:
+    """Return the sum of `compute(rows, *targets)` over fitted or held-out calibration batches, see `LayerStream.visit`.
+
+    Raises UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
+    """
+    totals, energy = None, np.float32(0)
+
+    def add(*arguments: Any) -> jax.Array:
+        nonlocal totals
+        sums = compute(*arguments)
+        products = sums.gram, sums.cross
+        totals = products if totals is None else add_into(totals, products)
+        return sums.energy
+
+    for batch, energies in stream.visit(add, place, *targets, held_out=held_out):
+        pairs = zip(batch.names, np.asarray(energies), strict=False)
+        wrong = [name for name, value in pairs if not math.isfinite(value)]
+        if wrong:
+            raise UserError(
+                f"reconstruct: {what} are not finite in {', '.join(sorted(wrong)[:5])} of the calibration batches: "
+                "check these records and the weights"
+            )
+        energy += np.asarray(energies).sum()
+    assert totals is not None
+    return Sums(*totals, energy)
+
+
+def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
+    """Return the ridge penalty with the lowest held-out error and how the error changes; None if none lowers it."""
+    errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
+    best = int(np.nanargmin(np.append(errors, 0.0)))
+    return None if best == len(RIDGES) else (RIDGES[best], float(errors[best]))
 
 
 @jax.jit

@@ -7,35 +7,36 @@ tower are never differentiated.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from vlmprune_jax.core.config import IGNORED, ModelConfig, TextConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
-from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM
-from vlmprune_jax.models.params import flatten
-from vlmprune_jax.models.stack import at_layer
-from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, place_inputs, to_nnx
+from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
+from vlmprune_jax.prune.batches import text_batch
 from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import summed_axes
-from vlmprune_jax.prune.criteria.linearized import Shared, linearized
+from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
+from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
+from vlmprune_jax.prune.walk import LayerStream
 
 Found = dict[str, Any]  # of one layer: path of a weight -> its reduced gradient
-Cotangent = tuple[jax.Array, Shared]  # gradients at a layer's input, and at the keys and values that layers share
+Cotangent = tuple[jax.Array, dict[int, Any]]  # gradients at a layer's input, and at the keys and values of `Shared`
 CHUNK = 512  # positions whose float32 logits exist at once: 66 MB for 32,000 words
 
 
@@ -85,17 +86,19 @@ def gradient_channels(
     mesh = mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
+    # all-(-100) rows, such as the filler of a last batch, are not samples
+    weighed = _Weighed(labels.sum(axis=1).astype(np.float32), float(labels.sum()), float((labels > 0).sum()))
     with use_mesh(mesh):
-        steps = [place_inputs(model, micro) for micro in _micro(data, ways)]
-        # all-(-100) rows, such as the filler of a last batch, are not samples
-        weighed = _Weighed(labels.sum(axis=1), float(labels.sum()), float((labels > 0).sum()))
-        layers = _backward(model, steps, weighed, channels, squares, _Budget(memory_budget), progress, cache)
+        steps = [text_batch({name: array[at] for name, array in data.items()}, weight_of) for at in range(len(labels))]
+        stream = LayerStream(model, "text", steps, dtype=None, copies=None)
+        losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, ways)]
+        layers = _backward(stream, losses, weighed, channels, squares, _Budget(memory_budget), progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
     return scores[0], dict(zip(kinds, scores[1:], strict=True))
 
 
 class _Weighed(NamedTuple):
-    """Number of labels per step (int[steps]) and in total, and number of calibration samples."""
+    """Number of labels per step (float32[steps]) and in total, and number of calibration samples."""
 
     steps: np.ndarray
     total: float
@@ -103,8 +106,8 @@ class _Weighed(NamedTuple):
 
 
 def _backward(
-    model: Model,
-    steps: list[dict[str, Any]],
+    stream: LayerStream,
+    losses: list[dict[str, Any]],
     weighed: _Weighed,
     channels: Callable[..., Any],
     squares: bool,
@@ -113,31 +116,23 @@ def _backward(
     cache: ArrayCache | None,
 ) -> list[Found]:
     """Backpropagate layer by layer; return the result of `channels` for every layer, per token type."""
-    cfg, n_layers = model.cfg, len(model.cfg.text.layers)
-    ways = 1 if steps[0]["counts"] is None else steps[0]["counts"].shape[1]
-    structure = functools.partial(_structure, model, channels, squares, ways)
-    layers, cotangents = _resume(cache, structure, cfg.text, len(steps), mesh_of(model.params))
-    stream, shared, layer_inputs = _forward(model, steps, budget, n_layers - len(layers))
+    cfg, counts = stream.model.cfg, [arrays["counts"] for arrays in losses]
+    ways = 1 if counts[0] is None else counts[0].shape[1]
+    layers, cotangents = ([], []) if cache is None else _resume(cache, stream, channels, squares, ways)
+    saved = _forward(stream, budget, stream.n_layers - len(layers))
     if not layers:
-        for at, keys in enumerate(shared):
-            outgoing = _loss_gradient(model.params, stream[-1][at], steps[at], cfg=cfg)
-            cotangents.append((outgoing, jax.tree.map(jnp.zeros_like, keys)))
-    stream.pop()
-    while stream:
-        number = len(stream) - 1
-        layer, text = _layer_of(model, number)
-        states, produces = stream.pop(), number in cfg.text.producers
-        sums = _no_sums(layer, cfg, squares, ways)
-        for at, micro in enumerate(steps):
-            x, products = states[at]
-            inputs = (micro, at_layer(layer_inputs[at], number), _used(shared[at], text))
-            if products is None:
-                products = _block(layer, x, inputs, text=text, produces=produces)[1]
-            states[at] = None
-            sums, cotangents[at] = _differentiate(
-                layer, x, inputs, products, cotangents[at], float(weighed.steps[at]), sums, text=text, produces=produces
-            )
-        scores = _reduce(layer, sums, weighed.total, weighed.samples, cfg=cfg, channels=channels)
+
+        def at_last(rows: Rows, arrays: Any) -> Cotangent:
+            outgoing = _loss_gradient(stream.model.params, rows.x, arrays, cfg=cfg)
+            return outgoing, jax.tree.map(jnp.zeros_like, dict(rows.given.shared))
+
+        cotangents = [cotangent for _, cotangent in stream.visit(at_last, stream.n_layers, losses)]
+    stream.states.clear()
+    while saved:
+        layer, (states, products) = _layer(stream, len(saved) - 1), saved.pop()
+        sums = _no_sums(layer.params, cfg, squares, ways)
+        sums = _add_gradients(layer, stream.at(states), sums, cotangents, products, counts, weighed.steps)
+        scores = _reduce(layer.params, sums, weighed.total, weighed.samples, cfg=cfg, channels=channels)
         layers.append(jax.tree.map(np.asarray, scores))
         try:
             if progress is not None:
@@ -145,62 +140,75 @@ def _backward(
         except Stopped:
             _save(cache, layers, cotangents)
             raise
-        if len(layers) % -(-n_layers // 8) == 0:
+        if len(layers) % -(-stream.n_layers // 8) == 0:
             _save(cache, layers, cotangents)
     return layers[::-1]
 
 
-def _structure(model: Model, channels: Callable[..., Any], squares: bool, ways: int, number: int) -> Any:
-    """Return the pytree structure of one layer's gradient scores."""
-    layer, _ = _layer_of(model, number)
-    reduce = functools.partial(_reduce, cfg=model.cfg, channels=channels)
-    return jax.tree.structure(jax.eval_shape(reduce, layer, _no_sums(layer, model.cfg, squares, ways), 1.0, 1.0))
+def _add_gradients(
+    layer: Layer,
+    stream: LayerStream,
+    sums: Any,
+    cotangents: list[Cotangent],
+    products: list[Products | None],
+    counts: list[Any],
+    labels: np.ndarray,
+) -> Any:
+    """Return the sums with a layer's weight gradients of all batches; replace the cotangents by those at its input."""
+    static = {"stack": layer.stack, "cfg": layer.cfg, "shares": layer.shares}
+
+    def differentiate(rows: Rows, cotangent: Cotangent, known: Products | None, counts: Any, labels: Any) -> Cotangent:
+        nonlocal sums
+        if known is None:
+            known = _block(layer.params, rows.x, rows.given, **static)[1]
+        inputs = (layer.params, rows.x, rows.given, known, counts, labels)
+        sums, incoming = _differentiate(inputs, cotangent, sums, **static)
+        return incoming
+
+    visited = stream.visit(differentiate, layer.number, cotangents, products, counts, list(labels))
+    for at, (_, incoming) in enumerate(visited):
+        cotangents[at] = incoming
+    return sums
 
 
 def _save(cache: ArrayCache | None, layers: list[Found], cotangents: list[Cotangent]) -> None:
     """Cache the scores of finished layers, and the gradient at the input of the last finished layer."""
     if cache is None:
         return
-    last, arrays = len(layers), dict[str, np.ndarray]()
+    arrays = {f"{len(layers)} layers/{i}": gather_to_host(x) for i, x in enumerate(jax.tree.leaves(cotangents))}
     for number, layer in enumerate(layers):
         if cache.missing([f"layer {number}/0"]):
             arrays |= {f"layer {number}/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(layer))}
-    for at, (outgoing, keys) in enumerate(cotangents):
-        arrays |= {f"{last} layers/{at}": gather_to_host(outgoing)}
-        arrays |= {
-            f"{last} layers/{at}/{size}/{i}": gather_to_host(pair[i]) for size, pair in keys.items() for i in range(2)
-        }
     cache.add(arrays)
     cache.publish()
 
 
 def _resume(
-    cache: ArrayCache | None, structure: Callable[[int], Any], text: TextConfig, steps: int, mesh: Mesh | None
+    cache: ArrayCache, stream: LayerStream, channels: Callable[..., Any], squares: bool, ways: int
 ) -> tuple[list[Found], list[Cotangent]]:
     """Return the cached scores of finished layers, and the gradients from which an interrupted pass continues."""
-    n_layers, sizes = len(text.layers), [text.layers[number].mixer.window or 0 for number in text.producers]
+    cfg, text = stream.model.cfg, stream.model.cfg.text
 
-    def there(done: int) -> bool:
-        keys = [*(f"layer {n}/0" for n in range(done)), *(f"{done} layers/{at}" for at in range(steps))]
-        return cache is not None and not cache.missing(keys)
+    def scores(number: int) -> Any:
+        params = _layer(stream, number).params
+        return _reduce(params, _no_sums(params, cfg, squares, ways), 1.0, 1.0, cfg=cfg, channels=channels)
 
-    done = next((done for done in range(n_layers, 0, -1) if there(done)), 0)
-    if cache is None or not done:
-        return [], []
-    layers = []
-    for number in range(done):
-        tree = structure(n_layers - 1 - number)
-        leaves = [cache[f"layer {number}/{i}"] for i in range(tree.num_leaves)]
-        layers.append(jax.tree.unflatten(tree, leaves))
-    held = cache
+    def read(name: str, structure: Any) -> Any:
+        return jax.tree.unflatten(structure, [cache[f"{name}/{i}"] for i in range(structure.num_leaves)])
 
-    def placed(name: str) -> Any:
-        return place_batch({"x": held[f"{done} layers/{name}"]}, mesh)["x"]
-
-    return layers, [
-        (placed(f"{at}"), {size: (placed(f"{at}/{size}/0"), placed(f"{at}/{size}/1")) for size in sizes})
-        for at in range(steps)
-    ]
+    shared = {text.layers[number].mixer.window or 0: (0, 0) for number in text.producers}
+    structure: Any = jax.tree.structure([(0, shared) for _ in stream.batches])
+    for done in range(stream.n_layers, 0, -1):
+        keys = [f"{done} layers/{i}" for i in range(structure.num_leaves)]
+        if not cache.missing([*keys, *(f"layer {number}/0" for number in range(done))]):
+            wholes = (functools.partial(scores, stream.n_layers - 1 - number) for number in range(done))
+            trees = (jax.tree.structure(jax.eval_shape(whole)) for whole in wholes)
+            layers = [read(f"layer {number}", tree) for number, tree in enumerate(trees)]
+            placed = (
+                place_batch({"x": x}, stream.mesh)["x"] for x in jax.tree.leaves(read(f"{done} layers", structure))
+            )
+            return layers, jax.tree.unflatten(structure, placed)
+    return [], []
 
 
 def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
@@ -215,8 +223,8 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
 
 
-def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
-    """Yield each step's inputs, with positions and target ids in place of labels.
+def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
+    """Return each step's positions with a target, their target ids, and counts.
 
     counts: float32[rows, ways, seq], the weight of each token in each weighting; None if all are 1.
     """
@@ -225,12 +233,11 @@ def _micro(data: Arrays, ways: list[np.ndarray]) -> Iterator[dict[str, Any]]:
     most = int((targets != IGNORED).sum(axis=-1).max())
     # the head is run at those positions only: first those with a target, in order
     positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
-    data = {**data, "positions": positions, "targets": np.take_along_axis(targets, positions, axis=-1)}
+    targets = np.take_along_axis(targets, positions, axis=-1)
     plain = len(ways) == 1 and bool((ways[0][[PROMPT, IMAGE, ANSWER]] == 1).all())
-    for at in range(len(labels)):
-        counts = None if plain else np.stack([way[data["kind"][at]] for way in ways], axis=1)
-        micro = {name: array[at] for name, array in data.items() if name not in ("labels", "kind")}
-        yield {**micro, "counts": counts}
+    counts = [None if plain else np.stack([way[kind] for way in ways], axis=1) for kind in data["kind"]]
+    steps = zip(positions, targets, counts, strict=True)
+    return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
 
 
 class _Budget:
@@ -248,64 +255,30 @@ class _Budget:
         return products
 
 
-def _forward(
-    model: Model, steps: list[dict[str, Any]], budget: _Budget, layers: int
-) -> tuple[list[list[Any]], list[Shared], list[Any]]:
-    """Run the forward pass up to a given layer.
+def _forward(stream: LayerStream, budget: _Budget, n_layers: int) -> list[tuple[list[State], list[Products | None]]]:
+    """Run the first `n_layers`; return their inputs and products (None if they do not fit) for every batch."""
+    saved = []
+    for number in range(n_layers):
+        layer, states, products = _layer(stream, number), list(stream.states), list[Products | None]()
 
-    Returns: their inputs and products (None if too large) for every step, and the last output; the keys and values that
-      layers share, and the layers' own inputs (None: they have none), for every step.
-    """
-    embedded = [_embed(model.params, micro, cfg=model.cfg) for micro in steps]
-    xs, added, nothing = [x for x, _ in embedded], [extra for _, extra in embedded], [None for _ in steps]
-    added, layer_inputs = (nothing, added) if model.cfg.text.block.layer_inputs else (added, nothing)
-    stream, shared = [], [Shared() for _ in steps]
-    for number in range(layers):
-        layer, text = _layer_of(model, number)
-        produces, states = number in model.cfg.text.producers, list[Any]()
-        for at, micro in enumerate(steps):
-            inputs = (micro, at_layer(layer_inputs[at], number), _used(shared[at], text))
-            (y, keys), products = _block(layer, xs[at], inputs, text=text, produces=produces)
-            shared[at] |= keys
-            states.append((xs[at], budget.kept(products)))
-            features = added[at]
-            xs[at] = y if features is None or number >= len(features) else _add(y, features, number)
-        stream.append(states)
-    return [*stream, xs], shared, layer_inputs
+        def forward(rows: Rows, layer: Layer = layer) -> tuple[tuple[jax.Array, Shared], Products]:
+            return _block(layer.params, rows.x, rows.given, stack=layer.stack, cfg=layer.cfg, shares=layer.shares)
+
+        for at, (_, ((x, keys), computed)) in enumerate(stream.visit(forward, number)):
+            stream.states[at] = State(x, {**states[at].shared, **keys})
+            products.append(budget.kept(computed))
+        saved.append((states, products))
+    return saved
 
 
-def _used(shared: Shared, text: TextConfig) -> Shared:
-    """Return the keys and values of an earlier layer that this layer reuses."""
-    (shape,) = text.layers
-    return {shape.mixer.window or 0: shared[shape.mixer.window or 0]} if shape.mixer.kv_shared else {}
+def _layer(stream: LayerStream, number: int) -> Layer:
+    """Load a layer; the keys and values of producers alone are kept."""
+    return dataclasses.replace(stream.layer(number), shares=number in stream.model.cfg.text.producers)
 
 
-def _layer_of(model: Model, number: int) -> tuple[Params, TextConfig]:
-    """Return the parameters of one decoder layer, and a config that has only this layer."""
-    for run, (start, length, shape) in enumerate(scan_groups(model.cfg.text.layers)):
-        if number < start + length:
-            stacked = model.params["text"]["layers"][str(run)]
-            return at_layer(stacked, number - start), model.cfg.text.with_layers((shape,))
-    raise AssertionError(number)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _embed(params: Params, micro: Any, *, cfg: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
-    images = {name: micro.get(name) for name in ("pixel_values", "image_grid_thw")}
-    x, _, added = to_nnx(Model(params, cfg)).embed(micro["input_ids"], **images)
-    return constrain(x, STREAM), added
-
-
-@jax.jit
-def _add(y: jax.Array, added: jax.Array, number: Any) -> jax.Array:
-    return constrain(y + at_layer(added, number), STREAM)
-
-
-@functools.partial(jax.jit, static_argnames=("text", "produces"))
-def _block(layer: Params, x: jax.Array, inputs: Any, *, text: TextConfig, produces: bool) -> tuple[Any, Any]:
-    micro, layer_input, shared = inputs
-    mask, positions = micro["attention_mask"], micro.get("position_ids")
-    return linearized(layer, x, mask, None, text, positions, layer_input, shared, produces)[:2]
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"))
+def _block(params: Any, x: jax.Array, given: Given, *, stack: str, cfg: Stack, shares: bool) -> Any:
+    return run_with_products(params, x, given, {}, stack=stack, cfg=cfg, shares=shares)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -326,52 +299,47 @@ def _loss_gradient(params: Params, x: jax.Array, micro: Any, *, cfg: ModelConfig
     return constrain(jnp.zeros_like(x).at[rows, positions].set(gradient, unique_indices=True), STREAM)
 
 
-def _no_sums(layer: Params, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
-    flat = flatten(layer)
-    shapes = {name: (ways, *flat[name].shape) for name in summed_axes(cfg) if name in flat}
+def _no_sums(params: Any, cfg: ModelConfig, squares: bool, ways: int) -> tuple[Any, Any]:
+    shapes = {name: (ways, *params[name].shape) for name in summed_axes(cfg) if name in params}
     zeros = [{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()} for _ in range(1 + squares)]
     return zeros[0], zeros[1] if squares else {}
 
 
-@functools.partial(jax.jit, static_argnames=("text", "produces"), donate_argnames=("cotangent", "sums"))
+@functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares"), donate_argnames=("cotangent", "sums"))
 def _differentiate(
-    layer: Params,
-    x: jax.Array,
-    inputs: Any,
-    products: Any,
-    cotangent: Cotangent,
-    weight: Any,
-    sums: Any,
-    *,
-    text: TextConfig,
-    produces: bool,
+    inputs: Any, cotangent: Cotangent, sums: Any, *, stack: str, cfg: Stack, shares: bool
 ) -> tuple[tuple[Any, Any], Cotangent]:
     """Backpropagate one step through a layer: add weight gradients to the sums, return the input gradient.
 
-    weight: labels of the step, whose one row's mean loss is squared.
+    The last input is the number of labels of the step, whose one row's mean loss is squared.
     """
-    micro, layer_input, shared = inputs
-    counts, mask = None if micro["counts"] is None else jnp.swapaxes(micro["counts"], 0, 1), micro["attention_mask"]
-    pull = linearized(layer, x, mask, counts, text, micro.get("position_ids"), layer_input, shared, produces)[2]
-    (outgoing, keys), size = cotangent, text.layers[0].mixer.window or 0
-    gradients, incoming, used = pull(products)((outgoing, {size: keys[size]} if produces else {}))
-    keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in used.items()}}
-    first, squared = sums
-    weight_gradients = {name: flatten(gradients)[name].astype(jnp.float32) for name in first}
-    first = jax.tree.map(jnp.add, first, weight_gradients)
+    (params, x, given, products, counts, labels), (outgoing, keys), (first, squared) = inputs, cotangent, sums
+    counts, mixer = None if counts is None else jnp.swapaxes(counts, 0, 1), cfg.layers[0].mixer
+    used = {size: given.shared[size] for size in given.shared if mixer.kv_shared and size == (mixer.window or 0)}
+
+    def block(probes: Any, x: jax.Array, used: Any) -> tuple[jax.Array, Shared]:
+        shared = given._replace(shared=used)
+        return run_with_products(params, x, shared, probes, products, counts, stack=stack, cfg=cfg, shares=shares)[0]
+
+    probes = {name: jnp.zeros(total.shape, params[name].dtype) for name, total in first.items()}
+    (_, produced), pull = jax.vjp(block, probes, x, used)
+    gradients, incoming, of_used = pull((outgoing, {size: keys[size] for size in produced}))
+    keys = {**keys, **{size: jax.tree.map(jnp.add, keys[size], pair) for size, pair in of_used.items()}}
+    gradients = {name: gradient.astype(jnp.float32) for name, gradient in gradients.items()}
+    first = jax.tree.map(jnp.add, first, gradients)
     # the sample's own mean loss: its summed gradient over its label count (0 labels: gradient 0)
-    squared = {name: old + jnp.square(weight_gradients[name] / jnp.maximum(weight, 1)) for name, old in squared.items()}
+    squared = {name: total + jnp.square(gradients[name] / jnp.maximum(labels, 1)) for name, total in squared.items()}
     return (first, squared), (incoming, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "channels"))
-def _reduce(layer: Params, sums: Any, total: Any, samples: Any, *, cfg: ModelConfig, channels: Any) -> dict[str, Any]:
-    flat, (first, squared) = flatten(layer), sums
+def _reduce(params: Any, sums: Any, total: Any, samples: Any, *, cfg: ModelConfig, channels: Any) -> dict[str, Any]:
+    first, squared = sums
     scores = {}
-    for name, axis in {name: axis for name, axis in summed_axes(cfg).items() if name in flat}.items():
+    for name, axis in {name: axis for name, axis in summed_axes(cfg).items() if name in params}.items():
         channel_scores = [
             channels(
-                flat[name].astype(jnp.float32),
+                params[name].astype(jnp.float32),
                 first[name][way] / total,
                 squared[name][way] / samples if squared else None,
                 axis,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,15 +24,15 @@ from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.models.vlm import Model, head_of, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
+from vlmprune_jax.prune.batches import row_batches
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
-from vlmprune_jax.prune.layers import Layer, Shared, streamed, to_devices
-from vlmprune_jax.prune.reconstruction import solve_for
-from vlmprune_jax.prune.steps import Step, embedded, row_steps
+from vlmprune_jax.prune.layers import Layer, Rows, State
+from vlmprune_jax.prune.reconstruction import Targets, solve_for
+from vlmprune_jax.prune.walk import LayerStream
 
 _CHUNK = 256  # positions whose float32 logits exist at once
-States = list[tuple[jax.Array, Shared]]  # of the steps: stream float32[rows, seq, embed], keys for later layers
 
 
 def greedy_loss(
@@ -68,7 +68,8 @@ def greedy_loss(
     if mesh_of(model.params) is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
     with use_mesh(mesh_of(model.params)):
-        cut = _Cut(model, row_steps(list(batches), dataclasses.asdict(ReconstructConfig())), solved)
+        rows = row_batches(list(batches), dataclasses.asdict(ReconstructConfig()))
+        cut = _Cut(LayerStream(model, "text", rows, copies=2 * n_layers + 2), solved)
         # Cost of each layer at its last trial: the loss without it minus the loss at that time.
         order, costs, loss = list[int](), dict[int, float](), cut.loss
         trial = lambda key, layer: {key: np.asarray([cut.loss_without(layer)])}  # noqa: E731
@@ -95,18 +96,16 @@ def greedy_loss(
 
 
 class _Cut:
-    """Model during greedy search: layers removed so far, and the cached input of every remaining layer."""
+    """Model during greedy search: layers removed so far, and the input of every remaining layer, kept on the hosts."""
 
-    def __init__(self, model: Model, steps: Sequence[Step], solved: bool):
-        self.kept = list(range(len(model.cfg.text.layers)))
-        self._model, self._steps, self._solved = model, steps, solved
+    def __init__(self, stream: LayerStream, solved: bool):
+        self.kept = list(range(stream.n_layers))
+        self._stream, self._solved = stream, solved
         self._changed = dict[int, Layer]()
-        for step, (x, added) in zip(steps, streamed(lambda step: embedded(step, model), steps), strict=True):
-            step.ours, step.added_ours = x, added
-        self._before = dict[int, States]()
-        self._fill(0, [(step.ours, {}) for step in steps])
+        self._before = dict[int, list[State]]()  # layer -> its input; number of layers -> the last output
+        self._fill(0, stream)
         self._dense = dict(self._before) if solved else {}
-        self.loss = self._loss(self._before[len(self.kept)])
+        self.loss = self._loss(stream.at(self._before[stream.n_layers]))
         if not math.isfinite(self.loss):
             raise UserError(
                 "greedy_loss: the loss of the unpruned model is not finite: check weights and records for NaN"
@@ -114,75 +113,66 @@ class _Cut:
 
     def loss_without(self, layer: int) -> float:
         """Return the summed cross-entropy if one more layer is removed; infinity if this is not possible."""
-        place, text = self.kept.index(layer), self._model.cfg.text
+        place, text = self.kept.index(layer), self._stream.model.cfg.text
         left = [text.layers[number] for number in self.kept if number != layer]
         if layer_problem(text) is None and layer_problem(text.with_layers(left)) is not None:
             return math.inf
-        _, x = self._closed(place)
+        _, stream = self._closed(place)
         for now, number in enumerate(self.kept[place + 1 :], start=place):
-            x = self._run(self._layer(number), self._at(number, now), x)
-        loss = self._loss(x)
+            stream.advance(self._layer(number), self._at(number, now))
+        loss = self._loss(stream)
         return loss if math.isfinite(loss) else math.inf
 
     def remove(self, layer: int) -> None:
         """Remove a layer, and update the cached inputs of the layers behind it."""
         place = self.kept.index(layer)
-        changed, x = self._closed(place)
+        changed, stream = self._closed(place)
         if changed is not None:
             self._changed[changed.number] = changed
         del self.kept[place], self._before[layer]
         self._changed.pop(layer, None)
-        self._fill(place, x)
+        self._fill(place, stream)
 
-    def _fill(self, place: int, x: States) -> None:
-        """Recompute the cached inputs of all layers from index `place` on."""
+    def _fill(self, place: int, stream: LayerStream) -> None:
+        """Recompute the cached inputs of all layers from index `place` on, where the stream is."""
         for now, number in enumerate(self.kept[place:], start=place):
-            self._before[number] = x
-            x = self._run(self._layer(number), self._at(number, now), x)
-        self._before[len(self._model.cfg.text.layers)] = x
+            self._before[number] = list(stream.states)
+            stream.advance(self._layer(number), self._at(number, now))
+        self._before[stream.n_layers] = stream.states
 
-    def _closed(self, place: int) -> tuple[Layer | None, States]:
-        """Reconstruct the layer before a removed one; return it (or None) and the residual stream after the removal."""
-        x = self._before[self.kept[place]]
+    def _closed(self, place: int) -> tuple[Layer | None, LayerStream]:
+        """Reconstruct the layer before a removed one; return it (or None) and the stream after the removal."""
         if not self._solved or place == 0:
-            return None, x
-        before, after = self.kept[place - 1], [*self.kept[place + 1 :], len(self._model.cfg.text.layers)][0]
-        for step, ours, dense in zip(self._steps, self._before[before], self._dense[after], strict=True):
-            (step.ours, step.shared_ours), (step.dense, _) = ours, dense
-        layer = Layer.of(self._model, "text", before)  # not as an earlier cut has changed it: this one is wider
-        for step, (stream, step.shared_dense) in zip(self._steps, self._dense[before], strict=True):
-            step.statistics = layer.streams(stream, step.given(before, dense=True)).statistics
-        change, _ = solve_for(layer, "down_proj", self._steps, self._at(before, place - 1))
+            return None, self._stream.at(self._before[self.kept[place]])
+        before, after = self.kept[place - 1], [*self.kept[place + 1 :], self._stream.n_layers][0]
+        layer = self._stream.layer(before)  # not as an earlier cut has changed it: this one is wider
+        captured = self._stream.at(self._dense[before]).advance(layer, before, ("statistics",))
+        statistics = [values["statistics"] for values in captured]
+        targets = Targets([], [], [state.x for state in self._dense[after]], statistics)
+        stream = self._stream.at(self._before[before])
+        change, _ = solve_for(layer, "down_proj", stream, self._at(before, place - 1), targets)
         layer = layer if change is None else layer.changed("down_proj", change)
-        return layer, self._run(layer, self._at(before, place - 1), self._before[before])
+        stream.advance(layer, self._at(before, place - 1))
+        return layer, stream
 
     def _layer(self, number: int) -> Layer:
-        return self._changed.get(number) or Layer.of(self._model, "text", number)
+        return self._changed.get(number) or self._stream.layer(number)
 
     def _at(self, number: int, place: int) -> int:
-        """Return the index under which `Step.given` finds a layer's DeepStack features or per-layer embeddings.
+        """Return the index under which a layer finds its DeepStack features or per-layer embeddings.
 
         Deepstack features are added to the first layers that are left.
         """
-        return number if self._model.cfg.text.block.layer_inputs else place
+        return number if self._stream.model.cfg.text.block.layer_inputs else place
 
-    def _run(self, layer: Layer, at: int, x: States) -> States:
-        """Run a layer on all calibration rows; return the residual streams after it."""
+    def _loss(self, stream: LayerStream) -> float:
+        model = stream.model
+        labels = [place_batch({"labels": batch.labels}, stream.mesh)["labels"] for batch in stream.batches]
 
-        def run(pair: tuple[tuple[jax.Array, Shared], Step]) -> tuple[jax.Array, Shared]:
-            (stream, shared), step = pair
-            return layer.run(stream, step.given(at)._replace(shared=shared))
+        def loss(rows: Rows, labels: jax.Array) -> jax.Array:
+            return _loss(model.params, rows.x, labels, cfg=model.cfg)
 
-        return list(streamed(run, zip(x, self._steps, strict=True)))
-
-    def _loss(self, x: States) -> float:
-        model = self._model
-
-        def loss(pair: tuple[tuple[jax.Array, Shared], Step]) -> jax.Array:
-            labels = place_batch({"labels": pair[1].labels}, mesh_of(model.params))["labels"]
-            return _loss(model.params, to_devices(pair[0][0]), labels, cfg=model.cfg)
-
-        return sum(map(float, streamed(loss, zip(x, self._steps, strict=True))))
+        return sum(float(total) for _, total in stream.visit(loss, stream.n_layers, labels))
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))

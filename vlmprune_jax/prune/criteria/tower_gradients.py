@@ -54,13 +54,15 @@ def tower_channels(
     axes = summed_axes(cfg, "vision")
     flat = flatten(params["vision"]["layers"])
     weights = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
-    sums, total, samples = (_zeros(weights), _zeros(weights) if squares else None), 0, 0
+    sums, last, total, samples = (_zeros(weights), _zeros(weights) if squares else None), None, 0, 0
     with use_mesh(mesh):
         for arrays in _steps(with_images(batches), 1 if squares else rows_per_step):
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
                 continue
-            sums = _add(sums, weights, params, place_inputs(model, arrays), labels, cfg=cfg)
+            sums, loss = _add(sums, weights, params, place_inputs(model, arrays), labels, cfg=cfg)
+            jax.block_until_ready(last)  # two steps under way: a long queue of collectives can starve on few cores
+            last = loss
             total, samples = total + labels, samples + 1
             if progress is not None:
                 progress(0)
@@ -97,8 +99,8 @@ def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
 @functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
 def _add(
     sums: Any, weights: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
-) -> tuple[Flat, Flat | None]:
-    """Add one step's gradients, and optionally their squares, to float32 sums.
+) -> tuple[tuple[Flat, Flat | None], jax.Array]:
+    """Add one step's gradients, and optionally their squares, to float32 sums; also return the step's loss.
 
     `weights`: arrays, by path below the tower's layers. The loss is the summed cross-entropy; the square is that of
     the gradient of its mean over the `labels` of the step.
@@ -114,11 +116,12 @@ def _add(
         )  # fmt: skip
         return cross_entropy_sum(final, head_of(params, cfg), batch["labels"], chunk=CHUNK)
 
-    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), jax.grad(loss)(weights))
+    value, gradient = jax.value_and_grad(loss)(weights)
+    gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
     first, squared = sums
     if squared is not None:
         squared = jax.tree.map(lambda old, new: old + jnp.square(new / labels), squared, gradient)
-    return jax.tree.map(jnp.add, first, gradient), squared
+    return (jax.tree.map(jnp.add, first, gradient), squared), value
 
 
 @functools.partial(jax.jit, static_argnames=("channels", "of_axis"))

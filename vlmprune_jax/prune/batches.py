@@ -1,0 +1,182 @@
+"""Calibration rows, or images, in batches that pass the layers together; those to fit to and those held out apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.criteria.activations import real_images
+from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
+
+_Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Calibration rows, or images, that are processed together."""
+
+    inputs: dict[str, Any]
+    """Ids and images that the model embeds."""
+
+    context: dict[str, Any]
+    """Arrays for `BlockStack.context_of`."""
+
+    weight: np.ndarray
+    """Weight of every token, float32[rows, seq]."""
+
+    names: list[str]
+    """Names of the rows, for messages."""
+
+    held_out: bool
+    """True if nothing is fitted to these rows."""
+
+    labels: np.ndarray | None = None
+    """Labels of text, int32[rows, seq] with -100 where there is none."""
+
+
+def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
+    """Return a name for every calibration row, for messages: the record's id if known."""
+    names = list[str]()
+    for batch, arrays in zip(batches, checked, strict=True):
+        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
+        names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
+    return names
+
+
+def row_batches(
+    batches: Sequence[Arrays],
+    settings: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    cfg: ModelConfig | None = None,
+) -> list[CalibrationBatch]:
+    """Group calibration rows into batches; rows for fitting and held-out rows never share a batch.
+
+    Without a `held_out` in the settings none is held out.
+
+    Raises UserError if there are too few rows, or no token of them has weight.
+    """
+    rows = [
+        {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
+    ]
+    names = names or [f"row {number}" for number in range(len(rows))]
+    rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
+    # By content, so that the order of the rows is immaterial.
+    rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
+    weight_of, size = weight_of_kinds(settings), len(batches[0]["kind"])
+    grouped = [
+        text_batch(stack_rows(part, size), weight_of, [row["name"] for row in part], held_out)
+        for chosen, held_out in _parted(rows, settings, "rows")
+        for part in (chosen[at : at + size] for at in range(0, len(chosen), size))
+    ]
+    for held_out in {batch.held_out for batch in grouped}:
+        if not any(batch.weight.any() for batch in grouped if batch.held_out == held_out):
+            raise UserError(
+                f"calibration: no token of the {'held-out ' if held_out else ''}records has a weight above 0: raise "
+                "prompt_weight, image_weight or answer_weight, or use more records"
+            )
+    return grouped
+
+
+def text_batch(
+    arrays: Arrays, weight_of: np.ndarray, names: Sequence[str] = (), held_out: bool = False
+) -> CalibrationBatch:
+    """Return rows as `stack_rows` makes them; `weight_of`: weight of a token of each type."""
+    inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
+    context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
+    return CalibrationBatch(inputs, context, weight_of[arrays["kind"]], list(names), held_out, arrays["labels"])
+
+
+def image_batches(
+    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
+) -> list[CalibrationBatch]:
+    """Group the calibration images into batches, each image once, so that no image is both fitted and held out."""
+    images = dict[bytes, _Picture]()
+    row = 0
+    for arrays in batches:
+        for at in range(len(arrays["kind"])):
+            for pixels, grid in _images(arrays, at, cfg):
+                key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
+                images |= {key: (pixels, grid, names[row + at])}
+        row += len(arrays["kind"])
+    chosen = [images[key] for key in sorted(images)]
+    assert cfg.vision is not None
+    positions = cfg.vision.grid**2 + cfg.vision.class_token
+    if cfg.any_size:
+        positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
+    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, "images")]
+    most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
+    size = len(batches[0]["kind"])
+    return [
+        _image_batch(packs[at : at + size], (size, positions, most), held_out)
+        for packs, held_out in parts
+        for at in range(0, len(packs), size)
+    ]
+
+
+def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the pixels of a row's images, and their patch grids if images have any size."""
+    pixels = arrays.get("pixel_values")
+    if pixels is None:
+        return
+    if cfg.any_size:
+        at = 0
+        for grid in arrays["image_grid_thw"][row]:
+            if grid.any():
+                yield pixels[row, at : at + int(np.prod(grid))], grid
+                at += int(np.prod(grid))
+        return
+    real = real_images(arrays["kind"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
+    for image in pixels[row, real]:
+        yield image, None
+
+
+def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]]:
+    """Pack images of any size in order into rows of `positions` patches; others have a row each."""
+    packs, room = list[list[_Picture]](), 0
+    for image in images:
+        needed = positions if image[1] is None else len(image[0])
+        if needed > room:
+            packs.append([])
+            room = positions
+        packs[-1].append(image)
+        room -= needed
+    return packs
+
+
+def _image_batch(packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool) -> CalibrationBatch:
+    """Return a batch of images in packed rows; `shape`: number of rows, positions and images of each."""
+    size, positions, most = shape
+    first, grid, _ = packs[0][0]
+    pixels = np.zeros((size, *(first.shape if grid is None else (positions, *first.shape[1:]))), np.float32)
+    real, grids = np.zeros((size, positions), np.float32), np.zeros((size, most, 3), np.int32)
+    for row, images in enumerate(packs):
+        joined = np.concatenate([image for image, _, _ in images])
+        pixels[row, : len(joined)] = joined
+        real[row, : positions if grid is None else len(joined)] = 1
+        if grid is not None:
+            grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
+    context = {"image_grid_thw": None if grid is None else grids}
+    names = [", ".join(name for _, _, name in images) for images in packs]
+    return CalibrationBatch({"pixel_values": pixels, **context}, context, real, names, held_out)
+
+
+def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
+    """Split items into (items for fitting, False) and (held-out items, True); raise UserError for fewer than two."""
+    if "held_out" not in settings:
+        return ((chosen, False),)
+    n_held = min(max(1, round(settings["held_out"] * len(chosen))), len(chosen) - 1)
+    if n_held < 1:
+        raise UserError(
+            f"reconstruct needs at least 2 calibration {what}, one for the fit and one held out: add records"
+        )
+    return (chosen[n_held:], False), (chosen[:n_held], True)
+
+
+# stack -> its inputs in calibration batches
+BATCHES: dict[str, Callable[..., list[CalibrationBatch]]] = {"text": row_batches, "vision": image_batches}

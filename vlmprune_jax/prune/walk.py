@@ -1,0 +1,168 @@
+"""The walk of calibration rows over the layers of a model, which everything that reads or repairs layers visits.
+
+    stream = LayerStream(model, "text", batches)  # embeds
+    for number in range(stream.n_layers):
+        layer = stream.layer(number)  # loads
+        for batch, result in stream.visit(compute, number):  # visits: compute(rows at the layer's input)
+            ...
+        stream.advance(layer, number)  # carries on, here or with other weights
+
+One layer is on the devices at a time; its weights come from devices, the host or files. Between layers the streams are
+on the devices if they are small, otherwise on their hosts (`layers.to_hosts`), with a few batches on the devices. Every
+process has the inputs of all rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.distributed.machine import free_memory
+from vlmprune_jax.distributed.mesh import from_all, row_ways
+from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.hf.lazy import to_device
+from vlmprune_jax.models.context import STREAM
+from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, place_inputs, to_nnx
+from vlmprune_jax.prune.batches import CalibrationBatch
+from vlmprune_jax.prune.layers import Given, Layer, Rows, State, streamed, to_devices
+
+R = TypeVar("R")
+
+
+class LayerStream:
+    """Residual stream of all calibration batches in one model, at the input of one of its layers.
+
+    Args:
+      model: weights may be on devices, on a mesh, on the host or in files.
+      stack: "text" or "vision".
+      dtype: of streams and layers; None is the model's.
+      copies: number of such streams that are kept at a time. On the devices if a quarter of the free memory holds
+        them, otherwise on the hosts; None: on the devices.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stack: str,
+        batches: Sequence[CalibrationBatch],
+        *,
+        dtype: Any = jnp.float32,
+        copies: int | None = 4,
+    ):
+        self.model, self.stack, self.batches, self.mesh = model, stack, batches, mesh_of(model.params)
+        self._dtype, params, width = dtype, _entrance(model, stack), model.cfg.stack(stack).hidden_size
+        size = 4 * width * sum(batch.weight.size for batch in batches) // row_ways(self.mesh)
+        self._hosts = copies is not None and copies * size > min(from_all(lambda: free_memory() // 4))
+        # Added to the outputs of the first layers, whatever their numbers, or the layers' own inputs.
+        self.states, self.added = list[State](), list[tuple[jax.Array, ...]]()
+
+        def embed(batch: CalibrationBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            return _embed(params, place_inputs(model, batch.inputs), cfg=model.cfg, dtype=dtype)
+
+        for x, added in streamed(embed, batches, hosts=self._hosts):
+            self.states.append(State(x, {}))
+            self.added.append(added)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of the stack."""
+        return len(self.model.cfg.stack(self.stack).layers)
+
+    def layer(self, number: int) -> Layer:
+        """Load a layer to the devices."""
+        return Layer.of(self.model, self.stack, number, self._dtype)
+
+    def at(self, states: Sequence[State]) -> LayerStream:
+        """Return the same batches at another layer, or behind other layers."""
+        other = copy.copy(self)
+        other.states = list(states)
+        return other
+
+    def given(self, at: int, place: int) -> Given:
+        """Return a layer's inputs besides the residual stream for batch `at`, on the hosts; `place`: see `visit`."""
+        added = self.added[at][place] if place < len(self.added[at]) else None
+        return Given(self.batches[at].context, added, self.states[at].shared)
+
+    def visit(
+        self, compute: Callable[..., R], place: int, *targets: Sequence[Any], held_out: bool | None = None
+    ) -> Iterator[tuple[CalibrationBatch, R]]:
+        """Yield (batch, `compute(rows, *targets of the batch)`) for every batch, with results where streams are.
+
+        All processes call it in step.
+
+        Args:
+          compute: function of `Rows` and the batch's targets, all on the devices.
+          place: number of the layer that reads the stream, among those that are left.
+          targets: lists of arrays, or of pytrees, for each batch.
+          held_out: only batches that are, or are not, held out.
+        """
+        numbers = [at for at, batch in enumerate(self.batches) if held_out in (None, batch.held_out)]
+
+        def on_devices(at: int) -> R:
+            placed: dict[str, Any] = place_batch({"weight": self.batches[at].weight}, self.mesh)
+            x, values = jax.tree.map(to_devices, (self.states[at].x, [target[at] for target in targets]))
+            return compute(Rows(x, given=self.given(at, place).placed(self.mesh), **placed), *values)
+
+        for at, result in zip(numbers, streamed(on_devices, numbers, hosts=self._hosts), strict=True):
+            yield self.batches[at], result
+
+    def advance(self, layer: Layer, place: int, capture: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """Run a layer on all batches; return the values named in `capture` (see `Layer.run`) for each."""
+        captured = list[dict[str, Any]]()
+        for at, (_, (state, values)) in enumerate(self.visit(lambda rows: layer.run(rows, capture), place)):
+            self.states[at] = State(state.x, {**self.states[at].shared, **state.shared})
+            captured.append(values)
+        return captured
+
+
+def walk(
+    stream: LayerStream, visit: Callable[[Layer, LayerStream], Layer], progress: Callable[[int], None] | None
+) -> None:
+    """Pass all layers forward: `visit(layer, stream at its input)` returns the layer that the rows pass.
+
+    `progress` is called with the number of finished layers.
+    """
+    for number in range(stream.n_layers):
+        layer = visit(stream.layer(number), stream)
+        if number + 1 < stream.n_layers:
+            stream.advance(layer, number)
+        if progress is not None:
+            progress(number + 1)
+
+
+def _entrance(model: Model, stack: str) -> Any:
+    """Return the model's parameters with what embeds the inputs of a stack on the device, and the rest without memory.
+
+    Arrays that are on devices already stay there.
+    """
+
+    def place(path: str, leaf: Any) -> Any:
+        used = path.startswith("vision/") or stack == "text"
+        if isinstance(leaf, jax.Array) or (used and not path.startswith((f"{stack}/layers/", "text/lm_head/"))):
+            return to_device(leaf)
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # jit drops what a program does not use
+
+    return unflatten({path: place(path, leaf) for path, leaf in flatten(model.params).items()})
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the first layer's input, and the additions of `LayerStream`."""
+    module, added = to_nnx(Model(params, cfg)), None
+    if "input_ids" not in inputs:
+        stored = jax.tree.leaves(params["vision"])[0].dtype
+        x = module.vision.embed(inputs["pixel_values"].astype(stored), grid=inputs.get("image_grid_thw"))
+    else:
+        grid = inputs["image_grid_thw"]
+        x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
+    additions = () if added is None else tuple(added)
+    x, *rest = (constrain(array.astype(dtype or array.dtype), STREAM) for array in (x, *additions))
+    return x, tuple(rest)
