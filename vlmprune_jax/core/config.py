@@ -56,7 +56,7 @@ class TextConfig(Stack):
     @property
     def sees_images(self) -> bool:
         """True if the tokens of an image also see those that follow them in the same image, in some layers."""
-        return any(layer.mixer.sees_images for layer in self.layers)
+        return any(getattr(layer.mixer, "sees_images", False) for layer in self.layers)
 
     @property
     def rope(self) -> RopeConfig:

@@ -71,7 +71,7 @@ class Stack:
     @property
     def attention(self) -> Attention:
         """Attention of the first layer without a window, or of the first layer: the facts config.json states once."""
-        mixers = [layer.mixer for layer in self.layers]
+        mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
         return next((mixer for mixer in mixers if mixer.window is None), mixers[0])
 
     @property
