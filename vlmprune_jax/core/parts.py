@@ -118,6 +118,11 @@ class Mixer(Part):
         """True if it reads the keys and values of an earlier layer."""
         return False
 
+    @property
+    def group(self) -> int:
+        """Number of units of its last axis per unit of its first, such as query heads per key/value head."""
+        return self.sizes[self.axes[-1].name] // self.sizes[self.root]
+
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
         raise NotImplementedError
@@ -219,11 +224,6 @@ class Attention(Mixer):
     def state_size(self, length: int) -> int:
         """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
         return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
-
-    @property
-    def group(self) -> int:
-        """Number of query heads per key/value head."""
-        return self.q_heads // self.kv_heads
 
 
 @dataclass(frozen=True)

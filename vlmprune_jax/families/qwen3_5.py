@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6, dense: gated delta nets with gated attention between them, and Qwen3-VL's tower without DeepStack."""
+"""Qwen3.5 and 3.6, dense: gated delta nets, gated attention between them, and Qwen3-VL's tower without DeepStack."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
     if full.get("deepstack_visual_indexes"):
-        raise UserError("deepstack_visual_indexes of Qwen3.5's vision tower must be empty: its class reads no such features")
+        raise UserError(
+            "deepstack_visual_indexes of Qwen3.5's vision tower must be empty: its class reads no such features"
+        )
     side = square_side(int(full["num_position_embeddings"]))
     return tower_from_hf(
         full,

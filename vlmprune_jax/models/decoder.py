@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import Attention, scan_groups
+from vlmprune_jax.core.parts import scan_groups
 from vlmprune_jax.core.sections import LoraConfig, Rounding
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Cache, Context, Names, Tap
@@ -122,8 +122,7 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = [layer.mixer for layer in self.cfg.layers if isinstance(layer.mixer, Attention)]
-        mixers = {mixer.window or 0: mixer for mixer in mixers}  # alike where windows are
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # alike where windows are
         if positions.shape[1:-1] == (2,):  # even where this layer, run alone, does not see images
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))

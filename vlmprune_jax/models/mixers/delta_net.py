@@ -8,11 +8,13 @@ Padding never reaches the state: rows are computed with their real tokens first,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vlmprune_jax.core.parts import Layer
@@ -42,7 +44,7 @@ class DeltaNet(nnx.Module):
     writer = "out_proj"
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        self.facts = facts = layer.mixer
+        self.facts = layer.mixer
         keys, values, heads = ("delta_groups", "delta_key"), ("delta_heads", "delta_value"), ("delta_heads",)
         outputs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "z_proj": values, "b_proj": heads, "a_proj": heads}
         self.inputs = tuple(outputs)
@@ -66,11 +68,8 @@ class DeltaNet(nnx.Module):
         length = flat.shape[1]
         mixed = sum(seen[:, i : i + length] * kernel[i][None, None] for i in range(len(kernel)))
         assert not isinstance(mixed, int)
-        ends = [0]
-        for shape in shapes:
-            ends.append(ends[-1] + shape[0] * shape[1])
-        mixed = jax.nn.silu(mixed)
-        pieces = [mixed[..., a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+        pieces = jnp.split(jax.nn.silu(mixed), ends, axis=-1)
         return [p.reshape(*p.shape[:2], *s) for p, s in zip(pieces, shapes, strict=True)], seen
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
@@ -78,8 +77,9 @@ class DeltaNet(nnx.Module):
         length, valid = x.shape[1], None
         if ctx.valid is not None and length > 1:  # a token that is decoded is real
             valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
-        order = None if valid is None else jnp.argsort(~valid, axis=1, stable=True)
-        if order is not None:
+        order = None
+        if valid is not None:
+            order = jnp.argsort(~valid, axis=1, stable=True)
             x = jnp.take_along_axis(x, order[:, :, None], axis=1)
             valid = jnp.take_along_axis(valid, order, axis=1)
         projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
@@ -95,7 +95,9 @@ class DeltaNet(nnx.Module):
             beta, g = jnp.where(real, beta, 0), jnp.where(real, g, 0)
         q, k = unit(widen(q)) * self.facts.key_dim**-0.5, unit(widen(k))
         matrix = None if before is None else before.matrix
-        out, matrix = recurrent(q, k, widen(v), beta, g, matrix) if length == 1 else chunked(q, k, widen(v), beta, g, matrix)
+        out, matrix = (
+            recurrent(q, k, widen(v), beta, g, matrix) if length == 1 else chunked(q, k, widen(v), beta, g, matrix)
+        )
         mixed = self.norm(out.astype(x.dtype))
         mixed = (widen(mixed) * jax.nn.silu(widen(z))).astype(x.dtype)
         updated = None
@@ -114,9 +116,7 @@ class DeltaNet(nnx.Module):
         return jnp.take_along_axis(seen, at[:, :, None], axis=1)
 
     @classmethod
-    def empty_state(
-        cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
-    ) -> DeltaState:
+    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
         """Return the zero-filled state of `length` equal layers; it does not depend on `slots`."""
         del cfg, slots
         facts = layer.mixer
@@ -177,8 +177,11 @@ def chunked(
         x = jnp.pad(x, ((0, 0), (0, n * CHUNK - length), *(((0, 0),) * (x.ndim - 2))))
         return jnp.moveaxis(x.reshape(batch, n, CHUNK, *x.shape[2:]), (1, 3), (0, 2))
 
-    matrix, out = jax.lax.scan(jax.checkpoint(functools.partial(_chunk, group)), matrix, tuple(map(chunks, (q, k, v, beta, g))))
+    matrix, out = jax.lax.scan(
+        jax.checkpoint(functools.partial(_chunk, group)), matrix, tuple(map(chunks, (q, k, v, beta, g)))
+    )
     out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, n * CHUNK, heads, v.shape[-1])
+    assert matrix is not None
     return out[:, :length], matrix
 
 
@@ -202,7 +205,9 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
     out = product("bhik,bhkv->bhiv", q * jnp.exp(total)[..., None], matrix)
     out = out + product("bhij,bhjv->bhiv", product("bhik,bhjk->bhij", q, k) * decay, values)
     last = total[..., -1:]
-    matrix = matrix * jnp.exp(last)[..., None] + product("bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values)
+    matrix = matrix * jnp.exp(last)[..., None] + product(
+        "bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values
+    )
     return matrix, out
 
 

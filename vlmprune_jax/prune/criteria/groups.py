@@ -90,8 +90,11 @@ def reduce_groups(
         for axis in scored_axes(layer, gqa):
             names = [name for name in groups[axis.parent or axis.name] if name in scores]
             members = [_unit_channels(np.asarray(scores[name], np.float64), layer, axis) for name in names]
-            values = reduce(np.stack([member for member in members if member is not None]))
-            units[i, axis.name] = values.sum(axis=-1) if axis.channels else values
+            whole = [member for member in members if member is not None]
+            if len({member.shape for member in whole}) > 1:  # channels of several axes do not pair up
+                whole = [member.reshape(len(member), -1).sum(axis=1) for member in whole]
+            values = reduce(np.stack(whole))
+            units[i, axis.name] = values.reshape(len(values), -1).sum(axis=1)
     return {"units": units}
 
 
