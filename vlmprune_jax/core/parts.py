@@ -235,8 +235,8 @@ class DeltaNet(Mixer):
 
     module = "linear_attn"
     axes = (
-        Axis("delta_groups", "key heads", channels="delta_key", mesh="tensor"),
-        Axis("delta_heads", "value heads", parent="delta_groups", channels="delta_value", mesh="tensor"),
+        Axis("delta_groups", "delta-net groups", channels="delta_key", mesh="tensor"),
+        Axis("delta_heads", "delta-net heads", parent="delta_groups", channels="delta_value", mesh="tensor"),
     )
 
     delta_heads: int
