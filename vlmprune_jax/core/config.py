@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Attention, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import LoraConfig, Rounding
@@ -56,7 +56,7 @@ class TextConfig(Stack):
     @property
     def sees_images(self) -> bool:
         """True if the tokens of an image also see those that follow them in the same image, in some layers."""
-        return any(layer.mixer.sees_images for layer in self.layers)
+        return any(getattr(layer.mixer, "sees_images", False) for layer in self.layers)
 
     @property
     def rope(self) -> RopeConfig:
@@ -71,7 +71,7 @@ class TextConfig(Stack):
         sizes: dict[tuple[str, bool], set[float]] = {}
         for layer in self.layers:
             # full attention whose values are its keys has a number of key/value heads of its own
-            apart = layer.mixer.keys_as_values
+            apart = isinstance(layer.mixer, Attention) and layer.mixer.keys_as_values
             for part in layer.parts:
                 for axis, size in part.sizes.items():
                     sizes.setdefault((axis, apart and axis == "kv_heads"), set()).add(size / part.relative_width)

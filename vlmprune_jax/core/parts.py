@@ -128,6 +128,21 @@ class Mixer(Part):
     writer = "o_proj"
     settings = ("attn_layers", "heads_multiple")
 
+    @property
+    def window(self) -> int | None:
+        """Number of positions that it mixes at most; None for all."""
+        return None
+
+    @property
+    def kv_shared(self) -> bool:
+        """True if it reads the keys and values of an earlier layer."""
+        return False
+
+    @property
+    def group(self) -> int:
+        """Number of units of its last axis per unit of its first, such as query heads per key/value head."""
+        return self.sizes[self.axes[-1].name] // self.sizes[self.root]
+
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
         raise NotImplementedError
@@ -193,6 +208,9 @@ class Attention(Mixer):
     keys_as_values: bool = False
     """True if the values are the keys before norm and rotation."""
 
+    gated: bool = False
+    """True if queries come with a gate: what a head reads is multiplied by sigmoid(gate) before the output."""
+
     sees_images: bool = False
     """True if tokens of an image also see those that follow them in the same image."""
 
@@ -210,7 +228,7 @@ class Attention(Mixer):
     @property
     def fixed_sizes(self) -> dict[str, int]:
         """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
-        return {"head": self.head_dim}
+        return {"head": self.head_dim, "gate": 2}
 
     @property
     def rotated(self) -> int:
@@ -227,10 +245,51 @@ class Attention(Mixer):
         """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
         return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
 
+
+@dataclass(frozen=True)
+class DeltaNet(Mixer):
+    """Gated delta net of one layer (Yang et al. 2024, arXiv 2412.06464): a matrix per value head as its state.
+
+    Per token: S = exp(g) S; S = S + k (beta (v - S^T k))^T; output S^T q.
+    """
+
+    module = "linear_attn"
+    axes = (
+        Axis("delta_groups", "delta-net groups", channels="delta_key", mesh="tensor"),
+        Axis("delta_heads", "delta-net heads", parent="delta_groups", channels="delta_value", mesh="tensor"),
+    )
+
+    delta_heads: int
+    """Number of value heads; each has a gate, a decay and a step size."""
+
+    delta_groups: int
+    """Number of key heads; each serves equally many value heads."""
+
+    _: KW_ONLY
+    key_dim: int
+    """Channels per key head, of queries and keys."""
+
+    value_dim: int
+    """Channels per value head."""
+
+    taps: int = 4
+    """Positions that the convolution over queries, keys and values sees, the present one included."""
+
     @property
-    def group(self) -> int:
-        """Number of query heads per key/value head."""
-        return self.q_heads // self.kv_heads
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {"delta_key": self.key_dim, "delta_value": self.value_dim, "tap": self.taps}
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
+        """Return 8 FLOPs per token and number of the state (decay, reading, writing), and those of the convolution."""
+        tokens = 1 if last else length
+        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+        return tokens * (8 * self.delta_heads * self.key_dim * self.value_dim + 2 * self.taps * channels)
+
+    def state_size(self, length: int) -> int:
+        """Return the number of values of the matrices and of the convolution's last inputs, whatever the length."""
+        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+        return self.delta_heads * self.key_dim * self.value_dim + (self.taps - 1) * channels
 
 
 @dataclass(frozen=True)
@@ -348,8 +407,8 @@ class ExpertsBesideDense(Experts):
 class Layer:
     """One transformer layer: a mixer over positions, then a mixer over channels."""
 
-    mixer: Attention
-    """Part that mixes positions."""
+    mixer: Any
+    """Part that mixes positions (a `Mixer`)."""
 
     channel: ChannelMixer
     """Part that mixes channels, position by position."""

@@ -74,16 +74,20 @@ class Stack:
                 raise UserError(f"layer {i}: {problem}")
 
     @property
+    def attentions(self) -> list[Attention]:
+        """Attention of the layers that have one, in order."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
+
+    @property
     def attention(self) -> Attention:
         """Attention of the first layer without a window, or of the first layer: the facts config.json states once."""
-        mixers = [layer.mixer for layer in self.layers]
+        mixers = self.attentions
         return next((mixer for mixer in mixers if mixer.window is None), mixers[0])
 
     @property
     def local_attention(self) -> Attention:
         """Attention of the first layer with a window; `attention` if there is none."""
-        mixers = (layer.mixer for layer in self.layers)
-        return next((mixer for mixer in mixers if mixer.window is not None), self.attention)
+        return next((mixer for mixer in self.attentions if mixer.window is not None), self.attention)
 
     @property
     def channel(self) -> Any:

@@ -246,7 +246,7 @@ def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
             '`layout="transformers"` (includes a loader file) or `uneven="pad"`.'
         )
     text, tower = written.text, written.vision
-    fewer = any(layer.mixer.q_heads * layer.mixer.head_dim != text.hidden_size for layer in text.layers)
+    fewer = any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions)
     if fewer or (tower is not None and not tower.whole_heads):
         return (
             f"In the hub's layout with fewer heads, which `{name}` cannot load: it computes the head size as "

@@ -58,7 +58,7 @@ def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | Non
         return problem
     if not text.even and not loader:
         return f"its class has one width for all layers: {_ALIKE}"
-    heads_changed = any(layer.mixer.q_heads * layer.mixer.head_dim != text.hidden_size for layer in text.layers)
+    heads_changed = any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions)
     derives = (*decoder_of(text.decoder).derives_head_dim, *family.derives_head_dim)
     if heads_changed and not loader and target in derives:
         return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'

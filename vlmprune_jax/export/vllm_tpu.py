@@ -23,7 +23,7 @@ def implementation(cfg: ModelConfig) -> str:
     """Return how vLLM on TPUs runs the exported model: "jax", "torchax", or "" if it cannot."""
     family, text = family_of(cfg), cfg.text
     backend = (target_of(family) or family).vllm_tpu
-    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.layers[0].mixer.q_heads
+    mistral = decoder_of(text.decoder).heads_divide and text.hidden_size % text.attention.q_heads
     return "torchax" if backend and mistral else backend
 
 
@@ -63,15 +63,15 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
 
 def _tensor_sizes(cfg: ModelConfig) -> list[int]:
     """Return the possible tensor-parallel sizes: chips over which all layers' heads can be split."""
-    query = {shape.mixer.q_heads for stack in cfg.stacks.values() for shape in stack.layers}
-    keys = {shape.mixer.kv_heads for shape in cfg.text.layers}
+    query = {mixer.q_heads for stack in cfg.stacks.values() for mixer in stack.attentions}
+    keys = {mixer.kv_heads for mixer in cfg.text.attentions}
     fits = lambda size: not any(heads % size for heads in query)  # noqa: E731
     return [n for n in _TENSOR_SIZES if fits(n) and not any(max(heads, n) % min(heads, n) for heads in keys)]
 
 
 def _padded(cfg: ModelConfig) -> dict[int, int]:
     """Return {head_dim: padded head_dim} for head sizes that vLLM's TPU kernels pad."""
-    sizes = sorted({layer.mixer.head_dim for layer in cfg.text.layers})
+    sizes = sorted({mixer.head_dim for mixer in cfg.text.attentions})
     return {size: -(-size // 128) * 128 for size in sizes if size != 64 and size % 128}
 
 

@@ -229,7 +229,7 @@ def patch_family(name: str, decoder: Decoder, **fields: Any) -> Family:
         layout="transformers",
         model_types=(name,),
         text_section="text_config",
-        ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight"),
+        ignored=(r".*\.rotary_(pos_)?emb\.inv_freq", r"lm_head\.weight", r"mtp\..*"),
         image_processors=("Qwen2VL",),
         images="patches",
         recipe={**RECIPE, "data": {"max_length": 4096, "max_image_tokens": 1280}},

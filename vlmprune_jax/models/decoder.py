@@ -122,7 +122,7 @@ class Decoder(BlockStack):
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         valid, ahead = mask.astype(bool), None
         seen = attention_mask(valid, positions.shape[-1], slot)
-        mixers = {layer.mixer.window or 0: layer.mixer for layer in self.cfg.layers}  # alike where windows are
+        mixers = {mixer.window or 0: mixer for mixer in self.cfg.attentions}  # alike where windows are
         if positions.shape[1:-1] == (2,):  # even where this layer, run alone, does not see images
             positions, image = positions[:, 0], positions[:, 1]
             keys = jnp.pad(image, ((0, 0), (0, mask.shape[1] - image.shape[1])))
@@ -186,3 +186,15 @@ class Decoder(BlockStack):
             for run, (_, length, layer) in enumerate(scan_groups(self.cfg.layers))
         }
         return {run: state for run, state in states.items() if state is not None}
+
+    def cache_rows(self, cache: Cache, rows: jax.Array) -> Cache:
+        """Return the states of some rows of a batch, int32[rows]."""
+        return {run: mixer.rows_of(cache[run], rows) for run, mixer in self._mixers.items() if run in cache}
+
+    def extended_cache(self, cache: Cache, empty: Cache) -> Cache:
+        """Return the states with the slots of an empty cache behind their own."""
+        return {run: mixer.extended(cache[run], empty[run]) for run, mixer in self._mixers.items() if run in cache}
+
+    @property
+    def _mixers(self) -> dict[str, Any]:
+        return {str(run): MIXERS[type(x.mixer)] for run, (_, _, x) in enumerate(scan_groups(self.cfg.layers))}

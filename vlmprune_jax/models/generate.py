@@ -275,7 +275,7 @@ def prefill(
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
     x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
-    cache = empty if cache is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), cache, empty)
+    cache = empty if cache is None else module.text.extended_cache(cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
     hidden, aux = module.text(x, context, cache=cache, added=added)
     token, ended = _choose(module, hidden, arrays["ended"], eos)
@@ -331,7 +331,7 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
     _, aux = module.text(x, module.text.context(valid, positions), cache=cache, added=added)
-    return jax.tree.map(lambda leaf: leaf[:, :, :, rows], aux["cache"]), valid[rows]
+    return module.text.cache_rows(aux["cache"], rows), valid[rows]
 
 
 def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Array, valid: jax.Array) -> Any:

@@ -83,7 +83,10 @@ def _stack(stack: Stack) -> dict[str, Any]:
 
 
 def _vision(vision: VisionConfig) -> dict[str, Any]:
-    return {**{name: value for name, value in vars(vision).items() if name != "norm_eps"}, **_stack(vision)}
+    return {
+        **{name: value for name, value in vars(vision).items() if name not in ("layers", "block")},
+        **_stack(vision),
+    }
 
 
 def _text(cfg: ModelConfig) -> dict[str, Any]:

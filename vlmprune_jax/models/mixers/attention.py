@@ -41,7 +41,8 @@ class Attention(nnx.Module):
         self.window, self.causal, self.writer = facts.window or 0, cfg.causal, names.out
         self.kv_heads = facts.kv_heads
         self.query_gain = facts.scale * facts.head_dim**0.5 or 1.0  # attention multiplies by head_dim ** -0.5
-        self.q_proj = projection("q_proj", ("q_heads", "head"), (names.axis,), facts.bias)
+        queries = ("q_heads", "gate", "head") if facts.gated else ("q_heads", "head")
+        self.q_proj, self.gated = projection("q_proj", queries, (names.axis,), facts.bias), facts.gated
         self.k_proj = projection("k_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if own else None
         self.v_proj = projection("v_proj", ("kv_heads", "head"), (names.axis,), facts.bias) if values else None
         setattr(self, names.out, projection(names.out, (names.axis,), ("q_heads", "head"), facts.out_bias))
@@ -80,6 +81,9 @@ class Attention(nnx.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         masks = dropout_masks(ctx.dropout_key, x, [module for module in projections if module is not None])
         q = self.q_proj(x, masks[0])
+        gate = None
+        if self.gated:
+            q, gate = q[..., 0, :], q[..., 1, :]
         k, v = self._keys_and_values(x, ctx, [*masks[1:-1], None, None])
         if self.q_norm is not None:
             q = self.q_norm(q)
@@ -100,7 +104,21 @@ class Attention(nnx.Module):
             mixed = splash_attention(q, keys, values, valid, causal=self.causal, window=self.window)
         else:
             mixed = xla_attention(q, k, v, ctx.masks.get(self.window), self.kv_heads // k.shape[2])
+        if gate is not None:
+            mixed = mixed * jax.nn.sigmoid(gate)
         return Mixed(out_proj(mixed, masks[-1]), mixed, updated, (k, v))
+
+    @staticmethod
+    def rows_of(state: RunCache, rows: jax.Array) -> RunCache:
+        """Return the state of some rows of a batch."""
+        keys, values = (leaf[:, :, :, rows] for leaf in state)
+        return keys, values
+
+    @staticmethod
+    def extended(state: RunCache, empty: RunCache) -> RunCache:
+        """Return a state with the slots of an empty one behind its own."""
+        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(state, empty, strict=True))
+        return keys, values
 
     @classmethod
     def empty_state(

@@ -93,8 +93,11 @@ def reduce_groups(
             if not names:
                 raise UserError(f"this criterion has no scores of {axis.title}: use a criterion that scores them")
             members = [_unit_channels(np.asarray(scores[name], np.float64), layer, axis) for name in names]
-            values = reduce(np.stack([member for member in members if member is not None]))
-            units[i, axis.name] = values.sum(axis=-1) if axis.channels else values
+            whole = [member for member in members if member is not None]
+            if len({member.shape for member in whole}) > 1:  # channels of several axes do not pair up
+                whole = [member.reshape(len(member), -1).sum(axis=1) for member in whole]
+            values = reduce(np.stack(whole))
+            units[i, axis.name] = values.reshape(len(values), -1).sum(axis=1)
     return {"units": units}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,13 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
     The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
     sums to weigh what a tap sees of the inputs of these projections.
     """
-    writers = stack_module(stack, model.cfg.stack(stack)).layers["0"].writers
-    paths = {name: f"{writer.projection}/weight" for name, writer in writers.items()}
-    sums = _channel_sums(model, dict.fromkeys(paths.values(), 0), power=power, stack=stack, written=True)
-    return [{name: layer[path] for name, path in paths.items()} for layer in sums]
+    blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, list[dict[str, str]]()
+    for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
+        writers = blocks[str(run)].writers
+        paths += [{name: f"{writer.projection}/weight" for name, writer in writers.items()}] * length
+    weights = dict.fromkeys(itertools.chain.from_iterable(layer.values() for layer in paths), 0)
+    sums = _channel_sums(model, weights, power=power, stack=stack, written=True)
+    return [{name: layer[path] for name, path in writers.items()} for layer, writers in zip(sums, paths, strict=True)]
 
 
 def _channel_sums(

@@ -1,0 +1,185 @@
+"""Qwen3.5 and 3.6, dense: gated delta nets, gated attention between them, and Qwen3-VL's tower without DeepStack."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import DeltaNet, Layer
+from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.patch_towers import (
+    check_out_size,
+    model_from_hf,
+    patch_family,
+    square_side,
+    tower_from_hf,
+    tower_to_hf,
+    tower_weights,
+    typical_size,
+    with_sections,
+)
+from vlmprune_jax.families.rope import rotary_dim
+from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings
+from vlmprune_jax.families.table import Decoder, JsonDict, Weight
+from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
+from vlmprune_jax.families.towers import vision_of
+
+# Defaults of the config classes in transformers.
+_DECODER = "qwen3_5_text"
+_TEXT: JsonDict = {
+    "model_type": _DECODER,
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_SECTIONS = (11, 11, 10)
+_KINDS = ("linear_attention", "full_attention")
+_VISION: JsonDict = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "hidden_act": "gelu_pytorch_tanh",
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 3584,
+    "num_position_embeddings": 2304,
+}
+_DELTA = {  # parameter -> (name in files, layout); those of one name are its rows, in order
+    "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
+    "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
+    "v_proj/weight": ("in_proj_qkv.weight", "(delta_heads delta_value) embed"),
+    "z_proj/weight": ("in_proj_z.weight", "(delta_heads delta_value) embed"),
+    "b_proj/weight": ("in_proj_b.weight", "delta_heads embed"),
+    "a_proj/weight": ("in_proj_a.weight", "delta_heads embed"),
+    "q_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
+    "k_conv/weight": ("conv1d.weight", "(delta_groups delta_key) 1 tap"),
+    "v_conv/weight": ("conv1d.weight", "(delta_heads delta_value) 1 tap"),
+    "decay/weight": ("A_log", "delta_heads"),
+    "step/weight": ("dt_bias", "delta_heads"),
+    "norm/weight": ("norm.weight", "delta_value"),
+    "out_proj/weight": ("out_proj.weight", "embed (delta_heads delta_value)"),
+}
+
+
+def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+    config = {**_TEXT, **config}
+    n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
+    ]
+    unknown = sorted(set(kinds) - set(_KINDS))
+    if unknown:
+        raise UserError(f"layer_types {unknown} are not supported (supported: {', '.join(_KINDS)})")
+    if len(kinds) != n_layers:
+        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(kinds)} layers")
+    if "full_attention" not in kinds:
+        raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
+    bias, head_dim = bool(config.get("attention_bias", False)), int(config["head_dim"])
+    rotated = rotary_dim(config, head_dim, default=0.25)
+    attention = {"bias": bias, "out_bias": bias, "qk_norm": True, "gated": True, "rotary_dim": rotated}
+    sections = (config.get("rope_parameters") or {}).get("mrope_section") or _SECTIONS
+    text = llama_like(config, _DECODER, attention=attention, block={"norm_offset": 1.0})
+    text = with_sections(text, tuple(map(int, sections)), interleaved=True)
+    delta = DeltaNet(
+        int(config["linear_num_value_heads"]),
+        int(config["linear_num_key_heads"]),
+        key_dim=int(config["linear_key_head_dim"]),
+        value_dim=int(config["linear_value_head_dim"]),
+        taps=int(config["linear_conv_kernel_dim"]),
+    )
+    mixers = {"linear_attention": delta, "full_attention": text.layers[0].mixer}
+    layers = [Layer(mixers[kind], layer.channel) for kind, layer in zip(kinds, text.layers, strict=True)]
+    return text.with_layers(layers)
+
+
+def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a Qwen3.5 config with updated layers; the head for several tokens (MTP) is left out."""
+    delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
+    config = {name: value for name, value in source.items() if name != "full_attention_interval"}
+    if delta:
+        config |= {"linear_num_value_heads": delta[0].delta_heads, "linear_num_key_heads": delta[0].delta_groups}
+    if "mtp_num_hidden_layers" in source:
+        config["mtp_num_hidden_layers"] = 0
+    kinds = ["linear_attention" if isinstance(x.mixer, DeltaNet) else "full_attention" for x in text.layers]
+    attention = [layer for layer in text.layers if not isinstance(layer.mixer, DeltaNet)]
+    config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), config)
+    return {**config, "num_hidden_layers": len(text.layers), "layer_types": kinds}
+
+
+def _problem(text: TextConfig) -> str | None:
+    """Return why transformers' Qwen3.5 class does not support these layers, with advice; None if it does."""
+    if all(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
+        return "transformers needs one layer of full attention: keep one"
+    return None if text.even else "its class has one width for all layers of a kind: prune them alike (selection local)"
+
+
+def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    table = llama_like_weights(text, prefix, head)
+    gated = {"text/layers/{i}/self_attn/q_proj/weight": "(q_heads gate head) embed"}
+    table = [dataclasses.replace(line, layout=gated.get(line.path, line.layout)) for line in table]
+    if any(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
+        layer, key = "text/layers/{i}/linear_attn", prefix + "layers.{i}.linear_attn"
+        table += [Weight(f"{layer}/{path}", f"{key}.{name}", layout) for path, (name, layout) in _DELTA.items()]
+    return table
+
+
+def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
+    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
+    if full.get("deepstack_visual_indexes"):
+        raise UserError(
+            "deepstack_visual_indexes of Qwen3.5's vision tower must be empty: its class reads no such features"
+        )
+    side = square_side(int(full["num_position_embeddings"]))
+    return tower_from_hf(
+        full,
+        kind="qwen3_vl",
+        image_size=typical_size(full, side // int(full["spatial_merge_size"])),
+        position_size=side * int(full["patch_size"]),
+        patch_bias=True,
+    )
+
+
+def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
+    del vision
+    section = config.get("text_config") or {}
+    tied = tied_embeddings(config, section, default=False)
+    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": tied})
+    tower = config.get("vision_config") or {}
+    check_out_size({**_VISION, **tower}, text)
+    ids = {"image_token_id": 248056, "video_token_id": 248057, **config}
+    return model_from_hf("qwen3_5", ids, text, _vision_from_hf(tower))
+
+
+def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
+    config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
+    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
+
+
+QWEN3_5 = patch_family(
+    "qwen3_5",
+    Decoder(_DECODER, "Qwen3_5ForConditionalGeneration", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    weights=lambda cfg: (
+        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
+        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
+    ),
+    templates=(TEMPLATE,),
+)

@@ -1,0 +1,223 @@
+"""Gated delta net: the mixer of `parts.DeltaNet`, a linear recurrence with a matrix per value head as its state.
+
+The recurrence runs in chunks: within one, a triangular system gives all its updates at once (Yang et al. 2024, arXiv
+2406.06484); between chunks only the matrices are carried. Numbers are float32 or wider, whatever the model's dtype.
+Padding never reaches the state: rows are computed with their real tokens first, and padding neither decays nor writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
+from vlmprune_jax.models.layers import Leaf, Norm, Projection, broadcast, widen
+
+CHUNK = 64  # positions of a chunk
+_EPS = 1e-6  # of the norms of queries and keys
+_PRECISE = jax.lax.Precision.HIGHEST
+
+
+class DeltaState(NamedTuple):
+    """State of a run of equal layers, with leading layer axis."""
+
+    tail: jax.Array
+    """[layer, batch, taps - 1, channels], the last inputs of the convolution: queries, keys and values."""
+
+    matrix: jax.Array
+    """float32[layer, batch, delta_heads, delta_key, delta_value]."""
+
+
+class DeltaNet(nnx.Module):
+    """Gated delta net with a causal convolution before it, and a gated norm behind it."""
+
+    writer = "out_proj"
+
+    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
+        self.facts = layer.mixer
+        keys, values, heads = ("delta_groups", "delta_key"), ("delta_heads", "delta_value"), ("delta_heads",)
+        outputs = {"q_proj": keys, "k_proj": keys, "v_proj": values, "z_proj": values, "b_proj": heads, "a_proj": heads}
+        self.inputs = tuple(outputs)
+        for name, out in outputs.items():
+            setattr(self, name, Projection(sizes, out, (names.axis,), bias=False, lora=lora_of(lora, name)))
+        for name, out in {"q_conv": keys, "k_conv": keys, "v_conv": values}.items():
+            setattr(self, name, Leaf(sizes, (*out, "tap")))
+        self.decay, self.step = Leaf(sizes, heads), Leaf(sizes, heads)
+        self.norm = Norm(sizes, "delta_value", kind="rms", eps=cfg.block.norm_eps)
+        self.out_proj = Projection(sizes, (names.axis,), values, bias=False, lora=lora_of(lora, "out_proj"))
+
+    def _convolved(self, x: list[jax.Array], before: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
+        """Return silu of the causal convolutions of q, k and v, and their inputs with those before them."""
+        shapes = [array.shape[2:] for array in x]
+        flat = jnp.concatenate([array.reshape(*array.shape[:2], -1) for array in x], axis=-1)
+        taps = [getattr(self, name).weight.get_value() for name in ("q_conv", "k_conv", "v_conv")]
+        kernel = jnp.concatenate([tap.reshape(-1, tap.shape[-1]) for tap in taps], axis=0).T
+        if before is None:
+            before = jnp.zeros((flat.shape[0], len(kernel) - 1, flat.shape[-1]), flat.dtype)
+        seen = jnp.concatenate([before, flat], axis=1)
+        length = flat.shape[1]
+        mixed = sum(seen[:, i : i + length] * kernel[i][None, None] for i in range(len(kernel)))
+        assert not isinstance(mixed, int)
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+        pieces = jnp.split(jax.nn.silu(mixed), ends, axis=-1)
+        return [p.reshape(*p.shape[:2], *s) for p, s in zip(pieces, shapes, strict=True)], seen
+
+    def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
+        """Run the delta net on the branch's input."""
+        length, valid = x.shape[1], None
+        if ctx.valid is not None and length > 1:  # a token that is decoded is real
+            valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
+        order = None
+        if valid is not None:
+            order = jnp.argsort(~valid, axis=1, stable=True)
+            x = jnp.take_along_axis(x, order[:, :, None], axis=1)
+            valid = jnp.take_along_axis(valid, order, axis=1)
+        projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
+        masks = dropout_masks(ctx.dropout_key, x, projections)
+        q, k, v, z, b, a = (module(x, mask) for module, mask in zip(projections[:-1], masks[:-1], strict=True))
+        before = None if state is None else _at(state.stacked, state.layer)
+        (q, k, v), seen = self._convolved([q, k, v], None if before is None else before.tail)
+        beta = widen(jax.nn.sigmoid(b))
+        decay, step = (broadcast(widen(leaf.weight.get_value()), 3) for leaf in (self.decay, self.step))
+        g = -jnp.exp(decay) * jax.nn.softplus(widen(a) + step)
+        if valid is not None:
+            real = valid[:, :, None]
+            beta, g = jnp.where(real, beta, 0), jnp.where(real, g, 0)
+        q, k = unit(widen(q)) * self.facts.key_dim**-0.5, unit(widen(k))
+        matrix = None if before is None else before.matrix
+        out, matrix = (
+            recurrent(q, k, widen(v), beta, g, matrix) if length == 1 else chunked(q, k, widen(v), beta, g, matrix)
+        )
+        mixed = self.norm(out.astype(x.dtype))
+        mixed = (widen(mixed) * jax.nn.silu(widen(z))).astype(x.dtype)
+        updated = None
+        if state is not None:
+            updated = _write(state, self._tail(seen, valid), matrix)
+        if order is not None:
+            mixed = jnp.take_along_axis(mixed, jnp.argsort(order, axis=1)[:, :, None, None], axis=1)
+        return Mixed(self.out_proj(mixed, masks[-1]), mixed, updated, None)
+
+    def _tail(self, seen: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """Return the last inputs of the convolution, [batch, taps - 1, channels]: of real tokens, which come first."""
+        keep = self.facts.taps - 1
+        if valid is None:
+            return seen[:, seen.shape[1] - keep :]
+        at = valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(keep, dtype=jnp.int32)[None]
+        return jnp.take_along_axis(seen, at[:, :, None], axis=1)
+
+    @classmethod
+    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
+        """Return the zero-filled state of `length` equal layers; it does not depend on `slots`."""
+        del cfg, slots
+        facts = layer.mixer
+        channels = 2 * facts.delta_groups * facts.key_dim + facts.delta_heads * facts.value_dim
+        matrix = (length, batch, facts.delta_heads, facts.key_dim, facts.value_dim)
+        full = jnp.promote_types(dtype, jnp.float32)
+        return DeltaState(jnp.zeros((length, batch, facts.taps - 1, channels), dtype), jnp.zeros(matrix, full))
+
+    @staticmethod
+    def rows_of(state: DeltaState, rows: jax.Array) -> DeltaState:
+        """Return the state of some rows of a batch."""
+        return DeltaState(state.tail[:, rows], state.matrix[:, rows])
+
+    @staticmethod
+    def extended(state: DeltaState, empty: DeltaState) -> DeltaState:
+        """Return the state itself, whose size does not depend on the length."""
+        del empty
+        return state
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Divide by the length of the last axis."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _EPS)
+
+
+def recurrent(
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Run one token: arrays as in `chunked` with one position."""
+    group = v.shape[2] // q.shape[2]
+    q, k = (jnp.repeat(x[:, 0], group, axis=1) for x in (q, k))
+    v, beta, g = v[:, 0], beta[:, 0], g[:, 0]
+    if matrix is None:
+        matrix = jnp.zeros((*v.shape[:2], k.shape[-1], v.shape[-1]), v.dtype)
+    product = functools.partial(jnp.einsum, precision=_PRECISE)
+    matrix = matrix * jnp.exp(g)[..., None, None]
+    update = beta[..., None] * (v - product("bhk,bhkv->bhv", k, matrix))
+    matrix = matrix + k[..., :, None] * update[..., None, :]
+    return product("bhk,bhkv->bhv", q, matrix)[:, None], matrix
+
+
+def chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Run the recurrence over all positions; return outputs [batch, seq, heads, value] and the last matrices.
+
+    `q`, `k`: [batch, seq, groups, key], unit vectors (queries scaled); `v`: [batch, seq, heads, value]; `beta`, `g`:
+    [batch, seq, heads], step sizes and logarithms of decays. Positions with beta = g = 0 leave the state alone. The
+    backward pass computes a chunk again from its inputs and the matrices before it, all that is stored.
+    """
+    batch, length, heads = v.shape[:3]
+    group, n = heads // q.shape[2], -(-length // CHUNK)
+    if matrix is None:
+        matrix = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), v.dtype)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        """Return [chunk, batch, heads, position, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, n * CHUNK - length), *(((0, 0),) * (x.ndim - 2))))
+        return jnp.moveaxis(x.reshape(batch, n, CHUNK, *x.shape[2:]), (1, 3), (0, 2))
+
+    matrix, out = jax.lax.scan(
+        jax.checkpoint(functools.partial(_chunk, group)), matrix, tuple(map(chunks, (q, k, v, beta, g)))
+    )
+    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, n * CHUNK, heads, v.shape[-1])
+    assert matrix is not None
+    return out[:, :length], matrix
+
+
+def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Run one chunk: the matrices after it, and its outputs [batch, heads, position, value]."""
+    q, k, v, beta, g = arrays
+    q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
+    product = functools.partial(jnp.einsum, precision=_PRECISE)
+    total = jnp.cumsum(g, axis=-1)
+    # masked before exp: differences above the diagonal may overflow
+    place = jnp.arange(g.shape[-1])
+    past = (place[:, None] >= place[None, :])[None, None]
+    decay = jnp.exp(jnp.where(past, total[..., :, None] - total[..., None, :], -jnp.inf))
+    key_beta = k * beta[..., None]
+    strictly = (place[:, None] > place[None, :])[None, None]
+    lower = jnp.where(strictly, product("bhik,bhjk->bhij", key_beta, k) * decay, 0)
+    right = jnp.concatenate([v * beta[..., None], key_beta * jnp.exp(total)[..., None]], axis=-1)
+    solved = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True, unit_diagonal=True)
+    update, read = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    values = update - product("bhik,bhkv->bhiv", read, matrix)
+    out = product("bhik,bhkv->bhiv", q * jnp.exp(total)[..., None], matrix)
+    out = out + product("bhij,bhjv->bhiv", product("bhik,bhjk->bhij", q, k) * decay, values)
+    last = total[..., -1:]
+    matrix = matrix * jnp.exp(last)[..., None] + product(
+        "bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values
+    )
+    return matrix, out
+
+
+def _at(stacked: DeltaState, layer: jax.Array) -> DeltaState:
+    return DeltaState(*(jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for leaf in stacked))
+
+
+def _write(state: LayerState, tail: jax.Array, matrix: jax.Array) -> DeltaState:
+    tails, matrices = (
+        jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), state.layer, axis=0)
+        for leaf, new in zip(state.stacked, (tail, matrix), strict=True)
+    )
+    return DeltaState(tails, matrices)
