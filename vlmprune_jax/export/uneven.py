@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.parts import Attention, Layer
 from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
@@ -65,8 +65,9 @@ def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
     """
     layers = []
     for layer in cfg.text.layers:
-        heads, rope = layer.mixer, layer.mixer.rope
-        if head_dim not in (0, heads.head_dim):
+        heads = layer.mixer
+        if head_dim and (not isinstance(heads, Attention) or heads.head_dim != head_dim):
+            rope = getattr(heads, "rope", None)
             plain = rope is not None and rope.kind in _PADDED_ROPES and not rope.sections and not heads.rotary_dim
             if not plain or heads.qk_norm or heads.v_norm or heads.scale or cfg.text.whole_heads:
                 raise UserError(

@@ -1,0 +1,195 @@
+"""Hybrid decoders against stock transformers: delta nets, gated attention, states, cuts of both and their exports."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CLOSE, Golden
+from hf_cases import edit_config, prune
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.parts import DeltaNet
+from vlmprune_jax.models.generate import SharedPrefix, generate
+from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
+from vlmprune_jax.models.vlm import encode
+from vlmprune_jax.prune import KeptLayer
+
+CUTS = {
+    "qwen3_5": ("depth", "mlp", "attention", "key_groups", "value_heads_1", "all"),
+    "qwen3_5_r1": ("key_groups", "all"),
+    "qwen3_5_r3": ("value_heads_2", "value_heads_1", "all"),
+}
+EVERY_CUT = [(family, cut) for family, cuts in CUTS.items() for cut in cuts]
+
+
+@pytest.fixture(scope="module")
+def models(goldens):
+    return {family: Golden(goldens / "families" / family) for family in CUTS}
+
+
+def kept_layers(golden, cut):
+    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
+    lists, layers = golden.facts["cuts"][cut], []
+    for i, layer in enumerate(golden.model.cfg.text.layers):
+        if i in lists.get("layers_removed", ()):
+            continue
+        units, mixer = dict(KeptLayer.whole(i, layer).kept), layer.mixer
+        parent, child = (axis.name for axis in mixer.axes)
+        groups = lists.get("key_groups" if isinstance(mixer, DeltaNet) else "kv_heads", {})
+        if groups and groups[i] is not None:
+            units[parent] = tuple(groups[i])
+        units[child] = tuple(group * mixer.group + j for group in units[parent] for j in range(mixer.group))
+        if isinstance(mixer, DeltaNet) and lists.get("value_heads"):
+            units[child] = tuple(lists["value_heads"][i])
+        if lists.get("neurons"):
+            units["mlp"] = tuple(lists["neurons"][i])
+        layers.append(KeptLayer(i, units))
+    return layers
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_forward(models, family):
+    golden = models[family]
+    for case in ("single", "two", "text", "tiny"):
+        if f"{case}_logits" not in golden.arrays:
+            continue
+        expected = golden.arrays[f"{case}_logits"]
+        logits, _ = vp.forward(golden.model, **golden.inputs(case))
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    for name in [name for name in golden.arrays if name.startswith("length") and name.endswith("_ids")]:
+        expected = golden.arrays[name.replace("input_ids", "last_logits")]
+        logits, _ = vp.forward(golden.model, golden.arrays[name][None])
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_images_in_a_batch(models, side):
+    golden = models["qwen3_5"]
+    batch = golden.batch(side)
+    logits, _ = vp.forward(golden.model, **{name: array for name, array in batch.items() if name != "labels"})
+    for row, (mask, expected) in enumerate(
+        zip(batch["attention_mask"], golden.arrays[f"batch_{side}_last_logits"], strict=True)
+    ):
+        np.testing.assert_allclose(logits[row][mask == 1][-2:], expected, **CLOSE)
+    scores = vp.score(golden.model, [batch], criterion="block_influence")
+    np.testing.assert_allclose(scores.importance, golden.arrays[f"batch_{side}_block_influence"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["two", "text"])
+def test_greedy_tokens(models, case):
+    golden = models["qwen3_5"]
+    inputs, labels = golden.inputs(case), golden.arrays[f"{case}_labels"]
+    prompt = int(np.argmax(labels != -100))
+    shown = {name: array for name, array in inputs.items() if name in ("pixel_values", "image_grid_thw")}
+    ids = inputs["input_ids"][:, :prompt]
+    padded = np.pad(ids, ((0, 0), (3, 0)))  # real tokens first reach the state
+    mask = np.pad(np.ones_like(ids), ((0, 0), (3, 0)))
+    tokens = generate(golden.model, padded, attention_mask=mask, **shown, max_new_tokens=8, eos_token_ids=())
+    np.testing.assert_array_equal(tokens[0], golden.arrays[f"{case}_generated"])
+
+
+def test_states_behind_a_shared_prefix(models):
+    """Padding between the prefix and its rows reaches neither the convolution nor the matrices."""
+    model, draw = models["qwen3_5"].model, np.random.default_rng(0)
+    prefix, rest = draw.integers(0, 300, (2, 9)), draw.integers(0, 300, (3, 7))
+    prefix_mask, mask, rows = np.ones_like(prefix), np.ones_like(rest), np.array([0, 1, 1])
+    prefix_mask[1, :3], mask[0, :5] = 0, 0
+    shared = SharedPrefix(prefix, prefix_mask, rows)
+    tokens = generate(model, rest, attention_mask=mask, prefix=shared, max_new_tokens=5, eos_token_ids=())
+    for row, at in enumerate(rows):
+        whole = np.concatenate([prefix[at][prefix_mask[at] == 1], rest[row][mask[row] == 1]])
+        alone = generate(model, whole[None], max_new_tokens=5, eos_token_ids=())
+        np.testing.assert_array_equal(tokens[row], alone[0])
+
+
+def test_mixers_equal_stock(models):
+    """Input and output of the first delta net and the first attention, and the chunked rule against one by one."""
+    golden = models["qwen3_5"]
+    ids = golden.arrays["text_input_ids"][None]
+    tap = {"tap": lambda block: block.inputs, "tap_inputs": ("self_attn", "o_proj_out")}
+    values = encode(golden.model.params, golden.model.cfg, ids, **tap)[1]["tap"]
+    for name in [name for name in golden.arrays if "_input_" in name and name.startswith(("text_gdn", "text_att"))]:
+        layer = int(name.rsplit("_", 1)[1])
+        np.testing.assert_allclose(values[layer]["self_attn"][0], golden.arrays[name], **CLOSE)
+        output = golden.arrays[name.replace("input", "output")]
+        np.testing.assert_allclose(values[layer]["o_proj_out"][0], output, **CLOSE)
+    draw = np.random.default_rng(0)
+    q, k = (draw.standard_normal((2, 70, 3, 8)).astype(np.float32) for _ in range(2))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v, beta = draw.standard_normal((2, 70, 6, 5)).astype(np.float32), draw.random((2, 70, 6), np.float32)
+    g = -20 * draw.random((2, 70, 6), np.float32) ** 4  # decays to almost nothing, and almost none
+    arrays = [jnp.asarray(x) for x in (q, k, v, beta, g)]
+    out, last = chunked(*arrays, None)
+    state, steps = None, []
+    for at in range(70):
+        step, state = recurrent(*(x[:, at : at + 1] for x in arrays), state)
+        steps.append(step[:, 0])
+    np.testing.assert_allclose(out, np.stack(steps, axis=1), atol=2e-5)
+    np.testing.assert_allclose(last, state, atol=2e-5)
+    gradient = jax.grad(lambda g: jnp.sum(chunked(*arrays[:4], g, None)[0] ** 2))(arrays[4])
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("family", "cut"), EVERY_CUT)
+def test_cuts(models, family, cut):
+    golden = models[family]
+    smaller, plan = prune(golden.model, kept_layers(golden, cut))
+    assert vp.PrunePlan.from_json(plan.to_json()) == plan
+    for case in ("single", "text"):
+        expected = golden.arrays[f"{case}_logits_{cut}"]
+        logits, _ = vp.forward(smaller, **golden.inputs(case))
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_stock_transformers_loads_cut_exports(models, family, torch_outputs, tmp_path):
+    golden = models[family]
+    smaller, plan = prune(golden.model, kept_layers(golden, "all"))
+    vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, plan=plan, dtype="float32")
+    config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
+    assert len(config["layer_types"]) == config["num_hidden_layers"] == len(smaller.cfg.text.layers)
+    assert config.get("mtp_num_hidden_layers", 0) == 0
+    for case in ("text", "single"):
+        inputs = {name: array for name, array in golden.inputs(case).items() if array is not None}
+        options = {"class_name": "AutoModelForImageTextToText", "version": "5"}
+        logits = torch_outputs(tmp_path / "out", inputs, **options)["logits"]
+        expected = golden.arrays[f"{case}_logits_all"]
+        np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
+    again = vp.load(tmp_path / "out")
+    assert again.cfg == smaller.cfg
+
+
+def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):
+    """Scores of delta nets are their heads' contributions, and plans remove whole key groups."""
+    golden = models["qwen3_5"]
+    batch = {name: golden.arrays[f"text_{name}"][None] for name in ("input_ids", "labels")}
+    batch["attention_mask"] = np.ones_like(batch["input_ids"])
+    for criterion in ("taylor", "activation"):
+        scores = vp.score(golden.model, [batch], criterion=criterion)
+        axes = [axis for _, axis in scores.units if axis != "mlp"]
+        assert axes == ["delta_groups", "delta_groups", "kv_heads", "delta_groups", "kv_heads"]
+    plan = vp.make_plan(scores, golden.model.cfg, method="width", ratio=0.3)
+    sizes = [layer.sizes for layer in plan.layers]
+    assert all(size["delta_heads"] == 2 * size["delta_groups"] for size in sizes if "delta_groups" in size)
+    assert min(size.get("delta_groups", 3) for size in sizes) < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 4}, "num_hidden_layers is 5 but layer_types lists 4 layers"),
+        ({"layer_types": ["mamba"] * 5}, r"layer_types \['mamba'\] are not supported"),
+        ({"layer_types": ["linear_attention"] * 5}, "layer_types has no full_attention"),
+        ({"linear_num_value_heads": 7}, "linear_attn: delta_heads 7 must be a multiple of delta_groups 3"),
+    ],
+)
+def test_wrong_configs_are_refused(models, tmp_path, changes, message):
+    shutil.copytree(models["qwen3_5"].ckpt, tmp_path / "model")
+    text = json.loads((tmp_path / "model/config.json").read_text())["text_config"]
+    edit_config(tmp_path / "model", text_config={**text, **changes})
+    with pytest.raises(UserError, match=message):
+        vp.load(tmp_path / "model")
