@@ -24,7 +24,7 @@ from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages.work import in_memory
+from vlmprune_jax.workdir.ledger import in_memory
 
 LONG = "ab " * 100_000
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]

@@ -24,9 +24,8 @@ from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.gptq import gptq, importance
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
-from vlmprune_jax.workdir.ledger import remove
+from vlmprune_jax.workdir.ledger import Task, remove
 
 # Function of a model and calibration batches, by the name that a format's `Calibration` gives.
 CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": importance}
@@ -59,12 +58,12 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
     ]
 
 
-def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
-    """Return the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
+def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Task:
+    """Add the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
-    return Files(
+    return task.add(
         inputs={
             **(inputs.record_files(data, "train") if calibrates else {}),
             **({} if chosen.file is None else {f"format {spec.format}": chosen.file}),

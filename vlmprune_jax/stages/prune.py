@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
@@ -32,30 +29,16 @@ from vlmprune_jax.prune.select import moved_features, plan_stacks, unusual_count
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.ledger import Task, write_text
+from vlmprune_jax.workdir.steps import PruneFacts
 from vlmprune_jax.workdir.vocabulary import VOCABULARY
 
 
-class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Numbers of a plan: requested and reached ratios, and parameters, by part of the model."""
-
-    method: str
-    criterion: str
-    ratio_asked: Finite | None
-    ratio_reached: Finite
-    decoder_ratio: Finite
-    parameters: Count
-    parameters_before: Count
-    removed_layers: list[Count]
-    tower_ratio: Finite | None = None
-
-
-def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
-    """Return the prune stage's inputs: scores, and measured speeds if the budget needs them.
+def prune_task(task: Task, work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Task:
+    """Add the prune stage's inputs: scores, and measured speeds if the budget needs them.
 
     Raises UserError for steps over two stacks.
     """
@@ -64,7 +47,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         raise UserError('prune.steps > 1 cannot prune both stacks at once: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
     needs_records = iterative and CRITERIA[score.width].needs_batches
-    return Files(
+    return task.add(
         inputs={
             **{name: work.folder / name for name in criteria},
             **(inputs.record_files(data, "train") if needs_records else {}),

@@ -18,8 +18,8 @@ from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, Scores, score
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work, journal_path
+from vlmprune_jax.workdir.ledger import Task
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
 
@@ -51,13 +51,6 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
     return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files.items()}
 
 
-def no_scores(sections: Mapping[str, Any]) -> str | None:
-    """Return why the settings need no scores, with the command to run instead; None if they need some."""
-    if not sections["prune"].only_vocabulary:
-        return None
-    return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
-
-
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
     """Return the source files of users' criteria, on which scores depend."""
     files = {f"criterion {name}": CRITERIA[name].file for name in criteria}
@@ -73,12 +66,12 @@ def _parts(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Files:
-    """Return the score stage's files: a scores file per criterion, and the calibration records."""
+def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Task:
+    """Add the score stage's files: a scores file per criterion, and the calibration records."""
     criteria = criteria_of(spec, prune)
     records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
     outputs = [work.folder / name for name in criteria]
-    return Files(
+    return task.add(
         inputs={**records, **criterion_files(criteria.values())},
         outputs=outputs,
         journals=[path for output in outputs for path in (journal_path(output), _parts(output))],

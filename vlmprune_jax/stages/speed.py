@@ -18,11 +18,10 @@ from vlmprune_jax.experiment.arguments import export_dtype, image_tokens
 from vlmprune_jax.experiment.spec import SpeedSpec
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune.cost import costs_of, speed_limits
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import content_key
-from vlmprune_jax.workdir.ledger import Job, run_job
+from vlmprune_jax.workdir.ledger import Task, run_task
 from vlmprune_jax.workdir.result import Costs, Workload
 from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
@@ -47,10 +46,10 @@ def _shapes(work: Work) -> list[list[str]]:
     return list(shapes.values())
 
 
-def speed_files(work: Work, spec: SpeedSpec) -> Files:
-    """Return the speed stage's inputs: one model config per layer shape."""
+def speed_task(task: Task, work: Work, spec: SpeedSpec) -> Task:
+    """Add the speed stage's inputs: one model config per layer shape."""
     shapes = _shapes(work)
-    return Files(
+    return task.add(
         inputs={names[0]: work.models[names[0]] / "config.json" for names in shapes}, settings={"models": shapes}
     )
 
@@ -97,8 +96,13 @@ def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
         return measure()
     shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, folder)]
     settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
-    job = Job(
-        f"speed of {shapes[1][:8]}", 1, work.workdir, {**settings, "shapes": shapes}, {}, [], ShapeSpeed,
-        stage="speed_of_shape", store=work.store,
-    )  # fmt: skip
-    return run_job(job, measure, overwrite=True, say=work.say).facts
+    task = Task(
+        name=f"speed of {shapes[1][:8]}",
+        function=measure,
+        workdir=work.workdir,
+        settings={**settings, "shapes": shapes},
+        facts=ShapeSpeed,
+        kind="speed_of_shape",
+        store=work.store,
+    )
+    return run_task(task, overwrite=True, say=work.say).facts

@@ -54,7 +54,7 @@ def unused_settings(
     runs = [(run, cfg) for experiment, cfg in pairs for run in _variants(experiment)]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
-    user_sections = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
+    user_sections = {section for stage in STAGES.values() if stage.run is not None for section in stage.sections}
     taken = ({*sections} or {name.partition(".")[0] for name in names}) - user_sections
     names = [name for name in names if name.partition(".")[0] in taken]
     given = {name: [_value(run, name) for run in (DEFAULTS, start, *_variants(start))] for name in names}

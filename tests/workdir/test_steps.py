@@ -11,7 +11,7 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.unfinished import STEPS, Steps, read_unfinished
+from vlmprune_jax.workdir.steps import STEPS, Steps, read_unfinished
 
 
 @pytest.fixture
