@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class StageCommand:
 
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
+        self.run = functools.partial(run_command, "run" if name == "demo" else name)
         details = {"run": RUN, "report": REPORT, "demo": DEMO}.get(name, "" if stage is None else _details(name))
         config = "" if name in ("report", "demo") else "--config=FILE.py "
         self.CONFIG = "demo" if name == "demo" else None  # the default
@@ -63,15 +65,6 @@ class StageCommand:
             about = "evaluate the model behind this OpenAI-compatible server, for example http://HOST:8000/v1"
             absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
-    def run(self, flags: Any) -> None:
-        """Run the command's stage for every variant of the experiment.
-
-        Raises UserError if there is no such command, not even one that the config adds.
-        """
-        if self.name not in commands():
-            raise UserError(f"no command {self.name!r}{suggest(self.name, commands())}")
-        run_command("run" if self.name == "demo" else self.name, flags)
-
 
 def _details(name: str) -> str:
     stage = STAGES[name]
@@ -79,7 +72,12 @@ def _details(name: str) -> str:
 
 
 def run_command(name: str, flags: Any) -> None:
-    """Load the experiment and workdir that the flags name, and run a command on them."""
+    """Load the experiment and workdir that the flags name, and run a command on them.
+
+    Raises UserError if there is no such command, not even one that the config adds.
+    """
+    if name not in commands():
+        raise UserError(f"no command {name!r}{suggest(name, commands())}")
     from vlmprune_jax.cli.config_files import starting_point
     from vlmprune_jax.cli.workdir import prepare
     from vlmprune_jax.stages import pipeline
