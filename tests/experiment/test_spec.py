@@ -190,7 +190,8 @@ def test_a_checkpoint_is_of_what_changes_the_numbers():
     config = RecoverConfig(trainable="projector", steps=3)
     found = config.identity()
     assert found.keys() == {f.name for f in dataclasses.fields(config)} - {
-        *("save_every", "keep_checkpoints", "log_every", "loggers", "merge_lora")
+        *("save_every", "keep_checkpoints", "log_every", "loggers", "merge_lora", "save_adapter"),
+        *("method", "name", "control", "teacher_cache", "teacher_top_k"),
     }
     assert (found["lora"], found["epochs"], found["steps"]) == (None, None, 3)
     assert found["losses"].keys() == {*LOSSES, "teacher_top_k"}

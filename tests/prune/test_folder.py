@@ -18,12 +18,13 @@ from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import Extent
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.stages import work as work_module
 from vlmprune_jax.stages.graph import task_of
 from vlmprune_jax.stages.work import Work
@@ -346,7 +347,7 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     (work / "depth").mkdir(parents=True)
     scores.save(work / "scores.npz")
     experiment = Experiment(
-        model=ModelSpec(hf_dir=str(llama)), score=ScoreSpec(depth="random"), prune=PruneSpec(layers_removed=2)
+        model=ModelSpec(hf_dir=str(llama)), score=ScoreConfig(depth="random"), prune=PlanConfig(layers_removed=2)
     )
     monkeypatch.setattr(work_module, "load", None)
     place = Work.at(work, experiment, make_reporter(False), stage="prune", out=work / "pruned")

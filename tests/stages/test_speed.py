@@ -7,7 +7,8 @@ from sweep_cases import QUIET
 
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.demo import easyvqa
-from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.stages import speed as stage
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import read_artefact
@@ -29,7 +30,7 @@ def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Work, "phase", lambda self, title, total: QUIET_BAR)
     teacher = easyvqa.__file__.replace("easyvqa.py", "teacher")
     experiment = override(Experiment(), {"model": {"hf_dir": teacher}})
-    for number, spec in enumerate((SpeedSpec(), SpeedSpec(), SpeedSpec(prompt_tokens=100))):
+    for number, spec in enumerate((SpeedConfig(), SpeedConfig(), SpeedConfig(prompt_tokens=100))):
         workdir = tmp_path / f"run{number}"
         shutil.copytree(teacher, workdir / "pruned")
         models = {f"depth-{number}": workdir / "pruned"}

@@ -20,9 +20,10 @@ from vlmprune_jax.experiment.arguments import (
     plan_config,
     recover_config,
 )
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
@@ -142,7 +143,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _check_criteria(spec: ScoreSpec) -> None:
+def _check_criteria(spec: ScoreConfig) -> None:
     """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
     needed: tuple[tuple[str, str, tuple[str, ...]], ...]
@@ -158,7 +159,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def _check_target(config: PruneSpec) -> None:
+def _check_target(config: PlanConfig) -> None:
     """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
     targets = (config.ratio, config.layers_removed, config.sparsity, config.experts)
     if config.budget.limits or any(target is not None for target in targets):

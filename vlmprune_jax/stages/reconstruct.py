@@ -10,7 +10,8 @@ from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
+from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
 from vlmprune_jax.stages.work import Work
 
@@ -35,7 +36,7 @@ class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
     modules: list[Repaired]
 
 
-def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
+def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructConfig) -> ReconstructFacts:
     """Repair the pruned weights layer by layer; an interrupted run resumes at the next layer."""
     plan = work.plan
     batches = inputs.calibration_batches(work.tokens, data, spec, work.config(work.start), seed=spec.seed)

@@ -25,7 +25,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.distributed.mesh import on_process_zero, row_ways, rows_of_process
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import RecoverSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
@@ -46,7 +46,7 @@ from vlmprune_jax.workdir.ledger import Task, remove
 from vlmprune_jax.workdir.steps import RecoverFacts
 
 
-def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverSpec) -> Task:
+def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) -> Task:
     """Add the recover stage's extra files: users' loss files, the adapter, cached teacher outputs."""
     losses = recover_config(spec).losses
     loss_files = {f"loss {name}": term.file for name, term in weighted_terms(losses).items()}
@@ -66,7 +66,7 @@ class Recovery:
 
     work: Work
     data: DataSpec
-    spec: RecoverSpec
+    spec: RecoverConfig
     config: RecoverConfig
     steps: int
     encoder: Encoder
@@ -78,7 +78,7 @@ class Recovery:
     plan: PrunePlan
 
 
-def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts:
+def recover_stage(work: Work, data: DataSpec, spec: RecoverConfig) -> RecoverFacts:
     """Train the pruned or reconstructed model, logging to `training/metrics.jsonl`."""
     recovery = prepare(work, data, spec)
     model, summary = train(recovery)
@@ -86,7 +86,7 @@ def recover_stage(work: Work, data: DataSpec, spec: RecoverSpec) -> RecoverFacts
     return msgspec.convert(plain({**summary, "records": len(recovery.records), "recovery": spec.name}), RecoverFacts)
 
 
-def prepare(work: Work, data: DataSpec, spec: RecoverSpec) -> Recovery:
+def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
     """Check a recovery's settings and data before long computations."""
     config, plan, student, teacher = recover_config(spec), work.plan, *map(work.open_model, (work.start, work.teacher))
     cfg = student.cfg
@@ -284,7 +284,7 @@ def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Seq
     return rows
 
 
-def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverSpec, kept: KeptVocabulary | None) -> dict[str, Any]:
+def _made_from(model: ModelSpec, data: DataSpec, spec: RecoverConfig, kept: KeptVocabulary | None) -> dict[str, Any]:
     """Return everything except the record on which cached teacher logits depend."""
     settings = affecting("teacher_cache", {"model": model, "data": data, "recover": spec})
     losses = settings.pop("recover.losses")

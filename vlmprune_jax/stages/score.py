@@ -15,9 +15,10 @@ from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, Scores, score
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.ledger import Task
 
@@ -32,12 +33,12 @@ class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     skipped: list[str] = []
 
 
-def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
+def stacks_of(prune: PlanConfig) -> tuple[str, ...]:
     """Return the names of the stacks to prune."""
     return STACKS if prune.stack == "both" else (prune.stack,)
 
 
-def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
+def criteria_of(spec: ScoreConfig, prune: PlanConfig, stack: str | None = None) -> dict[str, str]:
     """Return {scores file: criterion} that the pruning method needs.
 
     {} if only the vocabulary is trimmed.
@@ -66,7 +67,7 @@ def _parts(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Task:
+def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> Task:
     """Add the score stage's files: a scores file per criterion, and the calibration records."""
     criteria = criteria_of(spec, prune)
     records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
@@ -80,7 +81,7 @@ def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreSpec, prune: P
     )
 
 
-def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> ScoreFacts:
+def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> ScoreFacts:
     """Score the layers, or heads and neurons, of every stack to prune."""
     model, criteria = work.load(work.teacher), criteria_of(spec, prune)
     for stack in stacks_of(prune):
@@ -103,7 +104,7 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -
 
 def _score(
     work: Work,
-    spec: ScoreSpec,
+    spec: ScoreConfig,
     model: Model,
     batches: list[Batch] | None,
     criterion: str,
