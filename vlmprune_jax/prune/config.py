@@ -72,10 +72,7 @@ def _criteria() -> Collection[str]:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Settings of the importance scores of layers, heads and neurons, computed on calibration records.
-
-    Each criterion uses some of them as its options.
-    """
+    """Settings of the importance scores of layers, heads and neurons, computed on calibration records."""
 
     SECTION: ClassVar[str] = "score"
 

@@ -135,11 +135,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Settings of recovery, the training after pruning.
-
-    By default the paper's optimizer and LLaVA's LoRA, in float32, without a teacher (recipe "llava" has the paper's
-    settings).
-    """
+    """Settings of recovery, the training after pruning (recipe "llava" has the paper's settings)."""
 
     method: str = setting(
         "train",

@@ -1,4 +1,4 @@
-"""The steps of a run (`.stages/steps.json`), the result that they have so far, and what is missing."""
+"""The steps of a run (`.stages/steps.json`), their result so far, and what is missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PATTERN = re.compile(r"(?!.*\*\*)\w[\w./*-]*")
 _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
-class PruneFacts(Part, frozen=True, kw_only=True):
+class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Numbers of a plan: requested and reached ratios, and parameters, by part of the model."""
 
     method: str
@@ -66,25 +66,19 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepRecord(Part, frozen=True, kw_only=True):
-    """StageRecord of one step of a run: its stage, model and outputs, and if the model is to be evaluated.
-
-    `control`: the model is an unpruned one that is trained for comparison. `compared_with`: folder of the control of a
-    recovered model, "" if there is none.
-    `variant` and `folder` are the folders of the prune variant and of the outputs, relative to the workdir; `outputs`
-    are patterns in `folder`, and `model` is the folder of the model there, "" if the stage makes none.
-    """
+    """One step of a run; folders are relative to the workdir."""
 
     stage: str
-    name: str
+    name: str  # of the model, in results
     recovery: str
-    about: str
-    variant: str
-    folder: str
-    outputs: list[str] = []
-    model: str = ""
-    evaluated: bool = True
-    control: bool = False
-    compared_with: str = ""
+    about: str  # the stage's help
+    variant: str  # folder of the prune variant
+    folder: str  # of the outputs
+    outputs: list[str] = []  # patterns in `folder`
+    model: str = ""  # folder of the model in `folder`; "" if the stage makes none
+    evaluated: bool = True  # whether the model is to be evaluated
+    control: bool = False  # whether the model is an unpruned one, trained for comparison
+    compared_with: str = ""  # folder of the control of a recovered model; "" if there is none
 
     @property
     def path(self) -> str:
@@ -103,7 +97,7 @@ class StepRecord(Part, frozen=True, kw_only=True):
 
 
 class Steps(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `steps.json`: the list of a run's steps, and the names of its model and evaluation sets."""
+    """File `steps.json`: a run's steps, and the names of its model and sets."""
 
     HINT: ClassVar[str] = "run `vlmprune run` again"
     model: str = ""
