@@ -116,34 +116,28 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
             stream.reconfigure(errors="backslashreplace")
     if script is not None:
         argv = [Path(script.__file__ or "").stem, *argv]
-    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
-        return _guarded(argv, script)
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _guarded(argv, script)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        if alone and not switch(argv, "debug"):
-            leave_quietly()
-
-
-def _guarded(argv: list[str], script: ModuleType | None) -> int:
-    """Run a command and return its exit code; print any error as one line."""
-    try:
-        with contextlib.nullcontext() if switch(argv, "debug") else kept() as messages:
-            call = _call(argv, script)
-            if call is not None:
-                command, flags = call
-                command.run(flags)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
-        if messages is not None:
-            messages.tell()
-        return 0
-    except BaseException as error:
-        if switch(argv, "debug"):
-            traceback.print_exc()
-        return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
+    debug = switch(argv, "debug")
+    with contextlib.ExitStack() as at_the_end:
+        if threading.current_thread() is threading.main_thread():  # elsewhere no signal can be caught
+            if alone and not debug:
+                at_the_end.callback(leave_quietly)
+            at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
+        try:
+            with contextlib.nullcontext() if debug else kept() as messages:
+                call = _call(argv, script)
+                if call is not None:
+                    command, flags = call
+                    command.run(flags)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+            if messages is not None:
+                messages.tell()
+            return 0
+        except BaseException as error:  # one line for the user, and the exit code
+            if debug:
+                traceback.print_exc()
+            return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
+    raise AssertionError  # the context swallows nothing
 
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:

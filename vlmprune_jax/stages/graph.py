@@ -12,7 +12,7 @@ from typing import Any
 from vlmprune_jax.core.checks import file_of_users
 from vlmprune_jax.data.inputs import record_files
 from vlmprune_jax.experiment.spec import affecting
-from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, RecoverRun, prune_runs, recover_runs
+from vlmprune_jax.experiment.variants import CONTROL, NO_RECOVERY, Variant, prune_runs, recover_runs
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.stages.registry import STAGES, functions_of
 from vlmprune_jax.stages.work import Work
@@ -99,7 +99,7 @@ def steps_of(root: Work) -> list[Work]:
                 recovery=run.experiment.recover.name,
                 before=tuple(shared),
             )
-            known, control = len(controls), _control(root, run, controls)
+            known, control = len(controls), _control(root, run, pruned, controls)
             steps += _chain("recovery", work.replace(control=None if control is None else control.out))
             steps += [control] if control is not None and len(controls) > known else []
     return steps
@@ -135,12 +135,12 @@ def _chain(scope: str, place: Work, *, last: bool = True) -> list[Work]:
     return steps
 
 
-def _control(root: Work, run: RecoverRun, known: dict[str, Work]) -> Work | None:
+def _control(root: Work, run: Variant, pruned: Variant, known: dict[str, Work]) -> Work | None:
     """Return the step that trains the control (an unpruned model) for a recovery; None if not wanted.
 
     `known`: the controls so far, by everything that they depend on, to which a new one is added.
     """
-    spec, below = run.experiment, run.folder.relative_to(run.pruned.folder)
+    spec, below = run.experiment, run.folder.relative_to(pruned.folder)
     if not (spec.recover.control and uses_labels(spec.recover.losses)):
         return None
     if spec.prune.stack != "text" or spec.prune.vocabulary.size is not None:  # whose caches are of another model
@@ -169,7 +169,7 @@ def _control(root: Work, run: RecoverRun, known: dict[str, Work]) -> Work | None
     first, settings = step(root.workdir / CONTROL / below, name), affecting("recover", spec.sections)
     key = content_key(settings, [spec.data.train, spec.data.images, spec.model.hf_dir])
     taken = any(other.folder == first.folder for other in known.values())
-    control = step(run.pruned.folder / CONTROL / below, f"{run.pruned.name}-{name}") if taken else first
+    control = step(pruned.folder / CONTROL / below, f"{pruned.name}-{name}") if taken else first
     return known.setdefault(key, control)
 
 
