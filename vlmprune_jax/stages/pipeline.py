@@ -71,8 +71,12 @@ def make_models(root: Work) -> Result:
         if {model.control for model in pending} <= {None, *finished}:
             evaluations |= _evaluate(pending)
             pending.clear()
-    result = _result(root, steps, teacher, evaluations)
-    best = best_run(result.runs, result.sets).name
+
+    def compared() -> Result:
+        result = make_result(root.workdir, [*map(record_of, steps)], teacher, evaluations)
+        return replace(result, best=best_run(result.runs, result.sets).name)
+
+    result: Result = on_process_zero(compared, Result)
     on_process_zero(lambda: write_samples(root.workdir, spec.data, spec.evaluate, result.runs))
     models = {run.name: root.workdir / run.path for run in result.runs}
     speeds = _speeds(root, models) if spec.speed.rounds else {}
@@ -86,7 +90,6 @@ def make_models(root: Work) -> Result:
         result,
         teacher=measured(result.teacher, "", root.teacher, carried=count_carried(root.teacher, root.tower)),
         runs=[measured(run, run.name, models[run.name]) for run in result.runs],
-        best=best,
         workload=workload,
     )
 
@@ -101,7 +104,7 @@ def evaluate(root: Work) -> None:
     if not evaluations:
         root.say("no pruned or recovered model in this workdir yet: only the unpruned one was evaluated")
     elif is_main_process() and (root.workdir / RESULT).is_file():
-        _renew(root, _result(root, steps, teacher, evaluations))
+        _renew(root, make_result(root.workdir, [*map(record_of, steps)], teacher, evaluations))
 
 
 def evaluate_teacher(root: Work) -> dict[str, Evaluated]:
@@ -177,12 +180,6 @@ def _evaluate(models: Iterable[Work]) -> dict[str, Evaluations]:
     """Evaluate models, controls first: other models are compared with the answers of their controls."""
     ordered = sorted(models, key=lambda step: step.pruned)
     return {step.path: evaluate_model(step, step.out, step.out.name) for step in ordered}
-
-
-def _result(root: Work, steps: Sequence[Work], teacher: Evaluations, evaluations: Mapping[str, Evaluations]) -> Result:
-    """Return the comparison of the evaluated models, which process 0 assembles from the workdir."""
-    records = [record_of(step) for step in steps]
-    return on_process_zero(lambda: make_result(root.workdir, records, teacher, evaluations), Result)
 
 
 def _renew(root: Work, renewed: Result) -> None:

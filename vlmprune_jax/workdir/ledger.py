@@ -136,6 +136,7 @@ def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> Stag
 
         def begin() -> StageRecord | None:
             nonlocal key
+            _check_inputs(task)
             held.enter_context(_alone(task, say))
             record = _begin(task, overwrite, say)
             if record is None and task.store is not None:
@@ -199,8 +200,8 @@ def _alone(task: Task, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageRecord | None:
-    """Return the task's ledger entry if it is done; otherwise remove its old outputs and return None."""
+def _check_inputs(task: Task) -> None:
+    """Raise UserError if an input is missing, with the command that makes it if it is a stage's."""
     for name, path in task.inputs.items():
         if isinstance(path, Path) and not path.exists():
             if name in task.makers:
@@ -208,6 +209,10 @@ def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageReco
                     f"{path}: no such file or folder: run `vlmprune {task.makers[name]}` (or `vlmprune run`) first"
                 )
             raise UserError(f"{task.name}: {name} is {path}: no such file or folder")
+
+
+def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageRecord | None:
+    """Return the task's ledger entry if it is done; otherwise remove its old outputs and return None."""
     now = made_from(task.settings, task.inputs, task.version)
     last = _read(task.record, task.facts)
     same = last is not None and last.made_from == now
