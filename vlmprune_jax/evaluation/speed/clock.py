@@ -30,7 +30,7 @@ class SpeedConfig:
     The report's FLOPs are for the same prompt.
     """
 
-    rounds: int = speed_setting(5, "Number of speed measurements per model (0 = none).", least=0, most=1000)
+    rounds: int = speed_setting(5, "Number of measurements per model (0 = none).", least=0, most=1000)
     prompt_tokens: int = speed_setting(
         640, "Length of the prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
     )
