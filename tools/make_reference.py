@@ -97,7 +97,7 @@ def _row(option: Option) -> str:
         sentence += f" Unit: {unit}."
     if not all(f'"{name}"' in sentence for name in choices):
         sentence += f" One of {', '.join(f'`{name}`' for name in choices)}."
-    cells = (f"`{option.name.rpartition('.')[2]}`", f"`{option.about.default!r}`", sentence)
+    cells = (f"`{option.name.rpartition('.')[2]}`", f"`{option.default!r}`", sentence)
     return "|" + "|".join(cell.replace("|", "\\|") for cell in cells) + "|"
 
 

@@ -19,8 +19,8 @@ from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.workdir.result import Export, Result, Run, read_result
 from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
+from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
-from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps
 
 CFG = config((decoder_layer(4, 4, 12),) * len(EQUAL))
 SIZE = count_params(CFG)

@@ -49,7 +49,7 @@ def image_runs(limits=(70, 140, 280), seeds=(1,)) -> list[SweepRun]:
 
 
 def make_models(experiment: Experiment, context) -> Result:
-    """In the place of `Pipeline.make_models`: numbers that follow from settings, and a folder."""
+    """In the place of `pipeline.make_models`: numbers that follow from settings, and a folder."""
     spec, trained = experiment.prune, experiment.recover.method != "none"
     path = "recovered" if trained else "pruned"
     folder = context.workdir / path
@@ -81,7 +81,7 @@ def write_sweep(workdir: Path, sets=tuple(METRICS), runs=None, **kind) -> SweepR
     """`sweep.json` of what `some_runs` would find, on some of the evaluation sets; `kind`: see there."""
     runs, sweep = runs or some_runs(**kind), Sweep(workdir, "configs/sweeps/made_up.py", overwrite=False)
     with (
-        mock.patch.object(stages.Pipeline, "make_models", lambda self: make_models(self.experiment, self.context)),
+        mock.patch.object(stages, "make_models", lambda work: make_models(work.experiment, work)),
         mock.patch.object(stages, "made_from_of", lambda run, sweep: run.name),
         mock.patch.object(stages, "preflight"),
     ):

@@ -21,8 +21,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.recipes import recipe, recipes
-from vlmprune_jax.experiment.spec import Experiment, RecoverSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs
+from vlmprune_jax.recovery.config import RecoverConfig
 
 
 def test_hub_ids_become_folders(monkeypatch, tmp_path):
@@ -175,9 +176,9 @@ def test_wrong_settings(values, message):
 
 
 def test_settings_reach_the_library():
-    spec = override(RecoverSpec(), {"steps": 7, "losses": {"l2": 0.5, "l2_layers": [-1, 2]}, "learning_rate": 1})
+    spec = override(RecoverConfig(), {"steps": 7, "losses": {"l2": 0.5, "l2_layers": [-1, 2]}, "learning_rate": 1})
     built = recover_config(spec)
     assert (built.steps, built.num_steps(1000), built.losses.l2_layers, built.adapters.rank) == (7, 7, (-1, 2), 128)
     assert recover_config(dataclasses.replace(spec, trainable="projector")).adapters is None
-    cached = override(RecoverSpec(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
+    cached = override(RecoverConfig(), {"steps": 7, "losses": {"ce": 1.0, "l2": 0.0}, "teacher_cache": "somewhere"})
     assert recover_config(cached).losses.teacher_top_k == 0  # of use to other variants of the experiment

@@ -80,7 +80,7 @@ def test_defects_are_told_with_what_was_read(capsys, monkeypatch, tmp_path, run,
     read_bytes(tmp_path / "f.json")
     code, said = ended(capsys, monkeypatch, run)
     assert (code, said.count("\n")) == (1, 1)
-    assert "vlmprune: error: vlmprune report failed at cli/stages.py:" in said
+    assert "vlmprune: error: vlmprune report failed at cli/main.py:" in said
     assert f" after reading {tmp_path}/f.json with " in said
     assert line in said
     code, said = ended(capsys, monkeypatch, run, "--debug")

@@ -21,9 +21,10 @@ from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.families import detect
 from vlmprune_jax.hf.read import read_config
+from vlmprune_jax.prune.config import ScoreConfig
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_internvl_batches_of_every_stage(goldens: Path, internvl: tuple[ModelSpe
     experiment = Experiment(
         model=model,
         data=data(goldens, max_tiles=6),
-        score=ScoreSpec(samples=5, batch_size=2, longest_text=240),
+        score=ScoreConfig(samples=5, batch_size=2, longest_text=240),
         evaluate=EvaluateSpec(batch_size=4),
     )
     batches = inputs.calibration_batches(experiment.model, experiment.data, experiment.score, cfg, seed=0)

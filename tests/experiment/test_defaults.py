@@ -12,7 +12,7 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.arguments import plan_config
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune import CRITERIA, PlanConfig, ReconstructConfig, ScoreConfig
 from vlmprune_jax.prune.config import TokenWeights
@@ -92,7 +92,7 @@ def test_a_plan_is_the_same_from_python_and_from_a_config():
     teacher = model(config(EQUAL))
     scores = vp.score(teacher, None, criterion="l1")
     by_keywords = vp.make_plan(scores, teacher.cfg, method="width", ratio=0.2)
-    spec = plan_config(override(PruneSpec(), {"method": "width", "ratio": 0.2}), ModelSpec(), DataSpec(), ExportSpec())
+    spec = plan_config(override(PlanConfig(), {"method": "width", "ratio": 0.2}), ModelSpec(), DataSpec(), ExportSpec())
     assert vp.make_plan(scores, teacher.cfg, spec) == by_keywords
     assert by_keywords.options["heads"] == "auto"
     random = vp.score(teacher, None, criterion="random")

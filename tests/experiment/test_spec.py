@@ -16,10 +16,9 @@ from vlmprune_jax.experiment.variants import check_experiment
 from vlmprune_jax.models.stack import REMAT_POLICIES
 from vlmprune_jax.recovery.config import REMAT, LossConfig, RecoverConfig
 from vlmprune_jax.recovery.losses import losses
-from vlmprune_jax.stages.job import make_job
-from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.graph import task_of
 from vlmprune_jax.stages.recover import _made_from
-from vlmprune_jax.stages.work import Context
+from vlmprune_jax.stages.work import Work
 
 # --- declarations -----------------------------------------------------------------------------------------------------
 
@@ -119,9 +118,10 @@ def kept(tmp_path):
     def of(experiment, stage):
         files = {"train": str(tmp_path / "records.json"), "eval": str(tmp_path / "records.json"), "images": None}
         experiment = override(experiment, {"model": {"hf_dir": str(tmp_path / "model")}, "data": files})
-        context = Context(workdir=tmp_path, reporter=make_reporter(False))
-        work = Pipeline(experiment, context).work(start=tmp_path / "pruned", part="pruned")
-        return make_job(stage, work, experiment.sections).settings
+        place = {"stage": stage, "start": tmp_path / "pruned"} | (
+            {"subject": "pruned", "part": "questions"} if stage == "evaluate" else {}
+        )
+        return task_of(Work.at(tmp_path, experiment, make_reporter(False), **place)).settings
 
     return of
 
@@ -190,7 +190,8 @@ def test_a_checkpoint_is_of_what_changes_the_numbers():
     config = RecoverConfig(trainable="projector", steps=3)
     found = config.identity()
     assert found.keys() == {f.name for f in dataclasses.fields(config)} - {
-        *("save_every", "keep_checkpoints", "log_every", "loggers", "merge_lora")
+        *("save_every", "keep_checkpoints", "log_every", "loggers", "merge_lora", "save_adapter"),
+        *("method", "name", "control", "teacher_cache", "teacher_top_k"),
     }
     assert (found["lora"], found["epochs"], found["steps"]) == (None, None, 3)
     assert found["losses"].keys() == {*LOSSES, "teacher_top_k"}

@@ -1,6 +1,7 @@
 """Damaged files of results: what tables, pages and recommendations are made of, read back or refused in one line."""
 
 import json
+from types import SimpleNamespace
 
 import recover_cases as cases
 import sweep_cases
@@ -24,13 +25,12 @@ from vlmprune_jax.stages.evaluate import AnswerFacts
 from vlmprune_jax.sweep.run import Sweep, read_error, read_run
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import best_run
-from vlmprune_jax.workdir.ledger import Finished
 from vlmprune_jax.workdir.result import read_result
 from vlmprune_jax.workdir.samples import SAMPLES, Picture, Sample, SampleAnswer, Samples, SampleSet
 from vlmprune_jax.workdir.speed import Bench, Speed
+from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.workdir.sweep import RunError, SweptModel, as_csv, groups_of, read_sweep
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, Planned, TpuPlan, as_rows
-from vlmprune_jax.workdir.unfinished import STEPS, StepRecord, Steps, Variant, read_unfinished
 from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 CFG = cases.config()
@@ -153,7 +153,7 @@ def test_answers(tmp_path):
     records, path = tmp_path / "records.json", tmp_path / "pruned.answers.jsonl"
     records.write_text(json.dumps([{"id": f"r{number}", "conversations": turns} for number in range(3)]))
     answer = {"id": "r0", "prediction": "yes", "references": ["yes"], "tokens": 1}
-    done = Finished(AnswerFacts(questions=3, parameters=3, model_seconds=3), 3.0)
+    done = SimpleNamespace(facts=AnswerFacts(questions=3, parameters=3, model_seconds=3), seconds=3.0)
     of = EvaluationSetSpec(data=str(records), metric="exact_match")
 
     def measured():

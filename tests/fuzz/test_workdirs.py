@@ -22,7 +22,7 @@ from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
 from vlmprune_jax.report.provenance import provenance_section
 from vlmprune_jax.workdir import provenance
-from vlmprune_jax.workdir.ledger import Job, finished_stages, run_job, write_text
+from vlmprune_jax.workdir.ledger import Task, finished_stages, run_task, write_text
 
 CFG = cases.config()
 MADE_FROM = {"tower": {"weights": "a1", "layers": 3}, "dtype": "float32"}
@@ -108,14 +108,16 @@ def test_ledger(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "commit", lambda: None)  # which asks git
     out = tmp_path / "out.txt"
     (tmp_path / "in.txt").write_text("input")
-    stage = Job("score", 1, tmp_path, {"ratio": 0.3}, {"data.train": tmp_path / "in.txt"}, [out], Facts)
 
     def body():
         write_text(out, "made")
         return Facts(number=1, share=2.0)
 
+    files = {"inputs": {"data.train": tmp_path / "in.txt"}, "outputs": [out]}
+    stage = Task(name="score", function=body, workdir=tmp_path, settings={"ratio": 0.3}, facts=Facts, **files)
+
     def run(overwrite=False):
-        return run_job(stage, body, overwrite=overwrite, say=lambda text: None)
+        return run_task(stage, overwrite=overwrite, say=lambda text: None)
 
     run()
     whole = json.loads(stage.record.read_text())

@@ -19,12 +19,13 @@ from vlmprune_jax.core.parts import Layer
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
-from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec, PruneSpec
+from vlmprune_jax.experiment.spec import ExportSpec, ModelSpec
 from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.flops import forward_flops, vision_flops
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import PrunePlan, make_plan, prune_iteratively, score
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.cost import make_measure, speed_limits
 from vlmprune_jax.workdir.artefact import write_artefact
 
@@ -199,7 +200,7 @@ def test_images_of_fewer_tokens_cost_less(goldens, name):
     plain = make_measure(cfg, Budget(**{**budget, "context": length}))(cfg)
     assert [longer[key] for key in ("step_ms", "memory_bytes")] == [plain[key] for key in ("step_ms", "memory_bytes")]
     assert usual["step_ms"] < longer["step_ms"]
-    spec = override(PruneSpec(), {"budget": {"flops": 1.0}})
+    spec = override(PlanConfig(), {"budget": {"flops": 1.0}})
     data, export = DataSpec(max_image_tokens=70), ExportSpec(max_image_tokens=140)
     assert plan_config(spec, ModelSpec(), data, export).budget.image_tokens == 140  # of the export, if it has its own
     assert plan_config(spec, ModelSpec(), data, ExportSpec()).budget.given["image_tokens"] == 70
@@ -217,7 +218,7 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     ]
     write_artefact(tmp_path / "bench.json", replace(BENCH, sides=sides))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
-    limits = plan_config(override(PruneSpec(), {"budget": budget}), ModelSpec(), DataSpec(), ExportSpec()).budget.given
+    limits = plan_config(override(PlanConfig(), {"budget": budget}), ModelSpec(), DataSpec(), ExportSpec()).budget.given
     assert limits["curve"] == [[whole // 2, 10.0], [whole, 20.0]]
     plan = make_plan(scores, cfg, method="width", budget=limits)
     assert plan.parameters_after / whole == pytest.approx(0.85, abs=0.02)

@@ -18,16 +18,17 @@ from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.weight_files import Extent
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.disk import verified
 from vlmprune_jax.hf.disk.tensors import write_weights
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import KeptLayer, fingerprint, prune_folder
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.stages import work as work_module
-from vlmprune_jax.stages.job import run_stage
-from vlmprune_jax.stages.pipeline import Pipeline
-from vlmprune_jax.stages.work import Context
+from vlmprune_jax.stages.graph import task_of
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.ledger import run_task
 
 SOURCES = {"llava_hf": None, "llava_orig": "clip_tower", "llava_orig_bin": "clip_tower", "llama_gqa": None}
 DECODERS = {"mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "phi": PHI, "phi3": PHI3}
@@ -346,11 +347,11 @@ def test_the_prune_stage_does_not_load_the_model(llama, tmp_path, monkeypatch):
     (work / "depth").mkdir(parents=True)
     scores.save(work / "scores.npz")
     experiment = Experiment(
-        model=ModelSpec(hf_dir=str(llama)), score=ScoreSpec(depth="random"), prune=PruneSpec(layers_removed=2)
+        model=ModelSpec(hf_dir=str(llama)), score=ScoreConfig(depth="random"), prune=PlanConfig(layers_removed=2)
     )
     monkeypatch.setattr(work_module, "load", None)
-    context = Context(workdir=work, reporter=make_reporter(False))
-    facts = run_stage("prune", Pipeline(experiment, context).work(out=work / "pruned"), experiment.sections).facts
+    place = Work.at(work, experiment, make_reporter(False), stage="prune", out=work / "pruned")
+    facts = run_task(task_of(place), overwrite=False, say=place.say).facts
     plan = vp.PrunePlan.from_json(work / "plan.json")
     vp.save(vp.apply_plan(model, plan), tmp_path / "saved", source_dir=llama, plan=plan, dtype="float32")
     assert contents(work / "pruned") == contents(tmp_path / "saved")

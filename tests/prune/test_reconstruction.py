@@ -87,6 +87,8 @@ def test_every_weight_that_lost_something_comes_nearer_to_the_teacher(shape):
     teacher = model(config(EQUAL, **SHAPES[shape]))
     plan = hybrid(teacher)
     pruned, batches = apply_plan(teacher, plan), rows(64)
+    unchanged, reports = reconstruct(pruned, plan, teacher, batches, method="none")
+    assert (unchanged is pruned, reports) == (True, [])
     solved, report = reconstruct(pruned, plan, teacher, batches)
     assert [(one["layer"], one["module"]) for one in report] == [
         (0, "o_proj"), (1, "down_proj"), (4, "o_proj"), (4, "down_proj")

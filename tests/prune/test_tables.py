@@ -9,8 +9,8 @@ from prune_cases import EQUAL, config, depth_scores, width_scores
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.spec import PruneSpec
 from vlmprune_jax.prune import keep_everything, make_plan
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.tables import compare, explain
 
@@ -71,11 +71,11 @@ def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys,
 def test_what_a_layer_was_spared_for_is_said():
     cfg = config(EQUAL)
     width, depth = width_scores(cfg), depth_scores(cfg, [0.0, 1, 2, 3, 4])
-    spec = PruneSpec(protect=(0,))
+    spec = PlanConfig(protect=(0,))
     ((_, header, rows),) = explain(make_plan(depth, cfg, method="depth", ratio=0.2, protect=(0,)), cfg, spec, [depth])
     assert header[-3:] == ["score", "rank", "why"]
     assert [row[-1] for row in rows] == ["protected", "goes", "stays", "stays", "stays", "4 layers stay"]
-    spec = PruneSpec(attn_layers=(1, 3), mlp_layers=(2, 5), neurons_multiple=2)
+    spec = PlanConfig(attn_layers=(1, 3), mlp_layers=(2, 5), neurons_multiple=2)
     options = {"attn_layers": (1, 3), "mlp_layers": (2, 5), "neurons_multiple": 2}
     plan = make_plan(width, cfg, method="width", ratio=0.2, **options)
     ((_, _, rows),) = explain(plan, cfg, spec, [width])

@@ -11,6 +11,7 @@ from prune_cases import EQUAL, UNEQUAL, batch, config, expanded, golden_llava, m
 from rounding import assert_same_sums
 from width_cases import QUICK, SLOW, check_pruned, options_of, replayed
 
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import unstack_layers
 from vlmprune_jax.models.vlm import apply, forward
 from vlmprune_jax.prune import apply_plan, make_plan, prune_iteratively, score
@@ -277,3 +278,5 @@ def test_all_layers_by_word():
     scores = score(whole, None, criterion="l2")
     named = make_plan(scores, whole.cfg, method="width", ratio=0.2, attn_layers="all", mlp_layers="all")
     assert named == make_plan(scores, whole.cfg, method="width", ratio=0.2)
+    with pytest.raises(UserError, match="steps=2 need new scores before each: use prune_iteratively"):
+        make_plan(scores, whole.cfg, method="width", ratio=0.2, steps=2)

@@ -23,13 +23,13 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.experiment.arguments import recover_config
-from vlmprune_jax.experiment.spec import RecoverSpec
 from vlmprune_jax.export.tokenizer import vocabulary_digest
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.recovery import peft
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import add_lora, assign_groups, merge_lora
 
@@ -197,5 +197,5 @@ def test_what_an_adapter_cannot_be(pruned, tmp_path):
         write_adapter(model, tmp_path / "adapter", base_dir=folder, trained=[*trained, "vision/class_embedding/weight"])
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(UserError, match=r"recover.trainable='projector' trains no adapter"):
-        recover_config(RecoverSpec(trainable="projector", save_adapter=True))
-    assert recover_config(RecoverSpec(save_adapter=True)).merge_lora is False
+        recover_config(RecoverConfig(trainable="projector", save_adapter=True))
+    assert recover_config(RecoverConfig(save_adapter=True)).merge_lora is False

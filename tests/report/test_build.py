@@ -19,11 +19,11 @@ from vlmprune_jax.report.build import build_report
 from vlmprune_jax.report.tables import tables_of
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import MadeFrom
-from vlmprune_jax.workdir.ledger import Done
+from vlmprune_jax.workdir.ledger import StageRecord
 from vlmprune_jax.workdir.provenance import MadeBy
 from vlmprune_jax.workdir.result import read_result
+from vlmprune_jax.workdir.steps import STEPS, Steps
 from vlmprune_jax.workdir.tpu_plan import Planned, TpuPlan
-from vlmprune_jax.workdir.unfinished import STEPS, Steps
 
 
 def test_a_style_of_the_current_folder_is_not_obeyed(workdir, tmp_path):
@@ -133,7 +133,7 @@ def test_the_title_names_model_sets_and_day(workdir):
     write_artefact(workdir / STEPS, Steps(model="org/<model>", sets="pope, mme", steps=[]))
     by = MadeBy(finished="2026-11-02 10:00:00 UTC", command="", processor="", versions={}, commit=None)
     made = MadeFrom(settings={}, inputs={}, version=1)
-    first = Done(made_from=made, done=True, seconds=1.0, facts={}, outputs={}, by=by)
+    first = StageRecord(format=1, made_from=made, done=True, seconds=1.0, facts={}, outputs={}, by=by)
     later = replace(first, by=replace(by, finished="2026-11-10 09:00:00 UTC"))
     page = build_report(workdir, {"score": first, "recover": later, "prune": first}).read_text()
     assert page.count("Pruning of org/&lt;model&gt;, evaluated on pope, mme (2026-11-10)</") == 2

@@ -20,9 +20,7 @@ from vlmprune_jax.experiment.variants import choose_variants
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.prune import prune_folder
 from vlmprune_jax.stages import pipeline
-from vlmprune_jax.stages.pipeline import Pipeline
-from vlmprune_jax.stages.work import Context
-from vlmprune_jax.workdir.ledger import Finished
+from vlmprune_jax.stages.work import Work
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -188,15 +186,15 @@ def test_the_best_of_the_variants_that_are_named(tmp_path, monkeypatch):
     exported = []
     monkeypatch.setattr(pipeline, "read_result", lambda _: found)
     monkeypatch.setattr(pipeline, "best_run", lambda runs, _: runs[0])
-    monkeypatch.setattr(Pipeline, "_export_run", lambda _, run, *__: exported.append(run.path) or Finished(None, 0.0))
+    monkeypatch.setattr(
+        pipeline, "_export_run", lambda _, run, *__: exported.append(run.path) or SimpleNamespace(facts=None)
+    )
     monkeypatch.setattr(pipeline, "describe_export", lambda *_: [])
     (tmp_path / "result.json").touch()
     variants = {name: {"prune": {"method": name}} for name in ("depth", "width", "hybrid")}
     experiment = override(Experiment(), {"prune_variants": variants})
     for only in ("", "width"):
-        Pipeline(choose_variants(experiment, only), Context(workdir=tmp_path, reporter=make_reporter(False))).export()
+        pipeline.export(Work.at(tmp_path, choose_variants(experiment, only), make_reporter(False)))
     assert exported == ["depth/pruned", "width/pruned"]
     with pytest.raises(UserError, match="has no model of these variants"):
-        Pipeline(
-            choose_variants(experiment, "hybrid"), Context(workdir=tmp_path, reporter=make_reporter(False))
-        ).export()
+        pipeline.export(Work.at(tmp_path, choose_variants(experiment, "hybrid"), make_reporter(False)))

@@ -37,10 +37,10 @@ from vlmprune_jax.prune import make_plan, prune_folder, score
 from vlmprune_jax.recovery import loop
 from vlmprune_jax.recovery.feature_pass import check_frozen
 from vlmprune_jax.recovery.metrics import Recorder
-from vlmprune_jax.stages.job import run_stage
-from vlmprune_jax.stages.pipeline import Pipeline
-from vlmprune_jax.stages.recover import Recovery, cached_features, prepare
-from vlmprune_jax.stages.work import Context
+from vlmprune_jax.stages.graph import task_of
+from vlmprune_jax.stages.recover import cached_features, prepare
+from vlmprune_jax.stages.work import Work
+from vlmprune_jax.workdir.ledger import run_task
 
 RECOVER = {
     "trainable": "decoder",
@@ -83,9 +83,9 @@ def make_experiment(root: Path, goldens: Path, **sections: Any) -> Experiment:
     return override(Experiment(), changes)
 
 
-def quiet(root: Path) -> Context:
+def quiet(root: Path, experiment: Experiment, **place: Any) -> Work:
     """Nothing is printed."""
-    return Context(workdir=root, reporter=Reporter(Console(file=io.StringIO())))
+    return Work.at(root, experiment, Reporter(Console(file=io.StringIO())), **place)
 
 
 def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None = None, **recover: Any) -> Path:
@@ -93,7 +93,8 @@ def recovered(experiment: Experiment, root: Path, name: str, cache: Path | None 
     data = {"feature_cache": None if cache is None else str(cache)}
     changed = override(experiment, {"data": data, "recover": recover})
     place = {"folder": root / name, "start": root / "pruned", "out": root / name / "recovered", "recovered": True}
-    run_stage("recover", Pipeline(changed, quiet(root)).work(**place), changed.sections)
+    work = quiet(root, changed, stage="recover", **place)
+    run_task(task_of(work), overwrite=False, say=work.say)
     return root / name
 
 
@@ -147,11 +148,7 @@ def prepared(experiment: Experiment, root: Path, cache: Path, **sections: Any) -
     """The stage's part before training."""
     data = {"feature_cache": str(cache), **sections.pop("data", {})}
     changed = override(experiment, {"data": data, **sections})
-    work = Pipeline(changed, quiet(root)).work(start=root / "pruned")
-    pair = {"student": work.open_folder(work.start), "teacher": work.open_folder(work.teacher), "plan": work.plan}
-    place = {"tokens": work.tokens, "mesh": work.devices, "model": work.model, "folder": work.folder, "context": work}
-    recovery = Recovery(data=changed.data, spec=changed.recover, **pair, **place)
-    return cached_features(recovery, prepare(recovery))
+    return cached_features(prepare(quiet(root, changed, start=root / "pruned"), changed.data, changed.recover))
 
 
 def test_what_is_refused(llava, goldens, tmp_path):

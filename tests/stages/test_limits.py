@@ -22,9 +22,10 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arranged_questions
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.experiment.spec import Experiment, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages.work import in_memory
+from vlmprune_jax.prune.config import ScoreConfig
+from vlmprune_jax.workdir.ledger import in_memory
 
 LONG = "ab " * 100_000
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing."}]
@@ -51,7 +52,7 @@ def data(folder: Path, **changes: Any) -> DataSpec:
 
 
 def calibrated(folder: Path, cfg: ModelConfig, samples: int, **changes: Any) -> list[batching.Batch]:
-    score = ScoreSpec(samples=samples)
+    score = ScoreConfig(samples=samples)
     model = ModelSpec(hf_dir=str(folder / "teacher"))
     return inputs.calibration_batches(model, data(folder, **changes), score, cfg, seed=0)
 

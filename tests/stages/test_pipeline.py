@@ -12,7 +12,7 @@ from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.evaluation.metrics import METRICS, Metric
-from vlmprune_jax.stages.step import Step
+from vlmprune_jax.stages import pipeline
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.evaluation import Evaluated
 from vlmprune_jax.workdir.result import Workload, read_result
@@ -184,7 +184,7 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
     """Repeating a finished command changes no byte; a run that was killed after its control ends with equal files."""
     monkeypatch.setitem(METRICS, "letters", Metric("letters", lambda said, *_: {"letters": 1.0 + len(said)}))
     command = ["run", *experiment, "--only=depth", "--config.speed.rounds=0", "--config.evaluate.metric=letters"]
-    workdir, evaluate = tmp_path / "w", Step.evaluate
+    workdir, evaluate_model = tmp_path / "w", pipeline.evaluate_model
 
     def files():
         return {str(path.relative_to(workdir)): path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -193,9 +193,9 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
         untimed = {name: of for name, of in files().items() if name != "report.html" and "tensorboard" not in name}
         return {name: CLOCK.sub(b"", of) if "json" in name else of for name, of in untimed.items()}
 
-    def killed(self):
-        evaluations = evaluate(self)
-        if not self.work.pruned:
+    def killed(work, start, subject):
+        evaluations = evaluate_model(work, start, subject)
+        if not work.pruned:
             raise KeyboardInterrupt
         return evaluations
 
@@ -206,7 +206,7 @@ def test_files_do_not_depend_on_what_ran_before(monkeypatch, tmp_path, experimen
     assert files() == first
     shutil.rmtree(workdir)
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "evaluate", killed)
+        patch.setattr(pipeline, "evaluate_model", killed)
         assert main(command) == 130
     assert (workdir / "control/sft_l2/eval/recovered.json").exists()
     assert main(command) == 0
@@ -225,15 +225,15 @@ def test_a_control_is_trained_once_for_each_recovery(tmp_path):
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.settings import override
     from vlmprune_jax.experiment.spec import Experiment
-    from vlmprune_jax.stages.pipeline import Pipeline
-    from vlmprune_jax.stages.work import Context
+    from vlmprune_jax.stages.graph import steps_of
+    from vlmprune_jax.stages.work import Work
 
     def controls(**changes):
         experiment = override(Experiment(), {"model": {"hf_dir": "teacher"}, **changes})
-        steps = list(Pipeline(experiment, Context(workdir=tmp_path, reporter=make_reporter(False))).steps())
-        assert all(step.work.control is None for step in steps if step.stage != "recover")
-        found = [step.work.control and step.work.control.relative_to(tmp_path).as_posix() for step in steps]
-        trained = [step.path for step in steps if not step.work.pruned]
+        steps = steps_of(Work.at(tmp_path, experiment, make_reporter(False)))
+        assert all(step.control is None for step in steps if step.stage != "recover")
+        found = [step.control and step.control.relative_to(tmp_path).as_posix() for step in steps]
+        trained = [step.path for step in steps if not step.pruned]
         return trained, [path for step, path in zip(steps, found, strict=True) if step.stage == "recover" and path]
 
     assert controls() == (["control/recovered"], ["control/recovered"])

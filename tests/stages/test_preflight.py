@@ -7,7 +7,7 @@ import pytest
 from hf_cases import copy_llava
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.stages import answers, pipeline, preflight, step
+from vlmprune_jax.stages import answers, pipeline, preflight
 
 CONFIG = """
 from vlmprune_jax.cli.config_files import experiment_config
@@ -34,9 +34,8 @@ def run(goldens, tmp_path, capsys, monkeypatch):
     records = [{"id": f"r{i}", "image": f"img{i % 4}.png", "conversations": turns} for i in range(6)]
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "config.py").write_text(CONFIG.format(root=tmp_path))
-    monkeypatch.setattr(pipeline, "run_stage", None)
-    monkeypatch.setattr(step, "run_stage", None)
-    monkeypatch.setattr(answers, "run_stage", None)
+    monkeypatch.setattr(pipeline, "run_task", None)
+    monkeypatch.setattr(answers, "run_task", None)
 
     def call(*flags, command="run"):
         code = main([command, f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'w'}", *flags])

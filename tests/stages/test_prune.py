@@ -6,11 +6,11 @@ from hf_cases import copy_llava
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.experiment.spec import PruneSpec
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import iterative, prune_iteratively
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.stages.prune import _check_integers
 
@@ -170,9 +170,9 @@ def test_two_targets_are_refused_before_scoring(experiment, capsys):
 
 def test_integers_that_an_engine_does_not_load_are_refused_before_recovery(goldens):
     _, cfg = read_config(goldens / "families/qwen3_vl/ckpt")
-    spec = PruneSpec(loads_in=("vllm_tpu",))
+    spec = PlanConfig(loads_in=("vllm_tpu",))
     for quantize in ("none", "w8a8", "q8_0"):
         _check_integers(cfg, spec, ExportSpec(quantize=quantize))
-    _check_integers(cfg, PruneSpec(), ExportSpec(quantize="w8a16"))
+    _check_integers(cfg, PlanConfig(), ExportSpec(quantize="w8a16"))
     with pytest.raises(UserError, match=r"loads_in='vllm_tpu': .*w8a16 loads in no class: use symmetric w8a8"):
         _check_integers(cfg, spec, ExportSpec(quantize="w8a16"))

@@ -7,10 +7,10 @@ from sweep_cases import QUIET
 
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.demo import easyvqa
-from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.stages import speed as stage
-from vlmprune_jax.stages.pipeline import Pipeline
-from vlmprune_jax.stages.work import Context, Work
+from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.speed import Speed
 from vlmprune_jax.workdir.store import Store
@@ -27,14 +27,14 @@ def test_runs_of_a_sweep_measure_a_shape_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage, "measure_speed", measure)
     monkeypatch.setattr(Work, "load", lambda self, folder: None)
-    monkeypatch.setattr(Context, "phase", lambda self, title, total: QUIET_BAR)
+    monkeypatch.setattr(Work, "phase", lambda self, title, total: QUIET_BAR)
     teacher = easyvqa.__file__.replace("easyvqa.py", "teacher")
     experiment = override(Experiment(), {"model": {"hf_dir": teacher}})
-    for number, spec in enumerate((SpeedSpec(), SpeedSpec(), SpeedSpec(prompt_tokens=100))):
+    for number, spec in enumerate((SpeedConfig(), SpeedConfig(), SpeedConfig(prompt_tokens=100))):
         workdir = tmp_path / f"run{number}"
         shutil.copytree(teacher, workdir / "pruned")
-        context = Context(workdir=workdir, reporter=QUIET, store=Store(tmp_path / "shared"))
-        work = Pipeline(experiment, context).work(models={f"depth-{number}": workdir / "pruned"})
+        models = {f"depth-{number}": workdir / "pruned"}
+        work = Work.at(workdir, experiment, QUIET, store=Store(tmp_path / "shared"), models=models)
         stage.speed_stage(work, spec)
         (measured_pair,) = read_artefact(workdir / "speed.json", Speed).pairs
         assert measured_pair.models == [f"depth-{number}"]

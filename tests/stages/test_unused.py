@@ -10,8 +10,9 @@ from vlmprune_jax.cli.config_files import read_experiment, read_hyper, starting_
 from vlmprune_jax.cli.flags import parse
 from vlmprune_jax.cli.stages import StageCommand
 from vlmprune_jax.core.settings import nested, override
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.recipes import shipped_configs
-from vlmprune_jax.experiment.spec import Experiment, SpeedSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.stage import Stage
@@ -109,7 +110,7 @@ def test_shipped_configs_print_no_note_on_their_own_settings(goldens, cfg, name)
             continue
         assert unused_settings([(whole, cfg)]) == {}
         runs = [read_experiment(flags.config, only=only) for only in whole.prune_variants]
-        runs.append(replace(whole, recover=replace(whole.recover, method="none"), speed=SpeedSpec()))
+        runs.append(replace(whole, recover=replace(whole.recover, method="none"), speed=SpeedConfig()))
         for run in runs:
             assert unused_settings([(run, cfg)], start=start) == {}
 

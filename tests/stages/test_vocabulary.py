@@ -18,7 +18,7 @@ from vlmprune_jax.stages.vocabulary import _by_script
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.evaluation import read_evaluated
 from vlmprune_jax.workdir.result import read_result
-from vlmprune_jax.workdir.unfinished import Variant
+from vlmprune_jax.workdir.steps import Variant
 from vlmprune_jax.workdir.vocabulary import VocabularyReport
 
 CONFIG = """

@@ -59,8 +59,8 @@ def sweep(tmp_path, monkeypatch):
         return main(["sweep", f"--config={tmp_path}/sweep.py", f"--workdir={workdir}", *flags])
 
     call.ran, call.fail, call.pages, call.checked, call.workdir = [], {}, [], [], workdir
-    monkeypatch.setattr(sweep_run.Pipeline, "make_models", lambda self: made(self.experiment, self.context))
-    monkeypatch.setattr(sweep_run, "preflight", lambda pipeline, command: call.checked.append(command))
+    monkeypatch.setattr(sweep_run, "make_models", lambda work: made(work.experiment, work))
+    monkeypatch.setattr(sweep_run, "preflight", lambda work, command: call.checked.append(command))
     monkeypatch.setattr(comparison, "build_comparison", lambda folder: call.pages.append(folder))
     return call
 

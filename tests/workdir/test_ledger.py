@@ -10,7 +10,7 @@ from hostile import mutants
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.workdir import ledger
-from vlmprune_jax.workdir.ledger import Job, run_job
+from vlmprune_jax.workdir.ledger import Task, run_task
 
 
 class Facts(msgspec.Struct):
@@ -29,11 +29,12 @@ class Work:
         (folder / "in.txt").write_text("input")
 
     def __call__(self, overwrite=False, **parts):
-        return run_job(self.job(**parts), self.body, overwrite=overwrite, say=self.said.append)
+        return run_task(self.task(**parts), overwrite=overwrite, say=self.said.append)
 
-    def job(self, scratch=(), journals=(), version=1, inputs=None, facts=Facts, **settings):
-        return Job(
+    def task(self, scratch=(), journals=(), version=1, inputs=None, facts=Facts, **settings):
+        return Task(
             name="depth/prune",
+            function=self.body,
             version=version,
             workdir=self.folder,
             settings={"ratio": 0.3, **settings},
@@ -62,7 +63,7 @@ def test_unchanged_stage_is_skipped(work):
     assert first.facts.number == 1
     assert work() == first
     assert work.runs == 1
-    assert work.said == ["depth/prune: unchanged, skipped (out.txt is up to date)"]
+    assert work.said == ["depth/prune ...", "depth/prune: unchanged, skipped (out.txt is up to date)"]
 
 
 @pytest.mark.parametrize(
@@ -89,11 +90,11 @@ def test_other_inputs_are_refused_unless_overwritten(work, change, message):
 def test_only_one_setting_differs(work):
     """So a stage may replace its own output where that setting is no reason to ask; by hand changed ones it may not."""
     work()
-    changed = work.job(card=[("a", 1)])
+    changed = work.task(card=[("a", 1)])
     assert ledger.differs_only_in(changed, "card")
     assert not ledger.differs_only_in(changed, "ratio")
-    assert not ledger.differs_only_in(work.job(card=[("a", 1)], ratio=0.4), "card")
-    assert not ledger.differs_only_in(work.job(card=[("a", 1)], version=2), "card")
+    assert not ledger.differs_only_in(work.task(card=[("a", 1)], ratio=0.4), "card")
+    assert not ledger.differs_only_in(work.task(card=[("a", 1)], version=2), "card")
     (work.folder / "out.txt").write_text("by hand")
     assert not ledger.differs_only_in(changed, "card")
 

@@ -12,7 +12,7 @@ from repository import HANG
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.workdir import store as stores
-from vlmprune_jax.workdir.ledger import Job, run_job, write_text
+from vlmprune_jax.workdir.ledger import Task, run_task, write_text
 from vlmprune_jax.workdir.store import RECORD, Store
 
 
@@ -29,17 +29,6 @@ class Sweep:
 
     def __call__(self, name, *, also=(), body=None, outputs=("out.txt", "model"), **settings):
         work = self.folder / name
-        job = Job(
-            name="recover",
-            version=1,
-            workdir=work,
-            settings={"ratio": 0.3, **settings},
-            inputs={"data.train": self.folder / "in.bin"},
-            outputs=[work / path for path in outputs],
-            stage="recover",
-            facts=Facts,
-            store=Store(self.folder / "shared", dict(also)),
-        )
 
         def make():
             self.made.append(name)
@@ -49,7 +38,19 @@ class Sweep:
             (work / "model/inner/weights").write_bytes(b"weights")
             return Facts(len(self.made))
 
-        return run_job(job, make, overwrite=False, say=self.said.append)
+        task = Task(
+            name="recover",
+            function=make,
+            workdir=work,
+            settings={"ratio": 0.3, **settings},
+            inputs={"data.train": self.folder / "in.bin"},
+            outputs=[work / path for path in outputs],
+            kind="recover",
+            facts=Facts,
+            store=Store(self.folder / "shared", dict(also)),
+        )
+
+        return run_task(task, overwrite=False, say=self.said.append)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_second_run_takes_what_the_first_one_made(sweep):
     first = sweep("a")
     assert sweep("b") == first
     assert sweep.made == ["a"]
-    assert sweep.said == ["recover: linked from another run"]
+    assert sweep.said == ["recover ...", "recover: linked from another run"]
     for path in ("out.txt", "model/inner/weights"):
         assert os.path.samefile(sweep.folder / "a" / path, sweep.folder / "b" / path)
     assert sweep("b") == first  # from its own ledger

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import Any
 
 from vlmprune_jax.cli import env
 from vlmprune_jax.cli.flags import help_of, parse, split_flag, switch
@@ -115,31 +116,28 @@ def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) ->
             stream.reconfigure(errors="backslashreplace")
     if script is not None:
         argv = [Path(script.__file__ or "").stem, *argv]
-    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
-        return _guarded(argv, script)
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return _guarded(argv, script)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        if alone and not switch(argv, "debug"):
-            leave_quietly()
-
-
-def _guarded(argv: list[str], script: ModuleType | None) -> int:
-    """Run a command and return its exit code; print any error as one line."""
-    try:
-        if switch(argv, "debug"):
-            _dispatch(argv, script)
-        else:
-            with kept() as messages:
-                _dispatch(argv, script)
-            messages.tell()
-        return 0
-    except BaseException as error:
-        if switch(argv, "debug"):
-            traceback.print_exc()
-        return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
+    debug = switch(argv, "debug")
+    with contextlib.ExitStack() as at_the_end:
+        if threading.current_thread() is threading.main_thread():  # elsewhere no signal can be caught
+            if alone and not debug:
+                at_the_end.callback(leave_quietly)
+            at_the_end.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
+        try:
+            with contextlib.nullcontext() if debug else kept() as messages:
+                call = _call(argv, script)
+                if call is not None:
+                    command, flags = call
+                    command.run(flags)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+            if messages is not None:
+                messages.tell()
+            return 0
+        except BaseException as error:  # one line for the user, and the exit code
+            if debug:
+                traceback.print_exc()
+            return _ended(argv, error, [] if script is None else [Path(script.__file__ or "").parent])
+    raise AssertionError  # the context swallows nothing
 
 
 def _ended(argv: list[str], error: BaseException, ours: list[Path]) -> int:
@@ -218,18 +216,20 @@ def _after() -> str:
     return "" if path is None else f" after reading {path}"
 
 
-def _dispatch(argv: list[str], script: ModuleType | None) -> None:
-    if script is not None:
-        _run(script, *argv)
-    elif not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
+def _call(argv: list[str], script: ModuleType | None) -> tuple[Any, Any] | None:
+    """Return the command to run and its flags; None if the arguments asked for help or the version, now printed."""
+    if script is None and (not argv or argv[0] in ("-h", "--help") or argv == ["help"]):
         lines = [line for title, names in GROUPS.items() for line in ("", f"{title}:", *map(_listed, names))]
         print(OVERVIEW.format(commands="\n".join(lines), configs=_shipped()))
-    elif argv == ["--version"]:
+    elif script is None and argv == ["--version"]:
         print(f"vlmprune {env.version()}")
     else:
-        _run(_command(*argv), *argv)
-    if sys.stdout is not None:
-        sys.stdout.flush()  # what cannot be written is told here, not by Python at the very end
+        name, *rest = argv
+        command = _command(name, *rest) if script is None else script
+        if not any(arg in ("-h", "--help") for arg in rest):
+            return command, parse(name, command, rest)
+        print(help_of(name, command))
+    return None
 
 
 def _shipped() -> str:
@@ -251,13 +251,6 @@ def _command(name: str, *rest: str) -> ModuleType | StageCommand:
     if name not in COMMANDS and split_flag(rest, "config")[0] is None:
         raise UserError(f"no command {name!r}{suggest(name, COMMANDS)}")
     return StageCommand(name)
-
-
-def _run(command: ModuleType | StageCommand, name: str, *rest: str) -> None:
-    if any(arg in ("-h", "--help") for arg in rest):
-        print(help_of(name, command))
-        return
-    command.run(parse(name, command, rest))
 
 
 if __name__ == "__main__":

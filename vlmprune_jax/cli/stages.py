@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
 
 from vlmprune_jax.cli.flags import Flags, common
 from vlmprune_jax.core.checks import suggest
+from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.stages.registry import STAGES
 
@@ -39,6 +42,7 @@ class StageCommand:
 
     def __init__(self, name: str):
         self.name, stage = name, STAGES.get(name)
+        self.run = functools.partial(run_command, "run" if name == "demo" else name)
         details = {"run": RUN, "report": REPORT, "demo": DEMO}.get(name, "" if stage is None else _details(name))
         config = "" if name in ("report", "demo") else "--config=FILE.py "
         self.CONFIG = "demo" if name == "demo" else None  # the default
@@ -61,15 +65,6 @@ class StageCommand:
             about = "evaluate the model behind this OpenAI-compatible server, for example http://HOST:8000/v1"
             absl_flags.DEFINE_string("server", None, about, flag_values=values)
 
-    def run(self, flags: Any) -> None:
-        """Run the command's stage for every variant of the experiment.
-
-        Raises UserError if there is no such command, not even one that the config adds.
-        """
-        if self.name not in commands():
-            raise UserError(f"no command {self.name!r}{suggest(self.name, commands())}")
-        run_command("run" if self.name == "demo" else self.name, flags)
-
 
 def _details(name: str) -> str:
     stage = STAGES[name]
@@ -77,10 +72,15 @@ def _details(name: str) -> str:
 
 
 def run_command(name: str, flags: Any) -> None:
-    """Load the experiment and workdir that the flags name, and run a command on them."""
+    """Load the experiment and workdir that the flags name, and run a command on them.
+
+    Raises UserError if there is no such command, not even one that the config adds.
+    """
+    if name not in commands():
+        raise UserError(f"no command {name!r}{suggest(name, commands())}")
     from vlmprune_jax.cli.config_files import starting_point
     from vlmprune_jax.cli.workdir import prepare
-    from vlmprune_jax.stages.pipeline import Pipeline
+    from vlmprune_jax.stages import pipeline
     from vlmprune_jax.stages.preflight import preflight
     from vlmprune_jax.stages.served import evaluate_server
     from vlmprune_jax.stages.unused import unused_lines
@@ -90,49 +90,46 @@ def run_command(name: str, flags: Any) -> None:
         return
     if name == "evaluate" and flags.tasks is not None and flags.config is not None:
         flags.config.evaluate.tasks = tuple(flags.tasks)
-    experiments, context = prepare(flags, flags.format if name == "export" else ())
-    pipelines = {part: Pipeline(experiment, context) for part, experiment in experiments.items()}
-    pipeline = next(iter(pipelines.values()))
+    works = prepare(flags, flags.format if name == "export" else ())
+    work = next(iter(works.values()))
     if name == "evaluate" and flags.server is not None:
         if flags.dry_run or flags.only:
             raise UserError("--dry_run and --only are not for models behind --server: leave them out")
-        evaluate_server(pipeline.work(), pipeline.sections, flags.server, starting_point(flags))
+        evaluate_server(work, flags.server, starting_point(flags))
         return
-    for each in pipelines.values():
+    for each in works.values():
         preflight(each, name)
-    work, sections = pipeline.work(), () if name == "run" else ("model", *STAGES[name].sections)
-    used = [(each, work.config(work.teacher)) for each in experiments.values()]
-    for line in unused_lines(used, sections, starting_point(flags)):
-        context.say(f"  {line}")
+    used = [(each.experiment, work.config(work.teacher)) for each in works.values()]
+    for line in unused_lines(used, () if name == "run" else ("model", *STAGES[name].sections), starting_point(flags)):
+        work.say(f"  {line}")
     if flags.dry_run:
         return
     if name == "run":
-        pipeline.run()
-        finish(context)
+        pipeline.run_all(work)
+        finish(work.workdir, work.reporter)
     elif name == "evaluate":
-        pipeline.evaluate()
+        pipeline.evaluate(work)
     elif name == "speed":
-        pipeline.measure_speed()
+        pipeline.measure_speed(work)
     elif name == "export":
-        for part, each in pipelines.items():
-            each.export(part)
+        for part, each in works.items():
+            pipeline.export(each, part)
     else:
-        pipeline.run_stage(name, explain=name == "prune" and flags.explain)
+        pipeline.run_stage(work, name, explain=name == "prune" and flags.explain)
 
 
 def _report(flags: Any) -> None:
     from vlmprune_jax.cli.config_files import to_workdir
     from vlmprune_jax.core.console import make_reporter
-    from vlmprune_jax.stages.work import Context
 
     if not flags.workdir:
         raise UserError("no workdir given: add --workdir=DIR, the workdir of a finished or unfinished `vlmprune run`")
     if flags.dry_run or flags.only:
         raise UserError("vlmprune report writes the page of all models: leave --dry_run and --only out")
-    finish(Context(workdir=to_workdir(flags.workdir), reporter=make_reporter(True), overwrite=flags.overwrite))
+    finish(to_workdir(flags.workdir), make_reporter(True))
 
 
-def finish(context: Any) -> None:
+def finish(workdir: Path, reporter: Reporter) -> None:
     """Print the tables of `result.json` and write the report (process 0 only), even if the run is unfinished."""
     from vlmprune_jax.distributed.mesh import is_main_process
     from vlmprune_jax.report.build import build_report
@@ -143,20 +140,20 @@ def finish(context: Any) -> None:
 
     if not is_main_process():
         return
-    if (context.workdir / RESULT).exists():
-        result = read_result(context.workdir).distinct()
+    if (workdir / RESULT).exists():
+        result = read_result(workdir).distinct()
         for table in tables_of(result):
-            context.reporter.table(*table.printed)
-        context.say(lead(result))
+            reporter.table(*table.printed)
+        reporter.say(lead(result))
         if note := parameter_note(result.teacher):
-            context.say(note)
-        context.say(f"best: {context.workdir / result.best_run.path}")
+            reporter.say(note)
+        reporter.say(f"best: {workdir / result.best_run.path}")
         if result.export is not None:
-            exported = context.workdir / result.export.path
+            exported = workdir / result.export.path
             for line in describe_export(exported, result.labels[result.best], result.export):
-                context.say(line)
-        numbers = f", plot: {context.workdir / 'report.png'}, numbers: {context.workdir / RESULT}"
+                reporter.say(line)
+        numbers = f", plot: {workdir / 'report.png'}, numbers: {workdir / RESULT}"
     else:
         numbers = ", of an unfinished run: it says what is missing"
-    page = build_report(context.workdir, finished_stages(context.workdir))
-    context.say(f"report: {page}{numbers}")
+    page = build_report(workdir, finished_stages(workdir))
+    reporter.say(f"report: {page}{numbers}")

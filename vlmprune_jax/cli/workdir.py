@@ -16,19 +16,18 @@ from vlmprune_jax.core.console import PIPE_WIDTH, Reporter, Terminal, make_repor
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import initialize, is_main_process
 from vlmprune_jax.experiment.arguments import export_in
-from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import check_experiment
-from vlmprune_jax.stages.work import Context
+from vlmprune_jax.stages.work import Work
 from vlmprune_jax.sweep.hyper import SweepRun, sweep_runs
 from vlmprune_jax.sweep.run import Sweep, with_caches
 from vlmprune_jax.sweep.sweep import attempt
-from vlmprune_jax.sweep.workers import Work
+from vlmprune_jax.sweep.workers import Worker
 
 
-def prepare(flags: Any, formats: Sequence[str]) -> tuple[dict[str, Experiment], Context]:
-    """Return the experiment of a stage command, and its context (workdir and console output).
+def prepare(flags: Any, formats: Sequence[str]) -> dict[str, Work]:
+    """Return the work of a stage command: its experiment, workdir and console output, by the name "".
 
-    With `formats`, {format: the experiment with this export format}; otherwise the experiment has the name "".
+    With `formats`, {format: work of the experiment with this export format}.
     """
     reporter = _join(flags)
     experiment, workdir = to_experiment(
@@ -40,7 +39,7 @@ def prepare(flags: Any, formats: Sequence[str]) -> tuple[dict[str, Experiment], 
     } or {"": experiment}
     for each in experiments.values():
         check_experiment(each, workdir)
-    return experiments, Context(workdir=workdir, reporter=reporter, overwrite=flags.overwrite)
+    return {name: Work.at(workdir, each, reporter, overwrite=flags.overwrite) for name, each in experiments.items()}
 
 
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
@@ -68,7 +67,7 @@ def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
     return [dataclasses.replace(run, experiment=experiment) for run, experiment in zip(runs, experiments, strict=True)]
 
 
-def start_worker(sweep: Sweep) -> Work:
+def start_worker(sweep: Sweep) -> Worker:
     """Return the function with which a worker process of `vlmprune sweep --jobs` executes one run."""
     _quiet()
     load_file(sweep.config)  # for what it adds to `vp.criteria` and the like

@@ -8,6 +8,11 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import check_settings, prune_setting, setting
+from vlmprune_jax.core.weight_files import DTYPES
+
+# Choices of the export, on which the size of its files depends.
+UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true widths, zeros, or an error
+LAYOUTS = ("source", "transformers")
 
 LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decode_ms")
 
@@ -66,19 +71,17 @@ class Budget:
         0, "Number of tokens per image (0 = typical for the model).", unit="tokens", least=0, offered=False
     )
     slice: str = prune_setting("v5e:1x1", "TPU slice for `step_ms`, such as v5e:2x4.")
-    dtype: str = setting(
-        "bfloat16", "Data type of weights and key/value cache.", choices="core.weight_files:DTYPES", offered=False
-    )
+    dtype: str = setting("bfloat16", "Data type of weights and key/value cache.", choices=tuple(DTYPES), offered=False)
     uneven: str = setting(
         "per_layer",
         "Export of layers of unequal width, as in `export.uneven`.",
-        choices="export.uneven:UNEVEN",
+        choices=UNEVEN,
         offered=False,
     )
     layout: str = setting(
         "source",
         "Tensor names and config of the export, as in `export.layout`.",
-        choices="export.huggingface:LAYOUTS",
+        choices=LAYOUTS,
         offered=False,
     )
     source_dir: str | None = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmprune_jax.core.settings import STAGES, check_settings, setting
+from vlmprune_jax.core.weight_files import DTYPES
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ModelSpec:
         "float32",
         "Data type of the model weights in memory and in the checkpoints of all stages before the export.",
         affects=STAGES,
-        choices="core.weight_files:DTYPES",
+        choices=tuple(DTYPES),
     )
 
     def __post_init__(self) -> None:

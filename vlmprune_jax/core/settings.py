@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -39,8 +38,8 @@ class Setting:
     Attributes:
       sentence: what the setting does, shown in help and docs.
       affects: stages whose results the setting changes (see `STAGES`); empty if it may change at any time.
-      choices: the allowed texts, or "module:NAME" of a mapping, a tuple or a function that returns one; looked up when
-        a command starts, since a user's file may add names.
+      choices: the allowed texts; a mapping, or a function that returns one, is looked up when a command starts, since a
+        user's file may add names.
       least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
       by_content: the setting names a file or folder; results depend on its content, not on its name.
       offered: available in configs; False for arguments of the Python library alone.
@@ -51,7 +50,7 @@ class Setting:
     _: KW_ONLY
     affects: tuple[str, ...] = ()
     unit: str = ""
-    choices: Collection[str] | str = ()
+    choices: Collection[str] | Callable[[], Collection[str]] = ()
     least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -67,11 +66,7 @@ class Setting:
 
     def names(self) -> tuple[str, ...]:
         """Return the allowed string values: the default and the choices, which may be the names in a registry."""
-        choices = self.choices
-        if isinstance(choices, str):
-            module, _, name = choices.partition(":")
-            source = getattr(importlib.import_module(f"vlmprune_jax.{module}"), name)
-            choices = source if isinstance(source, Collection) else source()
+        choices = self.choices() if callable(self.choices) else self.choices
         alone = choices and isinstance(self.default, str) and self.default not in choices
         return (self.default, *choices) if alone else tuple(choices)
 
@@ -101,12 +96,12 @@ def check_settings(location: str, section: Any, *, elsewhere: bool = False) -> N
     Args:
       where: name of the section, for messages.
       section: an instance of the dataclass.
-      elsewhere: also check choices that are names in a mapping of another module.
+      elsewhere: also check choices that a user's file may add to.
     """
     for name, about in settings_of(section).items():
         value = getattr(section, name)
         place = f"{location}.{name}"
-        if about.choices and (elsewhere or not isinstance(about.choices, str)):
+        if about.choices and (elsewhere or isinstance(about.choices, tuple)):
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, str):
                     one_of(place, item, about.names())

@@ -13,12 +13,12 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.config import GROUPINGS, ON_ERROR
 from vlmprune_jax.data.encoding import Encoder, Shape
-from vlmprune_jax.data.grouping import GROUPINGS, grouped_order
+from vlmprune_jax.data.grouping import grouped_order
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows
 
-ON_ERROR = ("stop", "skip")
 PREFETCH = 4  # batches read ahead, so that image decoding overlaps with computation
 _PADDING_ROW = -1
 Kind = dict[str, tuple[tuple[int, ...], np.dtype]]  # array name in a batch -> shape and dtype

@@ -8,6 +8,11 @@ from typing import ClassVar, Protocol
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import FRACTION, check_settings, evaluate_setting, recover_setting, setting
+from vlmprune_jax.families import templates
+
+ASPECT_RATIOS = ("auto", "pad", "square")
+GROUPINGS = ("none", "length", "modality_length")
+ON_ERROR = ("stop", "skip")
 
 _RECORDS = ("score", "reconstruct", "recover", "evaluate")  # stages that read records
 records_setting = functools.partial(setting, affects=_RECORDS)
@@ -64,7 +69,7 @@ class DataSpec:
     template: str = rows_setting(
         "auto",
         'Prompt template; "auto" follows the chat template in the model folder, else that of the model family.',
-        choices="families:templates",
+        choices=templates,
     )
     system: str | None = rows_setting(None, 'System prompt that replaces the template\'s ("" = none).')
     max_length: int | None = setting(
@@ -85,7 +90,7 @@ class DataSpec:
         "auto",
         'Method to make images square, for models without tiles: "pad" with the mean colour, or "square" (resize and '
         'crop as the image processor does); "auto" follows the model folder.',
-        choices="data.images:ASPECT_RATIOS",
+        choices=ASPECT_RATIOS,
     )
     min_tiles: int | None = rows_setting(
         None,
@@ -133,13 +138,13 @@ class DataSpec:
         "none",
         'Grouping of training records into batches: none, by similar length ("length"), or also by whether they have '
         'images ("modality_length").',
-        choices="data.grouping:GROUPINGS",
+        choices=GROUPINGS,
     )
     on_error: str = training_setting(
         "stop",
         'Action on a training record that cannot be read or does not fit: stop ("stop"), or replace it by '
         'padding and list it in training/skipped-*.jsonl ("skip").',
-        choices="data.batching:ON_ERROR",
+        choices=ON_ERROR,
     )
     max_image_pixels: int = setting(
         100_000_000, "Maximum number of pixels of an image file; larger images are refused.", unit="pixels", least=1

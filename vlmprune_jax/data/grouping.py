@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-GROUPINGS = ("none", "length", "modality_length")
 MEGABATCH = 50  # batches sorted together, like `mega_batch_mult` of transformers' `group_by_length`
 
 

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
+from vlmprune_jax.data.config import ASPECT_RATIOS
 from vlmprune_jax.data.cropping import cropping_from_processor
 from vlmprune_jax.data.image_processor import (
     PROCESSOR_FILES,
@@ -38,7 +39,6 @@ from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.families import find
 from vlmprune_jax.families.tiles import ImageShape
 
-ASPECT_RATIOS = ("auto", "pad", "square")
 GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot
 _CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.

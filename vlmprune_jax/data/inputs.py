@@ -19,14 +19,13 @@ from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import ModelSpec
-from vlmprune_jax.data.batching import ON_ERROR, Batch, TrainBatches, train_batches
+from vlmprune_jax.data.batching import Batch, TrainBatches, train_batches
 from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, prompt_of, with_marks
-from vlmprune_jax.data.config import Calibration, DataSpec
+from vlmprune_jax.data.config import GROUPINGS, ON_ERROR, Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
 from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.data.grouping import GROUPINGS
 from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
 from vlmprune_jax.data.preparation import Preparation

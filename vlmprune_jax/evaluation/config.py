@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import MAX_ROWS, check_settings, evaluate_setting, setting
+from vlmprune_jax.evaluation.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EvaluationSetSpec:
     metric: str | None = setting(
         None,
         "Metric that scores the answers (None = `evaluate.metric`, or perplexity if `text` is set).",
-        choices="evaluation.metrics:METRICS",
+        choices=METRICS,
     )
     prompt_suffix: str | None = evaluate_setting(None, "Text appended to the last question of a record.")
     max_new_tokens: int | None = evaluate_setting(None, "Maximum length of a generated answer.", unit="tokens", least=1)
@@ -69,7 +70,7 @@ class EvaluateSpec:
     metric: str = setting(
         "exact_match",
         "Metric that scores the answers; after a change, stored answers are scored again.",
-        choices="evaluation.metrics:METRICS",
+        choices=METRICS,
     )
     prompt_suffix: str = evaluate_setting(
         "",

@@ -16,9 +16,9 @@ from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.metrics import metric_named
-from vlmprune_jax.experiment.spec import PruneSpec, RecoverSpec
 from vlmprune_jax.export.config import CardOptions, ExportSpec
 from vlmprune_jax.export.formats import FORMATS, quantizations
+from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import check_losses, needs_teacher
 from vlmprune_jax.workdir.artefact import read_artefact
@@ -27,7 +27,7 @@ from vlmprune_jax.workdir.speed import Bench
 QUESTIONS, TEXT = "questions", "text"  # the evaluation sets of an experiment that names none
 
 
-def plan_config(spec: PruneSpec, model: ModelSpec, data: DataSpec, export: ExportSpec) -> PruneSpec:
+def plan_config(spec: PlanConfig, model: ModelSpec, data: DataSpec, export: ExportSpec) -> PlanConfig:
     """Return the settings of `make_plan`; data type, format and image tokens of the budget come from the export."""
     budget = spec.budget
     if not budget.limits:
@@ -73,7 +73,7 @@ def export_dtype(model: ModelSpec, export: ExportSpec) -> str:
     return model.dtype if export.dtype == "source" else export.dtype
 
 
-def recover_config(spec: RecoverSpec) -> RecoverConfig:
+def recover_config(spec: RecoverConfig) -> RecoverConfig:
     """Return the training loop's settings, including those derived from other sections of the experiment.
 
     Raises:
@@ -88,8 +88,7 @@ def recover_config(spec: RecoverSpec) -> RecoverConfig:
     if spec.teacher_cache is not None and needs_teacher(losses):
         losses = dataclasses.replace(losses, teacher_top_k=spec.teacher_top_k)
     check_losses(losses)
-    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(RecoverConfig)}
-    return RecoverConfig(**{**values, "losses": losses, "merge_lora": not spec.save_adapter})
+    return dataclasses.replace(spec, losses=losses, merge_lora=spec.merge_lora and not spec.save_adapter)
 
 
 def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:

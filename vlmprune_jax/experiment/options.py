@@ -22,6 +22,7 @@ class Option:
     name: str
     kind: str
     about: Setting
+    default: Any
 
     @property
     def section(self) -> str:
@@ -54,7 +55,7 @@ def _sections(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def options() -> list[Option]:
     """Return all settings of a config in order, variants last."""
     return [
-        Option(f"{place}.{name}".lstrip("."), _kind(hint), settings_of(section)[name])
+        Option(f"{place}.{name}".lstrip("."), _kind(hint), settings_of(section)[name], getattr(section, name))
         for place, section in (*sections().items(), ("", Experiment()))
         for name, hint in hints_of(section).items()
         if name in settings_of(section)
@@ -97,7 +98,7 @@ def describe(name: str) -> list[str]:
         lines += [f"section {place}: {' '.join(docs[place].split())}", ""]
     for option in matches:
         lines += [
-            f"{option.name} = {option.about.default!r}",
+            f"{option.name} = {option.default!r}",
             f"  {option.about.sentence}",
             f"  {option.allowed}",
             f"  stages that run again after a change: {', '.join(option.about.affects) or 'none'}",

@@ -20,9 +20,10 @@ from vlmprune_jax.experiment.arguments import (
     plan_config,
     recover_config,
 )
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ScoreSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA, scoring
 
 NO_RECOVERY = "none"
@@ -35,22 +36,12 @@ _TAKEN = (
 
 
 @dataclass(frozen=True)
-class PruneRun:
-    """One prune variant: name, experiment, and folder with scores.npz, plan.json and pruned/."""
+class Variant:
+    """A way to prune, or a way to recover a pruned model: name, experiment, and the folder of what it makes."""
 
     name: str
     experiment: Experiment
     folder: Path
-
-
-@dataclass(frozen=True)
-class RecoverRun:
-    """One recovery of a pruned model, in a folder with training/ and recovered/."""
-
-    name: str
-    experiment: Experiment
-    folder: Path
-    pruned: PruneRun
 
 
 def choose_variants(experiment: Experiment, only: str) -> Experiment:
@@ -112,26 +103,26 @@ def _without(values: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
     return {**others, first: _without(values[first], rest)} if rest else others
 
 
-def prune_runs(experiment: Experiment, workdir: Path) -> list[PruneRun]:
+def prune_runs(experiment: Experiment, workdir: Path) -> list[Variant]:
     """Return the prune variants, each with its own folder; without variants, one run in the workdir itself."""
     if not experiment.prune_variants:
-        return [PruneRun(experiment.prune.method, experiment, workdir)]
+        return [Variant(experiment.prune.method, experiment, workdir)]
     return [
-        PruneRun(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
+        Variant(_checked(name), override(experiment, values, f"prune_variants.{name}"), workdir / name)
         for name, values in experiment.prune_variants.items()
     ]
 
 
-def recover_runs(pruned: PruneRun) -> list[RecoverRun]:
+def recover_runs(pruned: Variant) -> list[Variant]:
     """Return the recovery variants of one pruned model that train it."""
     experiment = pruned.experiment
-    runs = [RecoverRun(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder, pruned)]
+    runs = [Variant(f"{pruned.name}-{experiment.recover.name}", experiment, pruned.folder)]
     if experiment.recover_variants:
         runs = []
     for name, values in experiment.recover_variants.items():
         changed = override(experiment, values, f"recover_variants.{name}")
         changed = override(changed, {"recover": {"name": name}})
-        runs.append(RecoverRun(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name, pruned))
+        runs.append(Variant(f"{pruned.name}-{_checked(name)}", changed, pruned.folder / name))
     return [run for run in runs if run.experiment.recover.method != NO_RECOVERY]
 
 
@@ -142,7 +133,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _check_criteria(spec: ScoreSpec) -> None:
+def _check_criteria(spec: ScoreConfig) -> None:
     """Raise UserError for a criterion that does not score what its setting needs, or for options that it lacks."""
     options: dict[str, Any] = {}
     needed: tuple[tuple[str, str, tuple[str, ...]], ...]
@@ -158,7 +149,7 @@ def _check_criteria(spec: ScoreSpec) -> None:
     with_defaults(f"score.options of {spec.depth!r} or {spec.width!r}", spec.options, options)
 
 
-def _check_target(config: PruneSpec) -> None:
+def _check_target(config: PlanConfig) -> None:
     """Raise UserError for several pruning targets, settings that the method lacks, or an unknown TPU slice name."""
     targets = (config.ratio, config.layers_removed, config.sparsity, config.experts)
     if config.budget.limits or any(target is not None for target in targets):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.settings import check_settings, export_setting
+from vlmprune_jax.export.formats import FORMATS, quantizations
 from vlmprune_jax.export.gguf import GgufOptions
 from vlmprune_jax.export.integers import IntegerOptions
 
@@ -17,7 +18,7 @@ class _FormatName:
         "huggingface",
         'Format of the export: a Hugging Face folder ("huggingface", or "compressed-tensors" if quantised), or GGUF '
         "files for llama.cpp.",
-        choices="export.formats:FORMATS",
+        choices=FORMATS,
     )
 
 
@@ -45,7 +46,7 @@ class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
         "none",
         "Quantisation of the decoder's weight matrices: w8a16, w4a16 or w8a8 in Hugging Face folders "
         "(compressed-tensors), q8_0, q5_1 or q4_0 in GGUF.",
-        choices="export.formats:quantizations",
+        choices=quantizations,
     )
     max_image_tokens: int | None = export_setting(
         None,

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmprune_jax.core.budget import UNEVEN
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import export_setting, settings_of
+from vlmprune_jax.core.weight_files import WRITTEN
 from vlmprune_jax.export.format import Calibration, Comparison, Contents, Format, Importance, Origin
 
 if TYPE_CHECKING:
@@ -21,12 +23,12 @@ class GgufOptions:
     uneven: str = export_setting(
         "per_layer",
         'Layers of unequal width: "per_layer" writes their true sizes, if llama.cpp\'s architecture allows it.',
-        choices="export.uneven:UNEVEN",
+        choices=UNEVEN,
     )
     dtype: str = export_setting(
         "bfloat16",
         'Data type of the exported weights; "source" uses that of the source\'s embedding.',
-        choices="core.weight_files:WRITTEN",
+        choices=WRITTEN,
     )
     quantize: str = export_setting(
         "none",

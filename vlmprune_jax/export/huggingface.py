@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune_jax.core.budget import LAYOUTS, UNEVEN
 from vlmprune_jax.core.settings import export_setting, setting
+from vlmprune_jax.core.weight_files import WRITTEN
 from vlmprune_jax.export.format import Comparison, Contents, Format, Origin
 
 if TYPE_CHECKING:
     from vlmprune_jax.models.vlm import Model
-
-LAYOUTS = ("source", "transformers")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FolderOptions:
         "per_layer",
         'Layers of unequal width: "per_layer" writes true sizes (Hugging Face folders include the PyTorch file that '
         'loads them), "pad" adds zero heads and neurons (same function, no savings), "refuse" stops with an error.',
-        choices="export.uneven:UNEVEN",
+        choices=UNEVEN,
     )
     head_dim: int = export_setting(
         0,
@@ -39,7 +39,7 @@ class FolderOptions:
     dtype: str = export_setting(
         "bfloat16",
         'Data type of the exported weights; "source" keeps that of the source folder.',
-        choices="core.weight_files:WRITTEN",
+        choices=WRITTEN,
     )
     storage: Any = setting(
         None, "Weights that are already quantised, such as the result of `vp.gptq` (None = none).", offered=False

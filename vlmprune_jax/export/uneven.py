@@ -17,7 +17,6 @@ from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
 
-UNEVEN = ("per_layer", "pad", "refuse")  # what to do with unequal layers: true widths, zeros, or an error
 LOADER_FILE = "modeling_per_layer.py"
 _LOADER = Path(__file__).parent / "remote" / LOADER_FILE
 _PREFIX = "PerLayer"

@@ -23,7 +23,7 @@ from vlmprune_jax.distributed.mesh import make_mesh, row_ways
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
 from vlmprune_jax.experiment.spec import Experiment
-from vlmprune_jax.experiment.variants import PruneRun
+from vlmprune_jax.experiment.variants import Variant
 from vlmprune_jax.export.loads import keeps_heads
 from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.read import read_config
@@ -127,7 +127,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
     )
 
 
-def read_shapes(run: PruneRun, pruned: bool) -> Shapes:
+def read_shapes(run: Variant, pruned: bool) -> Shapes:
     """Read an unpruned model's config, and if the run has `pruned` already, its plan; else predict the plan."""
     model, file = run.experiment.model, run.folder / "plan.json"
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)

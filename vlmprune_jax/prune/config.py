@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
+
+import numpy as np
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import (
     FRACTION,
+    MAX_ROWS,
     check_settings,
     prune_setting,
     reconstruct_setting,
@@ -18,6 +21,7 @@ from vlmprune_jax.core.settings import (
     setting,
     settings_of,
 )
+from vlmprune_jax.export.loads import TARGETS
 
 METHODS = ("depth", "width", "hybrid", "experts")
 # Method -> settings that it takes as a target in place of a ratio.
@@ -27,6 +31,21 @@ DEEPSTACK = ("keep", "move")
 PRODUCERS = ("keep", "redirect")
 HEADS = ("proportional", "keep", "auto")
 SELECTIONS = ("local", "global")
+# variant of Taylor importance -> whether it needs per-sample squared gradients
+VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
+REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda stack: stack.sum(axis=0),
+    "mean": lambda stack: stack.mean(axis=0),
+    "max": lambda stack: stack.max(axis=0),
+    "prod": lambda stack: stack.prod(axis=0),
+    "first": lambda stack: stack[0],
+}
+GQA = ("groups", "q_heads")
+# What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
+# blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
+# in another type); groups of int4 weights that share a scale.
+BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
+RECONSTRUCTIONS = ("none", "least_squares", "layerwise")
 _DEPTH = ("protect", "rounding", "deepstack", "producers")
 _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "snap_for", "tensor_parallel", "heads",
@@ -44,26 +63,54 @@ _LACKS = {
 METHOD_AXES = {"experts": ("experts",)}
 
 
+def _criteria() -> Collection[str]:
+    """Return the names of the criteria, which import jax."""
+    from vlmprune_jax.prune.criteria import CRITERIA
+
+    return CRITERIA
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Options of the pruning criteria that score layers, heads and neurons; each criterion uses some of them."""
+    """Settings of the importance scores of layers, heads and neurons, computed on calibration records."""
+
+    SECTION: ClassVar[str] = "score"
+
+    depth: str = score_setting(
+        "block_influence",
+        'Criterion that scores layers, for methods "depth" and "hybrid".',
+        choices=_criteria,
+    )
+    width: str = score_setting(
+        "taylor",
+        'Criterion that scores heads, neurons or experts, for methods "width", "hybrid" and "experts".',
+        choices=_criteria,
+    )
+    samples: int = score_setting(50, "Number of calibration records for scoring.", unit="records", least=1)
+    batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
+    longest_text: int | None = score_setting(
+        None,
+        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
+        unit="tokens",
+        least=1,
+    )
 
     variant: str = score_setting(
         "param_first",
         'Taylor importance, from weights w and gradients g: sum of |w g| ("param_first"), |sum of w g| ("vectorize"), '
         'second order ("param_second"), or first and second order ("param_mix").',
-        choices="prune.criteria.taylor:VARIANTS",
+        choices=tuple(VARIANTS),
     )
     reduction: str | None = score_setting(
         None,
         "Combination of the scores of a head's or neuron's weight matrices (None = the criterion's default).",
-        choices="prune.criteria.groups:REDUCTIONS",
+        choices=tuple(REDUCTIONS),
     )
     gqa: str = score_setting(
         "groups",
         'Unit of attention pruning: a key/value head with all its query heads ("groups"), or single query heads, the '
         'same number from every group ("q_heads").',
-        choices="prune.criteria.groups:GQA",
+        choices=GQA,
     )
     reference_compat: bool = score_setting(
         False, "Sum Block Influence and angular distance exactly as the paper's code does, padding tokens included."
@@ -137,7 +184,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Settings of `make_plan`: how much of a model to remove, and from which layers and units."""
+    """Settings of pruning, such as the method, the amount to remove, and the parts of the model to prune."""
 
     method: str = prune_setting(
         "depth",
@@ -198,7 +245,7 @@ class PlanConfig:
         None,
         'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
         '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
-        choices="prune.solver:BLOCKS",
+        choices=tuple(BLOCKS),
     )
     tensor_parallel: int = prune_setting(
         1,
@@ -222,7 +269,7 @@ class PlanConfig:
         (),
         "Engines that must load the pruned model at its true size; a plan that one of them cannot load is refused. "
         '`heads="auto"` keeps all heads if an engine needs them.',
-        choices="export.loads:TARGETS",
+        choices=TARGETS,
     )
     sparsity: float | None = prune_setting(
         None,
@@ -257,6 +304,14 @@ class PlanConfig:
     base: ModelConfig | None = setting(
         None, "Config before the first round of iterative pruning, to which ratio and sparsity refer.", offered=False
     )
+    stack: str = prune_setting(
+        "text",
+        'Part of the model to prune: decoder ("text"), vision tower ("vision"), or both with the same share removed.',
+        choices=("text", "vision", "both"),
+    )
+    steps: int = prune_setting(
+        1, "Number of rounds of width pruning; scores are computed again before each round.", unit="rounds", least=1
+    )
     budget: Budget = field(default_factory=Budget)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
@@ -270,8 +325,8 @@ class PlanConfig:
         return self.vocabulary.size is not None and targets == {None} and not self.budget.limits
 
     def recorded(self) -> list[str]:
-        """Return the names of the settings, except targets, that influence plans of this pruning method."""
-        targets = ("method", "ratio", "layers_removed")
+        """Return the names of the settings, except targets, that influence one step of this pruning method."""
+        targets = ("method", "ratio", "layers_removed", "stack", "steps")
         known = (f for f, about in settings_of(PlanConfig).items() if about.offered)
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
@@ -325,6 +380,8 @@ class PlanOptions(TypedDict, total=False):
     depth_share: float
     parameters_total: int | None
     base: ModelConfig | None
+    stack: str
+    steps: int
     budget: Budget | Mapping[str, Any]
     vocabulary: VocabularyConfig | Mapping[str, Any]
 
@@ -354,14 +411,28 @@ class TokenWeights:
 
 @dataclass(frozen=True)
 class ReconstructConfig(TokenWeights):
-    """Settings of `reconstruct`, the least-squares repair after pruning."""
+    """Settings of reconstruction, the least-squares repair of pruned weights before any training."""
+
+    SECTION: ClassVar[str] = "reconstruct"
 
     method: str = reconstruct_setting(
         "least_squares",
-        'Repair by least squares ("least_squares"), and then also by training each layer alone to match the unpruned '
-        'model\'s hidden states ("layerwise", for plans that remove layers).',
-        choices=("least_squares", "layerwise"),
+        'Repair of the pruned weights: none ("none"), least squares ("least_squares"), or least squares and then '
+        "training of each layer alone to match the unpruned model's hidden states "
+        '("layerwise", for plans that remove layers).',
+        choices=RECONSTRUCTIONS,
     )
+    samples: int = reconstruct_setting(512, "Number of calibration records for the fit.", unit="records", least=2)
+    batch_size: int = reconstruct_setting(
+        8, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS
+    )
+    longest_text: int | None = reconstruct_setting(
+        None,
+        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
+        unit="tokens",
+        least=1,
+    )
+    seed: int = reconstruct_setting(42, "Random seed for drawing the calibration records.", least=0, below=2**32)
     readers: str = reconstruct_setting(
         "auto",
         "Also repair the weights that read the residual stream (q, k, v, gate, up): if less than 40 % of the neurons "

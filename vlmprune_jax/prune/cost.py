@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vlmprune_jax.core.budget import Budget
+from vlmprune_jax.core.budget import UNEVEN, Budget
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import slice_of
 from vlmprune_jax.core.config import ModelConfig
@@ -16,7 +16,7 @@ from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.export.folder import MAX_SHARD_BYTES, make_tensors
 from vlmprune_jax.export.target import make_target
-from vlmprune_jax.export.uneven import UNEVEN, padded_stacks
+from vlmprune_jax.export.uneven import padded_stacks
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.tensors import bytes_on_disk
 from vlmprune_jax.hf.lazy import open_model

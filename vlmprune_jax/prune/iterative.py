@@ -8,7 +8,6 @@ from typing import Any, Unpack
 
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
@@ -25,10 +24,8 @@ def prune_iteratively(
     batches: Callable[[int], Iterable[Any]],
     config: PlanConfig | None = None,
     *,
-    steps: int,
     criterion: str,
     scores: Scores | None = None,
-    stack: str = "text",
     score_config: ScoreConfig | None = None,
     score_options: Mapping[str, Any] | None = None,
     **options: Unpack[PlanOptions],
@@ -40,28 +37,27 @@ def prune_iteratively(
 
     Args:
       batches: calibration batches of step k = 0, 1, ...
-      config, options: as for `make_plan`, whose method is always "width".
+      config, options: as for `make_plan`, whose method is always "width"; `steps` is the number of steps, and `stack`
+        the stack to prune.
       scores: scores of `model` for the first step, if there are any.
-      stack: stack to prune, as in `score`.
       score_config, score_options: `config` and options of `score`.
 
     Returns:
       The pruned model, one plan that leads from `model` to it, and the scores of every step.
 
-    Raises UserError as `score` and `make_plan` do, and for steps < 1.
+    Raises UserError as `score` and `make_plan` do.
     """
-    if steps < 1:
-        raise UserError(f"steps={steps} must be at least 1")
     config = override(PlanConfig() if config is None else config, options, "prune_iteratively", offered=False)
     config = dataclasses.replace(config, method="width")
     config.check()
+    steps = config.steps
     trim, total = make_trim(config.vocabulary, model.cfg), config.parameters_total or count_params(model.cfg)
     ratio = trim.share_left(config, total)
     current, used = model.replace(plan=None), list[Scores]()
     for k in range(1, steps + 1):
         if k > 1 or scores is None:
             scores = score(
-                current, batches(k - 1), score_config, criterion=criterion, stack=stack, **(score_options or {})
+                current, batches(k - 1), score_config, criterion=criterion, stack=config.stack, **(score_options or {})
             )
         used.append(scores)
         if config.budget.limits and k == 1:

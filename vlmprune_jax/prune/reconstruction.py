@@ -102,6 +102,8 @@ def reconstruct(
       UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
     """
     config = override(ReconstructConfig() if config is None else config, options, "reconstruct")
+    if config.method == "none":
+        return pruned, []
     if config.trains_layers and not any(kept.removed_layers for kept in plan.stacks.values()):
         raise UserError(
             'reconstruct.method="layerwise" needs a plan that removes layers (training layers one by one gains nothing '

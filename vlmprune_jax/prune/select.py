@@ -55,6 +55,8 @@ def make_plan(
     config.check([name for name, value in options.items() if value is not None])
     if scores is None:
         return _plan_vocabulary(model, config)
+    if config.steps > 1:
+        raise UserError(f"make_plan: steps={config.steps} need new scores before each: use prune_iteratively")
     return plan_beside(make_trim(config.vocabulary, cfg), scores, cfg, config)
 
 

@@ -17,12 +17,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import AXES, Layer, array_axes, scan_groups
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.params import param_axes, param_shapes
-from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.config import BLOCKS, PlanConfig
 
-# What `o_proj` and `down_proj` read (heads * head_dim, neurons) should be a multiple of: lanes of a TPU's registers;
-# blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
-# in another type); groups of int4 weights that share a scale.
-BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 

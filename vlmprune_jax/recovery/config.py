@@ -14,6 +14,7 @@ from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.settings import MAX_ROWS, check_settings, recover_setting, setting, settings_of
+from vlmprune_jax.recovery.loggers import LOGGERS
 
 # (regex over the whole path, True | False | group name); the first rule that matches a path decides.
 Rule = tuple[str, bool | str]
@@ -28,6 +29,7 @@ PRESETS: dict[str, Rules] = {
     "tower": ((r"projector/.*", PROJECTOR), (r"vision/layers/\d+/(self_attn|mlp)/.*", MAIN)),
     "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
 }
+RECOVERIES = ("train", "none")
 REMAT = ("none", "dots", "full")  # by increasing recomputation
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -133,7 +135,38 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Settings of `recover`: by default the paper's optimizer and LLaVA's LoRA, in float32, without a teacher."""
+    """Settings of recovery, the training after pruning (recipe "llava" has the paper's settings)."""
+
+    method: str = setting(
+        "train",
+        '"train" trains the pruned model (after its reconstruction, if there is one); "none" leaves it untrained.',
+        choices=RECOVERIES,
+    )
+    name: str = setting("recovered", "Name of this recovery setup in tables and reports.")
+    control: bool = setting(
+        True,
+        "If the loss uses labels, also train the unpruned model in the same way, and report retention relative to "
+        "this control, which excludes gains from training on the task. Costs one more training, shared by all prune "
+        "variants and all runs of a sweep.",
+    )
+    save_adapter: bool = recover_setting(
+        False,
+        "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "
+        "merged).",
+    )
+    teacher_cache: str | None = setting(
+        None,
+        "Folder for a cache of the teacher's top-k logits at all positions in the loss; vlmprune computes missing "
+        "logits, then trains without the teacher. Several runs may share the folder. Needs "
+        '`losses.teacher_inputs="own"`, and no loss `l2` or `cosine`.',
+    )
+    teacher_top_k: int = setting(
+        64,
+        "Number of logits per position that `teacher_cache` stores.",
+        affects=("recover", "teacher_cache"),
+        unit="tokens",
+        least=1,
+    )
 
     trainable: str | Rules = recover_setting(
         "lora",
@@ -208,7 +241,7 @@ class RecoverConfig:
         ("tensorboard",),
         "Further loggers of training metrics, besides metrics.jsonl; wandb needs vlmprune-jax[wandb], and trackio "
         "vlmprune-jax[trackio].",
-        choices="recovery.loggers:LOGGERS",
+        choices=LOGGERS,
     )
 
     def __post_init__(self) -> None:
@@ -257,7 +290,8 @@ class RecoverConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change between a checkpoint and its resumption."""
-        free = [name for name, about in settings_of(self).items() if not about.affects]
+        files = ("save_adapter", "teacher_top_k")  # change what is written or cached, not the training
+        free = [name for name, about in settings_of(self).items() if not about.affects or name in files]
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         unused: dict[str, Any] = {} if self.steps is None else {"epochs": None}
         if self.adapters is None:

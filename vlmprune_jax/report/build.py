@@ -18,13 +18,13 @@ from vlmprune_jax.report.speed import bench_notes, bench_tables, speed_notes, sp
 from vlmprune_jax.report.tables import groups_of, key_numbers, lead, parameter_note, tables_of
 from vlmprune_jax.report.vocabulary import vocabulary_section
 from vlmprune_jax.workdir.artefact import find_artefact, read_artefact
-from vlmprune_jax.workdir.ledger import Done
+from vlmprune_jax.workdir.ledger import StageRecord
 from vlmprune_jax.workdir.result import RESULT, Costs, Result, read_result
 from vlmprune_jax.workdir.samples import SAMPLES, Samples
 from vlmprune_jax.workdir.speed import BENCH, SPEED, Bench, Speed
+from vlmprune_jax.workdir.steps import STEPS, Steps, Variant, read_unfinished
 from vlmprune_jax.workdir.tpu_plan import NOTES as PLAN_NOTES
 from vlmprune_jax.workdir.tpu_plan import TPU_PLAN, TpuPlan, as_rows
-from vlmprune_jax.workdir.unfinished import STEPS, Steps, Variant, read_unfinished
 
 NOTES = (
     "Retained: share of the unpruned model's score{averages}. Size: share of its parameters. Decoding and prompt: "
@@ -46,7 +46,7 @@ INTERVALS = (
 COMMAND = "vlmprune run --config=FILE.py --workdir={}{}"
 
 
-def build_report(workdir: Path, records: Mapping[str, Done] | None = None) -> Path:
+def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None) -> Path:
     """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
 
     Args:
@@ -81,7 +81,7 @@ def build_report(workdir: Path, records: Mapping[str, Done] | None = None) -> Pa
     )
 
 
-def _title(steps: Steps | None, records: Mapping[str, Done]) -> str:
+def _title(steps: Steps | None, records: Mapping[str, StageRecord]) -> str:
     """Return the page's title: model, evaluation sets, and the day on which the last stage finished."""
     dates = sorted(record.by.finished[:10] for record in records.values())
     title = "Structural pruning report" if steps is None or not steps.model else f"Pruning of {steps.model}"

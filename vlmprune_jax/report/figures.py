@@ -24,7 +24,7 @@ from vlmprune_jax.report.tables import over, upper
 from vlmprune_jax.report.vocabulary import vocabulary_size
 from vlmprune_jax.workdir.evaluation import UNPRUNED
 from vlmprune_jax.workdir.result import Result, Run
-from vlmprune_jax.workdir.unfinished import Variant
+from vlmprune_jax.workdir.steps import Variant
 
 T = TypeVar("T")
 MOST_UNITS = 1_000_000  # cells of a figure

@@ -8,12 +8,12 @@ from typing import Any
 
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Section, Table
-from vlmprune_jax.workdir.ledger import Done
+from vlmprune_jax.workdir.ledger import StageRecord
 
 _MOST_NAMED, _LONGEST = 8, 300  # stages of a value, letters of one
 
 
-def provenance_section(records: Mapping[str, Done]) -> Section:
+def provenance_section(records: Mapping[str, StageRecord]) -> Section:
     """Return a report section with command, machine and package versions of all stages."""
     rows, settings, inputs = (
         list[tuple[str, ...]](),

@@ -9,7 +9,7 @@ from pathlib import Path
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.report.page import Section, Table
 from vlmprune_jax.workdir.artefact import read_artefact
-from vlmprune_jax.workdir.unfinished import Variant
+from vlmprune_jax.workdir.steps import Variant
 from vlmprune_jax.workdir.vocabulary import VOCABULARY, TextSample, VocabularyReport
 
 _HEADER = ("held-out texts", "texts", "split as before", "tokens, +%", "broken", "bits/byte before", "bits/byte after")

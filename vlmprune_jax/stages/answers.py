@@ -5,7 +5,6 @@ Scores are computed anew from the answers each time, in moments: another metric,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -22,8 +21,8 @@ from vlmprune_jax.evaluation.metrics.metric import Scores
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.statistics import is_quick, retained_interval
 from vlmprune_jax.experiment.arguments import evaluation_sets
-from vlmprune_jax.stages.evaluate import AnswerFacts, answers_file, part_of, parts_of
-from vlmprune_jax.stages.job import run_stage
+from vlmprune_jax.stages.evaluate import AnswerFacts, answers_file, evaluation_works, result_file
+from vlmprune_jax.stages.graph import task_of
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.evaluation import (
@@ -37,7 +36,7 @@ from vlmprune_jax.workdir.evaluation import (
     find_evaluated,
     read_evaluated,
 )
-from vlmprune_jax.workdir.ledger import Finished
+from vlmprune_jax.workdir.ledger import StageRecord, run_task
 from vlmprune_jax.workdir.result import Run
 from vlmprune_jax.workdir.samples import SAMPLES, Samples, make_samples
 
@@ -66,15 +65,16 @@ class _Window(TypedDict):
     bytes: NotRequired[float]
 
 
-def evaluate_model(work: Work, sections: Mapping[str, Any]) -> dict[str, Evaluated]:
-    """Evaluate the model in folder `work.start` on all evaluation sets and tasks -> `eval/<name>*.json`.
+def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated]:
+    """Evaluate the model in folder `start` on all evaluation sets and tasks -> `eval/<subject>*.json`.
 
-    Raises UserError if two tasks have a set of one name, and as `run_stage` does.
+    Raises UserError if two tasks have a set of one name, and as `run_task` does.
     """
-    sets, evaluations = evaluation_sets(sections["data"], sections["evaluate"]), dict[str, Evaluated]()
-    for key, part in parts_of(dataclasses.replace(work, loaded={}), sections).items():
-        done = run_stage("evaluate", part, sections)
-        set_evaluations = measure_set(part, sets[key], done) if key in sets else _measured_task(part, key, done)
+    sets = evaluation_sets(work.experiment.data, work.experiment.evaluate)
+    evaluations = dict[str, Evaluated]()
+    for part in evaluation_works(work, start, subject):
+        key, done = part.part, run_task(task_of(part), overwrite=work.overwrite, say=work.say)
+        set_evaluations = measure_set(part, sets[key], done) if key in sets else _measured_task(part, done)
         twice = [name for name in set_evaluations if name in evaluations]
         if twice:
             raise UserError(
@@ -92,10 +92,9 @@ def read_predictions(path: Path) -> list[str]:
     return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 
 
-def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated]:
+def _measured_task(work: Work, done: StageRecord) -> dict[str, Evaluated]:
     """Score a model's answers to an lmms-eval task, and print one line per set."""
-    name = part_of(work)[0]
-    answers = answers_file(evaluation_file(work.folder, name, task))
+    name, task, answers = work.subject, work.part, answers_file(result_file(work))
     facts, kind, compared = done.facts, dict[str, Evaluated], _compared(work, answers, task)
     evaluations: dict[str, Evaluated] = on_process_zero(lambda: _measure_task(answers, compared, done, name), kind)
     if facts.empty_answers:
@@ -108,15 +107,14 @@ def _measured_task(work: Work, task: str, done: Finished) -> dict[str, Evaluated
     return evaluations
 
 
-def measure_set(work: Work, eval_set: EvaluationSetSpec, done: Finished) -> dict[str, Evaluated]:
+def measure_set(work: Work, eval_set: EvaluationSetSpec, done: StageRecord) -> dict[str, Evaluated]:
     """Score a model's answers to an evaluation set, and print one line."""
-    name, key = part_of(work)
-    path = evaluation_file(work.folder, name, key)
-    compared = _compared(work, answers_file(path), key)
+    path = result_file(work)
+    compared = _compared(work, answers_file(path), work.part)
     evaluated: Evaluated = on_process_zero(lambda: _measure(eval_set, path, compared, done), Evaluated)
     size = f"{evaluated.parameters:,} parameters, " * bool(evaluated.parameters)  # of a server's model: unknown
-    work.say(f"  {work.part}: {evaluated.main_line()} ({size}{evaluated.model_seconds:.1f} s)")
-    return {key: evaluated}
+    work.say(f"  {work.label}: {evaluated.main_line()} ({size}{evaluated.model_seconds:.1f} s)")
+    return {work.part: evaluated}
 
 
 def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
@@ -128,7 +126,7 @@ def _compared(work: Work, answers: Path, key: str) -> dict[str, Path]:
     return {name: path for name, path in answer_files.items() if path != answers and path.exists()}
 
 
-def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: Finished) -> Evaluated:
+def _measure(eval_set: EvaluationSetSpec, path: Path, compared: Mapping[str, Path], done: StageRecord) -> Evaluated:
     """Score a model's stored answers, and compare them with other models' answers."""
     assert eval_set.metric is not None
     metric, answers, facts = METRICS[eval_set.metric], answers_file(path), done.facts
@@ -172,7 +170,7 @@ def _scores(eval_set: EvaluationSetSpec, answers: Path, records: Sequence[Record
     return METRICS[eval_set.metric].score_all([line["prediction"] for line in lines], records)
 
 
-def _measure_task(answers: Path, compared: Mapping[str, Path], done: Finished, name: str) -> dict[str, Evaluated]:
+def _measure_task(answers: Path, compared: Mapping[str, Path], done: StageRecord, name: str) -> dict[str, Evaluated]:
     """Score a model's stored answers to an lmms-eval task, per set -> `eval/<name>.<set>.json`."""
     facts: AnswerFacts = done.facts
     mine = _task_sets(answers, facts)

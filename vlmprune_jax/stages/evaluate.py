@@ -41,10 +41,9 @@ from vlmprune_jax.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, mesh_of
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.evaluation import evaluation_file
-from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.ledger import Task, write_text
 
 Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the fields of `AnswerFacts` about them
 
@@ -90,20 +89,16 @@ class Asking:
         return inputs.load_inputs(self.tokens, self.data, self.model.cfg)
 
 
-def parts_of(work: Work, sections: Mapping[str, Any]) -> dict[str, Work]:
-    """Return {evaluation set or task: context (`Work`) for evaluating the model on it}."""
-    spec = sections["evaluate"]
-    names = {
-        key: work.part if key == QUESTIONS else f"{work.part} {key}" for key in evaluation_sets(sections["data"], spec)
-    }
-    names |= {task: f"{work.part} {task}" for task in spec.tasks}
-    return {key: dataclasses.replace(work, part=name) for key, name in names.items()}
+def evaluation_works(work: Work, start: Path, subject: str) -> list[Work]:
+    """Return the work of evaluating the model in folder `start` on every set and task; `subject`: its file name."""
+    data, spec = work.experiment.data, work.experiment.evaluate
+    place: dict[str, Any] = {"stage": "evaluate", "start": start, "subject": subject, "loaded": {}}
+    return [work.replace(part=key, **place) for key in (*evaluation_sets(data, spec), *spec.tasks)]
 
 
-def part_of(work: Work) -> tuple[str, str]:
-    """Return the model name and the evaluation set or task that `work.part` encodes."""
-    name, _, key = work.part.partition(" ")
-    return name, key or QUESTIONS
+def result_file(work: Work) -> Path:
+    """Return the path of the evaluation file of a model and set."""
+    return evaluation_file(work.folder, work.subject, work.part)
 
 
 def answers_file(path: Path) -> Path:
@@ -111,20 +106,25 @@ def answers_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.answers.jsonl")
 
 
-def evaluate_files(work: Work, data: DataSpec, spec: EvaluateSpec) -> Files:
-    """Return the evaluation stage's inputs (model folder, data of a set) and its settings."""
-    name, key = part_of(work)
-    path = evaluation_file(work.folder, name, key)
+def evaluate_task(task: Task, work: Work, data: DataSpec, spec: EvaluateSpec) -> Task:
+    """Add the evaluation stage's inputs (model folder, data of a set) and its settings."""
+    key, path = work.part, result_file(work)
     answers = answers_file(path)
     if key in spec.tasks:
         sources, without = task_sources(spec, key)[1], NOT_OF_TASKS
         settings = {"task": key, "lmms_eval": importlib.metadata.version("lmms_eval")}
-        return Files({"model": work.start, **sources}, [answers], [journal_path(answers)], settings, without)
+        return task.add(
+            inputs={"model": work.start, **sources},
+            outputs=[answers],
+            journals=[journal_path(answers)],
+            settings=settings,
+            without=without,
+        )
     eval_set, section = evaluation_sets(data, spec)[key], "evaluate" if key == QUESTIONS else f"evaluate.sets.{key}"
     names = ("text_window",) if eval_set.text is not None else ("prompt_suffix", "max_new_tokens", "questions")
     shared = affecting("evaluate", {"model": work.model, "data": data, "evaluate": spec})
     kept = shared if eval_set.text is None else ("model.dtype", "evaluate.batch_size")
-    return Files(
+    return task.add(
         inputs={"model": work.start, **set_files(data, key, eval_set)},
         outputs=[answers],
         journals=[journal_path(path)],
@@ -142,19 +142,18 @@ def set_files(data: DataSpec, key: str, eval_set: EvaluationSetSpec) -> dict[str
 
 def evaluate_stage(work: Work, data: DataSpec, spec: EvaluateSpec) -> AnswerFacts:
     """Generate a model's answers to a set or task, or score a text; write the answers file."""
-    name, key = part_of(work)
-    path, task = evaluation_file(work.folder, name, key), key in spec.tasks
+    key, path, task = work.part, result_file(work), work.part in spec.tasks
     model = work.load(work.start, choose_mesh=functools.partial(_decoding_mesh, work.devices, work.model.dtype, spec))
     mesh = mesh_of(model.params)
     if mesh is not None:  # the journal's
-        work = dataclasses.replace(work, mesh=MeshSpec(**mesh.shape))
+        work = work.replace(experiment=dataclasses.replace(work.experiment, mesh=MeshSpec(**mesh.shape)))
     asking = Asking(
         model=model,
         tokens=work.tokens,
         data=data,
         spec=spec,
         rows=row_ways(mesh),
-        phase=functools.partial(work.phase, f"evaluate {work.part}"),
+        phase=functools.partial(work.phase, f"evaluate {work.label}"),
         journal=functools.partial(work.journal, answers_file(path) if task else path),
     )
     if task:

@@ -14,7 +14,7 @@ from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
 from vlmprune_jax.experiment.arguments import export_options, image_tokens
-from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.card import loading_lines, model_name
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.format import Calibration
@@ -23,10 +23,10 @@ from vlmprune_jax.export.hub import push
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
+from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.gptq import gptq, importance
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
-from vlmprune_jax.workdir.ledger import remove
+from vlmprune_jax.workdir.ledger import Task, remove
 
 # Function of a model and calibration batches, by the name that a format's `Calibration` gives.
 CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": importance}
@@ -59,12 +59,12 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
     ]
 
 
-def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> Files:
-    """Return the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
+def export_task(task: Task, work: Work, data: DataSpec, repair: ReconstructConfig, spec: ExportSpec) -> Task:
+    """Add the export stage's extra inputs: calibration records, a user's format file, benchmark results."""
     chosen, values = choose_format(spec.format, export_options(spec))
     calibrates = chosen.calibration(values) is not None
     sections = {"model": work.model, "data": data, "reconstruct": repair, "export": spec}
-    return Files(
+    return task.add(
         inputs={
             **(inputs.record_files(data, "train") if calibrates else {}),
             **({} if chosen.file is None else {f"format {spec.format}": chosen.file}),
@@ -78,7 +78,7 @@ def export_files(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
     )
 
 
-def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: ExportSpec) -> ExportFacts:
+def export_stage(work: Work, data: DataSpec, repair: ReconstructConfig, spec: ExportSpec) -> ExportFacts:
     """Export a model, reload it and compare logits; delete the export if they differ."""
     chosen, values = choose_format(spec.format, export_options(spec))
     model, out, calibration = work.load(work.start), export_folder(work.folder, work.part), chosen.calibration(values)
@@ -110,7 +110,7 @@ def export_stage(work: Work, data: DataSpec, repair: ReconstructSpec, spec: Expo
     return ExportFacts(**comparison)
 
 
-def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructSpec, model: Model) -> Any:
+def _calibrate(calibration: Calibration, work: Work, data: DataSpec, repair: ReconstructConfig, model: Model) -> Any:
     """Compute an export format's calibration statistic on calibration records; resumes layer by layer."""
     batches = inputs.calibration_batches(work.tokens, data, repair, model.cfg, seed=repair.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": repair})

@@ -29,11 +29,10 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.stages.evaluate import set_files
-from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.graph import makes_model, steps_of, task_of
 from vlmprune_jax.stages.prune import check_plan
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import stacks_of
-from vlmprune_jax.stages.step import Step
 from vlmprune_jax.stages.work import Work, teacher_folder
 from vlmprune_jax.workdir.evaluation import TEACHER
 
@@ -41,22 +40,22 @@ FEW_STEPS = 20  # fewer steps of a recovery are pointed out
 SAMPLE = 8  # records of a recovery whose images are decoded
 
 
-def preflight(pipeline: Pipeline, command: str) -> None:
+def preflight(work: Work, command: str) -> None:
     """Check before a command that its inputs exist and its settings fit, and print what it will do.
 
     Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
     small.
     """
-    work, stages = pipeline.work(), [*STAGES] if command == "run" else [command]
-    check_inputs(pipeline, stages)
-    steps = [step for step in pipeline.steps() if step.stage in stages]
-    sets = evaluation_sets(pipeline.experiment.data, pipeline.experiment.evaluate)
+    stages, spec = [*STAGES] if command == "run" else [command], work.experiment
+    check_inputs(work, stages)
+    steps = [step for step in steps_of(work) if step.stage in stages]
+    sets = evaluation_sets(spec.data, spec.evaluate) if "evaluate" in stages else {}
     start_devices()
-    lines = [_devices(work), *_questions(pipeline, sets if "evaluate" in stages else {})]
+    lines = [_devices(work), *_questions(work, sets)]
     for step in steps:
         lines += _about(step)
     if "export" in stages:
-        lines.append(_export(work, pipeline.experiment.data, pipeline.experiment.export))
+        lines.append(_export(work, spec.data, spec.export))
     for line in dict.fromkeys(lines):
         work.say(f"  {line}")
     if {*stages} != {"prune"}:
@@ -64,23 +63,23 @@ def preflight(pipeline: Pipeline, command: str) -> None:
     on_process_zero(lambda: _check_disk(work, steps, exported="export" in stages))
 
 
-def check_inputs(pipeline: Pipeline, stages: Collection[str] = tuple(STAGES)) -> None:
+def check_inputs(work: Work, stages: Collection[str] = tuple(STAGES)) -> None:
     """Check model, input files and pruning targets without using devices.
 
     Raises UserError if a file is missing, or no plan can reach the target.
     """
-    work, experiment = pipeline.work(), pipeline.experiment
-    teacher_folder(work.model)
+    experiment, teacher = work.experiment, teacher_folder(work.model)
     sets = evaluation_sets(experiment.data, experiment.evaluate) if "evaluate" in stages else {}
     for name, eval_set in sets.items():
-        _check_files("evaluate", set_files(experiment.data, name, eval_set), work)
-    for step in pipeline.steps():
+        _check_files("evaluate", set_files(experiment.data, name, eval_set))
+    for step in steps_of(work):
         if step.stage in stages:
-            _check_files(step.job.name, step.job.inputs, work)
+            task = task_of(step)
+            _check_files(task.name, task.outside)
             for stack in stacks_of(step.sections["prune"]):
-                work.config(work.teacher).stack(stack)  # refuses one that the model does not have
+                work.config(teacher).stack(stack)  # refuses one that the model does not have
             if step.stage == "prune":
-                with error_context(step.job.name):
+                with error_context(task.name):
                     check_plan(work, *(step.sections[name] for name in STAGES["prune"].sections))
 
 
@@ -97,10 +96,10 @@ def _weights(work: Work) -> int:
     return count_params(work.config(work.teacher)) * DTYPES[work.model.dtype].itemsize
 
 
-def _check_files(what: str, files: Mapping[str, Path | str], work: Work) -> None:
-    """Raise UserError if an input file outside the workdir is missing."""
+def _check_files(what: str, files: Mapping[str, Path | str]) -> None:
+    """Raise UserError if one of these files is missing."""
     for name, path in files.items():
-        if isinstance(path, Path) and not path.is_relative_to(work.workdir) and not path.exists():
+        if isinstance(path, Path) and not path.exists():
             raise UserError(f"{what}: {name} is {path}: no such file or folder")
 
 
@@ -108,9 +107,9 @@ def _load_inputs(work: Work, data: DataSpec) -> inputs.Inputs:
     return inputs.load_inputs(work.model, data, work.config(work.teacher))
 
 
-def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
+def _questions(work: Work, sets: Mapping[str, EvaluationSetSpec]) -> Iterator[str]:
     """Yield a line with size and settings of each evaluation set, after reading its records."""
-    work, data, sizes = pipeline.work(), pipeline.experiment.data, list[str]()
+    data, sizes = work.experiment.data, list[str]()
     for name, eval_set in sets.items():
         if eval_set.text is None:
             shared = _load_inputs(work, data)
@@ -121,16 +120,16 @@ def _questions(pipeline: Pipeline, sets: Mapping[str, EvaluationSetSpec]) -> Ite
             sizes.append(f"{name} ({len(records):,} questions)")
         else:
             sizes.append(f"{name} (text)")
-    sizes += [f"{task} (lmms-eval)" for task in pipeline.experiment.evaluate.tasks] if sets else []
+    sizes += [f"{task} (lmms-eval)" for task in work.experiment.evaluate.tasks] if sets else []
     if sizes:
         yield f"evaluate {TEACHER} and every model: {', '.join(sizes)}"
 
 
-def _about(step: Step) -> Iterator[str]:
+def _about(step: Work) -> Iterator[str]:
     """Yield lines that describe a step, with its numbers of records and optimizer steps."""
-    data, counted = step.sections["data"], ""
-    if any(name.startswith("data.train") for name in step.job.inputs):
-        shared, spec = _load_inputs(step.work, data), step.sections[step.stage]
+    data, counted, task = step.experiment.data, "", task_of(step)
+    if any(name.startswith("data.train") for name in task.inputs):
+        shared, spec = _load_inputs(step, data), step.sections[step.stage]
         yield from shared.notes
         available = inputs.training_records(data, shared.template)
         total = len(available)
@@ -138,19 +137,19 @@ def _about(step: Step) -> Iterator[str]:
         if step.stage == "recover":
             records = inputs.recovery_records(data, shared.template)
             if data.on_error == "stop":
-                _check_sample(records, shared.training_encoder(step.work.config(step.work.teacher)))
-            config = recover_config(spec).fit_records(len(records), row_ways(step.work.devices))
+                _check_sample(records, shared.training_encoder(step.config(step.teacher)))
+            config = recover_config(spec).fit_records(len(records), row_ways(step.devices))
             steps = config.num_steps(len(records))
             counted = f": {len(records):,} of {total:,} records, {steps:,} steps of {config.batch_size:,} rows"
-            if steps < FEW_STEPS and step.work.pruned:
+            if steps < FEW_STEPS and step.pruned:
                 counted += f" (few steps: raise recover.epochs or data.fraction, which is {data.fraction:g})"
         elif hasattr(spec, "samples"):
             counted = f": {min(spec.samples, total):,} of {total:,} records"
             if spec.samples > total:
                 counted += f" ({step.stage}.samples={spec.samples:,} is more than there are)"
-    if not step.work.pruned:
+    if not step.pruned:
         counted += " (the unpruned model, for comparison: recover.control=False leaves it out)"
-    yield f"{step.job.name}{counted}"
+    yield f"{task.name}{counted}"
 
 
 def _check_sample(records: Any, encoder: Any) -> None:
@@ -187,11 +186,11 @@ def _check_memory(work: Work) -> None:
         )
 
 
-def _check_disk(work: Work, steps: list[Step], *, exported: bool) -> None:
+def _check_disk(work: Work, steps: list[Work], *, exported: bool) -> None:
     """Raise UserError if the disk cannot hold the models still to be written."""
     size, needed = _weights(work), [0]
     for step in steps:
-        ratio = step.sections["prune"].ratio if step.work.pruned else 0.0
-        if step.makes_model and not step.work.out.is_dir() and ratio is not None:
+        ratio = step.sections["prune"].ratio if step.pruned else 0.0
+        if makes_model(step) and not step.out.is_dir() and ratio is not None:
             needed.append(int(size * (1 - ratio)))
     check_space(work.workdir / "models", sum(needed) + (max(needed) if exported else 0))

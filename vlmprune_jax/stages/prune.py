@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import on_process_zero
 from vlmprune_jax.experiment.arguments import plan_config
-from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.export.vllm_tpu import check_storage
@@ -25,6 +22,7 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, make_plan, prune_folder, prune_iteratively
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprint import shape_digest
@@ -32,30 +30,18 @@ from vlmprune_jax.prune.select import moved_features, plan_stacks, unusual_count
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.ledger import write_text
+from vlmprune_jax.workdir.ledger import Task, write_text
+from vlmprune_jax.workdir.steps import PruneFacts
 from vlmprune_jax.workdir.vocabulary import VOCABULARY
 
 
-class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Numbers of a plan: requested and reached ratios, and parameters, by part of the model."""
-
-    method: str
-    criterion: str
-    ratio_asked: Finite | None
-    ratio_reached: Finite
-    decoder_ratio: Finite
-    parameters: Count
-    parameters_before: Count
-    removed_layers: list[Count]
-    tower_ratio: Finite | None = None
-
-
-def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> Files:
-    """Return the prune stage's inputs: scores, and measured speeds if the budget needs them.
+def prune_task(
+    task: Task, work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec
+) -> Task:
+    """Add the prune stage's inputs: scores, and measured speeds if the budget needs them.
 
     Raises UserError for steps over two stacks.
     """
@@ -64,7 +50,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
         raise UserError('prune.steps > 1 cannot prune both stacks at once: set prune.stack to "text" or "vision"')
     sections = {"model": work.model, "data": data, "score": score, "export": export}
     needs_records = iterative and CRITERIA[score.width].needs_batches
-    return Files(
+    return task.add(
         inputs={
             **{name: work.folder / name for name in criteria},
             **(inputs.record_files(data, "train") if needs_records else {}),
@@ -80,7 +66,7 @@ def prune_files(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     )
 
 
-def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> PruneFacts:
+def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> PruneFacts:
     """Make a plan from scores; write the plan and the pruned model."""
     scores = [
         [_load(work.folder / name, stack) for name in criteria_of(score, spec, stack)] for stack in stacks_of(spec)
@@ -118,7 +104,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, e
     return facts
 
 
-def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, export: ExportSpec) -> None:
+def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> None:
     """Raise UserError for a target that no plan can reach, found by planning with random scores.
 
     Of a plan with a vocabulary only the size is checked, since that needs the texts to be read.
@@ -137,6 +123,7 @@ def check_plan(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, ex
         return Scores(criterion, f"{shape_digest(cfg)}-", options, stack=stack, **arrays)
 
     scores = [[drawn(name, stack) for name in criteria_of(score, spec, stack).values()] for stack in stacks_of(spec)]
+    spec = dataclasses.replace(spec, steps=1)
     plan_stacks([*map(_of_stack, scores)], cfg, _plan_config(work, data, spec, export))
 
 
@@ -152,7 +139,7 @@ def _load(path: Path, stack: str) -> Scores:
     return scores
 
 
-def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec, scores: Scores) -> PrunePlan:
+def _plan_in_steps(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, scores: Scores) -> PrunePlan:
     """Score and prune in several rounds; return one plan for all of them."""
     model = work.load(work.teacher)
 
@@ -165,23 +152,21 @@ def _plan_in_steps(work: Work, data: DataSpec, score: ScoreSpec, spec: PruneSpec
         model,
         batches,
         spec,
-        steps=spec.steps,
         criterion=score.width,
         scores=scores,
-        stack=spec.stack,
         score_config=score,
     )
     return plan
 
 
-def _check_integers(cfg: ModelConfig, spec: PruneSpec, export: ExportSpec) -> None:
+def _check_integers(cfg: ModelConfig, spec: PlanConfig, export: ExportSpec) -> None:
     """Raise UserError for an `export.quantize` that an engine in `prune.loads_in` cannot load."""
     if "vllm_tpu" in spec.loads_in and export.quantize in SCHEMES:
         storage = make_storage(cfg, family_of(cfg), export.quantize, export.group_size, export.symmetric)
         check_storage(cfg, storage, spec.tensor_parallel)
 
 
-def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec) -> PruneSpec:
+def _plan_config(work: Work, data: DataSpec, spec: PlanConfig, export: ExportSpec) -> PlanConfig:
     """Return the plan's settings; a limit on exported bytes counts all exported weights."""
     config = plan_config(spec, work.model, data, export)
     if config.budget.disk_bytes is not None:
@@ -197,7 +182,7 @@ def _plan_config(work: Work, data: DataSpec, spec: PruneSpec, export: ExportSpec
     return dataclasses.replace(config, vocabulary=vocabulary)
 
 
-def explain_plan(work: Work, score: ScoreSpec, spec: PruneSpec) -> list[Table]:
+def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table]:
     """Return tables of each layer's pruned widths with reasons; none if only the vocabulary is trimmed."""
     if spec.only_vocabulary:
         return []

@@ -10,10 +10,10 @@ from vlmprune_jax.core.files import Count, Finite
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
-from vlmprune_jax.experiment.spec import ReconstructSpec, affecting
-from vlmprune_jax.hf.layout import PARTS
+from vlmprune_jax.experiment.spec import affecting
+from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
-from vlmprune_jax.stages.work import Pair, Work
+from vlmprune_jax.stages.work import Work
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,22 +36,16 @@ class ReconstructFacts(msgspec.Struct, frozen=True, kw_only=True):
     modules: list[Repaired]
 
 
-def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructSpec) -> ReconstructFacts:
+def reconstruct_stage(work: Work, data: DataSpec, spec: ReconstructConfig) -> ReconstructFacts:
     """Repair the pruned weights layer by layer; an interrupted run resumes at the next layer."""
-    pair = Pair(
-        student=work.open_folder(work.start),
-        teacher=work.open_folder(work.teacher),
-        plan=work.plan,
-        tokens=work.tokens,
-        mesh=work.devices,
-    )
-    batches = inputs.calibration_batches(pair.tokens, data, spec, pair.student.model.cfg, seed=spec.seed)
+    plan = work.plan
+    batches = inputs.calibration_batches(work.tokens, data, spec, work.config(work.start), seed=spec.seed)
     settings = affecting("reconstruct", {"model": work.model, "data": data, "reconstruct": spec})
-    with work.phase("reconstruct", layers_to_solve(pair.plan)) as progress:
+    with work.phase("reconstruct", layers_to_solve(plan)) as progress:
         model, reports = reconstruct(
-            pair.student.load(PARTS, by_layer=True),
-            pair.plan,
-            pair.teacher.load(PARTS, by_layer=True),
+            work.load(work.start, by_layer=True),
+            plan,
+            work.load(work.teacher, by_layer=True),
             batches,
             spec,
             progress=progress,

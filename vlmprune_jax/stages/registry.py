@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.stages.stage import Stage
+
+
+def no_scores(sections: Mapping[str, Any]) -> str | None:
+    """Return why the settings need no scores, with the command to run instead; None if they need some."""
+    if not sections["prune"].only_vocabulary:
+        return None
+    return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
+
 
 STAGES = Registry(
     "stages",
@@ -11,25 +22,20 @@ STAGES = Registry(
     {
         "score": Stage(
             "measure the importance of layers, heads and neurons -> scores.npz",
-            run="stages.score:score_stage",
             sections=("data", "score", "prune"),
             outputs=("scores*.npz",),
-            files="stages.score:score_files",
             per="variant",
-            unneeded="stages.score:no_scores",
+            unneeded=no_scores,
         ),
         "prune": Stage(
             "plan from the scores and write the pruned model -> plan.json, pruned/",
-            run="stages.prune:prune_stage",
             sections=("data", "score", "prune", "export"),
             outputs=("plan.json",),
             model="pruned",
-            files="stages.prune:prune_files",
             per="variant",
         ),
         "reconstruct": Stage(
             "repair the pruned weights by least squares, without training -> reconstructed/",
-            run="stages.reconstruct:reconstruct_stage",
             sections=("data", "reconstruct"),
             inputs=("start", "data.train"),
             model="reconstructed",
@@ -39,22 +45,18 @@ STAGES = Registry(
         ),
         "recover": Stage(
             "train the pruned model -> recovered/",
-            run="stages.recover:recover_stage",
             sections=("data", "recover"),
             inputs=("start", "data.train"),
             model="recovered",
             scratch=("training/checkpoints",),
-            files="stages.recover:recover_files",
             switch="recover.method",
             version=2,
             details="Metrics are in training/metrics.jsonl.",
         ),
         "evaluate": Stage(
             "run the evaluation sets and compute their metrics -> eval/*.json",
-            run="stages.evaluate:evaluate_stage",
             sections=("data", "evaluate"),
             outputs=("eval/*.answers.jsonl",),
-            files="stages.evaluate:evaluate_files",
             per="model",
             version=2,
             details="""\
@@ -63,23 +65,36 @@ The command also updates result.json, if the workdir has one.""",
         ),
         "speed": Stage(
             "measure the speed of the unpruned model and of every pruned shape, in turns -> speed.json",
-            run="stages.speed:speed_stage",
             sections=("speed",),
             outputs=("speed.json",),
-            files="stages.speed:speed_files",
             per="run",
             version=2,
         ),
         "export": Stage(
             "write the best model as a Hugging Face folder or GGUF files, and check it -> export/",
-            run="stages.export:export_stage",
             sections=("data", "reconstruct", "export"),
             inputs=("start",),
             outputs=("export*",),
-            files="stages.export:export_files",
             per="run",
             details="vlmprune reloads the export and compares its logits with those of the model in memory.",
             beside="write another format or quantisation to export-NAME/ with --format=NAME",
         ),
     },
 )
+
+
+def functions_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """Return `run` and `task` of a stage; those of built-in stages are imported now, since they import jax."""
+    from vlmprune_jax.stages import evaluate, export, prune, reconstruct, recover, score, speed
+
+    built_in: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+        "score": (score.score_stage, score.score_task),
+        "prune": (prune.prune_stage, prune.prune_task),
+        "reconstruct": (reconstruct.reconstruct_stage, None),
+        "recover": (recover.recover_stage, recover.recover_task),
+        "evaluate": (evaluate.evaluate_stage, evaluate.evaluate_task),
+        "speed": (speed.speed_stage, speed.speed_task),
+        "export": (export.export_stage, export.export_task),
+    }
+    stage = STAGES[name]
+    return built_in[name] if stage.run is None else (stage.run, stage.task)

@@ -15,11 +15,12 @@ from vlmprune_jax.data.batching import Batch
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.mesh import is_main_process
-from vlmprune_jax.experiment.spec import PruneSpec, ScoreSpec, affecting
+from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, Scores, score
-from vlmprune_jax.stages.stage import Files
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.stages.work import Work, journal_path
+from vlmprune_jax.workdir.ledger import Task
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
 
@@ -32,12 +33,12 @@ class ScoreFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     skipped: list[str] = []
 
 
-def stacks_of(prune: PruneSpec) -> tuple[str, ...]:
+def stacks_of(prune: PlanConfig) -> tuple[str, ...]:
     """Return the names of the stacks to prune."""
     return STACKS if prune.stack == "both" else (prune.stack,)
 
 
-def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> dict[str, str]:
+def criteria_of(spec: ScoreConfig, prune: PlanConfig, stack: str | None = None) -> dict[str, str]:
     """Return {scores file: criterion} that the pruning method needs.
 
     {} if only the vocabulary is trimmed.
@@ -49,13 +50,6 @@ def criteria_of(spec: ScoreSpec, prune: PruneSpec, stack: str | None = None) -> 
         files = {"": spec.width}
     stacks = stacks_of(prune) if stack is None else (stack,)
     return {f"{_FILES[name]}{suffix}.npz": criterion for name in stacks for suffix, criterion in files.items()}
-
-
-def no_scores(sections: Mapping[str, Any]) -> str | None:
-    """Return why the settings need no scores, with the command to run instead; None if they need some."""
-    if not sections["prune"].only_vocabulary:
-        return None
-    return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
 
 
 def criterion_files(criteria: Iterable[str]) -> dict[str, Path]:
@@ -73,12 +67,12 @@ def _parts(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> Files:
-    """Return the score stage's files: a scores file per criterion, and the calibration records."""
+def score_task(task: Task, work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> Task:
+    """Add the score stage's files: a scores file per criterion, and the calibration records."""
     criteria = criteria_of(spec, prune)
     records = inputs.record_files(data, "train") if _needs_records(criteria) else {}
     outputs = [work.folder / name for name in criteria]
-    return Files(
+    return task.add(
         inputs={**records, **criterion_files(criteria.values())},
         outputs=outputs,
         journals=[path for output in outputs for path in (journal_path(output), _parts(output))],
@@ -87,7 +81,7 @@ def score_files(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -
     )
 
 
-def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -> ScoreFacts:
+def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig) -> ScoreFacts:
     """Score the layers, or heads and neurons, of every stack to prune."""
     model, criteria = work.load(work.teacher), criteria_of(spec, prune)
     for stack in stacks_of(prune):
@@ -110,7 +104,7 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreSpec, prune: PruneSpec) -
 
 def _score(
     work: Work,
-    spec: ScoreSpec,
+    spec: ScoreConfig,
     model: Model,
     batches: list[Batch] | None,
     criterion: str,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import re
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import process_count
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.evaluation.questions import evaluation_records
 from vlmprune_jax.evaluation.server import Server, ask_server
-from vlmprune_jax.experiment.arguments import QUESTIONS, evaluation_sets
+from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.stages.answers import measure_set
 from vlmprune_jax.stages.evaluate import (
@@ -21,12 +19,13 @@ from vlmprune_jax.stages.evaluate import (
     answers_file,
     as_lines,
     check_metric,
+    result_file,
     set_files,
     write_answers,
 )
 from vlmprune_jax.stages.work import Work, journal_path
-from vlmprune_jax.workdir.evaluation import Evaluated, evaluation_file
-from vlmprune_jax.workdir.ledger import Job, run_job
+from vlmprune_jax.workdir.evaluation import Evaluated
+from vlmprune_jax.workdir.ledger import Task, run_task
 
 UNUSED = (
     *(("data", name) for name in ("template", "system", "min_tiles", "max_tiles", "thumbnail", "max_image_tokens")),
@@ -34,7 +33,7 @@ UNUSED = (
 )  # settings of evaluation that a server does not get
 
 
-def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Experiment) -> dict[str, Evaluated]:
+def evaluate_server(work: Work, url: str, start: Experiment) -> dict[str, Evaluated]:
     """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
 
     `start`: what the user started from, see `unused_settings`. Raises UserError as `Server` does, or if the run has
@@ -42,7 +41,8 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Ex
     """
     if process_count() > 1:
         raise UserError("--server works with one process only: run the command without --coordinator")
-    spec, server, evaluations = sections["evaluate"], Server.connect(url), dict[str, Evaluated]()
+    data, spec, sections = work.experiment.data, work.experiment.evaluate, work.sections
+    server, evaluations = Server.connect(url), dict[str, Evaluated]()
     name = f"served-{re.sub(r'[^A-Za-z0-9_-]+', '-', server.model).strip('-')[-80:]}"
     work.say(f"{server.url} serves {server.model}: its answers go to eval/{name}*.json")
     unused = [
@@ -52,52 +52,46 @@ def evaluate_server(work: Work, sections: Mapping[str, Any], url: str, start: Ex
     ]
     if unused:
         work.say(f"  no effect: {', '.join(unused)}, because the server has its own template and limits")
-    for key, eval_set in evaluation_sets(sections["data"], spec).items():
+    for key, eval_set in evaluation_sets(data, spec).items():
         if eval_set.text is not None:
             work.say(f"  {key}: not evaluated, because a server does not return log-likelihoods of a text")
             continue
-        part = dataclasses.replace(work, part=name if key == QUESTIONS else f"{name} {key}")
-        path = evaluation_file(work.folder, name, key)
+        part = work.replace(subject=name, part=key)
+        path = result_file(part)
         begin = {"add_special_tokens": True} if server.adds_begin else {}
         settings = {setting: getattr(eval_set, setting) for setting in ("prompt_suffix", "max_new_tokens", "questions")}
-        job = Job(
-            f"evaluate {part.part}",
-            1,
-            work.workdir,
+        task = Task(
+            name=f"evaluate {part.label}",
+            function=functools.partial(_ask_all, part, spec, eval_set, server),
+            workdir=work.workdir,
             settings={**settings, **begin, "server": server.url, "model": server.model},
-            inputs=set_files(sections["data"], key, eval_set),
+            inputs=set_files(data, key, eval_set),
             outputs=[answers_file(path)],
             facts=AnswerFacts,
             journals=[journal_path(path)],
         )
-        body = _body(part, spec, eval_set, server, path)
-        evaluations |= measure_set(part, eval_set, run_job(job, body, overwrite=work.overwrite, say=work.say))
+        evaluations |= measure_set(part, eval_set, run_task(task, overwrite=work.overwrite, say=work.say))
     if not evaluations:
         raise UserError("evaluate.sets contains no questions for --server: add a set with `data`")
     return evaluations
 
 
-def _body(work: Work, spec: EvaluateSpec, eval_set: EvaluationSetSpec, server: Server, path: Any) -> Any:
-    """Return the function that asks a server a set's questions and writes the answers file."""
-
-    def ask() -> AnswerFacts:
-        assert eval_set.max_new_tokens is not None
-        records = evaluation_records(eval_set, image_lead=True)
-        check_metric(eval_set, records)
-        start = time.perf_counter()
-        batches = -(-len(records) // spec.batch_size)
-        with work.phase(f"evaluate {work.part}", batches) as progress:
-            replies = ask_server(
-                server,
-                records,
-                prompt_suffix=eval_set.prompt_suffix or "",
-                max_new_tokens=eval_set.max_new_tokens,
-                parallel=spec.batch_size,
-                progress=progress,
-                journal=work.journal(path, {"batches": batches}),
-            )
-        lines, facts = as_lines(replies, start)
-        write_answers(path, lines)
-        return AnswerFacts(parameters=0, **facts)
-
-    return ask
+def _ask_all(work: Work, spec: EvaluateSpec, eval_set: EvaluationSetSpec, server: Server) -> AnswerFacts:
+    """Ask a server all questions of a set, and write the answers file."""
+    assert eval_set.max_new_tokens is not None
+    records, path = evaluation_records(eval_set, image_lead=True), result_file(work)
+    check_metric(eval_set, records)
+    start, batches = time.perf_counter(), -(-len(records) // spec.batch_size)
+    with work.phase(f"evaluate {work.label}", batches) as progress:
+        replies = ask_server(
+            server,
+            records,
+            prompt_suffix=eval_set.prompt_suffix or "",
+            max_new_tokens=eval_set.max_new_tokens,
+            parallel=spec.batch_size,
+            progress=progress,
+            journal=work.journal(path, {"batches": batches}),
+        )
+    lines, facts = as_lines(replies, start)
+    write_answers(path, lines)
+    return AnswerFacts(parameters=0, **facts)

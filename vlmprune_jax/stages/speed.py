@@ -12,22 +12,20 @@ from msgspec.structs import asdict
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.distributed.machine import processor
-from vlmprune_jax.evaluation.speed.clock import Measurement
+from vlmprune_jax.evaluation.speed.clock import Measurement, SpeedConfig
 from vlmprune_jax.evaluation.speed.measure import measure_speed
 from vlmprune_jax.experiment.arguments import export_dtype, image_tokens
-from vlmprune_jax.experiment.spec import SpeedSpec
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune.cost import costs_of, speed_limits
-from vlmprune_jax.stages.stage import Files
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import content_key
-from vlmprune_jax.workdir.ledger import Job, run_job
+from vlmprune_jax.workdir.ledger import Task, run_task
 from vlmprune_jax.workdir.result import Costs, Workload
 from vlmprune_jax.workdir.speed import SPEED, Pair, Speed, SpeedWorkload
 
 
-def workload_of(work: Work, data: DataSpec, spec: SpeedSpec, export: ExportSpec) -> Workload:
+def workload_of(work: Work, data: DataSpec, spec: SpeedConfig, export: ExportSpec) -> Workload:
     """Return the prompt for which costs are computed, from the settings of `speed` and `export`."""
     images, tokens = int(spec.with_image(work.config(work.teacher))), image_tokens(data, export) or 0
     dtype = export_dtype(work.model, export)
@@ -47,10 +45,10 @@ def _shapes(work: Work) -> list[list[str]]:
     return list(shapes.values())
 
 
-def speed_files(work: Work, spec: SpeedSpec) -> Files:
-    """Return the speed stage's inputs: one model config per layer shape."""
+def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
+    """Add the speed stage's inputs: one model config per layer shape."""
     shapes = _shapes(work)
-    return Files(
+    return task.add(
         inputs={names[0]: work.models[names[0]] / "config.json" for names in shapes}, settings={"models": shapes}
     )
 
@@ -62,7 +60,7 @@ class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
     pruned: Measurement
 
 
-def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
+def speed_stage(work: Work, spec: SpeedConfig) -> Speed:
     """Measure one model of each layer shape, in turns with the unpruned model."""
     load, shapes, pairs = os.getloadavg()[0], _shapes(work), list[Pair]()
     with work.phase("speed", len(shapes)) as progress:
@@ -78,7 +76,7 @@ def speed_stage(work: Work, spec: SpeedSpec) -> Speed:
     return speeds
 
 
-def _limits(work: Work, spec: SpeedSpec, folder: Path) -> dict[str, float]:
+def _limits(work: Work, spec: SpeedConfig, folder: Path) -> dict[str, float]:
     """Return the largest speed-ups that the layer shapes of the model in a folder allow."""
     before, images = work.config(work.teacher), int(spec.with_image(work.config(work.teacher)))
     row = {"length": spec.prompt_tokens, "images": images, "batch": spec.batch_size}
@@ -86,7 +84,7 @@ def _limits(work: Work, spec: SpeedSpec, folder: Path) -> dict[str, float]:
     return {"prefill_limit": prefill, "decode_limit": decode}
 
 
-def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
+def _shape_speed(work: Work, spec: SpeedConfig, folder: Path) -> ShapeSpeed:
     """Measure the speed of the model in a folder; runs of a sweep share the result per layer shape."""
 
     def measure() -> ShapeSpeed:
@@ -97,8 +95,13 @@ def _shape_speed(work: Work, spec: SpeedSpec, folder: Path) -> ShapeSpeed:
         return measure()
     shapes = [content_key(dataclasses.asdict(work.config(path))) for path in (work.teacher, folder)]
     settings = {**vars(spec), "dtype": work.model.dtype, "mesh": vars(work.mesh), "processor": processor()}
-    job = Job(
-        f"speed of {shapes[1][:8]}", 1, work.workdir, {**settings, "shapes": shapes}, {}, [], ShapeSpeed,
-        stage="speed_of_shape", store=work.store,
-    )  # fmt: skip
-    return run_job(job, measure, overwrite=True, say=work.say).facts
+    task = Task(
+        name=f"speed of {shapes[1][:8]}",
+        function=measure,
+        workdir=work.workdir,
+        settings={**settings, "shapes": shapes},
+        facts=ShapeSpeed,
+        kind="speed_of_shape",
+        store=work.store,
+    )
+    return run_task(task, overwrite=True, say=work.say).facts

@@ -13,15 +13,17 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.settings import settings_of
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
+from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.experiment.arguments import evaluation_sets, export_options
 from vlmprune_jax.experiment.options import options
-from vlmprune_jax.experiment.spec import Experiment, PruneSpec, ReconstructSpec, RecoverSpec, ScoreSpec, SpeedSpec
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.families import family_of
 from vlmprune_jax.prune import CRITERIA
-from vlmprune_jax.prune.config import ScoreConfig
+from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
+from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.score import criteria_of
@@ -54,7 +56,7 @@ def unused_settings(
     runs = [(run, cfg) for experiment, cfg in pairs for run in _variants(experiment)]
     # The name of a recovery is that of its variant.
     names = [o.name for o in options() if o.section and ".NAME" not in o.name and o.name != "recover.name"]
-    user_sections = {section for stage in STAGES.values() if callable(stage.run) for section in stage.sections}
+    user_sections = {section for stage in STAGES.values() if stage.run is not None for section in stage.sections}
     taken = ({*sections} or {name.partition(".")[0] for name in names}) - user_sections
     names = [name for name in names if name.partition(".")[0] in taken]
     given = {name: [_value(run, name) for run in (DEFAULTS, start, *_variants(start))] for name in names}
@@ -99,7 +101,7 @@ def _reasons(rules: Iterable[Rule], names: list[str]) -> dict[str, str]:
     return reasons
 
 
-def _scoring(score: ScoreSpec, prune: PruneSpec) -> Iterator[Rule]:
+def _scoring(score: ScoreConfig, prune: PlanConfig) -> Iterator[Rule]:
     method, criteria = prune.method, [*dict.fromkeys(criteria_of(score, prune).values())]
     used = {name for criterion in criteria for name in CRITERIA[criterion].options_in(score)}
     calibrates = any(CRITERIA[criterion].needs_batches for criterion in criteria)
@@ -107,14 +109,14 @@ def _scoring(score: ScoreSpec, prune: PruneSpec) -> Iterator[Rule]:
     yield "score.depth", method == "width", 'prune.method="width" scores heads and neurons only'
     yield "score.width", method == "depth", 'prune.method="depth" scores layers only'
     subject = f"the criterion {' and '.join(criteria)}"
-    for name in {*settings_of(ScoreConfig)} - {"seed", "options"}:
+    for name in {*settings_of(score)} & {option for every in CRITERIA.values() for option in every.settings} - {"seed"}:
         yield f"score.{name}", name not in used, f"{subject} does not use it"
     yield "score.options", not used & {*score.options}, f"{subject} has none of these options"
     yield "score.samples score.batch_size score.longest_text", not calibrates, f"{subject} reads no records"
     yield "score.seed", not calibrates and "seed" not in used, f"{subject} reads no records"
 
 
-def _pruning(prune: PruneSpec, reconstruct: ReconstructSpec, export: ExportSpec, cfg: ModelConfig) -> Iterator[Rule]:
+def _pruning(prune: PlanConfig, reconstruct: ReconstructConfig, export: ExportSpec, cfg: ModelConfig) -> Iterator[Rule]:
     budget, method = prune.budget, reconstruct.method
     chosen, values = choose_format(export.format, export_options(export))
     of_rows = (budget.memory_bytes, budget.step_ms)
@@ -134,7 +136,7 @@ def _pruning(prune: PruneSpec, reconstruct: ReconstructSpec, export: ExportSpec,
     yield "reconstruct.*", method == "none" and chosen.calibration(values) is None, off
 
 
-def _training(recover: RecoverSpec, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
+def _training(recover: RecoverConfig, data: DataSpec, cfg: ModelConfig) -> Iterator[Rule]:
     losses = recover.losses
     if recover.method == "none":
         yield "recover.*_cache data.*_cache data.fraction data.group_by", True, 'recover.method="none" trains nothing'
@@ -172,7 +174,7 @@ def _evaluation(spec: EvaluateSpec, data: DataSpec, *, last: bool) -> Iterator[R
     yield "evaluate.tasks_*", not spec.tasks, "evaluate.tasks is not set"
 
 
-def _model(speed: SpeedSpec, cfg: ModelConfig) -> Iterator[Rule]:
+def _model(speed: SpeedConfig, cfg: ModelConfig) -> Iterator[Rule]:
     family, tower = family_of(cfg), cfg.vision
     of_images = "data.*tile* data.thumbnail data.max_image* data.aspect_ratio data.eval_images speed.image"
     yield of_images, tower is None, "this model takes no images"

@@ -1,25 +1,24 @@
-"""Resources of a stage beside its settings: its place in a workdir, the model folders, and the reporter."""
+"""The argument of a stage's function: settings, its place in a workdir, the model folders, and the reporter."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.console import Reporter
-from vlmprune_jax.core.errors import UserError, reason
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import MeshSpec, ModelSpec
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import mesh_of
 from vlmprune_jax.distributed.preemption import StopSignal
+from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.card import model_name
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf import lazy
@@ -28,20 +27,76 @@ from vlmprune_jax.hf.read import load, read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan, fingerprint, keep_everything
+from vlmprune_jax.workdir.evaluation import DEFAULT_SET
 from vlmprune_jax.workdir.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """Workdir and console output of a command; `overwrite` allows replacing outputs made from other inputs.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Work:
+    """A stage at its place in a workdir: settings, folders, models and console output; the argument of its function.
 
-    `store`: in a run of a sweep, where runs share what they made.
+    `Work.at` returns that of a command, and `steps_of` those of its stages.
     """
 
+    experiment: Experiment
     workdir: Path
     reporter: Reporter
-    overwrite: bool = False
-    store: Store | None = None
+    overwrite: bool = False  # replace outputs that were made from other inputs
+    store: Store | None = None  # where the runs of a sweep share results
+    stage: str = ""
+    before: tuple[Work, ...] = ()  # the stages that led to `start`, the first one first
+    variant: Path  # folder of the prune variant, with scores, plan.json and the models made before recovery
+    folder: Path  # folder of the outputs; after pruning, that of the recovery variant
+    start: Path  # model that the stage starts from: the last one made in `variant`, at first the unpruned one
+    out: Path  # folder of the model that the stage makes
+    name: str = ""  # of the model in `out`, in results
+    recovery: str = ""  # name of the recovery of that model
+    evaluated: bool = False  # whether that model is evaluated
+    subject: str = ""  # of an evaluation: file name of the model
+    part: str = ""  # of an evaluation: set or task; of a further export: its name
+    models: Mapping[str, Path] = field(default_factory=dict)  # all models of the run, for stages that compare them
+    loaded: dict[Path, Model] | None = None  # models that several evaluations share
+    pruned: bool = True  # False for a control, the unpruned model that is trained like pruned ones
+    control: Path | None = None  # model folder of the control of a recovered model
+    reconstructed: bool = False  # these three are for the card of the model
+    recovered: bool = False
+    benchmarks: Sequence[Sequence[str]] = ()
+
+    @classmethod
+    def at(cls, workdir: Path, experiment: Experiment, reporter: Reporter, **fields: Any) -> Work:
+        """Return the work of a command in a workdir, which starts from the unpruned model unless `fields` differ."""
+        place: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), workdir)
+        place |= {"start": Path(experiment.model.hf_dir), **fields}
+        return cls(workdir=workdir, experiment=experiment, reporter=reporter, **place)
+
+    def replace(self, **fields: Any) -> Work:
+        """Return the work with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Settings of the experiment, by config section."""
+        return self.experiment.sections
+
+    @property
+    def model(self) -> ModelSpec:
+        """Settings of the unpruned model."""
+        return self.experiment.model
+
+    @property
+    def mesh(self) -> MeshSpec:
+        """Settings of the device mesh."""
+        return self.experiment.mesh
+
+    @property
+    def label(self) -> str:
+        """Evaluated model and set, or name of a further export, in messages."""
+        return " ".join(filter(None, (self.subject, self.part if self.part != DEFAULT_SET else "")))
+
+    @property
+    def path(self) -> str:
+        """Path of the folder `out`, relative to the workdir."""
+        return self.out.relative_to(self.workdir).as_posix()
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -61,58 +116,6 @@ class Context:
                     raise stop.stopped(title, f"after {done} of {total}; the same command continues")
 
             yield progress
-
-
-@dataclass(frozen=True, eq=False)
-class ModelFolder:
-    """Model in a folder whose weights stay in files; `load` reads them in the experiment's dtype and mesh."""
-
-    path: Path
-    model: Model
-    load: Callable[..., Model]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Pair:
-    """Pruned model and its teacher, with the plan between them and their device mesh.
-
-    `tokens`: settings of the teacher, with the folder whose tokenizer fits the student.
-    """
-
-    student: ModelFolder
-    teacher: ModelFolder
-    plan: PrunePlan
-    tokens: ModelSpec
-    mesh: Mesh | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work(Context):
-    """Folders that a stage reads and writes, with its models and device mesh.
-
-    `variant`: folder of the prune variant, with scores, `plan.json` and the models made before recovery. `folder`:
-    where outputs go, that of the recovery variant for stages after pruning. `start`: the model that the stage starts
-    from, the last one made in `variant`, at first the unpruned one. `out`: the folder of the model that the stage
-    makes. `part`: of a stage that works in parts, the name of one. `models`: all models of the run by name, for stages
-    that compare them. `loaded`: models that several parts share. `pruned`: False for a control, the unpruned model that
-    is trained like pruned ones; `control`: the control's folder, for a recovered model that has one. `reconstructed`,
-    `recovered`, `benchmarks`: for the card of a model.
-    """
-
-    model: ModelSpec
-    mesh: MeshSpec
-    variant: Path
-    folder: Path
-    start: Path
-    out: Path
-    part: str = ""
-    models: Mapping[str, Path] = field(default_factory=dict)
-    loaded: dict[Path, Model] | None = None
-    pruned: bool = True
-    control: Path | None = None
-    reconstructed: bool = False
-    recovered: bool = False
-    benchmarks: Sequence[Sequence[str]] = ()
 
     @property
     def teacher(self) -> Path:
@@ -173,10 +176,6 @@ class Work(Context):
         """Open a model folder without reading its weights."""
         return lazy.open_model(folder, self.tower)
 
-    def open_folder(self, folder: Path) -> ModelFolder:
-        """Open a model folder whose weights are read later."""
-        return ModelFolder(folder, self.open_model(folder), functools.partial(self.load, folder))
-
     def config(self, folder: Path) -> ModelConfig:
         """Return the config of the model in a folder."""
         return read_config(folder, self.tower)[1]
@@ -212,17 +211,3 @@ def teacher_folder(spec: ModelSpec) -> Path:
     if not folder.is_dir():
         raise UserError(f"model.hf_dir={folder}: no such folder")
     return folder
-
-
-@contextlib.contextmanager
-def in_memory(stage: str) -> Iterator[None]:
-    """Context that converts a stage's out-of-memory error to a one-line UserError."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            f"{stage}: needs more memory than the device has ({reason(error)}): lower its batch_size or the sequence "
-            "length (data.max_length, data.max_images, max_new_tokens, text_window), or use more devices"
-        ) from error

@@ -18,14 +18,14 @@ from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
 from vlmprune_jax.evaluation.metrics.texts import BITS
 from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment, affecting
-from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.pipeline import make_models, tasks_of
 from vlmprune_jax.stages.preflight import preflight
-from vlmprune_jax.stages.work import Context
+from vlmprune_jax.stages.work import Work
 from vlmprune_jax.sweep.hyper import SweepRun
 from vlmprune_jax.workdir.artefact import read_artefact, write_artefact
 from vlmprune_jax.workdir.comparison import compare_again
 from vlmprune_jax.workdir.content import content_key, digest
-from vlmprune_jax.workdir.ledger import Job, remove
+from vlmprune_jax.workdir.ledger import remove
 from vlmprune_jax.workdir.result import RESULT, Costs, Run, Set, Sets, Unpruned
 from vlmprune_jax.workdir.store import Store
 from vlmprune_jax.workdir.sweep import Entry, RunError, RunRecord, SweepResult, SweptModel, UnprunedModel, unpruned_key
@@ -47,13 +47,13 @@ class Sweep:
         """Return the workdir of one run of the sweep."""
         return self.workdir / RUNS / run.name
 
-    def context(self, run: SweepRun, reporter: Reporter) -> Context:
-        """Return the context of one run, with the result store that all runs of the sweep share."""
+    def work(self, run: SweepRun, reporter: Reporter) -> Work:
+        """Return the work of one run, with the result store that all runs of the sweep share."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
         # Image folders are inputs of no stage, as they hold many files.
         images = [data.images, *(eval_set.images for eval_set in sets.values())]
         store = Store(self.workdir / SHARED, {"images": [path and str(real_path(path)) for path in images]})
-        return Context(workdir=self.folder(run), reporter=reporter, overwrite=self.overwrite, store=store)
+        return Work.at(self.folder(run), run.experiment, reporter, overwrite=self.overwrite, store=store)
 
 
 def with_caches(experiment: Experiment) -> Experiment:
@@ -87,10 +87,9 @@ def do_run(run: SweepRun, sweep: Sweep, reporter: Reporter) -> None:
     """
     folder, made_from = sweep.folder(run), on_process_zero(lambda: made_from_of(run, sweep))
     on_process_zero(lambda: remove(folder / ERROR))
-    context = sweep.context(run, reporter)
-    pipeline = Pipeline(run.experiment, context)
-    preflight(pipeline, "run")
-    result = pipeline.make_models()
+    work = sweep.work(run, reporter)
+    preflight(work, "run")
+    result = make_models(work)
     if not is_main_process():
         return
     write_artefact(folder / RESULT, result)
@@ -119,7 +118,6 @@ def _swept(run: SweepRun, model: Run, sweep: Sweep) -> SweptModel:
         "bytes": costs.file_bytes,
         "forward_flops": costs.forward_flops,
         "recovery": "none" if model.data_fraction == 0 else model.recovery,
-        "reconstruct": "none" if path.name == "pruned" else model.reconstruct,
         "digest": digest(path, every_byte=True),
         "path": path.relative_to(sweep.workdir).as_posix(),
     }
@@ -172,10 +170,10 @@ def read_error(run: SweepRun, sweep: Sweep) -> str | None:
 
 def made_from_of(run: SweepRun, sweep: Sweep) -> str:
     """Return a hash of all inputs of a sweep run: settings, versions and outside files."""
-    experiment, jobs = run.experiment, dict[str, Any]()
-    for job in Pipeline(experiment, sweep.context(run, _QUIET)).jobs():
-        files = {name: digest_once(path) for name, path in files_elsewhere(job).items()}
-        jobs[job.name] = (job.settings, files, job.version)
+    experiment, tasks = run.experiment, dict[str, Any]()
+    for task in tasks_of(sweep.work(run, _QUIET)):
+        files = {name: digest_once(path) for name, path in task.outside.items()}
+        tasks[task.name] = (task.settings, files, task.version)
     sections, sets = experiment.sections, evaluation_sets(experiment.data, experiment.evaluate)
     results = [
         {name: eval_set.metric for name, eval_set in sets.items()},
@@ -183,13 +181,7 @@ def made_from_of(run: SweepRun, sweep: Sweep) -> str:
         experiment.recover.name,
     ]
     variants = [list(experiment.prune_variants), list(experiment.recover_variants)]
-    return content_key(jobs, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
-
-
-def files_elsewhere(job: Job) -> dict[str, Path | str]:
-    """Return a job's input files that lie outside the workdir."""
-    below = {name for name, path in job.inputs.items() if isinstance(path, Path) and path.is_relative_to(job.workdir)}
-    return {name: path for name, path in job.inputs.items() if name not in below}
+    return content_key(tasks, results, variants, [affecting(stage, sections) for stage in ("speed", "export")])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from vlmprune_jax.experiment.arguments import evaluation_sets
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.experiment.variants import CONTROL, check_experiment
 from vlmprune_jax.hf.read import read_config
-from vlmprune_jax.stages.pipeline import Pipeline
+from vlmprune_jax.stages.graph import steps_of, task_of
 from vlmprune_jax.stages.registry import STAGES
 from vlmprune_jax.stages.unused import unused_lines
 from vlmprune_jax.stages.work import teacher_folder
@@ -32,13 +32,12 @@ from vlmprune_jax.sweep.run import (
     collect,
     digest_once,
     do_run,
-    files_elsewhere,
     is_done,
     note_error,
     read_error,
     read_run,
 )
-from vlmprune_jax.sweep.workers import Work, in_processes
+from vlmprune_jax.sweep.workers import Worker, in_processes
 from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.content import content_key
 from vlmprune_jax.workdir.ledger import write_text
@@ -101,7 +100,7 @@ def run_sweep(
     *,
     shard: str,
     jobs: int,
-    start: Callable[[], Work],
+    start: Callable[[], Worker],
     page: Page,
     table: Table,
     only: str = "",
@@ -152,7 +151,7 @@ def _run_in_processes(
     reporter: Reporter,
     update_page: Callable[[], None],
     jobs: int,
-    start: Callable[[], Work],
+    start: Callable[[], Worker],
 ) -> None:
     left = len(runs)
 
@@ -276,10 +275,10 @@ def _stage_keys(run: SweepRun, sweep: Sweep, reporter: Reporter) -> dict[str, st
     data = run.experiment.data
     data = dataclasses.replace(data, train=data.train or "train.json", eval=data.eval or "eval.json")  # not written yet
     keys: dict[str, str] = {}
-    placed = dataclasses.replace(run.experiment, data=data)
-    for step in Pipeline(placed, sweep.context(run, reporter)).steps():
-        files = sorted(map(str, files_elsewhere(step.job).values()))
+    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, data=data))
+    for step in steps_of(sweep.work(run, reporter)):
+        task = task_of(step)
         before = [keys[earlier.stage] for earlier in step.before]
-        stage = step.stage if step.work.pruned else CONTROL
-        keys[stage] = content_key(step.stage, step.job.settings, files, before)
+        stage = step.stage if step.pruned else CONTROL
+        keys[stage] = content_key(step.stage, task.settings, sorted(map(str, task.outside.values())), before)
     return keys

@@ -19,11 +19,11 @@ from vlmprune_jax.core.errors import Stopped
 
 _ENVIRONMENT = threading.Lock()  # of this process, which workers inherit
 
-Work = Callable[[Any], str | None]  # does an item; returns the error that stopped it as one line, or None
+Worker = Callable[[Any], str | None]  # does an item; returns the error that stopped it as one line, or None
 
 
 def in_processes(
-    items: Sequence[Any], jobs: int, start: Callable[[], Work], done: Callable[[Any, str | None], None]
+    items: Sequence[Any], jobs: int, start: Callable[[], Worker], done: Callable[[Any, str | None], None]
 ) -> None:
     """Process items in `jobs` child processes; if one is killed, only its current item fails.
 
@@ -64,7 +64,7 @@ def in_processes(
 class _Worker:
     """Child process that starts with its first item, and restarts after it was killed."""
 
-    def __init__(self, start: Callable[[], Work]):
+    def __init__(self, start: Callable[[], Worker]):
         self._start = start
         self._context: SpawnContext = multiprocessing.get_context("spawn")  # a fork would lose the threads of jax
         self._process: SpawnProcess | None = None
@@ -118,7 +118,7 @@ def _safe_path() -> Iterator[None]:
                 os.environ["PYTHONSAFEPATH"] = before
 
 
-def _serve(connection: Connection, start: Callable[[], Work]) -> None:
+def _serve(connection: Connection, start: Callable[[], Worker]) -> None:
     """Process items in the child process until the connection is closed."""
     with contextlib.suppress(EOFError, OSError, Stopped):
         try:

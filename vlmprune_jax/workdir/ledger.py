@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
+import jax
 import msgspec
+from msgspec.structs import replace
 
-from vlmprune_jax.core.errors import UserError, differences
+from vlmprune_jax.core.errors import Stopped, UserError, differences, reason
 from vlmprune_jax.core.files import Finite, checked, read_json, replacing
-from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero
+from vlmprune_jax.distributed.mesh import is_main_process, on_process_zero, start_devices
+from vlmprune_jax.distributed.preemption import noticed
 from vlmprune_jax.workdir.content import MadeFrom, digest, made_from, plain
 from vlmprune_jax.workdir.provenance import MadeBy, made_by
 from vlmprune_jax.workdir.store import RECORD, Store, exclusive
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Ledger entry of a stage's last run, finished or not."""
+class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ledger entry of a task's last run; an unfinished task has only its inputs.
 
-    format: Literal[1] = 1
+    `facts`: the result of the task's function. `outputs`: digests of the files and folders that the task made.
+    """
+
+    format: Literal[1]
     made_from: MadeFrom
     done: bool
-
-
-class Done(Record, frozen=True, kw_only=True):
-    """Ledger entry of a finished stage, with digests of its outputs and its result (`facts`)."""
-
-    seconds: Finite
-    facts: dict[str, Any]
-    outputs: dict[str, str]
-    by: MadeBy
+    seconds: Finite = 0.0
+    facts: Any = {}
+    outputs: dict[str, str] = {}
+    by: MadeBy = MadeBy(finished="", command="", processor="", versions={}, commit=None)
 
 
 FOLDER = ".stages"
@@ -43,165 +46,231 @@ FOLDER = ".stages"
 LOCK_SECONDS = 100.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """A stage to run in a workdir: settings, input and output files.
+class NoFacts(msgspec.Struct, frozen=True):
+    """Result of a task that reports nothing."""
 
-    `name`: of its record, as `depth/prune`. `stage`: jobs of one stage can take each other's results from a `store`.
-    `settings`: every setting that the result depends on (JSON values). `inputs`: files and folders by name.
-    `outputs`: what the stage makes, each written atomically. `scratch`: what an interrupted stage resumes from;
-    `journals`: the same, but dropped without asking if the inputs changed. `version`: changes whenever the stage's code
-    gives other results. `facts`: the struct that its function returns. `store`: where runs of a sweep share results.
-    `beside`: how to get another result beside one that is there, for messages.
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A stage to run in a workdir: function, settings, input and output files.
+
+    Args:
+      name: name of the ledger entry, as `depth/prune`.
+      function: makes the outputs and returns facts for the ledger, of type `facts`.
+      settings: every setting that the result depends on (JSON values).
+      inputs: files and folders by name; a text describes something that lies elsewhere.
+      outputs: files and folders that the function makes, each written atomically.
+      version: changes whenever the function gives other results for the same inputs.
+      scratch: files from which an interrupted task resumes; `journals`: the same, but dropped without asking if the
+        inputs changed.
+      makers: {name of an input: command that makes it}, for the message that the input is missing.
+      kind: tasks of one kind can take each other's results from a `store`, where the runs of a sweep share them.
+      beside: how to get another result beside one that is there, for messages.
     """
 
     name: str
-    version: int
+    function: Callable[[], msgspec.Struct | None]
     workdir: Path
     settings: Mapping[str, Any]
-    inputs: Mapping[str, Path | str]
-    outputs: Sequence[Path]
-    facts: type[msgspec.Struct]
+    inputs: Mapping[str, Path | str] = field(default_factory=dict)
+    outputs: Sequence[Path] = ()
+    version: int = 1
+    facts: type[msgspec.Struct] = NoFacts
     scratch: Sequence[Path] = ()
     journals: Sequence[Path] = ()
-    stage: str = ""
+    makers: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
     store: Store | None = None
     beside: str = "use another --workdir"
 
     @property
     def record(self) -> Path:
-        """Path of the job's ledger entry."""
+        """Path of the task's ledger entry."""
         return self.workdir / FOLDER / f"{self.name.replace('/', '.')}.json"
 
+    @property
+    def outside(self) -> dict[str, Path | str]:
+        """Inputs that lie outside the workdir."""
+        return {
+            name: path
+            for name, path in self.inputs.items()
+            if isinstance(path, str) or not path.is_relative_to(self.workdir)
+        }
 
-@dataclass(frozen=True)
-class Finished:
-    """Result of a finished job, and the seconds that it took."""
+    def add(
+        self,
+        *,
+        inputs: Mapping[str, Path | str] = MappingProxyType({}),
+        outputs: Sequence[Path] = (),
+        journals: Sequence[Path] = (),
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        without: Collection[str] = (),
+    ) -> Task:
+        """Return the task with further inputs, outputs, journals and settings, and `without` some settings."""
+        return dataclasses.replace(
+            self,
+            inputs={**self.inputs, **inputs},
+            outputs=[*self.outputs, *outputs],
+            journals=[*self.journals, *journals],
+            settings={name: value for name, value in self.settings.items() if name not in without} | {**settings},
+        )
 
-    facts: Any
-    seconds: float
 
+def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> StageRecord:
+    """Run a task by calling its function, unless its result is up to date; return its ledger entry.
 
-def run_job(job: Job, body: Callable[[], msgspec.Struct], *, overwrite: bool, say: Callable[[str], None]) -> Finished:
-    """Run a job by calling `body`, unless its result is up to date.
+    Every process of a run calls it, and the function runs on all of them; process 0 decides what is there, and notes
+    it.
 
-    Every process of a run calls it, and `body` runs on all of them; process 0 decides what is there, and notes it.
-
-    A job whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
-    Facts are kept in the ledger, so a skipped job returns those of the run that made its outputs. Seconds spent before
+    A task whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
+    Facts are kept in the ledger, so a skipped task returns those of the run that made its outputs. Seconds spent before
     an interruption are not known.
 
     Raises:
-      UserError: an input is missing, another run is at this job, or an output exists that was made from other inputs,
-        or by hand, and `overwrite` is off.
+      UserError: an input is missing, another run is at this task, memory does not suffice, or an output exists that was
+        made from other inputs, or by hand, and `overwrite` is off.
+      Stopped: another process of the run got SIGTERM.
     """
     with contextlib.ExitStack() as held:
         key: str | None = None
 
-        def begin() -> Done | None:
+        def begin() -> StageRecord | None:
             nonlocal key
-            held.enter_context(_alone(job, say))
-            done = _begin(job, overwrite, say)
-            if done is None and job.store is not None:
-                key = job.store.key(job.stage, job.settings, job.inputs, job.version, job.outputs)
+            _check_inputs(task)
+            held.enter_context(_alone(task, say))
+            record = _begin(task, overwrite, say)
+            if record is None and task.store is not None:
+                key = task.store.key(task.kind, task.settings, task.inputs, task.version, task.outputs)
                 held.enter_context(
-                    job.store.alone(key, lambda: say(f"{job.name}: waiting for another run to compute it"))
+                    task.store.alone(key, lambda: say(f"{task.name}: waiting for another run to compute it"))
                 )
-                done = _take(job, key, say)
-            return done
+                record = _take(task, key, say)
+            return record
 
-        done: Done | None = on_process_zero(begin, Done | None)
-        if done is None:
+        record: StageRecord | None = on_process_zero(begin, StageRecord | None)
+        if record is None:
             start = time.perf_counter()
             try:
-                facts = body()
+                if noticed():
+                    raise Stopped(f"stopped on SIGTERM before {task.name}; the same command continues with it")
+                say(f"{task.name} ...")
+                start_devices()
+                with in_memory(task.name):
+                    facts = task.function() or NoFacts()
+                if not isinstance(facts, msgspec.Struct):
+                    raise UserError(
+                        f"stage {task.kind}: returned a {type(facts).__name__}: it must return a msgspec.Struct or None"
+                    )
             except BaseException:
-                # With nothing to show for it the job never began; else its record lets the same command go on.
-                if is_main_process() and not any(_holds(path) for path in (*job.outputs, *job.scratch, *job.journals)):
-                    remove(job.record)
+                # With nothing to show for it the task never began; else its record lets the same command go on.
+                if is_main_process() and not any(map(_holds, (*task.outputs, *task.scratch, *task.journals))):
+                    remove(task.record)
                 raise
-            done = on_process_zero(lambda: _end(job, facts, round(time.perf_counter() - start, 2), key), Done)
-        return Finished(msgspec.convert(done.facts, job.facts), done.seconds)
+            record = on_process_zero(lambda: _end(task, facts, round(time.perf_counter() - start, 2), key), StageRecord)
+        return replace(record, facts=msgspec.convert(record.facts, task.facts))
 
 
 @contextlib.contextmanager
-def _alone(job: Job, say: Callable[[str], None]) -> Iterator[None]:
-    """Context that locks a job; raise UserError if another process is running it in the same workdir."""
+def in_memory(task: str) -> Iterator[None]:
+    """Context that converts a task's out-of-memory error to a one-line UserError."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"{task}: needs more memory than the device has ({reason(error)}): lower its batch_size or the sequence "
+            "length (data.max_length, data.max_images, max_new_tokens, text_window), or use more devices"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(task: Task, say: Callable[[str], None]) -> Iterator[None]:
+    """Context that locks a task; raise UserError if another process is running it in the same workdir."""
 
     def waiting() -> None:
-        say(f"{job.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it")
+        say(f"{task.name}: waiting up to {LOCK_SECONDS:.0f} s for another run to finish it")
 
-    with exclusive(job.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
+    with exclusive(task.record.with_suffix(".lock"), LOCK_SECONDS, waiting) as held:
         if not held:
             raise UserError(
-                f"{job.name}: another run is computing this stage in {job.workdir}: wait until it ends, or use "
+                f"{task.name}: another run is computing this stage in {task.workdir}: wait until it ends, or use "
                 "another --workdir"
             )
         yield
 
 
-def _begin(job: Job, overwrite: bool, say: Callable[[str], None]) -> Done | None:
-    """Return the job's ledger entry if it is done; otherwise remove its old outputs and return None."""
-    for name, path in job.inputs.items():
+def _check_inputs(task: Task) -> None:
+    """Raise UserError if an input is missing, with the command that makes it if it is a stage's."""
+    for name, path in task.inputs.items():
         if isinstance(path, Path) and not path.exists():
-            raise UserError(f"{job.name}: {name} is {path}: no such file or folder")
-    now = made_from(job.settings, job.inputs, job.version)
-    last = _read(job.record, job.facts)
+            if name in task.makers:
+                raise UserError(
+                    f"{path}: no such file or folder: run `vlmprune {task.makers[name]}` (or `vlmprune run`) first"
+                )
+            raise UserError(f"{task.name}: {name} is {path}: no such file or folder")
+
+
+def _begin(task: Task, overwrite: bool, say: Callable[[str], None]) -> StageRecord | None:
+    """Return the task's ledger entry if it is done; otherwise remove its old outputs and return None."""
+    now = made_from(task.settings, task.inputs, task.version)
+    last = _read(task.record, task.facts)
     same = last is not None and last.made_from == now
-    present = [path for path in job.outputs if path.exists()]
-    if same and isinstance(last, Done) and len(present) == len(job.outputs) and last.outputs == _digests(job.outputs):
-        output = job.outputs[0] if job.outputs else job.record
-        path = output.relative_to(job.workdir).as_posix() if output.is_relative_to(job.workdir) else output
-        say(f"{job.name}: unchanged, skipped ({path} is up to date)")
-        _clear(job)  # left by a process that was killed just after it had noted the end
+    present = [path for path in task.outputs if path.exists()]
+    if last and same and last.done and len(present) == len(task.outputs) and last.outputs == _digests(task.outputs):
+        output = task.outputs[0] if task.outputs else task.record
+        path = output.relative_to(task.workdir).as_posix() if output.is_relative_to(task.workdir) else output
+        say(f"{task.name}: unchanged, skipped ({path} is up to date)")
+        _clear(task)  # left by a process that was killed just after it had noted the end
         return last
-    resumes = same and not isinstance(last, Done)
+    resumes = last is not None and same and not last.done
     if not resumes and not overwrite:
-        _refuse(job, present, last, now)
-    for path in [*job.outputs, *(() if resumes else (*job.scratch, *job.journals))]:
+        _refuse(task, present, last, now)
+    for path in [*task.outputs, *(() if resumes else (*task.scratch, *task.journals))]:
         remove(path)
-    write_json(job.record, Record(made_from=now, done=False))
+    write_json(task.record, StageRecord(format=1, made_from=now, done=False))
     return None
 
 
-def _take(job: Job, key: str, say: Callable[[str], None]) -> Done | None:
+def _take(task: Task, key: str, say: Callable[[str], None]) -> StageRecord | None:
     """Reuse the result of another sweep run: link its outputs and return its ledger entry; None if none has it."""
-    assert job.store is not None
-    entry = job.store.folder / key
-    last, begun = _read(entry / RECORD, job.facts), _read(job.record, job.facts)
-    sources = [entry / path.name for path in job.outputs]
-    if not isinstance(last, Done) or not all(path.exists() for path in sources) or last.outputs != _digests(sources):
+    assert task.store is not None
+    entry = task.store.folder / key
+    last, begun = _read(entry / RECORD, task.facts), _read(task.record, task.facts)
+    sources = [entry / path.name for path in task.outputs]
+    if last is None or not last.done or not all(path.exists() for path in sources) or last.outputs != _digests(sources):
         remove(entry)
         return None
     assert begun is not None
-    job.store.take(key, job.outputs)
-    write_json(job.record, msgspec.structs.replace(last, made_from=begun.made_from))
-    say(f"{job.name}: linked from another run")
-    _clear(job)
+    task.store.take(key, task.outputs)
+    write_json(task.record, replace(last, made_from=begun.made_from))
+    say(f"{task.name}: linked from another run")
+    _clear(task)
     return last
 
 
-def _end(job: Job, facts: msgspec.Struct, seconds: float, key: str | None) -> Done:
-    """Write the ledger entry of a finished job, and share its result with other sweep runs."""
-    last = _read(job.record, job.facts)
+def _end(task: Task, facts: msgspec.Struct, seconds: float, key: str | None) -> StageRecord:
+    """Write the ledger entry of a finished task, and share its result with other sweep runs."""
+    last = _read(task.record, task.facts)
     assert last is not None
-    done = Done(
+    done = StageRecord(
+        format=1,
         made_from=last.made_from,
         done=True,
         seconds=seconds,
         facts=plain(facts),
-        outputs=_digests(job.outputs),
+        outputs=_digests(task.outputs),
         by=made_by(),
     )
-    write_json(job.record, done)
-    if job.store is not None and key is not None:
-        job.store.put(key, job.outputs, msgspec.to_builtins(done))
-    _clear(job)
+    write_json(task.record, done)
+    if task.store is not None and key is not None:
+        task.store.put(key, task.outputs, msgspec.to_builtins(done))
+    _clear(task)
     return done
 
 
-def _clear(job: Job) -> None:
-    for path in (*job.scratch, *job.journals):
+def _clear(task: Task) -> None:
+    for path in (*task.scratch, *task.journals):
         remove(path)
 
 
@@ -214,19 +283,19 @@ def _digests(outputs: Sequence[Path]) -> dict[str, str]:
     return {path.name: digest(path) for path in outputs}
 
 
-def _refuse(job: Job, present: Sequence[Path], last: Record | None, now: MadeFrom) -> None:
-    left = [*present, *(path for path in job.scratch if _holds(path))]
+def _refuse(task: Task, present: Sequence[Path], last: StageRecord | None, now: MadeFrom) -> None:
+    left = [*present, *(path for path in task.scratch if _holds(path))]
     if not left:
         return
     if last is not None and last.made_from == now:
         reason = "was changed since this stage made it"
     elif last is not None:
         reason = f"was made from other inputs ({'; '.join(_changes(last.made_from, now)[:4])})"
-    elif job.record.exists():
-        reason = f"exists, but its record {job.record} is damaged, or of another version of vlmprune"
+    elif task.record.exists():
+        reason = f"exists, but its record {task.record} is damaged, or of another version of vlmprune"
     else:
         reason = "exists and was not made by this stage"
-    raise UserError(f"{job.name}: {left[0]} {reason}: add --overwrite to replace it, or {job.beside}")
+    raise UserError(f"{task.name}: {left[0]} {reason}: add --overwrite to replace it, or {task.beside}")
 
 
 def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
@@ -237,22 +306,22 @@ def _changes(before: MadeFrom, now: MadeFrom) -> list[str]:
     return [*inputs, *differences(old, new)]
 
 
-def differs_only_in(job: Job, setting: str) -> bool:
+def differs_only_in(task: Task, setting: str) -> bool:
     """Return True if outputs are unmodified and inputs differ from the last run in at most one setting."""
-    last = _read(job.record, job.facts)
-    if not isinstance(last, Done) or not all(path.exists() for path in job.outputs):
+    last = _read(task.record, task.facts)
+    if last is None or not last.done or not all(path.exists() for path in task.outputs):
         return False
-    if last.outputs != _digests(job.outputs):
+    if last.outputs != _digests(task.outputs):
         return False
-    now = made_from(job.settings, job.inputs, job.version)
+    now = made_from(task.settings, task.inputs, task.version)
     before, after = ({k: v for k, v in origin.settings.items() if k != setting} for origin in (last.made_from, now))
     return (before, last.made_from.inputs, last.made_from.version) == (after, now.inputs, now.version)
 
 
-def finished_stages(workdir: Path) -> dict[str, Done]:
+def finished_stages(workdir: Path) -> dict[str, StageRecord]:
     """Return {stage: ledger entry} of all finished stages in a workdir."""
     records = {path.stem: _read(path, None) for path in sorted((workdir / FOLDER).glob("*.json"))}
-    return {name: record for name, record in records.items() if isinstance(record, Done)}
+    return {name: record for name, record in records.items() if record is not None and record.done}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -277,14 +346,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path, facts: type[msgspec.Struct] | None) -> Record | None:
-    """Read a job's ledger entry; None if it is missing or damaged."""
+def _read(path: Path, facts: type[msgspec.Struct] | None) -> StageRecord | None:
+    """Read a task's ledger entry; None if it is missing or damaged."""
     try:
-        record = read_json(path, Record, missing="", unicode=False)
-        kind = Done if record["done"] else Record
-        checked(record, kind, "", "")
-        if kind is Done and facts is not None:
-            checked(record["facts"], facts, "", "")
+        record = msgspec.convert(read_json(path, StageRecord, missing="", unicode=False), StageRecord)
+        checked(record.facts, dict[str, Any] if facts is None or not record.done else facts, "", "")
     except UserError:
         return None
-    return msgspec.convert(record, kind)
+    return record if record.by.finished or not record.done else None

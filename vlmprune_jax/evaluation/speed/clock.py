@@ -25,9 +25,12 @@ _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Workload of a speed measurement: prompt length, new tokens, batch size and number of rounds."""
+    """Settings of the speed measurement, in which models take turns on this machine.
 
-    rounds: int = speed_setting(5, "Number of measurements per model.", least=0, most=1000)
+    The report's FLOPs are for the same prompt.
+    """
+
+    rounds: int = speed_setting(5, "Number of measurements per model (0 = none).", least=0, most=1000)
     prompt_tokens: int = speed_setting(
         640, "Length of the prompt, including the tokens of its image.", unit="tokens", least=1, most=_MAX_TOKENS
     )

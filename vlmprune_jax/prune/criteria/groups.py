@@ -6,7 +6,7 @@ down, or its row of fc1 and its column of fc2 (LLM-Pruner, arXiv 2305.11627). Bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,20 +15,13 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import WRITERS, Axis, Layer
 from vlmprune_jax.models.params import layer_axes
+from vlmprune_jax.prune.config import GQA, REDUCTIONS
 from vlmprune_jax.prune.criteria.criterion import Parts
 
 # Reference order of the tensors of a group; it matters for the reduction "first" only.
 ORDER = (
     "q_proj", "o_proj", "dense", "out_proj", "v_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2",
 )  # fmt: skip
-REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "sum": lambda stack: stack.sum(axis=0),
-    "mean": lambda stack: stack.mean(axis=0),
-    "max": lambda stack: stack.max(axis=0),
-    "prod": lambda stack: stack.prod(axis=0),
-    "first": lambda stack: stack[0],
-}
-GQA = ("groups", "q_heads")
 Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] or float[neurons]
 
 

@@ -12,14 +12,12 @@ from vlmprune_jax.core.config import STACKS
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.prune.config import VARIANTS
 from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_kinds
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.gradients import Found, gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups
 from vlmprune_jax.prune.criteria.tower_gradients import tower_channels
-
-# variant -> whether it needs per-sample squared gradients
-VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
 
 
 def taylor(

@@ -11,7 +11,10 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.report.build import build_report
 from vlmprune_jax.workdir.artefact import write_artefact
-from vlmprune_jax.workdir.unfinished import STEPS, Steps, read_unfinished
+from vlmprune_jax.workdir.content import MadeFrom
+from vlmprune_jax.workdir.ledger import StageRecord, write_json
+from vlmprune_jax.workdir.provenance import MadeBy
+from vlmprune_jax.workdir.steps import STEPS, PruneFacts, RecoverFacts, Steps, read_unfinished
 
 
 @pytest.fixture
@@ -47,6 +50,33 @@ def test_everything_but_the_export(workdir):
         "width-sft: recover": "recover",
         "the best model, exported and compared, and everything else that is left": "run",
     }
+
+
+def recorded(workdir, name, facts, **settings):
+    """A ledger entry of a finished stage."""
+    made_by = MadeBy(finished="now", command="vlmprune run", processor="CPU", versions={}, commit=None)
+    made_from = MadeFrom(settings=settings, inputs={}, version=1)
+    record = StageRecord(format=1, made_from=made_from, done=True, seconds=1.5, facts=facts, by=made_by)
+    write_json(workdir / f".stages/{name}.json", record)
+
+
+def test_what_the_ledger_knows_of_finished_steps(workdir):
+    facts = {name: 0 for name in RecoverFacts.__struct_fields__} | {
+        "recovery": "sft",
+        "terms": {"ce": "CE"},
+        "last": {},
+    }
+    plan = {name: 0 for name in PruneFacts.__struct_fields__}
+    plan |= {"method": "depth", "criterion": "bi", "removed_layers": [], "decoder_ratio": 0.4}
+    recorded(workdir, "depth.score", {})
+    recorded(workdir, "depth.prune", plan)
+    recorded(workdir, "depth.sft.recover", {**facts, "records": 7, "steps": 3}, **{"data.fraction": 0.25})
+    pruned, trained, other = read_unfinished(workdir).runs
+    assert (pruned.seconds, trained.seconds, other.seconds) == (3.0, 4.5, None)
+    assert (trained.training_records, trained.training_steps, trained.data_fraction) == (7, 3, 0.25)
+    assert (trained.loss_terms, trained.decoder_ratio, other.decoder_ratio) == ({"ce": "CE"}, 0.4, None)
+    recorded(workdir, "depth.sft.recover", {**facts, "records": "seven"})  # somebody else's
+    assert read_unfinished(workdir).runs[1].training_records is None
 
 
 def test_only_scores_and_plan(workdir):
