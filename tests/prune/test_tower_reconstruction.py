@@ -10,6 +10,7 @@ import pytest
 from prune_cases import EQUAL, config, kept_stack, kept_units, model
 from stack_cases import tower_layer, with_facts
 
+from vlmprune_jax.core.config import PatchConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.params import count_params, flatten
@@ -22,7 +23,7 @@ HEADS = (0, 1)
 WHOLE = tuple(range(10))
 NEURONS = [kept_units(0, HEADS, HEADS, WHOLE[:6]), kept_units(1, (1,), (1,), WHOLE), kept_units(3, HEADS, HEADS, WHOLE)]
 DEPTH = [kept_units(i, HEADS, HEADS, WHOLE) for i in (0, 1, 3)]
-SCALED = {"layer_scale": True, "class_token": False, "patch_bias": True, "pre_norm": False}
+SCALED = {"layer_scale": True, "class_token": False, "patches": PatchConfig(bias=True), "pre_norm": False}
 
 
 def seeing(**changes):

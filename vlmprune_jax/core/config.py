@@ -89,41 +89,78 @@ class TextConfig(Stack):
 
 
 @dataclass(frozen=True)
+class PositionTable:
+    """Learned positions of a vision tower's patches."""
+
+    image_size: int = 0
+    """Image size that the table was made for; 0 for the tower's."""
+
+    resizes: bool = False
+    """True if the table is interpolated for images of another size."""
+
+    spreads: bool = False
+    """True if the real patches of a masked image are distributed over the whole table."""
+
+    by_axis: int = 0
+    """Entries by column and by row, of which a patch takes the sum of two; 0 for one entry per patch."""
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How a vision tower embeds patches."""
+
+    bias: bool = False
+    """True if the embedding has a bias."""
+
+    temporal: int = 0
+    """Copies of the image in a patch, if images have any size and arrive as patches; 0 for images of one size."""
+
+    channels_last: bool = False
+    """True if a patch's channels come last; values are then in 0..1, and centred by the tower."""
+
+
+@dataclass(frozen=True)
 class VisionConfig(Stack):
     """Configuration of a vision transformer; only layers up to the one whose features the projector reads are included.
 
-    `n_layers_total` is the number of blocks in the checkpoint; those above the feature layer are neither loaded nor
-    run. `kind` names the weight table (families/towers.py); the fields after it describe the differences between
-    towers. `position_size` is the image size of the position table (0: `image_size`). A tower that `resizes`
-    interpolates its table for other image sizes; a tower that `spreads` distributes the real patches of a masked image
-    over the table.
-
-    With `temporal` (copies of the image in a patch) images have any size and arrive as patches, `merge` x `merge`
-    neighbours consecutively; `image_size` is then a typical size, for estimates. Such a tower interpolates its position
-    table, if it has one (`table`), for every image, and rotates queries and keys by row and column. The outputs of the
-    blocks in `deepstack` are added to the first decoder layers. With `axis_positions`, an image's
-    patches take the sum of two entries of as many, by column and by row. `channels_last`: order of a patch's values,
-    which are then in 0..1, and centred by the tower.
+    A tower for images of any size interpolates its position table, if it has one, for every image.
     """
 
     n_layers_total: int
+    """Blocks in the checkpoint; those above the feature layer are neither loaded nor run."""
+
     image_size: int
+    """Pixels per side; of a typical image, for estimates, if images have any size."""
+
     patch_size: int
+    """Pixels per side of a patch."""
+
     channels: int
+    """Channels of an image."""
+
     kind: str
+    """Name of the weight table (families/towers.py)."""
+
     class_token: bool = True
-    patch_bias: bool = False
+    """True if a class token stands before the patches."""
+
     pre_norm: bool = True
+    """True if embeddings are normalised before the first block."""
+
     post_norm: bool = False
-    position_size: int = 0
-    resizes: bool = False
-    spreads: bool = False
-    temporal: int = 0
+    """True if the last block's output is normalised."""
+
     merge: int = 1
-    table: bool = True
+    """Neighbouring patches per side that become one image token; they arrive consecutively."""
+
     deepstack: tuple[int, ...] = ()
-    axis_positions: int = 0
-    channels_last: bool = False
+    """Blocks whose outputs are added to the outputs of the first decoder layers (DeepStack)."""
+
+    positions: PositionTable | None = PositionTable()
+    """Position table; None for none."""
+
+    patches: PatchConfig = PatchConfig()
+    """How patches are embedded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,12 +181,12 @@ class VisionConfig(Stack):
     @property
     def any_size(self) -> bool:
         """True if the vision tower takes images of any size, as sequences of patches."""
-        return self.temporal > 0
+        return self.patches.temporal > 0
 
     @property
     def patch_values(self) -> int:
         """Number of values in one patch (channels x height x width)."""
-        return self.channels * max(self.temporal, 1) * self.patch_size**2
+        return self.channels * max(self.patches.temporal, 1) * self.patch_size**2
 
     @property
     def grid(self) -> int:
@@ -159,7 +196,8 @@ class VisionConfig(Stack):
     @property
     def position_grid(self) -> int:
         """Number of patches along each side of the position embedding table."""
-        return (self.position_size or self.image_size) // self.patch_size
+        size = self.positions.image_size if self.positions is not None else 0
+        return (size or self.image_size) // self.patch_size
 
     @property
     def whole_heads(self) -> bool:

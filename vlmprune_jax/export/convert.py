@@ -82,8 +82,9 @@ def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, voc
 
 def _check(cfg: ModelConfig, missing: str | None) -> None:
     vision = vision_of(cfg)
-    if missing is None and vision.position_size not in (0, vision.image_size):
-        missing = f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})"
+    size = 0 if vision.positions is None else vision.positions.image_size
+    if missing is None and size not in (0, vision.image_size):
+        missing = f"images of another size ({vision.image_size}) than its tower's positions ({size})"
     elif missing is None and cfg.text.head_bias:
         missing = "a bias in its output head (none)"
     if missing is not None:

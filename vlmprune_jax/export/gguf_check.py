@@ -199,7 +199,7 @@ def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: boo
     arrays = []
     for key, slots in by_key(make_slots(wide, family)).items():
         path, tensor = slots[0].path, stored(key, slots[0].hf_shape or (1,))
-        if path == "vision/patch_embedding/weight" and vision_of(wide).channels_last:
+        if path == "vision/patch_embedding/weight" and vision_of(wide).patches.channels_last:
             tensor = np.moveaxis(tensor.reshape(len(tensor), vision_of(wide).channels, -1), 1, 2)
         if rolled_positions and path == "vision/position_embedding/weight" and vision_of(wide).class_token:
             tensor = np.roll(tensor, 1, axis=0)

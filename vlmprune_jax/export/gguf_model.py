@@ -152,9 +152,9 @@ def _tower(
         table = tensors[place]
         rolled_table = lambda: np.roll(table.fetch(), -(table.n_bytes // table.shape[0]))  # noqa: E731
         tensors[place] = dataclasses.replace(table, fetch=rolled_table, pieces=None)
-    if vision.channels_last:
+    if vision.patches.channels_last:
         tensors = [_channels_first(tensor, vision.channels) if tensor.key == _FILTERS else tensor for tensor in tensors]
-    if vision.temporal > 1:
+    if vision.patches.temporal > 1:
         tensors = [part for tensor in tensors for part in (_copies(tensor) if tensor.key == _FILTERS else (tensor,))]
     tensors += _tensors(model, wide, family, "projector", projector_tensors(wide), plain)
     fields |= _size_label(tensors)

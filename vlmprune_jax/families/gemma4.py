@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
@@ -322,10 +322,9 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         kind="gemma4",
         class_token=False,
         pre_norm=False,
-        temporal=1,
         merge=merge,
-        axis_positions=int(full["position_embedding_size"]),
-        channels_last=True,
+        positions=PositionTable(by_axis=int(full["position_embedding_size"])),
+        patches=PatchConfig(temporal=1, channels_last=True),
     )
 
 

@@ -120,10 +120,11 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
     """Return {unsupported feature: True if the model has it}, for towers with one image size."""
     vision, projector = _vision_and_projector(cfg)
     select = "patch" if vision.class_token else "full"
+    size = 0 if vision.positions is None else vision.positions.image_size
     wrong = {
         f"feature selection {cfg.feature_select!r} with such a tower ({select!r})": cfg.feature_select != select,
-        f"images of another size ({vision.image_size}) than its tower's positions ({vision.position_size})": (
-            vision.position_size not in (0, vision.image_size)
+        f"images of another size ({vision.image_size}) than its tower's positions ({size})": (
+            size not in (0, vision.image_size)
         ),
     }
     if projector.kind == "mlp":
@@ -151,7 +152,7 @@ def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     sides = sorted({shape.mixer.window for shape in vision.layers if shape.mixer.window is not None})
     window = _WINDOW // vision.patch_size // vision.merge
     return wrong | {
-        f"patches of {vision.temporal} copies of an image ({_PATCHES})": vision.temporal != _PATCHES,
+        f"patches of {vision.patches.temporal} copies of an image ({_PATCHES})": vision.patches.temporal != _PATCHES,
         f"tokens of {vision.merge} x {vision.merge} patches ({_PATCHES} x {_PATCHES})": vision.merge != _PATCHES,
         f"full attention in blocks {whole} of {len(vision.layers)} (every n-th)": full_attention_period(vision.layers)
         is None,
@@ -170,7 +171,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     `cut`: further metadata about the tiles or pieces that images are cut into.
     """
     vision, projector = _vision_and_projector(cfg)
-    size = (vision.any_size and vision.table and vision.position_size) or vision.image_size
+    size = (vision.any_size and vision.positions and vision.positions.image_size) or vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
         "clip_projector_type": _graph(cfg),

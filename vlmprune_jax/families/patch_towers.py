@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
@@ -38,12 +38,13 @@ def tower_from_hf(
     windows: Sequence[int | None] = (),
     norm: str = "layer",
     gated: bool = False,
+    patch_bias: bool = False,
     **traits: Any,
 ) -> VisionConfig:
     """Return the VisionConfig of a vision config dictionary.
 
-    `windows` has the side of each layer's attention windows (empty: full attention); `norm` and `gated` are fields of
-    BlockConfig and Dense, and `traits` of VisionConfig.
+    `windows` has the side of each layer's attention windows (empty: full attention); `norm`, `gated` and
+    `patch_bias` are fields of BlockConfig, Dense and PatchConfig, and `traits` of VisionConfig.
 
     Raises UserError if the heads do not divide the width, or the type of rotary embedding is not supported.
     """
@@ -72,7 +73,7 @@ def tower_from_hf(
         n_layers_total=depth,
         patch_size=int(config["patch_size"]),
         channels=int(config["in_channels"]),
-        temporal=int(config["temporal_patch_size"]),
+        patches=PatchConfig(patch_bias, int(config["temporal_patch_size"])),
         merge=int(config["spatial_merge_size"]),
         **{"class_token": False, "pre_norm": False, **traits},
     )
@@ -179,9 +180,9 @@ def tower_weights(cfg: ModelConfig, prefix: str, merger: tuple[str, str, str]) -
     vision, projector = vision_of(cfg), projector_of(cfg)
     without_bias = {f"vision/layers/{{i}}/layer_norm{n}" for n in (1, 2)} | {"projector/patch_norm"}
     without_bias = without_bias if vision.block.norm == "rms" else set()
-    without_bias |= {"vision/position_embedding", *(() if vision.patch_bias else ("vision/patch_embedding",))}
+    without_bias |= {"vision/position_embedding", *(() if vision.patches.bias else ("vision/patch_embedding",))}
     lines = {"vision/patch_embedding": ("patch_embed.proj", "vision channel temporal patch_row patch_column")}
-    if vision.table:
+    if vision.positions is not None:
         lines["vision/position_embedding"] = ("pos_embed", "position vision")
     for path, (key, layout) in {**_BLOCK, **_MLP["gated" if vision.channel.gated else "plain"]}.items():
         lines[f"vision/layers/{{i}}/{path}"] = (f"blocks.{{i}}.{key}", layout)

@@ -99,7 +99,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         kind="qwen2_5_vl",
         windows=windows_of_blocks(full, side),
         image_size=typical_size(full, _TYPICAL_WINDOWS * side),
-        table=False,
+        positions=None,
         norm="rms",
         gated=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PositionTable, TextConfig, VisionConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -71,7 +71,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         full,
         kind="qwen3_vl",
         image_size=typical_size(full, side // int(full["spatial_merge_size"])),
-        position_size=side * int(full["patch_size"]),
+        positions=PositionTable(side * int(full["patch_size"])),
         patch_bias=True,
         deepstack=tuple(full["deepstack_visual_indexes"]),
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import Attention, Dense, Layer
 from vlmprune_jax.core.projector import ProjectorConfig
@@ -39,12 +40,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Fields of VisionConfig in which the towers differ.
-_INTERNVIT = {"patch_bias": True, "pre_norm": False, "resizes": True}
-_SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
+_BIASED = PatchConfig(bias=True)
+_INTERNVIT = {"patches": _BIASED, "pre_norm": False, "positions": PositionTable(resizes=True)}
+_SIGLIP = {"class_token": False, "patches": _BIASED, "pre_norm": False}
 _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
     "siglip_vision_model": {"kind": "siglip", **_SIGLIP},
-    "smolvlm_vision": {"kind": "smolvlm", **_SIGLIP, "post_norm": True, "spreads": True},
+    "smolvlm_vision": {"kind": "smolvlm", **_SIGLIP, "post_norm": True, "positions": PositionTable(spreads=True)},
     "internvl_vision": {"kind": "internvit", **_INTERNVIT},
     "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
@@ -94,6 +96,9 @@ def vision_from_hf(
     if not 0 < used <= total:
         raise UserError(f"vision feature layer {feature_layer} does not exist in a vision tower of {total} layers")
     table_size = _side(full["image_size"], "image_size")
+    positions = _TRAITS[kind].get("positions", PositionTable())
+    if image_size not in (None, table_size):
+        positions = dataclasses.replace(positions, image_size=table_size)
     hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
     if "head_dim" not in full and hidden % heads:
         raise UserError(f"vision tower: hidden_size {hidden} is not a multiple of its {heads} heads")
@@ -115,8 +120,7 @@ def vision_from_hf(
         image_size=image_size or table_size,
         patch_size=_side(full["patch_size"], "patch_size"),
         channels=int(full.get("num_channels", 3)),
-        position_size=table_size if image_size not in (None, table_size) else 0,
-        **_TRAITS[kind],
+        **{**_TRAITS[kind], "positions": positions},
     )
 
 
@@ -277,7 +281,7 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
         "layers/{i}/layer_scale2": not vision.block.layer_scale,
     }
     without_bias = {"class_embedding", "position_embedding", "layers/{i}/layer_scale1", "layers/{i}/layer_scale2"}
-    if not vision.patch_bias:
+    if not vision.patches.bias:
         without_bias.add("patch_embedding")
     if not vision.attention.bias:
         without_bias.update(f"layers/{{i}}/self_attn/{name}" for name in ("q_proj", "k_proj", "v_proj"))

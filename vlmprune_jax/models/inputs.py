@@ -27,7 +27,7 @@ def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) 
     hides = mask.reshape(-1, mask.shape[-2] * mask.shape[-1]) == 0
     if not (hides.any(axis=1) & ~hides.all(axis=1)).any():
         return None
-    if cfg.vision is None or not cfg.vision.spreads:
+    if cfg.vision is None or cfg.vision.positions is None or not cfg.vision.positions.spreads:
         raise UserError(
             "pixel_attention_mask hides parts of images, but this model's vision tower takes only whole images"
         )

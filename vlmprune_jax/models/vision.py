@@ -30,9 +30,9 @@ class PatchEmbedding(nnx.Module):
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
         frames = ("temporal",) if cfg.any_size else ()
         axes = ("channel", *frames, "patch_row", "patch_column")
-        axes = ("patch_row", "patch_column", "channel") if cfg.channels_last else axes
+        axes = ("patch_row", "patch_column", "channel") if cfg.patches.channels_last else axes
         self.weight = declare(sizes, ("vision", *axes))
-        self.bias = declare(sizes, ("vision",)) if cfg.patch_bias else None
+        self.bias = declare(sizes, ("vision",)) if cfg.patches.bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Return the patch embeddings float[images, rows * columns, vision] of pixels [images, channel, height, width].
@@ -58,19 +58,20 @@ class VisionTower(BlockStack):
 
     def __init__(self, cfg: VisionConfig):
         super().__init__(cfg, Names("vision", ("layer_norm1", "layer_norm2"), "out_proj"))
+        self.by_axis = by_axis = 0 if cfg.positions is None else cfg.positions.by_axis
         sizes = {
             "vision": cfg.hidden_size,
             "channel": cfg.channels,
-            "temporal": cfg.temporal,
+            "temporal": cfg.patches.temporal,
             "patch_row": cfg.patch_size,
             "patch_column": cfg.patch_size,
-            "position": cfg.axis_positions or cfg.position_grid**2 + cfg.class_token,
+            "position": by_axis or cfg.position_grid**2 + cfg.class_token,
             "axis": 2,
         }
         self.class_embedding = Leaf(sizes, ("vision",)) if cfg.class_token else None
         self.patch_embedding = PatchEmbedding(cfg, sizes)
-        by_axis = ("axis",) if cfg.axis_positions else ()
-        self.position_embedding = Leaf(sizes, (*by_axis, "position", "vision")) if cfg.table else None
+        axes = ("axis", "position", "vision") if by_axis else ("position", "vision")
+        self.position_embedding = Leaf(sizes, axes) if cfg.positions is not None else None
         norm = functools.partial(Norm, sizes, "vision", kind="layer", eps=cfg.block.norm_eps)
         self.pre_layrnorm = norm() if cfg.pre_norm else None
         self.post_layernorm = norm() if cfg.post_norm else None
@@ -91,7 +92,7 @@ class VisionTower(BlockStack):
         table, cfg = self._table(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
             return table
-        if not cfg.resizes:
+        if cfg.positions is None or not cfg.positions.resizes:
             raise UserError(
                 f"an image has {rows} x {columns} patches, but the {cfg.kind} vision tower takes {cfg.position_grid} "
                 f"per side: resize images to {cfg.image_size} pixels per side"
@@ -149,8 +150,8 @@ class VisionTower(BlockStack):
         The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
-        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.channels_last else pixels)
-        if grid is not None and self.cfg.axis_positions:
+        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.channels_last else pixels)
+        if grid is not None and self.by_axis:
             (columns, rows), places = self._table(), self.places(pixels, grid)
             return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
         if grid is not None:

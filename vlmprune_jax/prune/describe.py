@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -84,7 +85,7 @@ def _stack(stack: Stack) -> dict[str, Any]:
 
 def _vision(vision: VisionConfig) -> dict[str, Any]:
     return {
-        **{name: value for name, value in vars(vision).items() if name not in ("layers", "block")},
+        **{name: value for name, value in dataclasses.asdict(vision).items() if name not in ("layers", "block")},
         **_stack(vision),
     }
 
@@ -159,7 +160,7 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
 def _images(found: dict[str, Any]) -> str:
     vision, tokens = found["vision"], found["tokens_per_image"]
     patch, side = vision["patch_size"], vision["merge"]
-    if vision["temporal"]:
+    if vision["patches"]["temporal"]:
         return f"images of any size, a token for {side} x {side} patches of {patch}"
     return f"images of {vision['image_size']} in patches of {patch}: {tokens} tokens each"
 
