@@ -63,7 +63,7 @@ def test_every_family_from_headers_alone(goldens, capsys, monkeypatch, name):
         cuts = "fewer layers, neurons, heads; tower: fewer layers, neurons"
         assert f"  loads in    transformers: {cuts} (tried with transformers 5.24)\n" in out
         cuts = cuts.replace(", heads", "")
-        assert f"              vllm: {cuts} (tried with vLLM 0.32: on CPUs, not with heads of 5 channels, see" in out
+        assert f"              vllm: {cuts} (tried with vLLM 0.32: on CPUs, heads of 5 need export.head_dim" in out
         assert "              mlx: nothing: mlx-vlm's LLaVA has no phi decoder" in out
         assert "              vllm_tpu: nothing: tpu-inference 0.32 has no class for bunny: serve it" in out
         assert (

@@ -89,6 +89,6 @@ def test_a_card_shows_no_command_that_cannot_work(tmp_path):
         card = (tmp_path / uneven / "README.md").read_text()
         assert ("from_pretrained" in card) == (uneven == "pad")
         assert (
-            "- vllm: loads it (tried with vLLM 0.32: on CPUs, not with heads of 12 channels, see export.head_dim)"
+            "- vllm: loads it (tried with vLLM 0.32: on CPUs, heads of 12 need export.head_dim)"
             in card
         ) == (uneven == "pad")

@@ -122,7 +122,7 @@ def test_what_serving_engines_compute_otherwise(goldens):
     assert "head size of llama as hidden_size / heads" in why_not(llava.with_layers(fewer), "mlx")
     bunny = read_config(goldens / "ckpt/bunny", goldens / "ckpt/siglip_tower")[1]
     assert why_not(bunny, "mlx").startswith("mlx-vlm's LLaVA has no phi decoder")
-    small = "on CPUs, not with heads of 6 channels, see export.head_dim"
+    small = "on CPUs, heads of 6 need export.head_dim"
     assert how_known(llava, "vllm") == f"tried with vLLM 0.32: {small}"
     assert how_known(cfg, "vllm").endswith(f"; {small.replace('6', str(cfg.text.attention.head_dim))}")
     assert how_known(with_head_dim(llava, 96), "vllm") == "tried with vLLM 0.32"

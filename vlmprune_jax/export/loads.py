@@ -75,9 +75,9 @@ def how_known(cfg: ModelConfig, target: str) -> str:
     remarks = {"transformers": "", "gguf": "", **family.tried}
     if target not in remarks:
         return f"by the code of {VERSIONS[target]}"
-    remark, refused = remarks[target], {layer.mixer.head_dim for layer in cfg.text.layers} - _VLLM_CPU_HEADS
+    remark, refused = remarks[target], {mixer.head_dim for mixer in cfg.text.attentions} - _VLLM_CPU_HEADS
     if target == "vllm" and refused:
-        heads = f"on CPUs, not with heads of {max(refused)} channels, see export.head_dim"
+        heads = f"on CPUs, heads of {max(refused)} need export.head_dim"
         remark = f"{remark}; {heads}" if remark else heads
     return f"tried with {VERSIONS[target]}" + (f": {remark}" if remark else "")
 
