@@ -130,10 +130,10 @@ NOISY = replace(
         replace(
             SPEED.pairs[0],
             unpruned=Measurement(
-                prefill=(100.0, 60.0, 200.0), decode=(10.0, 4.0, 18.6), first_token=(1.0,), peak_bytes=None
+                prefill=(100.0, 60.0, 200.0), decode=(10.0, 4.0, 18.6), first_token=(1.0, 1.0, 1.0), peak_bytes=None
             ),
             pruned=Measurement(
-                prefill=(722.0, 700.0, 730.0), decode=(51.0, 50.0, 51.5), first_token=(1.0,), peak_bytes=None
+                prefill=(722.0, 700.0, 730.0), decode=(51.0, 50.0, 51.5), first_token=(1.0, 1.0, 1.0), peak_bytes=None
             ),
             prefill_limit=10 / 6,
             decode_limit=10 / 6,

@@ -6,6 +6,7 @@ import pytest
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import check_settings, override, setting
+from vlmprune_jax.recovery.losses import losses
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Toy:
     """Some settings."""
 
     name: str = setting("a", "Which.", choices=("a", "b"))
-    where: str = setting("any", "One of a mapping, or any.", choices="recovery.losses:losses")
+    where: str = setting("any", "One of a mapping, or any.", choices=lambda: losses)
     share: float | None = setting(0.5, "How much.", above=0, most=1)
     sizes: tuple[int, ...] = setting((), "How large.", least=2)
     parts: dict = setting({}, "By name.", below=9)

@@ -80,7 +80,7 @@ PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple "
     "neurons_multiple heads snap_for tensor_parallel selection loads_in sparsity depth_share steps budget producers "
-    "vocabulary",
+    "vocabulary experts experts_multiple",
 )
 RECOVER = named(
     "recover",
@@ -100,7 +100,9 @@ EXPECTED = {
     "recover": PRECISION | TRAINING | RECOVER | named("data", "fraction seed group_by"),
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION
-    | named("export", "format layout uneven dtype quantize group_size symmetric rounding rolled_positions imatrix")
+    | named(
+        "export", "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix"
+    )
     | named("export", "base_model license push_to_hub max_image_tokens")
     | named("data", "max_image_tokens"),
 }

@@ -78,7 +78,7 @@ def test_stock_processors_see_the_limit(goldens, tmp_path, name, most):
             mine = ours.load(path, "r")
             if name == "gemma4":  # its patches lie row by row, ours by token
                 columns = shape.columns // merge
-                mine = mine[0].reshape(-1, columns, merge, merge, mine.shape[-1]).swapaxes(1, 2)
+                mine = mine.reshape(-1, columns, merge, merge, mine.shape[-1]).swapaxes(1, 2)
                 mine = mine.reshape(1, -1, mine.shape[-1])
             np.testing.assert_allclose(mine.reshape(pixels.shape), pixels, atol=1e-5, rtol=0)
     assert bool(others) == (most != LIMITS[name][-1])

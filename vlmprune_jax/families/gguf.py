@@ -68,8 +68,9 @@ class Architecture:
             return f"biases ({', '.join(absent)})"
         if text.rope.kind not in ("default", *self.ropes):
             return f"{text.rope.kind} rope"
-        if text.local_attention.rope is not None and text.local_attention.rope.kind != "default":
-            return f"{text.local_attention.rope.kind} rope in layers with windows"
+        local = text.local_attention.rope or text.rope
+        if local != text.rope and local.kind != "default":
+            return f"{local.kind} rope in layers with windows"
         if bool(text.rope.sections) != self.sections:
             return f"rotary embedding {'by rows and columns' if text.rope.sections else 'by one position'}"
         parts = {type(layer.channel): layer.channel for layer in text.layers}

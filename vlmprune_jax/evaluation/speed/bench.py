@@ -283,6 +283,7 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
         pixels=list(images["pixel_values"].shape) if images else None,
         grids=images["image_grid_thw"].tolist() if "image_grid_thw" in images else None,
         image_token=cfg.image_token_id,
+        sees=cfg.vision is not None,
         image_size=224 if cfg.vision is None else cfg.vision.image_size,
         loader=("transformers", stock) if shipped is None else (_LOADERS, shipped),
         by_row=family.stock is not None and family.stock.by_row,

