@@ -109,7 +109,7 @@ def test_images(models, tmp_path, name):
     arrays = {"pixel_values": pixels}
     if model.cfg.any_size:
         sides = [side // model.cfg.vision.patch_size for side in SIZES[name]]
-        arrays = {"pixel_values": pixels[0], "image_grid_thw": [[1, *sides]]}
+        arrays = {"pixel_values": pixels, "image_grid_thw": [[1, *sides]]}
     layers = model.cfg.text.layers
     sees = [changed(x, {"sees_images": x.mixer.sees_images or x.mixer.window is not None}) for x in layers]
     seeing = model.replace(cfg=model.cfg.with_layers(sees))
