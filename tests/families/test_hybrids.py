@@ -193,3 +193,25 @@ def test_wrong_configs_are_refused(models, tmp_path, changes, message):
     edit_config(tmp_path / "model", text_config={**text, **changes})
     with pytest.raises(UserError, match=message):
         vp.load(tmp_path / "model")
+
+
+def test_layers_are_reconstructed(models):
+    """The output projections of delta nets and attention, and the MLPs, of a model without key groups and neurons."""
+    model, draw = models["qwen3_5"].model, np.random.default_rng(0)
+    ids = draw.integers(0, 300, (8, 6, 40)).astype(np.int32)
+    mask = (np.arange(40)[None, None] < draw.integers(30, 41, (8, 6))[..., None]).astype(np.int32)
+    names = ("input_ids", "attention_mask", "labels")
+    batches = [
+        dict(zip(names, (row, real, np.where(real == 1, row, -100)), strict=True))
+        for row, real in zip(ids, mask, strict=True)
+    ]
+    kept = kept_layers(models["qwen3_5"], "key_groups")
+    pruned, plan = prune(model, [KeptLayer(k.index, {**k.kept, "mlp": tuple(range(0, 40, 2))}) for k in kept])
+    solved, report = vp.reconstruct(pruned, plan, model, batches)
+    of_delta_nets = [line for line in report if line["module"] == "o_proj" and line["layer"] in (0, 1, 3)]
+    assert len(of_delta_nets) == 3
+    assert sum(line["error_after"] < line["error_before"] for line in of_delta_nets) >= 2  # of random weights
+    assert all(line["error_after"] <= line["error_before"] for line in report)
+    tokens = {"input_ids": ids[0], "attention_mask": mask[0]}
+    whole, cut, mended = (np.asarray(vp.forward(one, **tokens)[0]) for one in (model, pruned, solved))
+    assert np.abs(mended - whole)[mask[0] == 1].mean() < np.abs(cut - whole)[mask[0] == 1].mean()
