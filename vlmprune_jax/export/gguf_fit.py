@@ -16,7 +16,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     """Return llama.cpp's architecture for a model, and the model config after zero-padding if `uneven` is "pad"."""
     decoder = decoder_of(cfg.text.decoder)
     if not decoder.gguf:
-        raise UserError(f"family {cfg.family}: llama.cpp has no architecture for its {cfg.text.decoder} decoder")
+        raise UserError(f"family {cfg.family}: no GGUF tensor names are known for its {cfg.text.decoder} decoder")
     able = [candidate for candidate in decoder.gguf if candidate.lacks(cfg.text) is None]
     if not able:
         first = decoder.gguf[0]
