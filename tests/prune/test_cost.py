@@ -213,8 +213,8 @@ def test_speed_by_what_a_bench_measured(tmp_path):
     side = replace(BENCH.sides[0], decode=[60.0, 50.0, 50.0], parameters=whole)
     sides = [
         side,
-        replace(side, decode=[100.0], parameters=whole // 2),
-        replace(side, weights="Q4_0", decode=[900.0]),
+        replace(side, decode=[100.0] * 3, parameters=whole // 2),
+        replace(side, weights="Q4_0", decode=[900.0] * 3),
     ]
     write_artefact(tmp_path / "bench.json", replace(BENCH, sides=sides))
     budget = {"decode_ms": 17.0, "bench": str(tmp_path / "bench.json")}
