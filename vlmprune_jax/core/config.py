@@ -107,7 +107,7 @@ class PositionTable:
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """How a vision tower embeds patches."""
+    """Embedding of patches in a vision tower."""
 
     bias: bool = False
     """True if the embedding has a bias."""
@@ -160,7 +160,7 @@ class VisionConfig(Stack):
     """Position table; None for none."""
 
     patches: PatchConfig = PatchConfig()
-    """How patches are embedded."""
+    """Embedding of patches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

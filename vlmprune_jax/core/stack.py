@@ -13,7 +13,7 @@ from vlmprune_jax.core.parts import Attention, Layer, describe_layers
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What all transformer blocks of a stack have around their mixers and channel mixers (`models/block.py`)."""
+    """Norms and sums around the mixers and channel mixers of all blocks of a stack (`models/block.py`)."""
 
     norm_eps: float
     """Number added to the mean of squares (variance) in norms."""
@@ -66,7 +66,7 @@ class Stack:
     """Parts of every layer, in order."""
 
     block: BlockConfig
-    """What all blocks have around their parts."""
+    """Norms and sums around the parts of all blocks."""
 
     def __post_init__(self) -> None:
         for i, layer in enumerate(self.layers):

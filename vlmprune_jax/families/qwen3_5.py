@@ -6,27 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune_jax.core.config import ModelConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.parts import DeltaNet, Layer
-from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
-from vlmprune_jax.families.patch_towers import (
-    check_out_size,
-    model_from_hf,
-    patch_family,
-    square_side,
-    tower_from_hf,
-    tower_to_hf,
-    tower_weights,
-    typical_size,
-    with_sections,
-)
+from vlmprune_jax.families.patch_towers import with_sections
+from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
 from vlmprune_jax.families.rope import rotary_dim
-from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings
+from vlmprune_jax.families.shapes import layers_to_hf
 from vlmprune_jax.families.table import Decoder, JsonDict, Weight
-from vlmprune_jax.families.templates import QWEN3_VL as TEMPLATE
-from vlmprune_jax.families.towers import vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen3_5_text"
@@ -48,19 +36,6 @@ _TEXT: JsonDict = {
 }
 _SECTIONS = (11, 11, 10)
 _KINDS = ("linear_attention", "full_attention")
-_VISION: JsonDict = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "hidden_act": "gelu_pytorch_tanh",
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "in_channels": 3,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 3584,
-    "num_position_embeddings": 2304,
-}
 _DELTA = {  # parameter -> (name in files, layout); those of one name are its rows, in order
     "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
     "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
@@ -140,46 +115,12 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return table
 
 
-def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
-    if full.get("deepstack_visual_indexes"):
-        raise UserError(
-            "deepstack_visual_indexes of Qwen3.5's vision tower must be empty: its class reads no such features"
-        )
-    side = square_side(int(full["num_position_embeddings"]))
-    return tower_from_hf(
-        full,
-        kind="qwen3_vl",
-        image_size=typical_size(full, side // int(full["spatial_merge_size"])),
-        positions=PositionTable(side * int(full["patch_size"])),
-        patch_bias=True,
-    )
-
-
-def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
-    del vision
-    section = config.get("text_config") or {}
-    tied = tied_embeddings(config, section, default=False)
-    text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": tied})
-    tower = config.get("vision_config") or {}
-    check_out_size({**_VISION, **tower}, text)
-    ids = {"image_token_id": 248056, "video_token_id": 248057, **config}
-    return model_from_hf("qwen3_5", ids, text, _vision_from_hf(tower))
-
-
-def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-    config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
-    return vlm_text_to_hf(cfg.text, config, {"model_type": _DECODER, **(source.get("text_config") or {})})
-
-
-QWEN3_5 = patch_family(
+QWEN3_5 = qwen3_vl_family(
     "qwen3_5",
     Decoder(_DECODER, "Qwen3_5ForConditionalGeneration", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
-    weights=lambda cfg: (
-        text_weights(cfg.text, "model.language_model.", "lm_head.weight")
-        + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
-    ),
-    templates=(TEMPLATE,),
+    _TEXT,
+    deepstack=False,
+    ids={"image_token_id": 248056, "video_token_id": 248057},
+    vllm_tpu="",
+    runs_in=("vllm",),
 )

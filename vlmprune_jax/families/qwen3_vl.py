@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -77,8 +78,25 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
-def qwen3_vl_family(name: str, decoder: Decoder, defaults: JsonDict, **fields: Any) -> Family:
-    """Return a family with Qwen3-VL's tower; `defaults` are those of the decoder's config class."""
+def qwen3_vl_family(
+    name: str,
+    decoder: Decoder,
+    defaults: JsonDict,
+    *,
+    deepstack: bool = True,
+    ids: Mapping[str, int] | None = None,
+    **fields: Any,
+) -> Family:
+    """Return a family with Qwen3-VL's tower.
+
+    `defaults` are those of the decoder's config class, `ids` those of image and video tokens; without `deepstack` no
+    features of the tower's blocks enter the decoder.
+    """
+
+    def vision_from_hf(tower: Mapping[str, Any]) -> VisionConfig:
+        if not deepstack and tower.get("deepstack_visual_indexes"):
+            raise UserError(f"deepstack_visual_indexes of {name} must be empty: its class reads no such features")
+        return _vision_from_hf(tower if deepstack else {**tower, "deepstack_visual_indexes": []})
 
     def from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
         del vision
@@ -87,12 +105,12 @@ def qwen3_vl_family(name: str, decoder: Decoder, defaults: JsonDict, **fields: A
         text = text_from_hf({**defaults, **section, "tie_word_embeddings": tied})
         tower = config.get("vision_config") or {}
         check_out_size({**_VISION, **tower}, text)
-        return model_from_hf(name, config, text, _vision_from_hf(tower))
+        return model_from_hf(name, {**(ids or {}), **config}, text, vision_from_hf(tower))
 
     def to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
-        config = tower_to_hf(vision_of(cfg), source, _vision_from_hf)
-        own = {"model_type": decoder.model_type, **(source.get("text_config") or {})}
-        return vlm_text_to_hf(cfg.text, config, own)
+        config = tower_to_hf(vision_of(cfg), source, vision_from_hf)
+        section = {"model_type": decoder.model_type, **(source.get("text_config") or {})}
+        return vlm_text_to_hf(cfg.text, config, section)
 
     return patch_family(
         name,
@@ -104,9 +122,7 @@ def qwen3_vl_family(name: str, decoder: Decoder, defaults: JsonDict, **fields: A
             + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
         ),
         templates=(TEMPLATE,),
-        vllm_tpu="torchax",
-        runs_in=("vllm", "mlx"),
-        **fields,
+        **{"vllm_tpu": "torchax", "runs_in": ("vllm", "mlx"), **fields},
     )
 
 

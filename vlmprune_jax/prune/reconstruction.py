@@ -154,7 +154,7 @@ class Targets(NamedTuple):
     """After it and the removed layers that follow it."""
 
     statistics: Sequence[dict[str, jax.Array]]
-    """Of the writers' outputs, see `Layer.run`."""
+    """Statistics of the writers' outputs, see `Layer.run`."""
 
 
 def _solve(

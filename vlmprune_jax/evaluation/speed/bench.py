@@ -40,7 +40,7 @@ FOLDER, GGUF = "folder", "GGUF"
 
 
 class Backend(NamedTuple):
-    """What an engine reads, its packages (of names with "|", the one that is installed), and how to install them."""
+    """Files that an engine reads, its packages (of names with "|", the installed one), and how to install them."""
 
     reads: str
     packages: tuple[str, ...]
