@@ -15,8 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vlmprune_jax.cli.config_files import experiment_config
-from vlmprune_jax.core.files import replacing
-from vlmprune_jax.demo.topics import topic_entries, write_topics
+from vlmprune_jax.demo.topics import topic_entries, write_shared, write_topics
 from vlmprune_jax.prune.criteria import CRITERIA
 
 RATIOS = (0.1, 0.2, 0.3)
@@ -79,7 +78,4 @@ def block(hyper, ratio):
 
 def write_records() -> str:
     """Write the calibration topics as records with an answer that fills a row; return the path."""
-    path = TEXTS / "topics_records.json"
-    with replacing(path) as file:
-        file.write(json.dumps(topic_entries(0, LETTERS["record"])).encode())
-    return str(path)
+    return write_shared(TEXTS / "topics_records.json", json.dumps(topic_entries(0, LETTERS["record"])))

@@ -1,5 +1,8 @@
 """The bundled teacher and one recovered model of the demo reach the numbers of the README."""
 
+import subprocess
+import sys
+
 import pytest
 
 from vlmprune_jax.cli.main import main
@@ -41,3 +44,13 @@ def get_config():
     assert runs["depth-sft_l2"].evaluation.control.retained["questions"] >= 99.5
     assert result.best == "depth-sft_l2"
     assert result.export.max_abs_logit_difference < 1e-4
+
+
+def test_runs_of_a_sweep_may_write_their_texts_at_the_same_time(tmp_path):
+    code = (
+        "import sys, pathlib; from vlmprune_jax.demo.topics import write_shared\n"
+        "for _ in range(300): write_shared(pathlib.Path(sys.argv[1]), 'text' * 9999)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "text.txt"]) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]

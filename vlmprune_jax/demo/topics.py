@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pydoc_data.topics
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ def topics(half: int) -> str:
 
 def write_topics(path: Path, half: int, letters: int) -> str:
     """Write the first `letters` characters of half of Python's help topics to a file; return its path."""
-    with replacing(path) as file:
-        file.write(topics(half)[:letters].encode())
+    return write_shared(path, topics(half)[:letters])
+
+
+def write_shared(path: Path, text: str) -> str:
+    """Write a text file that the runs of a sweep may write at the same time; return its path."""
+    with replacing(path, writer=f".{os.getpid()}") as file:
+        file.write(text.encode())
     return str(path)
 
 
