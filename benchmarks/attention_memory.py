@@ -23,8 +23,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig

@@ -72,7 +72,7 @@ def layerwise(family: str, topology: str) -> str:
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layer_shapes(cfg, "text").items()}
     tokens = jax.ShapeDtypeStruct((layerwise.ROWS, length), jnp.float32)
     stream = jax.ShapeDtypeStruct((*tokens.shape, cfg.text.hidden_size), jnp.float32)
-    given = layers.Given({"attention_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.int32)}, None, {})
+    given = layers.Given({"attention_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.int32)})
     state, rate = jax.eval_shape(layerwise._ADAM.init, params), jax.ShapeDtypeStruct((), jnp.float32)
     step = jax.jit(functools.partial(layerwise._step, stack="text", cfg=text), donate_argnums=(0, 1))
     with use_mesh(mesh):
@@ -123,7 +123,7 @@ def row(family: str, topology: str) -> str:
     mask = abstract((rows, length), ("batch", None), np.int32)
     weight = abstract((rows, length), ("batch", None))
     found = {}
-    given = layers.Given({"attention_mask": mask}, None, {})
+    given = layers.Given({"attention_mask": mask})
 
     with use_mesh(mesh):
         for name, of in (("dense", dense), ("ours", cfg)):

@@ -27,7 +27,7 @@ from vlmprune_jax.core.checks import fraction, one_of
 CUTS = {
     "vocabulary": {},
     "layers": {"method": "depth"},
-    "neurons": {"method": "width", "heads": "keep", "snap_for": "int4"},
+    "neurons": {"method": "width", "heads": "keep", "align_to": "int4"},
 }
 EXPORTS = {
     "bf16": {},

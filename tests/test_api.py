@@ -11,6 +11,7 @@ import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, width_scores
 
 import vlmprune_jax as vp
+from vlmprune_jax.cli.config_files import experiment_config
 from vlmprune_jax.models.vlm import INPUTS
 from vlmprune_jax.prune.config import PlanOptions
 
@@ -41,13 +42,13 @@ def test_methods_of_a_model_are_the_functions():
     cfg = config(EQUAL, vision=True)
     one, arrays = model(cfg), batch(cfg)
     del arrays["labels"]
-    logits, aux = one(arrays, want=("hidden",))
-    expected, expected_aux = vp.forward(one, **arrays, want=("hidden",))
+    logits, aux = one(arrays, capture=("hidden",))
+    expected, expected_aux = vp.forward(one, **arrays, capture=("hidden",))
     np.testing.assert_array_equal(logits, expected)
     np.testing.assert_array_equal(aux["hidden"], expected_aux["hidden"])
     tokens = one.generate(**arrays, max_new_tokens=2)
     np.testing.assert_array_equal(tokens, vp.generate(one, **arrays, max_new_tokens=2))
-    assert {*INPUTS} == inspect.signature(vp.forward).parameters.keys() - {"model", "want"}
+    assert {*INPUTS} == inspect.signature(vp.forward).parameters.keys() - {"model", "capture", "want"}
 
 
 def test_folder_and_plan_are_no_part_of_a_model():
@@ -156,8 +157,26 @@ def test_forward_gives_what_its_docstring_says():
     del arrays["labels"]
     for dtype in (np.float32, jnp.bfloat16):
         one = model(cfg).replace(params=jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), model(cfg).params))
-        logits, aux = vp.forward(one, **arrays, want=("hidden", "image_features", "inputs_embeds"))
+        logits, aux = vp.forward(one, **arrays, capture=("hidden", "image_features", "inputs_embeds"))
         assert (logits.shape, logits.dtype) == ((4, 9, 62), dtype)
         assert [x.shape for x in aux.pop("hidden")] == [(4, 9, 20)] * 6
         assert {name: x.shape for name, x in aux.items()} == {"image_features": (4, 4, 20), "inputs_embeds": (4, 9, 20)}
     assert vp.forward(one, arrays["input_ids"][-1:])[1] == {}
+
+
+def test_names_of_version_0_1_still_work():
+    """A name that changed keeps its old form for one release, with a warning that says the new one."""
+    cfg = config(EQUAL)
+    one, arrays = model(cfg), batch(cfg)
+    with pytest.warns(DeprecationWarning, match="capture"):
+        _, aux = vp.forward(one, arrays["input_ids"], want=("hidden",))
+    assert len(aux["hidden"]) == len(EQUAL) + 1
+    scores = vp.score(one, criterion="l2")
+    with pytest.warns(DeprecationWarning, match="align_to"):
+        plan = vp.make_plan(scores, one, method="width", ratio=0.2, heads="keep", snap_for=None)
+    with pytest.warns(DeprecationWarning, match="actual_ratio"):
+        assert plan.reached == plan.actual_ratio
+    settings = experiment_config()
+    with pytest.warns(DeprecationWarning, match="align_to"):
+        settings.prune.snap_for = "gguf"
+    assert settings.prune.align_to == "gguf"

@@ -110,12 +110,12 @@ def points_of(sweep: SweepResult, folder: Path | None = None) -> list[Point]:
         if row is None or not row.criterion.startswith(criteria):
             continue
         retained = row.evaluation.mean_of_ratios
-        if retained is None or not row.ratio_reached:
+        if retained is None or not row.actual_ratio:
             continue
         solved = row.reconstruct != "none"
         how = row.recovery if not solved else SOLVED if row.recovery == "none" else f"{SOLVED}+{row.recovery}"
-        reached, asked = row.decoder_ratio, row.ratio_asked
-        level = reached if asked is None else asked * reached / row.ratio_reached  # from shares of the whole model
+        reached, asked = row.decoder_ratio, row.target_ratio
+        level = reached if asked is None else asked * reached / row.actual_ratio  # from shares of the whole model
         point = Point(
             _name(row.model, sweep.unpruned[row.unpruned].parameters),
             sweep.unpruned[row.unpruned].parameters,

@@ -301,7 +301,7 @@ def _short(value: float) -> str:
 
 
 def _cut(row: SweptModel) -> tuple[Any, ...]:
-    return row.model, row.method, row.criterion, row.decoder_ratio if row.ratio_asked is None else row.ratio_asked
+    return row.model, row.method, row.criterion, row.decoder_ratio if row.target_ratio is None else row.target_ratio
 
 
 def _done_to(row: SweptModel) -> tuple[float, str]:

@@ -26,8 +26,10 @@ from vlmprune_jax.stages.registry import STAGES as stages
 from vlmprune_jax.stages.stage import Stage
 
 if TYPE_CHECKING:
+    from vlmprune_jax.core.channels import ChannelMixer
     from vlmprune_jax.core.config import ModelConfig
-    from vlmprune_jax.core.parts import Axis, ChannelMixer, Mixer
+    from vlmprune_jax.core.mixers import Mixer
+    from vlmprune_jax.core.part import Axis
     from vlmprune_jax.data.placeholders import expand_images
     from vlmprune_jax.evaluation.answer import answer, questions
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
         score,
     )
     from vlmprune_jax.prune.criteria import CRITERIA as criteria
-    from vlmprune_jax.prune.gptq import gptq, importance
+    from vlmprune_jax.prune.gptq import gptq, imatrix
     from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
     from vlmprune_jax.recovery.loop import recover
     from vlmprune_jax.recovery.losses import losses
@@ -74,8 +76,8 @@ if TYPE_CHECKING:
 # Public name -> module, with ":NAME" if the module has another name for it. Loaded at first use, so that
 # `import vlmprune_jax` takes milliseconds and imports no jax.
 _HOMES = {
-    "Axis": "core.parts",
-    "ChannelMixer": "core.parts",
+    "Axis": "core.part",
+    "ChannelMixer": "core.channels",
     "Contents": "export.format",
     "Criterion": "prune",
     "Format": "export.format",
@@ -83,7 +85,7 @@ _HOMES = {
     "LossConfig": "recovery.config",
     "LossTerm": "recovery.terms",
     "Metric": "evaluation.metrics",
-    "Mixer": "core.parts",
+    "Mixer": "core.mixers",
     "Model": "models.vlm",
     "ModelConfig": "core.config",
     "PlanConfig": "prune",
@@ -108,7 +110,7 @@ _HOMES = {
     "forward": "models.vlm",
     "generate": "models.generate",
     "gptq": "prune.gptq",
-    "importance": "prune.gptq",
+    "imatrix": "prune.gptq",
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
@@ -166,7 +168,7 @@ __all__ = [
     "forward",
     "generate",
     "gptq",
-    "importance",
+    "imatrix",
     "load",
     "losses",
     "make_plan",

@@ -177,7 +177,7 @@ def random_ids(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     ids = draw.integers(6, 90, (2, 20))
     if cfg.vision is None:
         return {"input_ids": ids}
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         cells = np.array([[1, 2, 5], [1, 3, 2]])
         ids = draw.integers(6, 90, (2, 30))
         for row, tokens in zip(ids, cells.prod(axis=1), strict=True):

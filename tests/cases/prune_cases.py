@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from stack_cases import decoder_layer, text_config, tower_config, tower_layer
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
@@ -164,5 +166,5 @@ def narrow(teacher: Model, neurons: int) -> PrunePlan:
 
 def missing(ours: Model, teacher: Model, batch) -> float:
     """Squared error of the final states over a batch's real tokens."""
-    a, b = (np.asarray(forward(one, **batch, want=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))
+    a, b = (np.asarray(forward(one, **batch, capture=("hidden",))[1]["hidden"][-1]) for one in (ours, teacher))
     return float((((a - b) ** 2) * batch["attention_mask"][..., None]).sum())

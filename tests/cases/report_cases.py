@@ -28,7 +28,7 @@ GROUPS = {
     "yes": Group(questions=30, values={"accuracy": 0.9}), "<b>": Group(questions=10, values={"accuracy": 0.5})
 }  # fmt: skip
 FACTS = {
-    "method": "depth", "criterion": "block_influence", "ratio_asked": 0.3, "ratio_reached": 0.31, "recovery": "none",
+    "method": "depth", "criterion": "block_influence", "target_ratio": 0.3, "actual_ratio": 0.31, "recovery": "none",
     "parameters": 60, "seconds": 1.5, "plan": "plan.json", "scores": ["scores.npz"], "path": "pruned",
 }  # fmt: skip
 EXPORT = Export(path="export", backend="jax", max_abs_logit_difference=3.2e-6, tolerance=1e-4, seconds=0.5)
@@ -63,7 +63,7 @@ def pruned_run(workdir, method, recovery, accuracy, **changes):
     plan.to_json(workdir / method / "plan.json")
     facts = {
         "name": method if recovery == "none" else f"{method}-{recovery}", "method": method, "recovery": recovery,
-        "criterion": scores.criterion, "ratio_reached": plan.reached, "parameters": plan.parameters_after,
+        "criterion": scores.criterion, "actual_ratio": plan.actual_ratio, "parameters": plan.parameters_after,
         "data_fraction": 0.0 if recovery == "none" else 0.05, "seconds": 12.34, "plan": f"{method}/plan.json",
         "scores": [f"{method}/scores.npz"], "path": f"{method}/pruned",
     }  # fmt: skip

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig, VisionConfig
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
 

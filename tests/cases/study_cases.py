@@ -30,7 +30,7 @@ def row(method, level, recovery, retained, *, data=0.0, seed=0, solved=False, **
     )
     found = SweptModel(
         model="models/teacher", method=method, criterion={"depth": "block_influence", "width": "taylor"}[method],
-        ratio_asked=DECODER * level, ratio_reached=DECODER * (level + 0.01), decoder_ratio=level + 0.01,
+        target_ratio=DECODER * level, actual_ratio=DECODER * (level + 0.01), decoder_ratio=level + 0.01,
         parameters=900, bytes=1800, forward_flops=1000, reconstruct="least_squares" if solved else "none",
         recovery=recovery, data_fraction=data, seconds=1.5, evaluation=evaluation, digest=name,
         path=f"runs/{name}/recovered",

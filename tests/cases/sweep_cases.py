@@ -60,7 +60,7 @@ def make_models(experiment: Experiment, context) -> Result:
     size = round(1000 * (1 - spec.ratio))
     costs = Costs(**{name: round(value * size / 1000) for name, value in COSTS.items()})
     run = Run(
-        name=spec.method, method=spec.method, criterion="l1", ratio_asked=spec.ratio, ratio_reached=spec.ratio + 0.01,
+        name=spec.method, method=spec.method, criterion="l1", target_ratio=spec.ratio, actual_ratio=spec.ratio + 0.01,
         decoder_ratio=1.5 * spec.ratio, parameters=size, plan="plan.json", scores=["scores.npz"],
         recovery=experiment.recover.name if trained else "none", seconds=2.5,
         data_fraction=experiment.data.fraction if trained else 0.0, path=path,

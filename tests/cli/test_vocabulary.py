@@ -67,4 +67,4 @@ def test_the_planner_predicts_its_shapes(model):
     cfg = read_config(model)[1]
     plan = predict_plan(override(Experiment(), changes), cfg)
     assert plan.apply_to(cfg).text.vocab_size == 448
-    assert plan.reached == pytest.approx(0.3, abs=0.03)
+    assert plan.actual_ratio == pytest.approx(0.3, abs=0.03)

@@ -30,7 +30,7 @@ def batches(goldens):
     for rows in (np.arange(8) % 3, np.arange(3)):
         pixels = golden["pixel_values"][rows][:, None]
         inputs = {"input_ids": ids[rows], "pixel_values": pixels, "attention_mask": mask[rows]}
-        result[len(rows)] = inputs, golden["logits"][rows], *forward(one, **inputs, want=want)
+        result[len(rows)] = inputs, golden["logits"][rows], *forward(one, **inputs, capture=want)
     return result
 
 
@@ -44,7 +44,7 @@ def test_llava(goldens, batches, sizes, rows):
     for path, leaf in flatten(model.params).items():
         assert leaf.sharding == sharding(mesh, axes[path]), path
     inputs, reference, expected, expected_aux = batches[rows]
-    found, aux = forward(model, **inputs, want=want)
+    found, aux = forward(model, **inputs, capture=want)
     real = inputs["attention_mask"] == 1
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], **close)
     np.testing.assert_allclose(aux["image_features"], expected_aux["image_features"], **closer)
@@ -100,7 +100,7 @@ def test_the_other_families(goldens, name, sizes):
         assert leaf.sharding == sharding(mesh, axes[path]), path
     models = (many, one) if name == "bunny" else (with_half_the_decoder(many), with_half_the_decoder(one))
     inputs = random_ids(one)
-    (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, want=want) for model in models)
+    (found, found_aux), (expected, expected_aux) = (forward(model, **inputs, capture=want) for model in models)
     np.testing.assert_allclose(found, expected, **close)
     np.testing.assert_allclose(found_aux["image_features"], expected_aux["image_features"], **closer)
     for a, b in zip(found_aux["hidden"], expected_aux["hidden"], strict=True):

@@ -41,10 +41,10 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
             experiment = read_experiment(get_config(f"{method},{ratio}"))
             check_experiment(experiment, tmp_path)
             plan = predict_plan(experiment, cfg)
-            assert plan.reached == pytest.approx(by_layers if method == "depth" else ratio, abs=0.002)
+            assert plan.actual_ratio == pytest.approx(by_layers if method == "depth" else ratio, abs=0.002)
             assert len(plan.kept_layers) == (27, 22, 17, 12)[RATIOS.index(ratio)] if method == "depth" else 32
     uneven, even = (
-        predict_plan(read_experiment(get_config(variant)), cfg).apply_to(cfg).text.even
+        predict_plan(read_experiment(get_config(variant)), cfg).apply_to(cfg).text.uniform
         for variant in ("width,0.3", "width,0.3,uniform")
     )
     assert (uneven, even) == (False, True)
@@ -68,9 +68,9 @@ def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     left = plan.apply_to(cfg)
     assert plan.parameters_after == count_params(left)  # a layer's part of a dropped token's row goes once
     assert (experiment.prune.method, left.text.vocab_size) == (method, 65536)
-    assert plan.reached == pytest.approx(0.34 if ratio is None else ratio, abs=0.01)
+    assert plan.actual_ratio == pytest.approx(0.34 if ratio is None else ratio, abs=0.01)
     assert layers is None or len(left.text.layers) == layers
-    assert left.text.even
+    assert left.text.uniform
 
 
 @pytest.mark.parametrize(

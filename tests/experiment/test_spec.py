@@ -74,12 +74,12 @@ TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error"
 SCORE = named(
     "score",
     "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed prompt_weight "
-    "image_weight answer_weight by_kind",
+    "image_weight answer_weight by_token_type",
 )
 PRUNE = named(
     "prune",
     "method stack ratio layers_removed protect deepstack rounding attn_layers mlp_layers heads_multiple "
-    "neurons_multiple heads snap_for tensor_parallel selection loads_in sparsity depth_share steps budget producers "
+    "neurons_multiple heads align_to tensor_parallel selection loads_in sparsity depth_share steps budget producers "
     "vocabulary experts experts_multiple",
 )
 RECOVER = named(

@@ -42,7 +42,7 @@ def compare(source, model, out, cells):
         pixel_values=pixels,
         image_grid_thw=[[1, rows, columns]],
         mm_token_type_ids=(row == cfg.image_token_id).astype(int),
-        want=("image_features",),
+        capture=("image_features",),
     )
     features = np.asarray(wanted["image_features"])
     # llama.cpp's approximation of the GELU in the merger; features for other decoder layers stand beside these

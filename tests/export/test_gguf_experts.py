@@ -10,7 +10,7 @@ from hf_cases import prune
 from llama_cpp import llama_cpp
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.parts import Dense
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.export.gguf_check import check_gguf
 from vlmprune_jax.export.loads import why_not
 

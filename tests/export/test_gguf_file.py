@@ -51,7 +51,7 @@ def test_sums_are_those_of_the_inputs(tmp_path, name):
     config, modules = MODELS[name]
     source, model = model_of(tmp_path / "model", config)
     batch, counts = rows()
-    weighed = vp.importance(model, [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)], **WEIGHTS)
+    weighed = vp.imatrix(model, [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)], **WEIGHTS)
     vp.save(model, tmp_path / "out", source_dir=source, format="gguf", imatrix=weighed)
 
     seen = {}
@@ -80,7 +80,7 @@ def test_sums_are_those_of_the_inputs(tmp_path, name):
 def test_padded_channels_weigh_nothing(tmp_path):
     source, whole = model_of(tmp_path / "model", LLAMA)
     model, _ = keep_width(whole, [1], range(5, 30), only=[1])
-    weighed = vp.importance(model, [rows()[0]])
+    weighed = vp.imatrix(model, [rows()[0]])
     vp.save(model, tmp_path / "out", source_dir=source, format="gguf", uneven="pad", imatrix=weighed)
     found = {one.name: one.data[0] for one in opened(tmp_path / "out").tensors}
     text, narrow = whole.cfg.text, model.cfg.text.layers[1]
@@ -105,7 +105,7 @@ def test_llama_cpp_reads_and_uses_it(tmp_path):
     xllamacpp = pytest.importorskip("xllamacpp")
     source, model = model_of(tmp_path / "model", {**LLAMA, "intermediate_size": 64})
     vp.save(
-        model, tmp_path / "out", source_dir=source, format="gguf", imatrix=vp.importance(model, [rows()[0]]),
+        model, tmp_path / "out", source_dir=source, format="gguf", imatrix=vp.imatrix(model, [rows()[0]]),
         dtype="float32",
     )  # fmt: skip
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))

@@ -107,13 +107,13 @@ def test_images(models, tmp_path, name):
     found = llama_cpp(tmp_path / "out", image=image, prompt=f"{MARKER}Where is it", texts=["Where is it"])
     row = _row(model, source, len(found["features"]), found["ids"][0])
     arrays = {"pixel_values": pixels}
-    if model.cfg.any_size:
+    if model.cfg.dynamic_resolution:
         sides = [side // model.cfg.vision.patch_size for side in SIZES[name]]
         arrays = {"pixel_values": pixels, "image_grid_thw": [[1, *sides]]}
     layers = model.cfg.text.layers
     sees = [changed(x, {"sees_images": x.mixer.sees_images or x.mixer.window is not None}) for x in layers]
     seeing = model.replace(cfg=model.cfg.with_layers(sees))
-    logits, aux = forward(seeing, row, **arrays, want=("image_features",))
+    logits, aux = forward(seeing, row, **arrays, capture=("image_features",))
     features = np.asarray(aux["image_features"]).reshape(-1, model.cfg.text.hidden_size)
     assert np.abs(found["features"] - features).max() <= 0.02
     assert differences(logits[0, -1], found["answer"])[0] <= 0.1

@@ -72,7 +72,7 @@ def image_of(model):
 
 def features_of(model, pixels):
     ids = np.full((1, len(pixels) * model.cfg.tokens_per_image), model.cfg.image_token_id)
-    found = forward(model, ids, pixel_values=pixels, want=("image_features",))[1]["image_features"]
+    found = forward(model, ids, pixel_values=pixels, capture=("image_features",))[1]["image_features"]
     return np.asarray(found).reshape(-1, model.cfg.text.hidden_size)
 
 

@@ -118,7 +118,7 @@ def test_evaluation_has_the_tokens_that_stock_processors_make_of_the_export(gold
         flags = [f"--config={tmp_path / 'run.py'}", f"--config.data.max_image_tokens={most}"]
         assert main(["evaluate", *flags, f"--workdir={tmp_path / f'w{most}'}"]) == 0
         vp.save(model, tmp_path / f"out{most}", source_dir=source, max_image_tokens=most)
-        merge = model.cfg.projector.downsample if model.cfg.any_size else 0
+        merge = model.cfg.projector.downsample if model.cfg.dynamic_resolution else 0
         for path in paths:
             tokens = stock(tmp_path / f"out{most}", path, merge, model.cfg.tokens_per_image)[1]
             assert (rows[path.stem] == model.cfg.image_token_id).sum() == tokens <= most

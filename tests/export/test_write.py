@@ -198,21 +198,21 @@ def test_dtype_of_weights_and_config(tmp_path, dtype):
 
 
 def test_files_beside_the_weights(llama, tmp_path):
-    carried = {
+    passthrough = {
         "tokenizer.json": "{}", "tokenizer_config.json": "{}", "tokenizer.model": "a", "special_tokens_map.json": "{}",
         "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "b", "chat_template.jinja": "c",
         "chat_template.json": "{}", "preprocessor_config.json": "{}", "processor_config.json": "{}",
         "generation_config.json": "{}", "LICENSE.txt": "d",
     }  # fmt: skip
-    not_carried = dict.fromkeys(("optimizer.pt", "model.safetensors.index.json.bak", "train.py"), "no")
-    for name, text in (carried | not_carried).items():
+    not_passed = dict.fromkeys(("optimizer.pt", "model.safetensors.index.json.bak", "train.py"), "no")
+    for name, text in (passthrough | not_passed).items():
         (llama / name).write_text(text)
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates/tools.jinja").write_text("e")
     save(load(llama), tmp_path / "out", source_dir=llama)
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {*carried, "config.json", "model.safetensors", "README.md", "additional_chat_templates"}
-    assert all((tmp_path / "out" / name).read_text() == text for name, text in carried.items())
+    assert found == {*passthrough, "config.json", "model.safetensors", "README.md", "additional_chat_templates"}
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in passthrough.items())
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["a_field_of_the_future"] == {"kept": True}
 
@@ -240,7 +240,7 @@ def test_model_card(llama, tmp_path):
     save(model, tmp_path / "out", source_dir=llama, plan=plan)
     text = (tmp_path / "out/README.md").read_text()
     assert "2 of 4 layers (numbers 1, 3)" in text
-    assert f"Removed: {plan.reached:.1%} of {plan.parameters_total:,} parameters;" in text
+    assert f"Removed: {plan.actual_ratio:.1%} of {plan.parameters_total:,} parameters;" in text
     assert plan.fingerprint in text
     assert f"| total | {plan.parameters_before:,} | {plan.parameters_after:,} |" in text
     assert "LlamaForCausalLM.from_pretrained" in text
@@ -369,7 +369,7 @@ def test_every_padded_decoder_is_the_same_function(tmp_path, name):
         model, _ = keep_width(model, range(i % 2, kv_heads), range(i, 40 + 4 * i), only=[i])
     save(model, tmp_path / "out", source_dir=source, uneven="pad", dtype="float32")
     padded = load(tmp_path / "out")
-    assert padded.cfg.text.even
+    assert padded.cfg.text.uniform
     inputs = random_ids(model)
     assert_same_function(double_logits(padded, **inputs), double_logits(model, **inputs))
 

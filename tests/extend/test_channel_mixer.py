@@ -9,7 +9,7 @@ from hf_cases import make_folder
 from repository import ROOT
 
 import vlmprune_jax as vp
-from vlmprune_jax.core.parts import AXES, WRITERS
+from vlmprune_jax.core.part import AXES, WRITERS
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 
 FILE = ROOT / "docs/how-to/grouped_mlp.py"

@@ -96,6 +96,6 @@ def whole_inputs(one, arrays):
     _, aux = encode(
         jax.tree.map(jnp.asarray, one.params), one.cfg, jnp.asarray(arrays["input_ids"]),
         pixel_values=jnp.asarray(arrays["pixel_values"]), attention_mask=jnp.asarray(arrays["attention_mask"]),
-        tap=lambda block: block.inputs, tap_inputs=("o_proj", "down_proj"),
+        hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
     )  # fmt: skip
-    return aux["tap"]
+    return aux["hook"]

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Experts, Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.channels.moe import Moe
@@ -46,10 +47,10 @@ def test_cuts(golden, cut):
 
 
 def routed(golden, case):
-    """The choices of every layer's router for a case without images, as a tap sees them."""
+    """The choices of every layer's router for a case without images, as a hook sees them."""
     model, ids = golden.model, golden.arrays[f"{case}_input_ids"][None]
-    tap = {"tap": lambda block: block.inputs["routed"], "tap_inputs": ("routed",)}
-    return encode(model.params, model.cfg, ids, **tap)[1]["tap"]
+    hook = {"hook": lambda block: block.inputs["routed"], "hook_inputs": ("routed",)}
+    return encode(model.params, model.cfg, ids, **hook)[1]["hook"]
 
 
 def test_routers_choose_as_stock(golden):
@@ -138,7 +139,7 @@ def test_plans_of_experts(golden):
     hidden, per_expert = cfg.text.hidden_size, 1 if cfg.family == "gemma4" else 0
     assert before["active_parameters"] - after["active_parameters"] == routers * (hidden + per_expert)
     assert before["forward_flops"] - after["forward_flops"] == 9 * 2 * routers * hidden
-    assert vp.make_plan(scores, model, method="experts", ratio=plan.reached).layers == plan.layers
+    assert vp.make_plan(scores, model, method="experts", ratio=plan.actual_ratio).layers == plan.layers
     budget = {"parameters": plan.parameters_after}
     assert vp.make_plan(scores, model, method="experts", budget=budget).layers == plan.layers
 

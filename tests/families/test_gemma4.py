@@ -57,7 +57,7 @@ def test_double_wide_layers_stay_twice_as_wide(model):
     pruned = vp.apply_plan(model, vp.make_plan(scores, model, method="width", ratio=0.07))
     widths = {shape.mixer.kv_shared: shape.channel.mlp for shape in pruned.cfg.text.layers}
     assert widths[True] == 2 * widths[False] < 112
-    assert pruned.cfg.text.even
+    assert pruned.cfg.text.uniform
 
 
 @pytest.mark.parametrize(("layer", "reason"), [("1", "layer 1"), ("9", "layers that do not exist")])

@@ -46,7 +46,7 @@ def test_forward(golden):
     stored = golden.arrays
     for case in golden.cases:
         inputs, want = golden.inputs(case), ("hidden", "image_features") if case in ("single", "text") else ()
-        logits, aux = vp.forward(golden.model, **inputs, want=want)
+        logits, aux = vp.forward(golden.model, **inputs, capture=want)
         logits = np.asarray(logits)
         expected = stored[f"{case}_logits"]
         np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
@@ -64,7 +64,7 @@ def test_tower(golden):
     tower, pixels = to_nnx(golden.model).vision, golden.arrays["image0_pixel_values"]
     if golden.positioned:
         pixels, grid = in_cells(golden.model.cfg, pixels, None, golden.arrays["image0_position_ids"][None])
-        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
+        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=jnp.asarray(grid)[None])
         rows, columns = grid[0, 1:]
         merge = golden.model.cfg.vision.merge
         order = np.arange(rows * columns).reshape(rows // merge, columns // merge, merge, merge)
@@ -73,21 +73,23 @@ def test_tower(golden):
     elif golden.patched:  # with padding behind the image
         grid, order = jnp.asarray(golden.arrays["image0_grid_thw"])[None, None], slice(len(pixels))
         pixels = np.concatenate([pixels, np.ones((4, pixels.shape[1]), np.float32)])
-        _, found = tower.tapped(pixels[None], lambda block: (block.before, block.after), grid=grid)
+        _, found = tower.hooked(pixels[None], lambda block: (block.before, block.after), grid=grid)
         if any(shape.mixer.window for shape in tower.cfg.layers):  # stored window by window
             windows = tower.context(pixels[None], grid=grid).segments[tower.cfg.layers[0].mixer.window]
             order = np.argsort(windows[0, :-4], kind="stable")
         found = [(before[:, order], after[:, order]) for before, after in found]
     else:
-        _, found = tower.tapped(pixels[:1], lambda block: (block.before, block.after))
+        _, found = tower.hooked(pixels[:1], lambda block: (block.before, block.after))
     np.testing.assert_allclose(np.concatenate([found[0][0], *(after for _, after in found)]), states, **CLOSE)
 
 
 def test_deepstack(goldens):
     golden = Golden(goldens / "families/qwen3_vl")
     module, grid = to_nnx(golden.model), jnp.asarray(golden.arrays["image0_grid_thw"])[None, None]
-    added = module.projector.added(module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid))
-    np.testing.assert_allclose(added[:, 0], golden.arrays["single_deepstack"], **CLOSE)
+    levels = module.projector.deepstack_features(
+        module.vision_features(golden.arrays["image0_pixel_values"][None], grid=grid)
+    )
+    np.testing.assert_allclose(levels[:, 0], golden.arrays["single_deepstack"], **CLOSE)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hf_cases import edit_config, prune
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import DeltaNet
+from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
 from vlmprune_jax.models.vlm import encode
@@ -110,8 +110,8 @@ def test_mixers_equal_stock(models):
     """Input and output of the first delta net and the first attention, and the chunked rule against one by one."""
     golden = models["qwen3_5"]
     ids = golden.arrays["text_input_ids"][None]
-    tap = {"tap": lambda block: block.inputs, "tap_inputs": ("self_attn", "o_proj_out")}
-    values = encode(golden.model.params, golden.model.cfg, ids, **tap)[1]["tap"]
+    hook = {"hook": lambda block: block.inputs, "hook_inputs": ("self_attn", "o_proj_out")}
+    values = encode(golden.model.params, golden.model.cfg, ids, **hook)[1]["hook"]
     for name in [name for name in golden.arrays if "_input_" in name and name.startswith(("text_gdn", "text_att"))]:
         layer = int(name.rsplit("_", 1)[1])
         np.testing.assert_allclose(values[layer]["self_attn"][0], golden.arrays[name], **CLOSE)

@@ -47,7 +47,7 @@ def test_plans(tmp_path):
                     type(index) is int
                     for index in (layer.index, *layer.kept["q_heads"], *layer.kept["kv_heads"], *layer.kept["mlp"])
                 )
-            assert isinstance(plan.reached, float)
+            assert isinstance(plan.actual_ratio, float)
             plan.to_json()
 
     check()

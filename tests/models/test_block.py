@@ -87,12 +87,12 @@ def test_blocks_equal_the_same_in_jnp(case):
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     params = jax.tree.map(jnp.asarray, one.params)
     logits, aux = jax.jit(
-        lambda params: encode(params, one.cfg, ids, tap=lambda block: block, tap_inputs=NAMES, states=(0, 1))
+        lambda params: encode(params, one.cfg, ids, hook=lambda block: block, hook_inputs=NAMES, states=(0, 1))
     )(params)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         after = []
         # Every block starts from the model's own state: rounding of the blocks before it is not compared again.
-        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], aux["tap"], aux["states"], strict=True):
+        for layer, block, x in zip(unstack_layers(params, one.cfg)[0], aux["hook"], aux["states"], strict=True):
             expected = plain_block(text, layer, x, *rope_tables(text.rope, text.attention.rotated, positions))
             for name in NAMES:
                 np.testing.assert_allclose(block.inputs[name], expected[name], atol=2e-5, err_msg=name)

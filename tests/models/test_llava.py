@@ -43,7 +43,7 @@ def test_llava(models, goldens, name, per_row):
     # Row 2 is text only: the reference gives it an image of zeros, which nothing reads.
     pixels = pixels[:, None] if per_row else pixels[:2]
     want = ("hidden", "image_features", "inputs_embeds")
-    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, want=want)
+    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, capture=want)
     real, vocab = mask == 1, golden["logits"].shape[-1]
     np.testing.assert_allclose(aux["image_features"], golden["projected"][: 3 if per_row else 2], **close)
     np.testing.assert_allclose(aux["inputs_embeds"][real], golden["inputs_embeds"][real], **close)
@@ -72,7 +72,7 @@ def test_several_images_in_a_row(models, goldens, name, per_row):
     pixels = golden["pixel_values"]
     if per_row:
         pixels = np.stack([pixels[:2], np.stack([pixels[2], np.zeros_like(pixels[2])])])
-    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, want=("hidden", "inputs_embeds"))
+    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden", "inputs_embeds"))
     real, vocab = mask == 1, golden["logits"].shape[-1]
     np.testing.assert_allclose(aux["inputs_embeds"][real], golden["inputs_embeds"][real], **close)
     np.testing.assert_allclose(aux["hidden"][-1][real], golden["last_hidden_state"][real], **close)
@@ -87,7 +87,7 @@ def test_llama_gqa(goldens, padding):
     ids, mask = golden["input_ids"], golden["attention_mask"]
     order = np.argsort(mask, axis=1, kind="stable") if padding == "left" else np.tile(np.arange(ids.shape[1]), (2, 1))
     take = lambda array: np.take_along_axis(array, order.reshape(order.shape + (1,) * (array.ndim - 2)), axis=1)  # noqa: E731
-    logits, aux = forward(model, take(ids), attention_mask=take(mask), want=("hidden",))
+    logits, aux = forward(model, take(ids), attention_mask=take(mask), capture=("hidden",))
     real = take(mask) == 1
     for found, expected in zip(aux["hidden"], golden["hidden_states"], strict=True):
         np.testing.assert_allclose(found[real], take(expected)[real], **close)

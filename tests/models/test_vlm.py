@@ -17,7 +17,7 @@ from vlmprune_jax.models.vlm import Model, forward, to_nnx
 from vlmprune_jax.prune import make_plan, score
 
 close = dict(atol=1e-4, rtol=0)
-WANT = ("hidden", "image_features", "inputs_embeds")
+CAPTURE = ("hidden", "image_features", "inputs_embeds")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_vision_hidden_state(goldens, bunny, internvl):
 
 def compare(model, golden, ids, mask, pixels, used):
     """Forward of a batch with `pixels`; `used` are those of the golden images that some row reads."""
-    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, want=WANT)
+    logits, aux = forward(model, ids, pixel_values=pixels, attention_mask=mask, capture=CAPTURE)
     real = mask == 1
     np.testing.assert_allclose(aux["image_features"], golden["projected"][used], **close)
     np.testing.assert_allclose(aux["inputs_embeds"][real], golden["inputs_embeds"][real], **close)
@@ -100,7 +100,7 @@ def test_internvl_rows_of_unequal_tiles(goldens, internvl):
 def test_internvl_beyond_the_original_length(goldens, internvl):
     golden = np.load(goldens / "forward/internvl_long.npz")
     ids, pixels = golden["input_ids"], golden["pixel_values"]
-    logits, aux = forward(internvl, ids, pixel_values=pixels, attention_mask=golden["attention_mask"], want=WANT)
+    logits, aux = forward(internvl, ids, pixel_values=pixels, attention_mask=golden["attention_mask"], capture=CAPTURE)
     np.testing.assert_allclose(aux["inputs_embeds"], golden["inputs_embeds"], **close)
     np.testing.assert_allclose(aux["hidden"][-1], golden["last_hidden_state"], **close)
     np.testing.assert_allclose(logits[:, -16:], golden["logits_last16"], **close)
@@ -114,7 +114,7 @@ def test_internvl_without_rope_scaling(goldens, tmp_path):
     inputs, golden = np.load(goldens / "forward/internvl.npz"), np.load(goldens / "forward/internvl_rope_null.npz")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     pixels = inputs["pixel_values"][inputs["image_flags"] == 1]
-    logits, aux = forward(load(folder), ids, pixel_values=pixels, attention_mask=mask, want=("hidden",))
+    logits, aux = forward(load(folder), ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
     last = aux["hidden"][-1]
     np.testing.assert_allclose(last[mask == 1], golden["last_hidden_state"][mask == 1], **close)
     end = int(mask[0].sum())
@@ -140,7 +140,7 @@ def test_images_of_another_size_than_the_tower_was_trained_on(goldens, tmp_path)
     pixels = golden["resized_pixel_values"]
     ids = np.full((1, 12), model.cfg.image_token_id)
     ids[0, ::4] = 7
-    _, aux = forward(model, ids, pixel_values=pixels, want=("image_features",))
+    _, aux = forward(model, ids, pixel_values=pixels, capture=("image_features",))
     shuffled = pixel_shuffle(jnp.asarray(golden["resized_vision_last_hidden_state"])[:, 1:], 2, "v2")
     np.testing.assert_allclose(aux["image_features"], to_nnx(model).projector(shuffled), **close)
 

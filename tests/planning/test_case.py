@@ -101,7 +101,7 @@ def test_a_step_receives_little_more_than_its_weights(family, tmp_path, little_e
         lengths=(128 if cfg.vision is None else 1024,),
         slots=(0 if cfg.vision is None else 1,),
         slice=make_slice("v5e:2x2"),
-        image_tokens=(64,) if cfg.any_size else (),
+        image_tokens=(64,) if cfg.dynamic_resolution else (),
     )
     with jax.default_matmul_precision("default"):
         received = tpu_case.estimate(case).received

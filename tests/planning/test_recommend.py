@@ -104,7 +104,7 @@ def test_the_config_does_what_is_advised(folder, tmp_path, capsys, asked, method
         assert experiment.data.fraction == (1.0 if "--data=100%" in asked else 0.05)
     if not variants:
         _, cfg = read_config(folder)
-        reached = predict_plan(experiment, cfg).reached
+        reached = predict_plan(experiment, cfg).actual_ratio
         asked_for = parse_share("ratio", asked[0].removeprefix("--ratio="))
         assert reached == pytest.approx(asked_for, abs=0.035)
         assert f"{100 * reached:.4g} % removed" in out

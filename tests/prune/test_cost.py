@@ -15,7 +15,7 @@ from stack_cases import changed, decoder_layer
 from vlmprune_jax.core.budget import LIMITS, Budget
 from vlmprune_jax.core.chips import CHIPS
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.arguments import plan_config
@@ -135,7 +135,7 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
             other = make_plan(scores, cfg, ratio=float(ratio), **options)
         except UserError:
             break
-        costs.append((other.reached, measure(other.apply_to(cfg))[name]))
+        costs.append((other.actual_ratio, measure(other.apply_to(cfg))[name]))
     if plan is None:
         assert refused.startswith(f"prune.budget.{name}=")
         assert "nearest:" in refused
@@ -145,11 +145,11 @@ def test_a_budget_is_kept_to_or_the_nearest_is_told(method, layers, name, share,
     assert cost[name] <= limits[name]
     assert plan.options["budget_reached"] == cost
     assert plan.options["budget"] == limits
-    assert plan.asked is None
+    assert plan.target_ratio is None
     if method not in ("heads traded", "global", "hybrid"):  # whose costs do not always fall where more is asked for
         # Widths are whole, so a head of one layer may go for neurons of others: costs fall but for that step.
         head = 4 * cfg.text.hidden_size * cfg.text.attention.head_dim / count_params(cfg)
-        assert all(spent > limits[name] for reached, spent in costs if reached < plan.reached - head)
+        assert all(spent > limits[name] for reached, spent in costs if reached < plan.actual_ratio - head)
 
 
 def test_several_limits_and_a_budget_that_holds_already():
@@ -162,11 +162,11 @@ def test_several_limits_and_a_budget_that_holds_already():
         alone[name] = limit, make_plan(scores, cfg, method="width", budget={name: limit, **work})
     both = {name: limit for name, (limit, _) in alone.items()}
     plan = make_plan(scores, cfg, method="width", budget={**both, **work})
-    assert plan.stacks == max((one for _, one in alone.values()), key=lambda one: one.reached).stacks
+    assert plan.stacks == max((one for _, one in alone.values()), key=lambda one: one.actual_ratio).stacks
     assert all(plan.options["budget_reached"][name] <= limit for name, limit in both.items())
     assert PrunePlan.from_json(plan.to_json()) == plan
     enough = make_plan(scores, cfg, method="width", budget={"parameters": count_params(cfg)})
-    assert enough.reached == 0
+    assert enough.actual_ratio == 0
     depth = depth_scores(cfg, [3.0, 1, 2, 5, 4])
     fixed = make_plan((depth, scores), cfg, method="hybrid", budget={**both, **work}, layers_removed=1)
     assert fixed.removed_layers == (1,)
@@ -181,7 +181,7 @@ def test_a_budget_in_steps_ends_within_it():
     once = make_plan(score(teacher, (), criterion="l1"), teacher.cfg, method="width", budget={"parameters": limit})
     assert plan.parameters_after == count_params(pruned.cfg) == once.parameters_after <= limit
     assert plan.options["budget_reached"] == {"parameters": plan.parameters_after}
-    assert plan.asked is None
+    assert plan.target_ratio is None
 
 
 @pytest.mark.parametrize("name", ["internvl3", "qwen3_vl", "gemma4"])
@@ -194,7 +194,7 @@ def test_images_of_fewer_tokens_cost_less(goldens, name):
     assert make_measure(cfg, Budget(**budget, image_tokens=typical))(cfg) == pytest.approx(usual)
     more = 3 * typical + (1 if name == "internvl3" else 0)  # of a tile there are no parts
     longer = make_measure(cfg, Budget(**budget, image_tokens=more))(cfg)
-    length, slots, of_slot = 900 + 4 * typical, *((2, more) if cfg.any_size else (6, 0))
+    length, slots, of_slot = 900 + 4 * typical, *((2, more) if cfg.dynamic_resolution else (6, 0))
     text = forward_flops(cfg, length=length, images=0)
     assert longer["flops"] == text + vision_flops(cfg, (), slots, of_slot)
     plain = make_measure(cfg, Budget(**{**budget, "context": length}))(cfg)

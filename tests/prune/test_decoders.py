@@ -59,7 +59,7 @@ def test_forward_equals_the_reference(decoders, name):
     _, _, _, calibration, golden = decoders[name]
     model, inputs = calibration["vlm"]
     real = inputs["attention_mask"] == 1
-    logits, aux = forward(model, inputs["input_ids"], attention_mask=inputs["attention_mask"], want=("hidden",))
+    logits, aux = forward(model, inputs["input_ids"], attention_mask=inputs["attention_mask"], capture=("hidden",))
     np.testing.assert_allclose(logits[real], golden["logits"][real], atol=1e-4, rtol=0)
     for mine, theirs in zip(aux["hidden"], golden["hidden_states"], strict=True):
         np.testing.assert_allclose(mine[real], theirs[real], atol=1e-4, rtol=0)
@@ -70,7 +70,7 @@ def test_long_text_equals_the_reference(decoders, goldens):
     model = decoders["phi3"][0]
     with np.load(goldens / "forward" / "internvl_long.npz") as golden:
         fed, ids = fed_with(model, golden["inputs_embeds"])
-        logits, aux = forward(fed, ids, want=("hidden",))
+        logits, aux = forward(fed, ids, capture=("hidden",))
         np.testing.assert_allclose(logits[:, -16:], golden["logits_last16"], atol=1e-4, rtol=0)
         np.testing.assert_allclose(aux["hidden"][-1], golden["last_hidden_state"], atol=1e-4, rtol=0)
 
@@ -80,7 +80,7 @@ def test_null_rope_scaling_equals_the_reference(decoders, goldens):
     rope = dataclasses.replace(model.cfg.text.rope, kind="default", attention_factor=1.0)
     plain = model.replace(cfg=dataclasses.replace(model.cfg, text=with_facts(model.cfg.text, rope=rope)))
     real = inputs["attention_mask"] == 1
-    _, aux = forward(plain, inputs["input_ids"], attention_mask=inputs["attention_mask"], want=("hidden",))
+    _, aux = forward(plain, inputs["input_ids"], attention_mask=inputs["attention_mask"], capture=("hidden",))
     with np.load(goldens / "forward" / "internvl_rope_null.npz") as golden:
         np.testing.assert_allclose(aux["hidden"][-1][real], golden["last_hidden_state"][real], atol=1e-4, rtol=0)
 

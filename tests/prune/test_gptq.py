@@ -94,7 +94,7 @@ def test_a_folder_is_nearer_to_the_model(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("function", "options"), [("gptq", {"quantize": "w4a16", "symmetric": False}), ("importance", {})]
+    ("function", "options"), [("gptq", {"quantize": "w4a16", "symmetric": False}), ("imatrix", {})]
 )
 def test_an_interrupted_pass_continues_to_the_byte(monkeypatch, tmp_path, function, options):
     """With the weights in their files as well."""

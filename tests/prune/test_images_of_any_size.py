@@ -148,10 +148,10 @@ def rows_apart(batch):
 def _forward_of(params, cfg, arrays):
     names = ("o_proj", "down_proj")
     _, aux = encode(
-        params, cfg, **arrays, tap_inputs=names, tap=lambda block: [block.inputs[name] for name in names],
+        params, cfg, **arrays, hook_inputs=names, hook=lambda block: [block.inputs[name] for name in names],
         states=tuple(range(len(cfg.text.layers) + 1)),
     )  # fmt: skip
-    return aux["states"], aux["tap"]
+    return aux["states"], aux["hook"]
 
 
 def forward_of(model, step):
@@ -181,22 +181,22 @@ def of_rows(hidden, batch, step):
 def test_layer_by_layer_is_the_forward(goldens, family):
     model, batch = golden(goldens, family)
     images = {name: batch[name] for name in ("attention_mask", "pixel_values", "image_grid_thw")}
-    hidden = vp.forward(model, batch["input_ids"], **images, want=("hidden",))[1]["hidden"]
+    hidden = vp.forward(model, batch["input_ids"], **images, capture=("hidden",))[1]["hidden"]
     weights = {"prompt_weight": 1.0, "image_weight": 0.5, "answer_weight": 0.25}
-    means = vp.importance(model, rows_apart(batch), **weights).means
+    means = vp.imatrix(model, rows_apart(batch), **weights).means
     stream = gptq.decoder_stream(model, rows_apart(batch), TokenWeights(**weights))
-    taps = [forward_of(model, step)[1] for step in stream.batches]
+    hooks = [forward_of(model, step)[1] for step in stream.batches]
     counts = [np.asarray(step.weight, np.float64) for step in stream.batches]
     for number in range(len(model.cfg.text.layers)):
         layer, last = stream.layer(number), number + 1 == len(model.cfg.text.layers)
         sums, gram, squares = gptq.finite_sums(gptq._sums, layer, stream, "test"), 0.0, 0.0
         stream.advance(layer, number)
-        for step, state, tapped, count in zip(stream.batches, stream.states, taps, counts, strict=True):
+        for step, state, hooked, count in zip(stream.batches, stream.states, hooks, counts, strict=True):
             found = normed(model, state.x) if last else state.x
             np.testing.assert_allclose(
                 found[step.context["attention_mask"] == 1], of_rows(hidden[number + 1], batch, step), atol=1e-5
             )
-            attended, neurons = (read.reshape(*count.shape, -1).astype(np.float64) for read in tapped[number])
+            attended, neurons = (read.reshape(*count.shape, -1).astype(np.float64) for read in hooked[number])
             scaled = neurons * (count / np.mean(state.x**2, axis=2))[..., None]
             gram += np.einsum("bsi,bsj->ij", scaled, neurons)
             squares += np.einsum("bsi,bs->i", attended**2, count) / sum(one.sum() for one in counts)
@@ -250,7 +250,7 @@ def test_reconstruction(goldens, family, monkeypatch):
     def missing(model):
         total = 0.0
         for batch in many(teacher, range(30, 32)):
-            a, b = (vp.forward(one, **batch, want=("hidden",))[1]["hidden"][-1] for one in (model, teacher))
+            a, b = (vp.forward(one, **batch, capture=("hidden",))[1]["hidden"][-1] for one in (model, teacher))
             total += float((np.asarray(a - b) ** 2 * batch["attention_mask"][..., None]).sum())
         return total
 

@@ -23,10 +23,10 @@ VALUES = ("o_proj", "down_proj", "o_proj_out", "down_proj_out", "middle")
 
 
 @functools.cache
-def _tapped(cfg):
+def _hooked(cfg):
     def run(params, ids, mask):
-        tap = lambda block: {"before": block.before, "after": block.after, **block.inputs}  # noqa: E731
-        return encode(params, cfg, ids, attention_mask=mask, tap=tap, tap_inputs=VALUES)[1]["tap"]
+        hook = lambda block: {"before": block.before, "after": block.after, **block.inputs}  # noqa: E731
+        return encode(params, cfg, ids, attention_mask=mask, hook=hook, hook_inputs=VALUES)[1]["hook"]
 
     return jax.jit(run)
 
@@ -34,8 +34,8 @@ def _tapped(cfg):
 def values(one, arrays):
     """Per layer the values of a batch's real tokens, float64[tokens, ...]."""
     ids, mask = arrays["input_ids"], arrays["attention_mask"]
-    tapped = _tapped(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
-    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in tapped]
+    hooked = _hooked(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
+    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in hooked]
 
 
 def gain_of(one, number, name):

@@ -56,7 +56,7 @@ def test_any_ratio_is_planned_honestly_or_refused(ratio, layers, gqa, multiple):
     heads = [costs.of(layer) - costs.at(layer)(sizes) for layer, sizes in zip(layers, no_heads, strict=True)]
     neurons = [costs.price(layer, "mlp") * multiple for layer in layers]
     step = sum(map(max, heads, neurons))
-    assert abs(plan.reached - ratio) * plan.parameters_total <= step
+    assert abs(plan.actual_ratio - ratio) * plan.parameters_total <= step
 
 
 def test_the_lowest_scores_go():
@@ -93,7 +93,9 @@ def test_global_selection_meets_a_ratio():
     scores = width_scores(cfg)
     scores = dataclasses.replace(scores, units=unit_scores([5 + h for h in scores.heads], scores.mlp))
     plan = make_plan(scores, cfg, method="width", ratio=0.1, selection="global")
-    assert abs(plan.reached - 0.1) <= 0.5 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
+    assert (
+        abs(plan.actual_ratio - 0.1) <= 0.5 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
+    )
     kept = np.concatenate([scores.mlp[x.index][list(x.kept["mlp"])] for x in plan.layers])
     gone = np.concatenate([np.delete(scores.mlp[x.index], list(x.kept["mlp"])) for x in plan.layers])
     assert gone.max() < kept.min()
@@ -122,7 +124,8 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
     layer_share = layer_costs(cfg).of(cfg.text.layers[0]) / count_params(cfg)
     assert plan.removed_layers == tuple(sorted([1, 3][: round(0.3 / layer_share)]))
     assert (
-        abs(plan.reached - 0.5) <= 0.5 * 4 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
+        abs(plan.actual_ratio - 0.5)
+        <= 0.5 * 4 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
     )
     assert plan.parameters_after == count_params(plan.apply_to(cfg))
     assert plan.criterion == "block_influence + l1"
@@ -132,7 +135,7 @@ def test_hybrid_takes_its_share_in_layers_and_the_rest_in_widths():
     assert given_layers.removed_layers == (1, 3)
     assert given_layers.layers[0].sizes == given_layers.layers[-1].sizes == cfg.text.layers[0].sizes
     assert (
-        abs(given_layers.reached - 0.4)
+        abs(given_layers.actual_ratio - 0.4)
         <= 0.5 * 2 * layer_costs(cfg).price(cfg.text.layers[0], "mlp") / plan.parameters_total
     )
     only_layers = make_plan(pair, cfg, method="hybrid", ratio=1.5 * layer_share, layers_removed=2)
@@ -199,7 +202,7 @@ def test_json_round_trip_is_exact(tmp_path):
     assert PrunePlan.from_json(tmp_path / "deep" / "plan.json") == plan
     assert PrunePlan.from_json(str(tmp_path / "deep" / "plan.json")).to_json() == text
     data = json.loads(text)
-    assert data["reached"] == plan.reached
+    assert data["reached"] == plan.actual_ratio
     assert [*data["components"]["text"]["kept"]] == [*map(str, plan.kept_layers)]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.json"]
 
@@ -355,7 +358,7 @@ def test_plans_of_the_tower(method):
     if method == "width":
         assert plan.stacks["vision"].kept_layers == (0, 1, 2, 3)
         assert (
-            abs(plan.reached - ratio)
+            abs(plan.actual_ratio - ratio)
             <= 0.5 * 4 * layer_costs(cfg, "vision").price(cfg.vision.layers[0], "mlp") / plan.parameters_total
         )
     else:
@@ -411,7 +414,7 @@ def test_keep_everything(vision):
     cfg = config(UNEQUAL, vision=vision)
     plan = keep_everything(cfg, "a-b", count_params(cfg))
     assert plan.apply_to(cfg) == cfg
-    assert (plan.reached, plan.removed_layers) == (0, ())
+    assert (plan.actual_ratio, plan.removed_layers) == (0, ())
     assert plan.stacks.keys() == ({"text", "vision"} if vision else {"text"})
     assert plan.layers[2] == kept_units(2, tuple(range(8)), (0, 1), tuple(range(10)))
 
@@ -437,7 +440,7 @@ def test_heads_are_kept_or_traded_for_neurons_by_their_scores():
     assert (left, more > fewest) == (3, True)
     assert widths(plan(0.001, "proportional")) == widths(plan(1000.0, "proportional"))
     for made in (plan(0.001, "auto"), plan(1000.0, "auto"), plan(1000.0, "keep")):
-        assert abs(made.reached - 0.2) < 0.01
+        assert abs(made.actual_ratio - 0.2) < 0.01
         assert made.options["heads"] in ("auto", "keep")
     with pytest.raises(UserError, match="heads kept"):
         plan(1.0, "keep", ratio=0.6)

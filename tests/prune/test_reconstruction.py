@@ -46,10 +46,10 @@ def streams(model, batch):
     inputs = ("o_proj", "down_proj")
     ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
     _, aux = encode(
-        jax.tree.map(jnp.asarray, model.params), model.cfg, ids, attention_mask=mask, tap_inputs=inputs,
-        tap=lambda block: (block.before, block.inputs["o_proj"], block.inputs["down_proj"]),
+        jax.tree.map(jnp.asarray, model.params), model.cfg, ids, attention_mask=mask, hook_inputs=inputs,
+        hook=lambda block: (block.before, block.inputs["o_proj"], block.inputs["down_proj"]),
     )  # fmt: skip
-    return [[np.asarray(part, np.float64) for part in tapped] for tapped in aux["tap"]]
+    return [[np.asarray(part, np.float64) for part in hooked] for hooked in aux["hook"]]
 
 
 @pytest.mark.parametrize("shape", NAMES)

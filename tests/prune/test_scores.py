@@ -82,7 +82,7 @@ def test_scores_of_format_1_are_read(tmp_path, gqa, axis):
     meta = META | {"format": 1, "layers": 1, "kinds": ["image"], "options": {"gqa": gqa}}
     np.savez(tmp_path / "s.npz", meta=np.array(json.dumps(meta)), **arrays)
     scores = Scores.load(tmp_path / "s.npz")
-    for units, times in ((scores.units, 1), (scores.by_kind["image"]["units"], 2)):
+    for units, times in ((scores.units, 1), (scores.by_token_type["image"]["units"], 2)):
         assert list(units) == [(0, axis), (0, "mlp")]
         np.testing.assert_array_equal(units[0, "mlp"], times * EARLIER["mlp_0"])
     scores.save(tmp_path / "again.npz")

@@ -28,23 +28,23 @@ def test_llava_7b_ratios_by_layers(n, percent, of_decoder):
     assert count_params(cfg, "projector") == 20_979_712
     scores = depth_scores(cfg, list(range(32)))
     plan = make_plan(scores, cfg, method="depth", layers_removed=n, parameters_total=REFERENCE_TOTAL)
-    assert round(100 * plan.reached, 2) == percent
+    assert round(100 * plan.actual_ratio, 2) == percent
     assert round(100 * (plan.parameters_before - plan.parameters_after) / 6_738_415_616, 2) == of_decoder
     assert plan.parameters_after == count_params(plan.apply_to(cfg))
     assert plan.removed_layers == tuple(range(n))
     # and back: asking for that ratio of the computed model gives the same layers
     own = make_plan(scores, cfg, method="depth", layers_removed=n)
     assert own.parameters_total == count_params(cfg) < REFERENCE_TOTAL
-    assert make_plan(scores, cfg, method="depth", ratio=own.reached).layers == own.layers
+    assert make_plan(scores, cfg, method="depth", ratio=own.actual_ratio).layers == own.layers
 
 
 def test_rounding_and_protection():
     cfg = config(EQUAL)
     scores = depth_scores(cfg, [5, 1, 2, 0, 4])
-    one = make_plan(scores, cfg, method="depth", layers_removed=1).reached
+    one = make_plan(scores, cfg, method="depth", layers_removed=1).actual_ratio
     nearest = make_plan(scores, cfg, method="depth", ratio=1.4 * one)
     assert nearest.removed_layers == (3,)
-    assert (nearest.asked, nearest.reached) == (1.4 * one, one)
+    assert (nearest.target_ratio, nearest.actual_ratio) == (1.4 * one, one)
     assert make_plan(scores, cfg, method="depth", ratio=1.6 * one).removed_layers == (1, 3)
     assert make_plan(scores, cfg, method="depth", ratio=1.4 * one, rounding="at_least").removed_layers == (1, 3)
     assert make_plan(scores, cfg, method="depth", ratio=2 * one, protect=(3, 1)).removed_layers == (2, 4)

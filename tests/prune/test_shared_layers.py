@@ -47,10 +47,10 @@ def raw_gradient(weight, gradient, squared, axis):
 
 
 @functools.cache
-def _tapped(cfg):
+def _hooked(cfg):
     def run(params, ids, mask):
-        tap = lambda block: {"after": block.after, **block.inputs}  # noqa: E731
-        return encode(params, cfg, ids, attention_mask=mask, tap=tap, tap_inputs=VALUES)[1]["tap"]
+        hook = lambda block: {"after": block.after, **block.inputs}  # noqa: E731
+        return encode(params, cfg, ids, attention_mask=mask, hook=hook, hook_inputs=VALUES)[1]["hook"]
 
     return jax.jit(run)
 
@@ -58,8 +58,8 @@ def _tapped(cfg):
 def values(one, arrays):
     """Per layer the values of a batch's real tokens, float64[tokens, ...]."""
     ids, mask = arrays["input_ids"], arrays["attention_mask"]
-    taps = _tapped(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
-    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in taps]
+    hooks = _hooked(one.cfg)(one.params, jnp.asarray(ids), jnp.asarray(mask))
+    return [{name: np.asarray(x, np.float64)[mask == 1] for name, x in layer.items()} for layer in hooks]
 
 
 def test_gradients_equal_those_of_the_whole_model():
@@ -78,7 +78,7 @@ def test_gradients_equal_those_of_the_whole_model():
     expected = unstack_layers(jax.grad(loss)(jax.tree.map(jnp.asarray, one.params)), one.cfg)[0]
     found, _ = gradient_channels(
         one, [{**b, "kind": np.where(b["attention_mask"] == 1, 3, 0)} for b in batches], raw_gradient, squares=False,
-        rows_per_step=None, memory_budget=None, weight_of=np.ones(4, np.float32), by_kind=False, progress=None,
+        rows_per_step=None, memory_budget=None, weight_of=np.ones(4, np.float32), by_token_type=False, progress=None,
         cache=None,
     )  # fmt: skip
     assert "self_attn/k_proj/weight" in found[2]

@@ -102,10 +102,10 @@ def test_llava_7b_costs_and_sparsity_from_the_config():
     assert costs.of(layer) == 202_383_360
     options = {"attn_layers": (3, 31), "mlp_layers": (4, 30), "parameters_total": REFERENCE_TOTAL}
     plan = make_plan(width_scores(cfg), cfg, method="width", sparsity=0.4, **options)
-    assert round(100 * plan.reached, 2) == 29.90
+    assert round(100 * plan.actual_ratio, 2) == 29.90
     assert plan.layers[10].sizes == {"kv_heads": 20, "q_heads": 20, "mlp": 11008 - 4404}
     assert plan.layers[2].sizes == layer.sizes
-    assert plan.asked is None
+    assert plan.target_ratio is None
     with pytest.raises(
         UserError,
         match=r"ratio 0.6 cannot be reached by width .*attn_layers=\(3, 21\), mlp_layers=\(3, 20\)",
@@ -117,14 +117,14 @@ def test_llava_7b_costs_and_sparsity_from_the_config():
 def test_llava_7b_ratio_is_reached_to_half_a_neuron_per_layer(ratio):
     cfg = llava_7b()
     plan = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio)
-    assert plan.asked == ratio
-    assert abs(plan.reached - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
+    assert plan.target_ratio == ratio
+    assert abs(plan.actual_ratio - ratio) <= 0.5 * 32 * 12_288 / plan.parameters_total
     assert all(
         layer.sizes == plan.layers[0].sizes for layer in plan.layers
     )  # equal widths: a stock loader takes the folder
     assert plan.parameters_after == count_params(plan.apply_to(cfg))
     snapped = make_plan(width_scores(cfg), cfg, method="width", ratio=ratio, heads_multiple=4, neurons_multiple=128)
-    assert abs(snapped.reached - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
+    assert abs(snapped.actual_ratio - ratio) <= 0.5 * 32 * 12_288 * 128 / plan.parameters_total
     multiples = {"q_heads": 4, "kv_heads": 4, "mlp": 128}
     assert all(layer.sizes[axis] % n == 0 for layer in snapped.layers for axis, n in multiples.items())
 
@@ -141,12 +141,12 @@ def test_costs_of_the_tower():
 @pytest.mark.parametrize(
     ("options", "heads", "neurons"),
     [
-        ({"snap_for": "tpu"}, 1, 128),
-        ({"snap_for": "int4", "tensor_parallel": 2}, 2, 256),
-        ({"snap_for": "gguf"}, 1, 32),
-        ({"snap_for": "gguf_k"}, 2, 256),
+        ({"align_to": "tpu"}, 1, 128),
+        ({"align_to": "int4", "tensor_parallel": 2}, 2, 256),
+        ({"align_to": "gguf"}, 1, 32),
+        ({"align_to": "gguf_k"}, 2, 256),
         ({"tensor_parallel": 4}, 4, 4),
-        ({"snap_for": "gguf", "neurons_multiple": 64}, 1, 64),
+        ({"align_to": "gguf", "neurons_multiple": 64}, 1, 64),
     ],
 )
 def test_multiples_of_llava_7b(options, heads, neurons):
@@ -156,7 +156,7 @@ def test_multiples_of_llava_7b(options, heads, neurons):
     by_hand = make_plan(scores, cfg, method="width", ratio=0.2, heads_multiple=heads, neurons_multiple=neurons)
     assert plan.stacks == by_hand.stacks
     assert (plan.options["heads_multiple"], plan.options["neurons_multiple"]) == (heads, neurons)
-    assert plan.options["snap_for"] == options.get("snap_for")
+    assert plan.options["align_to"] == options.get("align_to")
 
 
 @given(
@@ -173,7 +173,7 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
     cfg = config((decoder_layer(kv * group, kv, 1600),) * 2, head_dim=head_dim)
     try:
         plan = make_plan(
-            width_scores(cfg, gqa=gqa), cfg, method="width", ratio=ratio, snap_for=target, tensor_parallel=devices
+            width_scores(cfg, gqa=gqa), cfg, method="width", ratio=ratio, align_to=target, tensor_parallel=devices
         )
     except UserError:  # too few heads for one block, or more than can go
         assume(False)
@@ -189,25 +189,25 @@ def test_every_device_has_whole_blocks(kv, group, head_dim, gqa, target, devices
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"snap_for": "tpus"}, "snap_for 'tpus' is not one of tpu, gguf, gguf_k, int4; did you mean 'tpu'"),
+        ({"align_to": "tpus"}, "align_to 'tpus' is not one of tpu, gguf, gguf_k, int4; did you mean 'tpu'"),
         ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
         (
-            {"snap_for": "tpu", "neurons_multiple": 100},
-            "neurons_multiple=100 is not a multiple of 128, as snap_for='tpu' needs: leave it out",
+            {"align_to": "tpu", "neurons_multiple": 100},
+            "neurons_multiple=100 is not a multiple of 128, as align_to='tpu' needs: leave it out",
         ),
         (
-            {"snap_for": "tpu"},
-            "snap_for='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0: .* keep .*heads='keep'",
+            {"align_to": "tpu"},
+            "align_to='tpu': heads_multiple=4 is more than the 2 key/value heads of layer 0: .* keep .*heads='keep'",
         ),
         (
-            {"snap_for": "int4", "tensor_parallel": 16, "heads": "keep"},
-            "snap_for='int4' with tensor_parallel=16: neurons_multiple=2048 is more than the 1024 neurons of layer 0",
+            {"align_to": "int4", "tensor_parallel": 16, "heads": "keep"},
+            "align_to='int4' with tensor_parallel=16: neurons_multiple=2048 is more than the 1024 neurons of layer 0",
         ),
         ({"tensor_parallel": 4, "heads": "keep"}, "layer 0 keeps 2 key/value heads, which tensor_parallel=4 does not"),
-        ({"snap_for": "gguf", "selection": "global"}, 'selection="global" .* no multiples'),
+        ({"align_to": "gguf", "selection": "global"}, 'selection="global" .* no multiples'),
         (
-            {"snap_for": "tpu", "method": "depth"},
-            "prune.snap_for: method 'depth' has no such setting, only width and hybrid",
+            {"align_to": "tpu", "method": "depth"},
+            "prune.align_to: method 'depth' has no such setting, only width and hybrid",
         ),
     ],
 )
@@ -221,9 +221,9 @@ def test_targets_that_do_not_suit_are_refused(options, message):
 
 def test_heads_that_are_kept_need_not_fill_blocks():
     cfg = config((decoder_layer(4, 2, 1024),) * 3, head_dim=16)
-    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, snap_for="tpu", heads="keep")
+    plan = make_plan(width_scores(cfg), cfg, method="width", ratio=0.3, align_to="tpu", heads="keep")
     assert {(layer.sizes["q_heads"], layer.sizes["mlp"] % 128) for layer in plan.layers} == {(4, 0)}
     budget = {"parameters": plan.parameters_before * 0.7}
-    within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, snap_for="tpu", heads="keep")
+    within = make_plan(width_scores(cfg), cfg, method="width", budget=budget, align_to="tpu", heads="keep")
     assert within.layers[0].sizes["mlp"] % 128 == 0
     assert within.parameters_after <= budget["parameters"]

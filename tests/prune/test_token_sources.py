@@ -141,15 +141,15 @@ def test_budgets_count_the_rows(folder, model, sources, limit):
 
 
 def test_the_ratio_is_of_everything(folder, model, sources):
-    rows = vocabulary_plan(folder, sources, 440).reached
+    rows = vocabulary_plan(folder, sources, 440).actual_ratio
     plan = vp.make_plan(
         scores_of(model, True), model, method="width", ratio=rows + 0.1, vocabulary=settings(folder, sources)
     )
-    assert plan.reached == pytest.approx(rows + 0.1, abs=0.02)
+    assert plan.actual_ratio == pytest.approx(rows + 0.1, abs=0.02)
     less = vp.make_plan(
         scores_of(model, True), model, method="width", ratio=rows / 2, vocabulary=settings(folder, sources)
     )
-    assert less.reached == pytest.approx(rows)
+    assert less.actual_ratio == pytest.approx(rows)
 
 
 def test_rounds_of_pruning(folder, model, sources):
@@ -158,7 +158,7 @@ def test_rounds_of_pruning(folder, model, sources):
     )
     assert pruned.cfg == plan.apply_to(model.cfg)
     assert plan.parameters_after == vp.count_params(pruned.cfg)
-    assert plan.reached == pytest.approx(0.3, abs=0.03)
+    assert plan.actual_ratio == pytest.approx(0.3, abs=0.03)
 
 
 def without(vocabulary, *dropped):

@@ -55,14 +55,14 @@ def rows(number=16, seed=0, same=False):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def tapped(params, cfg, images):
-    return to_nnx(Model(params, cfg)).vision.tapped(images, lambda block: block, ("o_proj", "down_proj"))[1]
+def hooked(params, cfg, images):
+    return to_nnx(Model(params, cfg)).vision.hooked(images, lambda block: block, ("o_proj", "down_proj"))[1]
 
 
 def blocks(one, batches):
     """Per layer (before, after, what fc2 reads), float64[images * positions, ...]."""
     images = jnp.asarray(batches[0]["pixel_values"][:, 0])
-    found = tapped(jax.tree.map(jnp.asarray, one.params), one.cfg, images)
+    found = hooked(jax.tree.map(jnp.asarray, one.params), one.cfg, images)
     return [
         [np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (b.before, b.after, b.inputs["down_proj"])]
         for b in found
@@ -112,7 +112,7 @@ def test_the_tower_comes_before_the_decoder_that_reads_it(tmp_path):
     new = rows(8, seed=1)[0]
 
     def error(one, name):
-        ours, wanted = (forward(m, **new, want=("image_features", "hidden"))[1] for m in (one, teacher))
+        ours, wanted = (forward(m, **new, capture=("image_features", "hidden"))[1] for m in (one, teacher))
         ours, wanted = (aux[name] if name == "image_features" else aux["hidden"][-1] for aux in (ours, wanted))
         return float(((ours - wanted) ** 2).mean())
 

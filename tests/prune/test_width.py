@@ -73,8 +73,8 @@ def test_prune_iteratively_is_score_plan_apply_repeated(goldens):
         forward(pruned, calibration["text"]["input_ids"])[0],
     )
     _, by_ratio, _ = prune_iteratively(original, lambda _: (), steps=2, criterion="l1", ratio=0.2)
-    assert by_ratio.asked == 0.2
-    assert abs(by_ratio.reached - 0.2) < 0.5 * 6 * 3 * 48 / by_ratio.parameters_before
+    assert by_ratio.target_ratio == 0.2
+    assert abs(by_ratio.actual_ratio - 0.2) < 0.5 * 6 * 3 * 48 / by_ratio.parameters_before
 
 
 @functools.cache
@@ -212,22 +212,29 @@ def test_an_interrupted_taylor_pass_continues_to_the_byte(ends, tmp_path):
 
     cfg, seen = config(EQUAL, vision=True), []
     batches = [batch(cfg), batch(cfg, seed=3)]
-    expected = score(model(cfg), batches, criterion="taylor", by_kind=True)
+    expected = score(model(cfg), batches, criterion="taylor", by_token_type=True)
 
     def stop(done):
         if done == ends:
             raise Stopped("stopped")
 
     with pytest.raises(Stopped):
-        score(model(cfg), batches, criterion="taylor", by_kind=True, progress=stop, cache=ArrayCache(tmp_path, {}))
+        score(
+            model(cfg), batches, criterion="taylor", by_token_type=True, progress=stop, cache=ArrayCache(tmp_path, {})
+        )
     again = score(
-        model(cfg), batches, criterion="taylor", by_kind=True, progress=seen.append, cache=ArrayCache(tmp_path, {})
+        model(cfg),
+        batches,
+        criterion="taylor",
+        by_token_type=True,
+        progress=seen.append,
+        cache=ArrayCache(tmp_path, {}),
     )
     assert seen == list(range(ends + 1, 6))
     for mine, whole in zip(again.heads + again.mlp, expected.heads + expected.mlp, strict=True):
         np.testing.assert_array_equal(mine, whole)
-    for kind, parts in expected.by_kind.items():
-        for mine, whole in zip(again.by_kind[kind]["units"].values(), parts["units"].values(), strict=True):
+    for kind, parts in expected.by_token_type.items():
+        for mine, whole in zip(again.by_token_type[kind]["units"].values(), parts["units"].values(), strict=True):
             np.testing.assert_array_equal(mine, whole)
 
 

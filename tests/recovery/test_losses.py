@@ -237,7 +237,7 @@ def test_states_that_are_zero_have_a_finite_cosine_and_gradient():
 
 def _apply(model, batch, want):
     inputs = {"pixel_values": batch["pixel_values"], "attention_mask": batch["attention_mask"]}
-    return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], want=want, **inputs))(model.params)
+    return jax.jit(lambda params: apply(params, model.cfg, batch["input_ids"], capture=want, **inputs))(model.params)
 
 
 @pytest.mark.parametrize("seq", [12, 13, 300])

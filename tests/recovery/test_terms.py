@@ -71,7 +71,7 @@ def test_a_term_on_the_students_states_alone(terms):
     student, batch = cases.model(CFG, 1), next(cases.Stream(CFG, rows=2))
     found = vp.losses(student, batch, loss)
     arrays = {name: jnp.asarray(x) for name, x in batch.arrays.items() if name != "labels"}
-    _, aux = apply(student.params, CFG, want=("hidden",), **arrays)
+    _, aux = apply(student.params, CFG, capture=("hidden",), **arrays)
     states = [np.asarray(aux["hidden"][i], np.float64)[batch.arrays["attention_mask"] == 1] for i in (0, 1, -1)]
     assert found["small"] == pytest.approx(np.mean([np.square(x).mean() for x in states]), rel=1e-5)
     assert found["total"] == pytest.approx(found["ce"] + 0.1 * found["small"], rel=1e-6)

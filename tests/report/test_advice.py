@@ -11,7 +11,7 @@ from vlmprune_jax.workdir.result import Workload, read_result
 
 
 def test_it_says_what_the_guide_recommends_for_the_cut_of_the_best_run(workdir):
-    change(workdir, 1, ratio_reached=0.27, decoder_ratio=0.3, data_fraction=0.05)
+    change(workdir, 1, actual_ratio=0.27, decoder_ratio=0.3, data_fraction=0.05)
     result = read_result(workdir)
     workload = Workload(length=640, images=1, dtype="bfloat16")
     write_artefact(workdir / "result.json", replace(result, workload=workload))

@@ -15,14 +15,16 @@ def test_kinds_of_tokens_and_what_serves_vision(workdir):
     of = {
         kind: {"importance": np.array(v)} for kind, v in (("image", [1, 1, 6, 1, 1.0]), ("prompt", [2, 2, 2, 2, 2.0]))
     }
-    dataclasses.replace(Scores.load(path), by_kind=of).save(path)
+    dataclasses.replace(Scores.load(path), by_token_type=of).save(path)
     page = build_report(workdir).read_text()
     assert page.count("<svg") == 8
     assert "Serve vision most: layers 2 (0.75). In brackets" in page  # 0.6 of images, 0.2 of text
     path = workdir / "width" / "scores.npz"
     scores = Scores.load(path)
     weighted = {(i, axis): part * (1 + 9 * (i == 3 and axis != "mlp")) for (i, axis), part in scores.units.items()}
-    dataclasses.replace(scores, by_kind={"image": {"units": weighted}, "answer": {"units": scores.units}}).save(path)
+    dataclasses.replace(scores, by_token_type={"image": {"units": weighted}, "answer": {"units": scores.units}}).save(
+        path
+    )
     told = re.search(
         r"width/scores.npz. Serve vision most: layers none; heads (.*?)\. In", build_report(workdir).read_text()
     )

@@ -57,7 +57,7 @@ def test_the_headline_has_retention_size_and_speed(workdir):
     costs = Costs(forward_flops=1e9, kv_bytes_per_token=10, file_bytes=2_000_000)
     change(workdir, 1, decoder_ratio=0.4, speed=SPEED.medians()["depth"], costs=costs)
     result = read_result(workdir)
-    teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), carried=1000)
+    teacher = replace(result.teacher, costs=replace(costs, file_bytes=3_000_000), passthrough=1000)
     write_artefact(workdir / "result.json", replace(result, teacher=teacher))
     told = lead(read_result(workdir))
     assert "depth 30 %, SFT (trained on 5 % of the data) retains 95.00 % of the unpruned score" in told

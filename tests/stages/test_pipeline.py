@@ -117,7 +117,7 @@ def test_whole_run(capsys, monkeypatch, tmp_path, experiment):
     assert not all(map(np.array_equal, tree_leaves(unpruned), tree_leaves(trained)))
     for run in result.runs:
         assert sum(x.size for x in tree_leaves(load(workdir / run.path).params)) == run.parameters
-        assert run.ratio_reached == pytest.approx(1 - run.parameters / result.teacher.parameters)
+        assert run.actual_ratio == pytest.approx(1 - run.parameters / result.teacher.parameters)
     assert [run.recovery for run in result.runs] == ["none", "sft_l2", "none", "reconstructed", "sft_l2"]
     assert [run.data_fraction for run in result.runs] == [0.0, 0.5, 0.0, 0.0, 0.5]
     assert result.export.max_abs_logit_difference <= 1e-4
@@ -289,7 +289,7 @@ def test_the_demo_table_fits_80_columns():
     from vlmprune_jax.workdir.result import Run
 
     teacher = {"questions": evaluated(0.9871, {}, count=9673, parameters=1658976)}
-    facts = {**FACTS, "ratio_reached": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}
+    facts = {**FACTS, "actual_ratio": 0.2003, "parameters": 1326624, "data_fraction": 0.05, "seconds": 136.5}
     runs = [
         Run(**{**facts, "name": name, "recovery": recovery}, evaluation=compare(teacher, teacher))
         for name, recovery in (("depth", "none"), ("depth-sft_l2", "sft_l2"))

@@ -100,7 +100,7 @@ def test_a_vocabulary_alone_needs_no_scores(root, capsys):
     assert not list((root / "alone").glob("scores*"))
     plan = vp.PrunePlan.from_json(root / "alone/plan.json")
     teacher, pruned = vp.load(root / "teacher"), vp.load(root / "alone/pruned")
-    assert (plan.method, plan.asked, plan.removed_layers) == ("vocabulary", None, ())
+    assert (plan.method, plan.target_ratio, plan.removed_layers) == ("vocabulary", None, ())
     assert pruned.cfg == plan.apply_to(teacher.cfg)
     tokens = {"size": 448, "sources": (str(root / "sources.json"),), "multiple": 8, "source_dir": str(root / "teacher")}
     assert vp.make_plan(None, teacher, vocabulary=tokens).vocabulary == plan.vocabulary

@@ -129,7 +129,7 @@ def test_what_is_left_out():
     assert points_of(replace(sweep(whole), models=models)) == []
     (point,) = points_of(sweep(whole))
     assert (point.level, point.reached, point.recovery, point.interval) == (0.15, 0.16, "none", (48.0, 52.0))
-    (of_layers,) = points_of(sweep([changed(whole[0], ratio_asked=None)]))
+    (of_layers,) = points_of(sweep([changed(whole[0], target_ratio=None)]))
     assert of_layers.level == 0.16
 
 
@@ -290,7 +290,7 @@ def test_a_figure_where_layers_were_counted():
     models = []
     for level, retained in ((0.15, 90.0), (0.45, 40.0)):
         one = row("depth", level, "none", retained)
-        models.append(replace(changed(one, ratio_asked=None), labels={**one.labels, "ratio": f"{level}"}))
+        models.append(replace(changed(one, target_ratio=None), labels={**one.labels, "ratio": f"{level}"}))
     figure = study_figure(sweep(models))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["without recovery"]
     assert [axes.get_title("left") for axes in figure.axes] == ["depth"]

@@ -176,7 +176,7 @@ def test_values_are_shown_as_their_metric_says():
     ("changes", "label"),
     [
         ({}, "depth 30 %"),
-        ({"ratio_asked": None}, "depth 31 %"),
+        ({"target_ratio": None}, "depth 31 %"),
         ({"recovery": "reconstructed", "reconstruct": "least_squares"}, "depth 30 %, reconstructed"),
         ({"reconstruct": "least_squares"}, "depth 30 %"),  # the model before its reconstruction
         ({"recovery": "sft_l2", "reconstruct": "least_squares"}, "depth 30 %, reconstructed + SFT + L2"),

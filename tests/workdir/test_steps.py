@@ -66,7 +66,7 @@ def test_what_the_ledger_knows_of_finished_steps(workdir):
         "terms": {"ce": "CE"},
         "last": {},
     }
-    plan = {name: 0 for name in PruneFacts.__struct_fields__}
+    plan = {name: 0 for name in PruneFacts.__struct_encode_fields__}
     plan |= {"method": "depth", "criterion": "bi", "removed_layers": [], "decoder_ratio": 0.4}
     recorded(workdir, "depth.score", {})
     recorded(workdir, "depth.prune", plan)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.families import detect
 from vlmprune_jax.hf.layout import make_slots
 from vlmprune_jax.models.vlm import Model

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.sections import LoraConfig, Rounding
+from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 from vlmprune_jax.core.stack import Stack
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
@@ -66,7 +67,7 @@ class TextConfig(Stack):
         return rope
 
     @property
-    def even(self) -> bool:
+    def uniform(self) -> bool:
         """True if all layers have equal widths, so that one number per width in config.json describes them."""
         sizes: dict[tuple[str, bool], set[float]] = {}
         for layer in self.layers:
@@ -179,7 +180,7 @@ class VisionConfig(Stack):
             )
 
     @property
-    def any_size(self) -> bool:
+    def dynamic_resolution(self) -> bool:
         """True if the vision tower takes images of any size, as sequences of patches."""
         return self.patches.temporal > 0
 
@@ -240,7 +241,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     lora: LoraConfig | None = None
-    rounding: Rounding | None = None
+    fake_quant: FakeQuant | None = None
     tower: bool = True
     video_token_id: int | None = None
 
@@ -264,9 +265,9 @@ class ModelConfig:
         return 0 if self.vision is None else len(self.vision.deepstack)
 
     @property
-    def any_size(self) -> bool:
+    def dynamic_resolution(self) -> bool:
         """True if the model takes images of any size, as sequences of patches."""
-        return self.vision is not None and self.vision.any_size
+        return self.vision is not None and self.vision.dynamic_resolution
 
     @property
     def tokens_per_image(self) -> int:

@@ -50,7 +50,7 @@ class MeshSpec:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class FakeQuant:
     """Settings of quantisation-aware training: bits, group size (0 = one group per row), and 8-bit rounding of inputs.
 
     The fields are those of `CompressedTensors`, without zero points.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Layer, describe_layers
+from vlmprune_jax.core.layer import Layer, describe_layers
+from vlmprune_jax.core.mixers import Attention
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Stack:
         return frozenset(number for number in numbers if number is not None)
 
     @property
-    def even(self) -> bool:
+    def uniform(self) -> bool:
         """True if all layers have equal widths, as stock transformers classes require."""
         return len({tuple(layer.sizes.items()) for layer in self.layers}) <= 1
 

@@ -66,10 +66,10 @@ def expand_images(
 
 def _tokens(cfg: ModelConfig, images: int, tiles: Any, image_grid_thw: Any) -> np.ndarray:
     """Return each image's number of decoder tokens, int64[images]."""
-    if (tiles if cfg.any_size else image_grid_thw) is not None:
-        wanted, passed = ("image_grid_thw", "tiles") if cfg.any_size else ("tiles", "image_grid_thw")
+    if (tiles if cfg.dynamic_resolution else image_grid_thw) is not None:
+        wanted, passed = ("image_grid_thw", "tiles") if cfg.dynamic_resolution else ("tiles", "image_grid_thw")
         raise UserError(f"expand_images: this model takes {wanted}, not {passed}: omit {passed}")
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         assert cfg.projector is not None
         grids = np.asarray(np.zeros((0, 3)) if image_grid_thw is None else image_grid_thw, np.int64)
         if grids.shape != (images, 3) or (grids < 1).any():

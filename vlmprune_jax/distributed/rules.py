@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES
+from vlmprune_jax.core.part import AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

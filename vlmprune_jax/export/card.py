@@ -11,9 +11,10 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
-from vlmprune_jax.core.parts import AXES, Layer
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
@@ -239,7 +240,7 @@ def _transformers_loading(folder: Path, written: ModelConfig, config: dict[str, 
 
 def _hub_loading(written: ModelConfig, config: dict[str, Any]) -> str:
     name = (config.get("architectures") or ["the hub's class"])[0]
-    if not written.text.even:
+    if not written.text.uniform:
         return (
             "The layers have unequal widths and are stored at their true size in the hub's layout "
             f"(`per_layer_shapes` in config.json), which `{name}` cannot load. For PyTorch, export with "

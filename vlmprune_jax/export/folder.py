@@ -132,7 +132,7 @@ def make_tensors(
     if target.converts:
         unused = _constants(target.cfg, weights[0][1].dtype)
     else:
-        unused = _carried(source, set(after), target, family, dtype)
+        unused = _passthrough(source, set(after), target, family, dtype)
     tensors = [tensor for _, tensor in weights] if storage is None else encoded(weights, storage)
     return tensors + unused
 
@@ -189,7 +189,7 @@ def _constants(cfg: ModelConfig, dtype: str) -> list[Tensor]:
     return tensors
 
 
-def _carried(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
+def _passthrough(source: Checkpoint, known: set[str], target: Target, family: Family, dtype: str) -> list[Tensor]:
     """Return source tensors that no forward pass uses; they are copied unchanged, except those of removed layers.
 
     Weights get the dtype; rotary tables of old checkpoints and integers keep theirs, as raw bytes.
@@ -237,7 +237,7 @@ def make_storage(
             raise UserError(
                 f"group_size={group_size} does not divide the {widths[wrong[0]]} values of a row of {wrong[0]} "
                 f"({len(wrong)} matrices in total): {instead}, or prune with "
-                'snap_for="int4"'
+                'align_to="int4"'
             )
     elif bits == 4:
         group_size = largest or GROUPS[-1]
@@ -254,7 +254,7 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     plain = ["embeddings", "head", "norms", *(["tower and projector"] if cfg.vision is not None else [])]
     sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
     tried = storage.symmetric and (storage.bits == 4 or storage.activations)
-    loads = why_not(cfg, "transformers", loader=not cfg.text.even) is None
+    loads = why_not(cfg, "transformers", loader=not cfg.text.uniform) is None
     if loads:
         sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "

@@ -43,7 +43,7 @@ class GgufOptions:
     imatrix: bool | Importance = export_setting(
         False,
         "GGUF without quantisation: also write a file for `llama-quantize --imatrix`: mean squared inputs of each "
-        "matrix on the calibration records of `reconstruct`. In Python, pass the result of `vp.importance`.",
+        "matrix on the calibration records of `reconstruct`. In Python, pass the result of `vp.imatrix`.",
     )
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ def prepare(model: Model, origin: Origin, options: GgufOptions) -> Contents:
     if isinstance(options.imatrix, Importance):
         imatrix = imatrix_file(options.imatrix, models[0], model.cfg, options.uneven)
     elif options.imatrix:
-        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.importance(model, batches)")
+        raise UserError("imatrix=True needs calibration records: pass imatrix=vp.imatrix(model, batches)")
     files = models if imatrix is None else [*models, imatrix]
 
     def write(folder: Path) -> None:
@@ -91,7 +91,7 @@ def check(model: Model, folder: Path, origin: Origin, options: GgufOptions) -> C
 
 def calibration(options: GgufOptions) -> Calibration | None:
     """Return the calibration statistic that `imatrix=True` needs; None without it."""
-    return Calibration("imatrix", "importance", {}) if options.imatrix is True else None
+    return Calibration("imatrix", "imatrix", {}) if options.imatrix is True else None
 
 
 GGUF = Format(GgufOptions, prepare, check, library="gguf", calibration=calibration)

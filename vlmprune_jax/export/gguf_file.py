@@ -127,7 +127,7 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
         if mean is None or mean.shape != (before[after.name].hf_shape[1],):
             raise UserError(
                 f"{after.name}: the importance matrix belongs to another model: compute it for the model that you "
-                "save (vp.importance)"
+                "save (vp.imatrix)"
             )
         sums = _widened(mean, before[after.name], after, cfg, wide) * importance.tokens
         tensors.append(_tensor(f"{key}.in_sum2", sums[None]))

@@ -41,7 +41,7 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
             vision = vision.with_layers([layer.resized(whole) for layer in vision.layers])
     chosen = next((candidate for candidate in able if candidate.misfit(text) is None), None)
     problem = None if vision is None else tower_misfit(vision)
-    if chosen is None or (uneven == "refuse" and not text.even):
+    if chosen is None or (uneven == "refuse" and not text.uniform):
         problem = able[0].misfit(text)
     if problem is not None:
         raise UserError(

@@ -194,7 +194,7 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
         listed = ", ".join(map(str, widths[:3])) + (" ..." if len(widths) > 3 else "")
         remarks.append(
             f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
-            '`prune.snap_for="gguf"` plans multiples of it.'
+            '`prune.align_to="gguf"` plans multiples of it.'
         )
     if text.rope.kind == "longrope":
         remarks.append(
@@ -229,7 +229,7 @@ def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ..
             "position and only the class token is misplaced: compare the answers of both."
         )
     vision, template = vision_of(cfg), family_of(cfg).templates[0]
-    if projector_of(cfg).pools and vision.any_size:
+    if projector_of(cfg).pools and vision.dynamic_resolution:
         side = vision.merge * vision.patch_size
         advice = (
             f"sides that are multiples of {side} pixels and give {LEAST_TOKENS} tokens up to the maximum need no "
@@ -241,12 +241,12 @@ def tower_remarks(cfg: ModelConfig, rolled: bool, source: Path) -> tuple[str, ..
                 "llama.cpp lets the tokens of an image see each other in layers with windows, as in the dense models "
                 "of the family; in this model they only see those before them, so answers about images differ."
             )
-    elif vision.any_size:
+    elif vision.dynamic_resolution:
         side = vision.merge * vision.patch_size
         advice = f"sides that are multiples of {side} pixels, within the processor's limits, need no resizing."
     else:
         advice = f"images of {vision.image_size} x {vision.image_size} pixels need neither."
-    if vision.any_size:
+    if vision.dynamic_resolution:
         remarks.append("The file cannot hold the limits of tokens per image: use the options above in every program.")
     remarks.append(
         f"llama.cpp has its own image processing (padding and resizing may differ in the last bits): {advice}"

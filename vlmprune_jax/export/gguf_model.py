@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import TAGS, languages_of, license_of
 from vlmprune_jax.export.gguf_fit import fit

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, Layer, Part
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import AXES, Part
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import fit
 from vlmprune_jax.export.vllm_tpu import implementation
@@ -56,13 +57,13 @@ def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | Non
         return problem
     if (problem := layer_problem(text)) is not None:
         return problem
-    if not text.even and not loader:
+    if not text.uniform and not loader:
         return f"its class has one width for all layers: {_ALIKE}"
     heads_changed = any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions)
     derives = (*decoder_of(text.decoder).derives_head_dim, *family.derives_head_dim)
     if heads_changed and not loader and target in derives:
         return f'its class computes the head size of {text.decoder} as hidden_size / heads: use heads="keep"'
-    if vision is not None and not vision.even:
+    if vision is not None and not vision.uniform:
         return f"its class has one width for all layers of the tower: {_ALIKE}"
     if vision is not None and not vision.whole_heads:
         return f'its class computes the head size of the tower as hidden_size / heads: use heads="keep", or {_PAD}'

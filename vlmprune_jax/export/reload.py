@@ -159,7 +159,7 @@ def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str,
     ids = rng.choice(words, (_ROWS, _TEXT_TOKENS))
     if cfg.vision is None:
         return {"input_ids": ids}
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         return {"input_ids": ids, **_random_patches(cfg, ids, rng, image_start)}
     image = np.full((_ROWS, cfg.tokens_per_image), cfg.image_token_id)
     shape = (_ROWS, cfg.vision.channels, cfg.vision.image_size, cfg.vision.image_size)

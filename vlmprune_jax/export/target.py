@@ -106,21 +106,21 @@ def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype:
     if family.budget_field and (settings := processor_settings(source)) is not None:
         budget = {family.budget_field: settings[0].get("max_soft_tokens") or DEFAULT_BUDGET}
         written = {**written, "vision_config": written["vision_config"] | budget}
-    ships = family.layout == "transformers" and not wide.text.even
+    ships = family.layout == "transformers" and not wide.text.uniform
     written = _with_dtype(with_loader(written, cfg.text, family) if ships else written, dtype, family)
     return Target(family, wide, written, new_family is not None, ships, tokenizer)
 
 
 def _check_uneven(cfg: ModelConfig) -> None:
     """Raise UserError if stock transformers cannot load layers of unequal width at their true size."""
-    if not cfg.text.even:
+    if not cfg.text.uniform:
         raise UserError(
             "the layers have unequal widths, which stock transformers cannot load: prune all layers alike (without "
             'attn_layers and mlp_layers), or export with uneven="pad" (same function, no savings) or "per_layer" '
             "(true sizes)"
         )
     tower = cfg.vision if cfg.tower else None
-    if tower is not None and tower.even and not tower.whole_heads:
+    if tower is not None and tower.uniform and not tower.whole_heads:
         raise UserError(
             "the vision tower has fewer heads than its width requires, which its PyTorch class cannot load: prune it "
             'with heads="keep", or export with uneven="pad" (same function, no savings) or "per_layer" (true sizes, '

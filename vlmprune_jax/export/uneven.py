@@ -12,7 +12,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.families import Family
 from vlmprune_jax.families.decoders import decoder_of
 from vlmprune_jax.families.table import JsonDict
@@ -48,7 +49,7 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
         heads = stack.hidden_size // stack.attention.head_dim
         layers = stack.layers
         if (
-            not stack.even or len({tuple(layer.sizes.items()) for layer in layers}) == 1
+            not stack.uniform or len({tuple(layer.sizes.items()) for layer in layers}) == 1
         ):  # Gemma 4's class knows two widths
             layers = padded(layers, heads if name == "text" and cfg.text.whole_heads else None)
         if name == "vision":  # PyTorch classes compute its head size as hidden_size / heads

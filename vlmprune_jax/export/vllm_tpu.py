@@ -50,8 +50,8 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
     values = {"model": ".", "dtype": "auto" if dtype == "source" else dtype, "max-model-len": tokens}
     values["tensor-parallel-size"] = tensor
     if tower is not None:
-        values["limit-mm-per-prompt"] = json.dumps({"image": 1, **({"video": 0} if tower.any_size else {})})
-        settings = processor_settings(folder) if tower.any_size else None
+        values["limit-mm-per-prompt"] = json.dumps({"image": 1, **({"video": 0} if tower.dynamic_resolution else {})})
+        settings = processor_settings(folder) if tower.dynamic_resolution else None
         if settings is not None:  # an image takes at most half of the tokens
             most = patching_from_processor(*settings).max_pixels
             pixels = min(most, tokens // 2 * (tower.patch_size * tower.merge) ** 2)

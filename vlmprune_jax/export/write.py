@@ -70,7 +70,7 @@ def save(
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
       symmetric: False adds zero points to w8a16 and w4a16.
       storage: storage of weights that it holds, such as `vp.gptq(...)`; for Hugging Face folders.
-      imatrix: `vp.importance(...)`, to write the importance file of llama-quantize as well; for GGUF.
+      imatrix: `vp.imatrix(...)`, to write the importance file of llama-quantize as well; for GGUF.
       rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
       max_image_tokens: limit that the processor files get (None = as in `source_dir`).
       overwrite: replace an existing model folder.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmprune_jax.core.channels import ChannelMixer, Experts, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import ChannelMixer, Experts, ExpertsBesideDense, Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.families.llama_like import llama_like_weights
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
 from vlmprune_jax.families.table import JsonDict, Weight
@@ -75,7 +76,7 @@ def experts_problem(text: TextConfig) -> str | None:
     """Return why transformers' class does not support these layers of experts, with advice; None if it does."""
     if not has_experts(text):
         return "its class needs a layer of experts: keep one"
-    return None if text.even else "its class has one number for all layers, of experts as of heads: prune them alike"
+    return None if text.uniform else "its class has one number for all layers, of experts as of heads: prune them alike"
 
 
 def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tuple[str, str, str]) -> list[Weight]:

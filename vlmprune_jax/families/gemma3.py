@@ -127,7 +127,7 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 def _problem(text: TextConfig) -> str | None:
     """Return why transformers' Gemma 3 class does not support these layers, with advice; None if it does."""
     heads = {shape.mixer.q_heads for shape in text.layers}
-    wrong = sorted(count for count in heads if text.even and text.hidden_size % count)
+    wrong = sorted(count for count in heads if text.uniform and text.hidden_size % count)
     if not wrong:
         return None
     group = text.layers[0].mixer.q_heads // text.layers[0].mixer.kv_heads

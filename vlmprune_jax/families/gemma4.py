@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
@@ -189,7 +191,7 @@ def _problem(text: TextConfig) -> str | None:
     sharing = [shape.mixer.kv_shared for shape in text.layers]
     if sharing != sorted(sharing):
         return "layers that share keys and values must follow all others"
-    return None if text.even else "its class has one width for all layers: prune them alike, with selection local"
+    return None if text.uniform else "its class has one width for all layers: prune them alike, with selection local"
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:

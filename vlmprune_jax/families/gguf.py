@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vlmprune_jax.core.channels import Experts, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import Experts, ExpertsBesideDense, Layer
+from vlmprune_jax.core.layer import Layer
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
@@ -85,7 +86,7 @@ class Architecture:
 
     def misfit(self, text: TextConfig) -> str | None:
         """Return the layer widths that llama.cpp's architecture needs zero-padded, as text; None if there are none."""
-        if not (text.even or self.per_layer):
+        if not (text.uniform or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.attention.head_dim
         if not self.free_heads and any(

@@ -72,7 +72,7 @@ _POOLED_ROPE_BASE, LEAST_TOKENS = 100.0, 70  # constants of Gemma 4's graph: rot
 def _graph(cfg: ModelConfig) -> str:
     vision, projector = _vision_and_projector(cfg)
     if projector.pools:
-        return _POOLED_ANY_SIZE if vision.any_size else _POOLED
+        return _POOLED_ANY_SIZE if vision.dynamic_resolution else _POOLED
     if projector.kind != "merger":
         return _GRAPHS[projector.kind]
     return _WINDOWS if vision.block.norm == "rms" else _DEEPSTACK
@@ -106,7 +106,7 @@ def tower_lacks(cfg: ModelConfig) -> str | None:
         f"tower with activation {vision.channel.activation}": vision.channel.activation
         not in (*_GELU, "quick_gelu", "silu"),
         f"images of {vision.channels} channels (3)": vision.channels != 3,
-        **(_patches_lack(cfg) if vision.any_size else _square_lacks(cfg)),
+        **(_patches_lack(cfg) if vision.dynamic_resolution else _square_lacks(cfg)),
     }
     if projector.kind == "linear":
         wrong["projector with a bias"] = projector.bias
@@ -171,7 +171,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
     `cut`: further metadata about the tiles or pieces that images are cut into.
     """
     vision, projector = _vision_and_projector(cfg)
-    size = (vision.any_size and vision.positions and vision.positions.image_size) or vision.image_size
+    size = (vision.dynamic_resolution and vision.positions and vision.positions.image_size) or vision.image_size
     fields: dict[str, Any] = {
         "clip_has_vision_encoder": True,
         "clip_projector_type": _graph(cfg),
@@ -186,9 +186,9 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_use_gelu": vision.channel.activation in _GELU,
         "vision_use_silu": vision.channel.activation == "silu",
     }
-    if projector.pools or (projector.shuffles and not vision.any_size):
+    if projector.pools or (projector.shuffles and not vision.dynamic_resolution):
         fields["vision_projector_scale_factor"] = projector.downsample
-    elif vision.any_size:
+    elif vision.dynamic_resolution:
         fields["vision_spatial_merge_size"] = vision.merge
         if _graph(cfg) == _WINDOWS:
             fields["vision_n_wa_pattern"] = full_attention_period(vision.layers)

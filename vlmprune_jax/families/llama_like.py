@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import Dense
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import layers_from_hf

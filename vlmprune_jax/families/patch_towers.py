@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig

@@ -8,7 +8,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import DeltaNet, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.patch_towers import with_sections
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
@@ -102,7 +103,9 @@ def _problem(text: TextConfig) -> str | None:
     """Return why transformers' Qwen3.5 class does not support these layers, with advice; None if it does."""
     if all(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
         return "transformers needs one layer of full attention: keep one"
-    return None if text.even else "its class has one width for all layers of a kind: prune them alike (selection local)"
+    return (
+        None if text.uniform else "its class has one width for all layers of a kind: prune them alike (selection local)"
+    )
 
 
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import Experts
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.experts import experts_problem, experts_to_hf, qwen_expert_weights, with_experts
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family, text_of

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
@@ -65,7 +67,7 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
             config[name] = max(widths)
     config.update(num_hidden_layers=len(text.layers), head_dim=text.local_attention.head_dim)
     config.pop(PER_LAYER, None)
-    if not text.even:
+    if not text.uniform:
         config[PER_LAYER] = [[layer.sizes[axis] for axis in _PER_LAYER_AXES] for layer in text.layers]
     sliding = [shape.mixer.window is not None for shape in text.layers]
     if "max_window_layers" in source:

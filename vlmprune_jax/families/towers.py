@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Attention, Dense, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.families.table import JsonDict, Weight
@@ -157,7 +159,7 @@ def equal_shape(vision: VisionConfig) -> Layer:
 
     Raises UserError if the layers have unequal widths, which no class loads.
     """
-    if not vision.even:
+    if not vision.uniform:
         raise UserError(
             "the layers of the vision tower have unequal widths, which no transformers class can load: prune all "
             "layers alike, or "

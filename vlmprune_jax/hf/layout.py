@@ -16,7 +16,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, array_axes
+from vlmprune_jax.core.layer import array_axes
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES
 from vlmprune_jax.families import Family
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
@@ -86,12 +87,12 @@ class Slot:
 class Match:
     """Result of matching checkpoint keys with a model: {canonical key: key in the files}, and mismatches.
 
-    `carried` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints with
-    tied embeddings store as output head.
+    `passthrough` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints
+    with tied embeddings store as output head.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
-    carried: list[str] = field(default_factory=list)
+    passthrough: list[str] = field(default_factory=list)
     tied: str | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -267,7 +268,7 @@ def match_keys(
             match.tied, slot = key, next(slot for slot in slots if slot.path == "text/embed_tokens/weight")
         elif slot is None:
             if family.is_ignored(name) and not _in_computed_block(block_number(name, blocks), cfg):
-                match.carried.append(key)
+                match.passthrough.append(key)
             else:
                 match.problems.append(f"unknown key {key}")
             continue

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
@@ -129,9 +129,9 @@ class Block(nnx.Module):
         return jax.lax.fori_loop(0, FIXED_POINT_STEPS, lambda _, x: y - extra(x, layer_input), start)
 
     def __call__(
-        self, x: jax.Array, ctx: Context, state: LayerState | None = None, want: tuple[str, ...] = ()
+        self, x: jax.Array, ctx: Context, state: LayerState | None = None, capture: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        """Run the block; return (output, the mixer's state, {name: intermediate value} for the names in `want`)."""
+        """Run the block; return (output, the mixer's state, {name: intermediate value} for the names in `capture`)."""
         keys = (None, None) if ctx.dropout_key is None else jax.random.split(ctx.dropout_key)
         mixer, channel = (getattr(self, module) for module in self.modules)
         norms = [getattr(self, name, None) for name in self.names.norms]
@@ -153,11 +153,11 @@ class Block(nnx.Module):
         values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=False)), KEYS: mixed.shared}
         if isinstance(hidden, Routed):
             values["routed"] = values.pop("down_proj")
-        for name in want:
+        for name in capture:
             if name not in values:
                 raise UserError(
                     "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
                     if name == "routed"
                     else f"a layer has experts, and no single input of {name}, which this needs: use one for experts"
                 )
-        return y, mixed.state, {name: values[name] for name in want}
+        return y, mixed.state, {name: values[name] for name in capture}

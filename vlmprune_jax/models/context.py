@@ -48,8 +48,9 @@ class Context(NamedTuple):
     none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
     segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
     `slot`: the first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: LoRA dropout
-    is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], for this
-    layer alone. `stream`: float[batch, seq, embed], the residual stream that a channel mixer's input is the norm of.
+    is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], this
+    layer's `per_layer_embeds`. `stream`: float[batch, seq, embed], the residual stream that a channel mixer's input is
+    the norm of.
     """
 
     masks: Mapping[int, jax.Array | None]
@@ -64,8 +65,24 @@ class Context(NamedTuple):
     stream: jax.Array | None = None
 
 
+class LayerEmbeds(NamedTuple):
+    """Embeddings that single layers get beside the residual stream (None: nothing).
+
+    `deepstack_embeds`: float[n, batch, seq, embed], image features that are added to the outputs of the first n layers
+    (DeepStack, Meng et al. 2024). `per_layer_embeds`: float[layers, batch, seq, n], inputs of the layers' own (Gemma).
+    Those of one layer have no first axis.
+    """
+
+    deepstack_embeds: Any = None
+    per_layer_embeds: Any = None
+
+    def of_layer(self, number: int) -> LayerEmbeds:
+        """Return the embeddings of one layer."""
+        return LayerEmbeds(*(None if embeds is None or number >= len(embeds) else embeds[number] for embeds in self))
+
+
 class BlockValues(NamedTuple):
-    """Intermediate values of one transformer block, as passed to a tap function.
+    """Intermediate values of one transformer block, as passed to a hook.
 
     `before`, `after`: float[batch, seq, embed], the stream; `inputs`: the `VALUES` asked for; `params`: the block's
     own, nested. `scales`: for writers among the inputs whose output is normalised, float32[batch, seq, 1], the factor
@@ -79,7 +96,7 @@ class BlockValues(NamedTuple):
     scales: dict[str, jax.Array]
 
 
-Tap = Callable[[BlockValues], Any]
+Hook = Callable[[BlockValues], Any]
 
 
 class LayerState(NamedTuple):

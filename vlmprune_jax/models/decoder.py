@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.parts import scan_groups
-from vlmprune_jax.core.sections import LoraConfig, Rounding
+from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.context import Cache, Context, Names, Tap
+from vlmprune_jax.models.context import Cache, Context, Hook, LayerEmbeds, Names
+from vlmprune_jax.models.fake_quant import fake_quant_product
 from vlmprune_jax.models.kernels import attention_mask, windowed
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, declare, rope_tables
 from vlmprune_jax.models.mixers import MIXERS
-from vlmprune_jax.models.rounding import rounded_product
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vocabulary import Head
 
@@ -74,24 +74,19 @@ class Decoder(BlockStack):
 
     cfg: TextConfig
 
-    def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, rounding: Rounding | None = None):
+    def __init__(self, cfg: TextConfig, lora: LoraConfig | None = None, fake_quant: FakeQuant | None = None):
         # parameters are named as in Hugging Face's classes: Llama's, or Phi's of parallel blocks
         out, self.norm_name = ("dense", "final_layernorm") if cfg.block.parallel else ("o_proj", "norm")
         super().__init__(cfg, Names("embed", ("input_layernorm", "post_attention_layernorm"), out), lora)
-        if rounding is not None:
+        if fake_quant is not None:
             for _, part in nnx.iter_modules(self.layers):
                 if isinstance(part, Projection):
-                    part.product = rounded_product(rounding)
+                    part.product = fake_quant_product(fake_quant)
         self.embed_tokens = Table(cfg)
         sizes = {"embed": cfg.hidden_size}
         setattr(self, self.norm_name, Norm(sizes, "embed", **cfg.block.norm_facts))
         self.lm_head = None if cfg.tie_embeddings else Table(cfg, cfg.head_bias)
         self.extra_inputs = LayerInputs(cfg) if cfg.block.layer_inputs else None
-
-    @property
-    def per_layer(self) -> bool:
-        """True if every layer has an extra input from per-layer embeddings (Gemma)."""
-        return self.extra_inputs is not None
 
     def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
         """Return the per-layer embeddings, float[layers, batch, seq, n]; None for decoders without them.
@@ -145,23 +140,23 @@ class Decoder(BlockStack):
         ctx: Context,
         *,
         states: Sequence[int] = (),
-        tap: Tap | None = None,
-        tap_inputs: tuple[str, ...] = (),
+        hook: Hook | None = None,
+        hook_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
         remat: str = "none",
-        added: jax.Array | None = None,
+        layer_embeds: LayerEmbeds = LayerEmbeds(),  # noqa: B008 - immutable
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
-        aux["states"]. `tap` -> aux["tap"], a list with its result for each block; the last block's `after` is the
+        aux["states"]. `hook` -> aux["hook"], a list with its result for each block; the last block's `after` is the
         final-norm state, as in that tuple. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
         """
         n_layers = len(self.cfg.layers)
         keep = [i - 1 for i in states if 0 < i < n_layers]
         passed = self.pass_through(
-            x, ctx, keep=keep, tap=tap, tap_inputs=tap_inputs, final=self.final_norm, cache=cache, remat=remat,
-            added=added,
+            x, ctx, keep=keep, hook=hook, hook_inputs=hook_inputs, final=self.final_norm, cache=cache, remat=remat,
+            layer_embeds=layer_embeds,
         )  # fmt: skip
         aux: dict[str, Any] = {"cache": passed.cache} if cache is not None else {}
         if states:
@@ -169,8 +164,8 @@ class Decoder(BlockStack):
             if passed.kept is not None:
                 hidden_states |= {i + 1: passed.kept[slot] for slot, i in enumerate(keep)}
             aux["states"] = tuple(hidden_states[i] for i in states)
-        if tap is not None:
-            aux["tap"] = passed.taps
+        if hook is not None:
+            aux["hook"] = passed.hooks
         return passed.last, aux
 
     def logits(self, hidden: jax.Array) -> jax.Array:

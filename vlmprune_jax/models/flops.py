@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.parts import Layer, array_axes, scan_groups
+from vlmprune_jax.core.layer import Layer, array_axes, scan_groups
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
@@ -55,9 +55,9 @@ def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -
     if not image_tokens:
         return length, images, 0
     per_slot = cfg.tokens_per_image
-    slots = 1 if cfg.any_size else max(image_tokens // per_slot, 1)
-    tokens = image_tokens if cfg.any_size else slots * per_slot
-    return length + images * (tokens - per_slot), images * slots, image_tokens if cfg.any_size else 0
+    slots = 1 if cfg.dynamic_resolution else max(image_tokens // per_slot, 1)
+    tokens = image_tokens if cfg.dynamic_resolution else slots * per_slot
+    return length + images * (tokens - per_slot), images * slots, image_tokens if cfg.dynamic_resolution else 0
 
 
 def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:

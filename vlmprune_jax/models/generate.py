@@ -88,7 +88,7 @@ def generate(
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
     check_types(model.cfg, shown_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
-    if model.cfg.any_size:
+    if model.cfg.dynamic_resolution:
         host |= _patches(model, host, pixel_values, image_grid_thw)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
@@ -139,7 +139,7 @@ def compile_generation(
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
     mesh, host = mesh_of(model.params), _prompts(model.cfg, input_ids, None, pixel_values, None)
-    if model.cfg.any_size:
+    if model.cfg.dynamic_resolution:
         host |= _patches(model, host, pixel_values, image_grid_thw)
     arrays = place_batch(host, mesh)
     with use_mesh(mesh):
@@ -273,11 +273,11 @@ def prefill(
         query_positions = arrays["positions"] if start == 0 else query_positions + arrays["delta"]
     elif start == 0:
         query_positions = _seen(cfg, arrays, query_positions, arrays["ids"], valid)
-    x, _, added = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
+    x, _, layer_embeds = module.embed(arrays["ids"], None) if start else _embed(module, arrays, arrays["ids"])
     empty = module.text.empty_cache(batch, length + max_new_tokens, x.dtype)
     cache = empty if cache is None else module.text.extended_cache(cache, empty)
     context = module.text.context(slots, query_positions, slot=start)
-    hidden, aux = module.text(x, context, cache=cache, added=added)
+    hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
     token, ended = _choose(module, hidden, arrays["ended"], eos)
     return aux["cache"], DecodingState(token, ended, slots, n_real)
 
@@ -307,8 +307,8 @@ def decode(
         i, token, ended, tokens, cache = carry
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         context = module.text.context(slots, position + i, slot=first + i)
-        x, _, added = module.embed(token[:, None], None)
-        hidden, aux = module.text(x, context, cache=cache, added=added)
+        x, _, layer_embeds = module.embed(token[:, None], None)
+        hidden, aux = module.text(x, context, cache=cache, layer_embeds=layer_embeds)
         token, ended = _choose(module, hidden, ended, eos)
         return i + 1, token, ended, tokens, aux["cache"]
 
@@ -327,10 +327,10 @@ def _prefill_prefix(module: VisionLanguageModel, arrays: dict[str, Any]) -> tupl
     if "rows" not in arrays:
         return None, jnp.zeros((arrays["valid"].shape[0], 0), arrays["valid"].dtype)
     valid, rows = arrays["prefix_valid"], arrays["rows"]
-    x, _, added = _embed(module, arrays, arrays["prefix_ids"])
+    x, _, layer_embeds = _embed(module, arrays, arrays["prefix_ids"])
     cache = module.text.empty_cache(valid.shape[0], valid.shape[1], x.dtype)
     positions = _seen(module.cfg, arrays, arrays.get("positions"), arrays["prefix_ids"], valid)
-    _, aux = module.text(x, module.text.context(valid, positions), cache=cache, added=added)
+    _, aux = module.text(x, module.text.context(valid, positions), cache=cache, layer_embeds=layer_embeds)
     return module.text.cache_rows(aux["cache"], rows), valid[rows]
 
 

@@ -53,7 +53,7 @@ def check_inputs(
         raise UserError(
             f"input_ids[{row}, {column}] = {ids[row, column]} is outside the vocabulary of {cfg.text.vocab_size}"
         )
-    if image_grid_thw is not None and not cfg.any_size:
+    if image_grid_thw is not None and not cfg.dynamic_resolution:
         raise UserError("image_grid_thw is not for this model, whose images all have one size: leave it out")
     if vision_features is not None or not cfg.tower:
         _check_features(cfg, len(ids), np.shape(vision_features))
@@ -64,19 +64,19 @@ def check_inputs(
             )
     elif cfg.vision is None:
         raise UserError("pixel_values is not for a model without a vision tower: leave it out")
-    elif cfg.any_size:
+    elif cfg.dynamic_resolution:
         check_patches(cfg, ids, attention_mask, pixel_values, image_grid_thw)
     else:
         _check_pixels(cfg, is_image, np.shape(pixel_values))
 
 
 def _check_features(cfg: ModelConfig, rows: int, shape: tuple[int, ...]) -> None:
-    each = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
+    each = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
     if cfg.tower or len(shape) != 2 + len(each) or shape[2:] != each or not shape[0] or rows % shape[0]:
         raise UserError(
-            f"vision_features has shape {list(shape)}, expected [{rows}, {'tokens' if cfg.any_size else 'images'}, "
-            f"{', '.join(map(str, each))}], or packed rows that divide the {rows} (only for a model without its vision "
-            "tower; otherwise pass pixel_values)"
+            f"vision_features has shape {list(shape)}, expected [{rows}, "
+            f"{'tokens' if cfg.dynamic_resolution else 'images'}, {', '.join(map(str, each))}], or packed rows "
+            f"that divide the {rows} (only for a model without its vision tower; otherwise pass pixel_values)"
         )
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]

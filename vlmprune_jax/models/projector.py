@@ -92,7 +92,7 @@ class Projector(nnx.Module):
             return unit_rms(x, self.pool_eps)
         return x if self.pool_norm is None else self.pool_norm(x)
 
-    def added(self, x: jax.Array) -> jax.Array | None:
+    def deepstack_features(self, x: jax.Array) -> jax.Array | None:
         """Return the features float[n, ..., embed] to add after the first n decoder layers (DeepStack), or None."""
         if not self.n_deepstack:
             return None

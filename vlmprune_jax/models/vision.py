@@ -14,7 +14,7 @@ from flax import nnx
 from vlmprune_jax.core.config import VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.context import Context, Names, Tap
+from vlmprune_jax.models.context import Context, Hook, Names
 from vlmprune_jax.models.kernels import in_blocks
 from vlmprune_jax.models.layers import Leaf, Norm, declare
 from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
@@ -28,7 +28,7 @@ class PatchEmbedding(nnx.Module):
     """Patch embedding: a convolution with stride = kernel size; incomplete patches at the edges are ignored."""
 
     def __init__(self, cfg: VisionConfig, sizes: Mapping[str, int]):
-        frames = ("temporal",) if cfg.any_size else ()
+        frames = ("temporal",) if cfg.dynamic_resolution else ()
         axes = ("channel", *frames, "patch_row", "patch_column")
         axes = ("patch_row", "patch_column", "channel") if cfg.patches.channels_last else axes
         self.weight = declare(sizes, ("vision", *axes))
@@ -147,7 +147,7 @@ class VisionTower(BlockStack):
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """Embed pixels [images, channel, height, width] as the first block's input float[images, positions, vision].
 
-        The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `tapped`.
+        The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
         x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.channels_last else pixels)
@@ -172,7 +172,7 @@ class VisionTower(BlockStack):
 
     def __call__(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """Run the vision tower; return the hidden states after the last block and after the final norm."""
-        return self.tapped(pixels, None, patches=patches, grid=grid)[0]
+        return self.hooked(pixels, None, patches=patches, grid=grid)[0]
 
     def levels(self, pixels: jax.Array, grid: jax.Array) -> list[jax.Array]:
         """Return hidden states float[packs, patches, vision] after the last block and each block in `deepstack`."""
@@ -180,27 +180,27 @@ class VisionTower(BlockStack):
         passed = self.pass_through(x, self.context(x, grid=grid), keep=deep, final=self.final_norm)
         return [passed.last] + ([] if passed.kept is None else [passed.kept[i] for i in range(len(deep))])
 
-    def tapped(
+    def hooked(
         self,
         pixels: jax.Array,
-        tap: Tap | None,
-        tap_inputs: tuple[str, ...] = (),
+        hook: Hook | None,
+        hook_inputs: tuple[str, ...] = (),
         patches: jax.Array | None = None,
         grid: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Any]]:
-        """Run the vision tower; return the states after the final norm, and `tap(BlockValues)` of every block.
+        """Run the vision tower; return the states after the final norm, and `hook(BlockValues)` of every block.
 
         Args:
           pixels: float[images, channel, height, width].
-          tap, tap_inputs: see `BlockStack.pass_through`.
+          hook, hook_inputs: see `BlockStack.pass_through`.
           patches: bool[images, rows, columns], patches that show the image and not padding (None: all); for towers
             that `spread` positions.
           grid: int[packs, images, 3] frames, rows and columns of patches of images of any size; pixels are then packed
             rows of their patches [packs, patches, values], see `patch_rows`.
         """
         x = self.embed(pixels, patches, grid)
-        passed = self.pass_through(x, self.context(x, patches, grid), tap=tap, tap_inputs=tap_inputs)
-        return self.final_norm(passed.last), passed.taps
+        passed = self.pass_through(x, self.context(x, patches, grid), hook=hook, hook_inputs=hook_inputs)
+        return self.final_norm(passed.last), passed.hooks
 
 
 def bicubic(n_in: int, n_out: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import row_ways, use_mesh
 from vlmprune_jax.distributed.rules import constrain, sharding
-from vlmprune_jax.models.context import Tap
+from vlmprune_jax.models.context import Hook, LayerEmbeds
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.features import features_of, splice
 from vlmprune_jax.models.inputs import check_inputs, needed_mask
@@ -35,7 +36,7 @@ from vlmprune_jax.models.vision import VisionTower
 from vlmprune_jax.models.vocabulary import Head
 
 Params = dict[str, Any]
-WANT = ("hidden", "image_features", "inputs_embeds")
+CAPTURE = ("hidden", "image_features", "inputs_embeds")
 # Arrays of a batch's images, beside ids and mask, by the names of `encode`.
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 # Arrays that `forward` takes.
@@ -57,8 +58,8 @@ class Model:
     source: Path | None = field(default=None, compare=False)
     plan: Any = field(default=None, compare=False)
 
-    def __call__(self, batch: Mapping[str, Any], *, want: Collection[str] = ()) -> tuple[jax.Array, dict[str, Any]]:
-        """Return the logits of a batch, and the intermediate values named in `want`, see `vp.forward`.
+    def __call__(self, batch: Mapping[str, Any], *, capture: Collection[str] = ()) -> tuple[jax.Array, dict[str, Any]]:
+        """Return the logits of a batch, and the intermediate values named in `capture`, see `vp.forward`.
 
         `batch`: arrays by the argument names of `vp.forward`, such as the outputs of a Hugging Face processor.
 
@@ -69,7 +70,7 @@ class Model:
         for name in batch:
             if name not in INPUTS:
                 raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, INPUTS)}: leave it out")
-        return forward(self, **batch, want=want)
+        return forward(self, **batch, capture=capture)
 
     def generate(self, input_ids: Any, *, max_new_tokens: int, **inputs: Any) -> np.ndarray:
         """Return the greedy continuation of every prompt, int32[batch, max_new_tokens], see `vp.generate`."""
@@ -106,7 +107,7 @@ class VisionLanguageModel(nnx.Module):
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
-        self.text = Decoder(cfg.text, cfg.lora, cfg.rounding)
+        self.text = Decoder(cfg.text, cfg.lora, cfg.fake_quant)
         if cfg.vision is not None and cfg.projector is not None:
             if cfg.tower:
                 self.vision = VisionTower(cfg.vision)
@@ -154,15 +155,15 @@ class VisionLanguageModel(nnx.Module):
                 grid,
             )
         else:
-            return Embedded(x, None, self.layer_inputs(x, input_ids))
+            return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
         features = self.projector(states)
         is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
-        added = self.projector.added(states)
-        if added is not None:
-            added = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in added])
-            added = constrain(added, (None, "batch", "sequence", None))
+        deepstack = self.projector.deepstack_features(states)
+        if deepstack is not None:
+            deepstack = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in deepstack])
+            deepstack = constrain(deepstack, (None, "batch", "sequence", None))
         x = splice(x, is_image, features, packs)
-        return Embedded(x, features, self.layer_inputs(x, input_ids) if added is None else added)
+        return Embedded(x, features, LayerEmbeds(deepstack, self.layer_inputs(x, input_ids)))
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
@@ -175,13 +176,12 @@ class VisionLanguageModel(nnx.Module):
 class Embedded(NamedTuple):
     """Decoder input with image features inserted, and the features used.
 
-    `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed]; `added`: float[n,
-    batch, seq, embed], added to the outputs of the first n layers, or the layers' own inputs (None: nothing).
+    `x`: float[batch, seq, embed]; `features`: the image features in it, [images, tokens, embed].
     """
 
     x: jax.Array
     features: jax.Array | None
-    added: jax.Array | None
+    layer_embeds: LayerEmbeds
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
@@ -217,32 +217,32 @@ def encode(
     image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
-    added: jax.Array | None = None,
+    layer_embeds: LayerEmbeds = LayerEmbeds(),  # noqa: B008 - immutable
     position_ids: jax.Array | None = None,
     states: tuple[int, ...] = (),
-    tap: Tap | None = None,
-    tap_inputs: tuple[str, ...] = (),
+    hook: Hook | None = None,
+    hook_inputs: tuple[str, ...] = (),
     remat: str = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
     `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
-    splicing (a teacher fed with the student's embeddings), together with `added`. `position_ids` int[batch, seq]
+    splicing (a teacher fed with the student's embeddings), together with `layer_embeds`. `position_ids` int[batch, seq]
     replaces positions counted along `attention_mask`; with images of any size int[batch, 3, seq]
-    (`positions.mrope_positions`). `states`, `tap`, `tap_inputs`: see `Decoder.__call__`. aux always has "inputs_embeds"
-    and "added" and, with images, "image_features".
+    (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux always has
+    "inputs_embeds" and "layer_embeds" and, with images, "image_features".
 
     Raises UserError for images of any size without their positions.
     """
     module = to_nnx(Model(params, cfg))
     features = None
     if inputs_embeds is None:
-        inputs_embeds, features, added = module.embed(
+        inputs_embeds, features, layer_embeds = module.embed(
             input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw
         )
     elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
-        added = module.layer_inputs(inputs_embeds, input_ids)
+        layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
     x = constrain(inputs_embeds, ("batch", "sequence", None))
     if attention_mask is None:
         attention_mask = jnp.ones(input_ids.shape, jnp.int32)
@@ -251,8 +251,10 @@ def encode(
     if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
         position_ids = with_images(position_ids, input_ids, attention_mask, cfg.image_token_id)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
-    final, aux = module.text(x, context, states=states, tap=tap, tap_inputs=tap_inputs, remat=remat, added=added)
-    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "added": added}
+    final, aux = module.text(
+        x, context, states=states, hook=hook, hook_inputs=hook_inputs, remat=remat, layer_embeds=layer_embeds
+    )
+    return final, {**aux, "inputs_embeds": inputs_embeds, "image_features": features, "layer_embeds": layer_embeds}
 
 
 def head_of(params: Params, cfg: ModelConfig) -> Head:
@@ -271,16 +273,16 @@ def apply(
     image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     position_ids: jax.Array | None = None,
-    want: Collection[str] = (),
+    capture: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return logits float[batch, seq, vocab] and the intermediate values named in `want`; for use inside jit.
+    """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
 
     aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
     """
-    unknown = set(want) - set(WANT)
+    unknown = set(capture) - set(CAPTURE)
     if unknown:
-        raise UserError(f"want={sorted(unknown)} is not one of {', '.join(WANT)}")
-    states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in want else ()
+        raise UserError(f"capture={sorted(unknown)} is not one of {', '.join(CAPTURE)}")
+    states = tuple(range(len(cfg.text.layers) + 1)) if "hidden" in capture else ()
     final, aux = encode(
         params,
         cfg,
@@ -293,13 +295,15 @@ def apply(
         states=states,
     )
     aux["hidden"] = aux.get("states")
-    return head_of(params, cfg).logits(final), {name: aux[name] for name in want}
+    return head_of(params, cfg).logits(final), {name: aux[name] for name in capture}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "want"))
-def _forward(params: Params, cfg: ModelConfig, arrays: Any, want: tuple[str, ...]) -> tuple[jax.Array, dict[str, Any]]:
+@functools.partial(jax.jit, static_argnames=("cfg", "capture"))
+def _forward(
+    params: Params, cfg: ModelConfig, arrays: Any, capture: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, Any]]:
     arrays = dict(arrays)
-    return apply(params, cfg, arrays.pop("input_ids"), **arrays, want=want)
+    return apply(params, cfg, arrays.pop("input_ids"), **arrays, capture=capture)
 
 
 def forward(
@@ -313,7 +317,8 @@ def forward(
     mm_token_type_ids: Any = None,
     token_type_ids: Any = None,
     attention_mask: Any = None,
-    want: Collection[str] = (),
+    capture: Collection[str] = (),
+    want: Collection[str] | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return the logits for token ids with one id per image feature, and intermediate values on request.
 
@@ -329,17 +334,22 @@ def forward(
         pixel_values [images, patches, values] (Gemma 4).
       mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
-      want: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
+      capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
+      want: deprecated name of `capture`.
 
     Returns:
-      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with what `want`
+      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with what `capture`
       names: "hidden", a tuple of n_layers + 1 arrays [batch, seq, embed], first the embeddings, last after the final
       norm (the Hugging Face convention); "image_features" [images, tokens, embed] (None without images), for images of
       any size [tokens of all images, embed]; "inputs_embeds" [batch, seq, embed].
 
     Raises:
-      UserError: an unknown name in `want`, ids outside the vocabulary, or image positions that do not match the images.
+      UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the
+        images.
     """
+    if want is not None:
+        warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
+        capture = want
     pixel_values, image_grid_thw = in_cells(model.cfg, pixel_values, image_grid_thw, image_position_ids)
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
     check_types(model.cfg, input_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
@@ -350,13 +360,13 @@ def forward(
         "attention_mask": attention_mask,
     }
     mesh = mesh_of(model.params)
-    if model.cfg.any_size:
+    if model.cfg.dynamic_resolution:
         packs = packed_rows(len(input_ids), mesh)
         arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw, packs=packs)
         arrays.pop("deltas", None)
     with use_mesh(mesh):
-        logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(want))
-    if model.cfg.any_size and aux.get("image_features") is not None:
+        logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(capture))
+    if model.cfg.dynamic_resolution and aux.get("image_features") is not None:
         aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
     return logits, aux
 

@@ -295,18 +295,18 @@ def _arguments(case: Case, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     packs = case.config.accumulation * row_ways(mesh)
     each = n_rows // packs  # rows of a packed row of images
     images = each * case.images
-    if vision is not None and vision.any_size:
+    if vision is not None and vision.dynamic_resolution:
         if case.cfg.text.rope.sections:
             batch["position_ids"] = rows((n_rows, 3, case.length), np.int32)
         if case.images:
             batch["image_grid_thw"] = rows((packs, images, 3), np.int32)
     if vision is not None and projector is not None and case.images and not case.cfg.tower:
         tokens, features = case.cfg.feature_shape
-        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.any_size else (images, tokens)
+        room: tuple[int, ...] = (each * case.image_tokens_per_row,) if vision.dynamic_resolution else (images, tokens)
         batch["vision_features"] = rows((packs, *room, features), jnp.dtype(case.config.compute_dtype))
     elif vision is not None and projector is not None and case.images:
         room = (images, vision.channels, vision.image_size, vision.image_size)
-        if vision.any_size:
+        if vision.dynamic_resolution:
             room = (each * case.image_tokens_per_row * projector.downsample**2, vision.patch_values)
         batch["pixel_values"] = rows((packs, *room), np.float32)
     if top_k := case.config.losses.teacher_top_k:

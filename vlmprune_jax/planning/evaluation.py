@@ -170,7 +170,7 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
     arrays: dict[str, Any] = {"ids": array(length), "valid": array(length), "ended": array(dtype=bool)}
     arrays |= {"pixels": None, "pixel_mask": None}
     vision = cfg.vision
-    if vision is not None and vision.any_size:
+    if vision is not None and vision.dynamic_resolution:
         patches = image.rows * image.columns
         arrays |= {"pixels": array(patches, vision.patch_values, dtype=np.float32), "grid": array(1, 3)}
         if cfg.text.rope.sections:

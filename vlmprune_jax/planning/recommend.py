@@ -183,7 +183,7 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
     for method, plan in advice.plans.items():
         layers = f", {len(plan.stacks['text'].layers)} of {len(cfg.text.layers)} layers" if method == "depth" else ""
         size = f"{_size(_bytes(plan.parameters_after))} of {_size(_bytes(count_params(cfg)))} in {DTYPE}"
-        sizes.append(f"{size}{layers}, {percent(plan.reached)} removed")
+        sizes.append(f"{size}{layers}, {percent(plan.actual_ratio)} removed")
     yield "size", "; ".join(sizes)
 
 

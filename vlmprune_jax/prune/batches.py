@@ -12,7 +12,7 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.criteria.activations import real_images
-from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_kinds
+from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
 
@@ -68,7 +68,7 @@ def row_batches(
     rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
     # By content, so that the order of the rows is immaterial.
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
-    weight_of, size = weight_of_kinds(settings), len(batches[0]["kind"])
+    weight_of, size = weight_of_token_types(settings), len(batches[0]["kind"])
     grouped = [
         text_batch(stack_rows(part, size), weight_of, [row["name"] for row in part], held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
@@ -107,7 +107,7 @@ def image_batches(
     chosen = [images[key] for key in sorted(images)]
     assert cfg.vision is not None
     positions = cfg.vision.grid**2 + cfg.vision.class_token
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
     parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, "images")]
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
@@ -124,7 +124,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
     pixels = arrays.get("pixel_values")
     if pixels is None:
         return
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         at = 0
         for grid in arrays["image_grid_thw"][row]:
             if grid.any():

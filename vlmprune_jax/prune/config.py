@@ -48,7 +48,7 @@ BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
 RECONSTRUCTIONS = ("none", "least_squares", "layerwise")
 _DEPTH = ("protect", "rounding", "deepstack", "producers")
 _WIDTH = (
-    "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "snap_for", "tensor_parallel", "heads",
+    "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "align_to", "tensor_parallel", "heads",
     "selection",
 )  # fmt: skip
 _EXPERTS = ("experts", "experts_multiple")
@@ -124,7 +124,7 @@ class ScoreConfig:
     prompt_weight: float = score_setting(1.0, "Weight of prompt tokens in importance scores (0 = ignored).", least=0)
     image_weight: float = score_setting(1.0, "Weight of image tokens in importance scores (0 = ignored).", least=0)
     answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
-    by_kind: bool = score_setting(
+    by_token_type: bool = score_setting(
         False,
         "Also compute Taylor scores for prompt, image and answer tokens separately (other criteria always do).",
     )
@@ -241,7 +241,7 @@ class PlanConfig:
     neurons_multiple: int = prune_setting(
         1, "Number of which the remaining neurons per layer must be a multiple.", unit="neurons", least=1
     )
-    snap_for: str | None = prune_setting(
+    align_to: str | None = prune_setting(
         None,
         'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
         '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
@@ -249,7 +249,7 @@ class PlanConfig:
     )
     tensor_parallel: int = prune_setting(
         1,
-        "Number of devices that must get equal shares of the kept heads and neurons, in blocks of `snap_for`.",
+        "Number of devices that must get equal shares of the kept heads and neurons, in blocks of `align_to`.",
         unit="devices",
         least=1,
     )
@@ -369,7 +369,7 @@ class PlanOptions(TypedDict, total=False):
     mlp_layers: Sequence[int] | str
     heads_multiple: int
     neurons_multiple: int
-    snap_for: str | None
+    align_to: str | None
     tensor_parallel: int
     heads: str
     selection: str

@@ -10,7 +10,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.parts import AXES, describe_layers, scan_groups
+from vlmprune_jax.core.layer import describe_layers, scan_groups
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import support
 from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
@@ -52,7 +53,7 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "tokens_per_image": cfg.tokens_per_image,
         "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
         "active_parameters": active_params(cfg),
-        "carried": count_carried(folder, tower),
+        "passthrough": count_passthrough(folder, tower),
         "prunable": _prunable(cfg, "text"),
         "prunable_tower": None if cfg.vision is None else _prunable(cfg, "vision"),
         "export": _export(cfg, family),
@@ -62,10 +63,10 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
     }
 
 
-def count_carried(folder: Path, vision_dir: Path | None) -> int:
+def count_passthrough(folder: Path, vision_dir: Path | None) -> int:
     """Count checkpoint parameters that no forward pass uses, such as tower layers after the used features."""
     (family, cfg), checkpoint = read_config(folder, vision_dir), Checkpoint(folder)
-    keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).carried
+    keys = match_keys(make_slots(cfg, family), cfg, family, checkpoint).passthrough
     buffers = ("position_ids", "inv_freq")
     return sum(math.prod(checkpoint.entries[key].shape) for key in keys if not key.endswith(buffers))
 
@@ -152,7 +153,7 @@ def _export(cfg: ModelConfig, family: Family) -> dict[str, str]:
             "widths with uneven=pad only"
         )
     found["format=gguf"] = support(cfg)
-    if not cfg.text.even:
+    if not cfg.text.uniform:
         found["now"] = "this folder has layers of unequal width already"
     return found
 
@@ -168,7 +169,7 @@ def _images(found: dict[str, Any]) -> str:
 def as_lines(found: dict[str, Any]) -> list[str]:
     """Return the content of `vlmprune inspect` as lines of text."""
     text, parts, prunable = found["text"], found["parameters"], found["prunable"]
-    total, carried = parts["total"], parts["total"] + found["carried"]
+    total, passthrough = parts["total"], parts["total"] + found["passthrough"]
     lines = [
         f"{printable(found['folder'])}: {found['family']}, {found['layout']} layout",
         f"  files       {found['bytes'] / 2**20:,.1f} MiB in {found['shards']} shard(s), {found['tensors']} tensors, "
@@ -182,8 +183,11 @@ def as_lines(found: dict[str, Any]) -> list[str]:
             else []
         ),
         *(
-            [f"              num_parameters() of transformers: {carried:,}, with unused tower layers or an audio tower"]
-            if found["carried"]
+            [
+                f"              num_parameters() of transformers: {passthrough:,}, with unused tower layers or an "
+                "audio tower"
+            ]
+            if found["passthrough"]
             else []
         ),
         f"  decoder     {text['layers']} layers: {_runs(text)}",

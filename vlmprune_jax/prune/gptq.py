@@ -9,7 +9,7 @@ Layer by layer, the stream of the model rounded so far is on the hosts, and one 
 `reconstruct`; sums, factor and codes are on the host, float64[in, in]. For matrices that write to the stream, a token's
 weight is divided by mean(h^2), as there; matrices that read it read it after a norm.
 
-`importance` passes the layers in the same way, for the quantiser of llama.cpp: mean squares of the inputs' channels.
+`imatrix` passes the layers in the same way, for the quantiser of llama.cpp: mean squares of the inputs' channels.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def gptq(
     return Rounded(**vars(storage), codes=codes)
 
 
-def importance(
+def imatrix(
     model: Model,
     batches: Iterable[Any],
     weights: TokenWeights | None = None,
@@ -131,14 +131,14 @@ def importance(
 
     Arguments and errors are those of `gptq`.
     """
-    weights = override(TokenWeights() if weights is None else weights, options, "importance")
+    weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
     sums: dict[str, np.ndarray] = {}
 
     def add_squares(layer: Layer, stream: LayerStream) -> Layer:
         keys = {f"{layer.number}/{name}": name for name in READERS}
 
         def compute() -> dict[str, np.ndarray]:
-            sums = finite_sums(_squares, layer, stream, "importance")
+            sums = finite_sums(_squares, layer, stream, "imatrix")
             return {key: sums[name] for key, name in keys.items()}
 
         arrays = recorded(cache, keys, compute)
@@ -191,26 +191,30 @@ def _round_layer(
     cache: ArrayCache | None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, jax.Array]]:
     """Quantise one layer's matrices; return the quantised tensors by path, and the layer's new parameters."""
-    by_input = {tap: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == tap] for tap in READERS}
+    by_input = {
+        hook: [matrix for matrix in held if layer.block.reader_of(inside(matrix[0])) == hook] for hook in READERS
+    }
     # matrices with one input share its sums: one factor, one pass over the columns
-    slots_of = {tap: [slot for matrix in matrices for slot in matrix] for tap, matrices in by_input.items() if matrices}
+    slots_of = {
+        hook: [slot for matrix in matrices for slot in matrix] for hook, matrices in by_input.items() if matrices
+    }
 
     def compute() -> dict[str, np.ndarray]:
         sums, arrays = finite_sums(_sums, layer, stream, "gptq"), dict[str, np.ndarray]()
-        for tap, slots in slots_of.items():
+        for hook, slots in slots_of.items():
             values = np.concatenate(
                 [np.asarray(gather_to_host(layer.params[inside(s)])).reshape(-1, s.hf_shape[1]) for s in slots]
             )
             scale, zeros = storage.grid(values, dtype)
-            quantised = compensated(values, sums[tap], storage, scale, zeros), scale, zeros
-            arrays |= dict(zip(_keys(layer, tap), quantised, strict=True))
+            quantised = compensated(values, sums[hook], storage, scale, zeros), scale, zeros
+            arrays |= dict(zip(_keys(layer, hook), quantised, strict=True))
         return arrays
 
-    keys = [key for tap in slots_of for key in _keys(layer, tap)]
+    keys = [key for hook in slots_of for key in _keys(layer, hook)]
     arrays = recorded(cache, keys, compute)
     codes, params = dict[str, dict[str, np.ndarray]](), dict[str, jax.Array]()
-    for tap in slots_of:
-        matrices, (integers, scale, zeros) = by_input[tap], (arrays[key] for key in _keys(layer, tap))
+    for hook in slots_of:
+        matrices, (integers, scale, zeros) = by_input[hook], (arrays[key] for key in _keys(layer, hook))
         size = integers.shape[1] // scale.shape[1]
         values = (integers - np.repeat(zeros, size, axis=1)) * np.repeat(scale, size, axis=1)
         end = 0
@@ -224,8 +228,8 @@ def _round_layer(
     return codes, params
 
 
-def _keys(layer: Layer, tap: str) -> tuple[str, str, str]:
-    return f"{layer.number}/{tap}/codes", f"{layer.number}/{tap}/scale", f"{layer.number}/{tap}/zeros"
+def _keys(layer: Layer, hook: str) -> tuple[str, str, str]:
+    return f"{layer.number}/{hook}/codes", f"{layer.number}/{hook}/scale", f"{layer.number}/{hook}/zeros"
 
 
 def compensated(

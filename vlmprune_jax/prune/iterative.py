@@ -61,13 +61,15 @@ def prune_iteratively(
             )
         used.append(scores)
         if config.budget.limits and k == 1:
-            ratio = plan_layers(scores, model.cfg, config, None, trim.cfg).reached
+            ratio = plan_layers(scores, model.cfg, config, None, trim.cfg).actual_ratio
         step = _step_of(config, ratio, k, steps, model.cfg)
         costed = current.cfg if trim.vocabulary is None else trim.vocabulary.apply_to(current.cfg)
         now = plan_layers(scores, current.cfg, step, step.ratio, costed)
         current = apply_plan(current, now)
     recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": config.sparsity}
-    plan = trim.attach(dataclasses.replace(current.plan, asked=config.ratio, parameters_total=total, options=recorded))
+    plan = trim.attach(
+        dataclasses.replace(current.plan, target_ratio=config.ratio, parameters_total=total, options=recorded)
+    )
     pruned = trim_vocabulary(current, trim.vocabulary).replace(plan=plan_since_loading(model, plan))
     return pruned, plan, tuple(used)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import AXES
 
 Sizes = Mapping[str, int]  # {axis: number of units} of one layer
 Units = Mapping[str, tuple[int, ...]]  # {axis: sorted original indices} of one layer

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device, to_host
 from vlmprune_jax.models.block import Block
-from vlmprune_jax.models.context import KEYS, WRITERS
+from vlmprune_jax.models.context import KEYS, WRITERS, LayerEmbeds
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
@@ -67,17 +67,17 @@ def to_devices(x: Any) -> jax.Array:
 class Given(NamedTuple):
     """Inputs of a layer besides the residual stream: masks, positions, DeepStack additions, reused keys and values.
 
-    `arrays` give its context (`BlockStack.context_of`); `added`: float[rows, seq, embed], added to the layer's output,
-    or float[rows, seq, n], the layer's own input; `shared`: keys and values of earlier layers.
+    `arrays` give its context (`BlockStack.context_of`); `embeds`: the layer's own; `shared`: keys and values of earlier
+    layers.
     """
 
     arrays: Mapping[str, Any]
-    added: Any = None
+    embeds: LayerEmbeds = LayerEmbeds()
     shared: Shared = MappingProxyType({})
 
     def placed(self, mesh: Mesh | None) -> Given:
         """Return a copy of the layer's inputs on the device, or sharded over a mesh."""
-        return Given(place_batch(self.arrays, mesh), *jax.tree.map(to_devices, (self.added, dict(self.shared))))
+        return Given(place_batch(self.arrays, mesh), *jax.tree.map(to_devices, (self.embeds, dict(self.shared))))
 
 
 class Rows(NamedTuple):
@@ -203,9 +203,9 @@ def run_block(
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)
     if prepare is not None:
         prepare(block)
-    layer_input = given.added if module.per_layer else None
+    deepstack, layer_input = given.embeds
     after, _, values = block(x, ctx._replace(shared=given.shared, layer_input=layer_input), None, capture)
-    return block, after if given.added is None or module.per_layer else after + given.added, values
+    return block, after if deepstack is None else after + deepstack, values
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "shares", "capture"))

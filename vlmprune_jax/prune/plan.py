@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
-from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.errors import UserError, renamed
 from vlmprune_jax.core.files import parse_json, read_json, replacing
-from vlmprune_jax.core.parts import describe_layers
+from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
@@ -49,9 +49,9 @@ class PrunePlan:
     """Parameters of the pruned model."""
 
     parameters_total: int
-    """Parameters that `asked` and `reached` are shares of (by default `parameters_before`)."""
+    """Parameters that `target_ratio` and `actual_ratio` are shares of (by default `parameters_before`)."""
 
-    asked: float | None = None
+    target_ratio: float | None = None
     """Share of parameters that should be removed; None if the target was not a ratio."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -66,9 +66,8 @@ class PrunePlan:
 
     def __repr__(self) -> str:
         """Return method, sizes and layers of each pruned stack as text, without indices."""
-        sizes = (
-            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, {100 * self.reached:.2f} % removed"
-        )
+        sizes = f"{self.parameters_before:,} -> {self.parameters_after:,} parameters, "
+        sizes += f"{100 * self.actual_ratio:.2f} % removed"
         lines = [f"PrunePlan({self.method} by {self.criterion}: {sizes}"]
         for name, stack in self.stacks.items():
             if not stack.is_whole:
@@ -85,9 +84,12 @@ class PrunePlan:
         return self.stacks["text"].layers
 
     @property
-    def reached(self) -> float:
+    def actual_ratio(self) -> float:
         """Share of all parameters that the plan removes."""
         return (self.parameters_before - self.parameters_after) / self.parameters_total
+
+    asked = renamed("asked", "target_ratio")
+    reached = renamed("reached", "actual_ratio")
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -117,8 +119,8 @@ class PrunePlan:
             "fingerprint": self.fingerprint,
             "method": self.method,
             "criterion": self.criterion,
-            "asked": self.asked,
-            "reached": self.reached,
+            "asked": self.target_ratio,
+            "reached": self.actual_ratio,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "parameters_total": self.parameters_total,
@@ -281,6 +283,7 @@ def _from_dict(data: Any, where: str) -> PrunePlan:
     tokenizer, vocabulary = fields.pop("tokenizer"), components["text"][1]
     if (tokenizer is None) != (vocabulary is None):
         raise UserError(f"prune plan: kept tokens and the digest of their tokenizer belong together: {TODO}")
+    fields["target_ratio"] = fields.pop("asked")
     stated = {name: value for name, value in fields.items() if name not in ("format", "reached")}
     return PrunePlan(
         **stated,

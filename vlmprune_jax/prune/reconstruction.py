@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import WRITERS as WRITERS_OF
+from vlmprune_jax.core.part import WRITERS as WRITERS_OF
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.cache import ArrayCache, recorded
 from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
@@ -135,9 +135,12 @@ def _streams(
 ) -> tuple[LayerStream, LayerStream]:
     """Return the calibration batches at the first layer of the unpruned and of the pruned model."""
     dense, stream = LayerStream(teacher, stack, batches), LayerStream(pruned, stack, batches)
-    for at, pair in enumerate(zip(dense.added, stream.added, strict=True)):
-        if all(bool(jnp.array_equal(to_devices(a), to_devices(b))) for a, b in zip(*pair, strict=True)):
-            stream.added[at] = dense.added[at]  # of one tower: in memory once
+    for at, pair in enumerate(zip(dense.embeds, stream.embeds, strict=True)):
+        if all(
+            bool(jnp.array_equal(to_devices(a), to_devices(b)))
+            for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
+        ):
+            stream.embeds[at] = dense.embeds[at]  # of one tower: in memory once
     return dense, stream
 
 
@@ -296,8 +299,8 @@ def _recorded(
 def _sums(
     params: Any, x: Any, weight: Any, given: Any, target: Any, statistics: Any, *, stack: str, cfg: Any, module: str
 ) -> Sums:
-    want = (module, f"{module}_out", "middle")
-    block, after, values = run_block(stack, cfg, params, x, given, want)
+    capture = (module, f"{module}_out", "middle")
+    block, after, values = run_block(stack, cfg, params, x, given, capture)
     residual = target - (values["middle"] if module == "o_proj" else after)
     read = values[module].reshape(*x.shape[:2], -1)
     if f"{block.writers[module].projection}/bias" in params:
@@ -305,8 +308,8 @@ def _sums(
     missing, out, factor = residual, values[f"{module}_out"], jnp.float32(1)
     if module == "down_proj" and block.scalar is not None:
         # fitted where it writes, before the per-layer branch and the layer's scale
-        factor, ours = block.scalar, values["middle"] + block.follow(module, out)
-        missing = (block.before_extra(target, given.added, ours) - ours) * factor
+        factor, hidden_pruned = block.scalar, values["middle"] + block.follow(module, out)
+        missing = (block.before_extra(target, given.embeds.per_layer_embeds, hidden_pruned) - hidden_pruned) * factor
         read = read * factor
     if statistics is not None:
         # At the dense output's statistics the norm is an affine map: what enters it is fitted to the dense model's.

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 import numpy as np
 
-from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.errors import UserError, error_context, renamed
 from vlmprune_jax.core.files import checked, parse_json, read_arrays, reading, replacing
-from vlmprune_jax.core.parts import AXES, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.prune.criteria import scoring
 
 FORMAT = 2
@@ -79,11 +80,13 @@ class Scores:
     stack: str = "text"
     """The scored component: the decoder "text", or the tower "vision"."""
 
-    by_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_token_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """{token type: {"importance": ..., "units": ...}}, the same over calibration tokens of one type alone.
 
     Types are "image", "prompt" and "answer"; empty if the criterion does not split, or all tokens are of one type.
     """
+
+    by_kind = renamed("by_kind", "by_token_type")
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
@@ -102,7 +105,7 @@ class Scores:
                 for axis in self.axes
             ]
             scored.append(f"{' and '.join(counts)} of {layers} layers")
-        kinds = f", also by token type ({', '.join(self.by_kind)})" if self.by_kind else ""
+        kinds = f", also by token type ({', '.join(self.by_token_type)})" if self.by_token_type else ""
         return f"Scores({self.name}, {self.stack}: importance of {', '.join(scored)}{kinds}; model {self.fingerprint})"
 
     @property
@@ -165,7 +168,7 @@ class Scores:
             "fingerprint": self.fingerprint,
             "options": dict(self.options),
             "stack": self.stack,
-            "kinds": list(self.by_kind),
+            "kinds": list(self.by_token_type),
         }
         with replacing(path) as file:
             np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays())
@@ -200,14 +203,14 @@ class Scores:
                 options=meta["options"],
                 stack=meta.get("stack", "text"),
                 **total,
-                by_kind=sets,
+                by_token_type=sets,
             )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of a scores file by name: `importance`, `0/kv_heads`, `image/0/kv_heads`."""
         total = {"importance": self.importance, "units": self.units}
         arrays = {}
-        for prefix, parts in (("", total), *((f"{kind}/", parts) for kind, parts in self.by_kind.items())):
+        for prefix, parts in (("", total), *((f"{kind}/", parts) for kind, parts in self.by_token_type.items())):
             if parts.get("importance") is not None:
                 arrays[f"{prefix}importance"] = parts["importance"]
             arrays |= {f"{prefix}{i}/{axis}": part for (i, axis), part in parts.get("units", {}).items()}

@@ -10,14 +10,14 @@ import numpy as np
 
 from vlmprune_jax.core.checks import blaming, one_of, with_defaults
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate
-from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS, calibration_batches, weight_of_kinds
+from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprint import fingerprint
 from vlmprune_jax.prune.scores import Scores, fits_layers
@@ -72,10 +72,10 @@ def score(
         journal = cache = None
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        scores, by_kind = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
-        for arrays in (scores, *by_kind.values()):
+        scores, by_token_type = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
+        for arrays in (scores, *by_token_type.values()):
             _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
-        return Scores(criterion, fingerprint(model), score_settings, **scores, stack=stack, by_kind=by_kind)
+        return Scores(criterion, fingerprint(model), score_settings, **scores, stack=stack, by_token_type=by_token_type)
 
 
 def _measure(
@@ -98,10 +98,10 @@ def _measure(
         result = chosen.function(model, checked, progress, **options, **kept)
         return result if chosen.splits else (result, {})
     splits = chosen.splits and model.cfg.stack(stack).causal  # all positions of a tower are of one type
-    weight_of = weight_of_kinds({**KIND_WEIGHTS, **(settings if splits else {})})
+    weight_of = weight_of_token_types({**TOKEN_TYPE_WEIGHTS, **(settings if splits else {})})
     # the paper's sums include padding: they do not split by token type
     splits = splits and not settings.get("reference_compat")
-    sums, by_kind = accumulate(
+    sums, by_token_type = accumulate(
         model,
         checked,
         chosen.function,
@@ -113,7 +113,7 @@ def _measure(
         journal=journal,
     )
     finish = functools.partial(chosen.finish, model=model, **taken(chosen.finish, {**settings, "stack": stack}))
-    return finish(sums), {name: finish(kind_sums) for name, kind_sums in by_kind.items()}
+    return finish(sums), {name: finish(type_sums) for name, type_sums in by_token_type.items()}
 
 
 def _check(name: str, chosen: Criterion, scores: Parts, layers: Sequence[Layer]) -> None:

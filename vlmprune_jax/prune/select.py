@@ -122,7 +122,7 @@ def plan_layers(
         parameters_after=before - gone,
         parameters_total=total,
         # earlier steps from `base` have removed a part of the ratio
-        asked=None if config.ratio is None else config.ratio - (unpruned - before) / total,
+        target_ratio=None if config.ratio is None else config.ratio - (unpruned - before) / total,
         options={**_recorded(config, cfg), **solved, **within},
     )
 
@@ -205,7 +205,7 @@ def plan_stacks(
     def plan_at(share: float | None) -> PrunePlan:
         """Return the plan that removes this share of all parameters from the stacks together."""
         alone = dataclasses.replace(config, ratio=share, budget=Budget(), vocabulary=VocabularyConfig())
-        return dataclasses.replace(trim.attach(_plan_each(scores, cfg, alone, total)), asked=config.ratio)
+        return dataclasses.replace(trim.attach(_plan_each(scores, cfg, alone, total)), target_ratio=config.ratio)
 
     if not config.budget.limits:
         return plan_at(trim.share_left(config, total))

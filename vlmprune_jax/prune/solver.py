@@ -14,7 +14,8 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, Layer, array_axes, scan_groups
+from vlmprune_jax.core.layer import Layer, array_axes, scan_groups
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import BLOCKS, PlanConfig
@@ -89,13 +90,13 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
-    """Return the multiples to which head and neuron counts are rounded, from `snap_for` and `tensor_parallel`.
+    """Return the multiples to which head and neuron counts are rounded, from `align_to` and `tensor_parallel`.
 
     A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
     Raises UserError for a multiple that does not suit.
     """
     devices = config.tensor_parallel
-    block = 1 if config.snap_for is None else BLOCKS[config.snap_for]
+    block = 1 if config.align_to is None else BLOCKS[config.align_to]
     heads = devices * (block // math.gcd(block, stack.attention.head_dim))  # of query heads
     if gqa == "groups":
         groups = {layer.mixer.group for layer in stack.layers}
@@ -122,7 +123,7 @@ def served_multiple(size: int) -> int:
 
 def reason_of(config: PlanConfig) -> str:
     """Return the names of the settings that require multiples of heads or neurons, for messages."""
-    values = {name: getattr(config, name) for name in ("snap_for", "tensor_parallel")}
+    values = {name: getattr(config, name) for name in ("align_to", "tensor_parallel")}
     return " with ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1))
 
 

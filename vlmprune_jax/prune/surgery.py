@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES, describe_layers
+from vlmprune_jax.core.layer import describe_layers
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.hf.lazy import FileStack
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers

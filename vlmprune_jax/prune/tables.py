@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import AXES
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.prune.config import PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.prune.plan import PrunePlan
@@ -103,7 +103,7 @@ def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> 
     heads, neurons = (not layers or layers[0] <= index < layers[1] for layers in (spec.attn_layers, spec.mlp_layers))
     reasons = ["heads kept"] if spec.heads == "keep" else [] if heads else ["heads out of range"]
     reasons += [] if neurons else ["neurons out of range"]
-    multiples = ("snap_for", "tensor_parallel", "heads_multiple", "neurons_multiple")
+    multiples = ("align_to", "tensor_parallel", "heads_multiple", "neurons_multiple")
     if len(reasons) < 2:
         reasons += [f"{name}={value}" for name in multiples if (value := getattr(spec, name)) not in (None, 1)]
     return ", ".join(reasons) or "in range"

@@ -28,7 +28,7 @@ from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, row_ways
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
-from vlmprune_jax.models.context import STREAM
+from vlmprune_jax.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, place_inputs, to_nnx
 from vlmprune_jax.prune.batches import CalibrationBatch
@@ -61,15 +61,14 @@ class LayerStream:
         self._dtype, params, width = dtype, _entrance(model, stack), model.cfg.stack(stack).hidden_size
         size = 4 * width * sum(batch.weight.size for batch in batches) // row_ways(self.mesh)
         self._hosts = copies is not None and copies * size > min(from_all(lambda: free_memory() // 4))
-        # Added to the outputs of the first layers, whatever their numbers, or the layers' own inputs.
-        self.states, self.added = list[State](), list[tuple[jax.Array, ...]]()
+        self.states, self.embeds = list[State](), list[LayerEmbeds]()  # arrays apart for every layer that is left
 
-        def embed(batch: CalibrationBatch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def embed(batch: CalibrationBatch) -> tuple[jax.Array, LayerEmbeds]:
             return _embed(params, place_inputs(model, batch.inputs), cfg=model.cfg, dtype=dtype)
 
-        for x, added in streamed(embed, batches, hosts=self._hosts):
+        for x, embeds in streamed(embed, batches, hosts=self._hosts):
             self.states.append(State(x, {}))
-            self.added.append(added)
+            self.embeds.append(embeds)
 
     @property
     def n_layers(self) -> int:
@@ -88,8 +87,7 @@ class LayerStream:
 
     def given(self, at: int, place: int) -> Given:
         """Return a layer's inputs besides the residual stream for batch `at`, on the hosts; `place`: see `visit`."""
-        added = self.added[at][place] if place < len(self.added[at]) else None
-        return Given(self.batches[at].context, added, self.states[at].shared)
+        return Given(self.batches[at].context, self.embeds[at].of_layer(place), self.states[at].shared)
 
     def visit(
         self, compute: Callable[..., R], place: int, *targets: Sequence[Any], held_out: bool | None = None
@@ -154,15 +152,14 @@ def _entrance(model: Model, stack: str) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the first layer's input, and the additions of `LayerStream`."""
-    module, added = to_nnx(Model(params, cfg)), None
+def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
+    """Return the first layer's input, and the arrays of all layers' embeddings."""
+    module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
     if "input_ids" not in inputs:
         stored = jax.tree.leaves(params["vision"])[0].dtype
         x = module.vision.embed(inputs["pixel_values"].astype(stored), grid=inputs.get("image_grid_thw"))
     else:
         grid = inputs["image_grid_thw"]
-        x, _, added = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
-    additions = () if added is None else tuple(added)
-    x, *rest = (constrain(array.astype(dtype or array.dtype), STREAM) for array in (x, *additions))
-    return x, tuple(rest)
+        x, _, embeds = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
+    apart = LayerEmbeds(*(None if stacked is None else tuple(stacked) for stacked in embeds))
+    return jax.tree.map(lambda array: constrain(array.astype(dtype or array.dtype), STREAM), (x, apart))

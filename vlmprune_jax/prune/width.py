@@ -14,7 +14,8 @@ import numpy as np
 from vlmprune_jax.core.checks import layer_range
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.core.parts import AXES, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.prune.config import METHOD_AXES, PlanConfig
 from vlmprune_jax.prune.kept import KeptLayer

@@ -255,5 +255,5 @@ def _finish(run: Run, state: TrainState, model: Model, merge: bool) -> Model:
     original = flatten(model.params)
     trained = {path: master.astype(run.dtypes[path]) for path, master in state.params.items()}
     frozen = {path: original.get(path, leaf) if run.mesh is None else leaf for path, leaf in run.frozen.items()}
-    result = model.replace(params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.cfg, rounding=None))
+    result = model.replace(params=unflatten({**frozen, **trained}), cfg=dataclasses.replace(run.cfg, fake_quant=None))
     return merge_lora(result) if merge else result

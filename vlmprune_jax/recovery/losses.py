@@ -20,6 +20,7 @@ from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
+from vlmprune_jax.models.context import LayerEmbeds
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
 from vlmprune_jax.models.vocabulary import Head, chunk_sums
@@ -146,13 +147,13 @@ def loss_sums(
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
-    embeds, added, positions = None, None, images.pop("position_ids")
+    embeds, layer_embeds, positions = None, LayerEmbeds(), images.pop("position_ids")
     if loss.reference_compat and positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         if loss.teacher_inputs == "own":
             positions = positions * mask
         else:
-            embeds, _, added = to_nnx(Model(params, cfg)).embed(ids, **images)
+            embeds, _, layer_embeds = to_nnx(Model(params, cfg)).embed(ids, **images)
             embeds = embeds * mask[..., None].astype(embeds.dtype)
     hidden = on_hidden(loss)
     states: tuple[int, ...] = ()
@@ -160,13 +161,14 @@ def loss_sums(
         states = student_layers(loss, cfg) if teacher is None else teacher.student_layers
     inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "remat": remat}
     final, aux = encode(
-        params, cfg, ids, **images, inputs_embeds=embeds, added=added, states=states, dropout_key=dropout_key, **inputs
-    )
+        params, cfg, ids, **images, inputs_embeds=embeds, layer_embeds=layer_embeds, states=states,
+        dropout_key=dropout_key, **inputs,
+    )  # fmt: skip
     sums: dict[str, Any] = {}
     target, teacher_head = None, None
     taught: Sequence[jax.Array | None] = (None,) * len(states)
     if teacher is not None and teacher_params is not None:
-        shared = ("inputs_embeds", "added") if loss.teacher_inputs == "student" else ()
+        shared = ("inputs_embeds", "layer_embeds") if loss.teacher_inputs == "student" else ()
         inputs |= {name: aux[name] for name in shared}
         states = teacher.teacher_layers if hidden else ()
         target, seen = encode(teacher_params, teacher.cfg, ids, **images, states=states, **inputs)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.sections import Rounding
+from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.export.folder import make_storage
@@ -77,7 +77,7 @@ def make_program(
         cfg = with_lora(cfg, config.adapters)
     if config.quantize != "none":
         storage = make_storage(cfg, family_of(cfg), config.quantize, None, True)
-        cfg = dataclasses.replace(cfg, rounding=Rounding(storage.bits, storage.group, storage.activations))
+        cfg = dataclasses.replace(cfg, fake_quant=FakeQuant(storage.bits, storage.group, storage.activations))
     shapes = param_shapes(cfg)
     groups = assign_groups(list(shapes), config.trainable)
     teacher = None

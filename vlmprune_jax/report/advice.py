@@ -123,10 +123,10 @@ def footnotes(recommendation: Recommendation) -> list[str]:
 def advice_section(result: Result) -> Iterator[Section]:
     """Yield a report section that recommends a setup like the best run's (same ratio, data and training)."""
     run = result.best_run
-    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.ratio_reached:
+    if result.workload is None or run.decoder_ratio is None or not 0 < run.decoder_ratio <= 1 or not run.actual_ratio:
         return
     trained = run.data_fraction > 0
-    asked = Target(result.teacher.parameters, result.workload.images > 0, run.ratio_reached, run.decoder_ratio)
+    asked = Target(result.teacher.parameters, result.workload.images > 0, run.actual_ratio, run.decoder_ratio)
     data, compute = min(max(run.data_fraction, 0), 1), "full" if trained else "none"
     recommendation = recommend(asked, data_fraction=data, compute=compute, speed=False, guide=read_guide())
     about = (

@@ -225,8 +225,8 @@ def _pareto_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 
 def _asked(group: Group) -> Any:
     """Return the pruning ratio by which a group is compared: the requested one, or the mean ratio reached."""
-    asked = group.first.ratio_asked
-    return round(group.mean("ratio_reached"), 3) if asked is None else asked
+    asked = group.first.target_ratio
+    return round(group.mean("actual_ratio"), 3) if asked is None else asked
 
 
 def _ratio_section(groups: Sequence[Group]) -> Iterator[Section]:
@@ -298,7 +298,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
 def _removed(groups: Sequence[Group]) -> str:
     """Return the mean removed share of a group's models (and of their decoders) as text."""
     whole, decoder = (
-        100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("ratio_reached", "decoder_ratio")
+        100 * sum(group.mean(name) for group in groups) / len(groups) for name in ("actual_ratio", "decoder_ratio")
     )
     return f"{whole:.0f} % removed ({decoder:.0f} % of the decoder)"
 
@@ -361,7 +361,7 @@ def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, s
                 "against the best": verdicts.get(group.name, ""),
                 "seeds": f"{len(group.models)}",
                 "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
-                "removed, % (of decoder)": f"{100 * group.mean('ratio_reached'):.1f} "
+                "removed, % (of decoder)": f"{100 * group.mean('actual_ratio'):.1f} "
                 f"({100 * group.mean('decoder_ratio'):.1f})",
                 "data, %": f"{100 * group.first.data_fraction:g}" if group.first.data_fraction else "",
                 **_costs(group.models),

@@ -64,7 +64,7 @@ class Cost:
         return mean, min(lows), max(highs)
 
 
-REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.ratio_reached)
+REMOVED = Cost("", "parameters removed (% of the model)", lambda model: 100 * model.actual_ratio)
 DATA = Cost("", "data trained on (%)", lambda model: 100 * model.data_fraction)
 
 
@@ -77,7 +77,7 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
     """Return readable group names such as "width 30 %, reconstructed + SFT", made unique by labels."""
     words = {}
     for group in groups:
-        ratio = group.mean("ratio_reached") if group.first.ratio_asked is None else group.first.ratio_asked
+        ratio = group.mean("actual_ratio") if group.first.target_ratio is None else group.first.target_ratio
         way = "" if way_of(group) == WITHOUT else f", {way_of(group)}"
         data = f", {100 * group.first.data_fraction:g} % of the data" if group.first.data_fraction else ""
         images = f", {group.first.image_tokens} image tokens" if group.first.image_tokens else ""
@@ -102,7 +102,7 @@ def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, s
         if by_images and len(limits) > 1:
             name = f"{name}, {first.image_tokens or 'all'} image tokens"
         series[group.name] = name
-        asked = first.ratio_asked  # not where layers were counted
+        asked = first.target_ratio  # not where layers were counted
         share = round(group.mean("decoder_ratio"), 3) if asked is None else asked
         places.setdefault((name, way_of(group), first.data_fraction, share, first.image_tokens), []).append(group)
     extra = dict.fromkeys(label for at in places.values() for label in _differing(at))

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
-from vlmprune_jax.core.parts import AXES, WRITERS
+from vlmprune_jax.core.part import AXES, WRITERS
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.recovery.config import LossConfig
@@ -183,10 +183,10 @@ def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sectio
     figures = dict[str, Figure]()
     for name in dict.fromkeys(name for run in variants for name in run.scores):
         scores = Scores.load(workdir / name)
-        if scores.by_kind and len(figures) < MOST_DRAWN:
+        if scores.by_token_type and len(figures) < MOST_DRAWN:
             if scores.heads is not None:
                 _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
-            shares = {k: (head_shares(arrays), layer_shares(arrays)) for k, arrays in scores.by_kind.items()}
+            shares = {k: (head_shares(arrays), layer_shares(arrays)) for k, arrays in scores.by_token_type.items()}
             drawn = plots.kinds_figure(f"{scores.criterion} by token type", shares)
             alt = f"Importance by {scores.criterion} per layer, apart for {', '.join(shares)} tokens"
             figure = figure_of(drawn, alt, f"{name}. {serves_vision(scores)}")
@@ -252,10 +252,10 @@ def _shares(layers: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def serves_vision(scores: Scores) -> str:
     """Return text naming up to 5 layers and heads that matter more for images than for text; "" if unknown."""
-    text = [arrays for kind, arrays in scores.by_kind.items() if kind != "image"]
-    if "image" not in scores.by_kind or not text:
+    text = [arrays for kind, arrays in scores.by_token_type.items() if kind != "image"]
+    if "image" not in scores.by_token_type or not text:
         return ""
-    image = scores.by_kind["image"]
+    image = scores.by_token_type["image"]
     leaning = _leaning([layer_shares(image)], [[layer_shares(arrays)] for arrays in text])[0]
     named = [f"layers {_named([(f'{i}', share) for i, share in enumerate(leaning)])}"]
     heads = head_shares(image)

@@ -101,7 +101,7 @@ def _made(result: Result) -> Iterator[tuple[str, list[str]]]:
 
 def _removed(run: Run) -> str:
     decoder = "" if run.decoder_ratio is None else f" ({100 * run.decoder_ratio:.1f})"
-    return f"{100 * run.ratio_reached:.1f}{decoder}"
+    return f"{100 * run.actual_ratio:.1f}{decoder}"
 
 
 def _kept(evaluation: RunEvaluation | OfControl, name: str) -> str:
@@ -158,12 +158,12 @@ def _speedups(run: Run) -> dict[str, SpeedUp]:
 
 def parameter_note(teacher: Unpruned) -> str:
     """Return a note if transformers counts more parameters for a model than vlmprune does."""
-    if not teacher.carried:
+    if not teacher.passthrough:
         return ""
     return (
         f"Parameters are those that the model computes with, and ratios refer to them. num_parameters() of "
-        f"transformers also counts {teacher.carried:,} in unused tower layers or an audio tower "
-        f"({teacher.parameters + teacher.carried:,} unpruned)."
+        f"transformers also counts {teacher.passthrough:,} in unused tower layers or an audio tower "
+        f"({teacher.parameters + teacher.passthrough:,} unpruned)."
     )
 
 

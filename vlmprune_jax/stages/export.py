@@ -24,12 +24,12 @@ from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
 from vlmprune_jax.prune.config import ReconstructConfig
-from vlmprune_jax.prune.gptq import gptq, importance
+from vlmprune_jax.prune.gptq import gptq, imatrix
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.ledger import Task, remove
 
 # Function of a model and calibration batches, by the name that a format's `Calibration` gives.
-CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "importance": importance}
+CALIBRATIONS: dict[str, Callable[..., Any]] = {"gptq": gptq, "imatrix": imatrix}
 
 
 class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):

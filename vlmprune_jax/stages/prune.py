@@ -91,8 +91,8 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
             work.say(f"  {line}")
     facts = plan_facts(plan, cfg)
     work.say(
-        f"  {plan.method}: {_percent(plan.asked)} asked, {_percent(plan.reached)} of all parameters reached "
-        f"({_of_parts(facts)})"
+        f"  {plan.method}: {_percent(plan.target_ratio)} asked, {_percent(plan.actual_ratio)} of all parameters "
+        f"reached ({_of_parts(facts)})"
     )
     notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
     for line in (*_budget_lines(plan), *(f"  {notice}" for notice in notices)):
@@ -205,8 +205,8 @@ def plan_facts(plan: PrunePlan, cfg: ModelConfig) -> PruneFacts:
     return PruneFacts(
         method=plan.method,
         criterion=plan.criterion,
-        ratio_asked=plan.asked,
-        ratio_reached=plan.reached,
+        target_ratio=plan.target_ratio,
+        actual_ratio=plan.actual_ratio,
         decoder_ratio=lost["text"],
         tower_ratio=lost.get("vision"),
         parameters=plan.parameters_after,

@@ -201,7 +201,7 @@ def cached_features(recovery: Recovery) -> FeatureLoader:
     cfg = recovery.student.cfg
     made_from = {"digest": on_process_zero(lambda: _tower_digest(recovery)), "dtype": work.model.dtype}
     identity = feature_identity(cfg, made_from, images.preparation.settings, config.compute_dtype)
-    shape = cfg.feature_shape[1:] if cfg.any_size else cfg.feature_shape
+    shape = cfg.feature_shape[1:] if cfg.dynamic_resolution else cfg.feature_shape
     dtype: np.dtype = DTYPES[config.compute_dtype]
     loader = FeatureLoader(images, ArrayCache(Path(data.feature_cache or ""), identity), shape, dtype)
     missing = loader.missing(recovery.records)

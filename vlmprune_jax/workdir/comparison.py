@@ -44,12 +44,12 @@ def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> d
 
 
 def unpruned_of(
-    evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, carried: int = 0
+    evaluations: Evaluations, costs: Costs | None = None, speed: MedianSpeed | None = None, passthrough: int = 0
 ) -> Unpruned:
     """Return the unpruned model's entry in `result.json`."""
     evaluation = ModelEvaluation(scores=_values(evaluations), groups=_groups(evaluations))
     parameters = next(iter(evaluations.values())).parameters
-    return Unpruned(parameters=parameters, carried=carried, evaluation=evaluation, costs=costs, speed=speed)
+    return Unpruned(parameters=parameters, passthrough=passthrough, evaluation=evaluation, costs=costs, speed=speed)
 
 
 def compare(

@@ -101,12 +101,12 @@ class Workload(Part, frozen=True, kw_only=True):
 class Unpruned(Part, frozen=True, kw_only=True):
     """Entry of the unpruned model in `result.json`: evaluation, costs and speed.
 
-    `parameters` counts the parameters that a forward pass uses; `carried` counts all others of the checkpoint, such as
-    vision tower layers after the feature layer.
+    `parameters` counts the parameters that a forward pass uses; `passthrough` counts all others of the checkpoint, such
+    as vision tower layers after the feature layer.
     """
 
     parameters: Positive
-    carried: Count = 0
+    passthrough: Count = msgspec.field(default=0, name="carried")
     evaluation: ModelEvaluation
     costs: Costs | None = None
     speed: MedianSpeed | None = None
@@ -139,7 +139,7 @@ class Control(Trained, frozen=True, kw_only=True):
 class Run(Trained, frozen=True, kw_only=True):
     """Entry of a pruned model in `result.json`: how it was made, and its scores.
 
-    `ratio_asked` and `ratio_reached` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
+    `target_ratio` and `actual_ratio` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
     is the removed share of the decoder. `scores` are the importance files, `metrics` the training curve, and `path` the
     model's folder. `recovery` is the recovery's name ("none" without training). `loss_terms` maps losses in `metrics`
     to titles. `seconds` is the time of scoring, pruning and training.
@@ -147,8 +147,8 @@ class Run(Trained, frozen=True, kw_only=True):
 
     method: str
     criterion: str
-    ratio_asked: Finite | None
-    ratio_reached: Finite
+    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # the name in files of 0.1.0
+    actual_ratio: Finite = msgspec.field(name="ratio_reached")
     decoder_ratio: Finite | None = None
     parameters: Count
     removed_layers: list[Count] = []
@@ -167,7 +167,7 @@ class Run(Trained, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """Readable name of the model, such as "width 30 %, reconstructed + SFT"."""
-        ratio = self.ratio_reached if self.ratio_asked is None else self.ratio_asked
+        ratio = self.actual_ratio if self.target_ratio is None else self.target_ratio
         after = "" if self.after_pruning == WITHOUT else f", {self.after_pruning}"
         return f"{self.method} {100 * ratio:.3g} %{after}"
 

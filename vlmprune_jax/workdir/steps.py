@@ -33,8 +33,8 @@ class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     method: str
     criterion: str
-    ratio_asked: Finite | None
-    ratio_reached: Finite
+    target_ratio: Finite | None = msgspec.field(name="ratio_asked")  # the name in files of 0.1.0
+    actual_ratio: Finite = msgspec.field(name="ratio_reached")
     decoder_ratio: Finite
     parameters: Count
     parameters_before: Count
@@ -272,8 +272,8 @@ def _of_plan(
     return {
         "method": plan.method,
         "criterion": plan.criterion,
-        "ratio_asked": plan.asked,
-        "ratio_reached": plan.reached,
+        "target_ratio": plan.target_ratio,
+        "actual_ratio": plan.actual_ratio,
         "decoder_ratio": None if pruned is None else pruned[0].decoder_ratio,
         "parameters": plan.parameters_after,
         "removed_layers": list(plan.removed_layers),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from msgspec import Meta
+from msgspec import Meta, field
 
 from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.core.markup import cell
@@ -53,8 +53,8 @@ class SweptModel(Part, frozen=True, kw_only=True):
     image_tokens: Count | None = None
     method: str
     criterion: str
-    ratio_asked: Finite | None
-    ratio_reached: Finite
+    target_ratio: Finite | None = field(name="ratio_asked")  # the name in files of 0.1.0
+    actual_ratio: Finite = field(name="ratio_reached")
     decoder_ratio: Finite
     parameters: Count
     bytes: Count

@@ -15,7 +15,7 @@ from vlmprune_jax.prune.criteria import gradients
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 
 CFG = config(EQUAL, vision=True)
-OPTIONS = {"angular": {"layers_removed": 2}, "taylor": {"by_kind": True, "variant": "vectorize"}}
+OPTIONS = {"angular": {"layers_removed": 2}, "taylor": {"by_token_type": True, "variant": "vectorize"}}
 SPLITTING = ("block_influence", "angular", "activation", "fluctuation", "taylor")
 
 
@@ -39,10 +39,10 @@ def test_these_split():
 @pytest.mark.parametrize("criterion", SPLITTING)
 def test_scores_of_a_kind_are_the_scores_if_only_that_kind_counts(criterion):
     scores = found(criterion)
-    assert list(scores.by_kind) == ["image", "prompt", "answer"]
-    only = {f"{kind}_weight": float(kind == "image") for kind in scores.by_kind}
-    np.testing.assert_allclose(flat(scores.by_kind["image"]), flat(found(criterion, **only)), rtol=1e-6)
-    apart = {flat(parts).tobytes() for parts in (scores, *scores.by_kind.values())}
+    assert list(scores.by_token_type) == ["image", "prompt", "answer"]
+    only = {f"{kind}_weight": float(kind == "image") for kind in scores.by_token_type}
+    np.testing.assert_allclose(flat(scores.by_token_type["image"]), flat(found(criterion, **only)), rtol=1e-6)
+    apart = {flat(parts).tobytes() for parts in (scores, *scores.by_token_type.values())}
     assert len(apart) == (3 if criterion == "angular" else 4)  # a row's last token is of its answer
 
 
@@ -61,7 +61,7 @@ def test_shares_of_kinds_add_up_to_the_gradient():
     batches = calibration_batches([batch(CFG)], CFG, labels=True)
     layers, kinds = gradients.gradient_channels(
         model(CFG), batches, whole_gradient, squares=False, rows_per_step=2, memory_budget=0,
-        weight_of=np.ones(4, np.float32), by_kind=True, progress=None, cache=None,
+        weight_of=np.ones(4, np.float32), by_token_type=True, progress=None, cache=None,
     )  # fmt: skip
     added = jax.tree.map(lambda *shares: sum(shares), *kinds.values())
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-7, rtol=1e-4), added, layers)
@@ -70,11 +70,11 @@ def test_shares_of_kinds_add_up_to_the_gradient():
 def test_text_has_two_kinds_and_one_kind_is_not_told_apart():
     cfg = config(EQUAL)
     arrays = batch(cfg)
-    assert list(score(model(cfg), [arrays], criterion="block_influence").by_kind) == ["prompt", "answer"]
+    assert list(score(model(cfg), [arrays], criterion="block_influence").by_token_type) == ["prompt", "answer"]
     unlabelled = {name: array for name, array in arrays.items() if name != "labels"}
-    assert score(model(cfg), [unlabelled], criterion="block_influence").by_kind == {}
+    assert score(model(cfg), [unlabelled], criterion="block_influence").by_token_type == {}
     compat = score(model(cfg), [arrays], criterion="block_influence", reference_compat=True)
-    assert compat.by_kind == {}
+    assert compat.by_token_type == {}
 
 
 def test_a_kind_that_alone_counts_must_be_there():
@@ -90,15 +90,17 @@ def test_files_hold_them_and_files_of_before_are_read(tmp_path):
         scores = found(criterion)
         scores.save(tmp_path / "scores.npz")
         again = Scores.load(tmp_path / "scores.npz")
-        for one, other in zip((scores, *scores.by_kind.values()), (again, *again.by_kind.values()), strict=True):
+        for one, other in zip(
+            (scores, *scores.by_token_type.values()), (again, *again.by_token_type.values()), strict=True
+        ):
             np.testing.assert_array_equal(flat(one), flat(other))
-    dataclasses.replace(scores, by_kind={}).save(tmp_path / "old.npz")
+    dataclasses.replace(scores, by_token_type={}).save(tmp_path / "old.npz")
     with np.load(tmp_path / "old.npz") as file:
         old = dict(file)
     old["meta"] = np.array(str(old["meta"]).replace(', "kinds": []', ""))
     assert "kinds" not in str(old["meta"])
     np.savez(tmp_path / "old.npz", **old)
-    assert Scores.load(tmp_path / "old.npz").by_kind == {}
+    assert Scores.load(tmp_path / "old.npz").by_token_type == {}
     np.savez(tmp_path / "odd.npz", **{**old, "image/0/mlp": np.zeros(3)})
     with pytest.raises(UserError, match="its arrays do not match the layers and axes that it declares"):
         Scores.load(tmp_path / "odd.npz")
@@ -114,6 +116,6 @@ def test_a_criterion_that_weighs_nothing_is_not_split(monkeypatch):
         finish=lambda sums, model: {"importance": sums}, options={}, splits=False,
     )  # fmt: skip
     monkeypatch.setitem(CRITERIA, "own", own)
-    assert score(model(CFG), [batch(CFG)], criterion="own").by_kind == {}
+    assert score(model(CFG), [batch(CFG)], criterion="own").by_token_type == {}
     with pytest.raises(UserError, match="reads no tokens"):
         dataclasses.replace(CRITERIA["l1"], splits=True)

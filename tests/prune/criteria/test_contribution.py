@@ -19,11 +19,11 @@ def expected(one, arrays, image_weight, criterion):
     pixels = jnp.asarray(arrays["pixel_values"]) if "pixel_values" in arrays else None
     _, aux = encode(
         jax.tree.map(jnp.asarray, one.params), one.cfg, ids, pixel_values=pixels, attention_mask=mask,
-        tap=lambda block: block.inputs, tap_inputs=("o_proj", "down_proj"),
+        hook=lambda block: block.inputs, hook_inputs=("o_proj", "down_proj"),
     )  # fmt: skip
     weight = np.where(np.asarray(ids) == one.cfg.image_token_id, image_weight, 1.0) * np.asarray(mask)
     layers, _ = unstack_layers(one.params, one.cfg)
-    for inputs, layer, shape in zip(aux["tap"], layers, one.cfg.text.layers, strict=True):
+    for inputs, layer, shape in zip(aux["hook"], layers, one.cfg.text.layers, strict=True):
         found = []
         for name, other in (("o_proj", "dense"), ("down_proj", "fc2")):
             (path,) = (path for path in layer if path.endswith((f"{name}/weight", f"{other}/weight")))

@@ -29,11 +29,11 @@ def test_a_tap_sees_what_the_output_projections_read():
         _, aux = encode(
             jax.tree.map(jnp.asarray, one.params), cfg, jnp.asarray(ids), attention_mask=jnp.asarray(mask),
             pixel_values=None if pixels is None else jnp.asarray(pixels),
-            tap=lambda block: block, tap_inputs=("o_proj", "down_proj"),
+            hook=lambda block: block, hook_inputs=("o_proj", "down_proj"),
         )  # fmt: skip
-        _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, want=("hidden",))
+        _, wanted = forward(one, ids, pixel_values=pixels, attention_mask=mask, capture=("hidden",))
         names = ("dense", "fc2") if cfg.text.block.parallel else ("o_proj", "down_proj")
-        for i, (block, shape) in enumerate(zip(aux["tap"], cfg.text.layers, strict=True)):
+        for i, (block, shape) in enumerate(zip(aux["hook"], cfg.text.layers, strict=True)):
             assert block.inputs["o_proj"].shape == (4, 9, shape.mixer.q_heads, 6)
             out, down = block.params["self_attn"][names[0]], block.params["mlp"][names[1]]
             added = jnp.einsum("bthd,ehd->bte", block.inputs["o_proj"], out["weight"]) + out["bias"][None, None]
@@ -66,11 +66,11 @@ def test_kinds_of_tokens():
 def energy(blocks, tokens, *, power):
     """Sums of |x|^power over answers, with what was counted."""
 
-    def tap(block):
+    def hook(block):
         return {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in block.inputs.items()}
 
     answers = (tokens.kind == ANSWER).astype(jnp.float32)
-    return {"layers": blocks(tap, inputs=("o_proj", "down_proj")), "answers": answers.sum()}
+    return {"layers": blocks(hook, inputs=("o_proj", "down_proj")), "answers": answers.sum()}
 
 
 def mean_energy(sums, model, *, gqa):

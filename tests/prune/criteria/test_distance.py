@@ -69,7 +69,7 @@ def straight(cfg, arrays, seed=0):
     """Mean over real tokens of 1 - cos between consecutive hidden states, the plain way."""
     _, aux = forward(
         model(cfg, seed), arrays["input_ids"], pixel_values=arrays.get("pixel_values"),
-        attention_mask=arrays["attention_mask"], want=("hidden",),
+        attention_mask=arrays["attention_mask"], capture=("hidden",),
     )  # fmt: skip
     hidden = np.stack([np.asarray(h, np.float64) for h in aux["hidden"]])
     a, b = hidden[:-1], hidden[1:]
@@ -107,7 +107,7 @@ def test_padding_and_batching_do_not_change_the_scores():
 def test_angular_is_the_mean_angle_at_the_last_real_token():
     cfg = config(EQUAL)
     arrays = batch(cfg)
-    _, aux = forward(model(cfg), arrays["input_ids"], attention_mask=arrays["attention_mask"], want=("hidden",))
+    _, aux = forward(model(cfg), arrays["input_ids"], attention_mask=arrays["attention_mask"], capture=("hidden",))
     last = arrays["attention_mask"].sum(axis=1) - 1
     states = np.stack([np.asarray(h, np.float64)[np.arange(4), last] for h in aux["hidden"]])
     a, b = states[:-3], states[3:]

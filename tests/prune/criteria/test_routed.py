@@ -24,7 +24,7 @@ def test_scores_of_all_tokens_and_of_images(goldens, name):
         scores = vp.score(golden.model, [golden.batch("left")], criterion=criterion)
         for actual, sums in (
             (scores.units, {key: x.sum(axis=1) for key, x in stored.items()}),
-            (scores.by_kind["image"]["units"], {key: x[:, 1] for key, x in stored.items()}),
+            (scores.by_token_type["image"]["units"], {key: x[:, 1] for key, x in stored.items()}),
         ):
             with np.errstate(invalid="ignore", divide="ignore"):
                 expected = score_of(sums)

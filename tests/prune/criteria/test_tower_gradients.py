@@ -27,20 +27,20 @@ def seeing():
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def tapped(params, cfg, images):
-    return to_nnx(Model(params, cfg)).vision.tapped(images, lambda block: block, ("o_proj", "down_proj"))[1]
+def hooked(params, cfg, images):
+    return to_nnx(Model(params, cfg)).vision.hooked(images, lambda block: block, ("o_proj", "down_proj"))[1]
 
 
 def of_real_images(one, arrays):
     """Per layer what `BlockValues` has, as float64[images * positions, ...], of those images that the rows have."""
     images = jnp.asarray(arrays["pixel_values"][:-1, 0])
-    for block in tapped(jax.tree.map(jnp.asarray, one.params), one.cfg, images):
+    for block in hooked(jax.tree.map(jnp.asarray, one.params), one.cfg, images):
         parts = {"before": block.before, "after": block.after, **block.inputs}
         yield {name: np.asarray(x, np.float64).reshape(-1, *x.shape[2:]) for name, x in parts.items()}
 
 
 def test_a_tap_sees_the_blocks_of_the_tower():
-    """What a block adds to the stream are the products of what it taps, scaled."""
+    """What a block adds to the stream are the products of what it hooks, scaled."""
     one = seeing()
     blocks = list(of_real_images(one, batch(one.cfg)))
     for i, (block, layer) in enumerate(zip(blocks, unstack_layers(one.params, one.cfg, "vision")[0], strict=True)):

@@ -77,10 +77,10 @@ def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dic
     vision = cfg.vision
     size = (
         (vision.grid**2, vision.patch_values)
-        if cfg.any_size
+        if cfg.dynamic_resolution
         else (1, vision.channels, vision.image_size, vision.image_size)
     )
     images = {"pixel_values": np.random.default_rng(0).standard_normal((rows, *size), np.float32)}
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         images["image_grid_thw"] = np.tile(np.array([1, vision.grid, vision.grid], np.int32), (rows, 1, 1))
     return ids, images

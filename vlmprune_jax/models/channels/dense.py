@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
-from vlmprune_jax.core.parts import Dense, Layer
+from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.context import Context, Names, dropout_masks, lora_of

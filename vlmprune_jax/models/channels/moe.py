@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vlmprune_jax.core.parts import Dense, Experts, ExpertsBesideDense, Layer
+from vlmprune_jax.core.channels import Dense, Experts, ExpertsBesideDense
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import row_ways

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.core.parts import Attention, DeltaNet, Part
+from vlmprune_jax.core.mixers import Attention, DeltaNet
+from vlmprune_jax.core.part import Part
 from vlmprune_jax.models.mixers import attention, delta_net
 
 MIXERS: dict[type[Part], Any] = {Attention: attention.Attention, DeltaNet: delta_net.DeltaNet}

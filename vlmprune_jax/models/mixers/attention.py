@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmprune_jax.core.parts import Layer
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain

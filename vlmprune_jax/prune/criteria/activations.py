@@ -17,7 +17,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
-from vlmprune_jax.models.context import VALUES, BlockValues, Tap
+from vlmprune_jax.models.context import VALUES, BlockValues, Hook
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_inputs, to_nnx
 from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
 
@@ -34,14 +34,14 @@ class Tokens(NamedTuple):
 
 
 class Blocks(Protocol):
-    """Function that runs a stack's blocks on one batch and returns the result of `tap` for every block.
+    """Function that runs a stack's blocks on one batch and returns the result of `hook` for every block.
 
-    `tap(block)` sees `models.context.BlockValues`: `before` and `after` (of the decoder's last block after the final
+    `hook(block)` sees `models.context.BlockValues`: `before` and `after` (of the decoder's last block after the final
     norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `context.VALUES`; the same in every
     family and tower), `params` and `scales`. Its results exist for all blocks at once: reduce them over the tokens.
     """
 
-    def __call__(self, tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]: ...
+    def __call__(self, hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]: ...
 
 
 def accumulate(
@@ -136,10 +136,10 @@ def _sums(
 ) -> Any:
     run, kind = _RUNS[stack].run(params, cfg, batch)
 
-    def blocks(tap: Tap, inputs: tuple[str, ...] = ()) -> list[Any]:
+    def blocks(hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
             one_of("input", name, VALUES)
-        return run(tap, tuple(inputs))
+        return run(hook, tuple(inputs))
 
     def weighted_sums(weights: jax.Array) -> Any:
         return function(blocks, Tokens(weights[kind], kind), **dict(options))
@@ -148,19 +148,19 @@ def _sums(
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
 
 
-Run = tuple[Callable[[Tap, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
+Run = tuple[Callable[[Hook, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
 
 
 def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     mask = batch["attention_mask"]
 
-    def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
+    def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
         _, aux = encode(
             params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
-            image_grid_thw=batch["image_grid_thw"], position_ids=batch["position_ids"], attention_mask=mask, tap=tap,
-            tap_inputs=inputs,
+            image_grid_thw=batch["image_grid_thw"], position_ids=batch["position_ids"], attention_mask=mask, hook=hook,
+            hook_inputs=inputs,
         )  # fmt: skip
-        return aux["tap"]
+        return aux["hook"]
 
     return run, batch["kind"]
 
@@ -179,12 +179,12 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 1, *x.shape[2:])
 
-    def run(tap: Tap, inputs: tuple[str, ...]) -> list[Any]:
-        def tapped(block: BlockValues) -> Any:
+    def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
+        def hooked(block: BlockValues) -> Any:
             before, after, inputs, scales = jax.tree.map(rows, (block.before, block.after, block.inputs, block.scales))
-            return tap(BlockValues(before, after, inputs, block.params, scales))
+            return hook(BlockValues(before, after, inputs, block.params, scales))
 
-        return tower.tapped(images, tapped, inputs, grid=grid)[1]
+        return tower.hooked(images, hooked, inputs, grid=grid)[1]
 
     return run, jnp.where(real, IMAGE, PADDING)
 

@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 PADDING, PROMPT, IMAGE, ANSWER = range(4)
 KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
 _FILLS = {"input_ids": 0, "attention_mask": 0, "kind": PADDING, "labels": IGNORED}
-KIND_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}
+TOKEN_TYPE_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
@@ -59,7 +59,7 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     return arrays
 
 
-def weight_of_kinds(options: Mapping[str, float]) -> np.ndarray:
+def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
     """Return the weight of each token type, float32[4], from a criterion's options; padding has weight 0."""
     weights = np.zeros(4, np.float32)
     for name, kind in KINDS.items():
@@ -100,7 +100,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
-    if cfg.any_size:
+    if cfg.dynamic_resolution:
         ids, mask = result["input_ids"], result["attention_mask"]
         image_arrays = patch_rows(cfg, ids, mask, pixels, grid, packs=len(ids))
         result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}

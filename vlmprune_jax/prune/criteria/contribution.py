@@ -31,7 +31,7 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
     """Return weighted sums over tokens of x and x^2, where x are the input channels of o_proj and down_proj."""
     weight = tokens.weight
 
-    def tap(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def hook(block: BlockValues) -> dict[str, tuple[jax.Array, jax.Array]]:
         sums = {}
         for name, read in block.inputs.items():
             x = read.astype(jnp.float32)
@@ -43,7 +43,7 @@ def moments(blocks: Blocks, tokens: Tokens) -> tuple[list[Any], jax.Array]:
             sums[name] = jnp.sum(counts * x, (0, 1)), jnp.sum(counts * x * x, (0, 1))
         return sums
 
-    return blocks(tap, inputs=WRITERS), jnp.sum(weight)
+    return blocks(hook, inputs=WRITERS), jnp.sum(weight)
 
 
 def weighted(sums: Any, model: Model, *, moment: Moments, power: int, gqa: str, stack: str) -> Parts:

@@ -12,7 +12,7 @@ from vlmprune_jax.core.checks import file_of_users, one_of
 from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.config import ScoreConfig
-from vlmprune_jax.prune.criteria.calibration import KIND_WEIGHTS
+from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS
 
 NEEDS = ("weights", "activations", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
@@ -42,8 +42,8 @@ class Criterion:
     `counts`: unit of `progress`, finished "batches" or "layers". `journals`: the sums of every batch are kept on disk,
     so that an interrupted pass continues (for sums of few numbers). `splits`: all its sums are weighted by
     `tokens.weight`, so that they can be restricted to tokens of one type; its scores then come by token type as well
-    (`Scores.by_kind`). Raises UserError for a description that contradicts itself, or an option that no function has a
-    parameter for.
+    (`Scores.by_token_type`). Raises UserError for a description that contradicts itself, or an option that no function
+    has a parameter for.
     """
 
     scores: tuple[str, ...]
@@ -83,13 +83,13 @@ class Criterion:
     @property
     def settings(self) -> dict[str, Any]:
         """Default options of the criterion, including token weights."""
-        return {**self.options, **(KIND_WEIGHTS if self.splits else {})}
+        return {**self.options, **(TOKEN_TYPE_WEIGHTS if self.splits else {})}
 
     def options_in(self, config: ScoreConfig) -> dict[str, Any]:
         """Return the criterion's options: score settings of the same name, and the entries of `config.options`."""
         settings = self.settings
         if not self.splits:  # an option with the name of a token weight is the criterion's own
-            settings = {name: value for name, value in settings.items() if name not in KIND_WEIGHTS}
+            settings = {name: value for name, value in settings.items() if name not in TOKEN_TYPE_WEIGHTS}
         given = {name: value for name, value in vars(config).items() if name in settings and value is not None}
         return {**given, **{name: value for name, value in config.options.items() if name in self.settings}}
 

@@ -27,12 +27,12 @@ def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tupl
     """
     weight = jnp.ones_like(tokens.weight) if reference_compat else tokens.weight
 
-    def tap(block: BlockValues) -> jax.Array:
+    def hook(block: BlockValues) -> jax.Array:
         # where, not a product: padding may hold anything, and NaN * 0 is NaN
         distance = cosine_distance(block.before, block.after)
         return jnp.sum(jnp.where(weight > 0, weight * distance, jnp.zeros_like(distance)))
 
-    return jnp.stack(blocks(tap)), jnp.sum(weight)
+    return jnp.stack(blocks(hook)), jnp.sum(weight)
 
 
 def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
@@ -81,10 +81,10 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
     def at_last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
-    def tap(block: BlockValues) -> tuple[jax.Array, jax.Array]:
+    def hook(block: BlockValues) -> tuple[jax.Array, jax.Array]:
         return at_last(block.before), at_last(block.after)
 
-    ends = blocks(tap)
+    ends = blocks(hook)
     if not 0 < layers_removed < len(ends):
         raise UserError(f"layers_removed={layers_removed} must be between 1 and {len(ends) - 1} for {len(ends)} layers")
     states = jnp.stack([*(before for before, _ in ends), ends[-1][1]])  # [n_layers + 1, batch, embed]

@@ -49,7 +49,7 @@ def gradient_channels(
     rows_per_step: int | None,
     memory_budget: int | None,
     weight_of: np.ndarray,
-    by_kind: bool,
+    by_token_type: bool,
     progress: Callable[[int], None] | None,
     cache: ArrayCache | None,
 ) -> tuple[list[Found], dict[str, list[Found]]]:
@@ -60,8 +60,8 @@ def gradient_channels(
     weight's shape. `axis` is the axis that is not pruned: `channels` reduces over it, on the device, to any tree.
 
     The gradient of a projection's weight is a sum over tokens of (gradient at the output) x (input). `weight_of`
-    weights the terms by token type. With `by_kind` the result also has `channels` of each type's share, by name; the
-    shares add up to the gradient.
+    weights the terms by token type. With `by_token_type` the result also has `channels` of each type's share, by name;
+    the shares add up to the gradient.
 
     Args:
       batches: with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
@@ -81,7 +81,7 @@ def gradient_channels(
         raise UserError(
             f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
-    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_kind else []
+    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_token_type else []
     ways = [weight_of, *(np.eye(4, dtype=np.float32)[KINDS[name]] for name in kinds)]
     mesh = mesh_of(model.params)
     if mesh is None:

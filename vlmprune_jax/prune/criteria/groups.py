@@ -13,7 +13,8 @@ import numpy as np
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import WRITERS, Axis, Layer
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.part import WRITERS, Axis
 from vlmprune_jax.models.params import layer_axes
 from vlmprune_jax.prune.config import GQA, REDUCTIONS
 from vlmprune_jax.prune.criteria.criterion import Parts

@@ -23,7 +23,7 @@ def routed_sums(blocks: Blocks, tokens: Tokens) -> list[dict[str, jax.Array]]:
     times norm.
     """
 
-    def tap(block: BlockValues) -> dict[str, jax.Array]:
+    def hook(block: BlockValues) -> dict[str, jax.Array]:
         experts, gates, norms = block.inputs["routed"]
         weight = jnp.broadcast_to(tokens.weight[..., None], experts.shape)
         g, f = (jnp.where(weight > 0, x.astype(jnp.float32), 0) for x in (gates, norms))  # padding may hold anything
@@ -31,7 +31,7 @@ def routed_sums(blocks: Blocks, tokens: Tokens) -> list[dict[str, jax.Array]]:
         zeros = jnp.zeros(len(block.params["mlp"]["router"]["weight"]), jnp.float32)
         return {name: zeros.at[experts].add(weight * value) for name, value in values.items()}
 
-    return blocks(tap, inputs=("routed",))
+    return blocks(hook, inputs=("routed",))
 
 
 def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:

@@ -13,7 +13,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.config import VARIANTS
-from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_kinds
+from vlmprune_jax.prune.criteria.calibration import Arrays, weight_of_token_types
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.gradients import Found, gradient_channels
 from vlmprune_jax.prune.criteria.groups import reduce_groups
@@ -31,7 +31,7 @@ def taylor(
     rows_per_step: int | None,
     stack: str,
     memory_budget: int | None,
-    by_kind: bool,
+    by_token_type: bool,
     image_weight: float,
     prompt_weight: float,
     answer_weight: float,
@@ -46,7 +46,8 @@ def taylor(
     Args:
       batches, progress, memory_budget, cache: see `gradient_channels`; for a tower `tower_channels`.
       rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
-      by_kind: also return the scores by token type (its share of the gradients); one more product per type and weight.
+      by_token_type: also return the scores by token type (its share of the gradients); one more product per type and
+        weight.
       image_weight, prompt_weight, answer_weight: weights of these shares in the gradient.
 
     Raises UserError: no label at all, or rows_per_step with second order.
@@ -74,12 +75,12 @@ def taylor(
         squares=squares,
         rows_per_step=rows_per_step,
         memory_budget=memory_budget,
-        weight_of=weight_of_kinds(weights),
-        by_kind=by_kind,
+        weight_of=weight_of_token_types(weights),
+        by_token_type=by_token_type,
         progress=progress,
         cache=cache,
     )
-    return reduced(layers), {name: reduced(kind_layers) for name, kind_layers in kinds.items()}
+    return reduced(layers), {name: reduced(type_layers) for name, type_layers in kinds.items()}
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:
@@ -97,7 +98,7 @@ TAYLOR = Criterion(
     needs="labels",
     function=taylor,
     options={
-        **declared("variant", "gqa", "memory_budget", "by_kind"),
+        **declared("variant", "gqa", "memory_budget", "by_token_type"),
         "reduction": "sum",
         "rows_per_step": None,
     },

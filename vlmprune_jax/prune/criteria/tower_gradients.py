@@ -19,7 +19,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten

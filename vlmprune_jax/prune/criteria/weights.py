@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.parts import scan_groups
+from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.stack import fill
@@ -29,7 +29,7 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
     """Return sums of |W|^power over outputs, for the input channels of o_proj and down_proj of every layer.
 
     The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
-    sums to weigh what a tap sees of the inputs of these projections.
+    sums to weigh what a hook sees of the inputs of these projections.
     """
     blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, list[dict[str, str]]()
     for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):

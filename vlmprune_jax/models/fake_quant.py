@@ -7,11 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vlmprune_jax.core.sections import Rounding
+from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.models.layers import Product, contract
 
 
-def rounded_product(rounding: Rounding) -> Product:
+def fake_quant_product(fake_quant: FakeQuant) -> Product:
     """Return a matrix product that rounds inputs and weight to integers (quantisation-aware training).
 
     Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), also those
@@ -20,11 +20,11 @@ def rounded_product(rounding: Rounding) -> Product:
 
     def product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:
         columns = math.prod(weight.shape[weight.ndim - n :])
-        if columns % (rounding.group or 1):
+        if columns % (fake_quant.group or 1):
             return contract(x, weight, n)
-        if rounding.activations:
+        if fake_quant.activations:
             x = _replace(x, _nearest(x, columns, 8))
-        return contract(x, _replace(weight, _nearest(weight, rounding.group or columns, rounding.bits)), n)
+        return contract(x, _replace(weight, _nearest(weight, fake_quant.group or columns, fake_quant.bits)), n)
 
     return product
 

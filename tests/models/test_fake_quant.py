@@ -10,9 +10,9 @@ from recover_cases import Stream, config, model
 from stack_cases import decoder_layer, with_facts
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.sections import Rounding
+from vlmprune_jax.core.sections import FakeQuant
 from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
-from vlmprune_jax.models.rounding import rounded_product
+from vlmprune_jax.models.fake_quant import fake_quant_product
 from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.loop import recover
@@ -27,14 +27,14 @@ def _exported(values, storage, dtype):
 
 
 @pytest.mark.parametrize(
-    "rounding", [Rounding(4, 32), Rounding(8), Rounding(8, 0, True)], ids=["w4a16", "w8a16", "w8a8"]
+    "rounding", [FakeQuant(4, 32), FakeQuant(8), FakeQuant(8, 0, True)], ids=["w4a16", "w8a16", "w8a8"]
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_weights_are_those_of_the_export(rounding, dtype):
     storage = CompressedTensors(rounding.bits, rounding.group, True, rounding.activations)
     weight = jax.random.normal(jax.random.key(0), (3, 4, 2, 32)).astype(dtype).at[1, 2].set(0)  # [out, out, in, in]
     x = jnp.eye(64, dtype=dtype).reshape(64, 2, 32)
-    found = rounded_product(rounding)(x, weight, 2).reshape(64, 12).T
+    found = fake_quant_product(rounding)(x, weight, 2).reshape(64, 12).T
     expected = _exported(weight.reshape(12, 64), storage, np.dtype(dtype))
     if rounding.activations:  # a one is 127 or 128 steps of its scale: 1 / 127.5
         one = (np.float32(127) * np.float32(1 / 127.5).astype(dtype).astype(np.float32)).astype(dtype)
@@ -44,7 +44,11 @@ def test_weights_are_those_of_the_export(rounding, dtype):
 
 
 def test_gradients_pass_the_rounding_and_rows_that_do_not_divide_stay():
-    product, weight, x = rounded_product(Rounding(4, 32)), jnp.linspace(-1, 1, 128).reshape(4, 32), jnp.ones((2, 32))
+    product, weight, x = (
+        fake_quant_product(FakeQuant(4, 32)),
+        jnp.linspace(-1, 1, 128).reshape(4, 32),
+        jnp.ones((2, 32)),
+    )
     by_x, by_weight = jax.grad(lambda x, w: product(x, w, 1).sum(), (0, 1))(x, weight)
     np.testing.assert_array_equal(by_weight, np.full((4, 32), 2.0))
     np.testing.assert_allclose(by_x[0], _exported(weight, CompressedTensors(4, 32), np.float32).sum(0), rtol=1e-6)
@@ -70,7 +74,7 @@ def test_a_model_trained_through_the_rounding_is_better_rounded(tmp_path):
 
     def rounded_loss(of):
         batch = one.arrays
-        quantized = Model(of.params, dataclasses.replace(cfg, rounding=Rounding(4, 32)))
+        quantized = Model(of.params, dataclasses.replace(cfg, fake_quant=FakeQuant(4, 32)))
         logits = forward(quantized, batch["input_ids"], attention_mask=batch["attention_mask"])[0][:, :-1]
         labels = np.asarray(batch["labels"])[:, 1:]
         scores = jax.nn.log_softmax(logits)

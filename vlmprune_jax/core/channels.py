@@ -1,0 +1,120 @@
+"""Facts and sizes of the parts that mix channels: dense MLP, experts."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import vlmprune_jax.core.mixers  # noqa: F401 - whose axes come first in AXES
+from vlmprune_jax.core.part import Axis, Part
+
+
+@dataclass(frozen=True)
+class ChannelMixer(Part):
+    """Part that mixes channels, position by position."""
+
+    writer = "down_proj"
+    settings = ("mlp_layers", "neurons_multiple")
+
+    @property
+    def neuron_counts(self) -> tuple[int, ...]:
+        """Lengths of the rows that its writers read."""
+        return tuple(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Dense(ChannelMixer):
+    """Multi-layer perceptron of one layer."""
+
+    module = "mlp"
+    axes = (Axis("mlp", "neurons", mesh="tensor"),)
+
+    mlp: int
+    """Number of neurons."""
+
+    wide: int = 1
+    """Relative width (Gemma 4: some layers are twice as wide as the others)."""
+
+    _: KW_ONLY
+    activation: str = "silu"
+    """Activation by its name in transformers."""
+
+    gated: bool = True
+    """True for down(act(gate(x)) * up(x)), False for two projections."""
+
+    bias: bool = False
+    """True if its projections have biases."""
+
+    @property
+    def relative_width(self) -> int:
+        """Width relative to the layers that config.json states one number for."""
+        return self.wide
+
+
+@dataclass(frozen=True)
+class Experts(ChannelMixer):
+    """Mixture of experts: a router sends every token to a few of many gated MLPs, and weighs their outputs."""
+
+    module = "mlp"
+    axes: ClassVar[tuple[Axis, ...]] = (
+        Axis("experts", "experts", mesh="fsdp", where_divisible=True, multiple="experts_multiple"),
+        Axis("expert_mlp", "neurons of experts", parent="experts", mesh="tensor"),
+    )
+
+    experts: int
+    """Number of experts."""
+
+    expert_mlp: int
+    """Number of neurons of all experts together, equally many of each."""
+
+    top_k: int
+    """Number of experts per token, those with the largest router probabilities."""
+
+    renormalise: bool = True
+    """True if the probabilities of a token's experts are divided by their sum."""
+
+    _: KW_ONLY
+    activation: str = "silu"
+    """Activation by its name in transformers."""
+
+    bias: ClassVar[bool] = False
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons of one expert."""
+        return self.expert_mlp // self.experts
+
+    @property
+    def problem(self) -> str | None:
+        """Return why no layer can have these experts, with advice; None if it can."""
+        if self.top_k <= self.experts:
+            return None
+        return f"every token uses {self.top_k} experts, but the layer has {self.experts}: keep at least {self.top_k}"
+
+    @property
+    def neuron_counts(self) -> tuple[int, ...]:
+        """Lengths of the rows that its writers read: neurons of one expert, and of a dense MLP beside them."""
+        return self.neurons, *(size for axis, size in self.sizes.items() if axis not in ("experts", "expert_mlp"))
+
+    def least(self, axis: str) -> int:
+        """Return the smallest size of an axis: as many experts as a token uses."""
+        return self.top_k if axis == "experts" else 1
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that tokens use at most: neurons of `top_k` experts each."""
+        return {**self.sizes, "expert_mlp": min(self.experts, tokens * self.top_k) * self.neurons}
+
+
+@dataclass(frozen=True)
+class ExpertsBesideDense(Experts):
+    """Experts and a dense MLP that read the same residual stream; their outputs are added.
+
+    Each has norms of its own before and after it. The router reads the stream itself, divided by its root mean square
+    and scaled by channel; a learned factor per expert multiplies the gates.
+    """
+
+    axes = (*Experts.axes, *Dense.axes)
+
+    _: KW_ONLY
+    mlp: int
+    """Number of neurons of the dense MLP."""

@@ -1,0 +1,117 @@
+"""A layer as the sizes of its mixer and its channel mixer, and sequences of layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune_jax.core.channels import ChannelMixer
+from vlmprune_jax.core.part import AXES, Axis, Part
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: a mixer over positions, then a mixer over channels."""
+
+    mixer: Any
+    """Part that mixes positions (a `Mixer`)."""
+
+    channel: ChannelMixer
+    """Part that mixes channels, position by position."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The layer's parts in the order in which a token passes them."""
+        return self.mixer, self.channel
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Prunable axes of all parts."""
+        return tuple(axis for part in self.parts for axis in part.axes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every prunable axis of the layer by name, the form in which plans store layers."""
+        return {name: size for part in self.parts for name, size in part.sizes.items()}
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        return {name: size for part in self.parts for name, size in part.active_sizes(tokens).items()}
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the weights' other axes by name, of all parts."""
+        return {name: size for part in self.parts for name, size in part.fixed_sizes.items()}
+
+    def shape_of(self, axis: Axis) -> tuple[int, int]:
+        """Return (units, channels per unit) of a prunable axis."""
+        part = next(part for part in self.parts if axis in part.axes)
+        return part.sizes[axis.name], part.channels_of(axis)
+
+    @property
+    def kind(self) -> Layer:
+        """The layer with all sizes 1: equal for layers that differ in their sizes only."""
+        return self.resized(dict.fromkeys(self.sizes, 1))
+
+    def resized(self, sizes: Mapping[str, int]) -> Layer:
+        """Return a copy of the layer with other sizes by axis name; axes that are not named keep theirs."""
+        return Layer(self.mixer.resized(sizes), self.channel.resized(sizes))
+
+    def completed(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return `sizes` with those of children that follow: an axis keeps its ratio to a parent that `sizes` names."""
+        follow = {
+            axis.name: self.sizes[axis.name] // self.sizes[axis.parent] * sizes[axis.parent]
+            for axis in self.axes
+            if axis.name not in sizes and axis.parent in sizes
+        }
+        return {**sizes, **follow}
+
+
+def array_axes(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the axes whose sizes multiply to an array's size: without parents of other axes that it names."""
+    parents = {AXES[name].parent for name in names if name in AXES}
+    return tuple(name for name in names if name not in parents)
+
+
+def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:
+    """Group equal neighbours as (first layer, number of layers, layer); each group is one scan."""
+    result, start = [], 0
+    for layer, group in itertools.groupby(layers):
+        length = len(list(group))
+        result.append((start, length, layer))
+        start += length
+    return tuple(result)
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """Return one layer's sizes as text, such as "6/2 heads, 64 neurons" (query heads / key/value heads)."""
+    parents = {AXES[name].parent for name in sizes}
+    texts = []
+    for name, size in sizes.items():
+        axis = AXES[name]
+        if axis.parent and axis.channels and size != sizes[axis.parent]:
+            texts.append(f"{size}/{sizes[axis.parent]} {axis.title.split()[-1]}")
+        elif axis.parent and not axis.channels:
+            texts.append(f"{sizes[axis.parent]} {AXES[axis.parent].title} of {size // sizes[axis.parent]:,} neurons")
+        elif name not in parents:
+            texts.append(f"{size:,} {axis.title.split()[-1]}")
+    return ", ".join(texts)
+
+
+def describe_layers(sizes: Sequence[Mapping[str, int]], windows: Sequence[Any] = (), most: int | None = None) -> str:
+    """Return layer sizes as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
+
+    With the `windows` of the layers, the text also says how many have none. Only the first `most` groups of equal
+    neighbours are listed, with the number of all layers.
+    """
+    groups, start = [], 0
+    for text, alike in itertools.groupby(map(describe_sizes, sizes)):
+        stop = start + len(list(alike))
+        full = list(windows[start:stop]).count(None)
+        without = f", {full} of them without windows" if 0 < full < stop - start else ""
+        groups.append(f"{stop - start} x ({text}){without}")
+        start = stop
+    more = [] if most is None or len(groups) <= most else [f"... ({len(sizes)} layers)"]
+    return ", ".join([*(groups[:most] if more else groups), *more])

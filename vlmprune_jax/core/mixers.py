@@ -1,0 +1,180 @@
+"""Facts and sizes of the parts that mix tokens: attention, gated delta net."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.part import Axis, Part
+from vlmprune_jax.core.rope import RopeConfig
+
+
+@dataclass(frozen=True)
+class Mixer(Part):
+    """Part that mixes positions; what its computation costs beside its weights depends on the length of a sequence."""
+
+    writer = "o_proj"
+    settings = ("attn_layers", "heads_multiple")
+
+    @property
+    def window(self) -> int | None:
+        """Number of positions that it mixes at most; None for all."""
+        return None
+
+    @property
+    def kv_shared(self) -> bool:
+        """True if it reads the keys and values of an earlier layer."""
+        return False
+
+    @property
+    def group(self) -> int:
+        """Number of units of its last axis per unit of its first, such as query heads per key/value head."""
+        return self.sizes[self.axes[-1].name] // self.sizes[self.root]
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
+        """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
+        raise NotImplementedError
+
+    def state_size(self, length: int) -> int:
+        """Return the number of values that generation caches for a sequence of `length` tokens."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Attention(Mixer):
+    """Grouped-query attention of one layer."""
+
+    module = "self_attn"
+    axes = (
+        Axis("kv_heads", "key/value heads", channels="head", mesh="tensor"),
+        Axis("q_heads", "query heads", parent="kv_heads", channels="head", mesh="tensor"),
+    )
+
+    q_heads: int
+    """Number of query heads."""
+
+    kv_heads: int
+    """Number of key/value heads; each serves equally many query heads."""
+
+    window: int | None = None
+    """Attention window, None for full attention (causal in a decoder).
+
+    In a decoder the number of tokens of a sliding window; in a tower the side, in merged cells, of square windows.
+    """
+
+    kv_shared: bool = False
+    """True if the layer attends to the keys and values of the last earlier layer with its own and the same window."""
+
+    _: KW_ONLY
+    head_dim: int
+    """Number of channels per head."""
+
+    rope: RopeConfig | None = None
+    """Rotary position embedding, None for none."""
+
+    rotary_dim: int = 0
+    """Number of leading channels of a head that rotate; 0 for all."""
+
+    rope_parts: int = 1
+    """Number of equal parts of a head that rotate independently (2 in towers that rotate by row and by column)."""
+
+    scale: float = 0.0
+    """Factor on the scores of queries and keys; 0 for head_dim ** -0.5."""
+
+    bias: bool = False
+    """True if queries, keys and values are projected with a bias."""
+
+    out_bias: bool = False
+    """True if the output projection has a bias."""
+
+    qk_norm: bool = False
+    """True if every query and key head is normalised (RMS) before rotation."""
+
+    v_norm: bool = False
+    """True if every value head is divided by its root mean square."""
+
+    keys_as_values: bool = False
+    """True if the values are the keys before norm and rotation."""
+
+    gated: bool = False
+    """True if queries come with a gate: what a head reads is multiplied by sigmoid(gate) before the output."""
+
+    sees_images: bool = False
+    """True if tokens of an image also see those that follow them in the same image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise UserError(f"{self.module}: the attention window {self.window} must be at least 1")
+        if self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", 0)  # so that equal computations are equal
+        if self.rope is not None:
+            if not 0 < self.rotated <= self.head_dim or self.rotated % 2:
+                raise UserError(f"rotary_dim {self.rotated} must be even (pairs) and at most head_dim {self.head_dim}")
+            self.rope.check(self.rotated)
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {"head": self.head_dim, "gate": 2}
+
+    @property
+    def rotated(self) -> int:
+        """Number of leading channels of a head that rotate."""
+        return self.rotary_dim or self.head_dim
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
+        """Return 4 FLOPs per channel and pair of a query and a key that it sees."""
+        span = min(self.window or length, length)  # from this position on a query sees a whole window
+        pairs = span if last else span * (span + 1) // 2 + (length - span) * span
+        return 4 * pairs * self.q_heads * self.head_dim
+
+    def state_size(self, length: int) -> int:
+        """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
+        return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
+
+
+@dataclass(frozen=True)
+class DeltaNet(Mixer):
+    """Gated delta net of one layer (Yang et al. 2024, arXiv 2412.06464): a matrix per value head as its state.
+
+    Per token: S = exp(g) S; S = S + k (beta (v - S^T k))^T; output S^T q.
+    """
+
+    module = "linear_attn"
+    axes = (
+        Axis("delta_groups", "delta-net groups", channels="delta_key", mesh="tensor"),
+        Axis("delta_heads", "delta-net heads", parent="delta_groups", channels="delta_value", mesh="tensor"),
+    )
+
+    delta_heads: int
+    """Number of value heads; each has a gate, a decay and a step size."""
+
+    delta_groups: int
+    """Number of key heads; each serves equally many value heads."""
+
+    _: KW_ONLY
+    key_dim: int
+    """Channels per key head, of queries and keys."""
+
+    value_dim: int
+    """Channels per value head."""
+
+    taps: int = 4
+    """Positions that the convolution over queries, keys and values sees, the present one included."""
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {"delta_key": self.key_dim, "delta_value": self.value_dim, "tap": self.taps}
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
+        """Return 8 FLOPs per token and number of the state (decay, reading, writing), and those of the convolution."""
+        tokens = 1 if last else length
+        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+        return tokens * (8 * self.delta_heads * self.key_dim * self.value_dim + 2 * self.taps * channels)
+
+    def state_size(self, length: int) -> int:
+        """Return the number of values of the matrices and of the convolution's last inputs, whatever the length."""
+        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+        return self.delta_heads * self.key_dim * self.value_dim + (self.taps - 1) * channels

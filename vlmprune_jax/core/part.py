@@ -1,0 +1,119 @@
+"""What a part of a layer declares: facts, sizes by axis, prunable axes and fixed sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vlmprune_jax.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Prunable axis of a part; the part's field of the same name is its size."""
+
+    name: str
+    """Name in the weight layouts, plans and scores."""
+
+    title: str
+    """Units of the axis in messages and tables (plural)."""
+
+    parent: str = ""
+    """Axis of the same part of which every index owns equally many indices of this axis; "" for none.
+
+    Indices count over all parents: index i belongs to parent index i // (size / parent's size). A weight that names the
+    parent before the axis has the axis once per parent, so that its array has size / parent's size indices of it.
+    """
+
+    channels: str = ""
+    """Axis of the weights whose channels make up one unit (a head's "head"); "" if a unit is one channel."""
+
+    mesh: str = ""
+    """Mesh axis that shards it; "" if it is replicated."""
+
+    where_divisible: bool = False
+    """True if the axis is replicated on a mesh that does not divide it, instead of refusing that mesh."""
+
+    multiple: str = ""
+    """Setting with the multiple of the remaining units; "" for that of the part (`Part.settings`)."""
+
+
+# Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
+AXES: dict[str, Axis] = {}
+WRITERS: dict[str, str] = {}  # axis -> projection to whose input its units contribute
+
+
+@dataclass(frozen=True)
+class Part:
+    """Facts of one part of a layer that do not depend on the other part, among them the sizes of its prunable axes."""
+
+    axes: ClassVar[tuple[Axis, ...]] = ()
+    """Prunable axes, parents before their children."""
+
+    module: ClassVar[str]
+    """Name of the part in parameter paths and captured values."""
+
+    writer: ClassVar[str]
+    """Projection to whose input the units contribute: "o_proj" of a mixer, "down_proj" of a channel mixer."""
+
+    settings: ClassVar[tuple[str, str]]
+    """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
+
+    def __init_subclass__(cls) -> None:
+        AXES.update({axis.name: axis for axis in cls.axes})
+        WRITERS.update({axis.name: cls.writer for axis in cls.axes})
+
+    def __post_init__(self) -> None:
+        for axis in self.axes:
+            size, parents = self.sizes[axis.name], self.sizes.get(axis.parent, 1)
+            if size < 1:
+                raise UserError(f"{self.module}: {axis.name} {size} must be at least 1")
+            if size % parents:
+                raise UserError(
+                    f"{self.module}: {axis.name} {size} must be a multiple of {axis.parent} {parents} "
+                    f"({axis.title} in groups)"
+                )
+
+    @property
+    def relative_width(self) -> int:
+        """Width relative to the layers that config.json states one number for; all keep the same share of it."""
+        return 1
+
+    @property
+    def problem(self) -> str | None:
+        """Return why no layer can have a part with these sizes, with advice; None if it can."""
+        return None
+
+    def least(self, axis: str) -> int:
+        """Return the smallest size of an axis with which the part can be computed."""
+        return 1
+
+    def active_sizes(self, tokens: int = 1) -> dict[str, int]:
+        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        return self.sizes
+
+    @property
+    def root(self) -> str:
+        """Name of the first axis, whose units take those of its children along."""
+        return self.axes[0].name
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every prunable axis by name."""
+        return {axis.name: getattr(self, axis.name) for axis in self.axes}
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {}
+
+    def channels_of(self, axis: Axis) -> int:
+        """Return the number of channels that make up one unit of a prunable axis."""
+        return self.fixed_sizes.get(axis.channels, 1)
+
+    def resized(self, sizes: Mapping[str, int]) -> Self:
+        """Return a copy of the part with other sizes of its own axes; other names in `sizes` are ignored."""
+        changes: dict[str, Any] = {axis.name: sizes[axis.name] for axis in self.axes if axis.name in sizes}
+        return dataclasses.replace(self, **changes)
