@@ -23,7 +23,7 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, forward
 from vlmprune_jax.prune import KeptLayer, KeptStack, PrunePlan, Scores, fingerprint
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 
 UNEQUAL = (decoder_layer(4, 2, 12), decoder_layer(4, 2, 12), decoder_layer(8, 2, 10), decoder_layer(4, 4, 12))
 EQUAL = (decoder_layer(4, 2, 12),) * 5

@@ -9,7 +9,7 @@ from hf_cases import edit_config, keep_layers
 
 import vlmprune_jax as vp
 from vlmprune_jax.hf.lazy import open_model
-from vlmprune_jax.prune.fingerprint import fingerprint
+from vlmprune_jax.prune.fingerprints import fingerprint
 
 
 @pytest.fixture(scope="module")

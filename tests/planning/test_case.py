@@ -18,7 +18,7 @@ from vlmprune_jax.planning import case as tpu_case
 from vlmprune_jax.planning.ahead_of_time import make_slice
 from vlmprune_jax.prune import Scores, make_plan
 from vlmprune_jax.prune.criteria.weights import random_scores
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.recovery.config import LossConfig
 
 # Of the text and the tower of every family.

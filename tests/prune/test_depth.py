@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import vlmprune_jax as vp
-from vlmprune_jax.prune.fingerprint import fingerprint
+from vlmprune_jax.prune.fingerprints import fingerprint
 
 
 @pytest.fixture(scope="module")

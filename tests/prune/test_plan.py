@@ -22,7 +22,7 @@ from vlmprune_jax.prune import (
     make_plan,
     score,
 )
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.solver import layer_costs
 
 shapes = st.builds(lambda kv, group, mlp: decoder_layer(kv * group, kv, mlp), *map(st.integers, (1, 1, 2), (4, 3, 30)))

@@ -15,7 +15,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import Scores, fingerprint, make_plan, score
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 
 
 def test_scores_survive_the_file_bit_for_bit(tmp_path):

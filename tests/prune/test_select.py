@@ -15,7 +15,7 @@ from prune_cases import (
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import Scores, make_plan
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 
 
 @pytest.mark.parametrize(

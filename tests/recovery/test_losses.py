@@ -18,7 +18,7 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.models.vocabulary import Head
-from vlmprune_jax.prune.fingerprint import fingerprint
+from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan

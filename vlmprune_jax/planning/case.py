@@ -31,7 +31,7 @@ from vlmprune_jax.models.params import count_params, param_axes, param_shapes, u
 from vlmprune_jax.planning.ahead_of_time import Compiled, Slice, compile_for_tpu, make_slice
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, VocabularyConfig
 from vlmprune_jax.prune.criteria.weights import random_scores
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.select import Trim, plan_beside
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import check_frozen

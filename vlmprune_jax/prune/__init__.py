@@ -2,7 +2,7 @@
 
 from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig, VocabularyConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion
-from vlmprune_jax.prune.fingerprint import fingerprint
+from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
 from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary

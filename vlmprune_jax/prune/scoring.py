@@ -19,7 +19,7 @@ from vlmprune_jax.prune.criteria import CRITERIA
 from vlmprune_jax.prune.criteria.activations import accumulate
 from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
-from vlmprune_jax.prune.fingerprint import fingerprint
+from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.scores import Scores, fits_layers
 
 # Options that change how scores are computed, but not the scores.

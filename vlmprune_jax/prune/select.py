@@ -17,7 +17,7 @@ from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.prune.config import PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.depth import choose_layers
-from vlmprune_jax.prune.fingerprint import fingerprint, shape_digest
+from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
 from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.prune.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.scores import Scores, fits_layers

@@ -25,7 +25,7 @@ from vlmprune_jax.prune import CRITERIA, KeptStack, PrunePlan, Scores, make_plan
 from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
-from vlmprune_jax.prune.fingerprint import shape_digest
+from vlmprune_jax.prune.fingerprints import shape_digest
 from vlmprune_jax.prune.select import moved_features, plan_stacks, unusual_counts
 from vlmprune_jax.prune.tables import Table, explain
 from vlmprune_jax.prune.vocabulary import check_size

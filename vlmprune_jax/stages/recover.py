@@ -30,7 +30,7 @@ from vlmprune_jax.hf.disk.atomic import check_space
 from vlmprune_jax.hf.layout import PARTS
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan
-from vlmprune_jax.prune.fingerprint import content_digest
+from vlmprune_jax.prune.fingerprints import content_digest
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity

@@ -6,7 +6,7 @@ from prune_cases import UNEQUAL, config, llava_7b, model
 import vlmprune_jax as vp
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.prune import fingerprint
-from vlmprune_jax.prune.fingerprint import content_digest, shape_digest
+from vlmprune_jax.prune.fingerprints import content_digest, shape_digest
 
 # Folder, its tower's -> fingerprint, and digest of the tower alone (in feature caches), as version 0.1 had them.
 RECORDED = {
