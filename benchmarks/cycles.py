@@ -23,7 +23,7 @@ from llama_cpp_answers import DATA, TEACHER, evaluate
 import vlmprune_jax as vp
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune.plan import compose
+from vlmprune_jax.plans.plan import compose
 
 STEP = 0.15
 TARGETS = (0.45, 0.6)

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "vlmprune_jax"
 ORDER = (
     ("core",),
     ("families",),
+    ("plans",),
     ("models", "data", "distributed"),
     ("hf",),
     ("export",),
@@ -38,7 +39,7 @@ ORDER = (
     ("__main__",),
 )
 RANK = {unit: rank for rank, line in enumerate(ORDER) for unit in line}
-WITHOUT_JAX = ("core", "families")
+WITHOUT_JAX = ("core", "families", "plans")
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 CLI_PLUMBING = {
     "__init__",

@@ -14,8 +14,8 @@ from vlmprune_jax.data.prompts import load_tokenizer
 from vlmprune_jax.export.vocabulary import ids_in, trim_config
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.hf.read import load
+from vlmprune_jax.plans.kept import KeptVocabulary
 from vlmprune_jax.prune import apply_plan, prune_folder
-from vlmprune_jax.prune.kept import KeptVocabulary
 
 KEPT = KeptVocabulary(10, (0, 2, 3, 7), "x")
 

@@ -9,7 +9,8 @@ from stack_cases import decoder_layer
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.planning import evaluation
 from vlmprune_jax.planning.ahead_of_time import Compiled, make_slice
-from vlmprune_jax.planning.evaluation import BENCHMARKS, EvaluationCase, Questions, plan_evaluation
+from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
+from vlmprune_jax.planning.questions import BENCHMARKS, Questions
 from vlmprune_jax.workdir.artefact import read_artefact
 from vlmprune_jax.workdir.tpu_plan import TpuPlan
 
@@ -65,7 +66,7 @@ def test_the_command_plans_evaluation_without_training(uncompiled, goldens, tmp_
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(goldens / "ckpt/llava_hf")))
     flags = [f"--config={tmp_path / 'config.py'}", "--topology=v5e:2x2", f"--save={tmp_path / 'p.json'}"]
     assert main(["plan", *flags, "--evaluation"]) == 0, capsys.readouterr().err
-    assert "1,000 questions at least, in seconds: MMMU" in capsys.readouterr().out
+    assert "1,000 questions, bf16 at least, in seconds (tower + prefill + decoding): MMMU" in capsys.readouterr().out
     [planned] = read_artefact(tmp_path / "p.json", TpuPlan).evaluations.values()
     assert planned.model.layers == 5
     assert main(["plan", *flags]) == 2

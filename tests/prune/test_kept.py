@@ -5,7 +5,7 @@ from prune_cases import EQUAL, config, kept_stack, kept_units
 from stack_cases import decoder_layer
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary
+from vlmprune_jax.plans.kept import KeptLayer, KeptStack, KeptVocabulary
 
 BEFORE = (decoder_layer(6, 3, 10), decoder_layer(4, 2, 8), decoder_layer(6, 3, 10))
 FIRST = kept_stack(BEFORE, (kept_units(0, (0, 1, 4, 5), (0, 2), (1, 3, 8)), KeptLayer.whole(2, BEFORE[2])))

@@ -18,9 +18,9 @@ from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.models.vocabulary import Head
+from vlmprune_jax.plans.kept import KeptLayer
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.fingerprints import fingerprint
-from vlmprune_jax.prune.kept import KeptLayer
-from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.losses import Teacher, combine, loss_sums, losses, term_weights, vocabulary_sums

@@ -3,7 +3,8 @@
 Compiles the real training step of student and teacher for every variant (1 to 2 minutes each), for the largest length
 and tile buckets. Prints memory, FLOPs, communication and minimum time; the report of --workdir shows them as well.
 Reads config.json but no weights. Pruned shapes come from plan.json in --workdir, or are predicted.
---evaluation also compiles prefill and decoding, and prints the minimum time for 1,000 questions of each benchmark.
+--evaluation also compiles prefill and decoding, and prints the minimum time for 1,000 questions of each benchmark by
+phase, and with --weights=bf16,w8a8,w4a16 for quantised weights.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def define(values: Flags) -> None:
     about = "also find the cheapest remat, the largest batch and the smallest slice that fit"
     absl_flags.DEFINE_bool("search", False, about, flag_values=values)
     absl_flags.DEFINE_bool("evaluation", False, "also plan the evaluation of every pruned model", flag_values=values)
+    about = "formats of the decoder's weights for --evaluation: bf16, w8a8, w4a16"
+    absl_flags.DEFINE_list("weights", ["bf16"], about, flag_values=values)
     about = "JSON file for the results (default: WORKDIR/tpu_plan.json)"
     absl_flags.DEFINE_string("save", None, about, flag_values=values)
 
@@ -51,8 +54,9 @@ def run(flags: Any) -> None:
         raise UserError("no TPU slice given: add --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
     planned = fit_all(
-        experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, flags.evaluation
-    )
+        experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search,
+        tuple(flags.weights) if flags.evaluation else (),
+    )  # fmt: skip
     saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:
         write_artefact(Path(saved), planned)

@@ -21,6 +21,7 @@ class Chip:
       hbm: bytes of HBM that a program may use.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s received from other chips, all links together.
+      int8: int8 operations per second; 0 if none are published.
       slices: common topologies (of chips), smallest first.
       halves: number of jax devices per chip.
     """
@@ -31,6 +32,7 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     slices: tuple[str, ...]
+    int8: float = 0
     halves: int = 1
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
@@ -50,12 +52,13 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 # Google's "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" pages (docs.cloud.google.com/tpu/docs): peak compute per chip
-# (bf16), HBM bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction of all
-# links. TPU7x: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 1,200 GB/s in both directions per chip, split over its halves.
+# (bf16, int8), HBM bandwidth, and inter-chip interconnect bandwidth in Gbps (1600, 4800, 3200), which is one direction
+# of all links. TPU7x: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s and 1,200 GB/s in both directions per chip, split over its
+# halves.
 CHIPS = {
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819 * GIGA, 1600 * GIGA / 8, _FLAT),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765 * GIGA, 4800 * GIGA / 8, _CUBES),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640 * GIGA, 3200 * GIGA / 8, _FLAT),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819 * GIGA, 1600 * GIGA / 8, _FLAT, 394e12),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765 * GIGA, 4800 * GIGA / 8, _CUBES, 918e12),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GIB, 1640 * GIGA, 3200 * GIGA / 8, _FLAT, 1836e12),
     "tpu7x": Chip(("TPU7x",), 2307e12 / 2, 94.75 * GIB, 3690 * GIGA, 600 * GIGA / 2, _CUBES, halves=2),
 }
 

@@ -15,11 +15,11 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.links import real_path
 from vlmprune_jax.core.markup import code, markdown, yaml
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.plan_json import WHOLE, PlanJson, as_plan
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import LOADER_FILE, loader_class
 from vlmprune_jax.families import family_of
 from vlmprune_jax.models.params import count_params
+from vlmprune_jax.plans.plan_json import WHOLE, PlanJson, as_plan
 
 TAGS = ("vlmprune-jax", "pruned")
 _STEPS = {

@@ -5,10 +5,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -19,11 +17,11 @@ from vlmprune_jax.export.convert import rows_for, to_transformers
 from vlmprune_jax.export.processor import write_processor
 from vlmprune_jax.export.tokenizer import add_token, read_tokenizer
 from vlmprune_jax.export.uneven import padded_stacks, with_head_dim, with_loader, without_loader, write_loader
-from vlmprune_jax.export.vocabulary import Vocabulary
 from vlmprune_jax.families import Family, detect, family_of, target_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.disk.storage import without_storage
 from vlmprune_jax.hf.read import read_fields
+from vlmprune_jax.plans.plan import PrunePlan
 
 # Files that make a folder usable, beside weights and config.json.
 _ALWAYS = ("LICENSE*", "NOTICE*", "USE_POLICY*", "plan.json")
@@ -31,19 +29,6 @@ _SAME_LAYOUT = (
     "*token*.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "special_tokens_map.json",
     "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
 )  # fmt: skip
-
-
-class Plan(Protocol):
-    """Interface of a prune plan (`prune.PrunePlan`, which this package must not import)."""
-
-    @property
-    def vocabulary(self) -> Vocabulary | None: ...
-
-    @property
-    def options(self) -> Mapping[str, Any]: ...
-
-    def to_json(self, path: Path) -> str:
-        """Write the plan to a JSON file."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +137,7 @@ def write_files(target: Target, cfg: ModelConfig, source: Path, folder: Path) ->
         write_loader(folder)
 
 
-def copy_always(source: Path, folder: Path, plan: Plan | None) -> None:
+def copy_always(source: Path, folder: Path, plan: PrunePlan | None) -> None:
     """Copy licence files to an export, and write plan.json (from `plan`, otherwise a copy of the source's)."""
     _copy_files(source, folder, _ALWAYS)
     if plan is not None:

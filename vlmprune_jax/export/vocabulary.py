@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
@@ -20,6 +20,7 @@ from vlmprune_jax.export.tokenizer import read_tokenizer, token_ids, vocabulary_
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.hf.read import read_fields
+from vlmprune_jax.plans.kept import KeptVocabulary
 
 CONFIGS = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.npz", "*.index.json")
@@ -29,24 +30,8 @@ _MAY_DROP = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # of 
 _ROWS = ("vocab_size", "vocab_size_per_layer_input")
 
 
-class Vocabulary(Protocol):
-    """Interface of a plan's kept vocabulary (`prune.KeptVocabulary`, which this package must not import)."""
-
-    @property
-    def rows_before(self) -> int: ...
-
-    @property
-    def kept(self) -> Sequence[int]: ...
-
-    @property
-    def tokenizer(self) -> str: ...
-
-    @property
-    def new_ids(self) -> Mapping[int, int]: ...
-
-
 @contextlib.contextmanager
-def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
+def trimmed_files(source: Path, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
     """Context that yields a folder with tokenizer and configs: `source`, or a copy with only a plan's tokens.
 
     Args:
@@ -65,7 +50,7 @@ def trimmed_files(source: Path, vocabulary: Vocabulary | None, cfg: ModelConfig)
         yield Path(folder)
 
 
-def trim_files(source: Path, folder: Path, vocabulary: Vocabulary, cfg: ModelConfig) -> None:
+def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: ModelConfig) -> None:
     """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
     Raises:
@@ -96,7 +81,7 @@ def copy_without_weights(source: Path, folder: Path) -> None:
             copy_file(source / name, folder / name, source)
 
 
-def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: Vocabulary) -> None:
+def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabulary: KeptVocabulary) -> None:
     """Write the tokenizer files with only the kept tokens."""
     old, kept = token_ids(content), set(vocabulary.kept)
     texts = {text for text, i in old.items() if i in kept}
@@ -150,7 +135,7 @@ def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int
     return trimmed
 
 
-def _trim_legacy(path: Path, texts: set[str], vocabulary: Vocabulary) -> str:
+def _trim_legacy(path: Path, texts: set[str], vocabulary: KeptVocabulary) -> str:
     """Return the content of vocab.json or merges.txt with only the kept tokens."""
     if path.name == "vocab.json":
         ids = {text: vocabulary.new_ids[i] for text, i in read_json(path).items() if i in vocabulary.new_ids}
@@ -192,7 +177,7 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
     return change(name, value)
 
 
-def trim_config(config: JsonDict, vocabulary: Vocabulary, location: str) -> JsonDict:
+def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> JsonDict:
     """Return a config file's content with the new token ids and vocabulary size.
 
     Raises UserError if it has the id of a token that is not kept.

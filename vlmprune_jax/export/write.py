@@ -17,13 +17,14 @@ from vlmprune_jax.export.card import model_name, write_card
 from vlmprune_jax.export.format import Comparison, Format, Importance, Origin
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.export.processor import limited_images
-from vlmprune_jax.export.target import Plan, copy_always
+from vlmprune_jax.export.target import copy_always
 from vlmprune_jax.export.vocabulary import trimmed_files
 from vlmprune_jax.hf.disk.atomic import atomic_folder, check_space, check_target
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.read import resolve
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.plans.plan import PrunePlan
 
 
 def save(
@@ -44,7 +45,7 @@ def save(
     rolled_positions: bool = False,
     max_image_tokens: int | None = None,
     overwrite: bool = False,
-    plan: Plan | None = None,
+    plan: PrunePlan | None = None,
     name: str | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
@@ -100,7 +101,7 @@ def save(
 
 
 @contextlib.contextmanager
-def _files(source: Path, plan: Plan | None, max_image_tokens: int | None, model: Model) -> Iterator[Path]:
+def _files(source: Path, plan: PrunePlan | None, max_image_tokens: int | None, model: Model) -> Iterator[Path]:
     """Context that yields a folder with the tokenizer, processor and configs for the export."""
     with (
         trimmed_files(source, None if plan is None else plan.vocabulary, model.cfg) as trimmed,
@@ -117,7 +118,7 @@ def _write(
     chosen: Format,
     settings: Any,
     overwrite: bool,
-    plan: Plan | None,
+    plan: PrunePlan | None,
     name: str | None,
     card: Mapping[str, Any],
 ) -> None:
@@ -159,7 +160,7 @@ def check_saved(
     vision_dir: str | Path | None = None,
     format: str = "huggingface",
     max_image_tokens: int | None = None,
-    plan: Plan | None = None,
+    plan: PrunePlan | None = None,
     **options: Any,
 ) -> Comparison:
     """Compare the folder that `save` wrote with the model (collective).

@@ -144,7 +144,7 @@ class Decoder(BlockStack):
         hook_inputs: tuple[str, ...] = (),
         cache: Cache | None = None,
         remat: str = "none",
-        layer_embeds: LayerEmbeds = LayerEmbeds(),  # noqa: B008 - immutable
+        layer_embeds: LayerEmbeds = LayerEmbeds(),
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
 

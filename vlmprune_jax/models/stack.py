@@ -81,7 +81,7 @@ class BlockStack(nnx.Module):
         final: Callable[[jax.Array], jax.Array] | None = None,
         cache: Cache | None = None,
         remat: str = "none",
-        layer_embeds: LayerEmbeds = LayerEmbeds(),  # noqa: B008 - immutable
+        layer_embeds: LayerEmbeds = LayerEmbeds(),
     ) -> Passed:
         """Run all blocks on hidden states float[batch, seq, embed].
 

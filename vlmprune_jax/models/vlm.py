@@ -34,6 +34,7 @@ from vlmprune_jax.models.projector import Projector
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vision import VisionTower
 from vlmprune_jax.models.vocabulary import Head
+from vlmprune_jax.plans.plan import PrunePlan
 
 Params = dict[str, Any]
 CAPTURE = ("hidden", "image_features", "inputs_embeds")
@@ -54,9 +55,9 @@ class Model:
     cfg: ModelConfig
     _: KW_ONLY
     # Defaults of `save`, without effect on computation or equality: the folder that the model was loaded from, and
-    # what `vp.apply_plan` has pruned since then, as one PrunePlan (a class that this package must not import).
+    # what `vp.apply_plan` has pruned since then.
     source: Path | None = field(default=None, compare=False)
-    plan: Any = field(default=None, compare=False)
+    plan: PrunePlan | None = field(default=None, compare=False)
 
     def __call__(self, batch: Mapping[str, Any], *, capture: Collection[str] = ()) -> tuple[jax.Array, dict[str, Any]]:
         """Return the logits of a batch, and the intermediate values named in `capture`, see `vp.forward`.
@@ -217,7 +218,7 @@ def encode(
     image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     inputs_embeds: jax.Array | None = None,
-    layer_embeds: LayerEmbeds = LayerEmbeds(),  # noqa: B008 - immutable
+    layer_embeds: LayerEmbeds = LayerEmbeds(),
     position_ids: jax.Array | None = None,
     states: tuple[int, ...] = (),
     hook: Hook | None = None,

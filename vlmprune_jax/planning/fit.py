@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.inputs import count_records
@@ -17,6 +18,7 @@ from vlmprune_jax.experiment.variants import prune_runs, recover_runs
 from vlmprune_jax.planning.ahead_of_time import DoesNotFit, make_slice
 from vlmprune_jax.planning.case import Case, estimate, make_case, preparation_of, read_shapes
 from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
+from vlmprune_jax.planning.questions import WEIGHT_FORMATS
 from vlmprune_jax.recovery.config import REMAT
 from vlmprune_jax.recovery.objective import uses_labels
 from vlmprune_jax.workdir.tpu_plan import (
@@ -133,14 +135,17 @@ def fit_all(
     topology: str,
     n_records: int | None,
     search: bool,
-    evaluation: bool = False,
+    evaluation: tuple[str, ...] = (),
 ) -> TpuPlan:
     """Plan every recovery of an experiment on a TPU slice.
 
-    `search`: also search for settings that fit. `evaluation`: plan the evaluation of each pruned model as well.
+    `search`: also search for settings that fit. `evaluation`: plan the evaluation of each pruned model as well,
+    with these formats of weights (`planning.questions.WEIGHT_FORMATS`).
 
     Raises UserError if the slice is unknown, a step does not fit it (with advice), or there is nothing to plan.
     """
+    for form in evaluation:
+        one_of("--weights", form, tuple(WEIGHT_FORMATS))
     recoveries, evaluations = dict[str, Planned](), dict[str, PlannedEvaluation]()
     for pruned in prune_runs(experiment, workdir or Path()):
         shapes = read_shapes(pruned, workdir is not None)
@@ -164,6 +169,7 @@ def fit_all(
                 preparation=preparation_of(spec.data, shapes.cfg, shapes.folder),
                 rows=spec.evaluate.batch_size,
                 mesh=spec.evaluate.mesh,
+                weights=evaluation,
             )
             evaluations[pruned.name] = plan_evaluation(case_of_evaluation)
             for what, value in evaluation_rows(evaluations[pruned.name]):

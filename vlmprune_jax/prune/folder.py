@@ -8,7 +8,7 @@ from typing import Any
 from vlmprune_jax.export.write import save
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.hf.read import resolve
-from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.surgery import apply_plan
 from vlmprune_jax.prune.token_sources import Source
 

@@ -11,8 +11,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.config import PlanConfig, PlanOptions, ScoreConfig
-from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score
 from vlmprune_jax.prune.select import make_trim, plan_layers
@@ -67,8 +67,10 @@ def prune_iteratively(
         now = plan_layers(scores, current.cfg, step, step.ratio, costed)
         current = apply_plan(current, now)
     recorded = {**now.options, **used[0].options, "steps": steps, "sparsity": config.sparsity}
+    steps_plan = current.plan
+    assert steps_plan is not None  # by `apply_plan`
     plan = trim.attach(
-        dataclasses.replace(current.plan, target_ratio=config.ratio, parameters_total=total, options=recorded)
+        dataclasses.replace(steps_plan, target_ratio=config.ratio, parameters_total=total, options=recorded)
     )
     pruned = trim_vocabulary(current, trim.vocabulary).replace(plan=plan_since_loading(model, plan))
     return pruned, plan, tuple(used)

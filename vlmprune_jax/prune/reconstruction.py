@@ -45,13 +45,13 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import param_shapes
 from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.plans.kept import KeptStack
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
-from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
-from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
 from vlmprune_jax.prune.ridge import Sums, best_ridge, total_sums
 from vlmprune_jax.prune.ridge import change as solve

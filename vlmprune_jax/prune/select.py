@@ -14,12 +14,12 @@ from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
+from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary
+from vlmprune_jax.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.config import PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
-from vlmprune_jax.prune.kept import KeptStack, KeptVocabulary
-from vlmprune_jax.prune.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
 from vlmprune_jax.prune.scores import Scores, fits_layers
 from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary

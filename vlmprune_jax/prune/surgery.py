@@ -18,9 +18,9 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.hf.lazy import FileStack
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, Params, mesh_of
+from vlmprune_jax.plans.kept import KeptLayer, KeptVocabulary, Sizes
+from vlmprune_jax.plans.plan import PrunePlan, compose
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
-from vlmprune_jax.prune.kept import KeptLayer, KeptVocabulary, Sizes
-from vlmprune_jax.prune.plan import PrunePlan, compose
 
 
 def apply_plan(model: Model, plan: PrunePlan) -> Model:

@@ -10,9 +10,9 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.part import AXES
+from vlmprune_jax.plans.kept import KeptLayer, KeptStack, Sizes
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack, Sizes
-from vlmprune_jax.prune.plan import PrunePlan
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 

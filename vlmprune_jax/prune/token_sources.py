@@ -23,8 +23,8 @@ from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.export.vocabulary import CONFIGS, ids_in, trim_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.plans.kept import TOKEN_IDS, KeptVocabulary
 from vlmprune_jax.prune.config import VocabularyConfig
-from vlmprune_jax.prune.kept import TOKEN_IDS, KeptVocabulary
 from vlmprune_jax.prune.vocabulary import Subwords, check_size, choose_tokens
 
 _ROLES = ("system", "user", "assistant", "model", "tool")

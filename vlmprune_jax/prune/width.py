@@ -17,8 +17,8 @@ from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.plans.kept import KeptLayer
 from vlmprune_jax.prune.config import METHOD_AXES, PlanConfig
-from vlmprune_jax.prune.kept import KeptLayer
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import (
     Costs,

@@ -21,7 +21,7 @@ from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.plan import PrunePlan
+from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.flops import batch_flops

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.part import AXES, WRITERS
+from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.prune import PrunePlan, Scores
-from vlmprune_jax.prune.kept import KeptStack
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots

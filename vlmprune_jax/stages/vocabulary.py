@@ -21,8 +21,8 @@ from vlmprune_jax.data.tfds import PREFIX as TFDS
 from vlmprune_jax.evaluation.runner import log_likelihoods
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model
+from vlmprune_jax.plans.kept import KeptVocabulary
 from vlmprune_jax.prune.config import VocabularyConfig
-from vlmprune_jax.prune.kept import KeptVocabulary
 from vlmprune_jax.prune.surgery import trim_vocabulary
 from vlmprune_jax.prune.tables import Table
 from vlmprune_jax.prune.token_sources import Source, read_sample, tokens_of

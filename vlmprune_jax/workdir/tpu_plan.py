@@ -99,7 +99,7 @@ class PlannedEvaluation(Part, frozen=True, kw_only=True):
 
     `rows`, `tokens_per_row`: of the compiled batch. `resident`: the weights that a token needs, and the cache. `read`,
     `received`: from HBM and from other chips per token of every row, in the compiled program. `seconds`: least seconds
-    of 1,000 questions by benchmark, each in the largest batch that fits.
+    of 1,000 questions by benchmark; `phases`: by format of the weights, benchmark and phase, whatever the mesh.
     """
 
     topology: str
@@ -114,6 +114,7 @@ class PlannedEvaluation(Part, frozen=True, kw_only=True):
     read: Finite
     received: Finite
     seconds: dict[str, Finite]
+    phases: dict[str, dict[str, dict[str, Finite]]] = {}
     compile_seconds: Finite
 
 
@@ -183,7 +184,6 @@ def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
     """Return (name, value) rows that describe a planned evaluation."""
     hbm, model, traffic = planned.hbm, planned.model, planned.read + planned.received
     mesh = " x ".join(f"{name} {size}" for name, size in planned.mesh.items())
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in planned.seconds.items())
     return [
         ("slice", f"{planned.topology}: {planned.chips} chips, mesh {mesh}"),
         ("model", f"{model.parameters:,} parameters in {model.layers} layers"),
@@ -201,9 +201,18 @@ def evaluation_rows(planned: PlannedEvaluation) -> list[tuple[str, str]]:
             f"{planned.read / GIB:.3f} GiB of HBM and {planned.received / 2**20:.2f} MiB received per chip, "
             f"{traffic / planned.resident:.2f} x its weights and cache",
         ),
-        ("1,000 questions", f"at least, in seconds: {seconds}"),
+        *((f"1,000 questions, {form}", _phases(phases)) for form, phases in planned.phases.items()),
         ("compiled in", f"{planned.compile_seconds:.0f} s"),
     ]
+
+
+def _phases(benchmarks: dict[str, dict[str, float]]) -> str:
+    """Return the least seconds of benchmarks as text, with those of each phase."""
+    texts = [
+        f"{name} {sum(phases.values()):.2f} ({' + '.join(f'{value:.2f}' for value in phases.values())})"
+        for name, phases in benchmarks.items()
+    ]
+    return f"at least, in seconds (tower + prefill + decoding): {', '.join(texts)}"
 
 
 def _summary(step: PlannedStep) -> str:

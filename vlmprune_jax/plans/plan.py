@@ -15,9 +15,9 @@ from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError, renamed
 from vlmprune_jax.core.files import parse_json, read_json, replacing
 from vlmprune_jax.core.layer import describe_layers
-from vlmprune_jax.core.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 from vlmprune_jax.families.decoders import layer_problem
-from vlmprune_jax.prune.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
+from vlmprune_jax.plans.kept import KeptLayer, KeptStack, KeptVocabulary, Sizes, Units
+from vlmprune_jax.plans.plan_json import FORMAT, TODO, VOCAB, WHOLE, Component, as_plan
 
 VOCABULARY_ONLY = "vocabulary"  # method of a plan that only removes tokens
 MAX_BYTES = 2**26  # the plan of a 70B model that keeps everything had 16 MB in format 3
