@@ -2,6 +2,7 @@
 
 By the decision guide of arXiv 2604.24380 and by measurements, the paper's and this project's; reads no weights.
   vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
+  vlmprune recommend --model=DIR --for=question --on=v5e:2x4    what pruning, integers and fewer tokens gain
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
+    about = "goal to compare pruning, integers and fewer tokens by: memory, decode, question or throughput"
+    text("for", None, about, flag_values=values)
+    text("on", "v5e:2x4", "TPU slice of --for", flag_values=values)
     for name in ("train", "images", "eval"):
         text(name, None, f"your data.{name}, for the config", flag_values=values)
     text("bench", None, "file of `vlmprune bench --json=FILE` with speeds to show as well", flag_values=values)
@@ -40,10 +44,15 @@ def run(flags: Any) -> None:
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.planning.guide import FILE, read_guide
     from vlmprune_jax.planning.recommend import PLACEHOLDERS, advise, parse_bytes, parse_share
-    from vlmprune_jax.report.advice import tell
+    from vlmprune_jax.report.advice import tell, tell_goal
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR")
+    if flags["for"].value:
+        ratio = None if flags.ratio is None else parse_share("ratio", flags.ratio)
+        tell_goal(flags.model, flags["for"].value, flags.on, flags.vision_dir, ratio, make_reporter(True))
+        if flags.ratio is None and flags.bytes is None:
+            return
     given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
     advice = advise(
         flags.model,

@@ -149,10 +149,10 @@ def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
     pair = (scores, scores) if config.method == "hybrid" else scores
     if config.heads == "auto" and not keeps_heads(cfg, "text", config.loads_in):
         config = dataclasses.replace(config, heads="proportional")
-    return plan_beside(Trim.of(_typical_vocabulary(config.vocabulary, cfg), cfg), pair, cfg, config)
+    return plan_beside(Trim.of(typical_vocabulary(config.vocabulary, cfg), cfg), pair, cfg, config)
 
 
-def _typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
+def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabulary | None:
     """Return a kept vocabulary of the planned size (the lowest token ids); None if the vocabulary is not trimmed."""
     rows = cfg.text.vocab_size
     if config.size is None:

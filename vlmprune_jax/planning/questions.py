@@ -118,7 +118,7 @@ def bound(
     """
     if WEIGHT_FORMATS[weights].int8 and not chip.int8:
         raise UserError(f"{weights}: this TPU has no int8 units with a published peak: use another generation")
-    sizes = _bytes(cfg, WEIGHT_FORMATS[weights])
+    sizes = weight_bytes(cfg, weights)
     total = sum(sizes.values())
     groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
     if not groups:
@@ -147,8 +147,8 @@ def bound(
     return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))
 
 
-def _bytes(cfg: ModelConfig, form: WeightFormat) -> dict[str, float]:
-    """Return the bytes of the weights: of the decoder's layers, the output head, tower and projector, and the rest.
+def weight_bytes(cfg: ModelConfig, weights: str) -> dict[str, float]:
+    """Return the bytes of the weights in a format: of layers, output head, tower with projector, and the rest.
 
     Of experts all are read, since a batch's tokens choose all of them.
     """
@@ -157,4 +157,9 @@ def _bytes(cfg: ModelConfig, form: WeightFormat) -> dict[str, float]:
     head = weight_flops(cfg, head_of(cfg), (), False) / 2
     vision = sum(count_params(cfg, part) for part in ("vision", "projector")) if cfg.vision is not None else 0
     rest = count_params(cfg) - layers - head - vision
-    return {"layers": layers * form.bytes, "head": 2 * head, "vision": 2.0 * vision, "rest": 2 * rest}
+    return {
+        "layers": layers * WEIGHT_FORMATS[weights].bytes,
+        "head": 2 * head,
+        "vision": 2.0 * vision,
+        "rest": 2 * rest,
+    }

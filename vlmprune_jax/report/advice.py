@@ -6,9 +6,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
+from vlmprune_jax.planning.goals import GOALS, compare
 from vlmprune_jax.planning.guide import Evidence, read_guide
 from vlmprune_jax.planning.recommend import (
     Advice,
@@ -27,6 +29,10 @@ from vlmprune_jax.report.speed import bench_notes, bench_tables
 from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.result import Result
 
+NOTE = (
+    "bounds by arithmetic and memory for questions of nine benchmarks; nothing ran. They say nothing of accuracy: "
+    "--ratio tells what pruning retains, docs/explanation/results.md what 8 and 4 bits do"
+)
 WIDTH = 80  # characters per line of a recommendation
 
 
@@ -58,6 +64,17 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
         reporter.table(*table.printed)
     for line in [*notes, *(["", "config:", *advice.config.splitlines()] if full else [])]:
         reporter.say(line)
+
+
+def tell_goal(
+    hf_dir: str, goal: str, topology: str, vision_dir: str | None, ratio: float | None, reporter: Reporter
+) -> None:
+    """Print what pruning, integers and fewer tokens gain towards a goal, see `planning.goals.compare`."""
+    one_of("--for", goal, tuple(GOALS))
+    choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
+    rows = tuple((choice.name, choice.least, "" if choice.gain is None else f"{choice.gain:.2f}") for choice in choices)
+    reporter.table(*Table(f"Least {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), rows).printed)
+    _say([("note", NOTE)], reporter)
 
 
 def _write(path: Path, config: str) -> None:

@@ -1,0 +1,56 @@
+"""What pruning, integers and fewer tokens gain towards a goal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmprune_jax.cli.main import main
+from vlmprune_jax.planning.goals import compare
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 8192, "vocab_size": 65536,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)
+
+
+def gains(folder, goal, topology="v5e:2x2", ratio=None):
+    return {c.name: c.gain for c in compare(folder, goal, topology, vision_dir=None, ratio=ratio)}
+
+
+def test_four_bits_win_a_token_and_pruning_a_crowd(folder):
+    """A stream reads all weights for a token; a thousand questions are arithmetic, of which 4 bits save nothing."""
+    layers, rows = "without 30 % of the decoder by layers", "a vocabulary of 32,768"
+    token, crowd, memory = (gains(folder, goal) for goal in ("decode", "throughput", "memory"))
+    assert token["w4a16"] > 2 > token[layers] > 1.2
+    assert min(crowd["w8a8"], crowd[layers]) > 1.2 > crowd["w4a16"] >= 1
+    assert memory[f"{rows}, w4a16"] > memory["w4a16"] > memory["w8a8"] > memory[layers] > 1
+    assert token[rows] > 1
+    assert "half the image tokens" not in token
+    assert token["as it is"] == 1
+
+
+def test_a_model_that_does_not_fit_is_said(folder, capsys):
+    (choice,) = (c for c in compare(folder, "question", "tpu7x:2x2x1", vision_dir=None, ratio=0.2) if c.gain == 1)
+    assert choice.name == "as it is"
+    (Path(folder) / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 600}))  # 80 GB
+    assert main(["recommend", f"--model={folder}", "--for=question", "--on=v5e:2x2"]) == 0
+    out = capsys.readouterr().out
+    assert "as it is" in out
+    assert "does not fit" in out
+    assert "nothing ran" in out.replace("\n ", "")
+
+
+def test_unknown_goals_and_slices_are_one_line(folder, capsys):
+    assert main(["recommend", f"--model={folder}", "--for=joy"]) == 2
+    assert "--for 'joy' is not one of memory, decode, question, throughput" in capsys.readouterr().err
+    assert main(["recommend", f"--model={folder}", "--for=memory", "--on=gpu"]) == 2
+    assert "unknown TPU" in capsys.readouterr().err
