@@ -87,7 +87,8 @@ def speeds(subject: Subject, rounds: int) -> dict[str, list[float]]:
                 out = files[f"{cut} | {form}"]
                 vp.save(model, out, source_dir=subject.source, format="gguf", quantize=gguf, dtype="float16")
         paths = [str(next(out.glob("*.gguf"))) for out in files.values()]
-        sides, _ = find_sides(paths, ["llama_cpp"], None, config, dtype="float32", threads=cores())
+        engines = {"backends": ["llama_cpp"], "engine_python": []}
+        sides, _ = find_sides(paths, None, config, **engines, dtype="float32", threads=cores())
         _, found = bench(sides, config, make_reporter(True))
     return {name: list(one.decode) for name, one in zip(files, found, strict=True)}
 
