@@ -74,9 +74,7 @@ def main() -> None:
             for (name, path), side in zip(files.items(), found, strict=True):
                 row = rows.setdefault(name, {"bytes": Path(path).stat().st_size})
                 row |= {f"{prompt}+{answer}": seconds(side, answer) for answer in ANSWERS}
-            print(
-                f"{prompt} tokens: load {load} before, {options.threads} threads, {processor()}", file=sys.stderr
-            )
+            print(f"{prompt} tokens: load {load} before, {options.threads} threads, {processor()}", file=sys.stderr)
     if options.save:
         options.save.write_text(json.dumps(rows, indent=1) + "\n")
     cells = [f"{prompt}+{answer}" for prompt in prompts for answer in ANSWERS]

@@ -1,6 +1,7 @@
 """Energy counters: RAPL's that start again at 0, those that may not be read, and NVML's."""
 
-import ctypes
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from vlmprune_jax.evaluation.speed.energy import EnergyMeter, find_counters
 def powercap(tmp_path, monkeypatch):
     """Two packages and the memory of one, as Linux lists them, and zones that other zones contain."""
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    monkeypatch.setattr(energy, "NVML", "libnothing.so")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     zones = {"intel-rapl": None, "intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram",
              "intel-rapl:1": "package-1", "intel-rapl:2": "psys", "intel-rapl-mmio:0": "package-0"}  # fmt: skip
     for zone, name in zones.items():
@@ -53,7 +54,7 @@ def test_a_counter_that_fails_gives_no_number(powercap):
 
 def test_machines_without_counters(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
-    monkeypatch.setattr(energy, "NVML", "libnothing.so")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert find_counters() == []
     with EnergyMeter() as meter:
         pass
@@ -63,23 +64,32 @@ def test_machines_without_counters(tmp_path, monkeypatch):
 def test_nvml(tmp_path, monkeypatch):
     """Two GPUs, of which the second is too old to count."""
 
-    class Library:
-        def nvmlInit_v2(self):
-            return 0
+    class NVMLError(Exception):
+        pass
 
-        def nvmlDeviceGetCount_v2(self, count):
-            count._obj.value = 2
-            return 0
+    def millijoules(device):
+        if device == "GPU 1":
+            raise NVMLError("Not Supported")
+        return 4500
 
-        def nvmlDeviceGetHandleByIndex_v2(self, number, device):
-            device._obj.value = number + 1
-            return 0
-
-        def nvmlDeviceGetTotalEnergyConsumption(self, device, value):
-            value._obj.value = 4500
-            return 0 if device.value == 1 else 3
-
+    library = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda number: f"GPU {number}",
+        nvmlDeviceGetTotalEnergyConsumption=millijoules,
+    )
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setitem(sys.modules, "pynvml", library)
     (counter,) = find_counters()
     assert (counter.name, counter.read()) == ("NVML GPU 0", 4.5)
+
+
+def test_a_gpu_without_driver(tmp_path, monkeypatch):
+    def fail():
+        raise error("Driver Not Loaded")
+
+    error = type("NVMLError", (Exception,), {})
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=error, nvmlInit=fail))
+    assert find_counters() == []

@@ -6,7 +6,7 @@ TPUs report no energy or power to programs (libtpu 0.0.4x has metrics of use and
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text
 
 POWERCAP = Path("/sys/class/powercap")
-NVML = "libnvidia-ml.so.1"
 SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after minutes under load
 
 
@@ -51,31 +50,27 @@ def _rapl() -> list[Counter]:
 
 
 def _nvml() -> list[Counter]:
-    """Return the energy counters of the machine's NVIDIA GPUs (Volta or newer)."""
+    """Return the energy counters of the machine's NVIDIA GPUs (Volta or newer), if nvidia-ml-py is installed."""
     try:
-        library = ctypes.CDLL(NVML)
-        count = ctypes.c_uint()
-        if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-            return []
-    except (OSError, AttributeError):
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
         return []
+    found = []
+    with contextlib.suppress(nvml.NVMLError):  # no driver
+        nvml.nvmlInit()
+        for number in range(nvml.nvmlDeviceGetCount()):
+            device = nvml.nvmlDeviceGetHandleByIndex(number)
 
-    def counter(number: int) -> Counter | None:
-        device, value = ctypes.c_void_p(), ctypes.c_ulonglong()
+            def read(device: object = device) -> float:
+                try:
+                    return nvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
+                except nvml.NVMLError as error:
+                    raise ValueError(f"no energy counter: {error}") from error
 
-        def read() -> float:
-            if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(value)):
-                raise ValueError("no energy counter")
-            return value.value / 1e3
-
-        if library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)):
-            return None
-        with contextlib.suppress(ValueError, AttributeError):
-            read()
-            return Counter(f"NVML GPU {number}", read)
-        return None
-
-    return [found for number in range(count.value) if (found := counter(number)) is not None]
+            with contextlib.suppress(ValueError):
+                read()
+                found.append(Counter(f"NVML GPU {number}", read))
+    return found
 
 
 class EnergyMeter:
