@@ -53,10 +53,8 @@ def run(flags: Any) -> None:
     if not flags.topology:
         raise UserError("no TPU slice given: add --topology=v5e:8x8 (or v5p:4x4x4, v6e:8x8, tpu7x:2x2x2)")
     workdir = None if flags.workdir is None else to_workdir(flags.workdir)
-    planned = fit_all(
-        experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search,
-        tuple(flags.weights) if flags.evaluation else (),
-    )  # fmt: skip
+    formats = tuple(flags.weights) if flags.evaluation else ()
+    planned = fit_all(experiment, workdir, make_reporter(True), flags.topology, flags.records, flags.search, formats)
     saved = flags.save or (workdir and workdir / TPU_PLAN)
     if saved:
         write_artefact(Path(saved), planned)

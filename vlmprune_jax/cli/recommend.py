@@ -1,12 +1,12 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-By the decision guide of arXiv 2604.24380 and by measurements, the paper's and this project's; reads no weights.
-  vlmprune recommend --model=DIR --bytes=2GB --data=5% --compute=none --speed --save=recommended.py
-  vlmprune recommend --model=DIR --for=question --on=v5e:2x4    what pruning, integers and fewer tokens gain
+By arXiv 2604.24380's guide and by measurements; reads no weights. --for=GOAL --on=v5e:2x4 compares ways to a goal.
 """
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
@@ -24,8 +24,7 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
-    about = "goal to compare pruning, integers and fewer tokens by: memory, decode, question or throughput"
-    text("for", None, about, flag_values=values)
+    text("for", None, "goal to compare ways by: memory, decode, question or throughput", flag_values=values)
     text("on", "v5e:2x4", "TPU slice of --for", flag_values=values)
     for name in ("train", "images", "eval"):
         text(name, None, f"your data.{name}, for the config", flag_values=values)
@@ -37,9 +36,6 @@ def define(values: Flags) -> None:
 
 def run(flags: Any) -> None:
     """Print a recommended pruning method and recovery, and the command that follows it; write its config to a file."""
-    import shlex
-    from pathlib import Path
-
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.planning.guide import FILE, read_guide
@@ -48,22 +44,17 @@ def run(flags: Any) -> None:
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR")
+    reporter, most_bytes = make_reporter(True), None if flags.bytes is None else parse_bytes(flags.bytes)
+    ratio = None if flags.ratio is None else parse_share("ratio", flags.ratio)
     if flags["for"].value:
-        ratio = None if flags.ratio is None else parse_share("ratio", flags.ratio)
-        tell_goal(flags.model, flags["for"].value, flags.on, flags.vision_dir, ratio, make_reporter(True))
-        if flags.ratio is None and flags.bytes is None:
-            return
+        tell_goal(flags.model, flags["for"].value, flags.on, flags.vision_dir, ratio, reporter)
+    if flags["for"].value and ratio is most_bytes is None:
+        return
     given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]
     advice = advise(
-        flags.model,
-        vision_dir=flags.vision_dir,
-        ratio=None if flags.ratio is None else parse_share("ratio", flags.ratio),
-        most_bytes=None if flags.bytes is None else parse_bytes(flags.bytes),
-        data_fraction=parse_share("data", flags.data),
-        compute=flags.compute,
-        speed=flags.speed,
+        flags.model, vision_dir=flags.vision_dir, ratio=ratio, most_bytes=most_bytes,
+        data_fraction=parse_share("data", flags.data), compute=flags.compute, speed=flags.speed,
         files={name: flags[name].value for name in PLACEHOLDERS if flags[name].value},
-        bench=Path(flags.bench) if flags.bench else None,
-        guide=read_guide(Path(flags.guide) if flags.guide else FILE),
-    )
-    tell(advice, flags.save, given, flags.evidence, make_reporter(True))
+        bench=Path(flags.bench) if flags.bench else None, guide=read_guide(Path(flags.guide or FILE)),
+    )  # fmt: skip
+    tell(advice, flags.save, given, flags.evidence, reporter)
