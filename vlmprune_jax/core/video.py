@@ -139,7 +139,7 @@ def _trimmed(video: VideoConfig, request: _Request) -> list[int] | None:
     """Choose frames from the first to the last by rate up to a maximum, without a second at both ends of long clips."""
     rate = (video.fps if request.rate is None else request.rate) or 1.0
     most = (video.num_frames if request.count is None else request.count) or DEFAULT_FRAMES
-    count = max(min(int(round(rate * request.duration)), most), 1)
+    count = max(min(round(rate * request.duration), most), 1)
     first, last = 0, request.total - 1
     if request.duration - 2 > most * rate:
         first, last = int(request.fps), min(int(request.total - request.fps), last)
