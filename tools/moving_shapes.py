@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _blinks(draw: random.Random) -> Scene:
     """Return a clip in which one shape blinks, another appears in one half, and a third does nothing."""
     names, colours = _draw_shapes(draw, 3)
     count, half = draw.randint(1, 4), draw.choice(("first", "second"))
-    apart = [steps for steps in _subsets(count) if all(b - a > 1 for a, b in zip(steps, steps[1:], strict=False))]
+    apart = [steps for steps in _subsets(count) if all(b - a > 1 for a, b in pairwise(steps))]
     off = draw.choice(apart)
     start = draw.randint(0, 1) + (5 if half == "second" else 0)  # not in the middle steps, which the control repeats
     places = draw.sample([(x, y) for x in (16.0, 48.0) for y in (16.0, 48.0)], 3)

@@ -7,7 +7,13 @@ import pytest
 
 from vlmprune_jax.core.video import DEFAULT_FRAMES, VideoConfig, frame_indices
 
-RULES = {"qwen3_vl": "linspace", "qwen2_5_vl": "steps", "smolvlm": "trimmed", "internvl3": "middles", "gemma4": "starts"}
+RULES = {
+    "qwen3_vl": "linspace",
+    "qwen2_5_vl": "steps",
+    "smolvlm": "trimmed",
+    "internvl3": "middles",
+    "gemma4": "starts",
+}
 # Values of folders on the hub, in the tables' cases of longer clips.
 HUB = {
     "qwen3_vl": {"min_frames": 4, "max_frames": 768, "fps": 2},
@@ -34,7 +40,9 @@ def test_as_the_stock_processors(goldens, family):
         setting, video = dict(case["setting"]), config(family, golden["video_processor"], case["values"])
         stock = setting.pop("stock", {})
         if family == "qwen2_5_vl":  # the only processor that reads these arguments of a call
-            video = dataclasses.replace(video, **{name: stock[name] for name in stock if name.endswith("_frames")})
+            video = dataclasses.replace(
+                video, **{name: stock[name] for name in stock if name in ("min_frames", "max_frames")}
+            )
         every = list(range(case["frames"]))
         indices = frame_indices(video, case["frames"], case["fps"], duration=case["duration"], **setting)
         if "error" in case and "exclusive" in case["error"]:  # Gemma 4 has no rate; both settings at once are refused

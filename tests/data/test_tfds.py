@@ -20,7 +20,8 @@ from PIL import Image
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.records import StoredImage, read_records
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import read_records
 from vlmprune_jax.data.tfds import ImageStore, read_tfds, tfds_folder, tfds_state, write_tfds
 
 

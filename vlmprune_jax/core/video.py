@@ -67,7 +67,7 @@ class _Request(NamedTuple):
     fps: float
     duration: float  # seconds
     rate: float | None  # frames per second to sample
-    count: int | None  # frames to sample
+    wanted: int | None  # frames to sample
 
 
 def frame_indices(
@@ -98,10 +98,10 @@ def frame_indices(
 
 def _linspace(video: VideoConfig, request: _Request) -> list[int] | None:
     """Choose frames from the first to the last in equal steps; a requested count repeats frames of short clips."""
-    count, rate = request.count, video.fps if request.rate is None else request.rate
+    count, rate = request.wanted, video.fps if request.rate is None else request.rate
     if count is None:
-        wanted = request.total if rate is None else int(request.total / request.fps * rate)
-        count = min(max(wanted, video.min_frames), video.max_frames, request.total)
+        by_rate = request.total if rate is None else int(request.total / request.fps * rate)
+        count = min(max(by_rate, video.min_frames), video.max_frames, request.total)
     return np.linspace(0, request.total - 1, count).round().astype(int).tolist()
 
 
@@ -127,7 +127,7 @@ def _middles(video: VideoConfig, request: _Request) -> list[int] | None:
 
 def _starts(video: VideoConfig, request: _Request) -> list[int] | None:
     """Choose the first frame of equal segments; the stock processor has no rate."""
-    count = video.num_frames if request.count is None else request.count
+    count = video.num_frames if request.wanted is None else request.wanted
     if request.rate is not None:
         count = max(1, int(request.total / request.fps * request.rate))
     if count is None or count > request.total:
@@ -138,7 +138,7 @@ def _starts(video: VideoConfig, request: _Request) -> list[int] | None:
 def _trimmed(video: VideoConfig, request: _Request) -> list[int] | None:
     """Choose frames from the first to the last by rate up to a maximum, without a second at both ends of long clips."""
     rate = (video.fps if request.rate is None else request.rate) or 1.0
-    most = (video.num_frames if request.count is None else request.count) or DEFAULT_FRAMES
+    most = (video.num_frames if request.wanted is None else request.wanted) or DEFAULT_FRAMES
     count = max(min(round(rate * request.duration), most), 1)
     first, last = 0, request.total - 1
     if request.duration - 2 > most * rate:
@@ -153,8 +153,8 @@ def _or_default(video: VideoConfig, request: _Request) -> tuple[float | None, in
 
     The stock processors of these rules take every frame unless they are asked for fewer.
     """
-    if request.rate is not None or request.count is not None:
-        return request.rate, request.count
+    if request.rate is not None or request.wanted is not None:
+        return request.rate, request.wanted
     if video.num_frames is not None or video.fps is not None:
         return video.fps, video.num_frames
     return None, DEFAULT_FRAMES if request.total > DEFAULT_FRAMES else None

@@ -40,7 +40,8 @@ from vlmprune_jax.core.files import (
     read_text,
     reading,
 )
-from vlmprune_jax.data.records import Record, StoredImage, make_record
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record, make_record
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"

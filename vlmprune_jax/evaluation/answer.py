@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.evaluation.runner import ask
 from vlmprune_jax.hf.batches import Records, open_inputs, to_records

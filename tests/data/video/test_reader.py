@@ -9,7 +9,7 @@ import pytest
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
-from vlmprune_jax.data.records import StoredImage
+from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.video import process
 from vlmprune_jax.data.video.process import Limits
 from vlmprune_jax.data.video.reader import VideoReader
@@ -64,7 +64,7 @@ def test_bytes_and_frame_lists(clips):
     with np.load(clips / "frames.npz") as frames:
         np.testing.assert_array_equal(listed.frames, frames["main"][[0, 2, 4, 6, 8]])
     assert (listed.fps, listed.total, listed.indices) == (24.0, 5, (0, 1, 2, 3, 4))
-    with pytest.raises(UserError, match=r"still.png \(record r\): has 30x26 pixels, but the first frame .* 64x48"):
+    with pytest.raises(UserError, match=r"still.png \(record r\): has 33x45 pixels, but the first frame .* 64x48"):
         read.read((clips / "frame_0.png", clips / "still.png"), "r")
 
 

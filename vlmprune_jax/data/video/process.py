@@ -22,6 +22,7 @@ import numpy as np
 from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.files import parse_json
 
 MEMORY = 2**32  # bytes of address space of a worker
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # no keys or tokens
@@ -112,9 +113,7 @@ class _Worker:
                 raise _Died("the decoder's answer is too long")
             self._receive(byte := bytearray(1), deadline)
             line += byte
-        reply = json.loads(line)
-        assert isinstance(reply, dict)
-        return reply
+        return dict(parse_json(bytes(line), "decoder", "run the same command again"))
 
     def fill(self, array: np.ndarray, deadline: float) -> None:
         """Fill an array with the next bytes of the answer."""
@@ -192,9 +191,7 @@ def decode(
 
 
 @contextlib.contextmanager
-def _asked(
-    file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]
-) -> Iterator[tuple[_Worker, float]]:
+def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -> Iterator[tuple[_Worker, float]]:
     """Context that sends a request to a worker, and yields the worker and the time by which it must have answered."""
     sent = {"frames": limits.frames, "seconds": limits.seconds, "pixels": limits.pixels}
     deadline = time.monotonic() + limits.wall

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import tempfile
 import threading
@@ -18,8 +17,9 @@ import numpy as np
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import read_rgb
-from vlmprune_jax.data.records import StoredImage, Video, image_key
+from vlmprune_jax.data.media import StoredImage, Video, image_key
 from vlmprune_jax.data.video.process import Limits, decode, describe
 
 
@@ -74,11 +74,25 @@ class VideoReader:
     ) -> None:
         self.video = video
         self._limits = limits
-        self._sampling = {"video_fps": video_fps, "video_frames": video_frames}
+        self._video_fps, self._video_frames = video_fps, video_frames
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[str, tuple[int, ...]], np.ndarray] = OrderedDict()
         self._described: dict[Video, ClipInfo] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_settings(cls, video: VideoConfig, data: DataSpec) -> VideoReader:
+        """Return a reader with the settings of the section `data`."""
+        limits = Limits(
+            file_bytes=data.max_video_megabytes << 20,
+            frames=data.max_video_frames,
+            seconds=data.max_video_seconds,
+            pixels=data.max_image_pixels,
+            kept_pixels=data.max_video_pixels,
+            wall=data.video_timeout,
+        )
+        rate, count = data.video_fps, data.video_frames
+        return cls(video, limits, video_fps=rate, video_frames=count, cache_bytes=data.cache_megabytes << 20)
 
     def describe(self, source: Video, record: str) -> ClipInfo:
         """Return the sampled indices, rate and size of a video; only its first frame is decoded.
@@ -118,10 +132,15 @@ class VideoReader:
             return ClipInfo(every, LIST_FPS, len(source), len(source) / LIST_FPS, height, width, key)
         with _opened(source) as file:
             video = describe(file, _named(source, record), self._limits)
-        indices = frame_indices(self.video, video.total, video.fps, duration=video.duration, **self._sampling)
-        return ClipInfo(
-            tuple(indices), video.fps, video.total, video.duration, video.height, video.width, _key(source)
+        indices = frame_indices(
+            self.video,
+            video.total,
+            video.fps,
+            duration=video.duration,
+            video_fps=self._video_fps,
+            video_frames=self._video_frames,
         )
+        return ClipInfo(tuple(indices), video.fps, video.total, video.duration, video.height, video.width, _key(source))
 
     def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
         pixels = len(info.indices) * info.height * info.width
@@ -167,4 +186,3 @@ def _named(source: Path | StoredImage, record: str) -> str:
 def _key(source: Path | StoredImage) -> str:
     changed = source.stat().st_mtime_ns if isinstance(source, Path) else ""
     return f"{image_key(source)}:{changed}:av {importlib.metadata.version('av')}"
-

@@ -128,7 +128,7 @@ def _answer(connection: socket.socket, request: dict[str, Any], file: Any) -> No
             return
         for frame in frames(file, limits, request["indices"], request["total"]):
             send({"height": frame.shape[0], "width": frame.shape[1]})
-            connection.sendall(np.ascontiguousarray(frame))
+            connection.sendall(np.ascontiguousarray(frame).data)
         send({"done": True})
     except Refused as error:
         send({"error": str(error)})

@@ -36,7 +36,8 @@ from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import ROW_SETTINGS, DataSpec
 from vlmprune_jax.data.encoding import Encoder
 from vlmprune_jax.data.inputs import Inputs, load_inputs
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import IMAGE_TOKEN, Record, make_record
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec

@@ -157,9 +157,7 @@ def _longvideobench(prediction: str, record: Record) -> bool:
     return chosen in right_letters(record, "options")
 
 
-LONGVIDEOBENCH = accuracy(
-    _longvideobench, groups=("duration", lambda record: name_field(record, "duration_group"))
-)
+LONGVIDEOBENCH = accuracy(_longvideobench, groups=("duration", lambda record: name_field(record, "duration_group")))
 
 
 # NExT-QA, multiple choice: MMMU's rule, also for empty answers
