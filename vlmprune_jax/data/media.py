@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.links import real_path
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 SHOWN = 200  # maximum characters of a value in a message
 
 
@@ -52,6 +53,11 @@ class InlineStore:
 
     def identity(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
+
+
+def is_video(name: str | Path) -> bool:
+    """Return True if the name of a file says that it is a video."""
+    return str(name).lower().endswith(VIDEO_SUFFIXES)
 
 
 # A video file, its bytes, or the images that are its frames.
