@@ -96,13 +96,13 @@ class DataSpec:
     )
     min_tiles: int | None = rows_setting(
         None,
-        "Minimum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
+        "Minimum number of tiles per image (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
     max_tiles: int | None = rows_setting(
         None,
-        "Maximum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
+        "Maximum number of tiles per image (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
@@ -153,15 +153,13 @@ class DataSpec:
     )
     video_fps: float | None = rows_setting(
         None,
-        "Frames per second to sample from videos, by the rule of the model's video processor (None = the model "
-        "folder's rate or number).",
+        "Sampled frames per second of a video (None = the model folder's rate or number).",
         unit="frames/s",
         above=0,
     )
     video_frames: int | None = rows_setting(
         None,
-        "Frames to sample from each video, by the rule of the model's video processor (None = the model folder's rate "
-        "or number). Short videos have fewer frames. Lists of frames are not sampled.",
+        "Sampled frames per video (None = the model folder's rate or number).",
         unit="frames",
         least=1,
     )
@@ -169,14 +167,12 @@ class DataSpec:
         None, "Maximum number of tokens per video (None = the model folder's value).", unit="tokens", least=1
     )
     max_video_megabytes: int = setting(1024, "Maximum size of a video file.", unit="MiB", least=1)
-    max_video_frames: int = setting(36_000, "Maximum number of frames in a video file.", unit="frames", least=1)
+    max_video_frames: int = setting(36_000, "Maximum number of frames in a video.", unit="frames", least=1)
     max_video_seconds: int = setting(7200, "Maximum duration of a video.", unit="s", least=1)
     max_video_pixels: int = setting(
-        500_000_000, "Maximum number of pixels in the sampled frames of a video together.", unit="pixels", least=1
+        500_000_000, "Maximum number of pixels in all sampled frames of a video.", unit="pixels", least=1
     )
-    video_timeout: int = setting(
-        120, "Maximum time for decoding a video, in a process that is then ended.", unit="s", least=1
-    )
+    video_timeout: int = setting(120, "Maximum time for decoding a video.", unit="s", least=1)
     cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
     feature_cache: str | None = setting(
         None,
