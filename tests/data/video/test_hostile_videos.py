@@ -1,5 +1,7 @@
 """Videos of many encoders, and files that anybody may have made: the right frames, or one line."""
 
+import contextlib
+import re
 import struct
 
 import numpy as np
@@ -14,6 +16,7 @@ from vlmprune_jax.data.video.reader import VideoReader
 av = pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 EVERY = VideoConfig("linspace", min_frames=10**6, max_frames=10**6)
 LIMITS = Limits(file_bytes=2**26, frames=1000, seconds=100, pixels=10**6, kept_pixels=10**7, wall=60)
+FASTSTART = {"movflags": "faststart"}
 PICTURES = np.zeros((12, 48, 64, 3), np.uint8)
 for _number, _picture in enumerate(PICTURES):
     _picture[10:30, 3 * _number : 3 * _number + 20] = (200, 30, 90)
@@ -70,6 +73,28 @@ def test_frames_of_vp8_that_are_not_shown(tmp_path):
     assert content.count(packet) == 1
     path.write_bytes(content.replace(packet, bytes([packet[0] & ~0x10]) + packet[1:]))
     assert read(path).total == 11
+
+
+def test_cut_files_whose_frames_would_decode(tmp_path):
+    """The last picture lacks bytes, which the decoder makes up; the first pictures refer to one that is missing."""
+    path = tmp_path / "a.mp4"
+    encode(path, "libx264", g="6", bf="0")
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(av.open(str(path)))
+        first = stack.enter_context(av.open(str(tmp_path / "index_first.mp4"), "w", options=FASTSTART))
+        no_start = stack.enter_context(av.open(str(tmp_path / "no_start.mkv"), "w"))
+        streams = [container.add_stream_from_template(source.streams.video[0]) for container in (first, no_start)]
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            for container, stream in zip((first, no_start), streams, strict=True):
+                if number or container is first:
+                    packet.stream = stream
+                    container.mux(packet)
+            size = packet.size
+    whole = (tmp_path / "index_first.mp4").read_bytes()
+    assert refusal(tmp_path / "cut.mp4", whole[:-5]).startswith("is cut off or damaged:")
+    assert refusal(tmp_path / "cut.mp4", whole[:-size]).startswith("is cut off or damaged (11 of 12 frames are in")
+    message = refusal(path, (tmp_path / "no_start.mkv").read_bytes())
+    assert re.match(r"is cut off or damaged \(\d of 11 frames decode\)", message)
 
 
 def gif(width, height):
