@@ -124,7 +124,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
     with av.open(str(path), "w", format="mp4") as container:
         sound, cover = container.add_stream("aac", rate=8000, layout="mono"), container.add_stream("png")
         cover.width, cover.height, cover.pix_fmt = 8, 8, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         for start in range(0, 4096, 1024):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 8000, start
