@@ -103,14 +103,14 @@ class _Worker:
             sent = socket.send_fds(self._connection, [line], [file.fileno()])
             self._connection.sendall(line[sent:])
         except OSError:
-            raise _Died("the decoder stopped") from None
+            raise _Died("the decoder stopped: run the same command again") from None
 
     def line(self, deadline: float) -> dict[str, Any]:
         """Return the next line of the answer, as JSON."""
         line = bytearray()
         while not line.endswith(b"\n"):
             if len(line) > _LINE:
-                raise _Died("the decoder's answer is too long")
+                raise _Died("the decoder's answer is too long: replace the file")
             self._receive(byte := bytearray(1), deadline)
             line += byte
         return dict(parse_json(bytes(line), "decoder", "run the same command again"))
@@ -126,11 +126,11 @@ class _Worker:
                 self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
                 count = self._connection.recv_into(view)
             except TimeoutError:
-                raise _Died("decoding takes too long (data.video_timeout)") from None
+                raise _Died("takes too long to decode: raise data.video_timeout, or encode the file again") from None
             except OSError:
                 count = 0
             if not count:
-                raise _Died("the decoder stopped at this file")
+                raise _Died("the decoder stopped at this file: replace the file, or encode it again")
             view = view[count:]
 
 
@@ -200,12 +200,12 @@ def _asked(file: BinaryIO, name: str, limits: Limits, request: dict[str, Any]) -
             worker.send({**request, "limits": {**sent, "memory": MEMORY, "wall": limits.wall}}, file)
             yield worker, deadline
     except _Died as error:
-        raise UserError(f"{name}: {error}: replace the file, or encode it again (MP4 with H.264)") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def _checked(reply: dict[str, Any], name: str) -> dict[str, Any]:
     if "error" in reply:
-        raise UserError(f"{name}: {reply['error']}: replace the file, or encode it again (MP4 with H.264)")
+        raise UserError(f"{name}: {reply['error']}")
     return reply
 
 

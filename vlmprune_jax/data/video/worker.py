@@ -25,8 +25,14 @@ CODECS = (
 _VP8_SHOWN = 0x10  # bit of a VP8 frame's first byte; other frames are only references for later ones
 
 
+_AGAIN = "replace the file, or encode it again (MP4 with H.264)"
+
+
 class Refused(Exception):
-    """Reason why a video is not read, as the text of a message."""
+    """Reason why a video is not read, and what the user should do, as texts of a message."""
+
+    def __init__(self, problem: str, todo: str = _AGAIN) -> None:
+        super().__init__(f"{problem}: {todo}")
 
 
 def describe(file: Any, limits: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +53,7 @@ def describe(file: Any, limits: dict[str, Any]) -> dict[str, Any]:
                     first = start if first is None else min(first, start)
                     last = max(last if total > 1 else start, start + (packet.duration or 0))
             if total > limits["frames"]:
-                raise Refused(f"has more than {limits['frames']:,} frames (data.max_video_frames)")
+                raise Refused(f"has more than {limits['frames']:,} frames", "raise data.max_video_frames")
             if frame is None:
                 frame = next(iter(packet.decode()), None)
         # Only this container's header has the exact number, in a table of all samples.
@@ -58,7 +64,7 @@ def describe(file: Any, limits: dict[str, Any]) -> dict[str, Any]:
         if duration <= 0:  # a single frame without a duration
             duration = total / float(stream.average_rate or 24)
         if not duration <= limits["seconds"]:
-            raise Refused(f"lasts {duration:,.0f} s, more than {limits['seconds']:,} s (data.max_video_seconds)")
+            raise Refused(f"lasts {duration:,.0f} s, more than {limits['seconds']:,} s", "raise data.max_video_seconds")
         height, width = _upright(frame).shape[:2]
         return {"total": total, "fps": total / duration, "duration": duration, "height": height, "width": width}
 
@@ -98,7 +104,7 @@ def _opened(file: Any, limits: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
             raise Refused(f"is encoded in {'an unknown codec' if context is None else context.codec.name!r}")
         if context.width * context.height > limits["pixels"]:
             size = f"{context.width}x{context.height}"
-            raise Refused(f"has frames of {size} pixels, more than {limits['pixels']:,} (data.max_image_pixels)")
+            raise Refused(f"has frames of {size} pixels, more than {limits['pixels']:,}", "raise data.max_image_pixels")
         context.thread_count, context.thread_type = 1, "NONE"
         context.options = {"max_pixels": str(limits["pixels"])}
         yield container, stream
@@ -133,9 +139,9 @@ def _answer(connection: socket.socket, request: dict[str, Any], file: Any) -> No
     except Refused as error:
         send({"error": str(error)})
     except MemoryError:
-        send({"error": "needs more memory than a decoder may take"})
+        send({"error": f"needs more memory than a decoder may take: {_AGAIN}"})
     except (av.FFmpegError, OSError, ValueError) as error:
-        send({"error": f"cannot be decoded ({getattr(error, 'strerror', None) or error})"})
+        send({"error": f"cannot be decoded ({getattr(error, 'strerror', None) or error}): {_AGAIN}"})
 
 
 def main(descriptor: int) -> None:
