@@ -87,6 +87,7 @@ def test_data_uris():
         ({"video": "link.mp4", "conversations": TALK}, r"link to a file outside the image root"),
         ({"video": "frames_out", "conversations": TALK}, r"link to a file outside the image root"),
         ({"video": "../root/frames", "conversations": TALK}, r"must be a path below the image root"),
+        ({"video": "/usr", "conversations": TALK}, r"must be a path below the image root"),
         ({"video": "https://host/a.mp4", "conversations": TALK}, r"video 'https://host/a.mp4' is not a file: save it"),
         ({"video": "rtsp://host/a", "conversations": TALK}, r"is not a file"),
         ({"video": "concat:a.mp4|b.webm", "conversations": TALK}, r"does not exist"),

@@ -152,7 +152,8 @@ class MediaRoot:
 
     def find_video(self, name: str, location: str) -> Video:
         """Return the path of a video, or those of the frames in a folder, in the order of their numbers."""
-        inside = ".." not in PurePosixPath(name).parts and "\0" not in name
+        pure = PurePosixPath(name)
+        inside = not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
         if self._folder is None or not inside or not os.path.isdir(self._folder / name):
             return self.find(name, location, "video")
         files = [file for file in os.listdir(self._folder / name) if not file.startswith(".")]
