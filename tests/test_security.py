@@ -20,6 +20,7 @@ SAFE = {
     ("evaluation/speed/bench.py", "_installed"): "-I, with an interpreter that the command line names",
     ("export/gguf_check.py", "_ask"): "-P",
     ("data/tokenizer_files.py", "_try_rules"): "-P",
+    ("data/video/process.py", "__init__"): "-P",
     ("data/chat_template.py", "chat_prompt"): "-P",
     ("workdir/provenance.py", "commit"): "git, in the folder of this package",
     ("sweep/workers.py", "__init__"): "_safe_path",

@@ -74,9 +74,9 @@ This page lists the public names of `import vlmprune_jax as vp`. It is generated
 
 def settings_page() -> str:
     """Return one table per section of a config: setting, default, meaning."""
-    lines, known = [SETTINGS], options()
+    lines, known, listed = [SETTINGS], options(), dict[tuple[str, ...], str]()
     for place, section in sections().items():
-        rows = [_row(option) for option in known if option.section == place]
+        rows = [_row(option, listed) for option in known if option.section == place]
         if rows:
             lines += [
                 f"## {place}",
@@ -91,12 +91,15 @@ def settings_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(option: Option) -> str:
+def _row(option: Option, listed: dict[tuple[str, ...], str]) -> str:
+    """Return a setting's row; choices that another setting has listed are not repeated."""
     choices, unit, sentence = option.about.names(), option.about.unit, option.about.sentence
     if unit and unit.lower() not in sentence.lower() and unit not in COUNTED:
         sentence += f" Unit: {unit}."
     if not all(f'"{name}"' in sentence for name in choices):
-        sentence += f" One of {', '.join(f'`{name}`' for name in choices)}."
+        same = listed.setdefault(choices, option.name) if len(choices) > 5 else option.name
+        names = ", ".join(f"`{name}`" for name in choices)
+        sentence += f" One of {names}." if same == option.name else f" As `{same}`."
     cells = (f"`{option.name.rpartition('.')[2]}`", f"`{option.default!r}`", sentence)
     return "|" + "|".join(cell.replace("|", "\\|") for cell in cells) + "|"
 

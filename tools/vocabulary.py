@@ -14,7 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.families.templates import LLAVA_V1
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")  # ids 0..4
-MAX_VOCABULARY = 320
+MAX_VOCABULARY = 512
 _MODEL_MAX_LENGTH = 2048
 
 # LLaVA v1 without its system prompt. Unlike the template on the hub, an answer ends with </s> and the next round
@@ -129,7 +129,7 @@ def _write_words(
     words = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if len(word) > 1]
     tokens = [*special, *alphabet, *words]
     if len(tokens) > MAX_VOCABULARY:
-        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}: use it for easy-VQA only")
+        raise UserError(f"make_tokenizer: {len(tokens)} tokens, limit {MAX_VOCABULARY}: use records of fewer words")
     # ignore_merges looks a whole word up before any merge: one entry per word, no intermediate pieces.
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token=unknown, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer

@@ -142,7 +142,7 @@ def test_text_needs_no_image_root(tmp_path: Path) -> None:
         ({"id": "r1", "image": "", "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": 3, "conversations": TALK}, "path or a list of paths"),
         ({"id": "r1", "image": "a.png", "images": ["a.png"], "conversations": TALK}, "keep one"),
-        ({"id": "r1", "video": "a.mp4", "conversations": TEXT}, "has a video"),
+        ({"id": "r1", "video": "a.png", "conversations": TEXT}, "0 <video> placeholder(s) for 1 video(s)"),
         ({"id": "r1"}, "non-empty list"),
         ({"id": "r1", "conversations": []}, "non-empty list"),
         ({"id": "r1", "conversations": ["hello"]}, "turn 0"),

@@ -12,7 +12,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.records import Record, image_key
+from vlmprune_jax.data.media import image_key
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 
 RECORD = Record("r1", (("human", "a"), ("gpt", "b")), ())

@@ -20,7 +20,8 @@ from PIL import Image
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.records import StoredImage, read_records
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.data.tfds import ImageStore, read_tfds, tfds_folder, tfds_state, write_tfds
 
 
@@ -116,6 +117,8 @@ def test_a_folder_appears_whole_or_not_at_all(source, tmp_path):
         write_tfds(records, tmp_path / "set", image_root=root)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "images"]
     (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match="record v: has a video, which TFDS folders do not hold"):
+        write_tfds([Record("v", (("human", "<video>"),), (), videos=(tmp_path,))], tmp_path / "v", image_root=None)
     with pytest.raises(UserError, match="set: exists already"):
         write_tfds(records, tmp_path / "set", image_root=root)
 

@@ -41,10 +41,10 @@ def test_an_answer_is_that_of_an_evaluation(goldens, folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], 'chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"'),
+        ([], 'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"'),
         (
             ["{image}", QUESTION],
-            'chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"',
+            'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"',
         ),
         (["{folder}", "{folder}/config.json", QUESTION], "config.json (record question): not a readable image"),
         (["{folder}", "missing.png", QUESTION], "missing.png: no such folder"),

@@ -103,6 +103,19 @@ def test_questions_go_out_with_their_images_and_come_back_in_order(stand_in, tmp
     assert {key for _, _, key in stand_in.asked} == {"Bearer secret"}
 
 
+def test_videos_go_out_as_data_urls(stand_in, tmp_path):
+    clip, frames = tmp_path / "a.mp4", (tmp_path / "1.jpg", tmp_path / "2.jpg")
+    for path in (clip, *frames):
+        path.write_bytes(path.name.encode())
+    record = Record("r", (("human", "<video><video>What moves?"),), (), videos=(clip, frames))
+    ask(stand_in, [record])
+    encoded = [base64.b64encode(path.read_bytes()).decode() for path in (clip, *frames)]
+    urls = [f"data:video/mp4;base64,{encoded[0]}", f"data:video/jpeg;base64,{encoded[1]},{encoded[2]}"]
+    content = stand_in.asked[-1][1]["messages"][0]["content"]
+    assert [part["video_url"]["url"] for part in content[:2]] == urls
+    assert content[2]["text"] == "What moves? Short."
+
+
 @pytest.mark.parametrize(
     ("as_served", "with_begin", "asks"), [([5, 6], [1, 5, 6], True), ([1, 5], [1, 1, 5], False), ([5], [5], False)]
 )

@@ -4,13 +4,16 @@ and nothing reaches the terminal, not even from a library in C or Rust.
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
 from vlmprune_jax.data import tokenizer_files
+from vlmprune_jax.data.video import process
 
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "webbrowser.open"}
 NAMED = ("/secret", "/dev/zero")  # by the values that fuzz_cases puts into files
+_DECODER = str(Path(process.__file__).with_name("worker.py"))
 _watching: list[str] | None = None
 
 
@@ -20,6 +23,8 @@ def _audit(event: str, arguments: tuple) -> None:
         return
     if event == "subprocess.Popen" and [*arguments[1]] == [sys.executable, "-P", "-c", tokenizer_files._TRIAL]:
         return  # the package's own trial of a tokenizer's rules, which come to it as data
+    if event == "subprocess.Popen" and [*arguments[1]][:3] == [sys.executable, "-P", _DECODER]:
+        return  # the package's own decoder of videos, which come to it as open files
     if event in STARTS or (event == "open" and str(arguments[0]).endswith(NAMED)):
         _watching.append(f"{event} {arguments[0]}")
 

@@ -28,13 +28,18 @@ RECORDS = [
     }
     for number in range(3)
 ]
+VIDEO = {
+    "id": "v",
+    "video": [["img0.png", "img1.png"], "img2.png"],
+    "messages": [{"role": "user", "content": [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "?"}]}],
+}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "EPS", "ICO", "PPM")
 
 
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
 def test_records(goldens, tmp_path, name):
     path = tmp_path / name
-    files = json_files(RECORDS) if name.endswith(".json") else json_lines(RECORDS)
+    files = (json_files if name.endswith(".json") else json_lines)([*RECORDS, VIDEO])
 
     @fuzz(100, content=files, on_error=st.sampled_from(("stop", "skip")))
     def check(content, on_error):

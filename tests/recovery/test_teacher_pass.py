@@ -18,7 +18,8 @@ import recover_cases as cases
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.records import Record, StoredImage
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.models.params import flatten, unflatten

@@ -75,9 +75,9 @@ def test_equal_records_give_equal_files(paths: dict[str, Path], folder: Path, tm
 
 
 def test_too_many_words_are_refused(tmp_path: Path) -> None:
-    words = " ".join(f"{chr(97 + a)}{chr(97 + b)}" for a in range(10) for b in range(10))
+    words = " ".join(f"{chr(97 + a)}{chr(97 + b)}" for a in range(20) for b in range(20))
     entries = [{"conversations": [{"from": "human", "value": words}]}]
-    with pytest.raises(UserError, match="limit 320"):
+    with pytest.raises(UserError, match="limit 512"):
         make_tokenizer(entries, tmp_path / "t", image_size=64, patch_size=8)
     assert not (tmp_path / "t").exists()
 

@@ -1,7 +1,8 @@
-"""vlmprune chat MODEL [MODEL ...] [IMAGE ...] "QUESTION": ask models a question, for example before and after pruning.
+"""vlmprune chat MODEL [MODEL ...] [FILE ...] "QUESTION": ask models a question, for example before and after pruning.
 
-Models are Hugging Face folders or hub ids; images are files. Answers are greedy.
+Models are Hugging Face folders or hub ids; files are images and videos. Answers are greedy.
   vlmprune chat DIR/llava-1.5-7b-hf runs/llava/export cat.png "What animal is this?"
+  vlmprune chat DIR/Qwen3-VL-2B-Instruct clip.mp4 "What happens?" --video_frames=8
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of the weights in memory", flag_values=values)
     about = "maximum length of an answer (tokens)"
     absl_flags.DEFINE_integer("max_new_tokens", 64, about, lower_bound=1, flag_values=values)
+    about = "frames to sample from a video (default: as the model folder says)"
+    absl_flags.DEFINE_integer("video_frames", None, about, lower_bound=1, flag_values=values)
 
 
 def run(flags: Any) -> None:
-    """Print each model's answer to one question about an image (`vlmprune chat`)."""
+    """Print each model's answer to one question about images or videos (`vlmprune chat`)."""
     import os
 
     from vlmprune_jax.core.console import make_reporter
@@ -36,14 +39,17 @@ def run(flags: Any) -> None:
     from vlmprune_jax.models.params import count_params
 
     *names, question = flags.args or [""]
-    images = [name for name in names if os.path.isfile(name)]
-    models = [name for name in names if name not in images]
+    files = [name for name in names if os.path.isfile(name)]
+    models = [name for name in names if name not in files]
     if not models or not question:
-        raise UserError('chat takes models, images and a question: vlmprune chat MODEL image.png "What is this?"')
+        raise UserError(
+            'chat takes models, images or videos and a question: vlmprune chat MODEL image.png "What is this?"'
+        )
     start_devices()
     reporter = make_reporter(True)
     for name in models:
         model = load(name, vision_dir=flags.vision_dir, dtype=flags.dtype)
         options = {"source_dir": name, "vision_dir": flags.vision_dir, "max_new_tokens": flags.max_new_tokens}
+        options |= {} if flags.video_frames is None else {"video_frames": flags.video_frames}
         reporter.say(f"{name} ({count_params(model):,} parameters)")
-        reporter.say(f"  {answer(model, images or None, question, **options)}")
+        reporter.say(f"  {answer(model, files or None, question, **options)}")

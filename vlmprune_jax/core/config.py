@@ -15,6 +15,7 @@ from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.video import VideoConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
@@ -226,7 +227,8 @@ class ModelConfig:
 
     `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded. Tokens `video_token_id` are refused. With `tower` False the tower's weights
+    sentinel -200, which is never embedded. `video` is the model folder's video processor, None for families without
+    one. With `tower` False the tower's weights
     are not loaded, and the model takes vision features instead of pixels.
     """
 
@@ -244,6 +246,7 @@ class ModelConfig:
     fake_quant: FakeQuant | None = None
     tower: bool = True
     video_token_id: int | None = None
+    video: VideoConfig | None = None
 
     def __post_init__(self) -> None:
         if self.vision is None or self.projector is None:

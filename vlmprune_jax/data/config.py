@@ -22,7 +22,9 @@ training_setting = functools.partial(setting, affects=_TRAINING)
 # Settings that change how a single record becomes a row of tokens and images, in any command.
 ROW_SETTINGS = (
     *("template", "system", "aspect_ratio", "min_tiles", "max_tiles", "thumbnail"),
-    *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads"),
+    *("max_image_tokens", "max_image_pixels", "cache_megabytes", "threads", "video_fps", "video_frames"),
+    *("video_tokens", "max_video_megabytes", "max_video_frames", "max_video_seconds", "max_video_pixels"),
+    "video_timeout",
 )
 
 
@@ -94,13 +96,13 @@ class DataSpec:
     )
     min_tiles: int | None = rows_setting(
         None,
-        "Minimum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
+        "Minimum number of tiles per image (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
     max_tiles: int | None = rows_setting(
         None,
-        "Maximum number of tiles per image, for models that cut images into tiles (None = the model folder's value).",
+        "Maximum number of tiles per image (None = the model folder's value).",
         unit="tiles",
         least=1,
     )
@@ -149,6 +151,28 @@ class DataSpec:
     max_image_pixels: int = setting(
         100_000_000, "Maximum number of pixels of an image file; larger images are refused.", unit="pixels", least=1
     )
+    video_fps: float | None = rows_setting(
+        None,
+        "Sampled frames per second of a video (None = the model folder's rate or number).",
+        unit="frames/s",
+        above=0,
+    )
+    video_frames: int | None = rows_setting(
+        None,
+        "Sampled frames per video (None = the model folder's rate or number).",
+        unit="frames",
+        least=1,
+    )
+    video_tokens: int | None = rows_setting(
+        None, "Maximum number of tokens per video (None = the model folder's value).", unit="tokens", least=1
+    )
+    max_video_megabytes: int = setting(1024, "Maximum size of a video file.", unit="MiB", least=1)
+    max_video_frames: int = setting(36_000, "Maximum number of frames in a video.", unit="frames", least=1)
+    max_video_seconds: int = setting(7200, "Maximum duration of a video.", unit="s", least=1)
+    max_video_pixels: int = setting(
+        500_000_000, "Maximum number of pixels in all sampled frames of a video.", unit="pixels", least=1
+    )
+    video_timeout: int = setting(120, "Maximum time for decoding a video.", unit="s", least=1)
     cache_megabytes: int = setting(512, "Memory for the cache of decoded and resized images.", unit="MiB", least=0)
     feature_cache: str | None = setting(
         None,
@@ -165,6 +189,10 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         check_settings("data", self)
+        if self.video_fps is not None and self.video_frames is not None:
+            raise UserError(
+                f"data.video_fps={self.video_fps:g} and data.video_frames={self.video_frames} are both set: unset one"
+            )
         for name in ("length_buckets", "tile_buckets", "image_buckets"):
             buckets = getattr(self, name)
             if buckets and (buckets[0] < 1 or list(buckets) != sorted(set(buckets))):

@@ -25,7 +25,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_json, reading
 from vlmprune_jax.data.arrow import MAX_ROWS, bounded_messages, check_schema
 from vlmprune_jax.data.forms import to_entry
-from vlmprune_jax.data.records import Record, StoredImage, make_record
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record, make_record
 
 PREFIX = "datasets:"  # of data.train and data.eval: datasets:FOLDER
 _STATE, _SPLITS = "state.json", "dataset_dict.json"

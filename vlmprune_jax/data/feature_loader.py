@@ -11,8 +11,9 @@ import numpy as np
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.images import GRIDS, ImageLoader
+from vlmprune_jax.data.media import StoredImage, image_key
 from vlmprune_jax.data.preparation import Preparation
-from vlmprune_jax.data.records import Record, StoredImage, image_key
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.families.tiles import ImageShape
 
 

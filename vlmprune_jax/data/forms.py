@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmprune_jax.core.errors import UserError
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 SPEAKERS = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}
 _MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 
@@ -20,11 +20,12 @@ def from_messages(entry: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Convert a data entry with OpenAI's `messages` [{role, content}] to one with LLaVA's `conversations`.
 
     A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
-    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. If no
-    message has an image, those of the entry precede the first one. Raises UserError if a message has another form or
-    role, or only some images have a path.
+    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Videos are
+    parts of type video or video_url in the same forms, whose value may be a list of frames. If no message has an image
+    (or video), those of the entry precede the first one. Raises UserError if a message has another form or role, or
+    only some images have a path.
     """
-    turns, names = list[dict[str, Any]](), list[Any]()
+    turns, names = list[dict[str, Any]](), {IMAGE_TOKEN: list[Any](), VIDEO_TOKEN: list[Any]()}
     messages = entry["messages"]
     for number, message in enumerate(messages if isinstance(messages, list) else [None]):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
@@ -35,39 +36,43 @@ def from_messages(entry: Mapping[str, Any], location: str) -> dict[str, Any]:
         if role not in SPEAKERS or None in texts:
             raise UserError(
                 f"{location}: message {number} must have 'role' user or assistant, and 'content' that is a text or a "
-                "list of parts of type text, image or image_url"
+                "list of parts of type text, image, image_url, video or video_url"
             )
         turns.append({"from": role, "value": "\n".join(map(str, texts))})
     rest = {name: value for name, value in entry.items() if name != "messages"}
-    if any(name is not None for name in names):
-        if None in names or any(rest.get(name) is not None for name in ("image", "images")):
-            raise UserError(
-                f"{location}: some images are in messages, others in 'images': put all paths into messages, or all "
-                "into 'images'"
-            )
-        rest["images"] = names
-    elif turns and not any(IMAGE_TOKEN in turn["value"] for turn in turns):
-        images = rest.get("images") or rest.get("image") or []
-        marks = f"{IMAGE_TOKEN}\n" * (len(images) if isinstance(images, list) else 1)
-        turns[0] = {**turns[0], "value": f"{marks}{turns[0]['value']}"}
+    for token, key in ((VIDEO_TOKEN, "video"), (IMAGE_TOKEN, "image")):
+        if any(name is not None for name in names[token]):
+            if None in names[token] or any(rest.get(name) is not None for name in (key, f"{key}s")):
+                raise UserError(
+                    f"{location}: some {key}s are in messages, others in '{key}s': put all paths into messages, or all "
+                    f"into '{key}s'"
+                )
+            rest[f"{key}s"] = names[token]
+        elif turns and not any(token in turn["value"] for turn in turns):
+            values = rest.get(f"{key}s") or rest.get(key) or []
+            marks = f"{token}\n" * (len(values) if isinstance(values, list) else 1)
+            turns[0] = {**turns[0], "value": f"{marks}{turns[0]['value']}"}
     return {**rest, "conversations": turns}
 
 
-def _part(part: Any, names: list[Any]) -> str | None:
-    """Return the text of a chat message part, appending an image part's path to `names`; None if malformed."""
+def _part(part: Any, names: Mapping[str, list[Any]]) -> str | None:
+    """Return the text of a chat message part, appending a path to the `names` of its token; None if malformed."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return part["text"] if isinstance(part.get("text"), str) else None
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "video", "video_url"):
         return None
-    path = part.get(kind)
-    names.append(path.get("url") if isinstance(path, dict) else path)
-    return IMAGE_TOKEN
+    token = VIDEO_TOKEN if kind.startswith("video") else IMAGE_TOKEN
+    value = part.get(kind)
+    names[token].append(value.get("url") if isinstance(value, dict) else value)
+    return token
 
 
-def from_question(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def from_question(entry: Mapping[str, Any], names: Sequence[str], videos: int = 0) -> dict[str, Any]:
     """Convert a data entry with `question` and an optional `answer` to one with LLaVA's `conversations`."""
     row = {name: value for name, value in entry.items() if name not in ("image", "images")}
+    if VIDEO_TOKEN not in row["question"]:
+        row["question"] = f"{VIDEO_TOKEN}\n" * videos + row["question"]
     return to_entry(row, {"image": list(names)} if names else {})
 
 

@@ -24,8 +24,8 @@ PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json",
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation that many classes have by default
 _TODO = "restore it from the model's source"
 
-_Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
-_Sides = Annotated[list[_Side], Meta(min_length=2, max_length=2)]
+Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+_Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
 # The range also allows values that are not rescaled to 0..1.
 _Means = Annotated[list[Annotated[float, Meta(ge=-255, le=255)]], Meta(min_length=3, max_length=3)]
 _Deviations = Annotated[list[Annotated[float, Meta(ge=1e-6, le=255)]], Meta(min_length=3, max_length=3)]
@@ -34,16 +34,16 @@ _Area = Annotated[int, Meta(ge=1, le=MAX_SIDE**2 * 64)] | None  # pixels; far ab
 
 
 class _Size(TypedDict, total=False):
-    height: _Side | None
-    width: _Side | None
-    shortest_edge: _Side | None
-    longest_edge: _Side | None
+    height: Side | None
+    width: Side | None
+    shortest_edge: Side | None
+    longest_edge: Side | None
 
 
-_AnySize = _Side | _Sides | _Size | None
+_AnySize = Side | _Sides | _Size | None
 
 
-class _Steps(TypedDict, total=False):
+class ProcessorSteps(TypedDict, total=False):
     """Fields of preprocessor_config.json that are checked for every type of image processor."""
 
     image_processor_type: str | None
@@ -57,7 +57,7 @@ class _Steps(TypedDict, total=False):
     image_std: _Deviations | None
 
 
-class ProcessorFile(_Steps, total=False):
+class ProcessorFile(ProcessorSteps, total=False):
     """Fields of preprocessor_config.json that are read unless images are cut into patches (`PatchFile`)."""
 
     size: _AnySize
@@ -83,7 +83,7 @@ class _Areas(TypedDict, total=False):
     longest_edge: _Area
 
 
-class PatchFile(_Steps, total=False):
+class PatchFile(ProcessorSteps, total=False):
     """Fields of preprocessor_config.json that are read for images of any size; `size` has both area limits."""
 
     size: _Areas | None
@@ -103,7 +103,7 @@ _USED_FIELDS = (
 
 def checked_processor(config: Any, location: str) -> dict[str, Any]:
     """Return an image processor's settings; raise UserError if they are unsupported."""
-    way = way_of(checked(config, _Steps, location, _TODO))
+    way = way_of(checked(config, ProcessorSteps, location, _TODO))
     return checked(config, PatchFile if way == "patches" else ProcessorFile, location, _TODO)
 
 

@@ -30,9 +30,9 @@ from vlmprune_jax.data.image_processor import (
     sides,
     way_of,
 )
+from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.data.preparation import Preparation, fixed_size
-from vlmprune_jax.data.records import StoredImage
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
@@ -185,13 +185,7 @@ def thumbnail(
 
     Raises UserError naming the file and the record; also for an image of more than `max_pixels`.
     """
-    with _opened(image, record) as opened:
-        width, height = opened.size
-        if width * height > max_pixels:
-            raise UserError(
-                f"{image}: image of {width}x{height} pixels exceeds the limit of {max_pixels} pixels: shrink it or "
-                "raise data.max_image_pixels"
-            )
+    with _opened(image, record, max_pixels) as opened:
         opened.draft("RGB", (side, side))  # decodes a JPEG at reduced size
         small = _to_rgb(opened)
         small.thumbnail((side, side))
@@ -199,6 +193,12 @@ def thumbnail(
     encoded = io.BytesIO()
     small.save(encoded, kind, **({} if kind == "png" else {"quality": 80}))
     return encoded.getvalue(), kind, small.size
+
+
+def read_rgb(image: Path | StoredImage, record: str, max_pixels: int) -> Image.Image:
+    """Return a decoded image in RGB; raise UserError naming the file and the record, also above `max_pixels`."""
+    with _opened(image, record, max_pixels) as opened:
+        return _to_rgb(opened)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -209,10 +209,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | StoredImage, record: str) -> Iterator[Image.Image]:
+def _opened(path: Path | StoredImage, record: str, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """Context that opens an image and reads its header; errors inside it name the file and the record."""
     try:
         with open_image(path if isinstance(path, Path) else path.read_bytes()) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise UserError(
+                    f"{path}: image of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels: "
+                    "shrink it or raise data.max_image_pixels"
+                )
             yield image
     except UserError as error:
         raise UserError(f"{path} (record {record}): {str(error).removeprefix(f'{path}: ')}") from error

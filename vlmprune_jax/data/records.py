@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_text
-from vlmprune_jax.core.links import real_path
-from vlmprune_jax.data.forms import IMAGE_TOKEN, SPEAKERS, from_messages, from_question
+from vlmprune_jax.data.forms import IMAGE_TOKEN, SPEAKERS, VIDEO_TOKEN, from_messages, from_question
+from vlmprune_jax.data.media import Images, MediaRoot, StoredImage, Video, find_video, shown, video_names
 
 _SPEAKERS = ("human", "gpt")
 _OWN_FIELDS = (
@@ -26,45 +25,14 @@ _OWN_FIELDS = (
     "messages",
     "answers",
     "video",
+    "videos",
 )  # all others are `Record.fields`
-_SHOWN = 200  # maximum characters of a value in a message
 MAX_REPEATS = 1000  # of a data set, since its records are copied
-
-
-class _Store(Protocol):
-    def read(self, number: int) -> bytes:
-        """Return an image's encoded bytes (such as a JPEG file)."""
-
-    def identity(self) -> str:
-        """Return a text that identifies the data set's content, used in cache keys."""
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """Image stored inside a data set (such as data/tfds.py); `name` appears in error messages."""
-
-    name: str
-    number: int
-    store: _Store
-
-    def __str__(self) -> str:
-        return self.name
-
-    def read_bytes(self) -> bytes:
-        """Return the image's encoded bytes; raise OSError if they cannot be read."""
-        return self.store.read(self.number)
-
-
-def image_key(image: Path | StoredImage) -> str:
-    """Return an image's cache key: path and file size, or its data set and number."""
-    if isinstance(image, StoredImage):
-        return f"{image.store.identity()}/{image.number}"
-    return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation: (role, text) turns alternating between "human" and "gpt", and the images in order.
+    """One conversation: (role, text) turns alternating between "human" and "gpt", and its images and videos in order.
 
     `problem`: why the entry could not be read, in which case there are no turns. `answers`: right answers of an
     evaluation record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics
@@ -77,6 +45,7 @@ class Record:
     problem: str | None = None
     answers: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    videos: tuple[Video, ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -93,7 +62,8 @@ def read_records(
 
     Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or of the forms in data/forms.py.
     `image` is a path or a list of paths
-    below `image_root`; a missing id becomes the entry's index. A first turn of gpt is dropped (reference:
+    below `image_root`, and `video` likewise, of which an inner list is one video given as its frames; a missing id
+    becomes the entry's index. A first turn of gpt is dropped (reference:
     `preprocess_v1`). `answers` lists the right answers of a question, as texts (TextVQA, DocVQA) or as VQA's
     `{"answer": text}`. With `image_lead` the text may omit the `<image>` placeholder of a record's only image, which
     the template then puts in front (as in InternVL data files).
@@ -108,7 +78,7 @@ def read_records(
 
 
 def _read_list(path: Path, image_root: Path | None, image_lead: bool, on_error: str) -> list[Record]:
-    root = _ImageRoot(image_root)
+    root = MediaRoot(image_root)
     entries = read_entries(path, on_error)
     records = [make_record(entry, index, path, root, image_lead, on_error) for index, entry in enumerate(entries)]
     if not records:
@@ -121,7 +91,7 @@ def make_records(entries: Sequence[Any], image_root: Path | None, *, image_lead:
 
     Raises UserError with the record for malformed entries.
     """
-    root = _ImageRoot(image_root)
+    root = MediaRoot(image_root)
     return [make_record(entry, i, PurePath("records"), root, image_lead) for i, entry in enumerate(entries)]
 
 
@@ -169,7 +139,7 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
         fits = isinstance(repeat, int | float) and (0 < repeat < 1 or repeat in range(1, MAX_REPEATS + 1))
         if isinstance(repeat, bool) or not fits:
             raise UserError(
-                f"{path}, set {name}: repeat_time {_shown(repeat)} must be an integer up to {MAX_REPEATS}, or "
+                f"{path}, set {name}: repeat_time {shown(repeat)} must be an integer up to {MAX_REPEATS}, or "
                 "a number between 0 and 1"
             )
         if entry.get("data_augment") or entry.get("max_dynamic_patch") is not None:
@@ -237,13 +207,6 @@ def _parse(text: str, path: Path, lines_before: int, expected: str) -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({reason}), expected {expected}") from error
 
 
-class Images(Protocol):
-    """Interface that finds a record's images by their names."""
-
-    def find(self, name: str, location: str) -> Path | StoredImage:
-        """Return the image called `name`; raise UserError, prefixed with `location`, if there is none."""
-
-
 def make_record(
     entry: Any, index: int, path: PurePath, root: Images, image_lead: bool, on_error: str = "stop"
 ) -> Record:
@@ -267,38 +230,42 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
         raise UserError(f"{path}, record {index}: is a {type(entry).__name__}, expected an object with 'conversations'")
     name = entry.get("id", index)
     if not is_name(name):
-        raise UserError(f"{path}, record {index}: id {_shown(name)} must be a non-empty string or a number")
+        raise UserError(f"{path}, record {index}: id {shown(name)} must be a non-empty string or a number")
     location = f"{path}, record {name}"
-    if entry.get("video") is not None:
-        raise UserError(f"{location}: has a video, which is not supported: drop the record")
     if "conversations" not in entry and "messages" in entry:
         entry = from_messages(entry, location)
     elif "conversations" not in entry and isinstance(entry.get("question"), str):
-        entry = from_question(entry, [*_image_names(entry, location)])
+        entry = from_question(entry, [*_image_names(entry, location)], len(video_names(entry, location)))
     turns = _make_turns(entry.get("conversations"), location)
+    videos = tuple(find_video(video, root, location) for video in video_names(entry, location))
+    if videos and not _placeholders(turns, VIDEO_TOKEN) and not any(_image_names(entry, location)):
+        # LLaVA-Video's records write <image> for a video
+        turns = tuple((speaker, text.replace(IMAGE_TOKEN, VIDEO_TOKEN)) for speaker, text in turns)
+    if _placeholders(turns, VIDEO_TOKEN) != len(videos):
+        raise UserError(
+            f"{location}: text has {_placeholders(turns, VIDEO_TOKEN)} {VIDEO_TOKEN} placeholder(s) for {len(videos)} "
+            "video(s): write one placeholder per video"
+        )
     images = tuple(root.find(image, location) for image in _image_names(entry, location))
-    placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
+    placeholders = _placeholders(turns, IMAGE_TOKEN)
     if placeholders != len(images) and not (image_lead and placeholders == 0 and len(images) == 1):
         raise UserError(
             f"{location}: text has {placeholders} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): write one "
             "placeholder per image"
         )
     answers = _answers(entry.get("answers"), location)
-    return Record(str(name), turns, images, None, answers, {k: v for k, v in entry.items() if k not in _OWN_FIELDS})
+    fields = {name: value for name, value in entry.items() if name not in _OWN_FIELDS}
+    return Record(str(name), turns, images, None, answers, fields, videos)
+
+
+def _placeholders(turns: Sequence[tuple[str, str]], token: str) -> int:
+    return sum(text.count(token) for _, text in turns)
 
 
 def is_name(name: Any) -> bool:
     """Return True if a JSON value can name a record or a group: a whole number, or a valid text that is not empty."""
     valid = isinstance(name, str | int) and not isinstance(name, bool) and name != ""
     return valid and not has_lone_surrogate(str(name))
-
-
-def _shown(value: Any) -> str:
-    """Return a JSON value as text for an error message."""
-    try:
-        return repr(value)[:_SHOWN]
-    except RecursionError:
-        return f"a {type(value).__name__}"
 
 
 def _answers(value: Any, location: str) -> tuple[str, ...]:
@@ -309,7 +276,7 @@ def _answers(value: Any, location: str) -> tuple[str, ...]:
         answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in listed
     )
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{location}: 'answers' must be a non-empty list of strings, got {_shown(value)}")
+        raise UserError(f"{location}: 'answers' must be a non-empty list of strings, got {shown(value)}")
     if any(map(has_lone_surrogate, answers)):
         raise UserError(f"{location}: 'answers' contains a lone surrogate (\\ud800 to \\udfff): remove it")
     return answers
@@ -353,38 +320,5 @@ def _image_names(entry: dict[str, Any], location: str) -> Iterable[str]:
     names = values[0] if values else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{location}: 'image' must be a path or a list of paths, got {_shown(values[0])}")
+        raise UserError(f"{location}: 'image' must be a path or a list of paths, got {shown(values[0])}")
     return names
-
-
-class _ImageRoot:
-    """Image lookup in one folder, with cached results because many records share an image."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-        with error_context("image root"):
-            self._real = None if folder is None else str(real_path(folder))
-        self._paths: dict[str, Path] = {}
-
-    def find(self, name: str, location: str) -> Path:
-        """Return the image's path; raise UserError if the file is missing or lies outside the folder."""
-        if name in self._paths:
-            return self._paths[name]
-        if self._folder is None or self._real is None:
-            raise UserError(f"{location}: has image {_shown(name)}, but there is no image folder: set the image root")
-        shown, pure = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...", PurePosixPath(name)
-        if name.startswith("data:") or "://" in name:
-            raise UserError(f"{location}: image {shown!r} is not a file: save it below the image root {self._folder}")
-        if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-            raise UserError(f"{location}: image {shown!r} must be a path below the image root {self._folder}")
-        path = self._folder / name
-        if not os.path.isfile(path):  # unlike Path.is_file, false for a name that is too long
-            problem = "is not a file" if os.path.lexists(path) else "does not exist"
-            raise UserError(f"{location}: image {self._folder / shown} {problem}: check the image root and the path")
-        if not os.path.realpath(path).startswith(self._real.rstrip(os.sep) + os.sep):
-            raise UserError(
-                f"{location}: image {path} is a link to a file outside the image root {self._folder}: replace it "
-                "by a copy"
-            )
-        self._paths[name] = path
-        return path

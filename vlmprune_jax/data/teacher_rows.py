@@ -11,7 +11,8 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.records import Record, image_key
+from vlmprune_jax.data.media import image_key
+from vlmprune_jax.data.records import Record
 
 Row = dict[str, np.ndarray]
 

@@ -40,7 +40,8 @@ from vlmprune_jax.core.files import (
     read_text,
     reading,
 )
-from vlmprune_jax.data.records import Record, StoredImage, make_record
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record, make_record
 
 PREFIX = "tfds:"  # of data.train and data.eval: tfds:FOLDER
 BUCKET = "gs://"
@@ -103,6 +104,9 @@ def write_tfds(
         raise UserError(f"{out_dir}: exists already: remove it or choose another folder")
     if not records:
         raise UserError(f"{out_dir}: no records to write: check the data file")
+    video = next((record.id for record in records if record.videos), None)
+    if video is not None:
+        raise UserError(f"record {video}: has a video, which TFDS folders do not hold: train on the JSON file itself")
     names = {image: str(image) for record in records for image in record.images}
     for image in names:
         if isinstance(image, Path) and image_root is not None and image.is_relative_to(image_root):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
+from vlmprune_jax.data.media import InlineStore, StoredImage, Video, is_video
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, arrange_questions
 from vlmprune_jax.evaluation.runner import ask
 from vlmprune_jax.hf.batches import Records, open_inputs, to_records
@@ -53,14 +53,15 @@ def answer(
     max_new_tokens: int = 64,
     **settings: Any,
 ) -> str:
-    """Return a model's greedy answer to one question about an image.
+    """Return a model's greedy answer to one question about an image or a video.
 
     `vp.answer("llava-1.5-7b-hf", "cat.png", "What animal is this?")`
 
     Args:
       model: a model's folder or hub id, or a loaded model.
-      image: a file or a PIL image, a list of these, or None.
-      question: the question, without image placeholders.
+      image: an image file, a PIL image, a video file (such as .mp4), a list of these, or None. A list inside the list
+        is one video, given as its frames.
+      question: the question, without placeholders.
       source_dir: for a loaded model only, the folder with its tokenizer and image processor (None = where the model
         was loaded).
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
@@ -77,11 +78,13 @@ def answer(
         raise UserError(
             f"answer: source_dir={source_dir} has no effect, because {model} has its own tokenizer: leave it out"
         )
-    pictures = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
-    cfg, inputs = open_inputs(folder, vision_dir, None, {"max_images": max(1, len(pictures)), **settings})
+    media = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    cfg, inputs = open_inputs(folder, vision_dir, None, {"max_images": max(1, len(media)), **settings})
     loaded = model if isinstance(model, Model) else load(folder, vision_dir=vision_dir)
-    text = f"{IMAGE_TOKEN}\n" * len(pictures) + question
-    record = Record("question", (("human", text),), tuple(map(_source, pictures)))
+    text = "".join(f"{VIDEO_TOKEN if _is_video(item) else IMAGE_TOKEN}\n" for item in media) + question
+    images = tuple(_source(item) for item in media if not _is_video(item))
+    videos = tuple(_video(item) for item in media if _is_video(item))
+    record = Record("question", (("human", text),), images, videos=videos)
     asked = arrange_questions([record], inputs.encoder(cfg, 0), batch_size=1)
     return ask(on_decoding_mesh(loaded), asked, tokenizer=inputs.tokenizer, max_new_tokens=max_new_tokens)[0].prediction
 
@@ -91,17 +94,12 @@ def _tokenizer_folder(model: Model) -> Path | None:
     return None if model.plan is not None and model.plan.vocabulary is not None else model.source
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """Image store that holds a single PIL image."""
+def _is_video(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) or (isinstance(item, (str, Path)) and is_video(item))
 
-    encoded: bytes
 
-    def read(self, number: int) -> bytes:
-        return self.encoded
-
-    def identity(self) -> str:
-        return hashlib.sha256(self.encoded).hexdigest()
+def _video(item: Any) -> Video:
+    return Path(item) if isinstance(item, (str, Path)) else tuple(map(_source, item))
 
 
 def _source(image: Any) -> Path | StoredImage:
@@ -109,4 +107,4 @@ def _source(image: Any) -> Path | StoredImage:
         return Path(image)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return StoredImage("image", 0, _Picture(buffer.getvalue()))
+    return StoredImage("image", 0, InlineStore(buffer.getvalue()))

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -22,7 +23,9 @@ from msgspec import Meta
 
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import MAX_COPY_BYTES, checked, parse_json, read_bytes
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
+from vlmprune_jax.data.media import StoredImage, Video
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.journal import Journal, continued, is_of
 from vlmprune_jax.evaluation.questions import with_suffix
 from vlmprune_jax.evaluation.runner import Answers, Progress, Reply
@@ -147,19 +150,21 @@ def ask_server(
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
-    """Convert a record's turns before the answer to chat messages, with images as data URLs."""
+    """Convert a record's turns before the answer to chat messages, with images and videos as data URLs."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
-    images, messages = iter(record.images), list[dict[str, Any]]()
+    images, videos, messages = iter(record.images), iter(record.videos), list[dict[str, Any]]()
     lead = "" if any(IMAGE_TOKEN in text for _, text in turns) else IMAGE_TOKEN * len(record.images)
     for place, (speaker, text) in enumerate(turns):
         if speaker == "gpt":
             messages.append({"role": "assistant", "content": text})
             continue
         content = list[dict[str, Any]]()
-        for number, part in enumerate(((lead if place == 0 else "") + text).split(IMAGE_TOKEN)):
-            if number:
+        for part in re.split(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})", (lead if place == 0 else "") + text):
+            if part == IMAGE_TOKEN:
                 content.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
-            if part.strip():
+            elif part == VIDEO_TOKEN:
+                content.append({"type": "video_url", "video_url": {"url": _video_url(next(videos))}})
+            elif part.strip():
                 content.append({"type": "text", "text": part.strip()})
         messages.append({"role": "user", "content": content})
     return messages
@@ -181,9 +186,20 @@ def _template_lacks_begin(url: str, model: str) -> bool:
 
 
 def _data_url(image: Path | StoredImage) -> str:
-    content = read_bytes(image, MAX_COPY_BYTES) if isinstance(image, Path) else image.read_bytes()
+    content = _content(image)
     kind = next((kind for start, kind in _MIME.items() if content.startswith(start)), "png")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _video_url(video: Video) -> str:
+    """Return a video as a data URL; a list of frames is joined by commas, as vLLM reads it."""
+    files = video if isinstance(video, tuple) else (video,)
+    encoded = ",".join(base64.b64encode(_content(file)).decode() for file in files)
+    return f"data:video/{'jpeg' if isinstance(video, tuple) else 'mp4'};base64,{encoded}"
+
+
+def _content(file: Path | StoredImage) -> bytes:
+    return read_bytes(file, MAX_COPY_BYTES) if isinstance(file, Path) else file.read_bytes()
 
 
 def _request(url: str, body: Any, kind: Any) -> Any:

@@ -18,6 +18,7 @@ from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.stack import BlockConfig
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
@@ -395,6 +396,7 @@ GEMMA4 = Family(
     image_processors=("Gemma4",),
     images="budget",
     budget_field="default_output_length",
+    video=VideoConfig("starts", num_frames=32, max_soft_tokens=70, mean=(0.0,) * 3, std=(1.0,) * 3),
     recipe={**RECIPE, "data": {"max_length": 4096}},
     decoder=Decoder(
         _DECODER,

@@ -10,6 +10,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids, vlm_token_ids
@@ -281,6 +282,7 @@ INTERNVL_ORIGINAL = Family(
     images="tiles",
     tiling=_tiling,
     tile_limit="max_dynamic_patch",
+    video=VideoConfig("middles", size=(448, 448), mean=PIXELS["internvit"][0], std=PIXELS["internvit"][1]),
     recipe=_RECIPE,
     conversion=Conversion(to="internvl", new_token="<video>", marks_images=False),
 )
@@ -308,6 +310,7 @@ INTERNVL_HF = Family(
     template_field="template",
     image_processors=("GotOcr2",),
     images="tiles",
+    video=VideoConfig("middles", size=(384, 384), mean=PIXELS["clip"][0], std=PIXELS["clip"][1]),
     recipe=_RECIPE,
     runs_in=("vllm", "mlx"),
     tried={"vllm": "", "mlx": ""},

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -25,7 +26,7 @@ from vlmprune_jax.families.patch_towers import (
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, windows_from_hf
 from vlmprune_jax.families.table import Decoder, JsonDict
 from vlmprune_jax.families.templates import QWEN2_5_VL as TEMPLATE
-from vlmprune_jax.families.towers import vision_of
+from vlmprune_jax.families.towers import PIXELS, vision_of
 
 # Defaults of the config classes in transformers.
 _DECODER = "qwen2_5_vl_text"
@@ -155,6 +156,16 @@ QWEN2_5_VL = patch_family(
     renames=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     modules=((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.)", "model.language_model.")),
     templates=(TEMPLATE,),
+    video=VideoConfig(
+        "steps",
+        min_frames=4,
+        max_frames=768,
+        temporal_patch=2,
+        min_pixels=128 * 28**2,
+        max_pixels=768 * 28**2,
+        mean=PIXELS["clip"][0],
+        std=PIXELS["clip"][1],
+    ),
     vllm_tpu="jax",
     runs_in=("vllm", "mlx"),
     tried={"vllm": "", "mlx": ""},

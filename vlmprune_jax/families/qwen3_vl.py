@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, PositionTable, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -78,6 +79,17 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
+_VIDEO = VideoConfig(
+    "linspace",
+    fps=2.0,
+    min_frames=4,
+    max_frames=768,
+    temporal_patch=2,
+    min_pixels=128 * 32**2,
+    max_pixels=768 * 32**2,
+)
+
+
 def qwen3_vl_family(
     name: str,
     decoder: Decoder,
@@ -122,6 +134,7 @@ def qwen3_vl_family(
             + tower_weights(cfg, "model.visual.", ("norm", "linear_fc1", "linear_fc2"))
         ),
         templates=(TEMPLATE,),
+        video=_VIDEO,
         **{"vllm_tpu": "torchax", "runs_in": ("vllm", "mlx"), **fields},
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.projector import ProjectorConfig
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.shapes import tied_embeddings, vlm_token_ids
@@ -91,6 +92,7 @@ SMOLVLM = Family(
     templates=(_TEMPLATE,),
     image_processors=("SmolVLM",),
     images="splits",
+    video=VideoConfig("trimmed", fps=1.0, num_frames=64, longest_edge=4 * 364, size=(364, 364), resample=1),
     recipe={**RECIPE, "data": {"max_length": 4096}},
     runs_in=("vllm", "mlx"),
     tried={"vllm": "", "mlx": ""},

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.core.config import ModelConfig, TextConfig
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families.gguf import Architecture
 from vlmprune_jax.families.templates import LLAVA_V1, Template
 from vlmprune_jax.families.tiles import TilingConfig
@@ -138,7 +139,8 @@ class Family:
     (any size).
     `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
     tiles. `budget_field` of vision_config has the processor's token budget, for engines that read it there.
-    `pixels(size)` returns processor settings if the folder has no file.
+    `pixels(size)` returns processor settings if the folder has no file. `video` has the values of the video processor's
+    class, which those of a folder replace; None if the family takes no videos.
 
     `recipe` is the reference's recovery, a partial experiment. `decoder` makes a family without a tower usable inside
     others. `stock` is the transformers class that loads the layout, `conversion` the way to a layout that has one.
@@ -173,6 +175,7 @@ class Family:
     tile_limit: str = ""
     budget_field: str = ""
     pixels: Callable[[int], JsonDict] | None = None
+    video: VideoConfig | None = None
     recipe: Mapping[str, Any] | None = None
     decoder: Decoder | None = None
     stock: Stock | None = None

@@ -21,6 +21,7 @@ from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import read_json, reading
 from vlmprune_jax.core.weight_files import DTYPES
 from vlmprune_jax.data.tokenizer_files import added_tokens
+from vlmprune_jax.data.video.processor import load_video_config
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.families import Family, detect
 from vlmprune_jax.families.fields import check_fields
@@ -138,6 +139,8 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
         channels = [layer.channel for stack in cfg.stacks.values() for layer in stack.layers]
         for part in {*channels, *([] if cfg.projector is None else [cfg.projector])}:
             activation(getattr(part, "activation", "silu"))  # refuses unknown ones
+    if family.video is not None and cfg.vision is not None:
+        cfg = dataclasses.replace(cfg, video=load_video_config(folder, family.video))
     return family, cfg
 
 

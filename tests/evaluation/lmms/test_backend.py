@@ -127,6 +127,23 @@ def test_images_stay_in_the_text_where_the_family_has_them_there(goldens, tmp_pa
             assert "now" not in between
 
 
+def test_answers_about_videos_are_those_of_questions(goldens):
+    """Tasks name files; rows of a video, of an image and of a text are mixed."""
+    import vlmprune_jax as vp
+    from vlmprune_jax.evaluation.lmms.backend import VlmpruneJax
+
+    folder, clips = goldens / "video/qwen3_vl/ckpt", goldens / "video/clips"
+    backend = VlmpruneJax(str(folder), batch_size=2, video_frames=4)
+    clip = {"type": "video", "url": str(clips / "main.mp4")}
+    contents = [[clip, "What moves?"], [picture(goldens, 0), "What?"], ["Hi"]]
+    answers = [answer.text for answer in backend.generate_until(asked(backend, contents))]
+    record = {"video": "main.mp4", "question": "What moves?", "answers": ["x"]}
+    questions = vp.questions(folder, [record], images=clips, video_frames=4)
+    (expected,) = vp.evaluate(vp.load(folder), questions, max_new_tokens=3).answers
+    assert answers[0] == expected.prediction
+    assert len(answers) == 3
+
+
 def test_pictures_are_read_without_loss(made, goldens):
     from vlmprune_jax.evaluation.lmms.backend import _Pictures
 
@@ -154,8 +171,10 @@ def test_answers_end_at_the_models_positions(made, goldens):
         (["a"], {"temperature": 0.7}, "task t: generation_kwargs temperature=0.7, but vlmprune_jax decodes greedily"),
         (["a"], {"temperature": None, "do_sample": True}, "generation_kwargs do_sample=True"),
         (["a"], {"num_beams": 4}, "generation_kwargs num_beams=4"),
-        (["a <image> b"], {}, "t/0: its text contains the image token <image>"),
-        ([{"type": "video", "url": "x.mp4"}], {}, "t/0: has video, which no model here takes"),
+        (["a <image> b"], {}, "t/0: its text contains the token <image>"),
+        ([{"type": "audio", "url": "x.wav"}], {}, "t/0: contains audio, which this model does not take"),
+        ([{"type": "video", "url": "http://x.mp4"}], {}, "t/0: its video is 'http://x.mp4', expected the path"),
+        ([{"type": "video", "url": "x.mp4", "start_time": 1.0}], {}, "t/0: asks about a part of a video"),
         ([{"type": "image", "url": 3}], {}, "t/0: its image is a int, expected a Pillow image"),
     ],
 )

@@ -266,3 +266,57 @@ def test_mathvista_with_a_judge_that_repeats_the_answer(lmms, draw, monkeypatch)
         )
         cases.append((said, [right], fields, float(evaluator.safe_equal(read, right)), "q"))
     assert differences("mathvista", cases) == []
+
+
+@pytest.mark.parametrize("name", ["videomme", "mvbench", "tempcompass", "longvideobench", "nextqa"])
+def test_video_benchmarks(lmms, draw, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    utils, cases = lmms(f"tasks.{name}.utils"), []
+    seed = importlib.import_module("vlmprune_jax.evaluation.metrics.choices").SEED
+    monkeypatch.setattr(random, "choice", lambda letters: random.Random(f"{seed} q").choice(letters))
+    monkeypatch.setattr(utils, "get_eval_result", lambda prompt: (None, 0), raising=False)  # the judge
+    for _ in range(NUMBER):
+        options = OPTIONS[3] if name == "nextqa" else draw.choice(OPTIONS)
+        right = draw.randrange(len(options))
+        letter = "ABCDE"[right]
+        said, text = of_choices(draw, options, letter), f"{letter}. {options[right]}"
+        doc = {
+            "videomme": dict.fromkeys(
+                ("domain", "sub_category", "task_type", "question_id", "duration", "videoID"), "x"
+            ),
+            "mvbench": {"candidates": options},
+            "tempcompass": {"dim": "speed", "video_id": "x", "question": "?"},
+            "longvideobench": {f"option{i}": option for i, option in enumerate([*options, *["N/A"] * 5][:5])}
+            | {"id": "q", "duration_group": 15, "question_category": "x", "correct_choice": right},
+            "nextqa": {f"a{i}": option for i, option in enumerate(options)},
+        }[name]
+        answer = {"videomme": letter, "mvbench": options[right], "tempcompass": text, "nextqa": right}.get(name)
+        doc, reference = {**doc, "answer": answer}, text if name == "tempcompass" else letter
+        process = {"tempcompass": "process_results_multi_choice", "nextqa": "mc_process_results"}
+        ((_, entry), *_) = getattr(utils, f"{name}_{process.get(name, 'process_results')}")(doc, [said]).items()
+        score = {
+            "videomme": lambda entry: entry["score"],
+            "mvbench": lambda entry: entry["score"],
+            "tempcompass": lambda entry: entry["rating"],
+            "longvideobench": lambda entry: entry["answer"] == entry["parsed_pred"],
+            "nextqa": float,
+        }[name](entry)
+        fields = {"options": options, "duration": "short", "dim": "speed", "duration_group": 15}
+        cases.append((said, [reference], fields, float(score), "q"))
+    assert differences(name, cases) == []
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_mlvu(lmms, draw, part):
+    utils, metric = lmms("tasks.mlvu.utils"), METRICS[f"mlvu_{part}"]
+    names = importlib.import_module("vlmprune_jax.evaluation.metrics.videos")
+    tasks = [draw.choice(getattr(names, f"_MLVU_{part.upper()}")[:-1]) for _ in range(NUMBER)]
+    answers = [(of_choices(draw, OPTIONS[1], right), right) for right in draw.choices("ABCD", k=NUMBER)]
+    docs = [{"question": "?", "task_type": task, "answer": a} for task, (_, a) in zip(tasks, answers, strict=True)]
+    entries = [utils.mlvu_process_results(doc, [said]) for doc, (said, _) in zip(docs, answers, strict=True)]
+    theirs = getattr(utils, f"mlvu_aggregate_results_{part}")([entry["mlvu_percetion_score"] for entry in entries])
+    records = [
+        Record("q", (), (), None, (a,), {"task_type": task}) for task, (_, a) in zip(tasks, answers, strict=True)
+    ]
+    ours = metric.values(metric.score_all([said for said, _ in answers], records), records)
+    assert 100 * ours["accuracy"] == pytest.approx(theirs, abs=1e-9)

@@ -55,6 +55,17 @@ def test_values_that_are_means():
     assert (of.makes(33.33), of.describe()["scale"]) == (True, 1.0)
     (of,) = sets_of("mmmu", {"mmmu_acc": 0.66667}, [{"mmmu_acc": {"right": right}} for right in (1.0, 1.0, 0.0)], {})
     assert of.makes(0.66667)
+    right = [{"pred_answer": said, "answer": "A", "score": float(said == "A")} for said in ("A", "B", "")]
+    (of,) = sets_of(
+        "videomme", {"videomme_perception_score": 33.33333}, [{"videomme_perception_score": r} for r in right], {}
+    )
+    assert (of.makes(33.33333), of.describe()["scale"]) == (True, 1.0)
+    (of,) = sets_of("mvbench_x", {"mvbench_accuracy": 50.0}, [{"mvbench_accuracy": r} for r in right], {})
+    assert of.makes(50.0)  # the empty answer is left out
+    (of,) = sets_of("tempcompass", {"avg_accuracy": 50.0}, [{"avg_accuracy": {"rating": r}} for r in (1, 0)], {})
+    assert of.makes(50.0)
+    (of,) = sets_of("lvb", {"lvb_acc": 0.5}, [{"lvb_acc": {"answer": "A", "parsed_pred": p}} for p in "AB"], {})
+    assert of.makes(0.5)
 
 
 def test_values_of_which_nothing_is_known():

@@ -35,8 +35,10 @@ from vlmprune_jax.core.settings import check_settings, override
 from vlmprune_jax.data.batching import PREFETCH
 from vlmprune_jax.data.config import ROW_SETTINGS, DataSpec
 from vlmprune_jax.data.encoding import Encoder
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.inputs import Inputs, load_inputs
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, StoredImage, make_record
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.records import Record, make_record
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.distributed.mesh import initialize, mesh_of, row_ways
 from vlmprune_jax.evaluation.config import EvaluateSpec
@@ -79,7 +81,8 @@ class Answering:
         )
         max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
         # lmms-eval may call this more than once per task.
-        asked = hashlib.sha256(repr([(record.turns, *map(str, record.images)) for record in records]).encode())
+        texts = [(record.turns, *map(str, record.images + record.videos)) for record in records]
+        asked = hashlib.sha256(repr(texts).encode())
         made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
         with self.phase(len(arranged)) as progress:
             return ask(
@@ -95,8 +98,8 @@ class Answering:
 
 
 def _encoder(inputs: Inputs, cfg: ModelConfig, max_length: int, records: Sequence[Record]) -> Encoder:
-    """Return an encoder with one padded batch shape per number of images, which keeps padding small."""
-    counts = {max(1, len(record.images)) for record in records}
+    """Return an encoder with one padded batch shape per number of images and videos, which keeps padding small."""
+    counts = {max(1, len(record.images) + len(record.videos)) for record in records}
     inputs = dataclasses.replace(inputs, data=dataclasses.replace(inputs.data, max_images=max(counts)))
     encoder = inputs.encoder(cfg, max_length)
     return encoder if encoder.tile_buckets else dataclasses.replace(encoder, tile_buckets=tuple(sorted(counts)))
@@ -242,10 +245,10 @@ class _Pictures:
         """Return a digest of all pictures in the store."""
         return hashlib.sha256("".join(self._numbers).encode()).hexdigest()[:16]
 
-    def find(self, name: str, location: str) -> StoredImage:
-        """Return the stored picture with this digest."""
+    def find(self, name: str, location: str) -> Path | StoredImage:
+        """Return the stored picture with this digest, or the path of a video."""
         del location
-        return StoredImage(name, self._numbers[name], self)
+        return StoredImage(name, self._numbers[name], self) if name in self._numbers else Path(name)
 
     def read(self, number: int) -> bytes:
         """Return a picture in a lossless image format, as bytes."""
@@ -265,7 +268,7 @@ class _Pictures:
     def record(self, request: Any) -> Record:
         """Convert an lmms-eval request to a record whose last question is unanswered."""
         task, doc = request.args[4], request.args[3]
-        name, turns, names = f"{task}/{doc}", list[dict[str, str]](), list[str]()
+        name, turns, names, videos = f"{task}/{doc}", list[dict[str, str]](), list[str](), list[str]()
         for message in self._messages(request).messages:
             if message.role == "system":
                 raise UserError(
@@ -275,18 +278,23 @@ class _Pictures:
             texts = []
             for content in message.content:
                 if content.type == "text":
-                    if IMAGE_TOKEN in content.text:
-                        raise UserError(f"{name}: its text contains the image token {IMAGE_TOKEN}: remove it")
+                    for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+                        if token in content.text:
+                            raise UserError(f"{name}: its text contains the token {token}: remove it")
                     texts.append(content.text)
                 elif content.type == "image":
                     texts.append(IMAGE_TOKEN)
                     names.append(self._number(content.url, request, len(names), name))
+                elif content.type == "video":
+                    texts.append(VIDEO_TOKEN)
+                    videos.append(_video_path(content, name))
                 else:
                     raise UserError(
                         f"{name}: contains {content.type}, which this model does not take: leave the task out"
                     )
             turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(texts)})
-        return make_record({"id": name, "conversations": turns, "images": names}, 0, PurePath("lmms-eval"), self, False)
+        entry = {"id": name, "conversations": turns, "images": names, "videos": videos}
+        return make_record(entry, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
         """Return an image's hash, and remember which lmms-eval document contains the image."""
@@ -301,3 +309,12 @@ class _Pictures:
             self._numbers[key] = len(self._where)
             self._where.append((request, place))
         return key
+
+
+def _video_path(content: Any, name: str) -> str:
+    """Return the path of a request's video; raise UserError for another source, or a part of a video."""
+    if not isinstance(content.url, str) or "://" in content.url:
+        raise UserError(f"{name}: its video is {str(content.url)[:100]!r}, expected the path of a file")
+    if content.start_time is not None or content.end_time is not None:
+        raise UserError(f"{name}: asks about a part of a video, which is not supported: leave the task out")
+    return content.url

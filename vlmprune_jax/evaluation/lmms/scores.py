@@ -16,6 +16,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.evaluation.metrics import Metric
 from vlmprune_jax.evaluation.metrics.metric import Scores
+from vlmprune_jax.evaluation.metrics.videos import MVBENCH
 from vlmprune_jax.evaluation.metrics.yes_no import MME_COGNITION, MME_PERCEPTION, POPE
 
 Sample = Mapping[str, Any]  # log entry of lmms-eval for one question
@@ -63,14 +64,22 @@ def _pope(entry: Any) -> Scores:
     return POPE.score_all([entry["prediction"]], [record])[0]
 
 
+_PERCENT = Metric("right", None, full=100.0)
 # Main metrics of tasks that report several, in this order; for other tasks the first metric is the main one.
 _KNOWN: dict[str, _Known] = {
     "mme_perception_score": _Known(MME_PERCEPTION, lambda entry: {"right": float(entry["score"])}, _pair),
     "mme_cognition_score": _Known(MME_COGNITION, lambda entry: {"right": float(entry["score"])}, _pair),
     "pope_f1_score": _Known(dataclasses.replace(POPE, main="f1_pooled"), _pope, lambda entry: {"category": "all"}),
-    "llm_as_judge_eval": _Known(
-        Metric("right", None, full=100.0), lambda entry: {"right": 100.0 * bool(entry["true_false"])}
+    "llm_as_judge_eval": _Known(_PERCENT, lambda entry: {"right": 100.0 * bool(entry["true_false"])}),
+    "videomme_perception_score": _Known(
+        _PERCENT, lambda entry: {"right": 100.0 * (entry["pred_answer"] == entry["answer"])}
     ),
+    "avg_accuracy": _Known(_PERCENT, lambda entry: {"right": 100.0 * (entry["rating"] == 1)}),  # TempCompass
+    "mvbench_accuracy": _Known(
+        dataclasses.replace(MVBENCH, full=100.0),
+        lambda entry: {"accuracy": 100.0 * entry["score"], "answered": float(entry["pred_answer"] != "")},
+    ),
+    "lvb_acc": _Known(Metric("right", None), lambda entry: {"right": float(entry["parsed_pred"] == entry["answer"])}),
     "mmmu_acc": _Known(Metric("right", None), lambda entry: {"right": float(entry["right"])}),
 }
 

@@ -6,6 +6,15 @@ from vlmprune_jax.core.checks import Registry, one_of
 from vlmprune_jax.evaluation.metrics.choices import AI2D, MATHVISTA, MMMU, SCIENCEQA
 from vlmprune_jax.evaluation.metrics.metric import Metric
 from vlmprune_jax.evaluation.metrics.texts import ANLS, EXACT_MATCH, GQA, PERPLEXITY, VQA_ACCURACY
+from vlmprune_jax.evaluation.metrics.videos import (
+    LONGVIDEOBENCH,
+    MLVU_DEV,
+    MLVU_TEST,
+    MVBENCH,
+    NEXTQA,
+    TEMPCOMPASS,
+    VIDEO_MME,
+)
 from vlmprune_jax.evaluation.metrics.yes_no import MME, MME_COGNITION, MME_PERCEPTION, POPE
 
 METRICS = Registry(
@@ -25,6 +34,13 @@ METRICS = Registry(
         "anls": ANLS,
         "gqa": GQA,
         "mathvista": MATHVISTA,
+        "videomme": VIDEO_MME,
+        "mvbench": MVBENCH,
+        "tempcompass": TEMPCOMPASS,
+        "mlvu_dev": MLVU_DEV,
+        "mlvu_test": MLVU_TEST,
+        "longvideobench": LONGVIDEOBENCH,
+        "nextqa": NEXTQA,
     },
 )
 

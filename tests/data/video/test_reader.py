@@ -1,0 +1,144 @@
+"""Sampled frames: real clips in four containers, frame lists, the cache, and clips that are refused with one line."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.video import process
+from vlmprune_jax.data.video.process import Limits
+from vlmprune_jax.data.video.reader import VideoReader
+
+pytest.importorskip("av", reason="PyAV is not installed (extra video)")
+EVERY = VideoConfig("linspace", min_frames=10**6, max_frames=10**6)
+LIMITS = Limits(file_bytes=2**26, frames=1000, seconds=100, pixels=10**6, kept_pixels=10**7, wall=60)
+
+
+def limits(**changes):
+    return Limits(**{**vars(LIMITS), **changes})
+
+
+@pytest.fixture
+def clips(goldens):
+    return goldens / "video/clips"
+
+
+def test_every_frame_of_every_clip(clips):
+    """Pixels bit for bit, rotation applied, and fps and duration by packets, as torchcodec returns them."""
+    facts = json.loads((clips / "clips.json").read_text())["clips"]
+    with np.load(clips / "frames.npz") as frames:
+        for name, expected in facts.items():
+            clip = VideoReader(EVERY, LIMITS).read(clips / expected["file"], name)
+            assert (clip.total, clip.fps, clip.duration) == tuple(
+                expected[field] for field in ("frames", "fps", "duration")
+            )
+            assert (clip.height, clip.width) == (expected["height"], expected["width"])
+            np.testing.assert_array_equal(clip.frames, frames[name])
+    assert len(facts) == 11
+
+
+def test_sampled_and_repeated_frames(clips):
+    with np.load(clips / "frames.npz") as frames:
+        clip = VideoReader(EVERY, LIMITS, video_frames=8).read(clips / "few.mp4", "r")
+        assert clip.indices == (0, 0, 1, 1, 1, 1, 2, 2)
+        np.testing.assert_array_equal(clip.frames, frames["few"][list(clip.indices)])
+
+
+def test_bytes_and_frame_lists(clips):
+    class Store:
+        def read(self, number):
+            return (clips / "second.webm").read_bytes()
+
+        def identity(self):
+            return "store"
+
+    stored = StoredImage("video 0", 0, Store())
+    read = VideoReader(EVERY, LIMITS, cache_bytes=2**20)
+    np.testing.assert_array_equal(read.read(stored, "r").frames, read.read(clips / "second.webm", "r").frames)
+    listed = read.read(tuple(clips / f"frame_{number}.png" for number in range(5)), "r")
+    with np.load(clips / "frames.npz") as frames:
+        np.testing.assert_array_equal(listed.frames, frames["main"][[0, 2, 4, 6, 8]])
+    assert (listed.fps, listed.total, listed.indices) == (24.0, 5, (0, 1, 2, 3, 4))
+    with pytest.raises(UserError, match=r"still.png \(record r\): has 33x45 pixels, but the first frame .* 64x48"):
+        read.read((clips / "frame_0.png", clips / "still.png"), "r")
+
+
+def test_the_cache_is_bounded_and_follows_the_file(clips, tmp_path, monkeypatch):
+    calls = []
+    decode = process.decode
+    monkeypatch.setattr("vlmprune_jax.data.video.reader.decode", lambda *given: calls.append(1) or decode(*given))
+    path = tmp_path / "clip.mp4"
+    shutil.copy(clips / "main.mp4", path)
+    read = VideoReader(EVERY, LIMITS, cache_bytes=16 * 64 * 48 * 3)
+    first = read.read(path, "r")
+    assert read.read(path, "another").frames is first.frames
+    assert len(calls) == 1
+    assert not first.frames.flags.writeable
+    read.read(clips / "slow.mp4", "r")  # evicts the first clip
+    read.read(path, "r")
+    assert len(calls) == 3
+    os.utime(path, ns=(1, 1))
+    assert VideoReader(EVERY, LIMITS).describe(path, "r").key != first.key
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("truncated.mp4", "cannot be decoded"),
+        ("truncated_index_first.mp4", "is cut off or damaged"),
+        ("empty.mp4", "is empty"),
+        ("text.mp4", "cannot be decoded"),
+        ("no_video.m4a", "has no video stream"),
+        ("picture.mp4", "cannot be decoded"),
+        ("missing.mp4", "no such file"),
+    ],
+)
+def test_what_is_no_video(clips, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        VideoReader(EVERY, LIMITS).read(clips / name, "r7")
+    assert str(clips / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file_bytes": 1000}, r"4,160 bytes, more than data.max_video_megabytes"),
+        ({"frames": 15}, r"more than 15 frames: raise data.max_video_frames"),
+        ({"seconds": 1.5}, r"lasts 2 s, more than 1.5 s: raise data.max_video_seconds"),
+        ({"pixels": 3000}, r"frames of 64x48 pixels, more than 3,000: raise data.max_image_pixels"),
+        ({"kept_pixels": 49_151}, r"16 frames of a video have 49,152 pixels, more than data.max_video_pixels=49,151"),
+    ],
+)
+def test_limits(clips, changes, message):
+    with pytest.raises(UserError, match=message):
+        VideoReader(EVERY, limits(**changes)).read(clips / "main.mp4", "r")
+
+
+def test_a_worker_that_hangs_or_dies_is_replaced(clips, monkeypatch):
+    """The next clip is read by a new process."""
+    read = VideoReader(EVERY, LIMITS)
+    assert read.read(clips / "one.mp4", "r").total == 1
+    (worker,) = process._IDLE[-1:]
+    os.kill(worker._process.pid, 19)  # SIGSTOP
+    with pytest.raises(UserError, match=r"one.mp4 .record r.: takes too long to decode: raise data.video_timeout"):
+        VideoReader(EVERY, limits(wall=0)).read(clips / "one.mp4", "r")
+    assert worker._process.returncode is not None
+    assert VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r").total == 3
+    process._IDLE[-1]._process.kill()
+    with pytest.raises(UserError, match=r"the decoder stopped"):
+        VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r")
+    assert VideoReader(EVERY, LIMITS).read(clips / "few.mp4", "r").total == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker._process.pid, 0)
+
+
+def test_without_pyav(clips, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs PyAV: pip install 'vlmprune-jax\[video\]'"):
+        VideoReader(EVERY, LIMITS).read(clips / "one.mp4", "r")

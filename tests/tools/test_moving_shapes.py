@@ -1,0 +1,114 @@
+"""The data set "moving shapes": answers agree with the decoded frames, and reversed clips have the opposite ones."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="PyAV is not installed (extra video)")
+import moving_shapes
+
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.data.records import read_records
+from vlmprune_jax.data.video.process import Limits
+from vlmprune_jax.data.video.reader import VideoReader
+
+LIMITS = Limits(file_bytes=2**20, frames=16, seconds=2, pixels=64 * 64, kept_pixels=2**17, wall=60)
+ANSWERS = (
+    *("left", "right", "up", "down", "circle", "square", "triangle", "yes", "no", "1", "2", "3", "4"),
+    *("red", "green", "blue", "yellow", "faster", "slower", "first", "second"),
+)
+
+
+def seen(frames):
+    """{colour: (x, y) of its centre in every frame, NaN where it is not}, of eight frames."""
+    centres = {}
+    for name, colour in moving_shapes.COLOURS.items():
+        masks = np.abs(frames.astype(int) - colour).sum(-1) < 90
+        spots = [np.argwhere(mask) for mask in masks]
+        centres[name] = np.array([spot.mean(0)[::-1] if len(spot) > 40 else (np.nan, np.nan) for spot in spots])
+    return centres
+
+
+def direction(centres):
+    across, down = centres[-1] - centres[0]
+    if abs(across) > abs(down):
+        return "right" if across > 0 else "left"
+    return "down" if down > 0 else "up"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes")
+    (out / "clips").mkdir()
+    return out, moving_shapes.write_set(out, "test", 8, 3, ("shuffled", "middle"))
+
+
+def test_answers_are_in_the_frames(written):
+    out, sets = written
+    reader, checked = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=8), Counter()
+    (out / "test.json").write_text(json.dumps(sets["test"]))
+    for record in read_records(out / "test.json", out):
+        frames = reader.read(record.videos[0], record.id).frames
+        centres, question, answer = seen(frames), record.turns[0][1], record.turns[1][1]
+        kind = record.fields["question_type"]
+        there = {name: ~np.isnan(places[:, 0]) for name, places in centres.items()}
+        if kind == "direction":
+            (colour,) = [name for name in centres if name in question]
+            assert answer == direction(centres[colour])
+        elif kind == "speed":
+            moved = max((np.abs(np.diff(places, axis=0)).sum(1) for places in centres.values()), key=np.nansum)
+            assert answer == ("faster" if moved[-1] > moved[0] else "slower")
+        elif kind == "colour_after":
+            (changed,) = [name for name, frame in there.items() if frame[-1] and not frame[0]]
+            assert answer == changed
+        elif kind == "static":
+            assert there[answer].any()
+        elif kind == "half":
+            (colour,) = [name for name, frame in there.items() if frame.sum() == 2]
+            assert answer == ("first" if np.flatnonzero(there[colour])[0] < 4 else "second")
+        else:
+            continue
+        checked[kind] += 1
+    assert len(checked) == 5
+
+
+def test_reversed_clips(written):
+    out, sets = written
+    reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=16)
+    differ = Counter()
+    by_id = {record["id"]: record for record in sets["test"]}
+    for name, record in by_id.items():
+        if "f-" not in name:
+            continue
+        other = by_id[name.replace("f-", "r-")]
+        answers = [entry["conversations"][1]["value"] for entry in (record, other)]
+        kind = record["question_type"]
+        differ[kind] += answers[0] != answers[1]
+        clips = [reader.read(out / entry["video"], name).frames.astype(int) for entry in (record, other)]
+        assert np.abs(clips[0] - clips[1][::-1]).mean() < 2
+    assert differ["static"] == differ["blinks"] == 0
+    assert all(differ[kind] for kind in ("direction", "speed", "first", "before", "half", "colour_after"))
+
+
+def test_controls(written):
+    out, sets = written
+    reader = VideoReader(VideoConfig("linspace"), LIMITS, video_frames=8)
+    frames = {name: reader.read(out / records[0]["video"], name).frames.astype(int) for name, records in sets.items()}
+    assert np.abs(frames["test_middle"] - frames["test"][4]).mean() < 2
+    assert np.abs(frames["test_shuffled"] - frames["test"]).mean() > 2
+    nearest = [np.abs(frames["test"] - frame).mean((1, 2, 3)).argmin() for frame in frames["test_shuffled"]]
+    assert sorted(nearest) == list(range(8))
+    texts = [[record["conversations"] for record in records] for records in sets.values()]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_answers_are_balanced_and_fixed():
+    questions = [q for _, asked in moving_shapes.clips(400, "0 train") for q in asked]
+    answers = Counter(answer for q in questions for answer in (q.answer, q.reversed_answer))
+    assert set(answers) == set(ANSWERS)
+    for pair in (("left", "right"), ("up", "down"), ("yes", "no"), ("faster", "slower"), ("first", "second")):
+        assert answers[pair[0]] == answers[pair[1]]  # each clip gives one of both
+    again = [q for _, asked in moving_shapes.clips(400, "0 train") for q in asked]
+    assert questions == again
