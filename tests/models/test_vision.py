@@ -37,12 +37,12 @@ def single(arrays):
         (lambda x: {"pixel_values": x["pixel_values"][:, :48]}, r"\[60, 48\]"),
         (lambda x: {"image_grid_thw": [[1, 6, 8]]}, "row 0 has 15 image tokens, .* need 12"),
         (lambda x: {"image_grid_thw": [[1, 5, 12]]}, "multiples of 2"),
-        (lambda x: {"image_grid_thw": [[3, 2, 10]]}, "has several frames: videos are not supported"),
+        (lambda x: {"pixel_values_videos": x["pixel_values"]}, "pixel_values_videos needs video_grid_thw"),
         (lambda x: {"image_grid_thw": None}, "pixel_values needs image_grid_thw"),
         (lambda x: {"pixel_values": None}, "15 image positions, but pixel_values is missing"),
-        (lambda x: {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "marks video tokens .2.: only images"),
+        (lambda x: {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "does not mark the image tokens .id 354."),
         (lambda x: {"mm_token_type_ids": 1 - x["mm_token_type_ids"]}, "does not mark the image tokens"),
-        (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "has video tokens"),
+        (lambda x: {"input_ids": x["input_ids"] * 0 + 355}, "row 0 has 40 image tokens"),
         (lambda x: {"pixel_values": x["pixel_values"][None], "image_grid_thw": [[[1, 8, 8]]]}, "15 .* need 16"),
         (lambda x: {"pixel_values": x["pixel_values"][None, 4:], "image_grid_thw": [[[1, 6, 10]]]}, "56 patches"),
     ],
@@ -124,7 +124,7 @@ def test_windows_in_the_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "_LARGEST_BLOCK", 128)
     grid = jnp.asarray([[[1, 14, 10], [1, 20, 12]], [[1, 6, 4], [1, 4, 8]]])
     places = places_of(grid, 384, 2)
-    windows = windows_of(places, grid, 2, 3)
+    windows = windows_of(places, 2, 3)
     assert np.unique(windows[0]).tolist() == [*range(15)]
     assert np.unique(windows[1], return_counts=True)[1].tolist() == [24, 24, 8, 328]
     q, k, v, out = jax.random.normal(jax.random.key(0), (4, 2, 384, 2, 64))

@@ -227,9 +227,10 @@ class ModelConfig:
 
     `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded. `video` is the model folder's video processor, None for families without
-    one. With `tower` False the tower's weights
-    are not loaded, and the model takes vision features instead of pixels.
+    sentinel -200, which is never embedded. `video_token_id` marks those of video frames; None if they are image tokens.
+    `tokens_per_second` are temporal positions per second of video (M-RoPE); 0 if each frame follows its time as text,
+    and takes positions like an image. With `tower` False the tower's weights are not loaded, and the model takes vision
+    features instead of pixels. `video` is the model folder's video processor; None for families without one.
     """
 
     family: str
@@ -246,6 +247,7 @@ class ModelConfig:
     fake_quant: FakeQuant | None = None
     tower: bool = True
     video_token_id: int | None = None
+    tokens_per_second: float = 0.0
     video: VideoConfig | None = None
 
     def __post_init__(self) -> None:
@@ -261,6 +263,11 @@ class ModelConfig:
                 f"decoder has {len(self.text.layers)} layers, but the vision tower has features for the first "
                 f"{self.deepstack} (deepstack_visual_indexes): keep at least {self.deepstack} layers"
             )
+
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens of images and of video frames."""
+        return tuple(token for token in (self.image_token_id, self.video_token_id) if token is not None)
 
     @property
     def deepstack(self) -> int:

@@ -210,7 +210,9 @@ def with_sections(text: TextConfig, default: tuple[int, ...], interleaved: bool)
     return text.with_layers([Layer(dataclasses.replace(x.mixer, rope=rope), x.channel) for x in text.layers])
 
 
-def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, vision: VisionConfig) -> ModelConfig:
+def model_from_hf(
+    family: str, config: Mapping[str, Any], text: TextConfig, vision: VisionConfig, tokens_per_second: float = 0.0
+) -> ModelConfig:
     """Return the ModelConfig of a Qwen-VL model, decoder and vision tower, from its config.json."""
     return ModelConfig(
         family=family,
@@ -220,6 +222,7 @@ def model_from_hf(family: str, config: Mapping[str, Any], text: TextConfig, visi
         projector=merger_of(vision),
         image_token_id=int(config.get("image_token_id", 151655)),
         video_token_id=int(config.get("video_token_id", 151656)),
+        tokens_per_second=tokens_per_second,
         feature_select="full",
         **vlm_token_ids(config, config.get("text_config") or {}),
     )

@@ -58,6 +58,7 @@ _VISION: JsonDict = {
     "out_hidden_size": 3584,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+_TOKENS_PER_SECOND = 4  # temporal positions per second of video
 _TYPICAL_WINDOWS = 4  # windows per side of a typical image, for estimates
 # Fields of a hub's config.json that describe the whole model; the others describe the decoder.
 _OUTER = (
@@ -126,7 +127,8 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
     text = text_from_hf({**_TEXT, **section, "tie_word_embeddings": bool(tied)})
     tower = config.get("vision_config") or {}
     check_out_size({**_VISION, **tower}, text)
-    return model_from_hf("qwen2_5_vl", config, text, _vision_from_hf(tower))
+    seconds = float(tower.get("tokens_per_second") or _TOKENS_PER_SECOND)
+    return model_from_hf("qwen2_5_vl", config, text, _vision_from_hf(tower), seconds)
 
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:

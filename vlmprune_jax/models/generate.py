@@ -18,9 +18,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.context import Cache
-from vlmprune_jax.models.inputs import check_inputs, needed_mask
+from vlmprune_jax.models.inputs import check_inputs, visual_inputs
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
-from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows
+from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.models.vlm import (
     Embedded,
@@ -54,6 +54,11 @@ def generate(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     image_position_ids: Any = None,
+    pixel_values_videos: Any = None,
+    video_grid_thw: Any = None,
+    video_position_ids: Any = None,
+    second_per_grid_ts: Any = None,
+    num_frames_per_video: Any = None,
     mm_token_type_ids: Any = None,
     token_type_ids: Any = None,
     attention_mask: Any = None,
@@ -66,8 +71,7 @@ def generate(
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values, pixel_attention_mask, image_grid_thw, image_position_ids, mm_token_type_ids, token_type_ids: see
-        `forward`.
+      pixel_values to token_type_ids: see `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
@@ -78,18 +82,24 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    pixel_values, image_grid_thw = in_cells(model.cfg, pixel_values, image_grid_thw, image_position_ids)
+    del num_frames_per_video
+    inputs = {
+        "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
+        "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
+        "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
+        "pixel_attention_mask": pixel_attention_mask,
+        "mm_token_type_ids": mm_token_type_ids if token_type_ids is None else token_type_ids,
+    }  # fmt: skip
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
-    check_inputs(model.cfg, shown_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=shown_mask)
-    host = _prompts(model.cfg, input_ids, attention_mask, pixel_values, pixel_attention_mask)
+    visuals, mask = visual_inputs(model.cfg, shown_ids, shown_mask, inputs)
+    host = _prompts(input_ids, attention_mask, visuals["pixel_values"], mask)
     ids, valid = host["ids"], host["valid"]
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
-    check_types(model.cfg, shown_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
     if model.cfg.dynamic_resolution:
-        host |= _patches(model, host, pixel_values, image_grid_thw)
+        host |= _patches(model, host, **visuals)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
     if not 0 < first < max_new_tokens:
@@ -138,7 +148,7 @@ def compile_generation(
     Raises UserError as `forward` does.
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
-    mesh, host = mesh_of(model.params), _prompts(model.cfg, input_ids, None, pixel_values, None)
+    mesh, host = mesh_of(model.params), _prompts(input_ids, None, pixel_values, None)
     if model.cfg.dynamic_resolution:
         host |= _patches(model, host, pixel_values, image_grid_thw)
     arrays = place_batch(host, mesh)
@@ -159,20 +169,19 @@ def _peak_bytes(programs: Sequence[jax.stages.Compiled]) -> int | None:
     return max(sum(getattr(m, name) for name in sizes) - m.alias_size_in_bytes for m in memories)
 
 
-def _prompts(
-    cfg: ModelConfig, input_ids: Any, attention_mask: Any, pixel_values: Any, pixel_attention_mask: Any
-) -> dict[str, Any]:
+def _prompts(input_ids: Any, attention_mask: Any, pixel_values: Any, mask: Any) -> dict[str, Any]:
     """Return the compiled program's input arrays for these prompts, in host memory."""
     ids, valid = _align_right(input_ids, attention_mask)
-    mask = needed_mask(cfg, pixel_values, pixel_attention_mask)
     return {"ids": ids, "valid": valid, "pixels": pixel_values, "pixel_mask": mask, "ended": np.zeros(len(ids), bool)}
 
 
-def _patches(model: Model, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any) -> dict[str, Any]:
+def _patches(
+    model: Model, host: dict[str, Any], pixel_values: Any, image_grid_thw: Any, second_per_grid_ts: Any = None
+) -> dict[str, Any]:
     """Return the compiled program's image arrays for images of any size: pixels, grids, positions, offsets."""
     ids, valid = (host["prefix_" * ("rows" in host) + name] for name in ("ids", "valid"))
     packs = packed_rows(len(ids), mesh_of(model.params))
-    image_arrays = patch_rows(model.cfg, ids, valid, pixel_values, image_grid_thw, packs=packs)
+    image_arrays = patch_rows(model.cfg, ids, valid, pixel_values, image_grid_thw, second_per_grid_ts, packs=packs)
     placed = {"pixels": image_arrays["pixel_values"], "grid": image_arrays["image_grid_thw"]}
     if "deltas" not in image_arrays:
         return placed
@@ -338,7 +347,7 @@ def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Arr
     """Append image numbers to positions, if image tokens attend to later tokens of their own image."""
     if arrays["pixels"] is None or not cfg.text.sees_images:
         return positions
-    return with_images(positions, ids, valid, cfg.image_token_id)
+    return with_images(positions, ids, valid, cfg.visual_token_ids)
 
 
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.patch_rows import check_patches
+from vlmprune_jax.models.patch_rows import check_patches, check_types, joined
+from vlmprune_jax.models.positions import is_visual
+
+
+def visual_inputs(
+    cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mapping[str, Any]
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Check a processor's outputs; return the images and videos as `joined` does, and the mask of their pixels.
+
+    `inputs`: arrays by the names of `VISUALS`, pixel_attention_mask and mm_token_type_ids. The mask is None if nothing
+    is hidden. Raises UserError if inputs do not fit the model or each other.
+    """
+    mask = needed_mask(cfg, inputs.get("pixel_values"), inputs.get("pixel_attention_mask"))
+    visuals = joined(cfg, input_ids, attention_mask, inputs)
+    if not cfg.dynamic_resolution and np.ndim(visuals["pixel_values"]) == 5:
+        visuals["pixel_values"] = _filled_slots(cfg, np.asarray(input_ids), np.asarray(visuals["pixel_values"]))
+    check_inputs(
+        cfg,
+        input_ids,
+        visuals["pixel_values"],
+        image_grid_thw=visuals["image_grid_thw"],
+        attention_mask=attention_mask,
+    )
+    check_types(cfg, input_ids, inputs.get("mm_token_type_ids"))
+    return visuals, mask
+
+
+def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Return pixels [rows, slots, 3, H, W] as a list of images if the rows are videos and not rows of the batch.
+
+    Slots of zeros are empty (reference: transformers' `SmolVLMModel.get_image_features`).
+    """
+    filled, positions = pixels.any(axis=(2, 3, 4)), int((ids == cfg.image_token_id).sum())
+    if len(ids) % max(len(pixels), 1) == 0:
+        needed = (ids == cfg.image_token_id).reshape(len(pixels), -1).sum(axis=1)
+        if (needed == filled.sum(axis=1) * cfg.tokens_per_image).all():
+            return pixels
+    return pixels[filled] if positions == filled.sum() * cfg.tokens_per_image else pixels
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
@@ -46,7 +84,7 @@ def check_inputs(
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
-    is_image = ids == cfg.image_token_id if cfg.image_token_id is not None else np.zeros(ids.shape, bool)
+    is_image = is_visual(ids, cfg.visual_token_ids)
     wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -58,10 +96,9 @@ def check_inputs(
     if vision_features is not None or not cfg.tower:
         _check_features(cfg, len(ids), np.shape(vision_features))
     elif pixel_values is None:
-        if is_image.any():
-            raise UserError(
-                f"input_ids have {int(is_image.sum())} image positions, but pixel_values is missing: pass it"
-            )
+        for name, token in (("pixel_values", cfg.image_token_id), ("pixel_values_videos", cfg.video_token_id)):
+            if positions := int((ids == (IGNORED if token is None else token)).sum()):
+                raise UserError(f"input_ids have {positions} image positions, but {name} is missing: pass it")
     elif cfg.vision is None:
         raise UserError("pixel_values is not for a model without a vision tower: leave it out")
     elif cfg.dynamic_resolution:

@@ -1,21 +1,25 @@
-"""Images of any size on the host: a processor's patches in packed rows, with the positions of their tokens.
+"""Images of any size and videos on the host: patches in packed rows, with the positions of their tokens.
 
-A packed row has the patches of the images of some rows of the batch, image after image, and padding at the end. A batch
-of n rows in p packed rows has those of its rows 0 to n/p - 1 in the first one, and so on.
+A packed row has the patches of the images and videos of some rows of the batch, in the order of their tokens, and
+padding at the end. A batch of n rows in p packed rows has those of its rows 0 to n/p - 1 in the first one, and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.models.positions import AXES, grids_by_row, mrope_positions
+from vlmprune_jax.models.positions import AXES, grids_by_row, is_visual, mrope_positions, tokens_of
 
 _LEAST = 16  # tokens of the shortest packed row
+# Arrays of a processor's images, and of its videos.
+_IMAGES = ("pixel_values", "image_grid_thw", "image_position_ids")
+_VIDEOS = ("pixel_values_videos", "video_grid_thw", "video_position_ids")
+VISUALS = (*_IMAGES, *_VIDEOS, "second_per_grid_ts")
 
 
 def padded_tokens(tokens: int) -> int:
@@ -33,44 +37,50 @@ def patch_rows(
     attention_mask: Any,
     pixel_values: Any,
     image_grid_thw: Any,
-    mm_token_type_ids: Any = None,
+    second_per_grid_ts: Any = None,
     *,
     packs: int | None = None,
 ) -> dict[str, Any]:
-    """Return a batch's images in packed rows, and its token positions, for models with images of any size.
+    """Return a batch's images and videos in packed rows, and its token positions, for models with images of any size.
 
     Args:
       cfg: the model.
       input_ids, attention_mask: int[batch, seq]; or no mask.
-      pixel_values: float[patches of all images, values], or in packed rows [packs, patches, values], or None.
+      pixel_values: float[patches of all images, values], or in packed rows [packs, patches, values], or None; images
+        and videos as `joined` orders them.
       image_grid_thw: int[images, 3], or in packed rows [packs, images, 3].
-      mm_token_type_ids: int[batch, seq], 1 at image tokens, as processors emit it; only checked.
+      second_per_grid_ts: see `mrope_positions`.
       packs: number of packed rows to return (None: one per row of the batch, or as they come).
 
     Returns:
       {"pixel_values": float32[packs, patches, values], "image_grid_thw": int32[packs, images, 3]}, both None without an
       image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see `mrope_positions`.
 
-    Raises UserError for pixels, grids, image tokens or their types that do not fit together, or a video.
+    Raises UserError for pixels, grids or tokens that do not fit together.
     """
     ids, merge = np.asarray(input_ids), _merge(cfg)
-    is_image = ids == cfg.image_token_id
-    check_types(cfg, ids, mm_token_type_ids)
     if (pixel_values is None) != (image_grid_thw is None):
         given, absent = ("pixel_values", "image_grid_thw")[:: -1 if pixel_values is None else 1]
         raise UserError(f"{given} needs {absent}: pass both, as the processor returns them")
     placed: dict[str, Any] = {}
     if cfg.text.rope.sections:
-        positions, deltas = mrope_positions(ids, attention_mask, image_grid_thw, cfg.image_token_id or 0, merge)
+        positions, deltas = mrope_positions(
+            ids,
+            attention_mask,
+            image_grid_thw,
+            second_per_grid_ts,
+            tokens=cfg.visual_token_ids,
+            merge=merge,
+            tokens_per_second=cfg.tokens_per_second,
+        )
         placed = {"position_ids": positions, "deltas": deltas}
     if pixel_values is None:
         return {**placed, "pixel_values": None, "image_grid_thw": None}
     pixels, grids = np.asarray(pixel_values, np.float32), np.asarray(image_grid_thw)
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
-    by_row = grids_by_row(is_image & valid, grids, merge)
-    if pixels.ndim == 4 and grids.ndim == 3:  # padded to the largest image, as in 0.1
-        slots = zip(pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, AXES), strict=True)
-        pixels = np.concatenate([patches[: grid.prod()] for patches, grid in slots])
+    by_row = grids_by_row(is_visual(ids, cfg.visual_token_ids) & valid, grids, merge)
+    if pixels.ndim == 4 and grids.ndim == 3:
+        pixels = np.concatenate(_pieces(pixels, grids))
     if pixels.ndim == grids.ndim == 3:
         _check_packed(cfg, pixels, grids)
         return placed | repacked(cfg, pixels, grids, packs or len(pixels), by_row)
@@ -96,11 +106,134 @@ def repacked(
     """
     if len(pixels) == packs:
         return {"pixel_values": pixels, "image_grid_thw": grids.astype(np.int32)}
-    real = [row[: grid.prod(axis=1).sum()] for row, grid in zip(pixels, grids, strict=True)]
     if by_row is None:
         by_row = [[grid for grid in row if grid.any()] for row in grids]
     ends = np.cumsum([sum(int(grid.prod()) for grid in row) for row in by_row])
-    return _packed(np.split(np.concatenate(real), ends[:-1]), by_row, packs, _merge(cfg))
+    return _packed(np.split(np.concatenate(_pieces(pixels, grids)), ends[:-1]), by_row, packs, _merge(cfg))
+
+
+def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a processor's images and videos as one list, in the order of their tokens.
+
+    Args:
+      cfg: the model.
+      input_ids, attention_mask: int[batch, seq]; or no mask.
+      inputs: arrays by the names of `VISUALS`, flat or in packed rows.
+
+    Returns pixel_values, image_grid_thw and second_per_grid_ts, as `patch_rows` takes them (None: nothing).
+
+    Raises UserError for videos that the model does not take, or arrays that do not fit together.
+    """
+    images, videos = (in_cells(cfg, *(inputs.get(name) for name in names)) for names in (_IMAGES, _VIDEOS))
+    seconds = inputs.get("second_per_grid_ts")
+    if videos[0] is not None and (cfg.video_token_id is None or videos[1] is None):
+        raise UserError(
+            "pixel_values_videos is not for this model: pass the frames as images in pixel_values"
+            if cfg.video_token_id is None
+            else "pixel_values_videos needs video_grid_thw: pass both, as the processor returns them"
+        )
+    if images[0] is None or videos[0] is None:
+        pixels, grids = images if videos[0] is None else videos
+        return {"pixel_values": pixels, "image_grid_thw": grids, "second_per_grid_ts": seconds}
+    rows = [
+        [*of_images, *of_videos]
+        for of_images, of_videos in zip(
+            _visuals(cfg, cfg.image_token_id, input_ids, attention_mask, *images),
+            _visuals(cfg, cfg.video_token_id, input_ids, attention_mask, *videos, seconds),
+            strict=True,
+        )
+    ]
+    visuals = [visual for row in rows for visual in sorted(row, key=lambda visual: visual.first)]
+    return {
+        "pixel_values": np.concatenate([visual.patches for visual in visuals]),
+        "image_grid_thw": np.array([visual.grid for visual in visuals]),
+        "second_per_grid_ts": np.array([visual.interval for visual in visuals]),
+    }
+
+
+def separated(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose videos have arrays of their own, as a processor's have, in packed rows (undoes `joined`)."""
+    ids = arrays["input_ids"]
+    if cfg.video_token_id is None or not (ids == cfg.video_token_id).any():
+        return {name: array for name, array in arrays.items() if name != "second_per_grid_ts"}
+    result = {name: array for name, array in arrays.items() if name not in VISUALS}
+    pixels, grids, seconds = arrays[_IMAGES[0]], arrays[_IMAGES[1]], arrays.get("second_per_grid_ts")
+    rows = _visuals(cfg, None, ids, arrays["attention_mask"], pixels, grids, seconds)
+    for token, names in ((cfg.image_token_id, _IMAGES), (cfg.video_token_id, _VIDEOS)):
+        visuals = [[v for v in row if ids[at, v.first] == token] for at, row in enumerate(rows)]
+        if any(visuals):
+            patches = [np.concatenate([pixels[0, :0], *(visual.patches for visual in row)]) for row in visuals]
+            packed = _packed(patches, [[visual.grid for visual in row] for row in visuals], len(pixels), _merge(cfg))
+            result |= {names[0]: packed["pixel_values"], names[1]: packed["image_grid_thw"]}
+    if seconds is not None:
+        result["second_per_grid_ts"] = np.zeros(result["video_grid_thw"].shape[:2], np.float32)
+        size = len(rows) // len(pixels)
+        for pack, row in enumerate(result["second_per_grid_ts"]):
+            intervals = [visual.interval for row in visuals[pack * size : (pack + 1) * size] for visual in row]
+            row[: len(intervals)] = intervals
+    return result
+
+
+def rejoined(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose images and videos share packed rows (undoes `separated`)."""
+    if "pixel_values_videos" not in arrays:
+        return dict(arrays)
+    ids, mask, packs = arrays["input_ids"], arrays["attention_mask"], len(arrays["pixel_values_videos"])
+    packed = patch_rows(cfg, ids, mask, **joined(cfg, ids, mask, arrays), packs=packs)
+    others = {name: array for name, array in arrays.items() if name not in VISUALS}
+    return others | {name: array for name, array in packed.items() if name != "deltas"}
+
+
+class _Visual(NamedTuple):
+    """Image or video of a row: place of its first token, grid, patches, and seconds between temporal patches."""
+
+    first: int
+    grid: np.ndarray
+    patches: np.ndarray
+    interval: float
+
+
+def _visuals(
+    cfg: ModelConfig,
+    token: int | None,
+    input_ids: Any,
+    attention_mask: Any,
+    pixels: Any,
+    grids: Any,
+    seconds: Any = None,
+) -> list[list[_Visual]]:
+    """Return the images or videos of every row of a batch, whose tokens are `token` (None: both)."""
+    ids, grids, pixels = np.asarray(input_ids), np.asarray(grids), np.asarray(pixels, np.float32)
+    valid = True if attention_mask is None else np.asarray(attention_mask) != 0
+    marks = (is_visual(ids, cfg.visual_token_ids) if token is None else ids == token) & valid
+    intervals = np.zeros(grids.shape[:-1]) if seconds is None else np.asarray(seconds)
+    by_row, pieces = grids_by_row(marks, grids, _merge(cfg)), _pieces(pixels, grids)
+    if grids.ndim == 2 and len(pixels) != grids.prod(axis=1).sum():
+        raise UserError(f"pixels have {len(pixels)} patches, expected {grids.prod(axis=1).sum()}, as their grids say")
+    rest = iter(zip(pieces, intervals[grids.any(axis=-1)].tolist(), strict=True))
+    rows = []
+    for row, row_grids in zip(marks, by_row, strict=True):
+        starts = np.cumsum([0, *(tokens_of(grid, _merge(cfg)) for grid in row_grids)])[:-1]
+        firsts = np.flatnonzero(row)[starts].tolist()
+        rows.append([_Visual(first, grid, *next(rest)) for first, grid in zip(firsts, row_grids, strict=True)])
+    return rows
+
+
+def _pieces(pixels: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+    """Return the patches of each image or video, without padding.
+
+    They are [patches, values] for grids [visuals, 3], packed rows [packs, patches, values] for [packs, visuals, 3], or
+    [packs, visuals, patches, values] (padded to the largest image, as in 0.1).
+    """
+    if grids.ndim == 2:
+        pixels, grids = pixels[None], grids[None]
+    elif pixels.ndim == 4:
+        pixels, grids = pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, 1, AXES)
+    pieces = []
+    for row, row_grids in zip(pixels, grids, strict=True):
+        sizes = row_grids.prod(axis=1)
+        pieces += np.split(row, np.cumsum(sizes[sizes > 0]))[:-1]
+    return pieces
 
 
 def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
@@ -165,22 +298,16 @@ def _merge(cfg: ModelConfig) -> int:
 
 
 def check_types(cfg: ModelConfig, input_ids: Any, types: Any) -> None:
-    """Raise UserError for video inputs, or for mm_token_type_ids that contradict input_ids."""
-    ids = np.asarray(input_ids)
-    is_image = ids == cfg.image_token_id
-    if cfg.video_token_id is not None and (ids == cfg.video_token_id).any():
-        row = int(np.argwhere(ids == cfg.video_token_id)[0, 0])
-        raise UserError(f"row {row} of input_ids has video tokens ({cfg.video_token_id}): only images are supported")
+    """Raise UserError for mm_token_type_ids that contradict input_ids (1: image tokens, 2: video tokens)."""
     if types is None:
         return
-    types = np.asarray(types)
-    if (types == 2).any():
-        raise UserError("mm_token_type_ids marks video tokens (2): only images are supported")
-    if types.shape != ids.shape or ((types == 1) != is_image).any():
-        raise UserError(
-            f"mm_token_type_ids does not mark the image tokens (id {cfg.image_token_id}) of input_ids: pass both as "
-            "the processor returns them"
-        )
+    ids, types = np.asarray(input_ids), np.asarray(types)
+    for number, name, token in ((1, "image", cfg.image_token_id), (2, "video", cfg.video_token_id)):
+        if types.shape != ids.shape or ((types == number) != (ids == token)).any():
+            raise UserError(
+                f"mm_token_type_ids does not mark the {name} tokens (id {token}) of input_ids by {number}: pass both "
+                "as the processor returns them"
+            )
 
 
 def _check_packed(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> None:

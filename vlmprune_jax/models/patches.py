@@ -30,41 +30,49 @@ class Places(NamedTuple):
     """Number of columns of patches of the image."""
 
     image: jax.Array
-    """Number of the patch's image in its packed row; for padding the number of images."""
+    """Number of the patch's image or video frame in its packed row; for padding the number of all of them."""
 
     real: jax.Array
     """bool, False for padding."""
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return row and column of every patch of packed rows of `patches`, from image grids int[packs, images, 3]."""
+    """Return row and column of every patch of packed rows of `patches`, from image grids int[packs, images, 3].
+
+    Every temporal patch of a video (its grid's first number) counts as an image.
+    """
     index = jnp.arange(patches, dtype=jnp.int32)[None]
     sizes = grid.prod(axis=-1, dtype=jnp.int32)
     ends = jnp.cumsum(sizes, axis=1, dtype=jnp.int32)
-    image = (index[..., None] >= ends[:, None]).sum(axis=-1, dtype=jnp.int32)
+    visual = (index[..., None] >= ends[:, None]).sum(axis=-1, dtype=jnp.int32)
 
-    def of_image(values: jax.Array) -> jax.Array:
-        at = jnp.minimum(image, values.shape[1] - 1)
+    def of_visual(values: jax.Array) -> jax.Array:
+        at = jnp.minimum(visual, values.shape[1] - 1)
         return jnp.take_along_axis(values.astype(jnp.int32), at, axis=1)
 
-    rows, columns = (of_image(grid[..., axis]) for axis in (1, 2))
-    cell, inside = jnp.divmod(index - of_image(ends - sizes), merge**2)
+    rows, columns = (of_visual(grid[..., axis]) for axis in (1, 2))
+    frame, place = jnp.divmod(index - of_visual(ends - sizes), jnp.maximum(rows * columns, 1))
+    cell, inside = jnp.divmod(place, merge**2)
     cell_row, cell_column = jnp.divmod(cell, jnp.maximum(columns // merge, 1))
     row, column = cell_row * merge + inside // merge, cell_column * merge + inside % merge
-    return Places(row, column, cell_row, cell_column, rows, columns, image, index < ends[:, -1:])
+    frames = grid[..., 0].astype(jnp.int32)
+    before, real = jnp.cumsum(frames, axis=1, dtype=jnp.int32) - frames, index < ends[:, -1:]
+    image = jnp.where(real, of_visual(before) + frame, (before + frames)[:, -1:])
+    return Places(row, column, cell_row, cell_column, rows, columns, image, real)
 
 
-def windows_of(places: Places, grid: jax.Array, merge: int, side: int) -> jax.Array:
+def windows_of(places: Places, merge: int, side: int) -> jax.Array:
     """Return each patch's attention window (`side` merged patches wide), int32[packs, patches].
 
     Windows are numbered image by image, row by row from the upper left, and cut short at the right and at the bottom.
     The window of padding has no other patches than padding.
     """
-    down, across = (-(-grid[..., axis].astype(jnp.int32) // (merge * side)) for axis in (1, 2))
-    starts = jnp.pad(jnp.cumsum(down * across, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    before = jnp.take_along_axis(starts, places.image, axis=1)
-    window = places.cell_row // side * -(-places.columns // (merge * side)) + places.cell_column // side
-    return before + jnp.where(places.real, window, 0)
+    down, across = (-(-sides // (merge * side)) for sides in (places.rows, places.columns))
+    window = places.cell_row // side * across + places.cell_column // side
+    # windows of all images up to the patch's own, each counted at its first patch
+    first = places.real & (places.row + places.column == 0)
+    windows = jnp.cumsum(jnp.where(first, down * across, 0), axis=1, dtype=jnp.int32)
+    return jnp.where(places.real, windows - down * across + window, windows)
 
 
 def resampled(table: jax.Array, places: Places) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Positions of text and image tokens in three rows (M-RoPE, Wang et al. 2024), on the host."""
+"""Positions of text tokens and visual tokens in three rows (M-RoPE, Wang et al. 2024), on the host."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,52 +14,78 @@ AXES = 3  # frame, row and column
 
 
 def mrope_positions(
-    input_ids: Any, attention_mask: Any, image_grid_thw: Any, image_token_id: int, merge: int
+    input_ids: Any,
+    attention_mask: Any,
+    image_grid_thw: Any,
+    second_per_grid_ts: Any,
+    *,
+    tokens: Sequence[int],
+    merge: int,
+    tokens_per_second: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets for generated tokens.
 
     Text increases all three by 1. An image at position p has (p, p + row, p + column) for its merged cells, and takes
-    up the longer of its sides. The token after a row of n real tokens is at n + the row's offset.
+    up the longer of its sides. Every temporal patch of a video is such an image, with its time as text before it
+    (Qwen3-VL), or a video is one at (p + floor(time * `tokens_per_second`), p + row, p + column), which takes up no
+    more than an image (Qwen2.5-VL; reference: transformers 5.24, while 5.2 continues after the last temporal position).
+    The token after a row of n real tokens is at n + the row's offset.
 
     Args:
-      input_ids: int[batch, seq], an image's tokens expanded.
+      input_ids: int[batch, seq], the tokens of images and videos expanded.
       attention_mask: int[batch, seq], 1 = real token, or None.
-      image_grid_thw: frames, rows and columns of patches, int[images, 3] in order of appearance over the batch, or
-        int[packs, images, 3] by packed row (0, 0, 0 = no image; see `patch_rows`), or None.
-      image_token_id, merge: of the model; `merge` x `merge` patches make one token.
+      image_grid_thw: temporal patches, rows and columns of patches of images and videos, int[visuals, 3] in order of
+        appearance over the batch, or int[packs, visuals, 3] by packed row (0, 0, 0 = none; see `patch_rows`), or None.
+      second_per_grid_ts: float of the same shape without the last axis, seconds from one temporal patch to the next
+        (None: 1).
+      tokens: ids of the tokens of images and videos (`ModelConfig.visual_token_ids`).
+      merge: `merge` x `merge` patches make one token.
+      tokens_per_second: see `ModelConfig`.
 
-    Raises UserError for grids that are no multiples of `merge`, or that do not match a row's image tokens.
+    Raises UserError for grids that are no multiples of `merge`, or that do not match a row's visual tokens.
     """
     ids = np.asarray(input_ids)
     valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    is_image = (ids == image_token_id) & valid
-    grids = grids_by_row(is_image, image_grid_thw, merge)
+    visual = is_visual(ids, tokens) & valid
+    grids = grids_by_row(visual, image_grid_thw, merge)
+    seconds = iter(_seconds(image_grid_thw, second_per_grid_ts, tokens_per_second))
     positions = np.zeros((len(ids), AXES, ids.shape[1]), np.int32)
     deltas = np.zeros(len(ids), np.int32)
     for row, real in enumerate(valid):
-        row_positions = _row_positions(is_image[row][real], [grid // (1, merge, merge) for grid in grids[row]])
+        cells = [(grid // (1, merge, merge), next(seconds)) for grid in grids[row]]
+        if not tokens_per_second:
+            cells = [(np.array([1, *grid[1:]]), interval) for grid, interval in cells for _ in range(grid[0])]
+        row_positions = _row_positions(visual[row][real], cells)
         positions[row][:, real] = row_positions
         deltas[row] = (row_positions.max(initial=-1) + 1) - row_positions.shape[1]
     return positions, deltas
 
 
-def with_images(positions: Any, input_ids: Any, attention_mask: Any, image_token_id: int | None) -> Any:
+def is_visual(input_ids: Any, tokens: Sequence[int]) -> Any:
+    """Return bool[batch, seq], True at `tokens` of images and videos; a NumPy or JAX array, as the ids are."""
+    result = input_ids != input_ids
+    for token in tokens:
+        result = result | (input_ids == token)
+    return result
+
+
+def with_images(positions: Any, input_ids: Any, attention_mask: Any, tokens: Sequence[int]) -> Any:
     """Return every token's position, and the number of its image in the row (0 = none), int32[batch, 2, seq].
 
-    Images are runs of int[batch, seq] ids `image_token_id`. Positions int[batch, seq] are counted along the mask by
-    default; those that have image numbers are returned as they are.
+    Images, and frames of videos, are runs of their `tokens` in int[batch, seq] ids. Positions int[batch, seq] are
+    counted along the mask by default; those that have image numbers are returned as they are.
     """
     if positions is not None and positions.ndim == 3:
         return positions
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    is_image = jnp.equal(input_ids, jnp.asarray(image_token_id, input_ids.dtype))
+    is_image = is_visual(jnp.asarray(input_ids), tokens)
     begins = is_image & ~jnp.pad(is_image[:, :-1], ((0, 0), (1, 0)))
     return jnp.stack([positions, jnp.where(is_image, jnp.cumsum(begins, axis=1), 0)], axis=1).astype(jnp.int32)
 
 
 def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[list[np.ndarray]]:
-    """Return the image grids of each row, int[3] per image; image tokens are marked in `is_image`, bool[batch, seq]."""
+    """Return the grids of each row, int[3] per image or video; `is_image`, bool[batch, seq], marks their tokens."""
     counts = [int(row.sum()) for row in is_image]
     grids = np.zeros((0, AXES), np.int64) if image_grid_thw is None else np.asarray(image_grid_thw)
     packs = len(grids) if grids.ndim == 3 else 1
@@ -72,10 +99,6 @@ def grids_by_row(is_image: np.ndarray, image_grid_thw: Any, merge: int) -> list[
             raise UserError(
                 f"image_grid_thw {grid.tolist()}: needs at least 1 frame, and rows and columns of patches that are "
                 f"multiples of {merge}, the model's spatial_merge_size"
-            )
-        if grid[0] > 1:
-            raise UserError(
-                f"image_grid_thw {grid.tolist()} has several frames: videos are not supported, only images (1 frame)"
             )
     by_row, size = [], len(counts) // packs
     for pack, packed in enumerate(grids.reshape(packs, -1, AXES)):
@@ -109,11 +132,25 @@ def _in_order(counts: list[int], grids: list[np.ndarray], merge: int) -> list[li
     return by_row
 
 
-def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
-    """Return one row's M-RoPE positions, int32[3, tokens]; `grids` are its images' sizes in merged patches."""
+def _seconds(grids: Any, second_per_grid_ts: Any, tokens_per_second: float) -> np.ndarray:
+    """Return the temporal positions from one temporal patch to the next, float32, of images and videos in order."""
+    real = np.asarray(np.zeros((0, AXES)) if grids is None else grids).any(axis=-1)
+    seconds = np.ones(real.shape) if second_per_grid_ts is None else np.asarray(second_per_grid_ts)
+    if seconds.shape != real.shape:
+        raise UserError(
+            f"second_per_grid_ts has shape {list(seconds.shape)}, expected {list(real.shape)}: one number per video"
+        )
+    return seconds[real].astype(np.float32) * np.float32(tokens_per_second)
+
+
+def _row_positions(is_image: np.ndarray, grids: Sequence[tuple[Any, np.float32]]) -> np.ndarray:
+    """Return one row's M-RoPE positions, int32[3, tokens].
+
+    `grids`: sizes of its images and videos in merged patches, and temporal positions per temporal patch.
+    """
     positions = np.zeros((AXES, len(is_image)), np.int32)
     at = first = 0  # tokens placed, and the position of the next one
-    for grid in grids:
+    for grid, interval in grids:
         text = int(np.argmax(is_image[at:]))
         positions[:, at : at + text] = first + np.arange(text)
         at, first = at + text, first + text
@@ -123,7 +160,9 @@ def _row_positions(is_image: np.ndarray, grids: list[np.ndarray]) -> np.ndarray:
                 f"text tokens interrupt the {tokens} tokens of an image (by image_grid_thw): write its ids without a "
                 "gap"
             )
-        positions[:, at : at + tokens] = first + np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
+        place = np.indices(tuple(map(int, grid))).reshape(AXES, tokens)
+        place[0] = place[0].astype(np.float32) * interval
+        positions[:, at : at + tokens] = first + place
         at, first = at + tokens, first + int(max(grid[1:]))
     positions[:, at:] = first + np.arange(len(is_image) - at)
     return positions

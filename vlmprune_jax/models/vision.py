@@ -132,7 +132,7 @@ class VisionTower(BlockStack):
             return Context({} if real is None else {0: real[:, None, None]}, valid=real)
         cfg, places = self.cfg, self.places(x, grid)
         sides = sorted({shape.mixer.window or 0 for shape in cfg.layers})
-        segments = {side: windows_of(places, grid, cfg.merge, side) if side else places.image for side in sides}
+        segments = {side: windows_of(places, cfg.merge, side) if side else places.image for side in sides}
         whole = {} if in_blocks(x.shape[1]) else segments
         masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in whole.items()}
         facts = cfg.attention

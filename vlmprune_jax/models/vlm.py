@@ -27,9 +27,9 @@ from vlmprune_jax.distributed.rules import constrain, sharding
 from vlmprune_jax.models.context import Hook, LayerEmbeds
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.features import features_of, splice
-from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import check_types, in_cells, patch_rows, real_features, repacked
-from vlmprune_jax.models.positions import with_images
+from vlmprune_jax.models.inputs import visual_inputs
+from vlmprune_jax.models.patch_rows import VISUALS, patch_rows, real_features, repacked
+from vlmprune_jax.models.positions import is_visual, with_images
 from vlmprune_jax.models.projector import Projector
 from vlmprune_jax.models.stack import BlockStack
 from vlmprune_jax.models.vision import VisionTower
@@ -42,8 +42,8 @@ CAPTURE = ("hidden", "image_features", "inputs_embeds")
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 # Arrays that `forward` takes.
 INPUTS = (
-    "input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_position_ids",
-    "mm_token_type_ids", "token_type_ids",
+    "input_ids", "attention_mask", "pixel_attention_mask", *VISUALS, "num_frames_per_video", "mm_token_type_ids",
+    "token_type_ids",
 )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ class VisionLanguageModel(nnx.Module):
         else:
             return Embedded(x, None, LayerEmbeds(per_layer_embeds=self.layer_inputs(x, input_ids)))
         features = self.projector(states)
-        is_image = jnp.equal(input_ids, jnp.asarray(self.cfg.image_token_id, input_ids.dtype))
+        is_image = is_visual(input_ids, self.cfg.visual_token_ids)
         deepstack = self.projector.deepstack_features(states)
         if deepstack is not None:
             deepstack = jnp.stack([splice(jnp.zeros_like(x), is_image, embeds, packs) for embeds in deepstack])
@@ -168,10 +168,9 @@ class VisionLanguageModel(nnx.Module):
 
     def layer_inputs(self, x: jax.Array, input_ids: jax.Array) -> jax.Array | None:
         """Return the decoder's per-layer embeddings; image and video tokens use the padding token's embedding."""
-        for token in (self.cfg.image_token_id, self.cfg.video_token_id):
-            if token is not None:
-                input_ids = jnp.where(input_ids == token, self.cfg.pad_token_id or 0, input_ids)
-        return self.text.layer_inputs(x, input_ids)
+        return self.text.layer_inputs(
+            x, jnp.where(is_visual(input_ids, self.cfg.visual_token_ids), self.cfg.pad_token_id or 0, input_ids)
+        )
 
 
 class Embedded(NamedTuple):
@@ -250,7 +249,7 @@ def encode(
     if image_grid_thw is not None and position_ids is None and cfg.text.rope.sections:
         raise UserError("image_grid_thw needs position_ids by row and column: compute them with models.positions")
     if cfg.text.sees_images and not (pixel_values is None and vision_features is None):
-        position_ids = with_images(position_ids, input_ids, attention_mask, cfg.image_token_id)
+        position_ids = with_images(position_ids, input_ids, attention_mask, cfg.visual_token_ids)
     context = module.text.context(attention_mask, position_ids, dropout_key=dropout_key)
     final, aux = module.text(
         x, context, states=states, hook=hook, hook_inputs=hook_inputs, remat=remat, layer_embeds=layer_embeds
@@ -315,6 +314,11 @@ def forward(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     image_position_ids: Any = None,
+    pixel_values_videos: Any = None,
+    video_grid_thw: Any = None,
+    video_position_ids: Any = None,
+    second_per_grid_ts: Any = None,
+    num_frames_per_video: Any = None,
     mm_token_type_ids: Any = None,
     token_type_ids: Any = None,
     attention_mask: Any = None,
@@ -325,14 +329,19 @@ def forward(
 
     Args:
       model: the model; sharded parameters give a sharded computation.
-      input_ids: int[batch, seq]; image positions hold `model.cfg.image_token_id`, once per image feature.
-      pixel_values: float[images or tiles, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with
-        empty slots at the end of rows that have fewer images.
+      input_ids: int[batch, seq]; image positions hold `model.cfg.image_token_id`, once per image feature, and positions
+        of videos `model.cfg.video_token_id`, if the model has one.
+      pixel_values: float[images, tiles or frames, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row,
+        with empty slots (zeros) at the end of rows that have fewer images; SmolVLM's rows may also be videos.
       pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
       image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
         [patches of all images, values], as processors emit them (or both in packed rows, see `patch_rows`).
       image_position_ids: int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with
         pixel_values [images, patches, values] (Gemma 4).
+      pixel_values_videos, video_grid_thw, video_position_ids: the same arrays of videos, whose grids begin with their
+        number of temporal patches; each frame is an image for `video_position_ids`.
+      second_per_grid_ts: float[videos], seconds from one temporal patch to the next (Qwen2.5-VL; None: 1).
+      num_frames_per_video: ignored, since the ids contain it.
       mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
       capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
@@ -351,20 +360,23 @@ def forward(
     if want is not None:
         warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
         capture = want
-    pixel_values, image_grid_thw = in_cells(model.cfg, pixel_values, image_grid_thw, image_position_ids)
-    check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw, attention_mask=attention_mask)
-    check_types(model.cfg, input_ids, mm_token_type_ids if token_type_ids is None else token_type_ids)
-    arrays = {
-        "input_ids": input_ids,
-        "pixel_values": pixel_values,
-        "pixel_attention_mask": needed_mask(model.cfg, pixel_values, pixel_attention_mask),
-        "attention_mask": attention_mask,
-    }
+    del num_frames_per_video
+    inputs = {
+        "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
+        "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
+        "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
+        "pixel_attention_mask": pixel_attention_mask,
+        "mm_token_type_ids": mm_token_type_ids if token_type_ids is None else token_type_ids,
+    }  # fmt: skip
+    visuals, mask = visual_inputs(model.cfg, input_ids, attention_mask, inputs)
+    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
     mesh = mesh_of(model.params)
     if model.cfg.dynamic_resolution:
         packs = packed_rows(len(input_ids), mesh)
-        arrays |= patch_rows(model.cfg, input_ids, attention_mask, pixel_values, image_grid_thw, packs=packs)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, **visuals, packs=packs)
         arrays.pop("deltas", None)
+    else:
+        arrays["pixel_values"] = visuals["pixel_values"]
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(capture))
     if model.cfg.dynamic_resolution and aux.get("image_features") is not None:

@@ -122,11 +122,13 @@ class ScoreConfig:
         42, "Random seed for choosing calibration records, and for the random criterion.", least=0, below=2**32
     )
     prompt_weight: float = score_setting(1.0, "Weight of prompt tokens in importance scores (0 = ignored).", least=0)
-    image_weight: float = score_setting(1.0, "Weight of image tokens in importance scores (0 = ignored).", least=0)
+    image_weight: float = score_setting(
+        1.0, "Weight of image and video tokens in importance scores (0 = ignored).", least=0
+    )
     answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
     by_token_type: bool = score_setting(
         False,
-        "Also compute Taylor scores for prompt, image and answer tokens separately (other criteria always do).",
+        "Also compute Taylor scores for prompt, image, video and answer tokens separately (other criteria always do).",
     )
     memory_budget: int | None = setting(
         None,
@@ -394,7 +396,7 @@ class TokenWeights:
         1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
     )
     image_weight: float = reconstruct_setting(
-        0.1, "Weight of image tokens in the reconstruction error (low: there are many; 0 = ignored).", least=0
+        0.1, "Weight of image and video tokens in the reconstruction error (low: there are many; 0 = ignored).", least=0
     )
     answer_weight: float = reconstruct_setting(
         1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0

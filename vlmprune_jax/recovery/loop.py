@@ -20,6 +20,7 @@ from vlmprune_jax.distributed.mesh import rows_of_process
 from vlmprune_jax.distributed.preemption import StopSignal
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.patch_rows import rejoined
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.recovery.checkpoint import Checkpointer
@@ -226,15 +227,16 @@ def _next(stream: Iterator[Any], run: Run, config: RecoverConfig, step: int) -> 
         raise UserError(
             f"recover: batch of step {step + 1} has {len(ids)} rows, expected {rows} per process: check batch_size"
         )
+    arrays = rejoined(run.cfg, batch.arrays)
     check_inputs(
         run.cfg,
         ids,
-        batch.arrays.get("pixel_values"),
-        batch.arrays.get("vision_features"),
-        batch.arrays.get("image_grid_thw"),
-        batch.arrays["attention_mask"],
+        arrays.get("pixel_values"),
+        arrays.get("vision_features"),
+        arrays.get("image_grid_thw"),
+        arrays["attention_mask"],
     )
-    return batch
+    return batch if "pixel_values_videos" not in batch.arrays else dataclasses.replace(batch, arrays=arrays)
 
 
 def _summary(run: Run, recorder: Recorder, first: int, total: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import LayerEmbeds
 from vlmprune_jax.models.inputs import check_inputs
+from vlmprune_jax.models.patch_rows import rejoined
 from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
 from vlmprune_jax.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.plans.plan import PrunePlan
@@ -73,10 +74,11 @@ class LossTerms(UserDict[str, LossTerm]):
         theirs = None if teacher is None else teacher.cfg
         check_losses(loss)
         check_teacher(loss, model.cfg, theirs)
-        arrays = {name: jnp.asarray(array) for name, array in getattr(batch, "arrays", batch).items()}
-        missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in arrays]
+        host = getattr(batch, "arrays", batch)
+        missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in host]
         if missing:
             raise UserError(f"losses: the batch has no {', '.join(missing)}: add the array")
+        arrays = {name: jnp.asarray(array) for name, array in rejoined(model.cfg, host).items()}
         check_inputs(
             model.cfg,
             arrays["input_ids"],

@@ -2,7 +2,7 @@
 
 from vlmprune_jax.core.checks import Registry
 from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PADDING, PROMPT, VIDEO
 from vlmprune_jax.prune.criteria.contribution import ACTIVATION, FLUCTUATION
 from vlmprune_jax.prune.criteria.criterion import Criterion
 from vlmprune_jax.prune.criteria.distance import ANGULAR, BLOCK_INFLUENCE
@@ -51,6 +51,7 @@ __all__ = [
     "IMAGE",
     "PADDING",
     "PROMPT",
+    "VIDEO",
     "Blocks",
     "Criterion",
     "Tokens",

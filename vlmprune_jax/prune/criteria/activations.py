@@ -19,14 +19,15 @@ from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import VALUES, BlockValues, Hook
 from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_inputs, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, Arrays, kinds_in
+from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, TYPES, Arrays, kinds_in
 
 
 class Tokens(NamedTuple):
     """Weight and type of each token in a batch (for a vision tower: of each image position).
 
     `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
-    `kind`: int32, one of PADDING, PROMPT, IMAGE and ANSWER (a token with a label; a batch without labels has none).
+    `kind`: int32, one of PADDING, PROMPT, IMAGE, VIDEO and ANSWER (a token with a label; a batch without labels has
+    none).
     """
 
     weight: jax.Array
@@ -62,22 +63,22 @@ def accumulate(
 
     Args:
       stack: name of the stack; for the tower, batches without images are skipped. Raises UserError if all are.
-      weight_of: float32[4], weight of a token of each type.
+      weight_of: float32[types], weight of a token of each type.
       journal: keeps the sums of each batch, to continue from.
     """
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
     # token weights: over all tokens, and over each type alone
-    counted_as = [weight_of, *(np.eye(4, dtype=np.float32)[kind] for kind in KINDS.values() if splits)]
+    counted_as = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[kind] for kind in KINDS.values() if splits)]
     step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
-    ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(4, int)
+    ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(len(TYPES), int)
     batches = _RUNS[stack].batches(batches)
     first = next(batches)
 
     def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
         for arrays in batches:
-            counts[:] += np.bincount(arrays["kind"].ravel(), minlength=4)
+            counts[:] += np.bincount(arrays["kind"].ravel(), minlength=len(TYPES))
             yield arrays
 
     def sums(arrays: Arrays) -> list[Any]:

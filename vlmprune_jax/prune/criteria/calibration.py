@@ -9,17 +9,17 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.models.inputs import check_inputs, needed_mask
-from vlmprune_jax.models.patch_rows import in_cells, patch_rows
+from vlmprune_jax.models.inputs import visual_inputs
+from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.prune.config import ScoreConfig
 
 Arrays = dict[str, np.ndarray]
-# Token types; an answer is a token with a label.
-PADDING, PROMPT, IMAGE, ANSWER = range(4)
-KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER}
+# Token types; an answer is a token with a label. Frames of models without a video token are images.
+TYPES = PADDING, PROMPT, IMAGE, ANSWER, VIDEO = tuple(range(5))
+KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER, "video": VIDEO}
 _FILLS = {"input_ids": 0, "attention_mask": 0, "kind": PADDING, "labels": IGNORED}
-TOKEN_TYPE_WEIGHTS = {f"{name}_weight": getattr(ScoreConfig(), f"{name}_weight") for name in KINDS}
+TOKEN_TYPE_WEIGHTS = {name: getattr(ScoreConfig(), name) for name in ("image_weight", "prompt_weight", "answer_weight")}
 
 
 def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: bool) -> Iterator[Arrays]:
@@ -60,15 +60,15 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
 
 
 def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
-    """Return the weight of each token type, float32[4], from a criterion's options; padding has weight 0."""
-    weights = np.zeros(4, np.float32)
+    """Return the weight of each token type, float32[types], from a criterion's options; padding has weight 0."""
+    weights = np.zeros(len(TYPES), np.float32)
     for name, kind in KINDS.items():
-        weights[kind] = options[f"{name}_weight"]
+        weights[kind] = options["image_weight" if kind == VIDEO else f"{name}_weight"]
     return weights
 
 
 def kinds_in(counts: np.ndarray) -> list[str]:
-    """Return the names of the token types that occur, given their counts int[4]; () if only one type occurs."""
+    """Return the names of the token types that occur, given their counts int[types]; () if only one type occurs."""
     names = [name for name, kind in KINDS.items() if counts[kind]]
     return names if len(names) > 1 else []
 
@@ -86,30 +86,27 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
     if missing:
         raise UserError(f"a batch lacks {', '.join(missing)} (found {', '.join(arrays)})")
     named = ("input_ids", "attention_mask", "labels")
-    result = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
+    result: Arrays = {name: np.asarray(arrays[name], np.int32) for name in named if name in arrays}
     shape = result["input_ids"].shape
     for name, array in result.items():
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
-    pixels, grid, places = (arrays.get(name) for name in ("pixel_values", "image_grid_thw", "image_position_ids"))
-    pixels, grid = in_cells(cfg, pixels, grid, places)
-    check_inputs(cfg, result["input_ids"], pixels, image_grid_thw=grid, attention_mask=result["attention_mask"])
-    if needed_mask(cfg, pixels, arrays.get("pixel_attention_mask")) is not None:
+    ids, mask = result["input_ids"], result["attention_mask"]
+    visuals, pixel_mask = visual_inputs(cfg, ids, mask, {**arrays, "mm_token_type_ids": None})
+    if pixel_mask is not None:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
         )
     if "labels" in result:
         _check_labels(result["labels"], cfg)
     if cfg.dynamic_resolution:
-        ids, mask = result["input_ids"], result["attention_mask"]
-        image_arrays = patch_rows(cfg, ids, mask, pixels, grid, packs=len(ids))
+        image_arrays = patch_rows(cfg, ids, mask, **visuals, packs=len(ids))
         result |= {name: array for name, array in image_arrays.items() if array is not None and name != "deltas"}
-    elif pixels is not None:
-        pixels = np.asarray(pixels, np.float32)
-        result["pixel_values"] = pixels if pixels.ndim == 5 else _per_row(pixels, result["input_ids"], cfg)
+    elif visuals["pixel_values"] is not None:
+        images = np.asarray(visuals["pixel_values"], np.float32)
+        result["pixel_values"] = images if images.ndim == 5 else _per_row(images, ids, cfg)
     if cfg.text.sees_images:
-        marked = with_images(None, result["input_ids"], result["attention_mask"], cfg.image_token_id)
-        result["position_ids"] = np.asarray(marked)
+        result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
     return {**result, "kind": _kinds(result, cfg)}
 
 
@@ -141,11 +138,12 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
 
 
 def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
-    """Return the type of every token (padding, prompt, image, answer) as int32[batch, seq]."""
+    """Return the type of every token (padding, prompt, image, answer, video) as int32[batch, seq]."""
     kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
         kind[arrays["labels"] != IGNORED] = ANSWER
-    if cfg.image_token_id is not None:
-        kind[arrays["input_ids"] == cfg.image_token_id] = IMAGE
+    for token, name in ((cfg.image_token_id, IMAGE), (cfg.video_token_id, VIDEO)):
+        if token is not None:
+            kind[arrays["input_ids"] == token] = name
     kind[arrays["attention_mask"] == 0] = PADDING
     return kind

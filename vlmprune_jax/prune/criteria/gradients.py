@@ -29,7 +29,7 @@ from vlmprune_jax.models.context import STREAM
 from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.batches import text_batch
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, Arrays, kinds_in, stack_rows
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, TYPES, Arrays, kinds_in, stack_rows
 from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
@@ -81,8 +81,8 @@ def gradient_channels(
         raise UserError(
             f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
-    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=4)) if by_token_type else []
-    ways = [weight_of, *(np.eye(4, dtype=np.float32)[KINDS[name]] for name in kinds)]
+    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=len(TYPES))) if by_token_type else []
+    ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[KINDS[name]] for name in kinds)]
     mesh = mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
