@@ -15,8 +15,8 @@ from typing import Any, NotRequired, TypedDict
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import MAX_JSON_BYTES, read_json, read_text
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.prompts import render
-from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.families import Family, template_of, templates
 from vlmprune_jax.families.templates import Template
 
@@ -73,6 +73,8 @@ def choose_template(
         template = follow(chat, known, has_image=has_vision) or template
     image = re.findall(r"<[^<>]+>", "".join(template.image_tokens or ()) if has_vision else "")
     vocabulary = tokenizer.get_vocab()
+    if template.video is not None and template.video.token not in vocabulary:
+        template = replace(template, video=None)
     missing = [token for token in (*template.special, *image) if token not in vocabulary]
     if missing:
         raise UserError(
@@ -82,20 +84,38 @@ def choose_template(
     return template
 
 
+def follow_video(template: Template, folder: Path, tokenizer: Any) -> Template:
+    """Return the template with the white space around videos that the folder's own chat template writes.
+
+    Folders of one family differ in it (Gemma 4); templates without white space around videos are returned as they are.
+    """
+    video = template.video
+    if video is None or not video.start or (video.start + video.end).strip():
+        return template
+    before, token, after = (chat_prompt(folder, tokenizer, has_image=True, part="video") or "").partition(video.token)
+    question = [("human", f"{VIDEO_TOKEN}{QUESTION}")]
+    prompt = render(question, template, has_image=False, has_video=True, generation=True)
+    start, _, end = prompt.partition(VIDEO_TOKEN)
+    blanks = before.removeprefix(start), after.removesuffix(end)
+    if not token or "".join(blanks).strip() or before != start + blanks[0] or after != blanks[1] + end:
+        return template
+    return replace(template, video=replace(video, start=blanks[0], end=blanks[1]))
+
+
 def adds_begin(tokenizer: Any) -> bool:
     """Return True if the tokenizer puts its begin-of-text token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool) -> str | None:
-    """Format a test question with the folder's own chat template, after an image if the model takes images.
+def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool, part: str = "image") -> str | None:
+    """Format a test question with the folder's own chat template, after an image (or video) if the model takes images.
 
     None without a chat template, or if it does not accept such a chat or needs too much time or memory.
     """
     text = _chat_template(folder, tokenizer)
     if text is None:
         return None
-    content: Any = [{"type": "image"}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
+    content: Any = [{"type": part}, {"type": "text", "text": QUESTION}] if has_image else QUESTION
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     values = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True, **tokens}
     command = [sys.executable, "-P", "-c", _RENDER]

@@ -13,12 +13,12 @@ import numpy as np
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.feature_loader import FeatureLoader
-from vlmprune_jax.data.images import GRIDS, ImageLoader
+from vlmprune_jax.data.images import GRIDS, SECONDS, ImageLoader
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.families.templates import Template
-from vlmprune_jax.families.tiles import ImageShape
-from vlmprune_jax.models.positions import AXES, mrope_positions
+from vlmprune_jax.families.tiles import ImageShape, VideoShape
+from vlmprune_jax.models.positions import AXES, is_visual, mrope_positions
 
 _CHANGED = "image files have changed since this command started: run it again"
 _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads them over all cores
@@ -37,19 +37,20 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Converter of records to arrays: token ids, labels and images.
+    """Converter of records to arrays: token ids, labels, images and videos.
 
-    Every image or tile takes `tokens_per_image` positions, which hold `image_token_id`. A record has at most
-    `max_images` images. `image_loader` is None without a vision tower; it may read cached features.
+    Every image or tile takes `tokens_per_image` positions, which hold `image_token_id` (frames: `video_token_id`, if
+    the model has one; `tokens_per_second`: see `ModelConfig`). A record has at most `max_images` images and videos.
+    `image_loader` is None without a vision tower; it may read cached features.
 
     Length: rows have `max_length` tokens. With `truncate` longer training rows are cut at the right, as in the
     reference; otherwise they are refused. If nothing cuts them, rows over `longest` tokens (`ModelConfig.longest_row`;
     0 = no limit) are refused. `words` is the size of the model's vocabulary; larger ids are refused (0 = no limit).
 
     Buckets (ascending) limit the number of compiled programs: a batch takes the smallest bucket that holds all its
-    rows. `tile_buckets` are numbers of tiles per record (None: always `max_images`), `image_buckets` image tokens per
-    record for images of any size (else None), both averaged over a packed row; `length_buckets` are tokens of measured
-    training batches (None: always `max_length`).
+    rows; above the largest one, sizes double for records with videos. `tile_buckets` are numbers of tiles per record
+    (None: always `max_images`), `image_buckets` image tokens per record for images of any size (else None), both
+    averaged over a packed row; `length_buckets` are tokens of measured training batches (None: always `max_length`).
     """
 
     tokenizer: Any
@@ -65,6 +66,8 @@ class Encoder:
     image_buckets: tuple[int, ...] | None = None
     longest: int = 0
     words: int = 0
+    video_token_id: int | None = None
+    tokens_per_second: float = 0.0
 
     def training_row(self, record: Record, length: int | None = None) -> dict[str, np.ndarray]:
         """Return one record's training arrays except its images, padded at the right to `length` tokens.
@@ -76,10 +79,19 @@ class Encoder:
         row["input_ids"][: len(ids)] = ids
         row["attention_mask"][: len(ids)] = 1
         row["labels"][: len(ids)] = labels
-        if self._merge:
+        if self.image_loader is not None and self.image_loader.preparation.turns:
             tokens, mask = (row[name][None] for name in ("input_ids", "attention_mask"))
-            grids = np.array([image.grid for image in self.shapes(record)]).reshape(-1, AXES)
-            row["position_ids"] = mrope_positions(tokens, mask, grids, self.image_token_id, self._merge)[0][0]
+            shapes = self.shapes(record)
+            grids = np.array([shape.grid for shape in shapes]).reshape(-1, AXES)
+            row["position_ids"] = mrope_positions(
+                tokens,
+                mask,
+                grids,
+                intervals_of(shapes),
+                tokens=self.visual_tokens,
+                merge=self.image_loader.preparation.merge,
+                tokens_per_second=self.tokens_per_second,
+            )[0][0]
         return row
 
     def padding_row(self, length: int) -> dict[str, np.ndarray]:
@@ -91,7 +103,7 @@ class Encoder:
             "attention_mask": np.zeros(length, np.int32),
             "labels": np.full(length, IGNORED, np.int32),
         }
-        if self._merge:
+        if self.image_loader is not None and self.image_loader.preparation.turns:
             row["position_ids"] = np.zeros((AXES, length), np.int32)
         return row
 
@@ -110,14 +122,14 @@ class Encoder:
         return ids
 
     def images(self, record: Record, *, read: bool = True) -> list[tuple[np.ndarray, ImageShape]]:
-        """Return pixels [tiles or patches, ...] (or features) and shape of each image of a record.
+        """Return pixels [tiles or patches, ...] (or features) and shape of each image and video of a record.
 
         Without `read` pixels are zeros, for rows that another process computes.
         """
         loader, images = self.image_loader, list[tuple[np.ndarray, ImageShape]]()
-        if loader is None or not record.images:
+        if loader is None or not record.visuals:
             return images
-        for path, image in zip(record.images, self.shapes(record), strict=True):
+        for path, image in zip(record.visuals, self.shapes(record), strict=True):
             size, dtype = loader.arrays(image.slots, image.tokens)[loader.array]
             zeros = np.broadcast_to(np.zeros((), dtype), size)
             pixels = loader.load(path, record.id, len(record.images)) if read else zeros
@@ -147,6 +159,8 @@ class Encoder:
                 np.concatenate([pixels for pixels, _ in images], out=array[:count])
             for at, (_, image) in enumerate(images if GRIDS in arrays else ()):
                 arrays[GRIDS][pack, at] = image.grid
+            if SECONDS in arrays:
+                arrays[SECONDS][pack, : len(images)] = intervals_of([image for _, image in images])
         return arrays
 
     def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
@@ -155,22 +169,25 @@ class Encoder:
             return []
         each = rows // packs
         arrays = self.image_loader.arrays(shape.slots * each, shape.image_tokens * each)
+        if self.tokens_per_second:
+            arrays[SECONDS] = ((shape.slots * each,), np.dtype(np.float32))
         return [(name, ((packs, *size), dtype)) for name, (size, dtype) in arrays.items()]
 
     def shapes(self, record: Record) -> list[ImageShape]:
         """Return the grid and number of tiles of each image of a record; raise UserError naming the record."""
         if record.problem is not None:
             raise UserError(record.problem)
-        if not record.images:
+        visuals = record.visuals
+        if not visuals:
             return []
         if self.image_loader is None:
             raise UserError(f"record {record.id}: has an image but the model has no vision tower: drop the record")
-        if len(record.images) > self.max_images:
+        if len(visuals) > self.max_images:
+            what = "images and videos" if record.videos else "images"
             raise UserError(
-                f"record {record.id}: has {len(record.images)} images, more than data.max_images={self.max_images}: "
-                "raise it"
+                f"record {record.id}: has {len(visuals)} {what}, more than data.max_images={self.max_images}: raise it"
             )
-        return self.image_loader.shapes(record.images, record.id)
+        return self.image_loader.shapes(visuals, record.id)
 
     def shape_of(self, records: Sequence[Record | None], packs: int | None = None) -> Shape:
         """Return the padded shape of a batch of these records, with sequences of `max_length` tokens.
@@ -178,7 +195,7 @@ class Encoder:
         None is a row of padding; `packs`: see `shape`. Raises UserError naming the record if no bucket is large enough.
         """
         sizes = np.zeros((len(records), 3), np.int32)
-        if self.image_loader is not None and (self.tile_buckets is not None or self.image_buckets is not None):
+        if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
             for at, record in enumerate(records):
                 if record is not None:
                     images = self.shapes(record)
@@ -193,7 +210,7 @@ class Encoder:
         """
         tokens, each = sizes[:, 0].max(initial=0), max(len(sizes) // (packs or max(len(sizes), 1)), 1)
         slots, images = (-(-sizes[:, 1:].reshape(-1, each, 2).sum(axis=1).max(axis=0, initial=0) // each)).tolist()
-        length = self.max_length if self.length_buckets is None else _smallest(self.length_buckets, tokens)
+        length = self.max_length if self.length_buckets is None else smallest(self.length_buckets, tokens)
         return self._padded(length, slots, images)
 
     def count_shapes(self, sizes: np.ndarray) -> int:
@@ -201,7 +218,7 @@ class Encoder:
         least, most = self.shape(sizes.min(0)[None]), self.shape(sizes)
         buckets = (self.length_buckets, self.tile_buckets, self.image_buckets)
         return math.prod(
-            sum(low <= bucket <= high for bucket in sizes_of_axis or (high,))
+            sum(low <= bucket <= high for bucket in _doubled(sizes_of_axis or (high,), high))
             for sizes_of_axis, low, high in zip(buckets, least, most, strict=True)
         )
 
@@ -209,7 +226,7 @@ class Encoder:
     def images_decide(self) -> bool:
         """True if batches with equal sequence lengths may still differ in shape because of their images."""
         several = any(len(buckets or ()) > 1 for buckets in (self.tile_buckets, self.image_buckets))
-        return several and self.image_loader is not None
+        return self.image_loader is not None and (several or self.image_loader.videos is not None)
 
     @property
     def least_shape(self) -> Shape:
@@ -219,11 +236,13 @@ class Encoder:
     def _padded(self, tokens: int, slots: int, image_tokens: int) -> Shape:
         return Shape(
             tokens,
-            self.max_images if self.tile_buckets is None else _smallest(self.tile_buckets, slots),
-            0 if self.image_buckets is None else _smallest(self.image_buckets, image_tokens),
+            smallest(self.tile_buckets or (self.max_images,), slots),
+            0 if self.image_buckets is None else smallest(self.image_buckets, image_tokens),
         )
 
     def _check_buckets(self, record: Record, images: Sequence[ImageShape]) -> None:
+        if record.videos:
+            return
         needed, most = slots_of(images), self.tile_buckets
         if most is not None and needed > most[-1]:
             raise UserError(
@@ -260,11 +279,12 @@ class Encoder:
         elif len(ids) > limit:
             if not self.truncate:
                 check_length(len(ids), record, limit)
-            if record.images and self._cuts_image(ids):
-                last = int(np.flatnonzero(ids == self.image_token_id)[-1])
+            if record.visuals and self._cuts_image(ids):
+                last = int(np.flatnonzero(is_visual(ids, self.visual_tokens))[-1])
+                what = "an image or video" if record.videos else "an image"
                 raise UserError(
-                    f"record {record.id}: an image ends at token {last + 1}, beyond the maximum length {limit}: raise "
-                    "data.max_length, or shrink the images"
+                    f"record {record.id}: {what} ends at token {last + 1}, beyond the maximum length "
+                    f"{limit}: raise data.max_length, or shrink the images"
                 )
         return ids[:limit], labels[:limit]
 
@@ -295,15 +315,19 @@ class Encoder:
 
     def _cuts_image(self, ids: np.ndarray) -> bool:
         """Return True if truncation to `max_length` would cut through an image, or split it from its end token."""
-        last_is_image = bool(ids[self.max_length - 1] == self.image_token_id)
+        visual = is_visual(ids, self.visual_tokens)
         closed = self.template.image_tokens is not None
-        return bool(np.any(ids[self.max_length :] == self.image_token_id)) or (closed and last_is_image)
+        return bool(visual[self.max_length :].any() or (closed and visual[self.max_length - 1]))
 
     @property
-    def _merge(self) -> int:
-        """Patch-merge factor n of models with M-RoPE (n x n patches form one token); 0 for other models."""
-        preparation = None if self.image_loader is None else self.image_loader.preparation
-        return preparation.merge if preparation is not None and preparation.turns else 0
+    def visual_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens of images and videos."""
+        return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
+
+
+def intervals_of(images: Sequence[ImageShape]) -> np.ndarray:
+    """Return the seconds from one temporal patch to the next, float32, of videos; 0 for images."""
+    return np.array([image.interval if isinstance(image, VideoShape) else 0 for image in images], np.float32)
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
@@ -316,8 +340,17 @@ def tokens_of(images: Sequence[ImageShape]) -> int:
     return sum(image.tokens for image in images)
 
 
-def _smallest(buckets: Sequence[int], needed: int) -> int:
-    return next(bucket for bucket in buckets if bucket >= needed)
+def _doubled(buckets: Sequence[int], needed: int) -> list[int]:
+    """Return the buckets, and doubles of the last one until they hold `needed`."""
+    more = [*buckets]
+    while more[-1] < needed:
+        more.append(2 * more[-1])
+    return more
+
+
+def smallest(buckets: Sequence[int], needed: int) -> int:
+    """Return the smallest bucket, or double of the last one, that holds `needed`."""
+    return next(bucket for bucket in _doubled(buckets, needed) if bucket >= needed)
 
 
 def check_length(length: int, record: Record, limit: int, setting: str = "data.max_length") -> None:

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.images import GRIDS, ImageLoader
-from vlmprune_jax.data.media import StoredImage, image_key
+from vlmprune_jax.data.images import GRIDS, ImageLoader, Videos
+from vlmprune_jax.data.media import image_key
 from vlmprune_jax.data.preparation import Preparation
-from vlmprune_jax.data.records import Record
-from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.data.records import Record, VideoSource, Visual
+from vlmprune_jax.families.tiles import ImageShape, VideoShape
 
 
 class Picture(NamedTuple):
-    """One image of a record; `place` is its index among the record's images."""
+    """One image of a record, or one temporal patch of a video; `place` is its index among the record's visuals."""
 
     record: Record
     place: int
+    patch: int = 0
 
     @property
-    def image(self) -> Path | StoredImage:
-        """Path of the image file, or the image stored inside a data set."""
-        return self.record.images[self.place]
+    def image(self) -> Visual:
+        """Image file, image stored inside a data set, or video."""
+        return self.record.visuals[self.place]
 
 
 class FeatureLoader:
     """Loader of cached vision features, used in place of an `ImageLoader` of pixels.
 
     Features are [tiles, tokens, features], or [tokens, features] of an image of any size (cached as one tile). The key
-    of an image is its `image_key`, with the number of images in its record if its tiles depend on that. Images that
+    of an image is its `image_key`, with the number of images in its record if its tiles depend on that. Videos are
+    cached by temporal patch (a frame, or frames that share a patch), so that samples of a video share them. Images that
     could not be read when the features were computed have no tiles in the cache.
 
     Args:
@@ -59,13 +60,21 @@ class FeatureLoader:
             return {self.array: ((slots, *self.shape), self.dtype)}
         return {self.array: ((image_tokens, *self.shape), self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
 
-    def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the tile or patch grid of each image of a record; see `ImageLoader.shapes`."""
+    @property
+    def videos(self) -> Videos | None:
+        """Loader of the frames of videos; None if the model takes images only."""
+        return self.images.videos
+
+    def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
+        """Return the tile or patch grid of each image or video of a record; see `ImageLoader.shapes`."""
         return self.images.shapes(paths, record)
 
-    def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Return the cached features of an image; raise UserError naming the file and the record."""
-        features = self.cache[self.key(path, sharing)]
+    def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:
+        """Return the cached features of an image or video; raise UserError naming the file and the record."""
+        return np.concatenate([self._cached(key, path, record, sharing) for key in self.keys(path, record, sharing)])
+
+    def _cached(self, key: str, path: Visual, record: str, sharing: int) -> np.ndarray:
+        features = self.cache[key]
         open_axes = ("tiles", "tokens") if self.preparation.merge else ("tiles",)
         sizes = features.shape[len(open_axes) :]
         if (sizes, features.dtype) != (self.shape, self.dtype):
@@ -81,26 +90,34 @@ class FeatureLoader:
             f"remove {self.cache.folder}"
         )
 
-    def key(self, path: Path | StoredImage, sharing: int) -> str:
-        """Return the key under which an image's features are cached."""
+    def keys(self, path: Visual, record: str, sharing: int) -> list[str]:
+        """Return the keys under which the features of an image, or of a video's temporal patches, are cached."""
+        if isinstance(path, VideoSource):
+            return [] if self.videos is None else self.videos.keys(path, record)
         name = image_key(path)
-        return f"{name}:1/{sharing}" if self.preparation.shares else name
+        return [f"{name}:1/{sharing}" if self.preparation.shares else name]
 
     def missing(self, records: Iterable[Record]) -> dict[str, Picture]:
         """Return the images of these records whose features are not cached, without duplicates and in order."""
         pictures: dict[str, Picture] = {}
         for record in records:
-            for place, image in enumerate(record.images):
-                pictures.setdefault(self.key(image, len(record.images)), Picture(record, place))
+            for place, image in enumerate(record.visuals):
+                for patch, key in enumerate(self.keys(image, record.id, len(record.images))):
+                    pictures.setdefault(key, Picture(record, place, patch))
         return {key: pictures[key] for key in self.cache.missing(pictures)}
 
     def pixels(self, picture: Picture) -> np.ndarray:
-        """Load an image's pixels, as `ImageLoader.load` does; raise UserError naming the file and the record."""
-        return self.images.load(picture.image, picture.record.id, len(picture.record.images))
+        """Load a picture's pixels, as `ImageLoader.load` does; raise UserError naming the file and the record."""
+        pixels = self.images.load(picture.image, picture.record.id, len(picture.record.images))
+        if not isinstance(picture.image, VideoSource):
+            return pixels
+        patches = len(self.keys(picture.image, picture.record.id, 1))
+        return pixels.reshape(patches, -1, *pixels.shape[1:])[picture.patch]
 
     def shape_of(self, picture: Picture) -> ImageShape:
-        """Return the tile or patch grid of one image; raise UserError naming the file and the record."""
-        return self.images.shapes(picture.record.images, picture.record.id)[picture.place]
+        """Return the tile or patch grid of one picture; raise UserError naming the file and the record."""
+        shape = self.images.shapes(picture.record.visuals, picture.record.id)[picture.place]
+        return shape.patch_shape if isinstance(shape, VideoShape) else shape
 
     def count(self, picture: Picture) -> int:
         """Return the number of tiles or tokens of one image; raise UserError naming the file and the record."""

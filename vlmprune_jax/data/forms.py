@@ -38,7 +38,10 @@ def from_messages(entry: Mapping[str, Any], location: str) -> dict[str, Any]:
                 f"{location}: message {number} must have 'role' user or assistant, and 'content' that is a text or a "
                 "list of parts of type text, image, image_url, video or video_url"
             )
-        turns.append({"from": role, "value": "\n".join(map(str, texts))})
+        # as chat templates write parts: a placeholder follows a text without a line break
+        breaks = ["" if part in names and before not in names else "\n" for before, part in itertools.pairwise(texts)]
+        value = "".join(f"{gap}{part}" for gap, part in zip(["", *breaks], texts, strict=False))
+        turns.append({"from": role, "value": value})
     rest = {name: value for name, value in entry.items() if name != "messages"}
     for token, key in ((VIDEO_TOKEN, "video"), (IMAGE_TOKEN, "image")):
         if any(name is not None for name in names[token]):

@@ -13,13 +13,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlmprune_jax.core.errors import UserError, error_context, reason
 from vlmprune_jax.core.files import IMAGE_FORMATS, open_image, read_json, reading
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.config import ASPECT_RATIOS
 from vlmprune_jax.data.cropping import cropping_from_processor
 from vlmprune_jax.data.image_processor import (
@@ -33,13 +34,17 @@ from vlmprune_jax.data.image_processor import (
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.data.preparation import Preparation, fixed_size
+from vlmprune_jax.data.records import VideoSource, Visual
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.families import find
-from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.families.tiles import ImageShape, VideoShape
 
-GRIDS = "image_grid_thw"  # array in a batch: frames, rows and columns of patches of every slot, 0 for an empty slot
+# Arrays in a batch: temporal patches, rows and columns of patches of every slot (0 for an empty slot), and seconds
+# from one temporal patch to the next.
+GRIDS = "image_grid_thw"
+SECONDS = "second_per_grid_ts"
 _CRISP = 96  # pixels per side up to which thumbnails are stored without loss
 # Decoders warn of metadata, which is not used, and of sizes, which `max_pixels` limits; real problems raise errors.
 # Silenced for the whole process, because warning filters are not per thread.
@@ -47,6 +52,19 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+class Videos(Protocol):
+    """Loader of the prepared frames of videos; errors name the record."""
+
+    def shape(self, video: VideoSource, record: str) -> VideoShape:
+        """Return the grid of a video's frames, and their times."""
+
+    def load(self, video: VideoSource, record: str) -> np.ndarray:
+        """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
+
+    def keys(self, video: VideoSource, record: str) -> list[str]:
+        """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
 
 
 class WholeImage:
@@ -91,6 +109,9 @@ class WholeImage:
             image = pad_to_square(image, tuple(self._processor.image_mean))
         return np.array(self._processor(image, return_tensors="np")["pixel_values"], np.float32, order="C")
 
+    def for_video(self, video: VideoConfig) -> None:
+        return None
+
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> WholeImage:
         raise fixed_size(slot_tokens)
 
@@ -104,29 +125,35 @@ class ImageLoader:
 
     array, dtype = "pixel_values", np.dtype(np.float32)
 
-    def __init__(self, preparation: Preparation, *, max_pixels: int, cache_bytes: int) -> None:
+    def __init__(
+        self, preparation: Preparation, *, max_pixels: int, cache_bytes: int, videos: Videos | None = None
+    ) -> None:
         self.preparation = preparation
+        self.videos = videos
         self.shape = preparation.shape
         self._max_pixels = max_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[Path | StoredImage, int], np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[tuple[Visual, int], np.ndarray] = OrderedDict()
         self._sizes: dict[Path | StoredImage, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def load(self, path: Path | StoredImage, record: str, sharing: int = 1) -> np.ndarray:
-        """Load an image's pixels (read-only); `sharing` is the number of images in its record.
+    def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:
+        """Load the pixels of an image or a video (read-only); `sharing` is the number of images in its record.
 
-        float32[tiles, 3, height, width], or float32[patches, values] for images of any size. Raises UserError naming
-        the file and the record.
+        float32[tiles or frames, 3, height, width], or float32[patches, values] for images of any size. Raises UserError
+        naming the file and the record.
         """
         key = (path, sharing)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        with self._open(path, record, sharing) as image:
-            pixels = self.preparation.prepare(_to_rgb(image), sharing)
+        if isinstance(path, VideoSource):
+            pixels = self._videos(record).load(path, record)
+        else:
+            with self._open(path, record, sharing) as image:
+                pixels = self.preparation.prepare(_to_rgb(image), sharing)
         if pixels.shape[-len(self.shape) :] != self.shape:
             raise UserError(
                 f"{path} (record {record}): prepared size is {pixels.shape[3]}x{pixels.shape[2]} pixels, but the "
@@ -152,18 +179,31 @@ class ImageLoader:
         patches = (image_tokens * merge**2, *self.shape)
         return {self.array: (patches, self.dtype), GRIDS: ((slots, 3), np.dtype(np.int32))}
 
-    def shapes(self, paths: Sequence[Path | StoredImage], record: str) -> list[ImageShape]:
-        """Return the tile or patch grid of each image of a record; files are opened only if the grids need it.
+    def shapes(self, paths: Sequence[Visual], record: str) -> list[ImageShape]:
+        """Return the tile or patch grid of each image or video of a record; files are opened only if grids need it.
 
         Raises UserError naming the file and the record.
         """
-        sizes = [(1, 1)] * len(paths) if isinstance(self.preparation, WholeImage) else []
-        for path in paths[len(sizes) :]:
-            if path not in self._sizes:
-                with self._open(path, record, len(paths)) as image:
-                    self._sizes[path] = image.size
-            sizes.append(self._sizes[path])
-        return [self.preparation.image_shape(width, height, len(paths)) for width, height in sizes]
+        images = sum(not isinstance(path, VideoSource) for path in paths)
+        return [self._shape(path, record, images) for path in paths]
+
+    def _shape(self, path: Visual, record: str, sharing: int) -> ImageShape:
+        if isinstance(path, VideoSource):
+            return self._videos(record).shape(path, record)
+        if isinstance(self.preparation, WholeImage):
+            return ImageShape()
+        if path not in self._sizes:
+            with self._open(path, record, sharing) as image:
+                self._sizes[path] = image.size
+        return self.preparation.image_shape(*self._sizes[path], sharing)
+
+    def _videos(self, record: str) -> Videos:
+        if self.videos is None:
+            raise UserError(
+                f"record {record}: has a video, but this model takes images only: pass frames as images "
+                "(data.max_images)"
+            )
+        return self.videos
 
     @contextlib.contextmanager
     def _open(self, path: Path | StoredImage, record: str, sharing: int) -> Iterator[Image.Image]:
@@ -239,6 +279,7 @@ def load_image_processor(
     patches: tuple[int, int] | None = None,
     max_image_tokens: int | None = None,
     slot_tokens: int = 0,
+    videos: Callable[[Preparation], Videos | None] = lambda preparation: None,
 ) -> ImageLoader:
     """Return the `ImageLoader` for the image processor described in a Hugging Face folder.
 
@@ -253,6 +294,7 @@ def load_image_processor(
       patches: (values per patch, patches per side of a token) of a tower for images of any size.
       max_image_tokens: maximum number of tokens per image; see `Preparation.with_most_tokens`.
       slot_tokens: tokens per image or tile, needed with `max_image_tokens` (`ModelConfig.tokens_per_image`).
+      videos: returns the loader of videos for the preparation of images.
 
     Raises:
       UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, or the
@@ -269,7 +311,7 @@ def load_image_processor(
     if isinstance(preparation, WholeImage):
         with reading(location):  # try the settings on a small image, so that errors name this file and not a record
             preparation.prepare(Image.new("RGB", (8, 8)), 1)
-    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes)
+    return ImageLoader(preparation, max_pixels=max_pixels, cache_bytes=cache_bytes, videos=videos(preparation))
 
 
 def _check_fits(
@@ -325,7 +367,16 @@ def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[s
         settings = content if section is None else content.get(section)
         if settings:
             changed[name] = {**content, **(fields if section is None else {section: {**settings, **fields}})}
+            if section is None and family is not None and family.video is not None and not _describes_videos(folder):
+                changed["video_preprocessor_config.json"] = content  # videos have read this file and keep its limits
     return changed
+
+
+def _describes_videos(folder: Path) -> bool:
+    """Return True if a folder has video processor settings of their own, beside those of images."""
+    path = folder / "processor_config.json"
+    section = read_json(path).get("video_processor") if os.path.lexists(path) else None
+    return section is not None or os.path.lexists(folder / "video_preprocessor_config.json")
 
 
 def _preparation(folder: Path, aspect_ratio: str, image_size: int | None) -> tuple[Preparation, str]:

@@ -19,8 +19,9 @@ from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.batching import Batch, TrainBatches, train_batches
-from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, prompt_of, with_marks
+from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, prompt_of, with_marks
 from vlmprune_jax.data.config import GROUPINGS, ON_ERROR, Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
@@ -33,6 +34,8 @@ from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
+from vlmprune_jax.data.video.frames import FrameLoader
+from vlmprune_jax.data.video.reader import VideoReader
 from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, row_ways, rows_of_process
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
@@ -70,6 +73,8 @@ class Inputs:
             image_buckets=image_buckets(self.data, preparation),
             longest=cfg.longest_row,
             words=cfg.text.vocab_size,
+            video_token_id=cfg.video_token_id,
+            tokens_per_second=cfg.tokens_per_second,
         )
 
     def training_encoder(self, cfg: ModelConfig) -> Encoder:
@@ -127,12 +132,17 @@ def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
 
     Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
     """
-    return _load_inputs(model, data, family_of(cfg), cfg.vision, cfg.tokens_per_image)
+    return _load_inputs(model, data, family_of(cfg), cfg.vision, cfg.tokens_per_image, cfg.video)
 
 
 @functools.lru_cache(maxsize=4)
 def _load_inputs(
-    model: ModelSpec, data: DataSpec, family: Family, tower: VisionConfig | None, slot_tokens: int
+    model: ModelSpec,
+    data: DataSpec,
+    family: Family,
+    tower: VisionConfig | None,
+    slot_tokens: int,
+    video: VideoConfig | None,
 ) -> Inputs:
     one_of("data.template", data.template, (AUTO, *templates()))
     tokenizer = load_tokenizer(Path(model.hf_dir))
@@ -142,6 +152,8 @@ def _load_inputs(
     follows = family.layout == "transformers" and not named
     chat = chat_prompt(folder, tokenizer, has_image=tower is not None) if follows else None
     template = choose_template(data.template, family, tokenizer, config=config, has_vision=tower is not None, chat=chat)
+    if follows and video is not None and data.template == AUTO:
+        template = follow_video(template, folder, tokenizer)
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
@@ -161,11 +173,22 @@ def _load_inputs(
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
             slot_tokens=slot_tokens,
+            videos=functools.partial(_frame_loader, data, None if template.video is None else video, slot_tokens),
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:
             notes.append(f'data.aspect_ratio="{aspect_ratio}", but the model folder says "{says}"')
     return Inputs(data, tokenizer, template, loader, tuple(notes))
+
+
+def _frame_loader(
+    data: DataSpec, video: VideoConfig | None, slot_tokens: int, preparation: Preparation
+) -> FrameLoader | None:
+    """Return the loader of a model's videos, or None if it takes none; `preparation` is that of its images."""
+    frames = None if video is None else preparation.for_video(video)
+    if video is None or frames is None:
+        return None
+    return FrameLoader(VideoReader.from_settings(video, data), frames, data.video_tokens, slot_tokens)
 
 
 def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import check_steps, normalize, pixel_fields
-from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.data.preparation import FramePreparation
 from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.patch_rows import padded_tokens
 
@@ -22,11 +23,11 @@ _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 
 @dataclass(frozen=True)
-class Patching(Preparation):
+class Patching(FramePreparation):
     """Image preparation that cuts patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
     Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
-    channels, each repeated `temporal` times (the frames of a video). `mean` and `std` normalise, `resample` is PIL's
+    channels, each of `temporal` frames of a video or repeated as often. `mean` and `std` normalise, `resample` is PIL's
     number of the filter (reference: transformers' `Qwen2VLImageProcessor`).
     """
 
@@ -80,8 +81,21 @@ class Patching(Preparation):
             )
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
+    def for_video(self, video: VideoConfig) -> Patching | None:
+        """Return the preparation of a video's frames (see `Preparation`)."""
+        if video.min_pixels is None or video.max_pixels is None:
+            return None
+        names = ("min_pixels", "max_pixels", "mean", "std", "resample")
+        fields: dict[str, Any] = {name: getattr(video, name) for name in names}
+        kind = VideoPatching if video.sampling == "linspace" else Patching
+        return kind(patch=self.patch, temporal=video.temporal_patch, merge=self.merge, **fields)
+
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        rows, columns = self._grid(width, height)
+        return self.frame_shape(1, width, height)
+
+    def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
+        """Return the grid and number of tokens of a temporal patch of a video."""
+        rows, columns = self._grid(width, height, frames)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
@@ -89,16 +103,27 @@ class Patching(Preparation):
         return rows * columns * self.temporal * self.patch**2
 
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
-        rows, columns = self._grid(*image.size)
-        resized = image.resize((columns * self.patch, rows * self.patch), self.resample)
-        pixels = normalize(np.asarray(resized), self.mean, self.std)
-        m, p = self.merge, self.patch
-        cells = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        frames = np.broadcast_to(cells[..., None, :, :], (*cells.shape[:5], self.temporal, p, p))
-        return frames.reshape(rows * columns, -1)
+        return self.prepare_frames([image])
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return an image's (rows, columns) in patches, both multiples of `merge`."""
+    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        """Convert frames to temporal patches; the last frame is repeated to fill the last one."""
+        rows, columns = self._grid(*frames[0].size, len(frames))
+        m, p, t = self.merge, self.patch, self.temporal
+        patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
+        for number in range(len(patches) * t):
+            if number < len(frames):
+                resized = frames[number].resize((columns * p, rows * p), self.resample)
+                pixels = normalize(np.asarray(resized), self.mean, self.std)
+                cells = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+            patches[number // t, :, :, number % t] = cells.reshape(rows * columns, 3, p, p)
+        return patches.reshape(-1, *self.shape)
+
+    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
+        """Return the (rows, columns) of an image or of a video's frames in patches, both multiples of `merge`."""
+        return self._limited(width, height)
+
+    def _limited(self, width: int, height: int, frames: int = 1, whole: int = 1) -> tuple[int, int]:
+        """Return (rows, columns) in patches; the limits are for `frames` frames, which become `whole` frames."""
         if max(width, height) > _THINNEST * min(width, height):
             raise UserError(
                 f"image of {width}x{height} pixels: the long side is more than {_THINNEST} times the short side: "
@@ -107,13 +132,37 @@ class Patching(Preparation):
         side = self.patch * self.merge
         # Python rounds halves to even; a side below half a token becomes 0, and min_pixels enlarges it again
         rows, columns = round(height / side), round(width / side)
-        if rows * columns * side**2 > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
+        if whole * rows * columns * side**2 > self.max_pixels:
+            shrink = math.sqrt(frames * height * width / self.max_pixels)
             rows, columns = (max(1, math.floor(length / shrink / side)) for length in (height, width))
-        elif rows * columns * side**2 < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
+        elif whole * rows * columns * side**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (frames * height * width))
             rows, columns = (math.ceil(length * grow / side) for length in (height, width))
         return rows * self.merge, columns * self.merge
+
+
+@dataclass(frozen=True)
+class VideoPatching(Patching):
+    """Preparation of a video's frames whose limits are for all frames together (`Qwen3VLVideoProcessor`)."""
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
+        """Return the preparation of frames with at most `tokens` tokens per temporal patch, each by itself."""
+        if not tokens:
+            raise UserError("a temporal patch has at least 1 token: use fewer frames")
+        fields = {name: value for name, value in vars(self).items() if name not in ("min_pixels", "max_pixels")}
+        return Patching(min_pixels=1, max_pixels=tokens * (self.patch * self.merge) ** 2, **fields)
+
+    def _grid(self, width: int, height: int, frames: int = 1) -> tuple[int, int]:
+        side = self.patch * self.merge
+        if frames < self.temporal:
+            raise UserError(
+                f"a video of {frames} frame(s) is too short, the model takes {self.temporal} together: pass an image, "
+                "or set data.video_frames, which repeats frames"
+            )
+        if min(width, height) < side:
+            scale = max(side / height, side / width)
+            width, height = int(width * scale), int(height * scale)
+        return self._limited(width, height, frames, round(frames / self.temporal) * self.temporal)
 
 
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:

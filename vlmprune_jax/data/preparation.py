@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import normalize
 from vlmprune_jax.families.tiles import ImageShape
 
@@ -62,6 +64,10 @@ class Preparation(Protocol):
     def prepare(self, image: Image.Image, sharing: int) -> np.ndarray:
         """Convert an RGB image to float32[tiles, channels, height, width], or float32[patches, values]."""
 
+    def for_video(self, video: VideoConfig) -> FramePreparation | None:
+        """Return the preparation of a video's frames for the same vision tower; None if the model takes no videos."""
+        return None
+
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
         """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
@@ -69,7 +75,22 @@ class Preparation(Protocol):
         """
 
 
-class SquarePieces(Preparation, Protocol):
+class FramePreparation(Preparation, Protocol):
+    """Preparation that also converts the frames of videos."""
+
+    def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
+        """Return the grid and number of tiles or tokens of a temporal patch (a frame) of a video of `frames` frames."""
+        return self.image_shape(width, height, 1)
+
+    def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
+        """Convert a video's RGB frames to arrays as `prepare` does, one after the other."""
+        return np.concatenate([self.prepare(frame, 1) for frame in frames])
+
+    def with_most_tokens(self, tokens: int, slot_tokens: int) -> FramePreparation:
+        """Return a copy with at most `tokens` tokens per image or temporal patch."""
+
+
+class SquarePieces(FramePreparation, Protocol):
     """Preparation that cuts an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
 
     merge: int = 0

@@ -16,7 +16,8 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.console import without_output
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import reading
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.tokenizer_files import TOKENIZER, check_tokenizer_files
 from vlmprune_jax.families.templates import Template
 from vlmprune_jax.families.tiles import ImageShape
@@ -62,27 +63,40 @@ def _mark_every_piece(tokenizer: Any) -> None:
         backend.pre_tokenizer = None
 
 
-def render(turns: Sequence[tuple[str, str]], template: Template, *, has_image: bool, generation: bool = False) -> str:
+def render(
+    turns: Sequence[tuple[str, str]],
+    template: Template,
+    *,
+    has_image: bool,
+    has_video: bool = False,
+    generation: bool = False,
+) -> str:
     """Format a conversation as prompt text; with `generation` it ends where the assistant's answer begins.
 
     A turn without text is only its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty system text
-    omits its start and end as well, as in `llava-hf` chat templates.
+    omits its start and end as well, as in `llava-hf` chat templates. Beside a video all placeholders stay in place.
     """
+    placeholder = _placeholder(has_image, has_video)
     text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
     if has_image and template.image_lead:
         turns = _lead_with_image(turns)
     for speaker, content in turns:
-        if has_image and template.image_first:
+        if has_image and template.image_first and not has_video:
             content = move_images_first(content, template.behind_image)
         content = content.strip() if template.strips else content
-        if has_image and template.tight_image:
-            content = re.sub(rf"\s*{IMAGE_TOKEN}\s*", IMAGE_TOKEN, content)
+        if placeholder and template.tight_image:
+            content = re.sub(rf"\s*({placeholder})\s*", r"\1", content)
         role, end = (
             (template.user, template.user_end) if speaker == "human" else (template.assistant, template.assistant_end)
         )
         gap = "" if template.tight_image and has_image and content.startswith(IMAGE_TOKEN) else template.gap
         text += role + gap + content + end if content or template.by_turn else role
     return text + template.assistant if generation else text
+
+
+def _placeholder(has_image: bool, has_video: bool) -> str:
+    """Return the regular expression of a placeholder in the text of a record with images or videos; "" without."""
+    return "|".join([IMAGE_TOKEN] * has_image + [VIDEO_TOKEN] * has_video)
 
 
 def _lead_with_image(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
@@ -117,14 +131,15 @@ def tokenize_training(
     """Tokenise a conversation to ids and labels, int32[tokens] each; only answers and their end tokens have labels.
 
     Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 in the reference) for each slot of
-    its shape in `images` (None = whole images), or as many copies as the shape's `tokens`. `cut_text_at` (the
+    its shape in `images` (None = whole images), or as many copies as the shape's `tokens`; `images` also has the shapes
+    of videos, whose text has times and copies of the template's video token. `cut_text_at` (the
     reference's model_max_length) cuts a record without images there, and a malformed round beyond it does not remove
     the record's labels; None never cuts. If the rounds cannot be parsed (an empty turn, a separator inside a text), all
     labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
     images = _shapes(record, images)
     prompt = _training_prompt(record, template, images)
-    tokens = _tokenize(prompt, record, tokenizer, template)
+    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
     spans, covered = _turn_spans(record, template, images) if template.by_turn else _answer_spans(prompt, template)
     keep = np.zeros(len(tokens.ids), bool)
     for start, stop in spans:
@@ -135,10 +150,9 @@ def tokenize_training(
     if _is_mismatched(tokens, repeats, covered, prompt, padding, cut_text_at):
         keep[:] = False
     keep &= tokens.ids != (IGNORED if padding is None else padding)
-    ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
-    labels = np.where(keep & ~tokens.is_image, ids, IGNORED).astype(np.int32)
-    ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
-    return (ids, labels) if record.images else (ids[:cut_text_at], labels[:cut_text_at])
+    labels = np.where(keep & ~tokens.is_image, tokens.ids, IGNORED).astype(np.int32)
+    ids, labels = np.repeat(tokens.ids, repeats), np.repeat(labels, repeats)
+    return (ids, labels) if record.visuals else (ids[:cut_text_at], labels[:cut_text_at])
 
 
 def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShape]) -> list[str]:
@@ -169,10 +183,10 @@ def tokenize_prompt(
     """Tokenise a conversation up to its last answer, which the model is to generate: int32[tokens]."""
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     images = _shapes(record, images)
-    prompt = render(turns, template, has_image=bool(record.images), generation=True)
-    tokens = _tokenize(_write_images(prompt, record, template, images), record, tokenizer, template)
-    ids = np.where(tokens.is_image, image_token_id, tokens.ids).astype(np.int32)
-    return np.repeat(ids, _repeats(tokens.is_image, tokens_per_image, template, images))
+    prompt = render(turns, template, has_image=bool(record.images), has_video=bool(record.videos), generation=True)
+    prompt = _write_images(prompt, record, template, images)
+    tokens = _tokenize(prompt, record, tokenizer, template, image_token_id)
+    return np.repeat(tokens.ids, _repeats(tokens.is_image, tokens_per_image, template, images))
 
 
 def _is_mismatched(
@@ -193,27 +207,26 @@ def _is_mismatched(
 
 
 def _shapes(record: Record, images: Sequence[ImageShape] | None) -> Sequence[ImageShape]:
-    return [ImageShape()] * len(record.images) if images is None else images
+    return [ImageShape()] * len(record.visuals) if images is None else images
 
 
 def _training_prompt(record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    return _write_images(render(record.turns, template, has_image=bool(record.images)), record, template, images)
+    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos))
+    return _write_images(prompt, record, template, images)
 
 
 def _write_images(prompt: str, record: Record, template: Template, images: Sequence[ImageShape]) -> str:
-    """Return the prompt text with each image placeholder replaced by that image's tokens."""
+    """Return the prompt text with the placeholder of each image and video replaced by its text."""
     if template.image_tokens is None:
         return prompt
-    first, *rest = prompt.split(IMAGE_TOKEN, len(record.images))
-    context = template.image_tokens[1]
-    if any(context in text for text in (first, *rest)):
-        raise UserError(
-            f"record {record.id}: its text contains {context}, the placeholder token of images: remove it from the text"
-        )
-    if template.videos is not None and template.videos in prompt:
-        raise UserError(
-            f"record {record.id}: its text contains {template.videos}, but videos are not supported: drop the record"
-        )
+    placeholder = _placeholder(bool(record.images), bool(record.videos))
+    first, *rest = re.split(placeholder, prompt, maxsplit=len(record.visuals)) if placeholder else [prompt]
+    for context in {template.image_tokens[1], *([] if template.video is None else [template.video.token])}:
+        if any(context in text for text in (first, *rest)):
+            raise UserError(
+                f"record {record.id}: its text contains {context}, the placeholder token of images or videos: remove "
+                "it from the text"
+            )
     return first + "".join(template.image_text(image) + text for image, text in zip(images, rest, strict=False))
 
 
@@ -233,7 +246,7 @@ def _pieces(prompt: str, record: Record, template: Template) -> list[str]:
 
 
 class _Tokens(NamedTuple):
-    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has no span), and image-token flags."""
+    """Token arrays of a prompt: ids, character spans (-1 for BOS, which has no span), and flags of visual tokens."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -241,10 +254,11 @@ class _Tokens(NamedTuple):
     is_image: np.ndarray
 
 
-def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -> _Tokens:
+def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template, image_token_id: int) -> _Tokens:
     """Tokenise a prompt; without a special image token, the texts between images are tokenised separately.
 
-    A leading BOS is kept once and dropped from later pieces (reference: `tokenizer_image_token`).
+    Images have `image_token_id`. A leading BOS is kept once and dropped from later pieces (reference:
+    `tokenizer_image_token`).
     """
     ids: list[int] = []
     places: list[tuple[int, int]] = []
@@ -252,7 +266,7 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
     offset = 0
     for number, piece in enumerate(_pieces(prompt, record, template)):
         if number:
-            ids.append(0)
+            ids.append(image_token_id)
             places.append((offset, offset + len(IMAGE_TOKEN)))
             is_image.append(True)
             offset += len(IMAGE_TOKEN)
@@ -268,21 +282,28 @@ def _tokenize(prompt: str, record: Record, tokenizer: Any, template: Template) -
         is_image += [False] * (len(ids) - len(is_image))
         offset += len(piece)
     starts, ends = np.array(places, np.int64).reshape(-1, 2).T
-    image_flags = np.array(is_image, bool)
-    if record.images and template.image_tokens is not None:
-        image_flags = np.array(ids, np.int64) == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
     # ids beyond int32 are clipped, and refused later as outside the vocabulary
-    return _Tokens(np.minimum(np.array(ids, np.int64), 2**31 - 1).astype(np.int32), starts, ends, image_flags)
+    values, flags = np.minimum(np.array(ids, np.int64), 2**31 - 1).astype(np.int32), np.array(is_image, bool)
+    if record.visuals and template.image_tokens is not None:
+        flags = values == tokenizer.convert_tokens_to_ids(template.image_tokens[1])
+        values = np.where(flags, np.int32(image_token_id), values)
+        if record.videos and template.video is not None and template.video.token != template.image_tokens[1]:
+            flags |= values == tokenizer.convert_tokens_to_ids(template.video.token)
+    return _Tokens(values, starts, ends, flags)
 
 
 def _turn_spans(record: Record, template: Template, images: Sequence[ImageShape]) -> tuple[list[tuple[int, int]], int]:
     """Return the character spans of all answers with their end tokens, and the prompt's length in characters."""
-    has_image = bool(record.images)
+    has_image, has_video = bool(record.images), bool(record.videos)
     turns: Sequence[tuple[str, str]] = record.turns
     if has_image and template.image_lead:
         turns, template = _lead_with_image(turns), replace(template, image_lead=False)
     lengths = [
-        len(_write_images(render(turns[:n], template, has_image=has_image), record, template, images))
+        len(
+            _write_images(
+                render(turns[:n], template, has_image=has_image, has_video=has_video), record, template, images
+            )
+        )
         for n in range(len(turns) + 1)
     ]
     role, space = len(template.assistant), len(template.assistant_end) - len(template.assistant_end.rstrip())

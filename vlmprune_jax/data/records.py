@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,19 @@ MAX_REPEATS = 1000  # of a data set, since its records are copied
 
 
 @dataclass(frozen=True)
+class VideoSource:
+    """Video among the images of a record."""
+
+    source: Video
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.source)) if isinstance(self.source, tuple) else str(self.source)
+
+
+Visual = Path | StoredImage | VideoSource
+
+
+@dataclass(frozen=True)
 class Record:
     """One conversation: (role, text) turns alternating between "human" and "gpt", and its images and videos in order.
 
@@ -46,6 +60,16 @@ class Record:
     answers: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     videos: tuple[Video, ...] = ()
+
+    @property
+    def visuals(self) -> tuple[Visual, ...]:
+        """Images and videos in the order of their placeholders in the text."""
+        if not self.videos:
+            return self.images
+        images, videos = iter(self.images), iter(self.videos)
+        marks = re.findall(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", "".join(text for _, text in self.turns))
+        ordered = [VideoSource(next(videos)) if mark == VIDEO_TOKEN else next(images, None) for mark in marks]
+        return tuple(visual for visual in ordered if visual is not None)
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import check_steps, crop_grid, pixel_fields
 from vlmprune_jax.data.preparation import SquarePieces
 from vlmprune_jax.families.tiles import MAX_SIDE, MAX_TILES, ImageShape
@@ -64,6 +65,12 @@ class Splitting(SquarePieces):
             )
         along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
+
+    def for_video(self, video: VideoConfig) -> Splitting | None:
+        if video.size is None or video.longest_edge is None:
+            return None
+        whole = dataclasses.replace(self, size=video.size[0], longest=video.longest_edge, splits=False)
+        return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         """Return an image's tile grid, and its number of tiles including the whole-image tile."""

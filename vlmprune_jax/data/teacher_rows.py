@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.media import image_key
-from vlmprune_jax.data.records import Record
+from vlmprune_jax.data.records import Record, VideoSource, Visual
 
 Row = dict[str, np.ndarray]
 
@@ -98,8 +99,14 @@ def _narrow(largest: int) -> np.dtype:
 
 def record_key(record: Record) -> str:
     """Return a hash of a record's content (32 hex digits); ids are not unique in LLaVA's data mix."""
-    content = json.dumps([record.id, record.turns, [image_key(image) for image in record.images]])
+    content = json.dumps([record.id, record.turns, [*map(_visual_key, record.visuals)]])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _visual_key(visual: Visual) -> Any:
+    if not isinstance(visual, VideoSource):
+        return image_key(visual)
+    return [image_key(file) for file in (visual.source if isinstance(visual.source, tuple) else (visual.source,))]
 
 
 def _keys(record: Record) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +10,10 @@ from typing import NamedTuple
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_text
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.inputs import read_set
 from vlmprune_jax.data.prompts import render
-from vlmprune_jax.data.records import IMAGE_TOKEN, Record, data_files, has_lone_surrogate, make_record, read_entries
+from vlmprune_jax.data.records import Record, data_files, has_lone_surrogate, make_record, read_entries
 from vlmprune_jax.data.tfds import PREFIX as TFDS
 from vlmprune_jax.families.templates import Template
 
@@ -79,8 +81,8 @@ def _parts(text: str) -> Iterator[str]:
 
 def _texts_of(record: Record, template: Template) -> Iterator[str]:
     """Yield all texts of a record: the formatted conversation, its answers, and other text lists (choices, labels)."""
-    prompt = render(record.turns, template, has_image=bool(record.images))
-    yield from (piece for piece in prompt.split(IMAGE_TOKEN) if piece)
+    prompt = render(record.turns, template, has_image=bool(record.images), has_video=bool(record.videos))
+    yield from (piece for piece in re.split(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", prompt) if piece)
     yield from record.answers
     for value in record.fields.values():
         if isinstance(value, list):

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import check_steps, crop_grid, pixel_fields, sides
 from vlmprune_jax.data.preparation import SquarePieces
 from vlmprune_jax.families.tiles import ImageShape, TilingConfig
@@ -64,6 +65,13 @@ class Tiling(TilingConfig, SquarePieces):
                 f"tokens per image must be at least {least}, since a tile has {slot_tokens}: raise the limit"
             )
         return dataclasses.replace(self, max_tiles=min(tiles, self.max_tiles))
+
+    def for_video(self, video: VideoConfig) -> Tiling | None:
+        if video.size is None:
+            return None
+        pixels: dict[str, Any] = {"mean": video.mean, "std": video.std, "resample": video.resample}
+        whole = dataclasses.replace(self, size=video.size[0], min_tiles=1, max_tiles=1, thumbnail=False, pad=False)
+        return dataclasses.replace(whole, **pixels)
 
     def prepared_pixels(self, width: int, height: int, sharing: int) -> int:
         columns, rows = self.grid(width, height, sharing)

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import check_steps
-from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.data.preparation import FramePreparation
 from vlmprune_jax.families.tiles import BICUBIC, ImageShape
 
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens per image that the model was trained with
@@ -21,7 +22,7 @@ DEFAULT_BUDGET = 280
 
 
 @dataclass(frozen=True)
-class TokenBudget(Preparation):
+class TokenBudget(FramePreparation):
     """Image preparation that resizes an image to at most `tokens` tokens of `merge` x `merge` patches (Gemma 4).
 
     Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
@@ -55,6 +56,10 @@ class TokenBudget(Preparation):
                 f"tokens per image must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})"
             )
         return dataclasses.replace(self, tokens=tokens)
+
+    def for_video(self, video: VideoConfig) -> TokenBudget | None:
+        tokens = video.max_soft_tokens
+        return None if tokens is None else dataclasses.replace(self, tokens=tokens, resample=video.resample)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
         rows, columns = self._cells(width, height)

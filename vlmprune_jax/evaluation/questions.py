@@ -27,6 +27,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.distributed.mesh import row_ways, rows_of_process
 from vlmprune_jax.evaluation.config import EvaluateSpec, EvaluationSetSpec
 from vlmprune_jax.models.generate import SharedPrefix
+from vlmprune_jax.models.positions import is_visual
 
 _SHORT = 31  # tokens: shorter lengths share a compiled shape
 
@@ -158,9 +159,9 @@ def arrange_questions(
         ids = encoder.prompt_ids(with_suffix(record, prompt_suffix))
         if encoder.max_length:
             check_length(len(ids), record, encoder.max_length, "evaluate.max_length")
-        marks = np.flatnonzero(ids == encoder.image_token_id) if record.images else np.empty(0, int)
+        marks = np.flatnonzero(is_visual(ids, encoder.visual_tokens)) if record.visuals else np.empty(0, int)
         cut = min(int(marks[-1]) + 1 if len(marks) else 1, len(ids) - 1)
-        key = (ids[:cut].tobytes(), tuple(map(str, record.images)))
+        key = (ids[:cut].tobytes(), tuple(map(str, record.visuals)))
         if key not in known:
             known[key] = len(beginnings)
             beginnings.append(_Beginning(ids[:cut], record, encoder.shape_of([record])))

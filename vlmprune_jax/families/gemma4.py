@@ -28,7 +28,7 @@ from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
-from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.templates import Template, VideoText
 from vlmprune_jax.families.towers import equal_shape, projector_of, vision_of
 
 _DECODER = "gemma4_text"
@@ -92,7 +92,7 @@ _TEMPLATE = Template(
     image_tokens=("\n\n<|image>", "<|image|>", "<image|>\n\n"),
     by_turn=True,
     special=("<|turn>", "<turn|>"),
-    videos="<|video|>",
+    video=VideoText("<|video|>", "{clock} <|image><|video|><image|>", start="\n\n", joint=" ", end="\n\n"),
 )
 
 

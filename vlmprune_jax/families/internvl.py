@@ -15,7 +15,7 @@ from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_
 from vlmprune_jax.families.llava import HF_MODULES, NATIVE_RENAMES, RECIPE
 from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, token_ids, vlm_token_ids
 from vlmprune_jax.families.table import Conversion, Family, JsonDict, ProcessorFiles, Stock
-from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.templates import Template, VideoText
 from vlmprune_jax.families.tiles import BICUBIC, TilingConfig, whole_number
 from vlmprune_jax.families.towers import (
     PIXELS,
@@ -48,6 +48,7 @@ _PHI3_CHAT = Template(
     image_first=False,
     image_lead=True,
     image_tokens=("<img>", "<IMG_CONTEXT>", "</img>"),
+    video=VideoText("<IMG_CONTEXT>", "Frame{number}: <img><IMG_CONTEXT></img>", joint="\n"),
     padding_mark="<|endoftext|>",
     special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 )

@@ -13,7 +13,7 @@ from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.shapes import tied_embeddings, vlm_token_ids
 from vlmprune_jax.families.table import Family, JsonDict, Stock
-from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.templates import Template, VideoText
 from vlmprune_jax.families.towers import (
     projector_of,
     projector_weights,
@@ -44,6 +44,12 @@ _TEMPLATE = Template(
     image_tokens=("<fake_token_around_image><global-img>", "<image>", "<fake_token_around_image>"),
     tile_start="<fake_token_around_image><row_{row}_col_{column}>",
     row_end="\n",
+    video=VideoText(
+        "<image>",
+        "\nFrame from {clock}:<fake_token_around_image><global-img><image><fake_token_around_image>",
+        start="You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n",
+        end="\n\n",
+    ),
     by_turn=True,
     special=("<|im_start|>", "<end_of_utterance>"),
 )

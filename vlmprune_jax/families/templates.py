@@ -3,8 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
-from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.families.tiles import ImageShape, VideoShape
+
+_ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+@dataclass(frozen=True)
+class VideoText:
+    """Text of a video in a prompt: `start`, its temporal patches joined by `joint`, `end`.
+
+    `patch` is the text of a temporal patch (of a frame, if patches hold one) with one `token`, which stands for its
+    positions. It may have {number}, counted from 1, {seconds}, and {clock}, minutes and seconds. `start` may have
+    {count}, the number of temporal patches in words, and {duration} in hours, minutes and seconds.
+    """
+
+    token: str
+    patch: str
+    start: str = ""
+    joint: str = ""
+    end: str = ""
+
+    def write(self, video: VideoShape) -> str:
+        """Return the text of a video."""
+        patches = [
+            self.patch.format(number=number, seconds=seconds, clock=_clock(seconds))
+            for number, seconds in enumerate(video.times, start=1)
+        ]
+        start = self.start.format(count=in_words(len(patches)), duration=_hours(video.duration))
+        return start + self.joint.join(patches) + self.end
+
+
+def in_words(number: int) -> str:
+    """Return a number from 0 to 999,999 in English words, as the package num2words writes them."""
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
+    unit, name = (100, "hundred") if number < 1000 else (1000, "thousand")
+    most, rest = divmod(number, unit)
+    joint = ", " if rest >= 100 else " and "
+    return f"{in_words(most)} {name}" + (joint + in_words(rest) if rest else "")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+
+
+def _hours(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
 
 
 @dataclass(frozen=True)
@@ -24,8 +76,8 @@ class Template:
     Labels: with `by_turn` an empty turn keeps its end, and every answer is trained from its gap to its end token,
     without the white space after it; otherwise labels are found by the end tokens in the whole text.
 
-    Tokens: `special` must be single tokens; `videos` is the token of video positions, which texts must not contain;
-    records that contain `padding_mark` have a length that the reference miscounts.
+    Tokens: `special` must be single tokens; records that contain `padding_mark` have a length that the reference
+    miscounts. `video`: text of videos, None for templates without.
     """
 
     name: str
@@ -50,11 +102,14 @@ class Template:
     padding_mark: str | None = None
     by_turn: bool = False
     special: tuple[str, ...] = ()
-    videos: str | None = None
+    video: VideoText | None = None
 
     def image_text(self, image: ImageShape) -> str:
-        """Return the prompt text of an image: one context token, or one per tile if `tile_start` is set."""
+        """Return the prompt text of an image or video: a context token, or one per tile or temporal patch."""
         assert self.image_tokens is not None
+        if isinstance(image, VideoShape):
+            assert self.video is not None
+            return self.video.write(image)
         whole, context = "".join(self.image_tokens), self.image_tokens[1]
         if image.slots == 1 or not (self.tile_start or self.crops):
             return whole
@@ -67,7 +122,9 @@ class Template:
         return text + self.row_end + whole
 
     def context_tokens(self, image: ImageShape) -> int:
-        """Return the number of image context tokens in `image_text`."""
+        """Return the number of context tokens in `image_text`."""
+        if isinstance(image, VideoShape):
+            return len(image.times)
         return image.slots if self.image_tokens is not None and (self.tile_start or self.crops) else 1
 
 
@@ -101,6 +158,16 @@ QWEN3_VL = Template(
     image_tokens=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
     by_turn=True,
     special=("<|im_start|>", "<|im_end|>"),
-    videos="<|video_pad|>",
+    video=VideoText(
+        "<|video_pad|>",
+        "<{seconds:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>",
+        start="<|vision_start|>",
+        end="<|vision_end|>",
+    ),
 )
-QWEN2_5_VL = replace(QWEN3_VL, name="qwen2_5_vl", system="You are a helpful assistant.")
+QWEN2_5_VL = replace(
+    QWEN3_VL,
+    name="qwen2_5_vl",
+    system="You are a helpful assistant.",
+    video=VideoText("<|video_pad|>", "<|video_pad|>", start="<|vision_start|>", end="<|vision_end|>"),
+)

@@ -38,6 +38,34 @@ class ImageShape:
 
 
 @dataclass(frozen=True)
+class VideoShape(ImageShape):
+    """Grid of a video's frames, and the times that its text states.
+
+    `rows`, `columns`: of each frame. `slots`, `tokens`: of all frames together.
+    """
+
+    times: tuple[float, ...] = ()
+    """Seconds at which each temporal patch is: the mean of its first and last frame."""
+
+    duration: float = 0.0
+    """Seconds of the whole video."""
+
+    interval: float = 0.0
+    """Seconds from one temporal patch to the next."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Patch grid (temporal patches, rows, columns) of a video of any size."""
+        return (len(self.times), self.rows, self.columns)
+
+    @property
+    def patch_shape(self) -> ImageShape:
+        """Shape of one temporal patch."""
+        patches = len(self.times)
+        return ImageShape(self.rows, self.columns, max(self.slots // patches, 1), self.tokens // patches)
+
+
+@dataclass(frozen=True)
 class TilingConfig:
     """Settings that cut an image into a grid of `min_tiles` to `max_tiles` tiles of `size` x `size` pixels.
 

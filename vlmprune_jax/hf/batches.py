@@ -19,6 +19,7 @@ from vlmprune_jax.data.encoding import measure
 from vlmprune_jax.data.inputs import Inputs, load_inputs, training_records
 from vlmprune_jax.data.records import Record, make_records
 from vlmprune_jax.hf.read import read_config, resolve
+from vlmprune_jax.models.patch_rows import separated
 
 Records = str | Path | Sequence[Mapping[str, Any]]
 
@@ -78,7 +79,8 @@ def batches(
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
       int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (images of any size:
-      see `Batch`).
+      see `Batch`). Videos of models with a video token have arrays of their own: pixel_values_videos, video_grid_thw
+      and, for Qwen2.5-VL, second_per_grid_ts, by row.
 
     Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
     """
@@ -89,4 +91,5 @@ def batches(
     if not encoder.max_length:
         longest = int(measure(read, encoder, on_error="stop", threads=data.threads)[:, 0].max())
         encoder = dataclasses.replace(encoder, max_length=longest)
-    return list(train_batches(read, encoder, batch_size=batch_size, threads=data.threads))
+    encoded = train_batches(read, encoder, batch_size=batch_size, threads=data.threads)
+    return [dataclasses.replace(batch, arrays=separated(cfg, batch.arrays)) for batch in encoded]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import Stopped, UserError
+from vlmprune_jax.data.encoding import smallest
 from vlmprune_jax.data.feature_loader import FeatureLoader, Picture
 from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.distributed.mesh import from_all, on_process_zero, process_count, process_number, rows_of_process
@@ -153,7 +154,8 @@ class _Queue:
 
 def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int) -> dict[str, np.ndarray]:
     """Return a batch of `rows` rows that begins with `tiles`; images of any size are padded to a bucket."""
-    room = next((bucket for bucket in loader.preparation.image_buckets if bucket >= tokens), 0)
+    buckets = loader.preparation.image_buckets
+    room = smallest(buckets, tokens) if buckets else 0
     every = loader.images.arrays(1 if room else rows, room).items()
     arrays = {name: np.zeros((rows, *size) if room else size, dtype) for name, (size, dtype) in every}
     for row, tile in enumerate(tiles):

@@ -1,0 +1,81 @@
+"""Sampled frames of videos, prepared for the vision tower, with the shapes from which prompts are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+from PIL import Image
+
+from vlmprune_jax.core.errors import UserError, error_context
+from vlmprune_jax.data.preparation import FramePreparation
+from vlmprune_jax.data.records import VideoSource
+from vlmprune_jax.data.video.reader import ClipInfo, VideoReader
+from vlmprune_jax.families.tiles import VideoShape
+
+
+class FrameLoader:
+    """Loader of the prepared frames of videos (see `Videos`).
+
+    Args:
+      reader: reads sampled frames.
+      preparation: converts frames to arrays for the vision tower.
+      max_tokens: maximum number of tokens per video (None: as many as the preparation gives).
+      slot_tokens: tokens of a frame, for models whose images have one size.
+    """
+
+    def __init__(
+        self, reader: VideoReader, preparation: FramePreparation, max_tokens: int | None, slot_tokens: int
+    ) -> None:
+        self.reader, self.preparation = reader, preparation
+        self._max_tokens, self._slot_tokens = max_tokens, slot_tokens
+        self._digest = hashlib.sha256(json.dumps(preparation.settings).encode()).hexdigest()[:16]
+
+    def shape(self, video: VideoSource, record: str) -> VideoShape:
+        return self._prepared(video, self.reader.describe(video.source, record), record)[1]
+
+    def load(self, video: VideoSource, record: str) -> np.ndarray:
+        clip = self.reader.read(video.source, record)
+        preparation, _ = self._prepared(video, clip, record)
+        return preparation.prepare_frames([Image.fromarray(frame) for frame in clip.frames])
+
+    def keys(self, video: VideoSource, record: str) -> list[str]:
+        info = self.reader.describe(video.source, record)
+        shape, patch = self._prepared(video, info, record)[1], self.reader.video.temporal_patch
+        frames = _padded(info.indices, patch)
+        numbers = ["+".join(map(str, frames[at : at + patch])) for at in range(0, len(frames), patch)]
+        return [f"{info.key}:frame {number} as {shape.rows}x{shape.columns} by {self._digest}" for number in numbers]
+
+    def _prepared(self, video: VideoSource, info: ClipInfo, record: str) -> tuple[FramePreparation, VideoShape]:
+        patch, frames = self.reader.video.temporal_patch, len(info.indices)
+        seconds = [index / info.fps for index in _padded(info.indices, patch)]
+        times = tuple((seconds[at] + seconds[at + patch - 1]) / 2 for at in range(0, len(seconds), patch))
+        preparation = self.preparation
+        with error_context(f"record {record}: its video"):
+            frame = preparation.frame_shape(frames, info.width, info.height)
+            needed = frame.positions(self._slot_tokens) * len(times)
+            if self._max_tokens is not None and needed > self._max_tokens:
+                try:
+                    preparation = preparation.with_most_tokens(self._max_tokens // len(times), self._slot_tokens)
+                except UserError:
+                    raise UserError(
+                        f"{frames} frames have {needed} tokens, more than data.video_tokens={self._max_tokens}: raise "
+                        "it, or lower data.video_frames or data.video_fps"
+                    ) from None
+                frame = preparation.frame_shape(frames, info.width, info.height)
+        return preparation, VideoShape(
+            frame.rows,
+            frame.columns,
+            slots=1 if frame.tokens else frame.slots * len(times),
+            tokens=frame.tokens * len(times),
+            times=times,
+            # a list of frame files has no duration in the reference
+            duration=times[-1] if isinstance(video.source, tuple) else info.duration,
+            interval=patch / (frames / info.total * info.fps),
+        )
+
+
+def _padded(indices: tuple[int, ...], patch: int) -> list[int]:
+    """Return the frames' numbers, the last one repeated so that they fill temporal patches."""
+    return [*indices, *[indices[-1]] * (-len(indices) % patch)]
