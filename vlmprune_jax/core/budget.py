@@ -66,7 +66,9 @@ class Budget:
     batch: int = prune_setting(
         1, "Number of sequences decoded together, for memory and time.", unit="sequences", least=1, most=2**31
     )
-    images: int = prune_setting(1, "Number of images (or tiles) in the prompt.", unit="images", least=0, most=10_000)
+    images: int = prune_setting(
+        1, "Number of images, tiles or temporal patches of videos in the prompt.", unit="images", least=0, most=10_000
+    )
     image_tokens: int = setting(
         0, "Number of tokens per image (0 = typical for the model).", unit="tokens", least=0, offered=False
     )

@@ -43,14 +43,16 @@ from vlmprune_jax.recovery.step import abstract_state, batch_sharding, step_cont
 from vlmprune_jax.stages.work import teacher_folder
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
+_VIDEO = 1920, 1080  # width and height of planned videos
+
 
 @dataclass(frozen=True)
 class Case:
     """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
 
     `lengths`, `slots`, `image_tokens`: buckets of tokens, of images or tiles, and of image tokens per row (empty unless
-    images are of any size), ascending. The planned step uses the largest of each. `records`: number of
-    training records; None if unknown.
+    images are of any size), ascending. The planned step uses the largest of each. `patches`: images or temporal
+    patches of videos that share the image tokens of a row. `records`: number of training records; None if unknown.
     """
 
     cfg: ModelConfig
@@ -64,6 +66,7 @@ class Case:
     slice: Slice
     image_tokens: tuple[int, ...] = ()
     records: int | None = None
+    patches: int = 1
 
     @property
     def length(self) -> int:
@@ -107,7 +110,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
         raise UserError(
             "data.max_length is not set, but planning needs the sequence length: add --config.data.max_length=2048"
         )
-    slots, image_tokens = _image_slots(experiment.data, cfg, shapes.folder)
+    slots, image_tokens, patches = _image_slots(experiment.data, cfg, shapes.folder)
     if experiment.data.feature_cache is not None:
         check_frozen(cfg, config)
         cfg = dataclasses.replace(cfg, tower=False)
@@ -124,6 +127,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
         slice=target,
         image_tokens=within_row(image_tokens, lengths[-1]),
         records=records,
+        patches=patches,
     )
 
 
@@ -186,12 +190,24 @@ def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparatio
     ).preparation
 
 
-def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the possible image or tile counts per sequence, and its image tokens if images have any size."""
+def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return the possible image or tile counts per sequence, its image tokens if images have any size, and `patches`.
+
+    With `data.video_frames` the largest of them hold `data.max_images` videos of `_VIDEO` pixels.
+    """
     if cfg.vision is None:
-        return (0,), ()
+        return (0,), (), 1
     preparation = preparation_of(data, cfg, folder)
-    return tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
+    slots, tokens = tile_buckets(data, preparation) or (data.max_images,), image_buckets(data, preparation) or ()
+    frames = None if preparation is None or cfg.video is None else preparation.for_video(cfg.video)
+    if cfg.video is None or frames is None or data.video_frames is None:
+        return slots, tokens, 1
+    patches = -(-data.video_frames // cfg.video.temporal_patch)
+    size = frames.frame_shape(data.video_frames, *_VIDEO).tokens
+    if not size:
+        return (*slots, max(slots[-1], data.max_images * patches)), (), 1
+    size = min(size * patches, data.video_tokens or size * patches)
+    return slots, (*tokens, max(tokens[-1], data.max_images * size)), data.max_images * patches
 
 
 def estimate(case: Case) -> PlannedStep:
@@ -217,8 +233,8 @@ def estimate(case: Case) -> PlannedStep:
         program.groups,
         rows=config.batch_size,
         length=case.length,
-        images=config.batch_size * (1 if case.image_tokens_per_row else case.images),
-        image_tokens=case.image_tokens_per_row,
+        images=config.batch_size * (case.patches if case.image_tokens_per_row else case.images),
+        image_tokens=case.image_tokens_per_row // case.patches,
     )
     return planned_step(case, compiled, model)
 

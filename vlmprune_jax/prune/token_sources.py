@@ -17,18 +17,20 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_json, reading
 from vlmprune_jax.data.chat_template import AUTO, choose_template
+from vlmprune_jax.data.forms import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmprune_jax.data.prompts import load_tokenizer, render
-from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.export.tokenizer import read_tokenizer, vocabulary_digest
 from vlmprune_jax.export.vocabulary import CONFIGS, ids_in, trim_tokenizer
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.plans.kept import TOKEN_IDS, KeptVocabulary
 from vlmprune_jax.prune.config import VocabularyConfig
 from vlmprune_jax.prune.vocabulary import Subwords, check_size, choose_tokens
 
 _ROLES = ("system", "user", "assistant", "model", "tool")
 _CHUNK = 10_000  # texts that are tokenised together
+_FRAMES = 1000  # of a video whose text has all tokens of times and numbers that are kept
 HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 
 
@@ -191,6 +193,12 @@ def _prompt_texts(template: Template) -> Iterator[str]:
     for has_image in (False, True):
         turns = [("human", f"{IMAGE_TOKEN}\na" if has_image else "a"), ("gpt", "a"), ("human", "a")]
         yield from render(turns, template, has_image=has_image, generation=True).split(IMAGE_TOKEN)
+    if template.video is not None:
+        question = render([("human", f"{VIDEO_TOKEN}\na")], template, has_image=False, has_video=True)
+        times = tuple(second + second % 10 / 10 for second in range(_FRAMES))
+        for frames in (*range(1, 100), _FRAMES):  # all digits, and the numbers in words
+            video = VideoShape(times=times[:frames], duration=37 * frames)
+            yield question.replace(VIDEO_TOKEN, template.video.write(video))
     yield from ("\n", "\n\n", " ", *_ROLES, *(f"{role}\n" for role in _ROLES))
 
 

@@ -102,8 +102,9 @@ def batch_flops(
             return 0
         if grids is None:
             return count(0, 0, images.shape[0] * images.shape[1], 0, 0)
-        tokens = grids.prod(axis=-1).ravel() // cfg.projector.downsample**2
-        return sum(count(0, 0, 1, size, 0) for size in tokens.tolist() if size)
+        cells = grids[..., 1:].prod(axis=-1) // cfg.projector.downsample**2
+        sizes = zip(grids[..., 0].ravel().tolist(), cells.ravel().tolist(), strict=True)
+        return sum(count(0, 0, patches, size, 0) for patches, size in sizes if size)
 
     def of(arrays: Mapping[str, Any]) -> int:
         mine, length = arrays["input_ids"].shape
