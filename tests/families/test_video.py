@@ -16,7 +16,7 @@ from vlmprune_jax.data.images import limited_files
 from vlmprune_jax.families.templates import VideoText, in_words
 from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.hf.batches import open_inputs, to_records
-from vlmprune_jax.models.patch_rows import in_cells
+from vlmprune_jax.models.patch_rows import in_cells, rejoined
 from vlmprune_jax.models.vlm import to_nnx
 from vlmprune_jax.prune.token_sources import Source
 from vlmprune_jax.recovery.feature_pass import compute_features
@@ -350,3 +350,23 @@ def test_a_limit_on_images_leaves_videos(goldens, tmp_path):
     changed = limited_files(folder, 5, 0)
     assert changed["preprocessor_config.json"]["max_pixels"] == 5 * 10**2
     assert changed["video_preprocessor_config.json"] == json.loads(file.read_text())
+
+
+@of_families("qwen2_5_vl", "gemma4")
+def test_a_video_before_an_image_keeps_its_place(golden):
+    """Arrays of images and of videos are joined in the order of their tokens, whatever their types."""
+    turns = [{"from": "human", "value": "<video>\n<image>\n<video>\nWhich?"}, {"from": "gpt", "value": "Both."}]
+    record = {"videos": ["main.mp4", "few.mp4"], "image": "still.png", "conversations": turns}
+    settings = {"video_frames": 2, "max_images": 3, "max_length": 400}
+    public = golden.batches("frames", rows=[record], **settings)[0].arrays
+    cfg, inputs = open_inputs(golden.ckpt, None, golden.clips, settings, ("max_length",))
+    (record,) = to_records([record], inputs)
+    encoder = inputs.training_encoder(cfg)
+    images = encoder.packed([encoder.images(record)], encoder.shape_of([record]), 1)
+    joined = rejoined(cfg, public)
+    grids = images["image_grid_thw"][0, :3]
+    np.testing.assert_array_equal(joined["image_grid_thw"][0, :3], grids)
+    patches = int(grids.prod(axis=1).sum())
+    np.testing.assert_array_equal(joined["pixel_values"][0, :patches], images["pixel_values"][0, :patches])
+    if "position_ids" in public:
+        np.testing.assert_array_equal(joined["position_ids"], public["position_ids"])

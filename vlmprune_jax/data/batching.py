@@ -33,7 +33,8 @@ class Batch:
     features]: a packed row has the images and video frames of batch / packs neighbouring rows, then zeros. For images
     of any size, pixel_values are float32[packs, patches, values] with the patches of a token next to each other,
     vision_features [packs, tokens, features], image_grid_thw int32[packs, slots, 3] (temporal patches, rows and columns
-    of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of `TeacherRows`.
+    of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
+    `TeacherRows`.
 
     A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, whose rows
     are padding.

@@ -87,7 +87,9 @@ class DataSpec:
         "Truncate training records that are longer than `max_length`; otherwise they are refused.",
         affects=(*_TRAINING, "teacher_cache"),
     )
-    max_images: int = records_setting(1, "Maximum number of images and videos per record.", unit="images", least=1, most=10_000)
+    max_images: int = records_setting(
+        1, "Maximum number of images and videos per record.", unit="images", least=1, most=10_000
+    )
     aspect_ratio: str = rows_setting(
         "auto",
         'Method to make images square, for models without tiles: "pad" with the mean colour, or "square" (resize and '
