@@ -11,6 +11,7 @@ from repository import full_size_models
 from vlm_cases import gemma3_config
 
 from vlmprune_jax.core.settings import override
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
@@ -107,3 +108,15 @@ def test_a_step_receives_little_more_than_its_weights(family, tmp_path, little_e
         received = tpu_case.estimate(case).received
     weights = 2 * (count_params(case.cfg) + count_params(cfg)) * (CHIPS - 1) / CHIPS
     assert weights < sum(received.values()) < 2.5 * weights, received
+
+
+@pytest.mark.parametrize(
+    ("family", "slots", "tokens", "patches"), [("qwen2_5_vl", 1, 160, 16), ("internvl3", 32, None, 1)]
+)
+def test_steps_with_videos(goldens, family, slots, tokens, patches):
+    """`data.video_frames` plans rows with a video: patches of its frames, or a slot for each."""
+    folder = goldens / "video" / family / "ckpt"
+    found = tpu_case._image_slots(DataSpec(video_frames=32), read_config(folder)[1], folder)
+    assert (found[0][-1], *found[1][-1:], found[2]) == (slots, *([] if tokens is None else [tokens]), patches)
+    larger = tpu_case._image_slots(DataSpec(video_frames=96), read_config(folder)[1], folder)
+    assert larger[2] == 3 * patches or larger[0][-1] == 3 * slots

@@ -206,7 +206,9 @@ def _visuals(
     ids, grids, pixels = np.asarray(input_ids), np.asarray(grids), np.asarray(pixels, np.float32)
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     marks = (is_visual(ids, cfg.visual_token_ids) if token is None else ids == token) & valid
-    intervals = np.zeros(grids.shape[:-1]) if seconds is None else np.asarray(seconds)
+    intervals = np.ones(grids.shape[:-1]) if seconds is None else np.asarray(seconds)
+    if intervals.shape != grids.shape[:-1]:
+        raise UserError(f"second_per_grid_ts has shape {list(intervals.shape)}, expected {list(grids.shape[:-1])}")
     by_row, pieces = grids_by_row(marks, grids, _merge(cfg)), _pieces(pixels, grids)
     if grids.ndim == 2 and len(pixels) != grids.prod(axis=1).sum():
         raise UserError(f"pixels have {len(pixels)} patches, expected {grids.prod(axis=1).sum()}, as their grids say")

@@ -205,9 +205,9 @@ def _image_slots(data: DataSpec, cfg: ModelConfig, folder: Path) -> tuple[tuple[
     patches = -(-data.video_frames // cfg.video.temporal_patch)
     size = frames.frame_shape(data.video_frames, *_VIDEO).tokens
     if not size:
-        return (*slots, max(slots[-1], data.max_images * patches)), (), 1
-    size = min(size * patches, data.video_tokens or size * patches)
-    return slots, (*tokens, max(tokens[-1], data.max_images * size)), data.max_images * patches
+        return (*slots, data.max_images * patches) if slots[-1] < data.max_images * patches else slots, (), 1
+    most = data.max_images * min(size * patches, data.video_tokens or size * patches)
+    return slots, (*tokens, most) if tokens[-1] < most else tokens, data.max_images * patches
 
 
 def estimate(case: Case) -> PlannedStep:
