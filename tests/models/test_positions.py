@@ -6,7 +6,27 @@ import pytest
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.positions import mrope_positions
 
-IMAGE = 354
+IMAGE, VIDEO = 354, 355
+
+
+def positions_of(ids, mask, grids, seconds=None, per_second=0.0):
+    tokens = {"tokens": (IMAGE, VIDEO), "merge": 2, "tokens_per_second": per_second}
+    return mrope_positions(ids, mask, grids, seconds, **tokens)
+
+
+@pytest.mark.parametrize(("family", "per_second"), [("qwen3_vl", 0), ("qwen2_5_vl", 3)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_videos(goldens, family, per_second, side):
+    """Rows with a video, a text and two videos, padded, and the offset at which generation goes on."""
+    stored = np.load(goldens / "video" / family / "golden.npz")
+    grids = np.concatenate([stored["frames_video_grid_thw"], stored["two_video_grid_thw"]])
+    names = ("frames_second_per_grid_ts", "two_second_per_grid_ts")
+    seconds = np.concatenate([stored[name] for name in names]) if names[0] in stored else None
+    ids, mask = stored[f"batch_{side}_input_ids"], stored[f"batch_{side}_attention_mask"]
+    positions, deltas = positions_of(ids, mask, grids, seconds, per_second)
+    for found, expected, real in zip(positions, stored[f"batch_{side}_position_ids"].swapaxes(0, 1), mask, strict=True):
+        np.testing.assert_array_equal(found[:, real == 1], expected[:, real == 1])
+    np.testing.assert_array_equal(deltas, stored[f"batch_{side}_rope_delta"])
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
@@ -15,7 +35,7 @@ def test_positions_of_transformers(goldens, family, case):
     arrays = np.load(goldens / "families" / family / "golden.npz")
     ids, grids = np.atleast_2d(arrays[f"{case}_input_ids"]), arrays.get(f"{case}_image_grid_thw")
     mask = arrays.get(f"{case}_attention_mask")
-    positions, deltas = mrope_positions(ids, mask, grids, IMAGE, 2)
+    positions, deltas = positions_of(ids, mask, grids)
     expected = arrays[f"{case}_position_ids"]
     expected = expected.swapaxes(0, 1) if case.startswith("batch") else expected[None]
     real = np.ones(ids.shape, bool) if mask is None else mask != 0
@@ -24,7 +44,7 @@ def test_positions_of_transformers(goldens, family, case):
     np.testing.assert_array_equal(deltas, arrays[f"{case}_rope_delta"])
     if case.startswith("batch"):  # the images of its rows, in slots
         slots = np.stack([[grids[0], [0] * 3], np.zeros((2, 3), int), grids[1:]])
-        by_row, _ = mrope_positions(ids, mask, slots, IMAGE, 2)
+        by_row, _ = positions_of(ids, mask, slots)
         np.testing.assert_array_equal(by_row, positions)
 
 
@@ -39,7 +59,7 @@ ROWS = np.array([[1, IMAGE, IMAGE, 1, 1], [1, 1, IMAGE, IMAGE, IMAGE]])
         ([[1, 2, 4], [1, 2, 6], [1, 2, 2]], "row 1 has 3 image tokens, .* need 4"),
         ([[[1, 2, 4]], [[0, 0, 0]]], "row 1 has 3 image tokens, .* need 0"),
         ([[1, 2, 4], [1, 3, 4]], r"\[1, 3, 4\]: .* multiples of 2"),
-        ([[1, 2, 4], [3, 2, 2]], r"\[3, 2, 2\] has several frames"),
+        ([[1, 2, 4], [3, 2, 2]], None),
         ([[2, 4], [2, 6]], r"has shape \[2, 2\]"),
         ([[1, 2, 2], [1, 2, 2], [1, 2, 6]], None),
         ([[[0, 0, 0], [1, 2, 4]], [[1, 6, 2], [0, 0, 0]]], None),
@@ -47,12 +67,12 @@ ROWS = np.array([[1, IMAGE, IMAGE, 1, 1], [1, 1, IMAGE, IMAGE, IMAGE]])
 )
 def test_grids_that_do_not_fit(grids, said):
     if said is None:
-        mrope_positions(ROWS, None, grids, IMAGE, 2)
+        positions_of(ROWS, None, grids)
         return
     with pytest.raises(UserError, match=said):
-        mrope_positions(ROWS, None, grids, IMAGE, 2)
+        positions_of(ROWS, None, grids)
 
 
 def test_text_among_the_tokens_of_an_image():
     with pytest.raises(UserError, match="text tokens interrupt"):
-        mrope_positions([[IMAGE, 1, IMAGE]], None, [[1, 2, 4]], IMAGE, 2)
+        positions_of(np.array([[IMAGE, 1, IMAGE]]), None, [[1, 2, 4]])
