@@ -21,7 +21,6 @@ def visual_inputs(
     `inputs`: arrays by the names of `VISUALS`, pixel_attention_mask and mm_token_type_ids. The mask is None if nothing
     is hidden. Raises UserError if inputs do not fit the model or each other.
     """
-    mask = needed_mask(cfg, inputs.get("pixel_values"), inputs.get("pixel_attention_mask"))
     visuals = joined(cfg, input_ids, attention_mask, inputs)
     if not cfg.dynamic_resolution and np.ndim(visuals["pixel_values"]) == 5:
         visuals["pixel_values"] = _filled_slots(cfg, np.asarray(input_ids), np.asarray(visuals["pixel_values"]))
@@ -33,7 +32,7 @@ def visual_inputs(
         attention_mask=attention_mask,
     )
     check_types(cfg, input_ids, inputs.get("mm_token_type_ids"))
-    return visuals, mask
+    return visuals, needed_mask(cfg, inputs.get("pixel_values"), inputs.get("pixel_attention_mask"))
 
 
 def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:
