@@ -13,6 +13,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.images import limited_files
+from vlmprune_jax.distributed.mesh import make_mesh
 from vlmprune_jax.families.templates import VideoText, in_words
 from vlmprune_jax.families.tiles import VideoShape
 from vlmprune_jax.hf.batches import open_inputs, to_records
@@ -370,3 +371,16 @@ def test_a_video_before_an_image_keeps_its_place(golden):
     np.testing.assert_array_equal(joined["pixel_values"][0, :patches], images["pixel_values"][0, :patches])
     if "position_ids" in public:
         np.testing.assert_array_equal(joined["position_ids"], public["position_ids"])
+
+
+@pytest.mark.slow
+@of_families("qwen3_vl", "gemma4_dense")
+def test_a_mesh_computes_the_same(golden):
+    cases = ("frames", "mixed", "text", "two") * 2
+    batch = golden.batches(*cases, batch_size=8)[0].arrays
+    names = {*NAMES, "input_ids", "attention_mask", "pixel_values", "pixel_values_videos"} & batch.keys()
+    batch = {name: batch[name] for name in names}
+    expected = np.asarray(vp.forward(golden.model, **batch)[0])
+    found = np.asarray(vp.forward(vp.load(golden.ckpt, mesh=make_mesh(2, 4, 1)), **batch)[0])
+    real = batch["attention_mask"] == 1
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-4, rtol=0)

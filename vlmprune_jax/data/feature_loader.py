@@ -9,9 +9,9 @@ import numpy as np
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.cache import ArrayCache
-from vlmprune_jax.data.images import GRIDS, ImageLoader, Videos
+from vlmprune_jax.data.images import GRIDS, ImageLoader
 from vlmprune_jax.data.media import image_key
-from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.data.preparation import Preparation, Videos
 from vlmprune_jax.data.records import Record, VideoSource, Visual
 from vlmprune_jax.families.tiles import ImageShape, VideoShape
 

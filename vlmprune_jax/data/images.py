@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,13 +33,13 @@ from vlmprune_jax.data.image_processor import (
 )
 from vlmprune_jax.data.media import StoredImage
 from vlmprune_jax.data.patching import patching_from_processor
-from vlmprune_jax.data.preparation import Preparation, fixed_size
+from vlmprune_jax.data.preparation import Preparation, Videos, fixed_size
 from vlmprune_jax.data.records import VideoSource, Visual
 from vlmprune_jax.data.splitting import splitting_from_processor
 from vlmprune_jax.data.tiling import Tiling, pad_to_square, tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.families import find
-from vlmprune_jax.families.tiles import ImageShape, VideoShape
+from vlmprune_jax.families.tiles import ImageShape
 
 # Arrays in a batch: temporal patches, rows and columns of patches of every slot (0 for an empty slot), and seconds
 # from one temporal patch to the next.
@@ -52,19 +52,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; not every build has it
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-class Videos(Protocol):
-    """Loader of the prepared frames of videos; errors name the record."""
-
-    def shape(self, video: VideoSource, record: str) -> VideoShape:
-        """Return the grid of a video's frames, and their times."""
-
-    def load(self, video: VideoSource, record: str) -> np.ndarray:
-        """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
-
-    def keys(self, video: VideoSource, record: str) -> list[str]:
-        """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
 
 
 class WholeImage:

@@ -34,8 +34,7 @@ from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
 from vlmprune_jax.data.tfds import PREFIX, read_tfds, tfds_folder, tfds_state
-from vlmprune_jax.data.video.frames import FrameLoader
-from vlmprune_jax.data.video.reader import VideoReader
+from vlmprune_jax.data.video.frames import frame_loader
 from vlmprune_jax.distributed.mesh import from_all, process_count, process_number, row_ways, rows_of_process
 from vlmprune_jax.families import Family, family_of, templates
 from vlmprune_jax.families.templates import Template
@@ -173,22 +172,12 @@ def _load_inputs(
             tiling={name: getattr(data, name) for name in ("min_tiles", "max_tiles", "thumbnail")},
             max_image_tokens=data.max_image_tokens,
             slot_tokens=slot_tokens,
-            videos=functools.partial(_frame_loader, data, None if template.video is None else video, slot_tokens),
+            videos=functools.partial(frame_loader, data, None if template.video is None else video, slot_tokens),
         )
         says = _aspect_ratio(AUTO, config, folder)
         if family.images == "whole" and says != aspect_ratio:
             notes.append(f'data.aspect_ratio="{aspect_ratio}", but the model folder says "{says}"')
     return Inputs(data, tokenizer, template, loader, tuple(notes))
-
-
-def _frame_loader(
-    data: DataSpec, video: VideoConfig | None, slot_tokens: int, preparation: Preparation
-) -> FrameLoader | None:
-    """Return the loader of a model's videos, or None if it takes none; `preparation` is that of its images."""
-    frames = None if video is None else preparation.for_video(video)
-    if video is None or frames is None:
-        return None
-    return FrameLoader(VideoReader.from_settings(video, data), frames, data.video_tokens, slot_tokens)
 
 
 def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:

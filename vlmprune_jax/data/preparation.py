@@ -12,7 +12,8 @@ from PIL import Image
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.image_processor import normalize
-from vlmprune_jax.families.tiles import ImageShape
+from vlmprune_jax.data.records import VideoSource
+from vlmprune_jax.families.tiles import ImageShape, VideoShape
 
 
 class Preparation(Protocol):
@@ -102,6 +103,19 @@ class SquarePieces(FramePreparation, Protocol):
     def prepare(self: Any, image: Image.Image, sharing: int) -> np.ndarray:
         pieces = np.stack([np.asarray(piece) for piece in self.cut(image, sharing)])
         return np.ascontiguousarray(normalize(pieces, self.mean, self.std).transpose(0, 3, 1, 2))
+
+
+class Videos(Protocol):
+    """Loader of the prepared frames of videos; errors name the record."""
+
+    def shape(self, video: VideoSource, record: str) -> VideoShape:
+        """Return the grid of a video's frames, and their times."""
+
+    def load(self, video: VideoSource, record: str) -> np.ndarray:
+        """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""
+
+    def keys(self, video: VideoSource, record: str) -> list[str]:
+        """Return a key for each temporal patch: the video's content, the numbers of its frames, and its grid."""
 
 
 def fixed_size(slot_tokens: int) -> UserError:

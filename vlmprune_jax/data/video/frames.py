@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.data.preparation import FramePreparation
+from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.preparation import FramePreparation, Preparation
 from vlmprune_jax.data.records import VideoSource
 from vlmprune_jax.data.video.reader import ClipInfo, VideoReader
 from vlmprune_jax.families.tiles import VideoShape
@@ -74,6 +76,16 @@ class FrameLoader:
             duration=times[-1] if isinstance(video.source, tuple) else info.duration,
             interval=patch / (frames / info.total * info.fps),
         )
+
+
+def frame_loader(
+    data: DataSpec, video: VideoConfig | None, slot_tokens: int, preparation: Preparation
+) -> FrameLoader | None:
+    """Return the loader of a model's videos, or None if it takes none; `preparation` is that of its images."""
+    frames = None if video is None else preparation.for_video(video)
+    if video is None or frames is None:
+        return None
+    return FrameLoader(VideoReader.from_settings(video, data), frames, data.video_tokens, slot_tokens)
 
 
 def _padded(indices: tuple[int, ...], patch: int) -> list[int]:
