@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 import vlmprune_jax as vp
+from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.prune import KeptLayer
 
 CASES = ("single", "two", "text", "tiny")
@@ -84,5 +85,25 @@ def kept_layers(golden, cut):
         neurons = lists["expert_neurons"][i] if "expert_neurons" in lists else [range(part.neurons)] * part.experts
         units["experts"] = tuple(experts)
         units["expert_mlp"] = tuple(e * part.neurons + n for e in experts for n in neurons[e])
+        layers.append(KeptLayer(i, units))
+    return layers
+
+
+def kept_mixers(golden, cut):
+    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
+    lists, layers = golden.facts["cuts"][cut], []
+    for i, layer in enumerate(golden.model.cfg.text.layers):
+        if i in lists.get("layers_removed", ()):
+            continue
+        units, mixer = dict(KeptLayer.whole(i, layer).kept), layer.mixer
+        parent, child = (axis.name for axis in mixer.axes)
+        groups = lists.get("key_groups" if isinstance(mixer, DeltaNet) else "kv_heads", {})
+        if groups and groups[i] is not None:
+            units[parent] = tuple(groups[i])
+        units[child] = tuple(group * mixer.group + j for group in units[parent] for j in range(mixer.group))
+        if isinstance(mixer, DeltaNet) and lists.get("value_heads"):
+            units[child] = tuple(lists["value_heads"][i])
+        if lists.get("neurons"):
+            units["mlp"] = tuple(lists["neurons"][i])
         layers.append(KeptLayer(i, units))
     return layers

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import CLOSE, Golden
+from golden_cases import CLOSE, Golden, kept_mixers
 from hf_cases import edit_config, prune
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
 from vlmprune_jax.models.vlm import encode
@@ -29,26 +28,6 @@ EVERY_CUT = [(family, cut) for family, cuts in CUTS.items() for cut in cuts]
 @pytest.fixture(scope="module")
 def models(goldens):
     return {family: Golden(goldens / "families" / family) for family in CUTS}
-
-
-def kept_layers(golden, cut):
-    """The entries of a stored cut, whose lists are in the numbers of the whole model."""
-    lists, layers = golden.facts["cuts"][cut], []
-    for i, layer in enumerate(golden.model.cfg.text.layers):
-        if i in lists.get("layers_removed", ()):
-            continue
-        units, mixer = dict(KeptLayer.whole(i, layer).kept), layer.mixer
-        parent, child = (axis.name for axis in mixer.axes)
-        groups = lists.get("key_groups" if isinstance(mixer, DeltaNet) else "kv_heads", {})
-        if groups and groups[i] is not None:
-            units[parent] = tuple(groups[i])
-        units[child] = tuple(group * mixer.group + j for group in units[parent] for j in range(mixer.group))
-        if isinstance(mixer, DeltaNet) and lists.get("value_heads"):
-            units[child] = tuple(lists["value_heads"][i])
-        if lists.get("neurons"):
-            units["mlp"] = tuple(lists["neurons"][i])
-        layers.append(KeptLayer(i, units))
-    return layers
 
 
 @pytest.mark.parametrize("family", CUTS)
@@ -137,7 +116,7 @@ def test_mixers_equal_stock(models):
 @pytest.mark.parametrize(("family", "cut"), EVERY_CUT)
 def test_cuts(models, family, cut):
     golden = models[family]
-    smaller, plan = prune(golden.model, kept_layers(golden, cut))
+    smaller, plan = prune(golden.model, kept_mixers(golden, cut))
     assert vp.PrunePlan.from_json(plan.to_json()) == plan
     for case in ("single", "text"):
         expected = golden.arrays[f"{case}_logits_{cut}"]
@@ -148,7 +127,7 @@ def test_cuts(models, family, cut):
 @pytest.mark.parametrize("family", CUTS)
 def test_stock_transformers_loads_cut_exports(models, family, torch_outputs, tmp_path):
     golden = models[family]
-    smaller, plan = prune(golden.model, kept_layers(golden, "all"))
+    smaller, plan = prune(golden.model, kept_mixers(golden, "all"))
     vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, plan=plan, dtype="float32")
     config = json.loads((tmp_path / "out/config.json").read_text())["text_config"]
     assert len(config["layer_types"]) == config["num_hidden_layers"] == len(smaller.cfg.text.layers)
@@ -205,7 +184,7 @@ def test_layers_are_reconstructed(models):
         dict(zip(names, (row, real, np.where(real == 1, row, -100)), strict=True))
         for row, real in zip(ids, mask, strict=True)
     ]
-    kept = kept_layers(models["qwen3_5"], "key_groups")
+    kept = kept_mixers(models["qwen3_5"], "key_groups")
     pruned, plan = prune(model, [KeptLayer(k.index, {**k.kept, "mlp": tuple(range(0, 40, 2))}) for k in kept])
     solved, report = vp.reconstruct(pruned, plan, model, batches)
     of_delta_nets = [line for line in report if line["module"] == "o_proj" and line["layer"] in (0, 1, 3)]

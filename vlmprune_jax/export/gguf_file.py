@@ -13,9 +13,10 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
 from vlmprune_jax.export.format import Importance
 from vlmprune_jax.export.gguf_fit import fit
-from vlmprune_jax.export.gguf_model import GgufFile, under_names
+from vlmprune_jax.export.gguf_model import GgufFile, tiled, under_names
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.gguf import UNQUANTISED
 from vlmprune_jax.hf.disk.tensors import Tensor, write_tensor
 from vlmprune_jax.hf.disk.verified import CheckedFile
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
@@ -118,7 +119,9 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
     here = under_names(family, "text", architecture.tensors)
     before = {slot.name: slot for slot in make_slots(cfg, here)}
     slots = [
-        slot for slot in make_slots(wide, here) if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2
+        slot
+        for slot in make_slots(wide, here)
+        if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2 and not slot.key.endswith(UNQUANTISED)
     ]
     tensors = list[Tensor]()
     for key, tensor_slots in by_key(slots).items():
@@ -143,15 +146,15 @@ def imatrix_file(importance: Importance, model: GgufFile, cfg: ModelConfig, unev
 
 
 def _widened(mean: np.ndarray, before: Slot, after: Slot, cfg: ModelConfig, wide: ModelConfig) -> np.ndarray:
-    """Return the mean squared inputs of a zero-padded matrix, with zeros for padded channels."""
-    if before.shape == after.shape:
-        return mean
+    """Return the mean squared inputs of a matrix as llama.cpp orders them, with zeros for padded channels."""
     assert before.layer is not None
     inside = len(before.shape) - 1
     while np.prod(before.shape[inside:]) < mean.size:
         inside -= 1
-    mean = mean.reshape(before.shape[inside:])
-    return pad_tensor(mean, before.axes[inside:], "text", before.layer, cfg, wide).reshape(-1)
+    axes, mean = before.axes[inside:], mean.reshape(before.shape[inside:])
+    if before.shape != after.shape:
+        mean = pad_tensor(mean, axes, "text", before.layer, cfg, wide)
+    return (tiled(mean, axes, wide.text.layers[before.layer]) if "delta_heads" in axes else mean).reshape(-1)
 
 
 def _tensor(key: str, values: np.ndarray) -> Tensor:

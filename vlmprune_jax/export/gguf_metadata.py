@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.mixers import Attention, DeltaNet
 from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.patching import Patching, patching_from_processor
 from vlmprune_jax.data.splitting import splitting_from_processor
@@ -16,7 +17,13 @@ from vlmprune_jax.data.tiling import tiling_from_processor
 from vlmprune_jax.data.token_budget import token_budget_from_processor
 from vlmprune_jax.export.gguf_tokenizer import drops_white_space
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.gguf import DROPPING_NAME, Architecture, full_attention_period, width_fields
+from vlmprune_jax.families.gguf import (
+    DROPPING_NAME,
+    Architecture,
+    full_attention_period,
+    recurrent_fields,
+    width_fields,
+)
 from vlmprune_jax.families.gguf_towers import LEAST_TOKENS
 from vlmprune_jax.families.table import JsonDict
 from vlmprune_jax.families.tiles import TilingConfig
@@ -40,7 +47,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
     text = cfg.text
 
     def widths(name: str) -> int | list[int]:
-        column = [layer.sizes[name] for layer in text.layers]
+        column = [layer.sizes[name] for layer in text.layers if name in layer.sizes]
         return column[0] if len(set(column)) == 1 else column
 
     rope = text.rope
@@ -52,6 +59,7 @@ def text_fields(cfg: ModelConfig, architecture: Architecture) -> JsonDict:
         "head_count": widths("q_heads"),
         "head_count_kv": widths("kv_heads"),
         **width_fields(text.layers),
+        **recurrent_fields(text, architecture.name),
         "key_length": text.attention.head_dim,
         "value_length": text.attention.head_dim,
         "rope_dimension_count": text.attention.rotated,
@@ -195,6 +203,12 @@ def text_remarks(text: TextConfig, architecture: Architecture) -> tuple[str, ...
         remarks.append(
             f"Rows of {listed} neurons are no whole blocks of {_BLOCK}, which slows llama.cpp down. "
             '`prune.align_to="gguf"` plans multiples of it.'
+        )
+    if architecture.recurrent is DeltaNet and full_attention_period(text.layers) is None:
+        listed = ", ".join(str(i) for i, layer in enumerate(text.layers) if isinstance(layer.mixer, Attention))
+        remarks.append(
+            f"Full attention is in layers {listed} of {len(text.layers)}. Builds of llama.cpp before September 2026 "
+            "expect it in every fourth layer (#28207), and compute nonsense without an error."
         )
     if text.rope.kind == "longrope":
         remarks.append(

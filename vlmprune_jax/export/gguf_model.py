@@ -17,6 +17,7 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
 from vlmprune_jax.export.card import TAGS, languages_of, license_of
 from vlmprune_jax.export.gguf_fit import fit
@@ -216,13 +217,15 @@ def _tensors(
 def spelled(
     array: np.ndarray, slot: Slot, cfg: ModelConfig, architecture: Architecture | None, back: bool = False
 ) -> np.ndarray:
-    """Convert a parameter to llama.cpp's form: interleaved rotary pairs, and norm weights with their offset added.
+    """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets.
 
     `back=True` undoes this. `architecture`: of the decoder, for its parameters.
     """
     module, text = slot.path.split("/")[-2], cfg.text
     if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:
         return neighbours(array, back)
+    if DeltaNet.module in slot.path.split("/"):
+        return _delta_spelled(array, slot, text, back)
     if "norm" not in module or slot.part == "vision":
         return array
     offset = (
@@ -235,6 +238,23 @@ def spelled(
     return array / gain - offset if back else (array + offset) * gain
 
 
+def _delta_spelled(array: np.ndarray, slot: Slot, text: TextConfig, back: bool) -> np.ndarray:
+    """Convert a parameter of a delta net: decays as factors, and the first head of every group before the second."""
+    if slot.path.endswith("/decay/weight"):
+        array = array.astype(np.float32)
+        array = np.log(-array) if back else -np.exp(array)
+    assert slot.layer is not None
+    return array if "delta_heads" not in slot.axes else tiled(array, slot.axes, text.layers[slot.layer], back)
+
+
+def tiled(array: np.ndarray, axes: Sequence[str], layer: Layer, back: bool = False) -> np.ndarray:
+    """Reorder the axis "delta_heads" of an array from group by group to head by head; `back=True` undoes this."""
+    at, mixer = axes.index("delta_heads"), layer.mixer
+    counts = (mixer.group, mixer.delta_groups) if back else (mixer.delta_groups, mixer.group)
+    split = array.reshape(*array.shape[:at], *counts, *array.shape[at + 1 :])
+    return np.ascontiguousarray(split.swapaxes(at, at + 1)).reshape(array.shape)
+
+
 def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
     """Return a copy of the model family whose weight table has llama.cpp's tensor names."""
 
@@ -243,7 +263,7 @@ def under_names(family: Family, part: str, names: Mapping[str, str]) -> Family:
         for line in family.weights(cfg):
             inside, _, leaf = line.path.removeprefix(f"{part}/").rpartition("/")
             if line.path.startswith(f"{part}/"):
-                whole = names[inside] in WITHOUT_LEAF or names[inside].endswith(".scale")
+                whole = names[inside].endswith(WITHOUT_LEAF)
                 key = names[inside] if whole else f"{names[inside]}.{leaf}"
                 layout = LAYOUTS.get(inside.removeprefix("layers/{i}/"), line.layout)
                 line = Weight(line.path, key, " ".join(axis for axis in layout.split() if axis != "1"))
@@ -284,6 +304,7 @@ def _tensor(
 
     before, after = pairs[0]
     array, whole = (flat[before.path], before.place), len(pairs) == 1 and before.shape == after.shape
+    whole = whole and after.axes[0] != "delta_heads"  # whose rows are reordered
     blocks = blocks_of(*array) if whole else None
 
     def pieces() -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from vlmprune_jax.core.channels import Experts, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
@@ -31,7 +32,8 @@ class Architecture:
     model; `experts`: part of layers with experts, which all layers must then have (None: no experts). `windows(text)`:
     why it cannot hold these layers' sliding windows and shared keys, with advice, or None (without the function sliding
     windows are ignored). `scale(text)`: its factor of attention scores, if not head_dim ** -0.5 (query norms absorb the
-    difference). `tokenizer`: its own tokenizer, instead of `SPACED` or `BYTE_LEVEL`.
+    difference). `tokenizer`: its own tokenizer, instead of `SPACED` or `BYTE_LEVEL`. `recurrent`: its mixer beside
+    attention (None: none), of which a layer's state has one size; `gated`: attention has a gate per channel.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Architecture:
     windows: Callable[[TextConfig], str | None] | None = None
     scale: Callable[[TextConfig], float] | None = None
     tokenizer: str = ""
+    recurrent: type[Mixer] | None = None
+    gated: bool = False
 
     def context_length(self, text: TextConfig) -> int:
         """Return the longest context for which llama.cpp computes the model exactly."""
@@ -80,6 +84,13 @@ class Architecture:
             return "experts of this kind"
         if mixed and len(parts) > 1:
             return "dense layers among those of experts"
+        if text.attention.gated != self.gated:
+            return f"attention {'with' if text.attention.gated else 'without'} gates"
+        recurrent = [layer.mixer for layer in text.layers if not isinstance(layer.mixer, Attention)]
+        if any(type(mixer) is not self.recurrent for mixer in recurrent):
+            return "layers with such a recurrence"
+        if unequal := next((x for x in recurrent if isinstance(x, DeltaNet) and x.key_dim != x.value_dim), None):
+            return f"delta nets with keys of {unequal.key_dim} and values of {unequal.value_dim} channels"
         if text.attention.rotated != text.attention.head_dim and not self.partial:
             return f"rotary embedding of {text.attention.rotated} of {text.attention.head_dim} channels"
         return None
@@ -141,7 +152,7 @@ LAYOUTS = {
     "mlp/experts/up_proj": "experts expert_mlp embed",
     "mlp/experts/down_proj": "experts embed expert_mlp",
 }
-UNQUANTISED = ("ffn_gate_inp.weight",)
+UNQUANTISED = ("ffn_gate_inp.weight", "ssm_conv1d.weight")
 _PHI2_TENSORS = {
     "embed_tokens": "token_embd",
     "final_layernorm": "output_norm",
@@ -164,6 +175,24 @@ _PHI3_TENSORS = {
     **block_tensors("blk", {f"self_attn/{name}_proj": "attn_qkv" for name in "qkv"}),
     **block_tensors("blk", {"mlp/gate_proj": "ffn_up", "mlp/up_proj": "ffn_up"}),
 }
+_QWEN35_TENSORS = {
+    **_LLAMA_TENSORS,
+    **block_tensors(
+        "blk",
+        {
+            "post_attention_layernorm": "post_attention_norm",
+            **{f"linear_attn/{name}_proj": "attn_qkv" for name in "qkv"},
+            **{f"linear_attn/{name}_conv": "ssm_conv1d" for name in "qkv"},
+            "linear_attn/z_proj": "attn_gate",
+            "linear_attn/b_proj": "ssm_beta",
+            "linear_attn/a_proj": "ssm_alpha",
+            "linear_attn/decay": "ssm_a",
+            "linear_attn/step": "ssm_dt.bias",
+            "linear_attn/norm": "ssm_norm",
+            "linear_attn/out_proj": "ssm_out",
+        },
+    ),
+}
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")  # of queries, keys and values; of attention's output; of the MLP
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
@@ -181,6 +210,7 @@ QWEN3 = Architecture("qwen3", _LLAMA_TENSORS, free_heads=True)
 QWEN3MOE = replace(QWEN3, name="qwen3moe", experts=Experts)
 QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
 QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
+QWEN35 = replace(QWEN3VL, name="qwen35", tensors=_QWEN35_TENSORS, partial=True, recurrent=DeltaNet, gated=True)
 QWEN3VLMOE = replace(QWEN3VL, name="qwen3vlmoe", experts=Experts)
 PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
 _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another attention scale
@@ -200,9 +230,26 @@ def width_fields(layers: Sequence[Layer]) -> dict[str, int | list[int]]:
     return {name: column[0] if len(set(column)) == 1 else column for name, column in columns.items()}
 
 
+def recurrent_fields(text: TextConfig, name: str) -> dict[str, int | list[bool]]:
+    """Return GGUF metadata of delta nets, and which layers of architecture `name` have one; {} without delta nets."""
+    recurrent = [isinstance(layer.mixer, DeltaNet) for layer in text.layers]
+    if not any(recurrent):
+        return {}
+    mixer, period = text.layers[recurrent.index(True)].mixer, full_attention_period(text.layers)
+    return {
+        **({} if period is None else {"full_attention_interval": period}),
+        "ssm_conv_kernel": mixer.taps,
+        "ssm_state_size": mixer.key_dim,
+        "ssm_group_count": mixer.delta_groups,
+        "ssm_time_step_rank": mixer.delta_heads,
+        "ssm_inner_size": mixer.delta_heads * mixer.value_dim,
+        f"{name}.attention.recurrent_layers": recurrent,
+    }
+
+
 def full_attention_period(layers: Sequence[Layer]) -> int | None:
-    """Return n if every n-th layer has full attention and all others have sliding windows; None otherwise."""
-    full, count = [shape.mixer.window is None for shape in layers], len(layers)
+    """Return n if every n-th layer has full attention, and all others a window or no attention; None otherwise."""
+    full, count = [isinstance(x.mixer, Attention) and x.mixer.window is None for x in layers], len(layers)
     return next((n for n in range(1, count + 2) if full == [(i + 1) % n == 0 for i in range(count)]), None)
 
 
@@ -288,6 +335,11 @@ PRE: dict[tuple[str, ...], str] = {
         _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         BYTES,
     ): "qwen2",
+    (
+        _CONTRACTIONS
+        + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        BYTES,
+    ): "qwen35",
     (_CASED.replace("SUFFIX", "") + r"\p{N}" + _ENDS, BYTES): "tekken",
     (_CASED.replace("SUFFIX", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _ENDS, BYTES): "gpt-4o",
 }

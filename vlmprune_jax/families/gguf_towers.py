@@ -56,7 +56,8 @@ _PROJECTORS = {
         "std_scale": "v.std_scale",
     },
 }
-WITHOUT_LEAF = ("v.class_embd", "v.std_bias", "v.std_scale")  # names of tensors without ".weight"
+# Ends of names of tensors without ".weight".
+WITHOUT_LEAF = ("v.class_embd", "v.std_bias", "v.std_scale", ".scale", ".bias", ".ssm_a")
 # llama.cpp's name of the graph for each projector kind.
 _GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}
 _WINDOWS, _DEEPSTACK = "qwen2.5vl_merger", "qwen3vl_merger"

@@ -10,6 +10,7 @@ from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
+from vlmprune_jax.families import gguf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.patch_towers import with_sections
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
@@ -120,7 +121,15 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 QWEN3_5 = qwen3_vl_family(
     "qwen3_5",
-    Decoder(_DECODER, "Qwen3_5ForConditionalGeneration", _text_from_hf, _text_to_hf, _text_weights, problem=_problem),
+    Decoder(
+        _DECODER,
+        "Qwen3_5ForConditionalGeneration",
+        _text_from_hf,
+        _text_to_hf,
+        _text_weights,
+        gguf=(gguf.QWEN35,),
+        problem=_problem,
+    ),
     _TEXT,
     deepstack=False,
     ids={"image_token_id": 248056, "video_token_id": 248057},
