@@ -103,6 +103,9 @@ class PositionTable:
     spreads: bool = False
     """True if the real patches of a masked image are distributed over the whole table."""
 
+    antialiased: bool = False
+    """True if images of any size interpolate the table with antialias and without aligned corners (SigLIP 2)."""
+
     by_axis: int = 0
     """Entries by column and by row, of which a patch takes the sum of two; 0 for one entry per patch."""
 
@@ -118,7 +121,10 @@ class PatchConfig:
     """Copies of the image in a patch, if images have any size and arrive as patches; 0 for images of one size."""
 
     channels_last: bool = False
-    """True if a patch's channels come last; values are then in 0..1, and centred by the tower."""
+    """True if a patch's channels come last."""
+
+    centres: bool = False
+    """True if values come in 0..1, and the tower centres them."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Facts and sizes of the parts that mix tokens: attention, gated delta net."""
+"""Facts and sizes of the parts that mix tokens: attention, gated delta net, short convolution."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Mixer(Part):
 
     @property
     def group(self) -> int:
-        """Number of units of its last axis per unit of its first, such as query heads per key/value head."""
-        return self.sizes[self.axes[-1].name] // self.sizes[self.root]
+        """Number of units of its last axis per unit of its first, such as query heads per key/value head (or 1)."""
+        return 1 if not self.axes else self.sizes[self.axes[-1].name] // self.sizes[self.root]
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
@@ -178,3 +178,32 @@ class DeltaNet(Mixer):
         """Return the number of values of the matrices and of the convolution's last inputs, whatever the length."""
         channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
         return self.delta_heads * self.key_dim * self.value_dim + (self.taps - 1) * channels
+
+
+@dataclass(frozen=True)
+class ShortConv(Mixer):
+    """Gated short convolution of one layer (LFM2): a causal, depthwise convolution between two gates.
+
+    Its channels cannot be pruned: transformers' class has as many as the residual stream.
+    """
+
+    module = "short_conv"
+
+    channels: int
+    """Channels of the convolution."""
+
+    taps: int = 3
+    """Positions that the convolution sees, the present one included."""
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        return {"conv": self.channels, "tap": self.taps}
+
+    def mixing_flops(self, length: int, *, last: bool = False) -> int:
+        """Return 2 FLOPs per channel, tap and token, and 2 of the gates."""
+        return (1 if last else length) * 2 * (self.taps + 1) * self.channels
+
+    def state_size(self, length: int) -> int:
+        """Return the number of the convolution's last inputs, whatever the length."""
+        return (self.taps - 1) * self.channels

@@ -96,8 +96,8 @@ class Part:
 
     @property
     def root(self) -> str:
-        """Name of the first axis, whose units take those of its children along."""
-        return self.axes[0].name
+        """Name of the first axis, whose units take those of its children along; "" without a prunable axis."""
+        return self.axes[0].name if self.axes else ""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ class ProjectorConfig:
 
     Kinds:
       mlp: LLaVA's two layers.
-      pixel_shuffle: InternVL's; a layer norm (`norm_eps`), then two layers.
+      pixel_shuffle: InternVL's and LFM2-VL's; a layer norm (`norm_eps`, unless `input_norm` is False), then two layers.
       linear: SmolVLM's single layer without activation.
       merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
       pool: Gemma's; the mean of neighbours, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
@@ -22,7 +22,8 @@ class ProjectorConfig:
 
     All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature, or their mean
     (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a
-    layer norm after joining, in the order of the tower's deepstack blocks.
+    layer norm after joining, in the order of the tower's deepstack blocks. `hidden_size` is the width between two
+    layers (0: the decoder's, or that of the joined features in mergers).
     """
 
     activation: str
@@ -38,6 +39,8 @@ class ProjectorConfig:
     feature_scale: float = 1.0
     standardizes: bool = False
     plain_norm: bool = False
+    input_norm: bool = True
+    hidden_size: int = 0
 
     def __post_init__(self) -> None:
         if self.shuffle_version not in ("v1", "v2"):

@@ -146,7 +146,7 @@ def _fits(stack: Stack, layers: Sequence[Layer]) -> bool:
 
 
 def _fewer_heads(stack: Stack) -> list[Layer]:
-    return [_without(layer, layer.mixer) for layer in stack.layers]
+    return [_without(layer, layer.mixer) if layer.mixer.root else layer for layer in stack.layers]
 
 
 def _without(layer: Layer, part: Part, units: int | None = None) -> Layer:

@@ -257,9 +257,14 @@ def _torch_logits(folder: Path, inputs: dict[str, Any]) -> np.ndarray:
         inputs = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
     takes = inspect.signature(stock_class.forward).parameters  # version 4 finds images by token id
     inputs = {name: array for name, array in inputs.items() if name != "mm_token_type_ids" or name in takes}
-    if "image_position_ids" in takes and "image_grid_thw" in inputs:
+    if {"image_position_ids", "spatial_shapes"} & set(takes) and "image_grid_thw" in inputs:
         grids, cfg = inputs.pop("image_grid_thw"), family.from_hf(config, None)
-        inputs["pixel_values"], inputs["image_position_ids"] = with_places(cfg, inputs["pixel_values"], grids)
+        inputs["pixel_values"], places = with_places(cfg, inputs["pixel_values"], grids)
+        inputs |= (
+            {"image_position_ids": places}
+            if "image_position_ids" in takes
+            else {"spatial_shapes": np.asarray(grids)[:, 1:], "pixel_attention_mask": places[..., 0] >= 0}
+        )
     if "token_type_ids" in takes:  # without it, images would not see themselves
         inputs["token_type_ids"] = (inputs["input_ids"] == family.from_hf(config, None).image_token_id).astype(np.int64)
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in inputs.items()}

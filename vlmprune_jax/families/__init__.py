@@ -11,6 +11,7 @@ from vlmprune_jax.families.bunny import BUNNY
 from vlmprune_jax.families.gemma3 import GEMMA3
 from vlmprune_jax.families.gemma4 import GEMMA4
 from vlmprune_jax.families.internvl import INTERNVL_HF, INTERNVL_ORIGINAL
+from vlmprune_jax.families.lfm2_vl import LFM2, LFM2_VL
 from vlmprune_jax.families.llama import LLAMA
 from vlmprune_jax.families.llava import LLAVA_HF, LLAVA_ORIGINAL
 from vlmprune_jax.families.mistral import MISTRAL
@@ -41,7 +42,8 @@ FAMILIES.update(
         "qwen2_5_vl": QWEN2_5_VL,
         "gemma3": GEMMA3,
         "gemma4": GEMMA4,
-        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, QWEN3_MOE)},
+        "lfm2_vl": LFM2_VL,
+        **{family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI, PHI3, QWEN3_MOE, LFM2)},
     }
 )
 

@@ -327,7 +327,7 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
         pre_norm=False,
         merge=merge,
         positions=PositionTable(by_axis=int(full["position_embedding_size"])),
-        patches=PatchConfig(temporal=1, channels_last=True),
+        patches=PatchConfig(temporal=1, channels_last=True, centres=True),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from vlmprune_jax.core.channels import Experts, ExpertsBesideDense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer
+from vlmprune_jax.core.mixers import Attention, DeltaNet, Mixer, ShortConv
 
 NAME, WHEEL = "llama.cpp", "xllamacpp"  # the wheel contains the compiled library
 ENGINE = "llama_cpp"  # its name in `--backends`
@@ -89,6 +89,8 @@ class Architecture:
         recurrent = [layer.mixer for layer in text.layers if not isinstance(layer.mixer, Attention)]
         if any(type(mixer) is not self.recurrent for mixer in recurrent):
             return "layers with such a recurrence"
+        if self.recurrent is not None and not recurrent:
+            return "decoders of attention alone: keep one layer of the other kind"
         if unequal := next((x for x in recurrent if isinstance(x, DeltaNet) and x.key_dim != x.value_dim), None):
             return f"delta nets with keys of {unequal.key_dim} and values of {unequal.value_dim} channels"
         if text.attention.rotated != text.attention.head_dim and not self.partial:
@@ -100,9 +102,7 @@ class Architecture:
         if not (text.uniform or self.per_layer):
             return "layers of unequal width"
         heads = text.hidden_size // text.attention.head_dim
-        if not self.free_heads and any(
-            shape.mixer.q_heads * shape.mixer.head_dim != text.hidden_size for shape in text.layers
-        ):
+        if not self.free_heads and any(mixer.q_heads * mixer.head_dim != text.hidden_size for mixer in text.attentions):
             return f"other numbers of heads than hidden_size / head_dim ({heads})"
         return None
 
@@ -152,7 +152,7 @@ LAYOUTS = {
     "mlp/experts/up_proj": "experts expert_mlp embed",
     "mlp/experts/down_proj": "experts embed expert_mlp",
 }
-UNQUANTISED = ("ffn_gate_inp.weight", "ssm_conv1d.weight")
+UNQUANTISED = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
 _PHI2_TENSORS = {
     "embed_tokens": "token_embd",
     "final_layernorm": "output_norm",
@@ -193,6 +193,18 @@ _QWEN35_TENSORS = {
         },
     ),
 }
+_LFM2_TENSORS = {
+    **_LLAMA_TENSORS,
+    "norm": "token_embd_norm",
+    **block_tensors(
+        "blk",
+        {
+            **{f"short_conv/{name}_proj": "shortconv.in_proj" for name in "bcx"},
+            "short_conv/conv": "shortconv.conv",
+            "short_conv/out_proj": "shortconv.out_proj",
+        },
+    ),
+}
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")  # of queries, keys and values; of attention's output; of the MLP
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
@@ -211,6 +223,7 @@ QWEN3MOE = replace(QWEN3, name="qwen3moe", experts=Experts)
 QWEN2VL = Architecture("qwen2vl", _LLAMA_TENSORS, biases=("qkv_bias",), ropes=(), sections=True)
 QWEN3VL = Architecture("qwen3vl", _LLAMA_TENSORS, ropes=(), free_heads=True, sections=True)
 QWEN35 = replace(QWEN3VL, name="qwen35", tensors=_QWEN35_TENSORS, partial=True, recurrent=DeltaNet, gated=True)
+LFM2 = Architecture("lfm2", _LFM2_TENSORS, recurrent=ShortConv)
 QWEN3VLMOE = replace(QWEN3VL, name="qwen3vlmoe", experts=Experts)
 PHI2 = Architecture("phi2", _PHI2_TENSORS, activations=TANH_GELU, biases=_BIASES, partial=True, own_head=True)
 _27B = 62  # layers by which llama.cpp recognises Gemma 3 27B, which has another attention scale
@@ -230,11 +243,16 @@ def width_fields(layers: Sequence[Layer]) -> dict[str, int | list[int]]:
     return {name: column[0] if len(set(column)) == 1 else column for name, column in columns.items()}
 
 
-def recurrent_fields(text: TextConfig, name: str) -> dict[str, int | list[bool]]:
-    """Return GGUF metadata of delta nets, and which layers of architecture `name` have one; {} without delta nets."""
-    recurrent = [isinstance(layer.mixer, DeltaNet) for layer in text.layers]
+def recurrent_fields(text: TextConfig, name: str) -> dict[str, int | list[int] | list[bool]]:
+    """Return GGUF metadata of recurrent layers, and which layers of architecture `name` these are; {} without any."""
+    recurrent = [not isinstance(layer.mixer, Attention) for layer in text.layers]
     if not any(recurrent):
         return {}
+    if name == LFM2.name:
+        return {
+            "shortconv_l_cache": text.layers[recurrent.index(True)].mixer.taps,
+            "head_count_kv": [layer.sizes.get("kv_heads", 0) for layer in text.layers],
+        }
     mixer, period = text.layers[recurrent.index(True)].mixer, full_attention_period(text.layers)
     return {
         **({} if period is None else {"full_attention_interval": period}),

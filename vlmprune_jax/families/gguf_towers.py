@@ -60,6 +60,7 @@ _PROJECTORS = {
 WITHOUT_LEAF = ("v.class_embd", "v.std_bias", "v.std_scale", ".scale", ".bias", ".ssm_a")
 # llama.cpp's name of the graph for each projector kind.
 _GRAPHS = {"mlp": "mlp", "pixel_shuffle": "internvl", "linear": "idefics3"}
+_UNSHUFFLE = "lfm2"
 _WINDOWS, _DEEPSTACK = "qwen2.5vl_merger", "qwen3vl_merger"
 _POOLED, _POOLED_ANY_SIZE = "gemma3", "gemma4v"
 # llama.cpp has only the tanh approximation, which is within 5e-4 of the exact GELU.
@@ -74,6 +75,8 @@ def _graph(cfg: ModelConfig) -> str:
     vision, projector = _vision_and_projector(cfg)
     if projector.pools:
         return _POOLED_ANY_SIZE if vision.dynamic_resolution else _POOLED
+    if projector.kind == "pixel_shuffle" and vision.dynamic_resolution:
+        return _UNSHUFFLE
     if projector.kind != "merger":
         return _GRAPHS[projector.kind]
     return _WINDOWS if vision.block.norm == "rms" else _DEEPSTACK
@@ -93,6 +96,8 @@ def tower_tensors(cfg: ModelConfig) -> Mapping[str, str]:
 def projector_tensors(cfg: ModelConfig) -> Mapping[str, str]:
     """Return {module path in `params["projector"]`: GGUF tensor name}."""
     vision, projector = _vision_and_projector(cfg)
+    if _graph(cfg) == _UNSHUFFLE:
+        return {"layer_norm": "mm.input_norm", "linear_1": "mm.1", "linear_2": "mm.2"}
     return _PROJECTORS[projector.kind] | {
         f"deepstack/{number}/{ours}": f"v.deepstack.{block}.{theirs}"
         for number, block in enumerate(vision.deepstack)
@@ -143,6 +148,9 @@ def _square_lacks(cfg: ModelConfig) -> dict[str, bool]:
 def _patches_lack(cfg: ModelConfig) -> dict[str, bool]:
     """Return {unsupported feature: True if the model has it} for towers with images of any size."""
     vision, projector = _vision_and_projector(cfg)
+    if _graph(cfg) == _UNSHUFFLE:
+        eps = projector.norm_eps
+        return {f"projector with layer norm eps {eps:g} ({_NORM_EPS:g})": projector.input_norm and eps != _NORM_EPS}
     base = _POOLED_ROPE_BASE if projector.pools else _ROPE_BASE
     theta = 0.0 if vision.attention.rope is None else vision.attention.rope.theta
     wrong = {f"rotary base {theta:g} in a tower ({base:g})": theta != base}
@@ -187,7 +195,7 @@ def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
         "vision_use_gelu": vision.channel.activation in _GELU,
         "vision_use_silu": vision.channel.activation == "silu",
     }
-    if projector.pools or (projector.shuffles and not vision.dynamic_resolution):
+    if projector.pools or _graph(cfg) == _UNSHUFFLE or (projector.shuffles and not vision.dynamic_resolution):
         fields["vision_projector_scale_factor"] = projector.downsample
     elif vision.dynamic_resolution:
         fields["vision_spatial_merge_size"] = vision.merge

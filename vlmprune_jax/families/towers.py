@@ -29,6 +29,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 1152, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 12,
         "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
     },
+    "siglip2_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+    },
     "internvl_vision": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
         "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu",
@@ -49,6 +53,13 @@ _TRAITS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"kind": "clip"},
     "siglip_vision_model": {"kind": "siglip", **_SIGLIP},
     "smolvlm_vision": {"kind": "smolvlm", **_SIGLIP, "post_norm": True, "positions": PositionTable(spreads=True)},
+    "siglip2_vision_model": {
+        "kind": "siglip2",
+        **_SIGLIP,
+        "post_norm": True,
+        "positions": PositionTable(antialiased=True),
+        "patches": PatchConfig(bias=True, temporal=1, channels_last=True),
+    },
     "internvl_vision": {"kind": "internvit", **_INTERNVIT},
     "intern_vit_6b": {"kind": "internvit", **_INTERNVIT},
 }
@@ -57,6 +68,7 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "smolvlm": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "siglip2": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "internvit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # `VisionConfig.kind` -> model_type in transformers.
@@ -65,6 +77,7 @@ KINDS = {
     "siglip": "siglip_vision_model",
     "internvit": "internvl_vision",
     "smolvlm": "smolvlm_vision",
+    "siglip2": "siglip2_vision_model",
 }
 TYPES = tuple(_DEFAULTS)
 # Whole CLIP or SigLIP configs -> type of their vision part, which may not state it.
@@ -293,6 +306,8 @@ def _tower_weights(vision: VisionConfig, prefix: str, keys: Mapping[str, str]) -
     for path, layout in _LAYOUTS.items():
         if absent.get(path):
             continue
+        if path == "patch_embedding" and vision.patches.channels_last:
+            layout = "vision (patch_row patch_column channel)"
         default = path.replace("layers/", "encoder.layers.").replace("/", ".") + ".weight"
         key = prefix + keys.get(path, default)
         table.append(Weight(f"vision/{path}/weight", key, batched.get(path, "") + layout))
@@ -310,7 +325,7 @@ def projector_weights(projector: ProjectorConfig, prefix: str, names: tuple[str,
     """Return the projector's weight table; `names` are the checkpoint names of its layers in order."""
     into = "shuffled" if projector.shuffles else "vision"
     layouts = {"linear_1": f"projector {into}", "linear_2": "embed projector"}
-    if projector.kind == "pixel_shuffle":
+    if projector.kind == "pixel_shuffle" and projector.input_norm:
         layouts = {"layer_norm": into, **layouts}
     if projector.kind == "linear":
         layouts = {"linear": f"embed {into}"}

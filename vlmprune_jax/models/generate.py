@@ -54,6 +54,7 @@ def generate(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     image_position_ids: Any = None,
+    spatial_shapes: Any = None,
     pixel_values_videos: Any = None,
     video_grid_thw: Any = None,
     video_position_ids: Any = None,
@@ -85,6 +86,7 @@ def generate(
     del num_frames_per_video
     inputs = {
         "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
+        "spatial_shapes": spatial_shapes,
         "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
         "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
         "pixel_attention_mask": pixel_attention_mask,

@@ -49,11 +49,11 @@ def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.n
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """Return `pixel_attention_mask`, or None if it hides no part of any image.
+    """Return `pixel_attention_mask`, or None if it hides no part of any image, or `in_cells` has removed what it hides.
 
     Raises UserError if its shape is not that of the pixels, or the tower reads whole images only.
     """
-    if pixel_attention_mask is None:
+    if pixel_attention_mask is None or cfg.dynamic_resolution:
         return None
     mask, pixels = np.asarray(pixel_attention_mask), np.shape(pixel_values)
     if mask.shape != (*pixels[:-3], *pixels[-2:]):

@@ -17,7 +17,7 @@ from vlmprune_jax.models.positions import AXES, grids_by_row, is_visual, mrope_p
 
 _LEAST = 16  # tokens of the shortest packed row
 # Arrays of a processor's images, and of its videos.
-_IMAGES = ("pixel_values", "image_grid_thw", "image_position_ids")
+_IMAGES = ("pixel_values", "image_grid_thw", "image_position_ids", "spatial_shapes")
 _VIDEOS = ("pixel_values_videos", "video_grid_thw", "video_position_ids")
 VISUALS = (*_IMAGES, *_VIDEOS, "second_per_grid_ts")
 
@@ -238,14 +238,18 @@ def _pieces(pixels: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
     return pieces
 
 
-def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any) -> tuple[Any, Any]:
+def in_cells(
+    cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_position_ids: Any, spatial_shapes: Any = None
+) -> tuple[Any, Any]:
     """Reorder the patches of all images by merged cell; return [patches, values] and image grids int[images, 3].
 
-    Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), pixels and grids are returned
-    as they are.
+    Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), or `spatial_shapes`,
+    int[images, 2] numbers of rows and columns, pixels and grids are returned as they are.
 
     Raises UserError for positions that are no whole grid of cells, or not those of the pixels.
     """
+    if spatial_shapes is not None:
+        image_position_ids = _row_by_row(np.asarray(spatial_shapes), np.shape(pixel_values))
     if image_position_ids is None:
         return pixel_values, image_grid_thw
     pixels, places, merge = np.asarray(pixel_values, np.float32), np.asarray(image_position_ids), _merge(cfg)
@@ -268,6 +272,18 @@ def in_cells(cfg: ModelConfig, pixel_values: Any, image_grid_thw: Any, image_pos
         patches.append(cells.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1))
         grids.append((1, rows, columns))
     return np.concatenate(patches), np.array(grids)
+
+
+def _row_by_row(shapes: np.ndarray, pixels: tuple[int, ...]) -> np.ndarray:
+    """Return the column and row of every patch of images whose patches come row by row, then padding (-1)."""
+    if len(pixels) != 3 or shapes.shape != (pixels[0], 2) or (shapes.prod(axis=1) > pixels[1]).any():
+        raise UserError(
+            f"spatial_shapes has shape {list(shapes.shape)} and pixel_values {list(pixels)}: pass both as the "
+            "processor returns them"
+        )
+    at, columns = np.arange(pixels[1])[None], np.maximum(shapes[:, 1:], 1)
+    places = np.stack([at % columns, at // columns], axis=-1)
+    return np.where((at < shapes.prod(axis=1)[:, None])[..., None], places, -1)
 
 
 def with_places(cfg: ModelConfig, pixels: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -91,6 +91,23 @@ def resampled(table: jax.Array, places: Places) -> jax.Array:
     return taps[0] + taps[1] + taps[2] + taps[3]
 
 
+def antialiased(table: jax.Array, places: Places) -> jax.Array:
+    """Interpolate as `resampled`, without aligned corners, and with an antialias filter for smaller images."""
+    side = round(table.shape[0] ** 0.5)
+
+    def shares(at: jax.Array, count: jax.Array) -> jax.Array:
+        """Return the weights of the table's entries along one axis, float32[packs, patches, side]."""
+        scale = side / jnp.maximum(count, 1).astype(jnp.float32)[..., None]
+        centre = (jnp.minimum(at, count - 1).astype(jnp.float32)[..., None] + 0.5) * scale - 0.5
+        distance = jnp.abs(jnp.arange(side, dtype=jnp.float32)[None, None] - centre) / jnp.maximum(scale, 1)
+        weights = jnp.maximum(1 - distance, 0)
+        return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-6)
+
+    down, across = shares(places.row, places.rows), shares(places.column, places.columns)
+    weights = (down[..., :, None] * across[..., None, :]).reshape(*down.shape[:2], side * side)
+    return weights.astype(table.dtype) @ table
+
+
 def _between(at: jax.Array, count: jax.Array, side: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Return the two table entries around position `at` of `count`, and the interpolation weight of the second."""
     last = jnp.maximum(count.astype(jnp.int32) - 1, 1)

@@ -48,7 +48,7 @@ class Projector(nnx.Module):
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):
         into = "shuffled" if cfg.shuffles else "vision"
         wide = vision_size * (1 if cfg.pools else cfg.downsample**2)
-        sizes = {into: wide, "projector": hidden_size, "embed": hidden_size}
+        sizes = {into: wide, "projector": cfg.hidden_size or hidden_size, "embed": hidden_size}
         self.linear = _linear(cfg, sizes, into) if cfg.kind in ("linear", "pool") else None
         norm = functools.partial(Norm, sizes, "vision", kind=cfg.norm, eps=cfg.norm_eps, offset=cfg.norm_offset)
         self.pool_norm = norm() if cfg.pools and not cfg.plain_norm else None
@@ -63,7 +63,8 @@ class Projector(nnx.Module):
             sizes |= {"projector": wide, "vision": vision_size}
         self.patch_size = vision_size
         self.patch_norm = norm() if merges else None
-        self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if cfg.kind == "pixel_shuffle" else None
+        normalised = cfg.kind == "pixel_shuffle" and cfg.input_norm
+        self.layer_norm = Norm(sizes, into, kind="layer", eps=cfg.norm_eps) if normalised else None
         self.linear_1 = Projection(sizes, ("projector",), (into,), bias=cfg.bias)
         self.linear_2 = Projection(sizes, ("embed",), ("projector",), bias=cfg.bias)
         if cfg.deepstack:

@@ -17,7 +17,7 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Context, Hook, Names
 from vlmprune_jax.models.kernels import in_blocks
 from vlmprune_jax.models.layers import Leaf, Norm, declare
-from vlmprune_jax.models.patches import Places, axial_angles, places_of, resampled, windows_of
+from vlmprune_jax.models.patches import Places, antialiased, axial_angles, places_of, resampled, windows_of
 from vlmprune_jax.models.stack import BlockStack
 
 # Keys' cubic kernel as torch has it (jax.image.resize uses -0.5).
@@ -136,7 +136,8 @@ class VisionTower(BlockStack):
         whole = {} if in_blocks(x.shape[1]) else segments
         masks = {side: (ids[:, :, None] == ids[:, None])[:, None] for side, ids in whole.items()}
         facts = cfg.attention
-        assert facts.rope is not None  # of towers that take images of any size
+        if facts.rope is None:
+            return Context(masks, segments=segments)
         rope = axial_angles(places, facts.head_dim, facts.rope.theta, columns_first=facts.rope_parts > 1)
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
@@ -150,14 +151,16 @@ class VisionTower(BlockStack):
         The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
-        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.channels_last else pixels)
+        x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.centres else pixels)
         if grid is not None and self.by_axis:
             (columns, rows), places = self._table(), self.places(pixels, grid)
             return constrain(x + columns[places.column] + rows[places.row], ("batch", None, None))
         if grid is not None:
             if self.position_embedding is not None:
                 table = constrain(self._table(), (None, None))  # small, and gathered from whole
-                x = x + resampled(table, self.places(pixels, grid))
+                positions = self.cfg.positions
+                interpolate = antialiased if positions is not None and positions.antialiased else resampled
+                x = x + interpolate(table, self.places(pixels, grid))
             return constrain(x, ("batch", None, None))
         if self.class_embedding is not None:
             cls = self.class_embedding.weight.get_value()[None, None]

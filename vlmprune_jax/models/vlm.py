@@ -314,6 +314,7 @@ def forward(
     pixel_attention_mask: Any = None,
     image_grid_thw: Any = None,
     image_position_ids: Any = None,
+    spatial_shapes: Any = None,
     pixel_values_videos: Any = None,
     video_grid_thw: Any = None,
     video_position_ids: Any = None,
@@ -338,6 +339,8 @@ def forward(
         [patches of all images, values], as processors emit them (or both in packed rows, see `patch_rows`).
       image_position_ids: int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with
         pixel_values [images, patches, values] (Gemma 4).
+      spatial_shapes: int[images, 2], rows and columns of patches, with pixel_values [images, patches, values], row by
+        row and then padding (LFM2-VL).
       pixel_values_videos, video_grid_thw, video_position_ids: the same arrays of videos, whose grids begin with their
         number of temporal patches; each frame is an image for `video_position_ids`.
       second_per_grid_ts: float[videos], seconds from one temporal patch to the next (Qwen2.5-VL; None: 1).
@@ -363,6 +366,7 @@ def forward(
     del num_frames_per_video
     inputs = {
         "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
+        "spatial_shapes": spatial_shapes,
         "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
         "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
         "pixel_attention_mask": pixel_attention_mask,

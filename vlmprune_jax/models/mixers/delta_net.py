@@ -22,6 +22,7 @@ from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, broadcast, widen
+from vlmprune_jax.models.mixers.short_conv import RealFirst, at_layer, convolve, write_layer
 
 CHUNK = 64  # positions of a chunk
 _EPS = 1e-6  # of the norms of queries and keys
@@ -61,59 +62,39 @@ class DeltaNet(nnx.Module):
         shapes = [array.shape[2:] for array in x]
         flat = jnp.concatenate([array.reshape(*array.shape[:2], -1) for array in x], axis=-1)
         taps = [getattr(self, name).weight.get_value() for name in ("q_conv", "k_conv", "v_conv")]
-        kernel = jnp.concatenate([tap.reshape(-1, tap.shape[-1]) for tap in taps], axis=0).T
-        if before is None:
-            before = jnp.zeros((flat.shape[0], len(kernel) - 1, flat.shape[-1]), flat.dtype)
-        seen = jnp.concatenate([before, flat], axis=1)
-        length = flat.shape[1]
-        mixed = sum(seen[:, i : i + length] * kernel[i][None, None] for i in range(len(kernel)))
-        assert not isinstance(mixed, int)
+        kernel = jnp.concatenate([tap.reshape(-1, tap.shape[-1]) for tap in taps], axis=0)
+        mixed, seen = convolve(flat, kernel, before)
         ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
         pieces = jnp.split(jax.nn.silu(mixed), ends, axis=-1)
         return [p.reshape(*p.shape[:2], *s) for p, s in zip(pieces, shapes, strict=True)], seen
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
         """Run the delta net on the branch's input."""
-        length, valid = x.shape[1], None
-        if ctx.valid is not None and length > 1:  # a token that is decoded is real
-            valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
-        order = None
-        if valid is not None:
-            order = jnp.argsort(~valid, axis=1, stable=True)
-            x = jnp.take_along_axis(x, order[:, :, None], axis=1)
-            valid = jnp.take_along_axis(valid, order, axis=1)
+        rows = RealFirst.of(ctx, x.shape[1])
+        x = rows.take(x)
         projections = [getattr(self, name) for name in (*self.inputs, "out_proj")]
         masks = dropout_masks(ctx.dropout_key, x, projections)
         q, k, v, z, b, a = (module(x, mask) for module, mask in zip(projections[:-1], masks[:-1], strict=True))
-        before = None if state is None else _at(state.stacked, state.layer)
+        before = None if state is None else at_layer(state)
         (q, k, v), seen = self._convolved([q, k, v], None if before is None else before.tail)
         beta = widen(jax.nn.sigmoid(b))
         decay, step = (broadcast(widen(leaf.weight.get_value()), 3) for leaf in (self.decay, self.step))
         g = -jnp.exp(decay) * jax.nn.softplus(widen(a) + step)
-        if valid is not None:
-            real = valid[:, :, None]
+        if rows.valid is not None:
+            real = rows.valid[:, :, None]
             beta, g = jnp.where(real, beta, 0), jnp.where(real, g, 0)
         q, k = unit(widen(q)) * self.facts.key_dim**-0.5, unit(widen(k))
         matrix = None if before is None else before.matrix
         out, matrix = (
-            recurrent(q, k, widen(v), beta, g, matrix) if length == 1 else chunked(q, k, widen(v), beta, g, matrix)
+            recurrent(q, k, widen(v), beta, g, matrix) if x.shape[1] == 1 else chunked(q, k, widen(v), beta, g, matrix)
         )
         mixed = self.norm(out.astype(x.dtype))
         mixed = (widen(mixed) * jax.nn.silu(widen(z))).astype(x.dtype)
         updated = None
         if state is not None:
-            updated = _write(state, self._tail(seen, valid), matrix)
-        if order is not None:
-            mixed = jnp.take_along_axis(mixed, jnp.argsort(order, axis=1)[:, :, None, None], axis=1)
+            updated = write_layer(state, DeltaState(rows.tail(seen, self.facts.taps - 1), matrix))
+        mixed = rows.restore(mixed)
         return Mixed(self.out_proj(mixed, masks[-1]), mixed, updated, None)
-
-    def _tail(self, seen: jax.Array, valid: jax.Array | None) -> jax.Array:
-        """Return the last inputs of the convolution, [batch, taps - 1, channels]: of real tokens, which come first."""
-        keep = self.facts.taps - 1
-        if valid is None:
-            return seen[:, seen.shape[1] - keep :]
-        at = valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(keep, dtype=jnp.int32)[None]
-        return jnp.take_along_axis(seen, at[:, :, None], axis=1)
 
     @classmethod
     def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> DeltaState:
@@ -209,15 +190,3 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
         "bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values
     )
     return matrix, out
-
-
-def _at(stacked: DeltaState, layer: jax.Array) -> DeltaState:
-    return DeltaState(*(jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for leaf in stacked))
-
-
-def _write(state: LayerState, tail: jax.Array, matrix: jax.Array) -> DeltaState:
-    tails, matrices = (
-        jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), state.layer, axis=0)
-        for leaf, new in zip(state.stacked, (tail, matrix), strict=True)
-    )
-    return DeltaState(tails, matrices)

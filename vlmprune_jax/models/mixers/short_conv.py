@@ -1,0 +1,137 @@
+"""Gated short convolution: the mixer of `parts.ShortConv`, and causal convolutions whose state padding never reaches.
+
+Rows are computed with their real tokens first, so that the last inputs of a row are those of real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.models.context import Context, LayerState, Mixed, Names, dropout_masks, lora_of
+from vlmprune_jax.models.layers import Leaf, Projection
+
+
+class RealFirst(NamedTuple):
+    """Order of the positions of a batch in which real tokens come first; both None if all tokens are real."""
+
+    order: jax.Array | None
+    """int[batch, seq], the position that each place takes."""
+
+    valid: jax.Array | None
+    """bool[batch, seq], True for real tokens, in that order."""
+
+    @classmethod
+    def of(cls, ctx: Context, length: int) -> RealFirst:
+        """Return the order of the `length` positions that a call computes; a token that is decoded is real."""
+        if ctx.valid is None or length == 1:
+            return cls(None, None)
+        valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
+        order = jnp.argsort(~valid, axis=1, stable=True)
+        return cls(order, jnp.take_along_axis(valid, order, axis=1))
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """Return x [batch, seq, embed] in this order."""
+        return x if self.order is None else jnp.take_along_axis(x, self.order[:, :, None], axis=1)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """Return x [batch, seq, ...] in the order of the batch (undoes `take`)."""
+        if self.order is None:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.argsort(self.order, axis=1).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)), axis=1
+        )
+
+    def tail(self, inputs: jax.Array, count: int) -> jax.Array:
+        """Return the last `count` inputs of real tokens, from [batch, count + seq, channels] with those before them."""
+        if self.valid is None:
+            return inputs[:, inputs.shape[1] - count :]
+        at = self.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        return jnp.take_along_axis(inputs, at[:, :, None], axis=1)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the causal depthwise convolution of x [batch, seq, channels], and x with the inputs before it.
+
+    `kernel`: [channels, taps], the last tap for the present position; `before`: [batch, taps - 1, channels], None: 0.
+    """
+    channels, taps = kernel.shape
+    if before is None:
+        before = jnp.zeros((x.shape[0], taps - 1, channels), x.dtype)
+    inputs = jnp.concatenate([before, x], axis=1)
+    mixed = sum(inputs[:, i : i + x.shape[1]] * kernel[None, None, :, i] for i in range(taps))
+    assert not isinstance(mixed, int)
+    return mixed, inputs
+
+
+class ConvState(NamedTuple):
+    """State of a run of equal layers, with leading layer axis."""
+
+    tail: jax.Array
+    """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
+
+
+class ShortConv(nnx.Module):
+    """Gated short convolution: out_proj(c * convolution(b * x)), of three projections of the branch's input."""
+
+    writer = "out_proj"
+
+    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
+        self.facts = layer.mixer
+        for name in ("b_proj", "c_proj", "x_proj"):
+            setattr(self, name, Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name)))
+        self.conv = Leaf(sizes, ("conv", "tap"))
+        self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
+
+    def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
+        """Run the convolution on the branch's input."""
+        rows = RealFirst.of(ctx, x.shape[1])
+        x = rows.take(x)
+        projections = [self.b_proj, self.c_proj, self.x_proj, self.out_proj]
+        *masks, last = dropout_masks(ctx.dropout_key, x, projections)
+        b, c, values = (module(x, mask) for module, mask in zip(projections[:-1], masks, strict=True))
+        before = None if state is None else at_layer(state).tail
+        mixed, inputs = convolve(b * values, self.conv.weight.get_value(), before)
+        updated = None
+        if state is not None:
+            updated = write_layer(state, ConvState(rows.tail(inputs, self.facts.taps - 1)))
+        mixed = rows.restore(c * mixed)
+        return Mixed(self.out_proj(mixed, last), mixed, updated, None)
+
+    @classmethod
+    def empty_state(cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any) -> ConvState:
+        """Return the zero-filled state of `length` equal layers; it does not depend on `slots`."""
+        del cfg, slots
+        return ConvState(jnp.zeros((length, batch, layer.mixer.taps - 1, layer.mixer.channels), dtype))
+
+    @staticmethod
+    def rows_of(state: ConvState, rows: jax.Array) -> ConvState:
+        """Return the state of some rows of a batch."""
+        return ConvState(state.tail[:, rows])
+
+    @staticmethod
+    def extended(state: ConvState, empty: ConvState) -> ConvState:
+        """Return the state itself, whose size does not depend on the length."""
+        del empty
+        return state
+
+
+def at_layer(state: LayerState) -> Any:
+    """Return the state of the layer that is computed."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, state.layer, keepdims=False), state.stacked)
+
+
+def write_layer(state: LayerState, new: Any) -> Any:
+    """Return the state of the run with that of the layer that is computed replaced."""
+    return jax.tree.map(
+        lambda leaf, values: jax.lax.dynamic_update_index_in_dim(leaf, values.astype(leaf.dtype), state.layer, axis=0),
+        state.stacked,
+        new,
+    )
