@@ -170,6 +170,37 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+_QWEN35 = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": 248056,
+    "video_token_id": 248057, "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "text_config": {
+        "model_type": "qwen3_5_text", "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320,
+        "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+        },
+    },
+    "vision_config": {
+        "model_type": "qwen3_5", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
+        "out_hidden_size": 2560, "num_position_embeddings": 2304, "hidden_act": "gelu_pytorch_tanh",
+    },
+}  # fmt: skip
+MODELS["qwen3.5-4b"] = _QWEN35
+MODELS["qwen3.5-9b"] = {
+    **_QWEN35, "tie_word_embeddings": False,
+    "text_config": {
+        **_QWEN35["text_config"], "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        **_QWEN35["vision_config"], "depth": 27, "hidden_size": 1152, "intermediate_size": 4304,
+        "out_hidden_size": 4096,
+    },
+}  # fmt: skip
 MODELS["llava"]["text_config"] = {**MODELS["llama"], "vocab_size": 32064}
 # Sizes of --tiny, which the tests run.
 TINY = {

@@ -21,7 +21,10 @@ from pathlib import Path
 
 from full_size import MODELS
 
-FAMILIES = ("llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl", "gemma3", "gemma4_e4b")
+FAMILIES = (
+    "llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl", "qwen3.5-4b", "qwen3.5-9b",
+    "gemma3", "gemma4_e4b",
+)  # fmt: skip
 KINDS = ("depth15", "depth30", "width30")
 SETTINGS = {
     "recover": {
@@ -38,6 +41,8 @@ DATA = {
     "smolvlm2": {"max_length": 2048},
     "qwen3vl": {"max_length": 2048, "max_image_tokens": 1280},
     "qwen2.5vl": {"max_length": 2048, "max_image_tokens": 1280},
+    "qwen3.5-4b": {"max_length": 2048, "max_image_tokens": 1280},
+    "qwen3.5-9b": {"max_length": 2048, "max_image_tokens": 1280},
     "gemma3": {"max_length": 2048},
     "gemma4_e4b": {"max_length": 2048},
 }
@@ -75,6 +80,7 @@ PROCESSORS = {
         "pooling_kernel_size": 3,
     },
 }
+PROCESSORS |= dict.fromkeys(("qwen3.5-4b", "qwen3.5-9b"), PROCESSORS["qwen3vl"])
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
 SMALL_RANGES = {"attn_layers": (3, 21), "mlp_layers": (4, 20)}  # of 24 layers
 
@@ -88,7 +94,7 @@ def main() -> None:
     from vlmprune_jax.experiment.spec import Experiment
     from vlmprune_jax.hf.read import read_config
     from vlmprune_jax.planning.ahead_of_time import make_slice
-    from vlmprune_jax.planning.case import estimate, make_case, preparation_of, read_shapes
+    from vlmprune_jax.planning.case import Shapes, estimate, make_case, predict_plan, preparation_of
     from vlmprune_jax.planning.evaluation import EvaluationCase, plan_evaluation
     from vlmprune_jax.workdir.artefact import to_json
 
@@ -122,7 +128,9 @@ def main() -> None:
             }
             experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
             started = time.process_time()
-            step = estimate(make_case(experiment, read_shapes(experiment, None), args.topology))
+            _, cfg = read_config(Path(folder), None)
+            shapes = Shapes(Path(folder), cfg, predict_plan(experiment, cfg))
+            step = estimate(make_case(experiment, shapes, args.topology))
         print(json.dumps({"case": case, "cpu_seconds": time.process_time() - started, **to_json(step)}), flush=True)
 
 

@@ -12,6 +12,7 @@ from hf_cases import edit_config, prune
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
 from vlmprune_jax.models.vlm import encode
@@ -140,6 +141,41 @@ def test_stock_transformers_loads_cut_exports(models, family, torch_outputs, tmp
         np.testing.assert_allclose(logits[0, -len(expected) :], expected, **CLOSE, err_msg=case)
     again = vp.load(tmp_path / "out")
     assert again.cfg == smaller.cfg
+
+
+@pytest.mark.parametrize("cut", ["attention", "all"])
+def test_the_head_for_several_tokens_is_cut_alike(models, tmp_path, cut):
+    """Largest columns of its projections to the stream stay, of as many groups and neurons as the decoder has."""
+    golden = models["qwen3_5"]
+    smaller, plan = prune(golden.model, kept_mixers(golden, cut))
+    options = {"source_dir": golden.ckpt, "plan": plan, "dtype": "float32"}
+    vp.save(smaller, tmp_path / "dropped", **options)
+    vp.save(smaller, tmp_path / "cut", mtp="cut", **options)
+    counts = [
+        json.loads((tmp_path / f / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"]
+        for f in ("dropped", "cut")
+    ]
+    assert counts == [0, 1]
+    assert not [key for key in Checkpoint(tmp_path / "dropped") if key.startswith("mtp.")]
+    whole, found = Checkpoint(golden.ckpt), Checkpoint(tmp_path / "cut")
+    assert {key for key in found if key.startswith("mtp.")} == {key for key in whole if key.startswith("mtp.")}
+    attention = smaller.cfg.text.attentions[0]
+    layer, neurons = "mtp.layers.0.", smaller.cfg.text.channel.mlp
+    out = whole[layer + "self_attn.o_proj.weight"].reshape(28, 2, 2, 16)  # two groups of two heads
+    group = int(np.argmax(np.square(out).sum(axis=(0, 2, 3))))
+    assert attention.kv_heads == 1
+    np.testing.assert_array_equal(found[layer + "self_attn.o_proj.weight"], out[:, group].reshape(28, 32))
+    queries = whole[layer + "self_attn.q_proj.weight"].reshape(2, 64, 28)[group]  # with their gates
+    np.testing.assert_array_equal(found[layer + "self_attn.q_proj.weight"], queries)
+    np.testing.assert_array_equal(
+        found[layer + "self_attn.k_proj.weight"], whole[layer + "self_attn.k_proj.weight"].reshape(2, 16, 28)[group]
+    )
+    down = whole[layer + "mlp.down_proj.weight"]
+    units = np.sort(np.argsort(-np.square(down).sum(axis=0))[:neurons])
+    np.testing.assert_array_equal(found[layer + "mlp.down_proj.weight"], down[:, units])
+    np.testing.assert_array_equal(found[layer + "mlp.up_proj.weight"], whole[layer + "mlp.up_proj.weight"][units])
+    np.testing.assert_array_equal(found["mtp.fc.weight"], whole["mtp.fc.weight"])
+    assert vp.load(tmp_path / "cut").cfg == smaller.cfg
 
 
 def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,12 @@ class FolderOptions:
         'Data type of the exported weights; "source" keeps that of the source folder.',
         choices=WRITTEN,
     )
+    mtp: str = export_setting(
+        "drop",
+        'Head that predicts several tokens at once (Qwen3.5\'s MTP): "drop" leaves it out, "cut" keeps the heads and '
+        "neurons with the largest weights, as many as the decoder has.",
+        choices=("drop", "cut"),
+    )
     storage: Any = setting(
         None, "Weights that are already quantised, such as the result of `vp.gptq` (None = none).", offered=False
     )
@@ -52,6 +58,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
     from vlmprune_jax.export.target import make_target
 
     target = make_target(model.cfg, origin.folder, options.layout, options.uneven, options.dtype, options.head_dim)
+    target = replace(target, mtp=options.mtp)
     return folder_contents(model, origin, target, options.dtype, options.storage)
 
 

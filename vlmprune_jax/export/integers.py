@@ -46,6 +46,8 @@ class IntegerOptions(FolderOptions):
             raise UserError(f"format 'compressed-tensors' needs quantize: choose {', '.join(SCHEMES)}")
         if self.quantize != "none":
             check_scheme(self.quantize, self.group_size, self.symmetric)
+        if self.mtp != "drop":
+            raise UserError(f'mtp={self.mtp!r} is for exports without integers: use mtp="drop"')
         if self.rounding == "gptq" and (self.uneven == "pad" or self.head_dim):
             raise UserError(
                 'rounding="gptq" cannot round the zeros that uneven="pad" or head_dim adds: use uneven="per_layer" (no '

@@ -40,6 +40,7 @@ class Target:
       converts: True if the layout differs from the source's.
       ships_loader: True if PyTorch needs the per-layer loader file.
       tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
+      mtp: "drop" or "cut" a head for several tokens.
     """
 
     family: Family
@@ -48,6 +49,7 @@ class Target:
     converts: bool
     ships_loader: bool
     tokenizer: JsonDict | None = None
+    mtp: str = "drop"
 
 
 def make_target(cfg: ModelConfig, source: Path, layout: str, uneven: str, dtype: str, head_dim: int = 0) -> Target:

@@ -36,6 +36,7 @@ def save(
     layout: str = "source",
     uneven: str = "per_layer",
     head_dim: int = 0,
+    mtp: str = "drop",
     dtype: str = "bfloat16",
     quantize: str = "none",
     group_size: int | None = None,
@@ -66,6 +67,7 @@ def save(
       layout: keys and config of "source", or of the stock class of "transformers".
       uneven: layers of unequal width get their true sizes ("per_layer") or zeros ("pad"), or are refused ("refuse").
       head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
+      mtp: "drop" a head that predicts several tokens (Qwen3.5), or "cut" it to the decoder's widths; for folders.
       dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
@@ -89,7 +91,7 @@ def save(
     """
     options |= {"layout": layout, "uneven": uneven, "head_dim": head_dim, "dtype": dtype, "quantize": quantize}
     options |= {"group_size": group_size, "symmetric": symmetric, "storage": storage, "imatrix": imatrix}
-    options["rolled_positions"] = rolled_positions
+    options |= {"rolled_positions": rolled_positions, "mtp": mtp}
     card: dict[str, Any] = {"reconstructed": reconstructed, "recovered": recovered}
     card |= {"license": license, "datasets": datasets, "benchmarks": benchmarks}
     source_dir, plan = model.source if source_dir is None else source_dir, model.plan if plan is None else plan

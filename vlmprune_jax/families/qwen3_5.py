@@ -87,13 +87,11 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
-    """Return a Qwen3.5 config with updated layers; the head for several tokens (MTP) is left out."""
+    """Return a Qwen3.5 config with updated layers."""
     delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
     config = {name: value for name, value in source.items() if name != "full_attention_interval"}
     if delta:
         config |= {"linear_num_value_heads": delta[0].delta_heads, "linear_num_key_heads": delta[0].delta_groups}
-    if "mtp_num_hidden_layers" in source:
-        config["mtp_num_hidden_layers"] = 0
     kinds = ["linear_attention" if isinstance(x.mixer, DeltaNet) else "full_attention" for x in text.layers]
     attention = [layer for layer in text.layers if not isinstance(layer.mixer, DeltaNet)]
     config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), config)
@@ -132,6 +130,7 @@ QWEN3_5 = qwen3_vl_family(
     ),
     _TEXT,
     deepstack=False,
+    mtp=("mtp.", "mtp_num_hidden_layers"),
     ids={"image_token_id": 248056, "video_token_id": 248057},
     vllm_tpu="",
     runs_in=("vllm",),

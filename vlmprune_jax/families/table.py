@@ -127,8 +127,9 @@ class Family:
     accepted spelling of a key into the table's. Keys that match `ignored` are neither loaded nor refused, and are
     copied on export, unless they match `dropped`. `modules` are pairs that turn the table's spelling into names of
     modules in memory in transformers. With `respells` exports have the table's spelling, whatever their source's
-    (some versions ignore others). With `separate_vision` the tower may be a folder of its own; without `holds_tower`
-    it always is.
+    (some versions ignore others). `mtp`: prefix of the keys of a head for several tokens (MTP), which is not computed,
+    and the field of the decoder's section with the number of its layers. With `separate_vision` the tower may be a
+    folder of its own; without `holds_tower` it always is.
 
     Tokens and prompt: `token_names` are pairs (field, token): config fields of `from_hf` that get the id of a token of
     the folder's tokenizer, if it has that token. Models were trained with the first of `templates`, unless
@@ -162,6 +163,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    mtp: tuple[str, str] = ("", "")
     modules: tuple[tuple[str, str], ...] = ()
     respells: bool = False
     separate_vision: bool = False
