@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import CLOSE, Golden, kept_mixers
-from hf_cases import edit_config, prune
+from hf_cases import edit_config, edit_weights, prune
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
-from vlmprune_jax.models.vlm import encode
+from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
 
 CUTS = {
@@ -112,6 +113,34 @@ def test_mixers_equal_stock(models):
     np.testing.assert_allclose(last, state, atol=2e-5)
     gradient = jax.grad(lambda g: jnp.sum(chunked(*arrays[:4], g, None)[0] ** 2))(arrays[4])
     assert np.isfinite(gradient).all()
+
+
+def test_gradients_are_those_of_autograd(models, torch_outputs, tmp_path):
+    """The gradient of the loss of two and a bit chunks in every weight of the decoder against stock transformers."""
+    golden, model = models["qwen3_5"], models["qwen3_5"].model
+    ids = golden.arrays["length130_input_ids"][None]
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    auto = {"class_name": "AutoModelForImageTextToText", "version": "5", "want": ("gradients",)}
+    theirs = torch_outputs(golden.ckpt, {**arrays, "labels": ids}, **auto)
+    shutil.copytree(golden.ckpt, tmp_path / "model")
+    edit_weights(tmp_path / "model", lambda held: {key: theirs.get(key, np.zeros_like(x)) for key, x in held.items()})
+    expected = flatten(vp.load(tmp_path / "model").params)
+
+    def loss(params):
+        logits = jax.nn.log_softmax(vp.forward(Model(params, model.cfg), **arrays)[0][:, :-1])
+        return -jnp.mean(jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1))
+
+    for path, gradient in flatten(jax.grad(loss)(model.params)).items():
+        if path.startswith("text/"):
+            scale = float(np.abs(expected[path]).max())
+            assert scale > 1e-5, path
+            np.testing.assert_allclose(gradient, expected[path], atol=2e-4 * scale, rtol=1e-4, err_msg=path)
+
+
+def test_packed_rows_are_refused(models):
+    ids = models["qwen3_5"].arrays["length130_input_ids"][None]
+    with pytest.raises(UserError, match="attention_mask has values up to 2, expected 0 and 1: give every sequence"):
+        vp.forward(models["qwen3_5"].model, ids, attention_mask=1 + (np.arange(130)[None] > 60))
 
 
 @pytest.mark.parametrize(("family", "cut"), EVERY_CUT)

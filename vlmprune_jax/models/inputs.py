@@ -79,10 +79,15 @@ def check_inputs(
     image_grid_thw: Any = None,
     attention_mask: Any = None,
 ) -> None:
-    """Raise UserError for token ids outside the vocabulary, or image tokens that do not match the images."""
+    """Raise UserError for ids outside the vocabulary, packed rows, or image tokens that do not match the images."""
     ids = np.asarray(input_ids)
     if ids.ndim != 2:
         raise UserError(f"input_ids must be int[batch, seq], got shape {ids.shape}")
+    if attention_mask is not None and not np.isin(attention_mask, (0, 1)).all():
+        raise UserError(
+            f"attention_mask has values up to {np.max(attention_mask)}, expected 0 and 1: give every sequence of a "
+            "packed row a row of its own"
+        )
     is_image = is_visual(ids, cfg.visual_token_ids)
     wrong = ~is_image & ((ids < 0) | (ids >= cfg.text.vocab_size))
     if wrong.any():
