@@ -39,6 +39,10 @@ class Mixer(Part):
         """Return the number of values that generation caches for a sequence of `length` tokens."""
         raise NotImplementedError
 
+    def state_bytes(self, length: int, itemsize: float) -> float:
+        """Return the bytes that generation caches for a sequence of `length` tokens, in values of `itemsize` bytes."""
+        return self.state_size(length) * itemsize
+
 
 @dataclass(frozen=True)
 class Attention(Mixer):
@@ -170,14 +174,24 @@ class DeltaNet(Mixer):
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
         """Return 8 FLOPs per token and number of the state (decay, reading, writing), and those of the convolution."""
-        tokens = 1 if last else length
-        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
-        return tokens * (8 * self.delta_heads * self.key_dim * self.value_dim + 2 * self.taps * channels)
+        return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self._channels)
 
     def state_size(self, length: int) -> int:
         """Return the number of values of the matrices and of the convolution's last inputs, whatever the length."""
-        channels = 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
-        return self.delta_heads * self.key_dim * self.value_dim + (self.taps - 1) * channels
+        return self._matrix_size + (self.taps - 1) * self._channels
+
+    def state_bytes(self, length: int, itemsize: float) -> float:
+        """Return the bytes of the state, whose matrices are in float32."""
+        return 4 * self._matrix_size + (self.taps - 1) * self._channels * itemsize
+
+    @property
+    def _channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.delta_groups * self.key_dim + self.delta_heads * self.value_dim
+
+    @property
+    def _matrix_size(self) -> int:
+        return self.delta_heads * self.key_dim * self.value_dim
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.families.tiles import ImageShape
-from vlmprune_jax.models.context import CACHE_AXES
 from vlmprune_jax.models.flops import head_of
 from vlmprune_jax.models.generate import decode, prefill
+from vlmprune_jax.models.mixers import MIXERS
 from vlmprune_jax.models.params import count_params, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.planning.ahead_of_time import Slice, compile_for_tpu
 from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, bound, prompt_of
@@ -60,7 +61,7 @@ class EvaluationCase:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Memory per chip in bytes: all weights, the weights read per token, and key/value cache per row and token."""
+    """Memory per chip in bytes: all weights, the weights read per token, and the state of the mixers per row."""
 
     weights: float
     read: float
@@ -82,8 +83,8 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
     with use_mesh(mesh):
         begun = jax.eval_shape(lambda *inputs: prefill(inputs[0], case.cfg, inputs[1], _NEW_TOKENS, ()), params, arrays)
         first = compile_for_tpu(prefill, params, case.cfg, arrays, _NEW_TOKENS, ())
-        later = compile_for_tpu(decode, params, case.cfg, *_placed(begun, mesh), _NEW_TOKENS, ())
-    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params)
+        later = compile_for_tpu(decode, params, case.cfg, *_placed(case.cfg, begun, mesh), _NEW_TOKENS, ())
+    steps, memory = _NEW_TOKENS - 1, _memory(case, mesh, params, length)
     needed = max(program.arguments + program.temporaries for program in (first, later))
     largest = int((chip.hbm - memory.weights) / max(needed - memory.weights, 1) * rows / ways) * ways
     received = sum(later.received.values()) / steps
@@ -103,7 +104,7 @@ def plan_evaluation(case: EvaluationCase) -> PlannedEvaluation:
         tokens_per_row=length,
         hbm=Hbm(arguments=memory.weights, temporaries=needed - memory.weights, free=chip.hbm - needed),
         largest_batch=largest,
-        resident=memory.read + memory.cache * length * rows,
+        resident=memory.read + memory.cache * rows,
         read=hbm_bytes(later.text) / steps,
         received=received,
         seconds={name: sum(phases[case.weights[0]][name].values()) for name in BENCHMARKS},
@@ -142,19 +143,24 @@ def _arrays(case: EvaluationCase, rows: int, length: int, image: ImageShape, mes
     return arrays
 
 
-def _placed(begun: Any, mesh: Mesh) -> Any:
-    """Return key/value cache and decoding state with shardings: rows over (data, fsdp), heads over `tensor`."""
+def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
+    """Return state of the mixers and of decoding with shardings: rows over (data, fsdp), heads over `tensor`."""
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        axes = CACHE_AXES if leaf.ndim == len(CACHE_AXES) else ("batch", *(None,) * (leaf.ndim - 1))
+    def place(leaf: Any, axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
 
-    return jax.tree.map(place, begun)
+    cache, state = begun
+    axes_of = {str(run): MIXERS[type(x.mixer)].state_axes for run, (_, _, x) in enumerate(scan_groups(cfg.text.layers))}
+    placed = {
+        run: jax.tree.unflatten(jax.tree.structure(leaves), map(place, jax.tree.leaves(leaves), axes_of[run]))
+        for run, leaves in cache.items()
+    }
+    return placed, jax.tree.map(lambda leaf: place(leaf, ("batch", *(None,) * (leaf.ndim - 1))), state)
 
 
-def _memory(case: EvaluationCase, mesh: Mesh, params: Any) -> _Memory:
+def _memory(case: EvaluationCase, mesh: Mesh, params: Any, length: int) -> _Memory:
     cfg, size = case.cfg, case.itemsize
     flat = {path: math.prod(leaf.sharding.shard_shape(leaf.shape)) * size for path, leaf in flatten(params).items()}
     read = sum(n for path, n in flat.items() if path.startswith(("text/layers/", "text/norm", head_of(cfg))))
-    cache = sum(layer.mixer.state_size(1) for layer in cfg.text.layers)
-    return _Memory(sum(flat.values()), read, cache * size / mesh.size)
+    cache = sum(layer.mixer.state_bytes(length, size) for layer in cfg.text.layers)
+    return _Memory(sum(flat.values()), read, cache / mesh.size)

@@ -123,7 +123,10 @@ def bound(
     groups = [n for n in (2**k for k in range(chips.bit_length())) if total < n * chip.hbm]
     if not groups:
         raise UserError(f"{total / 2**30:.1f} GiB of weights do not fit on {chips} chips: use a larger slice")
-    cache = _CACHE * sum(layer.mixer.state_size(length + answer) for layer in cfg.text.layers)
+    cache, mean = (
+        sum(layer.mixer.state_bytes(tokens, _CACHE) for layer in cfg.text.layers)
+        for tokens in (length + answer, length + answer // 2)
+    )
     layers, head = weight_flops(cfg, "text/layers/", (), False), weight_flops(cfg, head_of(cfg), (), False)
     rate = chip.int8 if WEIGHT_FORMATS[weights].int8 else chip.flops
 
@@ -134,14 +137,13 @@ def bound(
             """Return the longer of arithmetic (products of the layers, and other FLOPs) and memory traffic."""
             return max(of_layers / rate + others / chip.flops, n_bytes / chip.hbm_bandwidth) / group
 
-        state = n * cache * (length + answer / 2) / (length + answer)
         return Bound(
             chips=group,
             rows=n,
             tower=at_least(0, n * vision_flops(cfg, (), image.slots, image.tokens), sizes["vision"]),
             # the output head is needed for the last token alone
             prefill=at_least(n * length * layers, n * (head + causal_flops(cfg, length)), sizes["layers"]),
-            decode=max(answer - 1, 0) * at_least(n * layers, n * head, sizes["layers"] + sizes["head"] + state),
+            decode=max(answer - 1, 0) * at_least(n * layers, n * head, sizes["layers"] + sizes["head"] + n * mean),
         )
 
     return min(map(on, groups), key=lambda found: found.seconds * (1 if rows else found.chips / found.rows))

@@ -30,6 +30,8 @@ from vlmprune_jax.models.layers import Norm, Projection, rotate, unit_rms
 class Attention(nnx.Module):
     """Grouped-query attention with optional rotary embedding, query and key norms, and key/value cache."""
 
+    state_axes = (CACHE_AXES, CACHE_AXES)
+
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         facts = layer.mixer
 

@@ -43,6 +43,7 @@ class DeltaNet(nnx.Module):
     """Gated delta net with a causal convolution before it, and a gated norm behind it."""
 
     writer = "out_proj"
+    state_axes = ((None, "batch", None, None), (None, "batch", "delta_heads", None, None))
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         self.facts = layer.mixer
@@ -103,7 +104,7 @@ class DeltaNet(nnx.Module):
         facts = layer.mixer
         channels = 2 * facts.delta_groups * facts.key_dim + facts.delta_heads * facts.value_dim
         matrix = (length, batch, facts.delta_heads, facts.key_dim, facts.value_dim)
-        full = jnp.promote_types(dtype, jnp.float32)
+        full = np.promote_types(dtype, np.float32)
         return DeltaState(jnp.zeros((length, batch, facts.taps - 1, channels), dtype), jnp.zeros(matrix, full))
 
     @staticmethod
@@ -126,17 +127,20 @@ def unit(x: jax.Array) -> jax.Array:
 def recurrent(
     q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, g: jax.Array, matrix: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Run one token: arrays as in `chunked` with one position."""
+    """Run one token: arrays as in `chunked` with one position.
+
+    What keys and queries read of the old matrices is one product: S^T q = exp(g) S_old^T q + update (k^T q).
+    """
     group = v.shape[2] // q.shape[2]
     q, k = (jnp.repeat(x[:, 0], group, axis=1) for x in (q, k))
     v, beta, g = v[:, 0], beta[:, 0], g[:, 0]
     if matrix is None:
         matrix = jnp.zeros((*v.shape[:2], k.shape[-1], v.shape[-1]), v.dtype)
-    product = functools.partial(jnp.einsum, precision=_PRECISE)
-    matrix = matrix * jnp.exp(g)[..., None, None]
-    update = beta[..., None] * (v - product("bhk,bhkv->bhv", k, matrix))
-    matrix = matrix + k[..., :, None] * update[..., None, :]
-    return product("bhk,bhkv->bhv", q, matrix)[:, None], matrix
+    decay = jnp.exp(g)[..., None, None]
+    read = jnp.einsum("bhck,bhkv->bhcv", jnp.stack([k, q], axis=2), matrix, precision=_PRECISE) * decay
+    update = beta[..., None] * (v - read[:, :, 0])
+    out = read[:, :, 1] + update * jnp.sum(k * q, axis=-1, keepdims=True)
+    return out[:, None], matrix * decay + k[..., :, None] * update[..., None, :]
 
 
 def chunked(

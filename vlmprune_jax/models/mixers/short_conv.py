@@ -82,6 +82,7 @@ class ShortConv(nnx.Module):
     """Gated short convolution: out_proj(c * convolution(b * x)), of three projections of the branch's input."""
 
     writer = "out_proj"
+    state_axes = ((None, "batch", None, None),)
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         self.facts = layer.mixer
