@@ -92,19 +92,19 @@ def describe_sizes(sizes: Mapping[str, int]) -> str:
     for name, size in sizes.items():
         axis = AXES[name]
         if axis.parent and axis.channels and size != sizes[axis.parent]:
-            texts.append(f"{size}/{sizes[axis.parent]} {axis.title.split()[-1]}")
+            texts.append(f"{size}/{sizes[axis.parent]} {axis.title.removeprefix('query ')}")
         elif axis.parent and not axis.channels:
             texts.append(f"{sizes[axis.parent]} {AXES[axis.parent].title} of {size // sizes[axis.parent]:,} neurons")
         elif name not in parents:
-            texts.append(f"{size:,} {axis.title.split()[-1]}")
+            texts.append(f"{size:,} {axis.title.removeprefix('query ')}")
     return ", ".join(texts)
 
 
 def describe_layers(sizes: Sequence[Mapping[str, int]], windows: Sequence[Any] = (), most: int | None = None) -> str:
     """Return layer sizes as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
 
-    With the `windows` of the layers, the text also says how many have none. Only the first `most` groups of equal
-    neighbours are listed, with the number of all layers.
+    With the `windows` of the layers, the text also says how many have none. Groups that repeat are listed once, such as
+    "8 x [3 x (...), 1 x (...)]". Only the first `most` groups are listed, with the number of all layers.
     """
     groups, start = [], 0
     for text, alike in itertools.groupby(map(describe_sizes, sizes)):
@@ -113,5 +113,8 @@ def describe_layers(sizes: Sequence[Mapping[str, int]], windows: Sequence[Any] =
         without = f", {full} of them without windows" if 0 < full < stop - start else ""
         groups.append(f"{stop - start} x ({text}){without}")
         start = stop
+    period = next(n for n in range(1, len(groups) + 1) if groups == groups[:n] * (len(groups) // n))
+    if 1 < period < len(groups):
+        groups = [f"{len(groups) // period} x [{', '.join(groups[:period])}]"]
     more = [] if most is None or len(groups) <= most else [f"... ({len(sizes)} layers)"]
     return ", ".join([*(groups[:most] if more else groups), *more])

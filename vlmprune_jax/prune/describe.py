@@ -11,6 +11,7 @@ from typing import Any
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.layer import describe_layers, scan_groups
+from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.export.gguf_fit import support
@@ -110,18 +111,25 @@ def _prunable(cfg: ModelConfig, stack: str) -> dict[str, Any]:
     sizes = [costs.of(shape) for shape in layers]
     everywhere = range(len(layers))
     most_by_depth = sum(sorted(sizes)[max(1, cfg.deepstack) :]) / total  # features enter as many decoder layers
-    settings = [part.settings for part in layers[0].parts]
+    kinds = {type(layer.mixer): layer for layer in reversed(layers) if layer.mixer.axes}
+    attention, parts = kinds.pop(Attention), [part for layer in layers for part in layer.parts]
     units = units_of(
         cfg.stack(stack),
         costs,
-        [part.root for part in layers[0].parts],
-        ranges={layers: everywhere for layers, _ in settings},
-        multiples={axis.multiple or part.settings[1]: 1 for part in layers[0].parts for axis in part.axes},
+        {part.root for part in parts},
+        ranges={part.settings[0]: everywhere for part in parts},
+        multiples={axis.multiple or part.settings[1]: 1 for part in parts for axis in part.axes},
     )
     return {
         "layer": max(sizes) / total,
-        "head_group": costs.price(layers[0], layers[0].mixer.root) / total,
-        "query_heads_per_group": layers[0].mixer.group,
+        "head_group": costs.price(attention, attention.mixer.root) / total,
+        "query_heads_per_group": attention.mixer.group,
+        "other_groups": {
+            f"{AXES[layer.mixer.root].title.removesuffix('s')} ({layer.mixer.group} heads)": (
+                costs.price(layer, layer.mixer.root) / total
+            )
+            for layer in kinds.values()
+        },
         "neuron": costs.price(layers[0], layers[0].channel.root) / total,
         "unit": AXES[layers[0].channel.root].title.removesuffix("s"),
         "most_by_depth": None if stack == "vision" and cfg.deepstack else most_by_depth,
@@ -237,7 +245,9 @@ def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
     article = "an" if prunable["unit"][0] in "aeiou" else "a"
     return [
         f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "
-        f"{_percent(prunable['head_group'])}, {article} {prunable['unit']} {_percent(prunable['neuron'])}",
+        f"{_percent(prunable['head_group'])}, "
+        + "".join(f"a {name} {_percent(share)}, " for name, share in prunable["other_groups"].items())
+        + f"{article} {prunable['unit']} {_percent(prunable['neuron'])}",
         f"              {by_depth} {_percent(prunable['most_by_width'])} by width",
     ]
 
