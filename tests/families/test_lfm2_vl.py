@@ -1,6 +1,7 @@
 """LFM2-VL against stock transformers: short convolutions, their state, NaFlex tower, cuts of both and their exports."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,11 +9,19 @@ from gguf_cases import SPECIALS, byte_tokenizer, differences
 from golden_cases import CLOSE
 from hf_cases import edit_config, edit_weights, keep_layers, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
+from PIL import Image
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.sections import ModelSpec
+from vlmprune_jax.data.config import DataSpec
+from vlmprune_jax.data.images import load_image_processor
+from vlmprune_jax.data.inputs import load_inputs
+from vlmprune_jax.data.records import Record
 from vlmprune_jax.export.loads import why_not
+from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.models.generate import SharedPrefix, generate
+from vlmprune_jax.models.patch_rows import in_cells
 from vlmprune_jax.prune import KeptLayer
 
 CONFIG = {
@@ -198,14 +207,79 @@ def test_what_cannot_be_cut(model, row):
         vp.forward(model, **row | {"spatial_shapes": np.array([[4, 6]])})
 
 
+SIZES = [(100, 80), (512, 512), (40, 900), (800, 610), (1500, 400), (1900, 1300)]
+
+
+@pytest.fixture(scope="module")
+def images(pair, tmp_path_factory):
+    """The loader of a folder with LFM2-VL's processor, and images of these sizes."""
+    folder = shutil.copytree(pair[0], tmp_path_factory.mktemp("images") / "model")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Lfm2VlImageProcessorFast"}))
+    draw, paths = np.random.default_rng(0), []
+    for width, height in SIZES:
+        noise = draw.integers(0, 256, (height // 20 + 2, width // 20 + 2, 3)).astype(np.uint8)
+        paths.append(folder / f"{width}.png")
+        Image.fromarray(noise).resize((width, height), 3).save(paths[-1])
+    loader = load_image_processor(folder, aspect_ratio="square", max_pixels=10**7, cache_bytes=0, patches=(768, 2))
+    return folder, loader, paths
+
+
+def test_images_are_prepared_as_in_transformers(images):
+    """Grids of tiles and overview, tokens and their text, and pixels within the last bits of resizing."""
+    from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+    folder, loader, paths = images
+    cfg = vp.load(folder).cfg
+    stock, template = Lfm2VlImageProcessor(), families["lfm2_vl"].templates[0]
+    for path, shape in zip(paths, loader.shapes(paths, "r"), strict=True):
+        expected = stock(Image.open(path), return_tensors="np", return_row_col_info=True)
+        np.testing.assert_array_equal(np.array(shape.grids)[:, 1:], expected["spatial_shapes"])
+        rows, columns = int(expected["image_rows"][0]), int(expected["image_cols"][0])
+        assert (shape.rows, shape.columns) == (rows, columns)
+        marks = Lfm2VlProcessor._build_image_tokens
+        names = type("names", (), {"image_start_token": "<|image_start|>", "image_token": "<image>"})
+        names.image_end_token, names.image_thumbnail_token = "<|image_end|>", "<|img_thumbnail|>"
+        assert template.image_text(shape) == marks(names, rows, columns, 1, 1, True, True)
+        counts = shape.positions_by_mark(0, template.context_tokens(shape))
+        assert counts == [a * b // 4 for a, b in expected["spatial_shapes"].tolist()]
+        assert sum(counts) == shape.tokens
+        cells = in_cells(cfg, expected["pixel_values"], None, None, expected["spatial_shapes"])
+        found = loader.load(path, "r")
+        assert found.shape == cells[0].shape
+        assert np.abs(found - cells[0]).max() <= 3 / 127.5
+
+
+def test_records_with_tiles_become_batches(images):
+    """Rows of an image in tiles and one without: every token of an image is an image token, in packed rows."""
+    folder, loader, paths = images
+    data = {"max_length": 4096, "max_images": 1}
+    inputs = load_inputs(ModelSpec(hf_dir=str(folder)), DataSpec(**data), vp.load(folder).cfg)
+    records = [
+        Record(str(i), (("human", "<image>\nWhat?"), ("gpt", "Red.")), (path,)) for i, path in enumerate(paths[4:6])
+    ]
+    encoder = inputs.encoder(vp.load(folder).cfg, 4096)
+    rows = [encoder.training_row(record) for record in records]
+    shapes = [encoder.shapes(record)[0] for record in records]
+    for row, shape in zip(rows, shapes, strict=True):
+        assert (row["input_ids"] == 4).sum() == shape.tokens
+        assert shape.slots > 2
+    batch = encoder.packed([encoder.images(record) for record in records], encoder.shape_of(records), 1)
+    assert [tuple(grid) for grid in batch["image_grid_thw"][0] if grid.any()] == shapes[0].grids + shapes[1].grids
+    small = loader.preparation.with_most_tokens(200, 64)
+    assert max(small.image_shape(*size, 1).tokens for size in SIZES) <= 200
+    with pytest.raises(UserError, match="tokens per image must be at least 64"):
+        loader.preparation.with_most_tokens(60, 64)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A folder that llama.cpp takes: patches of 16 pixels a side, a table of 16 x 16 positions, 260 tokens."""
-    config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": 264}, "image_token_id": 4}
+    """A folder that llama.cpp takes: patches of 16 pixels a side, a table of 16 x 16 positions, all bytes as tokens."""
+    config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": 300}, "image_token_id": 4}
     config["vision_config"] = {**CONFIG["vision_config"], "patch_size": 16, "num_patches": 256}
     source = make_folder(tmp_path_factory.mktemp("lfm2") / "gguf", config)
     edit_weights(source, lambda held: {key: x if "norm" in key else x * np.float32(0.6) for key, x in held.items()})
-    marks = ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+    marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|im_start|>", "<|im_end|>"]
+    marks += [f"<|img_row_{row}_col_{column}|>" for row in (1, 2, 3) for column in range(1, 6)]
     byte_tokenizer(source, (*SPECIALS, "<image>", *marks))
     return source, vp.load(source)
 

@@ -82,7 +82,7 @@ class Encoder:
         if self.image_loader is not None and self.image_loader.preparation.turns:
             tokens, mask = (row[name][None] for name in ("input_ids", "attention_mask"))
             shapes = self.shapes(record)
-            grids = np.array([shape.grid for shape in shapes]).reshape(-1, AXES)
+            grids = np.array([grid for shape in shapes for grid in shape.grids]).reshape(-1, AXES)
             row["position_ids"] = mrope_positions(
                 tokens,
                 mask,
@@ -157,8 +157,9 @@ class Encoder:
                 raise UserError(f"a batch of records: {_CHANGED}")
             if images:
                 np.concatenate([pixels for pixels, _ in images], out=array[:count])
-            for at, (_, image) in enumerate(images if GRIDS in arrays else ()):
-                arrays[GRIDS][pack, at] = image.grid
+            if GRIDS in arrays:
+                grids = [grid for _, image in images for grid in image.grids]
+                arrays[GRIDS][pack, : len(grids)] = np.reshape(grids, (-1, AXES))
             if SECONDS in arrays:
                 arrays[SECONDS][pack, : len(images)] = intervals_of([image for _, image in images])
         return arrays

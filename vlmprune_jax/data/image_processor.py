@@ -17,7 +17,7 @@ from vlmprune_jax.families import FAMILIES
 from vlmprune_jax.families.tiles import BICUBIC, MAX_SIDE
 
 # Values of `Family.images` for which the transformers classes are not used.
-_CUT = ("tiles", "splits", "crops", "budget", "patches")
+_CUT = ("tiles", "splits", "crops", "budget", "patches", "naflex")
 _SUFFIXES = ("ImageProcessor", "ImageProcessorPil", "ImageProcessorFast", "FeatureExtractor")
 # Files with an image processor's settings, and the section of each (None: all of it), in the order of reading.
 PROCESSOR_FILES = (("preprocessor_config.json", None), ("processor_config.json", "image_processor"))
@@ -76,6 +76,15 @@ class ProcessorFile(ProcessorSteps, total=False):
     patch_size: Annotated[int, Meta(ge=1, le=256)] | None
     pooling_kernel_size: Annotated[int, Meta(ge=1, le=16)] | None
     max_soft_tokens: _Count
+    encoder_patch_size: Annotated[int, Meta(ge=1, le=256)] | None
+    downsample_factor: Annotated[int, Meta(ge=1, le=16)] | None
+    tile_size: _Side | None
+    min_tiles: _Count
+    max_tiles: _Count
+    use_thumbnail: bool | None
+    min_image_tokens: _Count
+    max_image_tokens: Annotated[int, Meta(ge=1, le=MAX_SIDE**2)] | None
+    max_pixels_tolerance: Annotated[float, Meta(gt=0, le=1000)] | None
 
 
 class _Areas(TypedDict, total=False):

@@ -32,6 +32,7 @@ from vlmprune_jax.data.image_processor import (
     way_of,
 )
 from vlmprune_jax.data.media import StoredImage
+from vlmprune_jax.data.naflex import naflex_from_processor
 from vlmprune_jax.data.patching import patching_from_processor
 from vlmprune_jax.data.preparation import Preparation, Videos, fixed_size
 from vlmprune_jax.data.records import VideoSource, Visual
@@ -395,4 +396,5 @@ _PREPARATIONS: dict[str, Callable[[Mapping[str, Any], str], Preparation]] = {
     "crops": cropping_from_processor,
     "budget": token_budget_from_processor,
     "patches": patching_from_processor,
+    "naflex": naflex_from_processor,
 }

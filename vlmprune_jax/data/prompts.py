@@ -235,8 +235,8 @@ def _repeats(
 ) -> np.ndarray:
     """Return the number of decoder positions per token (image tokens are repeated)."""
     repeats = np.ones(len(is_image), np.int64)
-    counts = [(template.context_tokens(image), image.positions(tokens_per_image)) for image in images]
-    per_token = [positions // tokens for tokens, positions in counts for _ in range(tokens)]
+    per_image = [image.positions_by_mark(tokens_per_image, template.context_tokens(image)) for image in images]
+    per_token = [positions for marks in per_image for positions in marks]
     repeats[is_image] = per_token[: int(np.count_nonzero(is_image))]
     return repeats
 

@@ -132,7 +132,7 @@ def cut(family: Family, source: Path) -> JsonDict:
     if family.tiling is not None:
         location = str(source / "config.json")
         return _tiles(family.tiling(read_fields(source / "config.json"), location))
-    processor = None if family.images in ("whole", "crops", "budget") else processor_settings(source)
+    processor = None if family.images in ("whole", "crops", "budget", "naflex") else processor_settings(source)
     if processor is None:
         return {}
     if family.images == "splits":

@@ -156,7 +156,6 @@ LFM2 = decoder_family(
 
 _TEMPLATE = Template(
     name="lfm2_vl",
-    start="<|startoftext|>",
     system_start="<|im_start|>system\n",
     system="",
     system_end="<|im_end|>\n",
@@ -168,6 +167,8 @@ _TEMPLATE = Template(
     image_first=False,
     tight_image=True,
     image_tokens=("<|image_start|>", "<image>", "<|image_end|>"),
+    tile_start="<|img_row_{row}_col_{column}|>",
+    overview="<|img_thumbnail|>",
     by_turn=True,
     special=("<|im_start|>", "<|im_end|>"),
 )
@@ -235,6 +236,8 @@ LFM2_VL = Family(
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     dropped=(r"model\.vision_tower\.head\..*",),
     templates=(_TEMPLATE,),
+    image_processors=("Lfm2Vl",),
+    images="naflex",
     recipe={**RECIPE, "data": {"max_length": 4096}},
     runs_in=("vllm", "mlx"),
     stock=Stock("Lfm2VlForConditionalGeneration", "AutoModelForImageTextToText"),

@@ -136,8 +136,8 @@ class Family:
     `template_field` of config.json names another.
 
     Images: `image_processors` are transformers classes (without suffix) that `data/images.py` can run. `images` is
-    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan) or "patches"
-    (any size).
+    "whole", "tiles" (best-fitting grid), "splits" (pieces at the image's own size), "crops" (pan and scan), "budget"
+    (any size, of about as many tokens), "patches" (any size) or "naflex" (any size, large ones as tiles too).
     `tiling(config, where)` reads the tiling from config.json, and `tile_limit` is its field with the maximum number of
     tiles. `budget_field` of vision_config has the processor's token budget, for engines that read it there.
     `pixels(size)` returns processor settings if the folder has no file. `video` has the values of the video processor's

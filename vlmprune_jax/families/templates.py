@@ -70,7 +70,8 @@ class Template:
 
     Text of images: with `image_tokens` (start, context, end), an image is written as these tokens, the context token
     once per position; otherwise the text is tokenised piece by piece between images. With `tile_start` ({row} and
-    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview. With
+    {column} count from 1), tiles are written separately, with `row_end` after each row and before the overview; with
+    `overview`, the text before it, tiles and overview stand between one start and one end. With
     `crops` the whole image precedes its crops, which stand for {image} and, with spaces between them, {crops}.
 
     Labels: with `by_turn` an empty turn keeps its end, and every answer is trained from its gap to its end token,
@@ -96,6 +97,7 @@ class Template:
     tight_image: bool = False
     image_tokens: tuple[str, str, str] | None = None
     tile_start: str = ""
+    overview: str = ""
     crops: str = ""
     strips: bool = False
     row_end: str = ""
@@ -119,6 +121,9 @@ class Template:
         for row in range(1, image.rows + 1):
             starts = [self.tile_start.format(row=row, column=column) for column in range(1, image.columns + 1)]
             text += "".join(start + context for start in starts) + self.row_end
+        if self.overview:
+            last = self.overview + context if image.slots > image.rows * image.columns else ""
+            return self.image_tokens[0] + text + last + self.image_tokens[2]
         return text + self.row_end + whole
 
     def context_tokens(self, image: ImageShape) -> int:

@@ -20,21 +20,30 @@ class ImageShape:
     A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
     `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
+    If such images are cut into tiles, `pieces` are the patch grids (rows, columns) of all slots.
     """
 
     rows: int = 1
     columns: int = 1
     slots: int = 1
     tokens: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
 
     def positions(self, per_slot: int) -> int:
         """Return the number of decoder tokens of an image; `per_slot` is the number per tile."""
         return self.tokens or per_slot * self.slots
 
+    def positions_by_mark(self, per_slot: int, marks: int) -> list[int]:
+        """Return the number of decoder tokens of each of the `marks` context tokens that stand for an image."""
+        if marks != len(self.pieces):
+            return [self.positions(per_slot) // marks] * marks
+        patches = [rows * columns for rows, columns in self.pieces]
+        return [self.tokens * count // sum(patches) for count in patches]
+
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Patch grid (frames, rows, columns) of an image of any size."""
-        return (1, self.rows, self.columns)
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Patch grid (frames, rows, columns) of every slot of an image of any size."""
+        return [(1, rows, columns) for rows, columns in self.pieces or ((self.rows, self.columns),)]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class VideoShape(ImageShape):
     def grid(self) -> tuple[int, int, int]:
         """Patch grid (temporal patches, rows, columns) of a video of any size."""
         return (len(self.times), self.rows, self.columns)
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Patch grid of the video, as a list."""
+        return [self.grid]
 
     @property
     def patch_shape(self) -> ImageShape:

@@ -156,12 +156,12 @@ def _batch(loader: FeatureLoader, tiles: Sequence[_Tile], rows: int, tokens: int
     """Return a batch of `rows` rows that begins with `tiles`; images of any size are padded to a bucket."""
     buckets = loader.preparation.image_buckets
     room = smallest(buckets, tokens) if buckets else 0
-    every = loader.images.arrays(1 if room else rows, room).items()
+    every = loader.images.arrays(loader.preparation.usual[-1] if room else rows, room).items()
     arrays = {name: np.zeros((rows, *size) if room else size, dtype) for name, (size, dtype) in every}
     for row, tile in enumerate(tiles):
         arrays[loader.images.array][row, : len(tile.pixels)] = tile.pixels
         if room:
-            arrays[GRIDS][row, 0] = tile.shape.grid
+            arrays[GRIDS][row, : len(tile.shape.grids)] = tile.shape.grids
     return arrays
 
 
