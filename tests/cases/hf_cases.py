@@ -68,6 +68,43 @@ LLAVA = {
     },
 }
 
+LFM2_VL = {
+    "architectures": ["Lfm2VlForConditionalGeneration"],
+    "model_type": "lfm2_vl",
+    "image_token_id": 190,
+    "downsample_factor": 2,
+    "projector_hidden_size": 36,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "text_config": {
+        "model_type": "lfm2",
+        "vocab_size": 199,
+        "hidden_size": 48,
+        "block_ff_dim": 100,  # 72 neurons: two thirds of it, in whole multiples of 8
+        "block_multiple_of": 8,
+        "intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "full_attn_idxs": [1, 4],
+        "conv_L_cache": 3,
+        "norm_eps": 2e-5,
+        "rope_theta": 500.0,
+        "max_position_embeddings": 256,
+        "eos_token_id": 7,
+    },
+    "vision_config": {
+        "model_type": "siglip2_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "num_patches": 25,
+        "patch_size": 4,
+        "vision_use_head": False,
+    },
+}
+
 
 def make_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A folder with random weights for a config, in the names of transformers 4 and 5's files."""

@@ -80,7 +80,7 @@ def test_patches_equal_the_processors(golden: Golden) -> None:
             found = golden.patching.prepare(image, 1)
         levels = golden.arrays[f"image{k}_levels_pil"].astype(np.float32)
         assert np.array_equal(found, (levels / 255 - mean) / std)
-        assert list(shape.grid) == facts["grid_thw"] == golden.arrays[f"image{k}_grid_thw"].tolist()
+        assert list(shape.grids[0]) == facts["grid_thw"] == golden.arrays[f"image{k}_grid_thw"].tolist()
         assert (shape.slots, shape.tokens) == (1, facts["image_tokens"])
 
 

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from decoder_cases import MISTRAL, PHI, PHI3, QWEN2, QWEN3
-from hf_cases import LLAMA, keep_layers, keep_width, make_folder, random_ids
+from hf_cases import LFM2_VL, LLAMA, keep_layers, keep_width, make_folder, random_ids
 from rounding import assert_same_function, double_logits
 from torch_compat import VERSIONS
 from vlm_cases import (
@@ -147,4 +147,5 @@ def test_every_family_is_in_the_matrix(goldens):
     for name in ("gemma4", "qwen3_5", "qwen3_vl_moe", "internvl_moe"):
         configs.append(json.loads((goldens / "families" / name / "ckpt/config.json").read_text()))
     configs.append(configs[-1]["text_config"])  # Qwen3-MoE alone
+    configs += [LFM2_VL, LFM2_VL["text_config"]]
     assert {detect(config, "matrix") for config in configs} == set(FAMILIES.values())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf_cases import SPECIALS, byte_tokenizer, differences
 from golden_cases import CLOSE
-from hf_cases import edit_config, edit_weights, keep_layers, make_folder, prune
+from hf_cases import LFM2_VL, edit_config, edit_weights, keep_layers, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
 
@@ -24,48 +24,12 @@ from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.patch_rows import in_cells
 from vlmprune_jax.prune import KeptLayer
 
-CONFIG = {
-    "architectures": ["Lfm2VlForConditionalGeneration"],
-    "model_type": "lfm2_vl",
-    "image_token_id": 190,
-    "downsample_factor": 2,
-    "projector_hidden_size": 36,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-    "text_config": {
-        "model_type": "lfm2",
-        "vocab_size": 199,
-        "hidden_size": 48,
-        "block_ff_dim": 100,  # 72 neurons: two thirds of it, in whole multiples of 8
-        "block_multiple_of": 8,
-        "intermediate_size": 64,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "full_attn_idxs": [1, 4],
-        "conv_L_cache": 3,
-        "norm_eps": 2e-5,
-        "rope_theta": 500.0,
-        "max_position_embeddings": 256,
-        "eos_token_id": 7,
-    },
-    "vision_config": {
-        "model_type": "siglip2_vision_model",
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 3,
-        "num_patches": 25,
-        "patch_size": 4,
-        "vision_use_head": False,
-    },
-}
 STOCK = {"class_name": "AutoModelForImageTextToText", "version": "5"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("lfm2") / "model", CONFIG)
+    return make_folder(tmp_path_factory.mktemp("lfm2") / "model", LFM2_VL)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +119,7 @@ def test_the_tower_is_cut(folder, model, row, torch_outputs, tmp_path):
 
 
 def test_a_decoder_alone(model, row, torch_outputs, tmp_path):
-    config = {**CONFIG["text_config"], "architectures": ["Lfm2ForCausalLM"], "tie_word_embeddings": True}
+    config = {**LFM2_VL["text_config"], "architectures": ["Lfm2ForCausalLM"], "tie_word_embeddings": True}
     folder = make_folder(tmp_path / "text", config)
     rows = {"input_ids": row["input_ids"] % 180}
     logits = torch_outputs(folder, rows, class_name="AutoModelForCausalLM", version="5")["logits"]
@@ -194,8 +158,8 @@ def test_scores_plans_and_reconstruction(model):
     ],
 )
 def test_wrong_configs_are_refused(tmp_path, changes, message):
-    folder = make_folder(tmp_path / "model", CONFIG)
-    edit_config(folder, text_config={**CONFIG["text_config"], **changes})
+    folder = make_folder(tmp_path / "model", LFM2_VL)
+    edit_config(folder, text_config={**LFM2_VL["text_config"], **changes})
     with pytest.raises(UserError, match=message):
         vp.load(folder)
 
@@ -274,8 +238,8 @@ def test_records_with_tiles_become_batches(images):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A folder that llama.cpp takes: patches of 16 pixels a side, a table of 16 x 16 positions, all bytes as tokens."""
-    config = {**CONFIG, "text_config": {**CONFIG["text_config"], "vocab_size": 300}, "image_token_id": 4}
-    config["vision_config"] = {**CONFIG["vision_config"], "patch_size": 16, "num_patches": 256}
+    config = {**LFM2_VL, "text_config": {**LFM2_VL["text_config"], "vocab_size": 300}, "image_token_id": 4}
+    config["vision_config"] = {**LFM2_VL["vision_config"], "patch_size": 16, "num_patches": 256}
     source = make_folder(tmp_path_factory.mktemp("lfm2") / "gguf", config)
     edit_weights(source, lambda held: {key: x if "norm" in key else x * np.float32(0.6) for key, x in held.items()})
     marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|im_start|>", "<|im_end|>"]

@@ -109,7 +109,7 @@ def test_images_of_any_size(goldens, tmp_path):
         for path, shape in zip(record.images, images.shapes(record.images, "r"), strict=True):
             pixels = np.zeros((1, 80, *images.shape), np.float32)
             pixels[0, : shape.tokens * 4] = images.load(path, "r")
-            alone = direct(pixels, np.array([[shape.grid]], np.int32))[0, : shape.tokens]
+            alone = direct(pixels, np.array([shape.grids], np.int32))[0, : shape.tokens]
             for loader in loaders:
                 np.testing.assert_allclose(loader.load(path, "r", 2), alone, atol=1e-5, rtol=0)
     encoder = Encoder(

@@ -151,8 +151,8 @@ def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
     `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
     off, or tile sizes and counts do not fit.
     """
-    check_steps(config, location, "LFM2-VL")
-    values = {
+    check_steps(config, location, "images in tiles before an overview")
+    values: dict[str, Any] = {
         name: config.get(name) or default
         for name, default in {
             "encoder_patch_size": 16, "downsample_factor": 2, "tile_size": 512, "min_tiles": 2, "max_tiles": 10,

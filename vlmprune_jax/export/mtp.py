@@ -40,12 +40,13 @@ class MtpCut:
         if not name.startswith(f"{self._prefix}layers.") or inside not in self._layouts:
             return array
         if layer not in self._kept:
-            units = [self._units(part, f"{self._prefix}layers.{layer}.") for part in self._layer.parts]
-            self._kept[layer] = {axis: kept for part in units for axis, kept in part.items()}
+            self._kept[layer] = {}
+            for part in self._layer.parts:
+                self._kept[layer] |= self._units(part, f"{self._prefix}layers.{layer}.")
         for at, axes in enumerate(self._layouts[inside]):
             for axis in set(axes) & set(self._kept[layer]):
                 before, after = array.shape[:at], array.shape[at + 1 :]
-                channels = math.prod(self._layer.fixed_sizes[name] for name in axes if name != axis)
+                channels = math.prod(self._layer.fixed_sizes[other] for other in axes if other != axis)
                 units = array.reshape(*before, -1, channels, *after)
                 array = np.take(units, self._kept[layer][axis], axis=at).reshape(*before, -1, *after)
         return array

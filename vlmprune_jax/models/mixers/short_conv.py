@@ -86,8 +86,10 @@ class ShortConv(nnx.Module):
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         self.facts = layer.mixer
-        for name in ("b_proj", "c_proj", "x_proj"):
-            setattr(self, name, Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name)))
+        self.b_proj, self.c_proj, self.x_proj = (
+            Projection(sizes, ("conv",), (names.axis,), bias=False, lora=lora_of(lora, name))
+            for name in ("b_proj", "c_proj", "x_proj")
+        )
         self.conv = Leaf(sizes, ("conv", "tap"))
         self.out_proj = Projection(sizes, (names.axis,), ("conv",), bias=False, lora=lora_of(lora, "out_proj"))
 
