@@ -18,6 +18,7 @@ from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
+from vlmprune_jax.report.figures import importance_figure
 
 CUTS = {
     "qwen3_5": ("depth", "mlp", "attention", "key_groups", "value_heads_1", "all"),
@@ -217,6 +218,7 @@ def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):
         axes = [axis for _, axis in scores.units if axis != "mlp"]
         assert axes == ["delta_groups", "delta_groups", "kv_heads", "delta_groups", "kv_heads"]
     plan = vp.make_plan(scores, golden.model.cfg, method="width", ratio=0.3)
+    importance_figure(scores, plan)  # draws the units of each kind of layer
     sizes = [layer.sizes for layer in plan.layers]
     assert all(size["delta_heads"] == 2 * size["delta_groups"] for size in sizes if "delta_groups" in size)
     assert min(size.get("delta_groups", 3) for size in sizes) < 3

@@ -78,7 +78,7 @@ class ProcessorFile(ProcessorSteps, total=False):
     max_soft_tokens: _Count
     encoder_patch_size: Annotated[int, Meta(ge=1, le=256)] | None
     downsample_factor: Annotated[int, Meta(ge=1, le=16)] | None
-    tile_size: _Side | None
+    tile_size: Side | None
     min_tiles: _Count
     max_tiles: _Count
     use_thumbnail: bool | None

@@ -152,13 +152,12 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
         gone = () if kept_of is None else kept_of.removed_layers
         return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
     _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
-    axis = scores.axes[0]
     if kept_of is None:
         kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(scores.heads)}
     else:
         kept = {
             layer.index: (
-                set(layer.kept[axis]),
+                set(layer.kept[next(axis for axis in scores.axes if axis in layer.kept)]),
                 _by_branch(layer.sizes, 0)[1],
                 _by_branch(kept_of.sizes_before[layer.index], 0)[1],
             )
