@@ -55,7 +55,7 @@ def test_the_state_of_delta_nets_is_read_once_a_token():
     assert delta.mixer.state_bytes(10, 2) == delta.mixer.state_bytes(1000, 2) == 4 * 16 * 128**2 + 2 * 3 * 4096
     with jax.default_matmul_precision("default"):
         planned = plan_evaluation(EvaluationCase(cfg, "bfloat16", make_slice("v5e:2x2"), None, 8, (2, 1, 2)))
-    assert 1 <= (planned.read + planned.received) / planned.resident < 1.25
+    assert (planned.read + planned.received) / planned.resident < 1.25  # below 1: some weights stay in VMEM
 
 
 @pytest.fixture
