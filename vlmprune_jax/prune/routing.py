@@ -58,7 +58,7 @@ class Routing:
     """{layer: uint16[tokens, experts per token]}, experts of the first calibration tokens, as many as fit the file."""
 
     token_types: np.ndarray
-    """uint8[tokens], the types of these tokens (`calibration.PROMPT`, `IMAGE`, `ANSWER`)."""
+    """uint8[tokens], the types of these tokens (`calibration.KINDS`)."""
 
     made_from: str = ""
     """Hash of the settings and records, with which the score stage recognises its own file."""

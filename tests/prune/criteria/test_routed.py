@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.config import TOKEN_TYPES
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, TOKEN_TYPE_WEIGHTS
 from vlmprune_jax.prune.criteria.reap import REAP
 from vlmprune_jax.prune.routing import SUMS, Routing, measure_routing
 from vlmprune_jax.prune.tables import affected_tokens
@@ -114,11 +114,11 @@ def test_affected_tokens_are_those_that_stock_changes(measured):
 @settings(max_examples=20, deadline=None)
 def test_every_token_type_keeps_its_best_experts(seed, experts):
     draw = np.random.default_rng(seed)
-    sums = draw.random((3, len(SUMS), 12)) * draw.random((3, 1, 1)) ** 4  # of very different sizes
+    sums = draw.random((len(KINDS), len(SUMS), 12)) * draw.random((len(KINDS), 1, 1)) ** 4  # of very different sizes
     routing = Routing("", {0: sums}, {}, np.zeros(0, np.uint8))
     values = {kind: sums[number - 1, 4] / sums[number - 1, 0] for kind, number in KINDS.items()}
     shares = np.stack([own / own.sum() for own in values.values()])
-    weights = {"image_weight": 1.0, "prompt_weight": 1.0, "answer_weight": 1.0}
+    weights = dict.fromkeys(TOKEN_TYPE_WEIGHTS, 1.0)
     options = {"fewest_tokens": 0.0, "few_tokens": "protect", **weights}
     scores = {how: REAP.function(routing, token_types=how, **options)[0]["units"][0, "experts"] for how in TOKEN_TYPES}
     np.testing.assert_allclose(scores["sum"], shares.sum(axis=0))
@@ -126,7 +126,7 @@ def test_every_token_type_keeps_its_best_experts(seed, experts):
     np.testing.assert_allclose(scores["pooled"], sums[:, 4].sum(axis=0) / sums[:, 0].sum(axis=0))
     kept = set(np.argsort(scores["floor"])[-experts:])
     for own in values.values():
-        assert kept >= set(np.argsort(own)[::-1][: experts // 3])
+        assert kept >= set(np.argsort(own)[::-1][: experts // len(KINDS)])
 
 
 def test_experts_of_few_tokens_are_refused(measured):

@@ -37,7 +37,7 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
         answer_weight: float,
     ) -> tuple[Parts, dict[str, Parts]]:
         one_of("few_tokens", few_tokens, FEW_TOKENS)
-        weights = {"image": image_weight, "prompt": prompt_weight, "answer": answer_weight}
+        weights = {"image": image_weight, "video": image_weight, "prompt": prompt_weight, "answer": answer_weight}
         names, units, of_types = routing.occurring, dict[tuple[int, str], np.ndarray](), dict[str, Parts]()
         for layer, sums in routing.sums.items():
             rows = {name: sums[KINDS[name] - 1] for name in names}
