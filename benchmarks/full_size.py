@@ -4,11 +4,12 @@
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
 Without --folder it makes a checkpoint with the true shapes of --model (llava 14 GB, bunny 6.4, internvl 8.3,
-internvl3.5 9.5, smolvlm2 4.5, qwen3vl 8.9, qwen2.5vl 7.5, gemma3 8.6, gemma4_e4b 15.3 without audio, or llama 13.5)
-and random finite bfloat16 weights, in shards of 5 GB. Every step is a process of its own and starts with the source
-out of the page cache; its wall time includes the start of Python, and `cp` ends when everything is on the disk. `cat`
-reads the weights into nothing, `read` into memory that holds them all, which is the least that a loader does. One JSON
-line per step, and a last one with the ratios. Needs free disk for three times the checkpoint.
+internvl3.5 9.5, smolvlm2 4.5, qwen3vl 8.9, qwen2.5vl 7.5, gemma3 8.6, gemma4_e4b 15.3 without audio, qwen3vl_moe 62,
+or llama 13.5; --layers=12 takes fewer decoder layers) and random finite bfloat16 weights, in shards of 5 GB. Every step
+is a process of its own and starts with the source out of the page cache; its wall time includes the start of Python,
+and `cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into memory that holds them
+all, which is the least that a loader does. One JSON line per step, and a last one with the ratios. Needs free disk for
+three times the checkpoint.
 """
 
 from __future__ import annotations
@@ -202,6 +203,21 @@ MODELS["qwen3.5-9b"] = {
     },
 }  # fmt: skip
 MODELS["llava"]["text_config"] = {**MODELS["llama"], "vocab_size": 32064}
+_EXPERTS = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "tie_word_embeddings": False, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}  # fmt: skip
+MODELS["qwen3vl_moe"] = {  # 30B-A3B
+    **MODELS["qwen3vl"],
+    **{"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"},
+    "tie_word_embeddings": False,
+    "text_config": {**MODELS["qwen3vl"]["text_config"], **_EXPERTS, "model_type": "qwen3_vl_moe_text"},
+    "vision_config": {
+        **MODELS["qwen3vl"]["vision_config"], "model_type": "qwen3_vl_moe", "depth": 27, "hidden_size": 1152,
+        "intermediate_size": 4304, "out_hidden_size": 2048, "deepstack_visual_indexes": [8, 16, 24],
+    },
+}  # fmt: skip
 # Sizes of --tiny, which the tests run.
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -259,13 +275,14 @@ def make_plans(folder: Path, work: Path) -> None:
     depth = [KeptLayer.whole(i, layer) for i, layer in enumerate(model.cfg.text.layers) if i not in gone]
     width = []
     for i, axes in enumerate(sizes):
-        shares, heads, neurons = bool(model.cfg.text.producers), axes["kv_heads"], axes["mlp"]
+        root = model.cfg.text.layers[i].channel.root  # neurons or experts
+        shares, heads, units = bool(model.cfg.text.producers), axes["kv_heads"], axes[root]
         order = np.arange(heads) if shares else draw.permutation(heads)
-        units = {
+        kept = {
             "kv_heads": np.sort(order[: max(1, heads * 3 // 4)]),
-            "mlp": np.sort(draw.permutation(neurons)[: neurons * 3 // 4]),
+            root: np.sort(draw.permutation(units)[: units * 3 // 4]),
         }
-        width.append(kept_layer(i, units, model.cfg.text.layers[i]))
+        width.append(kept_layer(i, kept, model.cfg.text.layers[i]))
     mark, before = fingerprint(model), count_params(model.cfg)
     for name, layers in (("depth", depth), ("width", width)):
         stack = KeptStack(tuple(sizes), tuple(layers))
@@ -278,7 +295,10 @@ def child(args: argparse.Namespace) -> None:
     """Run our side in a process of its own: a child's peak memory is at least its parent's, which stays small so."""
     step, folder, work = args.child, args.folder, args.work
     if step == "make":
-        make_checkpoint(shrink(MODELS[args.model]) if args.tiny else MODELS[args.model], folder)
+        config = MODELS[args.model]
+        if args.layers:
+            config = {**config, "text_config": {**config["text_config"], "num_hidden_layers": args.layers}}
+        make_checkpoint(shrink(config) if args.tiny else config, folder)
         return
     if step == "plan":
         make_plans(folder, work)
@@ -306,7 +326,13 @@ def child(args: argparse.Namespace) -> None:
 
 def own(args: argparse.Namespace, step: str, folder: Path, work: Path) -> list[str]:
     """Command line of one of our steps."""
-    options = [f"--model={args.model}", f"--folder={folder}", f"--work={work}", *["--tiny"] * args.tiny]
+    options = [
+        f"--model={args.model}",
+        f"--layers={args.layers}",
+        f"--folder={folder}",
+        f"--work={work}",
+        *["--tiny"] * args.tiny,
+    ]
     return [sys.executable, __file__, *options, f"--child={step}"]
 
 
@@ -385,6 +411,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where to write; what is made there is removed")
     parser.add_argument("--mergekit", help="path of mergekit-yaml, for decoders; without it that step is left out")
     parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the benchmark itself")
     parser.add_argument("--keep", action="store_true", help="leave the random checkpoint in --work")
     parser.add_argument("--child", choices=(*STEPS, "make", "plan"), help=argparse.SUPPRESS)

@@ -1,12 +1,14 @@
 """Results of `vlmprune plan` for the real families at full size, one JSON line per case.
 
     python benchmarks/plan.py --topology=v5e:8x8 [--remat=dots] [--cases=llava/depth15,bunny/width30]
+    python benchmarks/plan.py --cases=qwen3vl_moe/experts96,qwen3vl_moe/routers96
     python benchmarks/plan.py --topology=v5e:2x4 --evaluation --cases=llava,bunny [--rows=32]
 
 LoRA of rank 128 on every projection, 0.5 cross-entropy + 0.5 hidden-state L2 against the unpruned teacher, full remat,
 global batch 64 x 1,024 tokens and one image (InternVL: 4,096 tokens and 13 tiles; InternVL3.5-4B: 2,048 and 7;
 SmolVLM2-2.2B: 2,048 and 17 sub-images; Qwen3-VL-4B and Qwen2.5-VL-3B: 2,048, images of up to 1,280; Gemma:
-2,048). depthN removes N % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29
+2,048). expertsN keeps N experts of every layer, with LoRA on attention and projector; routersN trains routers
+alone. depthN removes N % of all parameters by layers, widthN by heads of layers 3-30 and neurons of layers 4-29
 (SmolVLM2: 3-20, 4-19), which leaves five runs of equal layers. --evaluation plans the evaluation of the unpruned
 models instead.
 """
@@ -18,6 +20,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from full_size import MODELS
 
@@ -46,7 +49,8 @@ DATA = {
     "gemma3": {"max_length": 2048},
     "gemma4_e4b": {"max_length": 2048},
 }
-PROCESSORS = {
+DATA["qwen3vl_moe"] = DATA["qwen3vl"]
+PROCESSORS: dict[str, dict[str, Any]] = {
     "internvl3.5": {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448}},
     "smolvlm2": {
         "image_processor_type": "SmolVLMImageProcessor",
@@ -81,6 +85,8 @@ PROCESSORS = {
     },
 }
 PROCESSORS |= dict.fromkeys(("qwen3.5-4b", "qwen3.5-9b"), PROCESSORS["qwen3vl"])
+PROCESSORS["qwen3vl_moe"] = PROCESSORS["qwen3vl"]
+ATTENTION = {"lora": {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}}
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
 SMALL_RANGES = {"attn_layers": (3, 21), "mlp_layers": (4, 20)}  # of 24 layers
 
@@ -107,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     for case in args.cases.split(","):
         family, _, kind = case.partition("/")
-        method, ratio = kind[:5], int(kind[5:] or 0) / 100
+        method, count = kind.rstrip("0123456789"), int(kind.lstrip("abcdefghijklmnopqrstuvwxyz") or 0)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[family]))
             if family in PROCESSORS:
@@ -124,9 +130,13 @@ def main() -> None:
             changes = {
                 "model": {"hf_dir": folder, "dtype": "bfloat16"},
                 "data": DATA.get(family, {"max_length": 1024}),
-                "prune": {"method": method, "ratio": ratio, **(ranges if method == "width" else {})},
+                "prune": {"method": method, "ratio": count / 100, **(ranges if method == "width" else {})},
+                "recover": {"remat": args.remat},
             }
-            experiment = override(override(Experiment(), SETTINGS), {**changes, "recover": {"remat": args.remat}})
+            if method in ("experts", "routers"):
+                changes["prune"] = {"method": "experts", "experts": count}
+                changes["recover"] |= ATTENTION if method == "experts" else {"trainable": "routers"}
+            experiment = override(override(Experiment(), SETTINGS), changes)
             started = time.process_time()
             _, cfg = read_config(Path(folder), None)
             shapes = Shapes(Path(folder), cfg, predict_plan(experiment, cfg))

@@ -1,4 +1,4 @@
-"""Initial model folders of pretraining: random weights, or a language model joined with a tower."""
+"""Initial model folders of pretraining: random weights, a language model joined with a tower, or upcycled experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +23,9 @@ from vlmprune_jax.data.records import IMAGE_TOKEN
 from vlmprune_jax.data.tokenizer_files import TOKENIZER
 from vlmprune_jax.families import detect, family_of
 from vlmprune_jax.families.smolvlm import SMOLVLM
+from vlmprune_jax.hf.layout import by_key, join_tensor, make_slots
 from vlmprune_jax.hf.read import load
-from vlmprune_jax.models.params import flatten, init_params, locate, param_axes
+from vlmprune_jax.models.params import flatten, init_params
 
 _ROWS = 64  # the vocabulary grows to a multiple of so many, as `resize_token_embeddings` of LLaVA's conversion has it
 _JOINED = 2  # patches along a side of a token
@@ -130,6 +130,44 @@ def write_joined(folder: Path, language: Path, tower: Path, *, seed: int) -> Non
     save_file(_hf_tensors(cfg, flat), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_upcycled(folder: Path, dense: Path, *, experts: int, top_k: int, noise: float, seed: int) -> None:
+    """Write a LLaVA with experts from a LLaVA of Llama layers: every MLP becomes `experts` noisy copies.
+
+    Routers are random. Queries and keys get norms (Qwen3's) of the size that they have for normal inputs.
+
+    Args:
+      folder: output folder; replaced.
+      dense: folder of the dense model.
+      noise: standard deviation of the noise on the copies, relative to that of each matrix.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(dense, folder)
+    config = read_json(dense / "config.json")
+    text = config["text_config"] | {"model_type": "qwen3_moe", "norm_topk_prob": True}
+    config["text_config"] = text | {
+        "num_experts": experts,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": text["intermediate_size"],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    cfg = detect(config, str(folder)).from_hf(config, None)
+    old, flat = flatten(load(dense).params), flatten(init_params(cfg, jax.random.key(seed), jnp.float32))
+    for number, path in enumerate(sorted(flat)):
+        source = path.replace("/experts", "")
+        if path in old:
+            flat[path] = old[path]
+        elif source in old:
+            copies = jnp.repeat(old[source][:, None], experts, axis=1)
+            drawn = jax.random.normal(jax.random.key(seed * len(flat) + number), copies.shape)
+            flat[path] = copies + noise * jnp.std(old[source], axis=(1, 2), keepdims=True)[:, None] * drawn
+        elif path.endswith("_norm/weight"):
+            layer = path.split("/self_attn/")[0]
+            into = old[path.replace("_norm", "_proj")] * old[f"{layer}/input_layernorm/weight"][:, None, None]
+            scale = jnp.sqrt(jnp.mean(jnp.sum(into**2, -1), axis=(1, 2)))
+            flat[path] = jnp.broadcast_to(scale[:, None], flat[path].shape)
+    save_file(_hf_tensors(cfg, flat), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _without_first_norm(clip: Mapping[str, Any], normalize: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a flat CLIP tower to a SigLIP tower by folding its first norm into the patch embedding.
 
@@ -218,14 +256,10 @@ def _write_tokenizer(language: Path, folder: Path, *, words: int) -> dict[str, i
 
 def _hf_tensors(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the checkpoint tensors of params, under names that every transformers release reads."""
-    axes, tensors = param_axes(cfg), dict[str, np.ndarray]()
-    for weight in family_of(cfg).weights(cfg):
-        for i, path, index in locate(cfg, weight.path):
-            if path not in flat:
-                continue
-            line = weight if i is None else weight.at(i)
-            array = np.asarray(flat[path] if index is None else flat[path][index])
-            names = axes[path] if index is None else axes[path][1:]
-            rows, key = einops.rearrange(array, f"{' '.join(names)} -> {line.layout}"), line.key
-            tensors[key] = np.concatenate([tensors[key], rows]) if key in tensors else np.ascontiguousarray(rows)
-    return tensors
+    slots = [slot for slot in make_slots(cfg, family_of(cfg)) if slot.path in flat]
+    return {
+        key: np.ascontiguousarray(
+            join_tensor([np.asarray(flat[slot.path])[slot.place] for slot in group], group).reshape(group[0].hf_shape)
+        )
+        for key, group in by_key(slots).items()
+    }

@@ -50,6 +50,7 @@ This page lists the files that a run writes. It is generated: `make docs` writes
 |file|written by|content|
 |---|---|---|
 |`scores.npz`, `scores_vision.npz`|`score`|importance of layers, heads and neurons|
+|`routing.npz`|`score`|tokens and experts by type|
 |`plan.json`|`prune`|original indices of kept layers, heads and neurons; the model's fingerprint|
 |`pruned/`, `reconstructed/`, `recovered/`|`prune`, `reconstruct`, `recover`|Hugging Face checkpoints|
 |`training/`|`recover`|checkpoints, `metrics.jsonl`, TensorBoard events|

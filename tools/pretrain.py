@@ -25,7 +25,7 @@ from typing import Any
 
 import einops
 import numpy as np
-from initial import write_joined, write_random
+from initial import write_joined, write_random, write_upcycled
 from PIL import Image
 from pretraining_data import write_pretraining_data
 
@@ -103,23 +103,27 @@ def pretrain(
     seed: int,
     architecture: Mapping[str, Any] | None = None,
     joined: tuple[Path, Path] | None = None,
+    upcycled: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Train a model on easy-VQA and return its folder, `workdir/teacher`.
 
     A LLaVA or Qwen3-VL starts with random weights of `architecture`, a config dictionary without the fields that depend
     on the tokenizer; a SmolVLM starts from `joined`, the folders of a language model and of a LLaVA whose tower it uses
-    (`write_joined`). Every stage resumes from its checkpoints in `workdir/<stage>`.
+    (`write_joined`); a LLaVA with experts starts from `upcycled`, arguments of `write_upcycled`. Every stage resumes
+    from its checkpoints in `workdir/<stage>`.
 
     Raises:
-      UserError: none or both of the two are given, or a stage does not reach its `until_loss`; see `write_joined`.
+      UserError: not exactly one of the three is given, or a stage does not reach its `until_loss`; see `write_joined`.
     """
-    if (architecture is None) == (joined is None):
-        raise UserError("pretraining starts from an architecture or from two joined folders: give one of them")
+    if [architecture, joined, upcycled].count(None) != 2:
+        raise UserError("pretraining starts from an architecture, two joined folders or an upcycled one: give one")
     files = write_pretraining_data(workdir / "easyvqa")
     folder = workdir / "initial"
     if joined is not None:
         write_joined(folder, *joined, seed=seed)
+    elif upcycled is not None:
+        write_upcycled(folder, Path(upcycled["dense"]), **{k: upcycled[k] for k in upcycled if k != "dense"}, seed=seed)
     else:
         write_random(folder, architecture or {}, files["train"], seed=seed)
     model = load(folder)
@@ -328,6 +332,7 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "stages": stages,
         "seed": int(config["seed"]),
         "architecture": config.get("architecture"),
+        "upcycled": config.get("upcycled"),
         "joined": None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
     }
 

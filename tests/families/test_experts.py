@@ -17,7 +17,9 @@ from vlmprune_jax.core.channels import Experts
 from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.channels.moe import Moe
 from vlmprune_jax.models.context import Context, Names
@@ -26,8 +28,10 @@ from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
 from vlmprune_jax.prune.cost import costs_of
+from vlmprune_jax.recovery.peft import write_adapter
+from vlmprune_jax.recovery.trainable import add_lora, merge_lora
 
-MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe")
+MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")
 CUTS = ("experts", "neurons", "depth", "all")
 
 
@@ -144,6 +148,24 @@ def test_plans_of_experts(golden):
     assert vp.make_plan(scores, model, method="experts", budget=budget).layers == plan.layers
 
 
+def test_plans_of_neurons_in_experts(golden):
+    """Method "width" takes equally many neurons from every expert, those of the lowest scores."""
+    model = golden.model
+    for criterion in ("l2", "random"):
+        scores = vp.score(model, criterion=criterion)
+        plan = vp.make_plan(scores, model, method="width", ratio=0.15, heads="keep", neurons_multiple=4)
+        for layer in plan.layers:
+            part, kept = model.cfg.text.layers[layer.index].channel, np.asarray(layer.kept["expert_mlp"])
+            values = scores.units[layer.index, "expert_mlp"].reshape(part.experts, -1)
+            rows = kept.reshape(part.experts, -1) - np.arange(part.experts)[:, None] * part.neurons
+            assert 0 < rows.shape[1] < part.neurons
+            for row, own in zip(rows, values, strict=True):
+                assert set(row) == set(np.argsort(own, kind="stable")[-len(row) :])
+        smaller = vp.apply_plan(model, plan)
+        assert count_params(smaller.cfg) == plan.parameters_after
+        assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {part.experts}
+
+
 def test_impossible_plans_of_experts(golden):
     model = golden.model
     scores = vp.score(model, criterion="random")
@@ -159,6 +181,28 @@ def test_impossible_plans_of_experts(golden):
         vp.score(model, [golden.batch("right")], criterion="activation")
 
 
+@pytest.mark.parametrize("neurons", [14, 28])
+def test_widths_by_which_transformers_cannot_tell_transposed_experts(goldens, neurons):
+    text = vp.load(goldens / "families/qwen3_vl_moe/ckpt", parts=("text",)).cfg.text
+    resized = text.with_layers([layer.resized({"expert_mlp": 8 * neurons}) for layer in text.layers])
+    assert "it tells transposed experts by their shape" in layer_problem(resized)
+    assert layer_problem(text) is None
+
+
+def test_only_files_of_single_experts_are_quantised(golden, tmp_path):
+    options = {"source_dir": golden.ckpt, "quantize": "w8a16"}
+    if golden.folder.name == "internvl_moe":
+        vp.save(golden.model, tmp_path / "out", **options)
+        smaller = vp.load(tmp_path / "out")
+        paths = [path for path in flatten(smaller.params) if "/experts/" in path]
+        for path in paths:
+            rounded, whole = (np.asarray(flatten(model.params)[path]) for model in (smaller, golden.model))
+            assert 0 < np.abs(rounded - whole).max() < 0.01 * np.abs(whole).max()
+        return
+    with pytest.raises(UserError, match=r"export.quantize='w8a16': \S+experts\S+ has all experts of a layer"):
+        vp.save(golden.model, tmp_path / "out", **options)
+
+
 def keep_first(layer, experts):
     kept = dict(KeptLayer.whole(0, layer).kept)
     return kept | {"experts": tuple(range(experts)), "expert_mlp": tuple(range(experts * layer.channel.neurons))}
@@ -167,6 +211,13 @@ def keep_first(layer, experts):
 def damaged(name, edit):
     """An edit of tensors that replaces those of layer 2 whose key ends in `name`."""
     return lambda held: {k: edit(v) if "layers.2." in k and k.endswith(name) else v for k, v in held.items()}
+
+
+def saved_by_transformers(held, neurons):
+    """The tensors in the order in memory, of experts of which one of two tensors has the same shape in both orders."""
+    shapes = {"gate_up_proj": (8, 2 * neurons, 28), "experts.down_proj": (8, 28, neurons)}
+    ends = {key: next((shape for end, shape in shapes.items() if key.endswith(end)), None) for key in held}
+    return {key: held[key] if shape is None else np.ones(shape, np.float32) for key, shape in ends.items()}
 
 
 def with_nan(array):
@@ -186,6 +237,10 @@ def with_nan(array):
         ("qwen3_vl_moe", {}, damaged("down_proj", lambda x: x[:7]), r"layers\.2\.\S+down_proj has shape \[7, 12, 28\]"),
         ("qwen3_vl_moe", {}, damaged("gate.weight", lambda x: x[:7]), r"layers\.2\.mlp\.gate\.weight has shape \[7, "),
         ("qwen3_vl_moe", {}, damaged("up_proj", with_nan), r"layers\.2\.\S+gate_up_proj\[5\] has 1 NaN"),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 14}, lambda held: saved_by_transformers(held, 14),
+         r"down_proj has shape \[8, 28, 14\], .* \(transformers 5 saves experts transposed: use the folder"),
+        ("qwen3_vl_moe", {"moe_intermediate_size": 28}, lambda held: saved_by_transformers(held, 28),
+         r"gate_up_proj has shape \[8, 56, 28\], .* \(transformers 5 saves experts transposed: use the folder"),
         ("gemma4_moe", {"top_k_experts": 9}, None, "every token uses 9 experts, but the layer has 8: keep at least 9"),
         ("gemma4_moe", {"num_experts": None}, None, "num_experts is missing: state one number"),
         ("internvl_moe", {"num_experts": 8}, None, r"missing key \S+layers\.0\.mlp\.experts\.7\.gate_proj\.weight"),
@@ -213,6 +268,24 @@ def test_a_plan_of_the_dense_sibling(goldens):
         vp.apply_plan(mixture, plan)
     with pytest.raises(UserError, match="has no scores of experts, which method 'experts' removes"):
         vp.make_plan(vp.score(dense, criterion="l2"), dense, method="experts", experts=5)
+
+
+def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):
+    model, draw = vp.load(goldens / "families/qwen3_5_moe/ckpt"), np.random.default_rng(0)
+    added = add_lora(model, LoraConfig(rank=2, targets=("gate_proj", "down_proj")), jax.random.key(0))
+    flat = flatten(added.params)
+    adapters = [path for path in flat if path.endswith("experts/down_proj/lora_b")]
+    assert {flat[path].shape for path in adapters} == {(1, 8, 28, 2), (2, 8, 28, 2)}  # by run of equal layers
+    random = {p: jnp.asarray(draw.standard_normal(x.shape) / 10, x.dtype) for p, x in flat.items() if "lora_b" in p}
+    adapted = added.replace(params=unflatten(flat | random))
+    merged, ids = merge_lora(adapted), {"input_ids": np.arange(4, 24)[None]}
+    assert merged.cfg == model.cfg
+    whole, before, after = (np.asarray(vp.forward(each, **ids)[0]) for each in (model, adapted, merged))
+    np.testing.assert_array_equal(vp.forward(added, **ids)[0], whole)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert np.abs(after - whole).max() > 1e-2
+    with pytest.raises(UserError, match=r"adapters on experts \(down_proj, gate_proj\): export the merged model"):
+        write_adapter(adapted, tmp_path / "out", base_dir=tmp_path, trained=[])
 
 
 @given(seed=st.integers(0, 2**16), kept=st.integers(2, 8))

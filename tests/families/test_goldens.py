@@ -30,7 +30,7 @@ from vlmprune_jax.prune.criteria.groups import reduce_groups, summed_axes
 FAMILIES = ("internvl3", "smolvlm", "gemma3")
 PATCHED = ("qwen3_vl", "qwen2_5_vl")  # images of any size, as patches with a grid
 POSITIONED = ("gemma4", "gemma4_dense")  # patches with the position of each
-MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe")  # of experts, with fewer stored outputs
+MIXTURES = ("qwen3_vl_moe", "gemma4_moe", "internvl_moe", "qwen3_5_moe")  # of experts, with fewer stored outputs
 
 
 @pytest.fixture(scope="module", params=FAMILIES + PATCHED + POSITIONED)

@@ -17,6 +17,8 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
+from vlmprune_jax.prune.criteria.calibration import KINDS
+from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
 from vlmprune_jax.recovery.step import TrainState
@@ -92,6 +94,22 @@ def test_scores(tmp_path):
         found = reads(lambda: Scores.load(path), path.name)
         if found is not None:  # of other widths, perhaps: planning says so
             reads(lambda: (found.name, make_plan(found, CFG, method="width", ratio=0.1)))
+
+    check()
+
+
+def test_routing(tmp_path):
+    whole, path, draw = tmp_path / "whole.npz", tmp_path / "routing.npz", np.random.default_rng(0)
+    sums = {layer: draw.random((len(KINDS), len(SUMS), 4)) for layer in range(2)}
+    choices = {layer: draw.integers(0, 4, (9, 2)).astype(np.uint16) for layer in range(2)}
+    Routing("a", sums, choices, draw.integers(1, 4, 9).astype(np.uint8)).save(whole)
+
+    @fuzz(120, content=score_files(whole, tmp_path / "edited.npz"))
+    def check(content):
+        path.write_bytes(content)
+        found = reads(lambda: Routing.load(path), path.name)
+        if found is not None:
+            reads(lambda: (found.occurring, [found.affected(layer, (0, 1)) for layer in found.choices]))
 
     check()
 

@@ -36,5 +36,5 @@ def test_values_and_gradients(tokens, k, n_experts):
     for name, function in ways.items():
         for actual, wanted in zip(*map(jax.tree.leaves, (with_gradients(function), expected)), strict=True):
             np.testing.assert_allclose(actual, wanted, atol=2e-4, rtol=1e-4, err_msg=name)
-    blocks = moe._blocks(chosen, n_experts)
+    blocks = moe.blocks_of(chosen, n_experts)
     assert blocks.rows.size <= tokens * k + min(n_experts, tokens * k) * blocks.rows.shape[1]

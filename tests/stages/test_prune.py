@@ -1,5 +1,7 @@
 """Width pruning in several steps as the commands do it: the first from scores.npz, none scored twice."""
 
+import json
+
 import pytest
 from hf_cases import copy_llava
 
@@ -176,3 +178,42 @@ def test_integers_that_an_engine_does_not_load_are_refused_before_recovery(golde
     _check_integers(cfg, PlanConfig(), ExportSpec(quantize="w8a16"))
     with pytest.raises(UserError, match=r"loads_in='vllm_tpu': .*w8a16 loads in no class: use symmetric w8a8"):
         _check_integers(cfg, spec, ExportSpec(quantize="w8a16"))
+
+
+EXPERTS = """
+from vlmprune_jax.cli.config_files import experiment_config
+
+def get_config():
+    config = experiment_config()
+    config.model.hf_dir = "{golden}/ckpt"
+    config.data.train = config.data.eval = "{root}/records.json"
+    config.data.images = "{golden}/images"
+    config.data.max_length = 128
+    config.score.width, config.score.samples, config.score.batch_size = "reap", 4, 2
+    config.prune.method, config.prune.experts = "experts", 5
+    return config
+"""
+
+
+def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, capsys, monkeypatch):
+    """One pass over the records serves other criteria, token types and counts, and the tokens that lose an expert."""
+    turns = [{"from": "human", "value": "<image>\nWhat is in this picture?"}, {"from": "gpt", "value": "a red box"}]
+    records = [{"id": f"r{i}", "image": f"{i % 4}.png", "conversations": turns} for i in range(6)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "run.py").write_text(EXPERTS.format(golden=goldens / "families/qwen3_vl_moe", root=tmp_path))
+    flags = [f"--config={tmp_path / 'run.py'}", f"--workdir={tmp_path / 'w'}"]
+    assert main(["score", *flags]) == 0
+    monkeypatch.setattr("vlmprune_jax.prune.scoring.measure_routing", lambda *args, **options: 1 / 0)
+    again = [*flags, "--config.score.width=man", "--config.score.token_types=floor", "--overwrite"]
+    assert main(["score", *again]) == 0
+    assert main(["prune", *again, "--config.prune.experts=6", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert "text: share of" in out
+    assert "of image tokens" in out
+    plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
+    assert {len(layer.kept["experts"]) for layer in plan.layers} == {6}
+    assert main(["report", *again, "--config.prune.experts=6"]) == 0
+    page = (tmp_path / "w/report.html").read_text()
+    assert "Tokens that lose an expert" in page
+    assert "Importance by man of the experts of 4 layers" in page
+    assert main(["score", *flags, "--overwrite", "--config.score.samples=5"]) == 2

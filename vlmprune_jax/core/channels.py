@@ -16,6 +16,14 @@ class ChannelMixer(Part):
     writer = "down_proj"
     settings = ("mlp_layers", "neurons_multiple")
 
+    hidden: ClassVar[str] = "down_proj"
+    """Name under which blocks capture what the part's module returns beside its output (`models.context.VALUES`)."""
+
+    lacks: ClassVar[str] = (
+        "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
+    )
+    """Message for other captures of channel mixers."""
+
     @property
     def neuron_counts(self) -> tuple[int, ...]:
         """Lengths of the rows that its writers read."""
@@ -79,6 +87,12 @@ class Experts(ChannelMixer):
 
     bias: ClassVar[bool] = False
 
+    hidden = "routed"
+    lacks = (
+        "a layer has experts, and no single input of down_proj, which this needs: use a criterion for experts, or "
+        "quantise without calibration"
+    )
+
     @property
     def neurons(self) -> int:
         """Number of neurons of one expert."""
@@ -118,3 +132,14 @@ class ExpertsBesideDense(Experts):
     _: KW_ONLY
     mlp: int
     """Number of neurons of the dense MLP."""
+
+
+@dataclass(frozen=True)
+class ExpertsAndShared(Experts):
+    """Experts and a dense MLP, the shared expert, of the same input; a sigmoid of the input weighs the latter."""
+
+    axes = (*Experts.axes, *Dense.axes)
+
+    _: KW_ONLY
+    mlp: int
+    """Number of neurons of the shared expert."""

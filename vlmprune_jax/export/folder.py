@@ -239,6 +239,12 @@ def make_storage(
     """
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]
+    fused = [slot.key for slot in make_slots(cfg, family) if slot.entry is not None and len(slot.hf_shape) > 2]
+    if fused:
+        raise UserError(
+            f"export.quantize={quantize!r}: {fused[0]} has all experts of a layer, and compressed-tensors have one "
+            'for each: use "none", or export.format="gguf"'
+        )
     widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
     largest = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
     if group_size is not None:

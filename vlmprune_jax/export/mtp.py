@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.mixers import Attention
@@ -22,12 +23,14 @@ class MtpCut:
     """Cut of an MTP head, whose layers are full attention and have the decoder's widths.
 
     No calibration reaches the head. Its layers keep the groups of heads and the neurons with the largest columns of
-    the projections that write to the residual stream.
+    the projections that write to the residual stream. Raises UserError for layers of experts.
     """
 
     def __init__(self, source: Mapping[str, np.ndarray], family: Family, cfg: ModelConfig):
         self._source, self._prefix = source, family.mtp[0]
         self._layer = [layer for layer in cfg.text.layers if isinstance(layer.mixer, Attention)][-1]
+        if not isinstance(self._layer.channel, Dense):
+            raise UserError('mtp="cut" cuts no experts: use mtp="drop"')
         lines = [line for line in family.weights(cfg) if _LAYERS in line.key and line.path.startswith("text/layers/")]
         self._names = {line.path.partition("{i}/")[2]: line.key.partition(_LAYERS)[2] for line in lines}
         self._layouts = {line.key.partition(_LAYERS)[2]: _axes(line.layout) for line in lines}

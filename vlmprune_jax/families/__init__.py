@@ -21,6 +21,7 @@ from vlmprune_jax.families.qwen2 import QWEN2
 from vlmprune_jax.families.qwen2_5_vl import QWEN2_5_VL
 from vlmprune_jax.families.qwen3 import QWEN3
 from vlmprune_jax.families.qwen3_5 import QWEN3_5
+from vlmprune_jax.families.qwen3_5_moe import QWEN3_5_MOE
 from vlmprune_jax.families.qwen3_moe import QWEN3_MOE
 from vlmprune_jax.families.qwen3_vl import QWEN3_VL
 from vlmprune_jax.families.qwen3_vl_moe import QWEN3_VL_MOE
@@ -39,6 +40,7 @@ FAMILIES.update(
         "qwen3_vl": QWEN3_VL,
         "qwen3_vl_moe": QWEN3_VL_MOE,
         "qwen3_5": QWEN3_5,
+        "qwen3_5_moe": QWEN3_5_MOE,
         "qwen2_5_vl": QWEN2_5_VL,
         "gemma3": GEMMA3,
         "gemma4": GEMMA4,

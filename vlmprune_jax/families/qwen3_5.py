@@ -36,6 +36,8 @@ _TEXT: JsonDict = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
+IDS = {"image_token_id": 248056, "video_token_id": 248057}
+MTP = ("mtp.", "mtp_num_hidden_layers")
 _SECTIONS = (11, 11, 10)
 _KINDS = ("linear_attention", "full_attention")
 _DELTA = {  # parameter -> (name in files, layout); those of one name are its rows, in order
@@ -55,7 +57,8 @@ _DELTA = {  # parameter -> (name in files, layout); those of one name are its ro
 }
 
 
-def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
+def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
+    """Return the TextConfig of a decoder of delta nets and gated attention, with dense MLPs."""
     config = {**_TEXT, **config}
     n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
     kinds = config.get("layer_types") or [
@@ -72,7 +75,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     rotated = rotary_dim(config, head_dim, default=0.25)
     attention = {"bias": bias, "out_bias": bias, "qk_norm": True, "gated": True, "rotary_dim": rotated}
     sections = (config.get("rope_parameters") or {}).get("mrope_section") or _SECTIONS
-    text = llama_like(config, _DECODER, attention=attention, block={"norm_offset": 1.0})
+    text = llama_like(config, decoder, attention=attention, block={"norm_offset": 1.0})
     text = with_sections(text, tuple(map(int, sections)), interleaved=True)
     delta = DeltaNet(
         int(config["linear_num_value_heads"]),
@@ -86,7 +89,7 @@ def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     return text.with_layers(layers)
 
 
-def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return a Qwen3.5 config with updated layers."""
     delta = [layer.mixer for layer in text.layers if isinstance(layer.mixer, DeltaNet)]
     config = {name: value for name, value in source.items() if name != "full_attention_interval"}
@@ -98,8 +101,8 @@ def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     return {**config, "num_hidden_layers": len(text.layers), "layer_types": kinds}
 
 
-def _problem(text: TextConfig) -> str | None:
-    """Return why transformers' Qwen3.5 class does not support these layers, with advice; None if it does."""
+def hybrid_problem(text: TextConfig) -> str | None:
+    """Return why transformers' Qwen3.5 classes do not support these layers, with advice; None if they do."""
     if all(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
         return "transformers needs one layer of full attention: keep one"
     return (
@@ -107,7 +110,8 @@ def _problem(text: TextConfig) -> str | None:
     )
 
 
-def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
+    """Return the weight table of a Qwen3.5 decoder with dense MLPs; arguments as for `llama_like_weights`."""
     table = llama_like_weights(text, prefix, head)
     gated = {"text/layers/{i}/self_attn/q_proj/weight": "(q_heads gate head) embed"}
     table = [dataclasses.replace(line, layout=gated.get(line.path, line.layout)) for line in table]
@@ -122,16 +126,16 @@ QWEN3_5 = qwen3_vl_family(
     Decoder(
         _DECODER,
         "Qwen3_5ForConditionalGeneration",
-        _text_from_hf,
-        _text_to_hf,
-        _text_weights,
+        lambda config: hybrid_from_hf(config, _DECODER),
+        hybrid_to_hf,
+        hybrid_weights,
         gguf=(gguf.QWEN35,),
-        problem=_problem,
+        problem=hybrid_problem,
     ),
     _TEXT,
     deepstack=False,
-    mtp=("mtp.", "mtp_num_hidden_layers"),
-    ids={"image_token_id": 248056, "video_token_id": 248057},
+    mtp=MTP,
+    ids=IDS,
     vllm_tpu="",
     runs_in=("vllm",),
 )

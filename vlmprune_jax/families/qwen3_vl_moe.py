@@ -44,12 +44,11 @@ def _weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
 
 def _problem(text: TextConfig) -> str | None:
     """Return why transformers' class does not load these layers, with advice; None if it does."""
-    if any(
-        2 * layer.channel.neurons == text.hidden_size for layer in text.layers if isinstance(layer.channel, Experts)
-    ):
+    neurons = {layer.channel.neurons for layer in text.layers if isinstance(layer.channel, Experts)}
+    if neurons & {text.hidden_size, text.hidden_size / 2}:
         return (
-            "it tells transposed experts by their shape, and two times the neurons of an expert are the hidden size "
-            f"({text.hidden_size}): keep another number of neurons"
+            "it tells transposed experts by their shape, and the neurons of an expert are the hidden size "
+            f"({text.hidden_size}) or half of it: keep another number of neurons"
         )
     return experts_problem(text)
 

@@ -25,7 +25,6 @@ from vlmprune_jax.models.context import (
     Context,
     LayerState,
     Names,
-    Routed,
     Writer,
 )
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, compute_once
@@ -60,6 +59,7 @@ class Block(nnx.Module):
         sizes = {"layer": length, names.axis: cfg.hidden_size, **layer.sizes, **layer.fixed_sizes}
         self.names, self.parallel = names, cfg.block.parallel
         self.modules = tuple(part.module for part in layer.parts)
+        self.hidden, self.lacks = layer.channel.hidden, layer.channel.lacks
         for part, kinds in zip(layer.parts, (MIXERS, CHANNELS), strict=True):
             setattr(self, part.module, kinds[type(part)](cfg, layer, sizes, names, lora))
         before = names.norms[: 1 if self.parallel else 2] if cfg.block.norm_place != "after" else ()
@@ -151,13 +151,7 @@ class Block(nnx.Module):
             y = y * self.scalar
         arrays = (mixer_input, channel_input, mixed.written, hidden, mixed.out, out, middle)
         values: dict[str, Any] = {**dict(zip(VALUES, arrays, strict=False)), KEYS: mixed.shared}
-        if isinstance(hidden, Routed):
-            values["routed"] = values.pop("down_proj")
-        for name in capture:
-            if name not in values:
-                raise UserError(
-                    "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
-                    if name == "routed"
-                    else f"a layer has experts, and no single input of {name}, which this needs: use one for experts"
-                )
+        values[self.hidden] = values.pop("down_proj")
+        if not values.keys() >= {*capture}:
+            raise UserError(self.lacks)
         return y, mixed.state, {name: values[name] for name in capture}

@@ -121,6 +121,12 @@ class Routed(NamedTuple):
     norms: jax.Array
     """float32, Euclidean norms of their outputs before the gates."""
 
+    read: jax.Array
+    """float[batch, seq, embed], input of the experts."""
+
+    shared: jax.Array | None = None
+    """float[batch, seq, mlp], input of a shared expert's down projection times its gate; None without one."""
+
 
 class Mixed(NamedTuple):
     """Result of a mixer."""

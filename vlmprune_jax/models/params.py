@@ -136,7 +136,7 @@ def _init(
         return 0.02 * jax.random.normal(key, shape, dtype)
     size = dict(zip(axes, shape, strict=True))
     if leaf == "lora_a":
-        fan_in = math.prod(n for axis, n in size.items() if axis not in ("layer", "rank"))
+        fan_in = math.prod(shape[axes.index("rank") + 1 :])
         bound = 1 / math.sqrt(fan_in)  # kaiming-uniform with a = sqrt(5)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
     heads = ("q_heads", "head")

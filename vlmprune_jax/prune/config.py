@@ -33,6 +33,8 @@ HEADS = ("proportional", "keep", "auto")
 SELECTIONS = ("local", "global")
 # variant of Taylor importance -> whether it needs per-sample squared gradients
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
+# combination of the scores of experts over token types
+TOKEN_TYPES = ("pooled", "sum", "max", "floor")
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda stack: stack.sum(axis=0),
     "mean": lambda stack: stack.mean(axis=0),
@@ -126,6 +128,12 @@ class ScoreConfig:
         1.0, "Weight of image and video tokens in importance scores (0 = ignored).", least=0
     )
     answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
+    token_types: str = score_setting(
+        "pooled",
+        'Scores of experts from image, prompt and answer tokens: all tokens together ("pooled"), the sum or maximum of '
+        'each type\'s scores as shares of its layer ("sum", "max"), or each type\'s best experts in turn ("floor").',
+        choices=TOKEN_TYPES,
+    )
     by_token_type: bool = score_setting(
         False,
         "Also compute Taylor scores for prompt, image, video and answer tokens separately (other criteria always do).",
@@ -190,8 +198,8 @@ class PlanConfig:
 
     method: str = prune_setting(
         "depth",
-        'Parts to remove: whole layers ("depth"), attention heads and MLP neurons ("width"), layers first and then '
-        'heads and neurons ("hybrid"), or as many experts of every layer ("experts").',
+        'Parts to remove: whole layers ("depth"), attention heads and neurons, also of experts ("width"), layers and '
+        'then heads and neurons ("hybrid"), or as many experts of every layer ("experts").',
         choices=METHODS,
     )
     ratio: float | None = prune_setting(

@@ -20,7 +20,7 @@ import optax
 from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.models.vlm import place_batch
-from vlmprune_jax.prune.layers import Given, Layer, run_block, to_devices
+from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block, to_devices
 from vlmprune_jax.prune.walk import LayerStream
 
 RATE, EPOCHS, WARMUP = 2e-4, 6, 3  # 1e-3 is harmful
@@ -38,6 +38,16 @@ def _loss(params: Any, x: Any, target: Any, weight: Any, given: Given, stack: st
 
 
 _error = functools.partial(jax.jit, static_argnames=("stack", "cfg"))(_loss)
+
+
+def stream_error(layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]) -> float:
+    """Return the error of the stream behind a layer, on held-out rows; arguments are those of `train_layer`."""
+
+    def error(rows: Rows, target: jax.Array) -> jax.Array:
+        return _error(layer.params, rows.x, target, rows.weight, rows.given, stack=layer.stack, cfg=layer.cfg)
+
+    pairs = [*stream.visit(error, place, targets, held_out=True)]
+    return sum(float(total) for _, total in pairs) / sum(float(batch.weight.sum()) for batch, _ in pairs)
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg"), donate_argnames=("params", "state"))

@@ -50,6 +50,7 @@ from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
 from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
+from vlmprune_jax.prune.expert_repair import has_experts, repair_experts, with_experts
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
@@ -59,6 +60,7 @@ from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
 from vlmprune_jax.prune.walk import LayerStream
 
 SolveReport = dict[str, Any]
+_NUMBERS = ("error_before", "error_after", "tokens", "unknowns")  # of a report; the last two of experts
 READ_BELOW = 0.4  # share of the neurons that is left; above it readers gain nothing (SmolLM2: 0.3 % at 0.49)
 
 
@@ -180,7 +182,12 @@ def _solve(
         layer = dataclasses.replace(stream.layer(number), number=first)
         for module in WRITERS:
             key, lost = f"{stream.stack}/{number}/{module}", module in _modules(kept, number)
-            if targets.before and can_read(layer, READER_OF[module]):
+            if lost and has_experts(layer, module):
+                repair = functools.partial(repair_experts, layer, stream, number, targets.after)
+                change, row = _recorded(cache, key, repair)
+                report.append({"layer": first, "module": module, **row})
+                layer, lost = layer if change is None else with_experts(layer, change), False
+            elif targets.before and can_read(layer, READER_OF[module]):
                 read = functools.partial(_read, layer, module, stream, number, targets, lost, config.refits)
                 change, row = _recorded(cache, f"{key}/reader", read)
                 row |= _counts(layer, module, stream)
@@ -276,6 +283,9 @@ def _modules(kept: KeptStack, number: int) -> list[str]:
     before, cut = kept.sizes_before[layer.index], end - first > 1
     lost = {WRITERS_OF[axis] for axis, size in layer.sizes.items() if size < before[axis]}
     lost |= {WRITERS[1]} if cut else set()
+    earlier = zip(kept.layers[:number], kept.sizes, strict=False)
+    if any(sizes.get("experts", 0) < kept.sizes_before[x.index].get("experts", 0) for x, sizes in earlier):
+        lost |= {WRITERS[0]}  # sees all tokens, which an expert does not
     return [module for module in WRITERS if module in lost]
 
 
@@ -286,12 +296,14 @@ def _recorded(
 
     def arrays() -> dict[str, np.ndarray]:
         change, row = solve()
-        facts = [math.nan if row["ridge"] is None else row["ridge"], row["error_before"], row["error_after"]]
+        facts = [math.nan if row["ridge"] is None else row["ridge"], *(row.get(name, math.nan) for name in _NUMBERS)]
         return {key: np.asarray(facts), f"{key}/change": np.zeros(0) if change is None else change}
 
     stored = recorded(cache, [key, f"{key}/change"], arrays)
-    ridge, before, after = stored[key].tolist()
-    row = {"ridge": None if math.isnan(ridge) else ridge, "error_before": before, "error_after": after}
+    ridge, *numbers = stored[key].tolist()
+    row: SolveReport = {name: value for name, value in zip(_NUMBERS, numbers, strict=False) if not math.isnan(value)}
+    row |= {name: int(row[name]) for name in _NUMBERS[2:] if name in row}
+    row["ridge"] = None if math.isnan(ridge) else ridge
     return (None if row["ridge"] is None else stored[f"{key}/change"]), row
 
 

@@ -18,6 +18,7 @@ from vlmprune_jax.core.files import checked, parse_json, read_arrays, reading, r
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.prune.criteria import scoring
+from vlmprune_jax.prune.routing import Routing
 
 FORMAT = 2
 MOST_UNITS = 10_000  # layers of a model, units of an axis of a layer that is no MLP
@@ -74,7 +75,8 @@ class Scores:
     """{(layer, axis): float64[units]}, scores of single units; empty if the criterion does not score them.
 
     Of axes with a parent, either the parents are scored ("kv_heads": whole groups of grouped-query attention), or the
-    children ("q_heads"), which then leave in equal numbers from every parent.
+    children ("q_heads"), which then leave in equal numbers from every parent. Of experts and their neurons both may be
+    scored: the pruning method chooses.
     """
 
     stack: str = "text"
@@ -87,6 +89,9 @@ class Scores:
     """
 
     by_kind = renamed("by_kind", "by_token_type")
+
+    routing: Routing | None = None
+    """What routers chose, of criteria for experts; `save` leaves it to `Routing.save`."""
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():

@@ -20,6 +20,7 @@ from vlmprune_jax.prune.criteria.activations import accumulate
 from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS, calibration_batches, weight_of_token_types
 from vlmprune_jax.prune.criteria.criterion import FIELDS, Criterion, Parts, taken
 from vlmprune_jax.prune.fingerprints import fingerprint
+from vlmprune_jax.prune.routing import Routing, measure_routing
 from vlmprune_jax.prune.scores import Scores, fits_layers
 
 # Options that change how scores are computed, but not the scores.
@@ -33,6 +34,7 @@ def score(
     *,
     criterion: str,
     stack: str = "text",
+    routing: Routing | None = None,
     progress: Callable[[int], None] | None = None,
     journal: Journal | None = None,
     cache: ArrayCache | None = None,
@@ -45,8 +47,10 @@ def score(
       batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
         int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
         float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 = ignored) for criteria
-        that need them; None for criteria that read weights alone.
+        that need them; None for criteria that read weights alone, or with a `routing`.
       stack: the decoder, "text", or the tower, "vision", over the images of the batches.
+      routing: that of earlier scores of experts (`Scores.routing`), from which criteria for experts follow without a
+        forward pass.
       progress: called with the number of finished batches or layers, as the criterion counts.
       journal, cache: keep the sums of each batch, or each layer (for criteria that need labels), to continue after an
         interruption, if the criterion supports it.
@@ -66,22 +70,38 @@ def score(
         raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
     if "layers" not in chosen.scores and model.cfg.lora is not None:
         raise UserError(f"criterion {criterion!r} needs a model without LoRA adapters: merge them first")
-    if chosen.needs_batches and batches is None:
+    if routing is not None and chosen.needs != "routing":
+        raise UserError(f"criterion {criterion!r} does not score experts by a routing: pass calibration batches")
+    if routing is not None and routing.fingerprint != fingerprint(model):
+        raise UserError("this routing is of another model: pass calibration batches")
+    if chosen.needs_batches and batches is None and routing is None:
         raise UserError(f"criterion {criterion!r} needs calibration batches")
+    if chosen.needs == "routing" and routing is None:
+        routing = measure_routing(model, batches or (), progress=progress)
     if not chosen.journals:
         journal = cache = None
     score_settings = {name: value for name, value in settings.items() if name not in OPERATIONAL}
     with blaming(f"criterion {criterion!r}", chosen.function, *filter(None, [chosen.finish])):
-        scores, by_token_type = _measure(chosen, model, batches or (), settings, stack, progress, journal, cache)
+        scores, by_token_type = _measure(
+            chosen, model, routing or batches or (), settings, stack, progress, journal, cache
+        )
         for arrays in (scores, *by_token_type.values()):
             _check(criterion, chosen, arrays, model.cfg.stack(stack).layers)
-        return Scores(criterion, fingerprint(model), score_settings, **scores, stack=stack, by_token_type=by_token_type)
+        return Scores(
+            criterion,
+            fingerprint(model),
+            score_settings,
+            **scores,
+            stack=stack,
+            by_token_type=by_token_type,
+            routing=routing,
+        )
 
 
 def _measure(
     chosen: Criterion,
     model: Model,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Routing,
     settings: Mapping[str, Any],
     stack: str,
     progress: Callable[[int], None] | None,
@@ -92,6 +112,9 @@ def _measure(
     options = taken(chosen.function, {**settings, "stack": stack})
     if not chosen.needs_batches:
         return chosen.function(model, **options), {}
+    if isinstance(batches, Routing):
+        result = chosen.function(batches, **options)
+        return result if chosen.splits else (result, {})
     checked = calibration_batches(batches, model.cfg, labels=chosen.needs == "labels")
     if chosen.finish is None:
         kept = {"cache": cache} if chosen.journals else {}

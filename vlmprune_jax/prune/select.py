@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from vlmprune_jax.core.budget import Budget
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.export.loads import check_loads, keeps_heads
 from vlmprune_jax.models.params import count_params
@@ -296,14 +297,15 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 
 def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """Return a notice if a plan leaves a number of experts that engines serve by a slower path; None otherwise."""
-    count, multiple = plan.options.get("experts"), plan.options.get("experts_multiple") or 1
-    if count is None or count % multiple == 0:
-        return None
-    return (
-        f"{count} experts are no multiple of {multiple}: vLLM serves them by a slower path, and expert parallelism "
-        "needs a number that the devices divide"
-    )
+    """Return a notice if a plan leaves a number of units that engines serve by a slower path; None otherwise."""
+    for axis in (axis for axis in AXES.values() if axis.multiple):
+        count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
+        if count is not None and count % multiple:
+            return (
+                f"{count} {axis.title} are no multiple of {multiple}: vLLM serves them by a slower path, and expert "
+                "parallelism needs a number that the devices divide"
+            )
+    return None
 
 
 def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def _recorded(config: PlanConfig, cfg: ModelConfig) -> dict[str, Any]:
         *(() if shares else ("producers",)),
         *(() if cfg.deepstack else ("deepstack",)),
         *(() if config.loads_in else ("loads_in",)),
-        *(() if any("experts" in layer.sizes for layer in cfg.text.layers) else ("experts_multiple",)),
+        *(axis.multiple for name, axis in AXES.items() if not any(name in layer.sizes for layer in cfg.text.layers)),
     )
     kept = {name: getattr(config, name) for name in config.recorded() if name not in unused}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}

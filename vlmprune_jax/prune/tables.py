@@ -13,19 +13,23 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.routing import Routing
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import layer_costs
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 NONE = "-"
+AFFECTED = "A token that keeps all its experts leaves a layer unchanged, if the layer's input is the same."
 
 
-def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores]) -> list[Table]:
+def explain(
+    plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores], routing: Routing | None = None
+) -> list[Table]:
     """Return a table per pruned stack with each layer's removed units, and the reason for its widths.
 
     Args:
       cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
-        them, of every stack that was pruned, of hybrid both.
+        them, of every stack that was pruned, of hybrid both. routing: of the model, for the tokens that lose an expert.
 
     Raises UserError if the plan is of another model.
     """
@@ -36,13 +40,34 @@ def explain(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequenc
         if not kept.is_whole or len(plan.stacks) == 1:
             of_component = [stack_scores for stack_scores in scores if stack_scores.stack == name]
             tables.append(_explain_stack(plan, cfg, spec, of_component, name))
-    return tables
+    affected = None if routing is None else affected_tokens(plan, routing)
+    return tables if affected is None else [*tables, affected]
+
+
+def affected_tokens(plan: PrunePlan, routing: Routing) -> Table | None:
+    """Return a table of the calibration tokens that lose an expert, by layer and token type, without a forward pass.
+
+    None if the plan removes no experts, or the routing is of another model.
+    """
+    before = plan.stacks["text"].sizes_before
+    pruned = [x for x in plan.layers if len(x.kept.get("experts", ())) < before[x.index].get("experts", 0)]
+    if not pruned or plan.fingerprint != routing.fingerprint or {x.index for x in pruned} - {*routing.choices}:
+        return None
+    shares = {layer.index: routing.affected(layer.index, layer.kept["experts"]) for layer in pruned}
+    header = ["layer", *(f"{name} tokens" for name in routing.occurring)]
+    rows = [[str(i), *(f"{100 * share:.1f} %" for share in of_layer.values())] for i, of_layer in shares.items()]
+    means = np.mean([[*of_layer.values()] for of_layer in shares.values()], axis=0)
+    title = f"text: share of {len(routing.token_types):,} calibration tokens that lose an expert in a layer"
+    return title, header, [*rows, ["mean", *(f"{100 * mean:.1f} %" for mean in means)]]
 
 
 def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: Sequence[Scores], name: str) -> Table:
     kept, cost = plan.stacks[name], layer_costs(cfg, name).of
     layers = {layer.index: layer for layer in kept.layers}
-    depth, width = None if plan.method == "width" else scores[0], None if plan.method == "depth" else scores[-1]
+    depth, width = (
+        scores[0] if plan.method in ("depth", "hybrid") else None,
+        None if plan.method == "depth" else scores[-1],
+    )
     axes = _shown(kept.sizes_before)
     header = ["layer", *(_heading(axis) for axis in axes), "parameters lost", "share"]
     order = [] if depth is None else np.argsort(depth.layers, kind="stable").tolist()

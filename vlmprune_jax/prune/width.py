@@ -81,7 +81,7 @@ def choose_widths(
     units = _units(base, costs, scores.axes, alive, config, snapped)
     by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
-    counts = {} if config.experts is None else {"experts": config.experts}
+    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
     target = Target(removal, config.sparsity, counts, ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise OutOfReach(
@@ -107,7 +107,8 @@ def choose_widths(
 def _scores_for(scores: Scores, method: str) -> Scores:
     """Return the scores of the axes that a method prunes; raise UserError if there are none."""
     scores.check_units()
-    axes = METHOD_AXES.get(method, scores.axes)
+    parents = {AXES[axis].parent for axis in scores.axes}
+    axes = METHOD_AXES.get(method, [axis for axis in scores.axes if axis not in parents])
     units = {key: values for key, values in scores.units.items() if key[1] in axes}
     if not units:
         titles = " and ".join(AXES[axis].title for axis in axes)

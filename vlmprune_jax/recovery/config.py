@@ -25,6 +25,7 @@ GROUPS = (MAIN, PROJECTOR)
 PRESETS: dict[str, Rules] = {
     "projector": ((r"projector/.*", PROJECTOR),),
     "lora": ((r"projector/.*", PROJECTOR), (r".*/lora_[ab]", MAIN)),
+    "routers": ((r"text/layers/\d+/mlp/(router|router_scale|expert_scale)/weight", MAIN),),
     "decoder": ((r"projector/.*", PROJECTOR), (r"text/.*", MAIN)),
     "tower": ((r"projector/.*", PROJECTOR), (r"vision/layers/\d+/(self_attn|mlp)/.*", MAIN)),
     "all": ((r"projector/.*", PROJECTOR), (r".*", MAIN)),
@@ -171,8 +172,8 @@ class RecoverConfig:
     trainable: str | Rules = recover_setting(
         "lora",
         "Parameters to train: LoRA adapters, decoder, projections of the vision tower, or all, each with the "
-        "projector; or only the projector. In Python also rules (regex of parameter paths, True | False | optimizer "
-        "group), of which the first match decides.",
+        "projector; or only the projector, or only the routers of experts. In Python also rules (regex of parameter "
+        "paths, True | False | optimizer group), of which the first match decides.",
         choices=tuple(PRESETS),
     )
     learning_rate: float = recover_setting(2e-4, "Peak learning rate, reached after the warm-up.", above=0)

@@ -26,9 +26,9 @@ from vlmprune_jax.hf.disk.atomic import atomic_folder
 from vlmprune_jax.hf.layout import Slot, by_key, join_tensor, make_slots
 from vlmprune_jax.hf.lazy import to_host
 from vlmprune_jax.hf.read import read_fields
-from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.params import flatten, layer_axes
 from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.recovery.trainable import LORA_SUFFIXES
+from vlmprune_jax.recovery.trainable import LORA_SUFFIXES, projection_names
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 _ROOT = "base_model.model."  # prefix of the wrapped model in peft
@@ -60,6 +60,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
     if lora is None:
         raise UserError(f"{out_dir}: the model has no LoRA adapters to write: train with merge_lora=False")
     plain = ModelConfig(**{**vars(model.cfg), "lora": None})
+    check_adapters(plain, lora.targets)
     family, flat = family_of(plain), flatten(model.params)
     slots, tensors = make_slots(plain, family), dict[str, np.ndarray]()
     adapters = _adapters(slots, flat, family)
@@ -83,6 +84,17 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
             shutil.copymode(
                 folder / CONFIG_FILE, folder / WEIGHTS_FILE
             )  # safetensors creates files without group permissions
+
+
+def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:
+    """Raise UserError if LoRA adapters on these projections (() = all) are on experts, which no engine reads."""
+    on_experts = [path for path in layer_axes(cfg) if path.startswith("mlp/experts/")]
+    names = {path.split("/")[-2] for path in on_experts} & {*(targets or projection_names(cfg))}
+    if names:
+        raise UserError(
+            f"recover.save_adapter: vLLM drops or refuses adapters on experts ({', '.join(sorted(names))}): export the "
+            "merged model, or set recover.lora.targets to projections of the attention"
+        )
 
 
 def _vocabulary(base_dir: Path) -> dict[str, str]:

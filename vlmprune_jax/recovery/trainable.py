@@ -108,7 +108,7 @@ def merge_lora(model: Model) -> Model:
     for path in (p for p in flat if p.endswith("lora_a")):
         owner = path.rpartition("/")[0]
         weight = flat[f"{owner}/weight"]
-        delta = _delta(flat[path], flat[f"{owner}/lora_b"], n_out=len(axes[f"{owner}/lora_b"]) - 2)
+        delta = _delta(flat[path], flat[f"{owner}/lora_b"], apart=axes[path].index("rank"))
         total = jnp.asarray(weight, jnp.float32) + delta * (lora.alpha / lora.rank)
         merged[f"{owner}/weight"] = total.astype(weight.dtype)
     return model.replace(params=unflatten(merged), cfg=dataclasses.replace(model.cfg, lora=None))
@@ -124,8 +124,11 @@ def unchanged(before: Model, after: Model, trained: Iterable[str]) -> bool:
     return all(bool(jnp.array_equal(old[path], new[path])) for path in sorted(paths))
 
 
-def _delta(a: jax.Array, b: jax.Array, n_out: int) -> jax.Array:
-    """Return LoRA's weight update float32[layer, out..., in...]: B [layer, out..., rank] x A [layer, rank, in...]."""
+def _delta(a: jax.Array, b: jax.Array, apart: int) -> jax.Array:
+    """Return LoRA's weight update float32[layer, out..., in...]: B [layer, out..., rank] x A [layer, rank, in...].
+
+    `apart`: number of leading axes, of layers and perhaps of experts.
+    """
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    contract = (((n_out + 1,), (1,)), ((0,), (0,)))
-    return jax.lax.dot_general(b, a, contract, precision=jax.lax.Precision.HIGHEST)
+    batch = tuple(range(apart))
+    return jax.lax.dot_general(b, a, (((b.ndim - 1,), (apart,)), (batch, batch)), precision=jax.lax.Precision.HIGHEST)

@@ -112,6 +112,7 @@ def _sections(workdir: Path, result: Result | None, variants: Sequence[Variant],
     yield from figures.removed_section(workdir, variants)
     yield from figures.importance_section(workdir, variants)
     yield from figures.kinds_section(workdir, variants)
+    yield from figures.affected_section(workdir, variants)
     if result is not None:
         yield from figures.loss_section(workdir, result)
     planned = find_artefact(workdir / TPU_PLAN, TpuPlan)

@@ -15,10 +15,12 @@ from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.part import AXES, WRITERS
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.prune import PrunePlan, Scores
+from vlmprune_jax.prune.routing import ROUTING, Routing
+from vlmprune_jax.prune.tables import AFFECTED, affected_tokens
 from vlmprune_jax.recovery.config import LossConfig
 from vlmprune_jax.recovery.metrics import read_metrics
 from vlmprune_jax.report import plots
-from vlmprune_jax.report.page import Figure, Section
+from vlmprune_jax.report.page import Figure, Section, Table
 from vlmprune_jax.report.style import to_svg, write_png
 from vlmprune_jax.report.tables import over, upper
 from vlmprune_jax.report.vocabulary import vocabulary_size
@@ -148,12 +150,14 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
     kept_of = None if plan is None else plan.stacks[scores.stack]
     what = scores.criterion if scores.stack == "text" else f"{scores.criterion} of the tower"
     by_layer = scores.importance is not None and plan is not None and plan.method == "depth"
-    if scores.heads is None or by_layer:
+    experts = scores.along("experts")
+    if (scores.heads is None and not experts) or by_layer:
         gone = () if kept_of is None else kept_of.removed_layers
         return plots.layer_importance_figure(f"{what} per layer", scores.layers, gone)
-    _check_drawable(f"{scores.criterion} scores are", list(map(len, scores.heads)))
+    rows, unit = (experts, "expert") if scores.heads is None else (scores.heads, "attention head")
+    _check_drawable(f"{scores.criterion} scores are", list(map(len, rows)))
     if kept_of is None:
-        kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(scores.heads)}
+        kept = {i: (set(range(len(heads))), 1, 1) for i, heads in enumerate(rows)}
     else:
         kept = {
             layer.index: (
@@ -163,18 +167,34 @@ def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
             )
             for layer in kept_of.layers
         }
-    return plots.width_importance_figure(f"{what} per attention head", scores.heads, kept)
+    return plots.width_importance_figure(f"{what} per {unit}", rows, kept, unit)
 
 
 def _importance_alt(scores: Scores) -> str:
     if scores.heads is not None:
         return f"Importance by {scores.criterion} of the attention heads of {len(scores.heads)} layers"
+    if experts := scores.along("experts"):
+        return f"Importance by {scores.criterion} of the experts of {len(experts)} layers"
     order = sorted(range(len(scores.layers)), key=lambda layer: scores.layers[layer])
     return f"Importance by {scores.criterion} of {len(order)} layers, least first: {_listed(order)}"
 
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:MOST_LISTED])) + (", ..." if len(numbers) > MOST_LISTED else "")
+
+
+def affected_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:
+    """Yield a report section with the calibration tokens that lose an expert, for each plan that removes experts."""
+    tables = dict[tuple[Any, ...], Table]()
+    for plan, name in {(run.plan, name): None for run in variants if run.plan for name in run.scores}:
+        path = (workdir / name).with_name(ROUTING)
+        if path.exists():
+            table = affected_tokens(PrunePlan.from_json(workdir / plan), Routing.load(path))
+            if table is not None:
+                title, header, rows = table
+                tables.setdefault(tuple(map(tuple, rows)), Table(title, tuple(header), tuple(map(tuple, rows))))
+    if tables:
+        yield Section("Tokens that lose an expert", tables=tuple(tables.values()), notes=(AFFECTED,))
 
 
 def kinds_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Section]:

@@ -131,12 +131,12 @@ def layer_importance_figure(title: str, importance: np.ndarray, removed: Sequenc
 
 
 def width_importance_figure(
-    title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]]
+    title: str, heads: Sequence[np.ndarray], kept: Mapping[int, tuple[set[int], int, int]], unit: str = "attention head"
 ) -> Figure:
-    """Plot head importance relative to the layer's maximum, and each layer's share of kept neurons.
+    """Plot the importance of heads or experts relative to the layer's maximum, and each layer's share of kept neurons.
 
-    Removed heads are crossed. `kept`: original layer number -> (kept heads, kept neurons, neurons before); layers that
-    are not in it are removed.
+    Removed ones are crossed. `kept`: original layer number -> (kept heads or experts, kept neurons, neurons before);
+    layers that are not in it are removed.
     """
     n_layers, shares = len(heads), _by_layer(heads)
     with styled(title):
@@ -149,7 +149,7 @@ def width_importance_figure(
             units = kept.get(layer, (set(), 0, 1))[0]
             gone = [unit for unit in range(len(values)) if unit not in units]
             top.plot([layer] * len(gone), gone, "x", color="white", markersize=7, markeredgewidth=2.2)
-        top.set_ylabel("attention head")
+        top.set_ylabel(unit)
         top.yaxis.set_major_locator(MaxNLocator(integer=True))
         top.set_title(f"{legible(title, LONGEST_TITLE)} (crossed: removed)")
         kept_percent = [100 * kept[i][1] / kept[i][2] if i in kept else 0.0 for i in range(n_layers)]

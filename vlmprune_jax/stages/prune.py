@@ -26,8 +26,9 @@ from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
 from vlmprune_jax.prune.cost import amount
 from vlmprune_jax.prune.criteria.weights import random_scores
 from vlmprune_jax.prune.fingerprints import shape_digest
+from vlmprune_jax.prune.routing import ROUTING, Routing
 from vlmprune_jax.prune.select import moved_features, plan_stacks, unusual_counts
-from vlmprune_jax.prune.tables import Table, explain
+from vlmprune_jax.prune.tables import Table, affected_tokens, explain
 from vlmprune_jax.prune.vocabulary import check_size
 from vlmprune_jax.stages.score import criteria_of, criterion_files, stacks_of
 from vlmprune_jax.stages.vocabulary import report_vocabulary, sources_of, vocabulary_files, vocabulary_lines
@@ -95,7 +96,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
         f"reached ({_of_parts(facts)})"
     )
     notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
-    for line in (*_budget_lines(plan), *(f"  {notice}" for notice in notices)):
+    for line in (*_budget_lines(plan), *_affected_lines(work, plan), *(f"  {notice}" for notice in notices)):
         work.say(line)
     work.say(
         f"  {facts.parameters:,} of {facts.parameters_before:,} parameters left"
@@ -187,7 +188,24 @@ def explain_plan(work: Work, score: ScoreConfig, spec: PlanConfig) -> list[Table
     if spec.only_vocabulary:
         return []
     scores = [Scores.load(work.folder / name) for name in criteria_of(score, spec)]
-    return explain(work.plan, work.config(work.teacher), spec, scores)
+    return explain(work.plan, work.config(work.teacher), spec, scores, _routing(work))
+
+
+def _routing(work: Work) -> Routing | None:
+    """Return what routers chose for the calibration tokens; None if no criterion for experts was used."""
+    path = work.folder / ROUTING
+    return Routing.load(path) if path.exists() else None
+
+
+def _affected_lines(work: Work, plan: PrunePlan) -> list[str]:
+    """Return a line with the calibration tokens that lose an expert, by type."""
+    routing = _routing(work)
+    table = None if routing is None else affected_tokens(plan, routing)
+    if table is None:
+        return []
+    _, (_, *names), (*_, (_, *means)) = table
+    shares = ", ".join(f"{mean} of {name}" for name, mean in zip(names, means, strict=True))
+    return [f"  in the mean over layers, {shares} lose an expert"]
 
 
 def _budget_lines(plan: PrunePlan) -> list[str]:

@@ -36,7 +36,7 @@ from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.feature_pass import TOWER, check_frozen, compute_features, feature_identity
 from vlmprune_jax.recovery.loop import recover
 from vlmprune_jax.recovery.objective import needs_teacher, weighted_terms
-from vlmprune_jax.recovery.peft import write_adapter
+from vlmprune_jax.recovery.peft import check_adapters, write_adapter
 from vlmprune_jax.recovery.program import make_program
 from vlmprune_jax.recovery.teacher_pass import bytes_of_rows, records_to_compute, teacher_top_k
 from vlmprune_jax.recovery.trainable import merge_lora, unchanged
@@ -90,6 +90,8 @@ def prepare(work: Work, data: DataSpec, spec: RecoverConfig) -> Recovery:
     """Check a recovery's settings and data before long computations."""
     config, plan, student, teacher = recover_config(spec), work.plan, *map(work.open_model, (work.start, work.teacher))
     cfg = student.cfg
+    if spec.save_adapter:
+        check_adapters(cfg, spec.lora.targets)
     runs_teacher = needs_teacher(config.losses)
     if runs_teacher or config.losses.teacher_top_k:  # another model would teach without complaint
         with error_context(work.start.with_name("plan.json")):

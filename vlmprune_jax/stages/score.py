@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 
 from vlmprune_jax.core.config import STACKS
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Count
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.batching import Batch
@@ -19,7 +21,9 @@ from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import CRITERIA, Scores, score
 from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.prune.routing import ROUTING, Routing
 from vlmprune_jax.stages.work import Work, journal_path
+from vlmprune_jax.workdir.content import content_key, made_from
 from vlmprune_jax.workdir.ledger import Task
 
 _FILES = {"text": "scores", "vision": "scores_vision"}
@@ -86,20 +90,41 @@ def score_stage(work: Work, data: DataSpec, spec: ScoreConfig, prune: PlanConfig
     model, criteria = work.load(work.teacher), criteria_of(spec, prune)
     for stack in stacks_of(prune):
         model.cfg.stack(stack)  # refuses a stack that the model does not have before the first pass
-    batches = None
-    if _needs_records(criteria):
+    batches, routes = None, any(CRITERIA[name].needs == "routing" for name in criteria.values())
+    key = _routing_key(work, data, spec) if routes else ""
+    routing = _stored_routing(work, key) if routes else None
+    if _needs_records({name: c for name, c in criteria.items() if CRITERIA[c].needs != "routing" or routing is None}):
         batches = inputs.calibration_batches(work.model, data, spec, model.cfg, seed=spec.seed)
     settings = affecting("score", {"model": work.model, "data": data, "score": spec})
     for stack in stacks_of(prune):
         for name, criterion in criteria_of(spec, prune, stack).items():
             made_from = {"criterion": criterion, "settings": settings, "mesh": vars(work.mesh)}
-            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, made_from)
+            known = {"routing": routing} if CRITERIA[criterion].needs == "routing" else {}
+            scores = _score(work, spec, model, batches, criterion, stack, work.folder / name, made_from, **known)
             if is_main_process():
                 scores.save(work.folder / name)
+                if scores.routing is not None and routing is None:
+                    dataclasses.replace(scores.routing, made_from=key).save(work.folder / ROUTING)
     skipped = [name for batch in batches or [] for name, _ in batch.skipped]
     if skipped:
         work.say(f"  {len(skipped)} unreadable records were skipped: {', '.join(skipped[:5])}")
     return ScoreFacts(criteria=criteria, samples=0 if batches is None else spec.samples, skipped=skipped)
+
+
+def _routing_key(work: Work, data: DataSpec, spec: ScoreConfig) -> str:
+    """Return a hash of what the routing of calibration tokens depends on: model and records, but no criterion."""
+    settings = affecting("score", {"model": work.model, "data": data})
+    settings |= {name: getattr(spec, name) for name in ("samples", "longest_text", "seed")}
+    return content_key(made_from(settings, {**work.model_files, **inputs.record_files(data, "train")}, 1))
+
+
+def _stored_routing(work: Work, key: str) -> Routing | None:
+    """Return the routing that an earlier run stored, from which other scores follow without a forward pass."""
+    try:
+        routing = Routing.load(work.folder / ROUTING)
+    except UserError:
+        return None
+    return routing if routing.made_from == key else None
 
 
 def _score(
@@ -111,15 +136,16 @@ def _score(
     stack: str,
     output: Path,
     made_from: Mapping[str, Any],
+    **known: Any,
 ) -> Scores:
-    """Score one stack by one criterion, resuming an interrupted pass."""
+    """Score one stack by one criterion, from what is `known` or resuming an interrupted pass."""
     chosen = CRITERIA[criterion]
     total = chosen.total(model.cfg, batches or [], stack)
     if chosen.needs == "labels" and chosen.journals and stack == "text":
         kept: dict[str, Any] = {"cache": ArrayCache(_parts(output), made_from)}
     else:
         kept = {"journal": work.journal(output, {"batches": total})}
-    options = {"stack": stack, **kept}
+    options = {"stack": stack, **known, **kept}
     title = criterion if stack == "text" else f"{criterion} of the tower"
     with work.phase(f"score ({title})", total) as progress:
         return score(model, batches, spec, criterion=criterion, progress=progress, **options)

@@ -156,7 +156,10 @@ def test_a_criterion_that_does_not_journal_leaves_no_file(tmp_path, monkeypatch)
     ("changes", "message"),
     [
         ({"scores": ("heads",)}, "a criterion's scores: 'heads' is not one of layers, widths"),
-        ({"needs": "gradients"}, "a criterion's needs: 'gradients' is not one of weights, activations, labels"),
+        (
+            {"needs": "gradients"},
+            "a criterion's needs: 'gradients' is not one of weights, activations, routing, labels",
+        ),
         ({"counts": "steps"}, "a criterion's counts: 'steps' is not one of batches, layers"),
         ({"finish": None}, 'a criterion with finish= .* must have needs="activations"'),
         ({"needs": "labels", "finish": None}, 'a criterion with finish= .* must have needs="activations"'),

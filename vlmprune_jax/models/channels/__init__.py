@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune_jax.core.channels import Dense, Experts, ExpertsBesideDense
+from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
 from vlmprune_jax.core.part import Part
 from vlmprune_jax.models.channels import dense, moe
 
-CHANNELS: dict[type[Part], Any] = {Dense: dense.Mlp, Experts: moe.Moe, ExpertsBesideDense: moe.MoeBesideDense}
+CHANNELS: dict[type[Part], Any] = {
+    Dense: dense.Mlp,
+    Experts: moe.Moe,
+    ExpertsBesideDense: moe.MoeBesideDense,
+    ExpertsAndShared: moe.MoeAndShared,
+}

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the channel mixers of `parts.Experts` and `parts.ExpertsBesideDense`.
+"""Mixtures of experts: the channel mixers of `parts.Experts`, and of its kinds with a dense MLP.
 
 Only the chosen experts are computed. Tokens are sorted by expert; on TPUs `lax.ragged_dot` multiplies each expert's
 rows by its weights. On CPUs it would multiply all rows by all experts, so there a scan multiplies blocks of rows, each
@@ -17,34 +17,57 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from vlmprune_jax.core.channels import Dense, Experts, ExpertsBesideDense
+from vlmprune_jax.core.channels import Dense, Experts, ExpertsAndShared, ExpertsBesideDense
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import spec
 from vlmprune_jax.models.channels.dense import Mlp
-from vlmprune_jax.models.context import Context, Names, Routed
+from vlmprune_jax.models.context import Context, Names, Routed, lora_of
 from vlmprune_jax.models.kernels import for_tpu
-from vlmprune_jax.models.layers import Leaf, Norm, activation, broadcast, unit_rms, widen
+from vlmprune_jax.models.layers import Leaf, Norm, activation, broadcast, declare, unit_rms, widen
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128  # rows of a block
 # Gate and up [experts, neurons, embed], down [experts, embed, neurons].
 Weights = tuple[jax.Array, ...]
 
 
+class ExpertProjection(Leaf):
+    """One matrix per expert, with an optional LoRA adapter per expert, which has no dropout."""
+
+    def __init__(self, sizes: Mapping[str, int], out: str, into: str, lora: LoraConfig | None):
+        super().__init__(sizes, ("experts", out, into))
+        self.lora = lora
+        if lora is not None:
+            ranked = {**sizes, "rank": lora.rank}
+            self.lora_a = declare(ranked, ("experts", "rank", into))
+            self.lora_b = declare(ranked, ("experts", out, "rank"))
+
+    @property
+    def array(self) -> jax.Array:
+        """The matrices with their adapters, [experts, out, into]."""
+        weight = self.weight.get_value()
+        if self.lora is None:
+            return weight
+        change = jnp.einsum("eor,eri->eoi", self.lora_b.get_value(), self.lora_a.get_value())
+        return weight + change.astype(weight.dtype) * (self.lora.alpha / self.lora.rank)
+
+
 class ExpertWeights(nnx.Module):
     """Weights of all experts of a layer."""
 
-    def __init__(self, neurons: int, sizes: Mapping[str, int], axis: str):
-        each, into = {**sizes, "expert_mlp": neurons}, ("experts", "expert_mlp", axis)
-        self.gate_proj, self.up_proj = Leaf(each, into), Leaf(each, into)
-        self.down_proj = Leaf(each, ("experts", axis, "expert_mlp"))
+    def __init__(self, neurons: int, sizes: Mapping[str, int], axis: str, lora: LoraConfig | None):
+        each = {**sizes, "expert_mlp": neurons}
+        self.gate_proj, self.up_proj = (
+            ExpertProjection(each, "expert_mlp", axis, lora_of(lora, name)) for name in ("gate_proj", "up_proj")
+        )
+        self.down_proj = ExpertProjection(each, axis, "expert_mlp", lora_of(lora, "down_proj"))
 
     @property
     def arrays(self) -> Weights:
         """The weights as arrays."""
-        return tuple(leaf.weight.get_value() for leaf in (self.gate_proj, self.up_proj, self.down_proj))
+        return tuple(projection.array for projection in (self.gate_proj, self.up_proj, self.down_proj))
 
 
 class Moe(nnx.Module):
@@ -53,11 +76,10 @@ class Moe(nnx.Module):
     writer = "experts/down_proj"
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
-        del lora  # adapters on experts are not read by engines
         assert isinstance(layer.channel, Experts)
         self.part = layer.channel
         self.router = Leaf(sizes, ("experts", names.axis))
-        self.experts = ExpertWeights(self.part.neurons, sizes, names.axis)
+        self.experts = ExpertWeights(self.part.neurons, sizes, names.axis, lora)
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the numbers and gates of the chosen experts, [batch, seq, top_k] each; gates in float32 or wider."""
@@ -70,13 +92,31 @@ class Moe(nnx.Module):
     def compute(self, x: jax.Array, experts: jax.Array, gates: jax.Array) -> tuple[jax.Array, Routed]:
         """Return the gated sum of the chosen experts' outputs, and what was routed."""
         out, norms = run_experts(x, experts, gates, self.experts.arrays, self.part.activation)
-        return out, Routed(experts, gates, norms)
+        return out, Routed(experts, gates, norms, x)
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
         """Run router and experts; return (output, what was routed)."""
         del ctx
         experts, gates = self.choose(x)
         return self.compute(x, experts, gates.astype(x.dtype))
+
+
+class MoeAndShared(Moe):
+    """experts(x) + sigmoid(gate(x)) * shared expert(x)."""
+
+    def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
+        super().__init__(cfg, layer, sizes, names, lora)
+        assert isinstance(self.part, ExpertsAndShared)
+        dense = Layer(layer.mixer, Dense(self.part.mlp, activation=self.part.activation))
+        self.dense = Mlp(cfg, dense, sizes, names, lora)
+        self.dense_gate = Leaf({**sizes, "unit": 1}, ("unit", names.axis))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
+        """Run shared expert, router and experts; return (output, what was routed)."""
+        out, routed = super().__call__(x, ctx)
+        gate = jax.nn.sigmoid(jnp.einsum("bsh,uh->bsu", x, self.dense_gate.weight.get_value()))
+        dense, hidden = self.dense(x, ctx)
+        return out + gate * dense, routed._replace(shared=gate * hidden)
 
 
 class MoeBesideDense(Moe):
@@ -195,7 +235,8 @@ class _Blocks(NamedTuple):
     """int32[tokens, k], place of a row in the flattened `rows`."""
 
 
-def _blocks(experts: jax.Array, n_experts: int) -> _Blocks:
+def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
+    """Sort rows (token, choice) by expert into blocks; `experts`: int[tokens, k], the chosen ones."""
     n = experts.size
     block = min(max(1 << (n // n_experts - 1).bit_length(), _SMALLEST_BLOCK), _LARGEST_BLOCK)
     n_blocks = n // block + min(n_experts, n)  # no fewer hold every distribution over experts
@@ -212,13 +253,18 @@ def _blocks(experts: jax.Array, n_experts: int) -> _Blocks:
     )
 
 
+def hidden_of(act: str, x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return the neurons of one expert for rows x, before its down projection."""
+    return activation(act)(x @ gate.T) * (x @ up.T)
+
+
 def _mlp(act: str, x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    return (activation(act)(x @ gate.T) * (x @ up.T)) @ down.T
+    return hidden_of(act, x, gate, up) @ down.T
 
 
 def _scanned(act: str, x: jax.Array, experts: jax.Array, weights: Weights) -> jax.Array:
     """Return the experts' outputs [tokens, k, embed] by a scan over blocks of rows."""
-    blocks, k = _blocks(experts, len(weights[0])), experts.shape[-1]
+    blocks, k = blocks_of(experts, len(weights[0])), experts.shape[-1]
 
     def body(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         rows, expert = block
@@ -232,7 +278,7 @@ def _scanned_backward(
     act: str, x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, Weights]:
     """Return the gradients of `_gated_sum` by a scan over blocks, which adds to the gradient of one expert each."""
-    blocks, k = _blocks(experts, len(weights[0])), experts.shape[-1]
+    blocks, k = blocks_of(experts, len(weights[0])), experts.shape[-1]
 
     def product(x: jax.Array, gates: jax.Array, *weights: jax.Array) -> jax.Array:
         return (widen(_mlp(act, x, *weights)) * widen(gates)[:, None]).astype(x.dtype)

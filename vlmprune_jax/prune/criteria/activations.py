@@ -82,14 +82,14 @@ def accumulate(
             yield arrays
 
     def sums(arrays: Arrays) -> list[Any]:
-        placed = place_inputs(model, _inputs(arrays))
+        placed = place_inputs(model, batch_inputs(arrays))
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
     totals: list[np.ndarray] = []
     with use_mesh(mesh):
         # not from a result: the journal of an interrupted pass may hold all of them
-        expected = jax.eval_shape(step, params, _inputs(first), ways)
+        expected = jax.eval_shape(step, params, batch_inputs(first), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
         entries = continued(
             sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes)
@@ -113,7 +113,8 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
     return [leaf.shape for leaf in arrays] == shapes and all(leaf.dtype.kind in "if" for leaf in arrays)
 
 
-def _inputs(arrays: Arrays) -> dict[str, Any]:
+def batch_inputs(arrays: Arrays) -> dict[str, Any]:
+    """Return the arrays of a checked batch that a pass over a stack reads; absent ones are None."""
     names = ("input_ids", "attention_mask", "kind", "pixel_values", "image_grid_thw", "position_ids")
     return {name: arrays.get(name) for name in names}
 
@@ -152,7 +153,8 @@ def _sums(
 Run = tuple[Callable[[Hook, tuple[str, ...]], list[Any]], jax.Array]  # (pass over the blocks, type of every token)
 
 
-def _decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
+def run_decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
+    """Return a pass over the decoder's blocks on one batch, and the type of every token."""
     mask = batch["attention_mask"]
 
     def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
@@ -203,4 +205,4 @@ class _Stack(NamedTuple):
     batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]
 
 
-_RUNS = {"text": _Stack(_decoder, iter), "vision": _Stack(_tower, with_images)}
+_RUNS = {"text": _Stack(run_decoder, iter), "vision": _Stack(_tower, with_images)}

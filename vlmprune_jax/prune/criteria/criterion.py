@@ -14,7 +14,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune.config import ScoreConfig
 from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPE_WEIGHTS
 
-NEEDS = ("weights", "activations", "labels")
+NEEDS = ("weights", "activations", "routing", "labels")
 # What a criterion scores -> the fields of Scores that it fills.
 FIELDS = {"layers": ("importance",), "widths": ("units",), "experts": ("units",)}
 Parts = Mapping[str, Any]
@@ -33,6 +33,8 @@ class Criterion:
       activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
         model, **options)` -> parts.
+      routing: function(routing, **options) -> parts, of what routers chose (`prune.routing.Routing`); with `splits` ->
+        (parts, {kind: parts}).
       labels: function(model, batches, progress, **options) -> parts, its own pass over checked batches with labels
         (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with `journals`
         it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.

@@ -60,12 +60,13 @@ def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
     """Return the axes of a layer whose units are scored.
 
     Of an axis and its children one: the axis, whose units take their children along, or for query heads with
-    gqa="q_heads" the children.
+    gqa="q_heads" the children. Of experts and their neurons both: the pruning method chooses.
     """
     one_of("gqa", gqa, GQA)
     children = {axis.parent: axis for axis in layer.axes if axis.parent and axis.channels}
     singly = children if gqa == "q_heads" else {}
-    return tuple(singly.get(axis.name, axis) for axis in layer.axes if not axis.parent)
+    whole = (singly.get(axis.name, axis) for axis in layer.axes if not axis.parent)
+    return *whole, *(axis for axis in layer.axes if axis.parent and not axis.channels)
 
 
 def reduce_groups(
@@ -114,6 +115,8 @@ def reduce_inputs(
 def _unit_channels(channels: np.ndarray, layer: Layer, axis: Axis) -> np.ndarray | None:
     """Return a tensor's channel scores as float[units, ...]; None if one of its heads belongs to several units."""
     size, n = layer.sizes[axis.name], len(channels)
+    if axis.parent and not axis.channels:  # neurons of experts
+        return channels.reshape(-1) if channels.size == size else None
     if n == size:
         return channels if axis.channels else channels.reshape(size, -1).sum(axis=1)  # of experts all neurons
     return channels.reshape(size, n // size, *channels.shape[1:]).sum(axis=1) if n > size else None

@@ -1,60 +1,96 @@
-"""Sums over the tokens that a router sends to each expert, of which all criteria for experts are functions."""
+"""Criteria for experts: functions of the sums over the tokens that routers send to each expert (`prune.routing`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vlmprune_jax.models.context import BlockValues
-from vlmprune_jax.models.vlm import Model
-from vlmprune_jax.prune.criteria.activations import Blocks, Tokens
-from vlmprune_jax.prune.criteria.criterion import Criterion, Parts
+from vlmprune_jax.core.checks import one_of
+from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.prune.criteria.calibration import KINDS
+from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
+from vlmprune_jax.prune.routing import SUMS, Routing
 
-Sums = Mapping[str, np.ndarray]  # of one layer: "tokens", "g", "f", "ff" and "gf" -> float64[experts]
-
-
-def routed_sums(blocks: Blocks, tokens: Tokens) -> list[dict[str, jax.Array]]:
-    """Return weighted sums per layer and expert, float32[experts], over the tokens that the expert computes.
-
-    "tokens": number; "g": gates as used; "f", "ff": norm and squared norm of the output before the gate; "gf": gate
-    times norm.
-    """
-
-    def hook(block: BlockValues) -> dict[str, jax.Array]:
-        experts, gates, norms = block.inputs["routed"]
-        weight = jnp.broadcast_to(tokens.weight[..., None], experts.shape)
-        g, f = (jnp.where(weight > 0, x.astype(jnp.float32), 0) for x in (gates, norms))  # padding may hold anything
-        values = {"tokens": jnp.ones_like(f), "g": g, "f": f, "ff": f * f, "gf": g * f}
-        zeros = jnp.zeros(len(block.params["mlp"]["router"]["weight"]), jnp.float32)
-        return {name: zeros.at[experts].add(weight * value) for name, value in values.items()}
-
-    return blocks(hook, inputs=("routed",))
+Sums = Mapping[str, np.ndarray]  # of one layer, {name in `routing.SUMS`: float64[experts]}
+FEW_TOKENS = ("protect", "refuse")
 
 
 def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
-    """Return a criterion whose scores of a layer's experts are a function of their sums.
+    """Return a criterion whose scores of a layer's experts are a function of their sums."""
 
-    An expert that fewer than `fewest_tokens` tokens reach gets the largest score of its layer: what it does is not
-    known, so it is not removed.
+    def scores_of(sums: np.ndarray) -> np.ndarray:
+        """Return the scores of the experts that compute a token, and 0 for the others."""
+        seen = sums[0] > 0
+        values = score_of({name: np.where(seen, row, 1.0) for name, row in zip(SUMS, sums, strict=True)})
+        return np.where(seen, np.asarray(values, np.float64), 0.0)
+
+    def function(
+        routing: Routing,
+        *,
+        token_types: str,
+        fewest_tokens: float,
+        few_tokens: str,
+        image_weight: float,
+        prompt_weight: float,
+        answer_weight: float,
+    ) -> tuple[Parts, dict[str, Parts]]:
+        one_of("few_tokens", few_tokens, FEW_TOKENS)
+        weights = {"image": image_weight, "video": image_weight, "prompt": prompt_weight, "answer": answer_weight}
+        names, units, of_types = routing.occurring, dict[tuple[int, str], np.ndarray](), dict[str, Parts]()
+        for layer, sums in routing.sums.items():
+            rows = {name: sums[KINDS[name] - 1] for name in names}
+            pooled = sum(weights[name] * row for name, row in rows.items())
+            each = np.stack([weights[name] * _normalised(scores_of(row)) for name, row in rows.items()])
+            scores = scores_of(pooled) if token_types == "pooled" else _COMBINATIONS[token_types](each)
+            if few_tokens == "refuse":
+                _refuse(layer, pooled[0], fewest_tokens)
+            units[layer, "experts"] = _protected(scores, pooled[0], fewest_tokens)
+            for name, row in rows.items() if len(names) > 1 else ():
+                own = of_types.setdefault(name, {"units": {}})["units"]
+                own[layer, "experts"] = _protected(scores_of(row), row[0], fewest_tokens)
+        return {"units": units}, of_types
+
+    options = {"fewest_tokens": 1.0, "few_tokens": "protect", **declared("token_types")}
+    return Criterion(scores=("experts",), needs="routing", function=function, options=options, splits=True)
+
+
+def _protected(scores: np.ndarray, tokens: np.ndarray, fewest: float) -> np.ndarray:
+    """Return scores in which experts of too few tokens have the layer's largest: what they do is not known."""
+    return np.where(tokens >= max(fewest, 1e-9), scores, scores.max())
+
+
+def _refuse(layer: int, tokens: np.ndarray, fewest: float) -> None:
+    """Raise UserError if an expert computes too few tokens."""
+    few = np.flatnonzero(tokens < max(fewest, 1e-9))
+    if len(few):
+        raise UserError(
+            f"layer {layer}: experts {', '.join(map(str, few))} compute fewer than {fewest:g} calibration tokens: "
+            'raise score.samples, or keep these experts with few_tokens="protect"'
+        )
+
+
+def _normalised(scores: np.ndarray) -> np.ndarray:
+    """Return one layer's scores divided by their sum."""
+    total = scores.sum()
+    return scores / total if total else scores
+
+
+def _in_turns(scores: np.ndarray) -> np.ndarray:
+    """Return scores that rank experts by their best place in any token type, and equal places by the sum.
+
+    Of n experts with the largest results, each of t types has its n // t best.
     """
+    count, total = scores.shape[1], scores.sum(axis=0)
+    places = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
+    best: np.ndarray = np.where(scores > 0, places, count).min(axis=0)
+    return count - best + total / (1 + total)
 
-    def finish(sums: Sequence[Sums], model: Model, *, fewest_tokens: float) -> Parts:
-        del model
-        units = {}
-        for i, layer in enumerate(sums):
-            seen = layer["tokens"] >= max(fewest_tokens, 1e-9)
-            scores = np.asarray(score_of({name: np.where(seen, x, 1) for name, x in layer.items()}), np.float64)
-            units[i, "experts"] = np.where(seen, scores, scores[seen].max() if seen.any() else 0.0)
-        return {"units": units}
 
-    return Criterion(
-        scores=("experts",),
-        needs="activations",
-        function=routed_sums,
-        finish=finish,
-        options={"fewest_tokens": 1.0},
-        splits=True,
-    )
+# Scores of one layer, float64[token types, experts], each normalised and weighted -> float64[experts].
+_COMBINATIONS: dict[str, Callable[[np.ndarray], Any]] = {
+    "sum": lambda scores: scores.sum(axis=0),
+    "max": lambda scores: scores.max(axis=0),
+    "floor": _in_turns,
+}

@@ -1,0 +1,196 @@
+"""Expert pruning of a small LLaVA with experts: calibrated on text, on images or on both, by criterion and combination.
+
+python tools/expert_study.py --model=runs/experts/teacher --out=runs/experts/study.jsonl [--seeds=6] [--minutes=60]
+
+One JSON line per pruned model: accuracy and loss on questions about images (right: every token of the answer is the
+most probable one), and bits per byte of English text like the training's. Calibration takes a pass per seed and data
+set; all plans follow from the sums. --repair adds models repaired by least squares, or by training routers; --summary
+prints the table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pretrain import TEXT_LETTERS, make_encoder
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.data.batching import Batch, train_batches
+from vlmprune_jax.data.encoding import measure
+from vlmprune_jax.data.records import Record, read_records
+from vlmprune_jax.demo.easyvqa import write_dataset
+from vlmprune_jax.demo.topics import topic_records
+from vlmprune_jax.prune.routing import Routing, measure_routing
+from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+
+CRITERIA = ("reap", "man", "expert_frequency")
+CALIBRATIONS = ("text", "images", "both, pooled", "both, sum", "both, max", "both, floor")
+SHARES = (0.25, 0.5)
+LETTERS, BATCH = 80, 50
+ROUTER_STEPS = 60
+Batches = list[Batch]
+
+
+def batches_of(records: Sequence[Record], encoder: Any) -> Batches:
+    """Return the records in batches."""
+    if not records[0].images:
+        encoder = dataclasses.replace(encoder, image_loader=None)
+    longest = int(measure(records, encoder, on_error="stop", threads=1)[:, 0].max())
+    encoder = dataclasses.replace(encoder, max_length=longest)
+    return [*train_batches(records, encoder, batch_size=BATCH, threads=1).batches]
+
+
+def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: int) -> dict[str, float]:
+    """Return accuracy (%) and loss (nats per answer) on questions, and bits per byte of texts."""
+    right, nats = list[bool](), {"answers": 0.0, "texts": 0.0}
+    for batch in (each.arrays for each in (*questions, *texts)):
+        inputs = {name: batch[name] for name in ("attention_mask", "pixel_values") if name in batch}
+        logits = np.asarray(vp.forward(model, batch["input_ids"], **inputs)[0], np.float64)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        used = labels != IGNORED
+        if "pixel_values" in batch:
+            hits = (logits.argmax(axis=-1) == labels) | ~used
+            right += hits.all(axis=1)[used.any(axis=1)].tolist()
+        chosen = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        highest = logits.max(axis=-1)
+        normal = highest + np.log(np.exp(logits - highest[..., None]).sum(axis=-1))
+        nats["answers" if "pixel_values" in batch else "texts"] += float((normal - chosen)[used].sum())
+    bits = nats["texts"] / math.log(2) / text_bytes
+    return {"accuracy": 100 * float(np.mean(right)), "loss": nats["answers"] / len(right), "bits": bits}
+
+
+def plans(model: vp.Model, routings: dict[str, Routing], share: float, seed: int) -> Iterator[tuple[str, str, Any]]:
+    """Yield (criterion, calibration, plan) for one share of removed experts."""
+    kept = round((1 - share) * model.cfg.text.layers[0].sizes["experts"])
+    both = routings["text"].joined(routings["images"])
+    for criterion in CRITERIA:
+        for calibration in CALIBRATIONS:
+            data, _, combination = calibration.partition(", ")
+            scores = vp.score(
+                model, criterion=criterion, routing=routings.get(data, both), token_types=combination or "pooled"
+            )
+            yield criterion, calibration, vp.make_plan(scores, model, method="experts", experts=kept)
+    scores = vp.score(model, criterion="random", seed=seed)
+    yield "random", "none", vp.make_plan(scores, model, method="experts", experts=kept)
+
+
+def repairs(model: vp.Model, pruned: vp.Model, plan: Any, batches: Batches) -> Iterator[tuple[str, vp.Model]]:
+    """Yield (repair, model): by least squares, and with routers trained to predict as the unpruned model does."""
+    yield "least squares", vp.reconstruct(pruned, plan, model, batches)[0]
+    config = RecoverConfig(
+        trainable="routers",
+        learning_rate=1e-3,
+        batch_size=BATCH,
+        compute_dtype="float32",
+        losses=LossConfig(ce=0.0, l2=0.0, kl=1.0),
+    )
+    rows = itertools.cycle(batches)
+    yield "routers", vp.recover(pruned, rows, config, teacher=model, plan=plan, num_steps=ROUTER_STEPS)[0]
+
+
+def texts() -> list[Record]:
+    """Return the pieces of English text of the model's training, as far as it read them."""
+    pieces = topic_records(0, TEXT_LETTERS)
+    return [dataclasses.replace(x, turns=(x.turns[0], ("gpt", x.turns[1][1][:LETTERS]))) for x in pieces]
+
+
+def study(
+    model: vp.Model,
+    data: Path,
+    out: Path,
+    *,
+    seeds: int,
+    records: int,
+    questions: int,
+    minutes: float,
+    repair: bool,
+) -> None:
+    """Evaluate all pruned models of one seed of calibration after the other, until the time is over.
+
+    `repair`: instead those of REAP on both data sets, repaired.
+    """
+    files, encoder, started = write_dataset(data), make_encoder(model.cfg, Path(model.source or "")), time.monotonic()
+    train, test = (read_records(files[name], files["images"]) for name in ("train", "test"))
+    fitted, held_out = texts()[::2], texts()[1::2][: questions // 2]
+    draw = np.random.default_rng(0)
+    asked = [test[i] for i in draw.choice(len(test), questions, replace=False)]
+    sets = batches_of(asked, encoder), batches_of(held_out, encoder)
+    text_bytes = sum(len(record.turns[-1][1].encode()) for record in held_out)
+    known = dict[Any, dict[str, float]]()
+    with out.open("a") as file:
+
+        def note(pruned: vp.Model, kept: Any, **row: Any) -> None:
+            if kept not in known:
+                known[kept] = evaluate(pruned, *sets, text_bytes)
+            file.write(json.dumps({**row, **known[kept]}) + "\n")
+            file.flush()
+
+        note(model, None, criterion="unpruned", calibration="none", share=0.0, seed=0)
+        for seed in range(seeds):
+            draw = np.random.default_rng(seed)
+            routings, batches = {}, Batches()
+            for name, source in (("text", fitted), ("images", train)):
+                chosen = [source[i] for i in draw.choice(len(source), records, replace=False)]
+                of_set = batches_of(chosen, encoder)
+                routings[name], batches = measure_routing(model, of_set), batches + of_set
+            for share in SHARES:
+                for criterion, calibration, plan in plans(model, routings, share, seed):
+                    if time.monotonic() - started > 60 * minutes:
+                        return
+                    row = {"criterion": criterion, "calibration": calibration, "share": share, "seed": seed}
+                    pruned, kept = vp.apply_plan(model, plan), tuple(layer.kept["experts"] for layer in plan.layers)
+                    if not repair:
+                        note(pruned, kept, **row)
+                    elif (criterion, calibration) == ("reap", "both, pooled"):
+                        for name, repaired in repairs(model, pruned, plan, batches):
+                            note(repaired, (name, seed, kept), **row | {"criterion": f"reap, {name}"})
+
+
+def summary(out: Path) -> None:
+    """Print means and standard deviations over seeds as a Markdown table."""
+    cells = defaultdict[tuple[Any, ...], list[list[float]]](list)
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        cells[row["share"], row["criterion"], row["calibration"]].append([row["accuracy"], row["loss"], row["bits"]])
+    print("| removed | criterion | calibration | seeds | accuracy, % | loss | bits per byte |")
+    print("|---|---|---|---|---|---|---|")
+    for (share, criterion, calibration), values in cells.items():
+        means, spreads = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
+        numbers = " | ".join(
+            f"{mean:.{d}f} ± {by:.{d}f}" for mean, by, d in zip(means, spreads, (1, 3, 3), strict=True)
+        )
+        print(f"| {100 * share:.0f} % | {criterion} | {calibration} | {len(values)} | {numbers} |")
+
+
+def main() -> None:
+    """Run the study, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/experts/teacher"))
+    parser.add_argument("--data", type=Path, default=Path("runs/easyvqa"))
+    parser.add_argument("--out", type=Path, default=Path("runs/experts/study.jsonl"))
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--repair", action="store_true")
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    if not args.summary:
+        sizes = {name: getattr(args, name) for name in ("seeds", "records", "questions", "minutes", "repair")}
+        study(vp.load(args.model), args.data, args.out, **sizes)
+    summary(args.out)
+
+
+if __name__ == "__main__":
+    main()
