@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from prune_cases import EQUAL, UNEQUAL, batch, config, depth_scores, model, width_scores
+from stack_cases import decoder_layer
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.config_files import experiment_config
@@ -136,8 +137,11 @@ def test_what_a_notebook_shows_is_short():
         "  text: hidden size 20, 2 x (4/2 heads, 12 neurons), 1 x (8/2 heads, 10 neurons), 1 x (4 heads, 12 neurons)\n"
         "  vision: hidden size 8, 2 x (2 heads, 10 neurons))"
     )
-    many = config(UNEQUAL * 8)
-    assert repr(model(many)).endswith("1 x (4 heads, 12 neurons), ... (32 layers))")
+    assert repr(model(config(UNEQUAL * 8))).endswith(
+        "8 x [2 x (4/2 heads, 12 neurons), 1 x (8/2 heads, 10 neurons), 1 x (4 heads, 12 neurons)])"
+    )
+    many = tuple(decoder_layer(4, 2, width) for width in range(8, 40))
+    assert repr(model(config(many))).endswith("1 x (4/2 heads, 10 neurons), ... (32 layers))")
     assert repr(depth) == (
         "PrunePlan(depth by block_influence: 14,988 -> 12,676 parameters, 15.43 % removed\n  text: 3 of 4 layers, "
         "without 1; 1 x (4/2 heads, 12 neurons), 1 x (8/2 heads, 10 neurons), 1 x (4 heads, 12 neurons))"

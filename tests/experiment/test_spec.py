@@ -68,13 +68,14 @@ def named(section: str, names: str) -> set[str]:
 PRECISION = {"model.dtype"}
 PICTURE = named(
     "data",
-    "template system max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens image_buckets tile_buckets",
+    "template system max_images aspect_ratio min_tiles max_tiles thumbnail max_image_tokens image_buckets tile_buckets "
+    "video_fps video_frames video_tokens",
 )
 TRAINING = PICTURE | named("data", "max_length truncate length_buckets on_error")
 SCORE = named(
     "score",
     "variant reduction gqa reference_compat layers_removed longest_text samples batch_size seed prompt_weight "
-    "image_weight answer_weight by_token_type",
+    "image_weight answer_weight by_token_type token_types",
 )
 PRUNE = named(
     "prune",
@@ -101,7 +102,8 @@ EXPECTED = {
     "evaluate": PRECISION | PICTURE | named("evaluate", "batch_size max_length max_new_tokens questions prompt_suffix"),
     "export": PRECISION
     | named(
-        "export", "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix"
+        "export",
+        "format layout uneven head_dim dtype quantize group_size symmetric rounding rolled_positions imatrix mtp",
     )
     | named("export", "base_model license push_to_hub max_image_tokens")
     | named("data", "max_image_tokens"),
@@ -184,6 +186,7 @@ def test_a_teacher_cache_is_of_what_its_logits_depend_on(tmp_path):
     assert _made_from(experiment.model, experiment.data, experiment.recover, None).keys() == {
         *("holds", "model.hf_dir", "model.vision_dir", "model.dtype", "data.max_length", "recover.teacher_top_k"),
         *named("data", "template system truncate aspect_ratio min_tiles max_tiles thumbnail max_image_tokens"),
+        *named("data", "video_fps video_frames video_tokens"),
         *named("recover", "compute_dtype losses.temperature losses.kl_positions"),
     }
 

@@ -144,7 +144,7 @@ def test_every_family_is_in_the_matrix(goldens):
     configs = [*NATIVE.values(), *CHAT.values()]
     configs += [json.loads((goldens / "ckpt" / name / "config.json").read_text()) for name in GOLDEN]
     # classes that hold no unequal layers: tests/families
-    for name in ("gemma4", "qwen3_5", "qwen3_vl_moe", "internvl_moe"):
+    for name in ("gemma4", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "internvl_moe"):
         configs.append(json.loads((goldens / "families" / name / "ckpt/config.json").read_text()))
     configs.append(configs[-1]["text_config"])  # Qwen3-MoE alone
     configs += [LFM2_VL, LFM2_VL["text_config"]]

@@ -65,7 +65,8 @@ def refused(root, capsys, *settings):
         (["recover.losses.rlk=0.1"], "config.recover.losses has no 'rlk'; did you mean 'rkl'?"),
         (
             ["recover.trainable=lorra"],
-            "recover.trainable 'lorra' is not one of projector, lora, decoder, tower, all; did you mean 'lora'?",
+            "recover.trainable 'lorra' is not one of projector, lora, routers, decoder, tower, all; did you mean "
+            "'lora'?",
         ),
         (
             ["recover.save_adapter=True"],

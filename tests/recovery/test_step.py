@@ -281,7 +281,7 @@ def _count(primitive, jaxpr) -> int:
         ({"compute_dtype": "float16"}, "'float16' is not one of float32, bfloat16"),
         ({"save_every": -1}, "save_every=-1 must be at least 0"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
-        ({"trainable": "everything"}, "'everything' is not one of projector, lora, decoder, tower, all"),
+        ({"trainable": "everything"}, "'everything' is not one of projector, lora, routers, decoder, tower, all"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -186,7 +186,7 @@ def test_what_pretraining_refuses(tmp_path, monkeypatch, capsys, argv, message):
 def test_scripts_run_as_files(tmp_path):
     """Every script of the folder shows its own command in --help, from any folder."""
     scripts = [file for file in (ROOT / "tools").glob("*.py") if "main(script=" in file.read_text(encoding="utf-8")]
-    assert {file.name for file in scripts} == {"pretrain.py", "study.py"}
+    assert {file.name for file in scripts} == {"moving_shapes.py", "pretrain.py", "study.py"}
     for file in scripts:
         done = subprocess.run([sys.executable, file, "--help"], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith(f"python tools/{file.name} "), done.stderr

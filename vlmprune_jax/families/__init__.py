@@ -64,11 +64,7 @@ def detect(config: Mapping[str, Any], location: str) -> Family:
     if family is not None:
         return family
     code_note = " and needs the repository's own code (auto_map), which is never run here" * ("auto_map" in config)
-    layouts: dict[str, list[str]] = {}
-    for family in FAMILIES.values():
-        for model_type in family.model_types:
-            layouts.setdefault(model_type, []).append(family.layout)
-    known = [f"{name} ({' and '.join(names)} layouts)" if len(names) > 1 else name for name, names in layouts.items()]
+    known = dict.fromkeys(model_type for family in FAMILIES.values() for model_type in family.model_types)
     raise UserError(
         f"{location}: model_type {config.get('model_type')!r} (architectures {config.get('architectures')}) is not "
         f"supported{code_note}; known: {', '.join(known)}"
