@@ -176,6 +176,15 @@ def of_rows(hidden, batch, step):
     return np.concatenate([np.asarray(hidden)[number][own] for number, own in rows])
 
 
+def test_a_batch_of_texts_is_packed_as_one_without_images(goldens):
+    """A group of calibration rows may have the arrays of images, and no image."""
+    cfg = golden(goldens, "qwen2_5_vl")[0].cfg
+    pixels, grids = np.zeros((3, 4, cfg.vision.patch_values), np.float32), np.zeros((3, 2, 3), np.int32)
+    packed = repacked(cfg, pixels, grids, 1)
+    assert packed["pixel_values"].shape[::2] == (1, cfg.vision.patch_values)
+    assert not packed["image_grid_thw"].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_is_the_forward(goldens, family):

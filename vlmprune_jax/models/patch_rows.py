@@ -80,7 +80,7 @@ def patch_rows(
     valid = True if attention_mask is None else np.asarray(attention_mask) != 0
     by_row = grids_by_row(is_visual(ids, cfg.visual_token_ids) & valid, grids, merge)
     if pixels.ndim == 4 and grids.ndim == 3:
-        pixels = np.concatenate(_pieces(pixels, grids))
+        pixels = np.concatenate([pixels[0, 0, :0], *_pieces(pixels, grids)])
     if pixels.ndim == grids.ndim == 3:
         _check_packed(cfg, pixels, grids)
         return placed | repacked(cfg, pixels, grids, packs or len(pixels), by_row)
@@ -109,7 +109,8 @@ def repacked(
     if by_row is None:
         by_row = [[grid for grid in row if grid.any()] for row in grids]
     ends = np.cumsum([sum(int(grid.prod()) for grid in row) for row in by_row])
-    return _packed(np.split(np.concatenate(_pieces(pixels, grids)), ends[:-1]), by_row, packs, _merge(cfg))
+    patches = np.concatenate([pixels[0, :0], *_pieces(pixels, grids)])  # of no image, if no row has one
+    return _packed(np.split(patches, ends[:-1]), by_row, packs, _merge(cfg))
 
 
 def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
