@@ -175,6 +175,10 @@ def test_names_of_version_0_1_still_work():
     with pytest.warns(DeprecationWarning, match="capture"):
         _, aux = vp.forward(one, arrays["input_ids"], want=("hidden",))
     assert len(aux["hidden"]) == len(EQUAL) + 1
+    with pytest.warns(DeprecationWarning, match="by_token_type"):
+        scores = vp.score(one, [arrays], criterion="taylor", by_kind=True)
+    with pytest.warns(DeprecationWarning, match="by_token_type"):
+        assert scores.by_kind is scores.by_token_type
     scores = vp.score(one, criterion="l2")
     with pytest.warns(DeprecationWarning, match="align_to"):
         plan = vp.make_plan(scores, one, method="width", ratio=0.2, heads="keep", snap_for=None)

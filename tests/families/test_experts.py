@@ -311,4 +311,5 @@ def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
     unaffected = np.isin(np.asarray(routed.experts), chosen).all(axis=-1)
     np.testing.assert_allclose(cut[unaffected], whole[unaffected], atol=1e-4, rtol=1e-5)
     if kept < 8:
-        assert not np.allclose(cut[~unaffected], whole[~unaffected], atol=1e-3) or unaffected.all()
+        differs = np.abs(np.asarray(cut) - np.asarray(whole)).max(axis=-1) > 0
+        assert differs[~unaffected].all()

@@ -1,4 +1,4 @@
-"""What a part of a layer declares: facts, sizes by axis, prunable axes and fixed sizes."""
+"""Parts of layers as declarations: facts, sizes by axis, prunable axes and fixed sizes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a prune plan keeps of each layer, and its file plan.json; no jax."""
+"""Prune plans: the units that each layer keeps, and the file plan.json; no jax."""

@@ -42,7 +42,7 @@ class _Meta(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """What a model's routers choose for calibration tokens; all criteria for experts are functions of the sums."""
+    """Choices of a model's routers for calibration tokens; all criteria for experts are functions of the sums."""
 
     fingerprint: str
     """Fingerprint of the model."""

@@ -91,7 +91,7 @@ class Scores:
     by_kind = renamed("by_kind", "by_token_type")
 
     routing: Routing | None = None
-    """What routers chose, of criteria for experts; `save` leaves it to `Routing.save`."""
+    """Choices of the routers, of criteria for experts; `save` leaves it to `Routing.save`."""
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():

@@ -11,6 +11,7 @@ import numpy as np
 from vlmprune_jax.core.checks import blaming, one_of, with_defaults
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.settings import present_name
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.models.vlm import Model
@@ -63,6 +64,7 @@ def score(
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
     given = {} if config is None else chosen.options_in(config)
+    options = {present_name(name, chosen.settings): value for name, value in options.items()}
     settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
     model.cfg.stack(stack)
     if stack not in chosen.stacks:
