@@ -15,7 +15,7 @@ from vlmprune_jax.experiment.arguments import plan_config
 from vlmprune_jax.experiment.spec import Experiment
 from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.prune import CRITERIA, PlanConfig, ReconstructConfig, ScoreConfig
-from vlmprune_jax.prune.config import TokenWeights
+from vlmprune_jax.prune.reconstruct_config import TokenWeights
 
 # Functions that take single settings as keywords -> their section, and parameters that are no setting of that name.
 KEYWORDS = [

@@ -17,7 +17,7 @@ from vlmprune_jax.data.records import Record
 from vlmprune_jax.data.teacher_rows import TeacherRows, record_key
 from vlmprune_jax.distributed.journal import Journal
 from vlmprune_jax.prune import KeptVocabulary, PrunePlan, Scores, make_plan
-from vlmprune_jax.prune.criteria.calibration import KINDS
+from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.routing import SUMS, Routing
 from vlmprune_jax.recovery.checkpoint import Checkpointer
 from vlmprune_jax.recovery.metrics import METRICS_FILE, Recorder
@@ -100,7 +100,7 @@ def test_scores(tmp_path):
 
 def test_routing(tmp_path):
     whole, path, draw = tmp_path / "whole.npz", tmp_path / "routing.npz", np.random.default_rng(0)
-    sums = {layer: draw.random((len(KINDS), len(SUMS), 4)) for layer in range(2)}
+    sums = {layer: draw.random((len(TOKEN_TYPES), len(SUMS), 4)) for layer in range(2)}
     choices = {layer: draw.integers(0, 4, (9, 2)).astype(np.uint16) for layer in range(2)}
     Routing("a", sums, choices, draw.integers(1, 4, 9).astype(np.uint8)).save(whole)
 

@@ -21,7 +21,7 @@ from vlmprune_jax.models.generate import generate
 from vlmprune_jax.models.params import flatten, init_params, param_axes, unstack_layers
 from vlmprune_jax.models.vlm import forward
 from vlmprune_jax.prune import fingerprint, score
-from vlmprune_jax.prune.solver import layer_costs
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.recovery.trainable import add_lora, merge_lora
 
 FORWARD = {"phi2": "bunny", "phi3": "internvl"}

@@ -13,8 +13,8 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.models.params import flatten, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model, apply, encode
 from vlmprune_jax.prune import apply_plan, gptq
-from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria import input_weights
+from vlmprune_jax.prune.reconstruct_config import TokenWeights
 
 SANDWICH = {"norm_place": "both", "norm_offset": 1.0, "qk_norm": True}
 NORMS = [SANDWICH, {"norm_place": "after", "norm": "layer"}]

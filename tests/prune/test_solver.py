@@ -10,7 +10,8 @@ from stack_cases import decoder_layer, tower_layer
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.params import count_params, param_shapes
 from vlmprune_jax.prune import make_plan
-from vlmprune_jax.prune.solver import BLOCKS, AxisUnits, Polynomial, Units, layer_costs, smallest_sparsity, widths_at
+from vlmprune_jax.prune.layer_costs import Polynomial, layer_costs
+from vlmprune_jax.prune.solver import BLOCKS, AxisUnits, Units, smallest_sparsity, widths_at
 
 # heads, neurons, parameters per head and per neuron, head_dim, total: algorithms 1.6 (three architectures)
 ARCHITECTURES = {

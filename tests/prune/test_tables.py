@@ -11,7 +11,7 @@ from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.prune import keep_everything, make_plan
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.solver import layer_costs
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.tables import compare, explain
 
 CONFIG = """

@@ -13,7 +13,7 @@ from vlmprune_jax.hf.read import read_config
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.prune import iterative, prune_iteratively
 from vlmprune_jax.prune.config import PlanConfig
-from vlmprune_jax.prune.solver import layer_costs
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.stages.prune import _check_integers
 
 CONFIG = """

@@ -24,7 +24,8 @@ from vlmprune_jax.evaluation.metrics.texts import PERPLEXITY
 from vlmprune_jax.evaluation.questions import ArrangedQuestions, QuestionBatch
 from vlmprune_jax.models.generate import generate, on_decoding_mesh
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model, encode, head_of, mesh_of, place_batch
+from vlmprune_jax.models.placement import mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, encode, head_of
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 
 Progress = Callable[[int], None]

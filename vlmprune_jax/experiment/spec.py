@@ -13,7 +13,8 @@ from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.export.config import ExportSpec
-from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 
 

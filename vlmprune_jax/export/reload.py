@@ -27,7 +27,8 @@ from vlmprune_jax.hf.layout import PARTS, make_slots
 from vlmprune_jax.hf.read import find_weights, read_config, read_fields, read_params, resolve
 from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.patch_rows import with_places
-from vlmprune_jax.models.vlm import Model, forward, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model, forward
 
 # Tolerances of float32 logits between two implementations: absolute, and relative to the largest logit above 10
 # (SmolLM2-135M without three layers, random ids: 1.1e-4 between torch and XLA; its logits reach 33).

@@ -11,25 +11,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.channels import Dense
-from vlmprune_jax.core.config import ModelConfig, PatchConfig, PositionTable, TextConfig, VisionConfig
+from vlmprune_jax.core.config import ModelConfig, TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
-from vlmprune_jax.core.rope import RopeConfig
-from vlmprune_jax.core.stack import BlockConfig
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.decoders import text_from_hf, text_weights, vlm_text_to_hf
 from vlmprune_jax.families.experts import beside_dense, expert_sizes, expert_weights, has_experts
 from vlmprune_jax.families.gemma3 import CAUSAL, NORMS, THETA
+from vlmprune_jax.families.gemma4_tower import tower_weights, vision_from_hf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.rope import rope_from_hf
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf, tied_embeddings, vlm_token_ids, windows_from_hf
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
 from vlmprune_jax.families.templates import Template, VideoText
-from vlmprune_jax.families.towers import equal_shape, projector_of, vision_of
+from vlmprune_jax.families.towers import equal_shape, vision_of
 
 _DECODER = "gemma4_text"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -58,23 +56,6 @@ _ROPE: JsonDict = {
     _SLIDING: {"rope_type": "default", "rope_theta": THETA[_SLIDING]},
     _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": THETA[_FULL]},
 }
-_VISION: JsonDict = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "head_dim": 64,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "rms_norm_eps": 1e-6,
-    "pooling_kernel_size": 3,
-    "patch_size": 16,
-    "position_embedding_size": 10240,
-    "use_clipped_linears": False,
-    "standardize": False,
-}
-_TYPICAL = 16  # tokens per side of a typical image: the default budget is 280 tokens
-
 _TEMPLATE = Template(
     name="gemma4",
     start="<bos>",
@@ -251,92 +232,12 @@ def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     return table + weights
 
 
-_TOWER = {
-    "layer_norm1": ("input_layernorm", "vision"),
-    "attention_output_norm": ("post_attention_layernorm", "vision"),
-    "layer_norm2": ("pre_feedforward_layernorm", "vision"),
-    "mlp_output_norm": ("post_feedforward_layernorm", "vision"),
-    "self_attn/q_norm": ("self_attn.q_norm", "head"),
-    "self_attn/k_norm": ("self_attn.k_norm", "head"),
-}
-_CLIPPED = {
-    "self_attn/q_proj": ("self_attn.q_proj", "(q_heads head) vision"),
-    "self_attn/k_proj": ("self_attn.k_proj", "(kv_heads head) vision"),
-    "self_attn/v_proj": ("self_attn.v_proj", "(kv_heads head) vision"),
-    "self_attn/out_proj": ("self_attn.o_proj", "vision (q_heads head)"),
-    "mlp/gate_proj": ("mlp.gate_proj", "mlp vision"),
-    "mlp/up_proj": ("mlp.up_proj", "mlp vision"),
-    "mlp/down_proj": ("mlp.down_proj", "vision mlp"),
-}
-_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
-
-
-def _tower_weights(cfg: ModelConfig) -> list[Weight]:
-    vision, prefix = vision_of(cfg), "model.vision_tower."
-    layer, key = "vision/layers/{i}", prefix + "encoder.layers.{i}"
-    embedder = prefix + "patch_embedder."
-    table = [
-        Weight(
-            "vision/patch_embedding/weight",
-            f"{embedder}input_proj.weight",
-            "vision (patch_row patch_column channel)",
-        ),
-        Weight("vision/position_embedding/weight", f"{embedder}position_embedding_table", "axis position vision"),
-    ]
-    for path, (name, layout) in _TOWER.items():
-        table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.weight", layout))
-    for path, (name, layout) in _CLIPPED.items():
-        table.append(Weight(f"{layer}/{path}/weight", f"{key}.{name}.linear.weight", layout))
-        if vision.block.clips:
-            table += [Weight(f"{layer}/{path}/{bound}", f"{key}.{name}.{bound}", "") for bound in _BOUNDS]
-    for name in ("std_bias", "std_scale") if projector_of(cfg).standardizes else ():
-        table.append(Weight(f"projector/{name}/weight", prefix + name, "vision"))
-    return [*table, Weight("projector/linear/weight", "model.embed_vision.embedding_projection.weight", "embed vision")]
-
-
-def _vision_from_hf(config: Mapping[str, Any]) -> VisionConfig:
-    full = {**_VISION, **{name: value for name, value in config.items() if value is not None}}
-    rope = full.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") not in ("axial", "default"):
-        raise UserError(f"vision tower: rope type {rope['rope_type']!r} is not supported (supported: axial)")
-    depth, patch, merge = (int(full[name]) for name in ("num_hidden_layers", "patch_size", "pooling_kernel_size"))
-    if full.get("attention_bias"):
-        raise UserError("vision tower: attention_bias true is not supported")
-    attention = Attention(
-        int(full["num_attention_heads"]),
-        int(full["num_key_value_heads"]),
-        head_dim=int(full["head_dim"]),
-        rope=RopeConfig(float(rope.get("rope_theta", 100.0)), "axial"),
-        rope_parts=2,
-        scale=1.0,
-        qk_norm=True,
-        v_norm=True,
-    )
-    return VisionConfig(
-        hidden_size=int(full["hidden_size"]),
-        layers=(Layer(attention, Dense(int(full["intermediate_size"]), activation=full["hidden_activation"])),) * depth,
-        block=BlockConfig(
-            norm_eps=float(full["rms_norm_eps"]), norm_place="both", clips=bool(full["use_clipped_linears"])
-        ),
-        n_layers_total=depth,
-        image_size=_TYPICAL * merge * patch,
-        patch_size=patch,
-        channels=3,
-        kind="gemma4",
-        class_token=False,
-        pre_norm=False,
-        merge=merge,
-        positions=PositionTable(by_axis=int(full["position_embedding_size"])),
-        patches=PatchConfig(temporal=1, channels_last=True, centres=True),
-    )
-
-
 def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
     section, tower = {**_TEXT, **(config.get("text_config") or {})}, config.get("vision_config")
     if tower is None:
         raise UserError("vision_config null of Gemma 4 is not supported: the model needs its vision tower")
-    seen = _vision_from_hf(tower)
+    seen = vision_from_hf(tower)
     return ModelConfig(
         family="gemma4",
         layout="transformers",
@@ -362,7 +263,7 @@ def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> Mod
 
 def _to_hf(cfg: ModelConfig, source: JsonDict) -> JsonDict:
     vision, old = vision_of(cfg), source.get("vision_config") or {}
-    if _vision_from_hf(old).layers != vision.layers:
+    if vision_from_hf(old).layers != vision.layers:
         shape = equal_shape(vision)
         new = {"num_hidden_layers": len(vision.layers), "num_attention_heads": shape.mixer.q_heads}
         new |= {"num_key_value_heads": shape.mixer.kv_heads, "intermediate_size": shape.sizes["mlp"]}
@@ -385,7 +286,7 @@ GEMMA4 = Family(
     from_hf=_from_hf,
     to_hf=_to_hf,
     text_section="text_config",
-    weights=lambda cfg: text_weights(cfg.text, "model.language_model.", "lm_head.weight") + _tower_weights(cfg),
+    weights=lambda cfg: text_weights(cfg.text, "model.language_model.", "lm_head.weight") + tower_weights(cfg),
     ignored=(
         r".*\.rotary_emb\.inv_freq",
         r"lm_head\.weight",

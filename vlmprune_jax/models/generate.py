@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,12 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.context import Cache
-from vlmprune_jax.models.inputs import check_inputs, visual_inputs
+from vlmprune_jax.models.inputs import VisualInputs, check_inputs, visual_inputs
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.patch_rows import patch_rows
+from vlmprune_jax.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.models.positions import with_images
-from vlmprune_jax.models.vlm import (
-    Embedded,
-    Model,
-    Params,
-    VisionLanguageModel,
-    mesh_of,
-    packed_rows,
-    place_batch,
-    to_nnx,
-)
+from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel, to_nnx
 
 
 @dataclass(frozen=True)
@@ -50,58 +42,38 @@ def generate(
     model: Model,
     input_ids: Any,
     *,
-    pixel_values: Any = None,
-    pixel_attention_mask: Any = None,
-    image_grid_thw: Any = None,
-    image_position_ids: Any = None,
-    spatial_shapes: Any = None,
-    pixel_values_videos: Any = None,
-    video_grid_thw: Any = None,
-    video_position_ids: Any = None,
-    second_per_grid_ts: Any = None,
-    num_frames_per_video: Any = None,
-    mm_token_type_ids: Any = None,
-    token_type_ids: Any = None,
     attention_mask: Any = None,
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
     prefix: SharedPrefix | None = None,
+    **visuals: Unpack[VisualInputs],
 ) -> np.ndarray:
     """Return the greedy continuation of every prompt, int32[batch, max_new_tokens].
 
     Args:
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
-      pixel_values to token_type_ids: see `forward`.
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
       eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
         padding ids (the model's, or else the first end id).
       prefix: what precedes the rows, computed once per prefix; all images are then the prefixes'.
+      visuals: see `forward`.
 
     Raises UserError as `forward` does, and for max_new_tokens below 1 or a prompt without a real token.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    del num_frames_per_video
-    inputs = {
-        "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
-        "spatial_shapes": spatial_shapes,
-        "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
-        "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
-        "pixel_attention_mask": pixel_attention_mask,
-        "mm_token_type_ids": mm_token_type_ids if token_type_ids is None else token_type_ids,
-    }  # fmt: skip
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
-    visuals, mask = visual_inputs(model.cfg, shown_ids, shown_mask, inputs)
-    host = _prompts(input_ids, attention_mask, visuals["pixel_values"], mask)
+    images, mask = visual_inputs(model.cfg, shown_ids, shown_mask, visuals)
+    host = _prompts(input_ids, attention_mask, images["pixel_values"], mask)
     ids, valid = host["ids"], host["valid"]
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
         host["prefix_ids"], host["prefix_valid"] = _align_right(prefix.input_ids, prefix.attention_mask)
         host["rows"] = np.asarray(prefix.rows, np.int32)
     if model.cfg.dynamic_resolution:
-        host |= _patches(model, host, **visuals)
+        host |= _patches(model, host, **images)
     eos = model.cfg.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     first = _until_long(model.cfg, host)
     if not 0 < first < max_new_tokens:

@@ -2,25 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.models.patch_rows import check_patches, check_types, joined
 from vlmprune_jax.models.positions import is_visual
 
 
+class VisualInputs(TypedDict, total=False):
+    """Arrays that a Hugging Face processor returns for images and videos, beside ids and mask."""
+
+    pixel_values: Any
+    """float[images, tiles or frames, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with empty
+    slots (zeros) at the end of rows that have fewer images; SmolVLM's rows may also be videos."""
+
+    pixel_attention_mask: Any
+    """int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM)."""
+
+    image_grid_thw: Any
+    """int[images, 3], frames, rows and columns of patches of images of any size; `pixel_values` are then [patches of
+    all images, values], as processors emit them (or both in packed rows, see `patch_rows`)."""
+
+    image_position_ids: Any
+    """int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with `pixel_values`
+    [images, patches, values] (Gemma 4)."""
+
+    spatial_shapes: Any
+    """int[images, 2], rows and columns of patches, with `pixel_values` [images, patches, values], row by row and then
+    padding (LFM2-VL)."""
+
+    pixel_values_videos: Any
+    """`pixel_values` of videos."""
+
+    video_grid_thw: Any
+    """`image_grid_thw` of videos; a grid begins with its number of temporal patches."""
+
+    video_position_ids: Any
+    """`image_position_ids` of videos; each frame is an image."""
+
+    second_per_grid_ts: Any
+    """float[videos], seconds from one temporal patch to the next (Qwen2.5-VL; None: 1)."""
+
+    num_frames_per_video: Any
+    """Ignored, since the ids contain it."""
+
+    mm_token_type_ids: Any
+    """int[batch, seq] of the processor; only checked, since the ids contain it."""
+
+    token_type_ids: Any
+    """`mm_token_type_ids` under the name that Gemma 3's processor gives it."""
+
+
+TYPE_IDS = {"mm_token_type_ids", "token_type_ids"}
+
+
 def visual_inputs(
-    cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mapping[str, Any]
+    cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: VisualInputs
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Check a processor's outputs; return the images and videos as `joined` does, and the mask of their pixels.
 
-    `inputs`: arrays by the names of `VISUALS`, pixel_attention_mask and mm_token_type_ids. The mask is None if nothing
-    is hidden. Raises UserError if inputs do not fit the model or each other.
+    The mask is None if nothing is hidden. Raises UserError for an array with another name, or if inputs do not fit the
+    model or each other.
     """
+    for name in inputs:
+        if name not in VisualInputs.__annotations__:
+            raise UserError(
+                f"the model has no input {name!r}{suggest(name, VisualInputs.__annotations__)}: leave it out"
+            )
     visuals = joined(cfg, input_ids, attention_mask, inputs)
     if not cfg.dynamic_resolution and np.ndim(visuals["pixel_values"]) == 5:
         visuals["pixel_values"] = _filled_slots(cfg, np.asarray(input_ids), np.asarray(visuals["pixel_values"]))
@@ -31,7 +83,8 @@ def visual_inputs(
         image_grid_thw=visuals["image_grid_thw"],
         attention_mask=attention_mask,
     )
-    check_types(cfg, input_ids, inputs.get("mm_token_type_ids"))
+    types = inputs.get("token_type_ids")
+    check_types(cfg, input_ids, inputs.get("mm_token_type_ids") if types is None else types)
     return visuals, needed_mask(cfg, inputs.get("pixel_values"), inputs.get("pixel_attention_mask"))
 
 

@@ -10,25 +10,25 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.distributed.mesh import row_ways, use_mesh
-from vlmprune_jax.distributed.rules import constrain, sharding
+from vlmprune_jax.distributed.mesh import use_mesh
+from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Hook, LayerEmbeds
 from vlmprune_jax.models.decoder import Decoder
 from vlmprune_jax.models.features import features_of, splice
-from vlmprune_jax.models.inputs import visual_inputs
-from vlmprune_jax.models.patch_rows import VISUALS, patch_rows, real_features, repacked
+from vlmprune_jax.models.inputs import VisualInputs, visual_inputs
+from vlmprune_jax.models.patch_rows import patch_rows, real_features
+from vlmprune_jax.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.models.positions import is_visual, with_images
 from vlmprune_jax.models.projector import Projector
 from vlmprune_jax.models.stack import BlockStack
@@ -41,10 +41,7 @@ CAPTURE = ("hidden", "image_features", "inputs_embeds")
 # Arrays of a batch's images, beside ids and mask, by the names of `encode`.
 IMAGE_INPUTS = ("pixel_values", "vision_features", "image_grid_thw", "position_ids")
 # Arrays that `forward` takes.
-INPUTS = (
-    "input_ids", "attention_mask", "pixel_attention_mask", *VISUALS, "num_frames_per_video", "mm_token_type_ids",
-    "token_type_ids",
-)  # fmt: skip
+INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -310,21 +307,10 @@ def forward(
     model: Model,
     input_ids: Any,
     *,
-    pixel_values: Any = None,
-    pixel_attention_mask: Any = None,
-    image_grid_thw: Any = None,
-    image_position_ids: Any = None,
-    spatial_shapes: Any = None,
-    pixel_values_videos: Any = None,
-    video_grid_thw: Any = None,
-    video_position_ids: Any = None,
-    second_per_grid_ts: Any = None,
-    num_frames_per_video: Any = None,
-    mm_token_type_ids: Any = None,
-    token_type_ids: Any = None,
     attention_mask: Any = None,
     capture: Collection[str] = (),
     want: Collection[str] | None = None,
+    **visuals: Unpack[VisualInputs],
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return the logits for token ids with one id per image feature, and intermediate values on request.
 
@@ -332,23 +318,10 @@ def forward(
       model: the model; sharded parameters give a sharded computation.
       input_ids: int[batch, seq]; image positions hold `model.cfg.image_token_id`, once per image feature, and positions
         of videos `model.cfg.video_token_id`, if the model has one.
-      pixel_values: float[images, tiles or frames, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row,
-        with empty slots (zeros) at the end of rows that have fewer images; SmolVLM's rows may also be videos.
-      pixel_attention_mask: int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM).
-      image_grid_thw: int[images, 3], frames, rows and columns of patches of images of any size; pixel_values are then
-        [patches of all images, values], as processors emit them (or both in packed rows, see `patch_rows`).
-      image_position_ids: int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with
-        pixel_values [images, patches, values] (Gemma 4).
-      spatial_shapes: int[images, 2], rows and columns of patches, with pixel_values [images, patches, values], row by
-        row and then padding (LFM2-VL).
-      pixel_values_videos, video_grid_thw, video_position_ids: the same arrays of videos, whose grids begin with their
-        number of temporal patches; each frame is an image for `video_position_ids`.
-      second_per_grid_ts: float[videos], seconds from one temporal patch to the next (Qwen2.5-VL; None: 1).
-      num_frames_per_video: ignored, since the ids contain it.
-      mm_token_type_ids, token_type_ids: int[batch, seq] of processors; only checked, since the ids contain it.
       attention_mask: int[batch, seq], 1 = real token.
       capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
       want: deprecated name of `capture`.
+      visuals: arrays of a processor's images and videos, see `vlmprune_jax.models.inputs.VisualInputs`.
 
     Returns:
       (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with what `capture`
@@ -363,66 +336,17 @@ def forward(
     if want is not None:
         warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
         capture = want
-    del num_frames_per_video
-    inputs = {
-        "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_position_ids": image_position_ids,
-        "spatial_shapes": spatial_shapes,
-        "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
-        "video_position_ids": video_position_ids, "second_per_grid_ts": second_per_grid_ts,
-        "pixel_attention_mask": pixel_attention_mask,
-        "mm_token_type_ids": mm_token_type_ids if token_type_ids is None else token_type_ids,
-    }  # fmt: skip
-    visuals, mask = visual_inputs(model.cfg, input_ids, attention_mask, inputs)
+    images, mask = visual_inputs(model.cfg, input_ids, attention_mask, visuals)
     arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
     mesh = mesh_of(model.params)
     if model.cfg.dynamic_resolution:
         packs = packed_rows(len(input_ids), mesh)
-        arrays |= patch_rows(model.cfg, input_ids, attention_mask, **visuals, packs=packs)
+        arrays |= patch_rows(model.cfg, input_ids, attention_mask, **images, packs=packs)
         arrays.pop("deltas", None)
     else:
-        arrays["pixel_values"] = visuals["pixel_values"]
+        arrays["pixel_values"] = images["pixel_values"]
     with use_mesh(mesh):
         logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(capture))
     if model.cfg.dynamic_resolution and aux.get("image_features") is not None:
         aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
     return logits, aux
-
-
-def mesh_of(params: Params) -> Mesh | None:
-    """Return the device mesh over which the parameters are sharded; None for arrays on one device."""
-    leaf = jax.tree.leaves(params)[0]
-    placed = getattr(leaf, "sharding", None)
-    return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
-
-
-def packed_rows(batch: int, mesh: Mesh | None) -> int:
-    """Return the number of packed rows of images for a batch: one per device group, or one if rows do not divide."""
-    return row_ways(mesh) if batch % row_ways(mesh) == 0 else 1
-
-
-def place_inputs(model: Model, arrays: Mapping[str, Any]) -> dict[str, jax.Array | None]:
-    """Move a batch to the model's devices; images of any size are packed into one row for each device group.
-
-    Images without `input_ids` stay in the packed rows they are in.
-    """
-    mesh, names = mesh_of(model.params), ("input_ids", "pixel_values", "image_grid_thw")
-    ids, pixels, grids = (arrays.get(name) for name in names)
-    if ids is not None and pixels is not None and grids is not None:
-        arrays = {**arrays, **repacked(model.cfg, pixels, grids, packed_rows(len(ids), mesh))}
-    return place_batch(arrays, mesh)
-
-
-def place_batch(arrays: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array | None]:
-    """Move host arrays to the devices, split along the batch axis if the mesh divides it (else replicated)."""
-    placed: dict[str, jax.Array | None] = {}
-    for name, array in arrays.items():
-        if array is None or mesh is None:
-            placed[name] = None if array is None else jnp.asarray(array)
-            continue
-        axes = ("batch",) if array.shape[0] % row_ways(mesh) == 0 else (None,)
-        array_sharding = sharding(mesh, axes + (None,) * (array.ndim - 1))
-        if isinstance(array, np.ndarray):  # device_put would first compare all of it between the processes
-            placed[name] = jax.make_array_from_callback(array.shape, array_sharding, array.__getitem__)
-        else:
-            placed[name] = jax.device_put(array, array_sharding)
-    return placed

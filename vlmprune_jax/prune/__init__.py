@@ -2,11 +2,12 @@
 
 from vlmprune_jax.plans.kept import KeptLayer, KeptStack, KeptVocabulary
 from vlmprune_jax.plans.plan import PrunePlan, compose, keep_everything
-from vlmprune_jax.prune.config import METHODS, PlanConfig, ReconstructConfig, ScoreConfig, VocabularyConfig
+from vlmprune_jax.prune.config import METHODS, PlanConfig, ScoreConfig, VocabularyConfig
 from vlmprune_jax.prune.criteria import CRITERIA, Criterion
 from vlmprune_jax.prune.fingerprints import fingerprint
 from vlmprune_jax.prune.folder import prune_folder
 from vlmprune_jax.prune.iterative import prune_iteratively
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import reconstruct
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.scoring import score

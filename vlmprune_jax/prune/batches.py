@@ -44,7 +44,7 @@ def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str
     """Return a name for every calibration row, for messages: the record's id if known."""
     names = list[str]()
     for batch, arrays in zip(batches, checked, strict=True):
-        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["kind"])
+        ids = getattr(batch, "record_ids", None) or [""] * len(arrays["token_types"])
         names += [f"record {name}" if name else f"row {len(names) + at}" for at, name in enumerate(ids)]
     return names
 
@@ -62,13 +62,15 @@ def row_batches(
     Raises UserError if there are too few rows, or no token of them has weight.
     """
     rows = [
-        {name: array[row] for name, array in arrays.items()} for arrays in batches for row in range(len(arrays["kind"]))
+        {name: array[row] for name, array in arrays.items()}
+        for arrays in batches
+        for row in range(len(arrays["input_ids"]))
     ]
     names = names or [f"row {number}" for number in range(len(rows))]
     rows = [row | {"name": name} for name, row in zip(names, rows, strict=True) if row["attention_mask"].any()]
     # By content, so that the order of the rows is immaterial.
     rows.sort(key=lambda row: hashlib.sha256(row["input_ids"][row["attention_mask"] == 1].tobytes()).digest())
-    weight_of, size = weight_of_token_types(settings), len(batches[0]["kind"])
+    weight_of, size = weight_of_token_types(settings), len(batches[0]["token_types"])
     grouped = [
         text_batch(stack_rows(part, size), weight_of, [row["name"] for row in part], held_out)
         for chosen, held_out in _parted(rows, settings, "rows")
@@ -89,7 +91,7 @@ def text_batch(
     """Return rows as `stack_rows` makes them; `weight_of`: weight of a token of each type."""
     inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
-    return CalibrationBatch(inputs, context, weight_of[arrays["kind"]], list(names), held_out, arrays["labels"])
+    return CalibrationBatch(inputs, context, weight_of[arrays["token_types"]], list(names), held_out, arrays["labels"])
 
 
 def image_batches(
@@ -99,11 +101,11 @@ def image_batches(
     images = dict[bytes, _Picture]()
     row = 0
     for arrays in batches:
-        for at in range(len(arrays["kind"])):
+        for at in range(len(arrays["token_types"])):
             for pixels, grid in _images(arrays, at, cfg):
                 key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
                 images |= {key: (pixels, grid, names[row + at])}
-        row += len(arrays["kind"])
+        row += len(arrays["token_types"])
     chosen = [images[key] for key in sorted(images)]
     assert cfg.vision is not None
     positions = cfg.vision.grid**2 + cfg.vision.class_token
@@ -111,7 +113,7 @@ def image_batches(
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
     parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, "images")]
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
-    size = len(batches[0]["kind"])
+    size = len(batches[0]["token_types"])
     return [
         _image_batch(packs[at : at + size], (size, positions, most), held_out)
         for packs, held_out in parts
@@ -131,7 +133,7 @@ def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.nda
                 yield pixels[row, at : at + int(np.prod(grid))], grid
                 at += int(np.prod(grid))
         return
-    real = real_images(arrays["kind"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
+    real = real_images(arrays["token_types"][row : row + 1], pixels.shape[1], cfg.tokens_per_image)[0]
     for image in pixels[row, real]:
         yield image, None
 

@@ -1,4 +1,4 @@
-"""Settings of scoring, planning and reconstruction, declared once for Python, configs and the command line; no jax."""
+"""Settings of scoring and planning, declared once for Python, configs and the command line; no jax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from vlmprune_jax.core.settings import (
     MAX_ROWS,
     check_settings,
     prune_setting,
-    reconstruct_setting,
     score_setting,
     setting,
     settings_of,
@@ -34,7 +33,7 @@ SELECTIONS = ("local", "global")
 # variant of Taylor importance -> whether it needs per-sample squared gradients
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
 # combination of the scores of experts over token types
-TOKEN_TYPES = ("pooled", "sum", "max", "floor")
+COMBINATIONS = ("pooled", "sum", "max", "floor")
 REDUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda stack: stack.sum(axis=0),
     "mean": lambda stack: stack.mean(axis=0),
@@ -47,7 +46,6 @@ GQA = ("groups", "q_heads")
 # blocks of llama.cpp's Q8_0 and Q4_0 and of its K-quants, which lie along a row (a row that does not divide is stored
 # in another type); groups of int4 weights that share a scale.
 BLOCKS = {"tpu": 128, "gguf": 32, "gguf_k": 256, "int4": 128}
-RECONSTRUCTIONS = ("none", "least_squares", "layerwise")
 _DEPTH = ("protect", "rounding", "deepstack", "producers")
 _WIDTH = (
     "attn_layers", "mlp_layers", "heads_multiple", "neurons_multiple", "align_to", "tensor_parallel", "heads",
@@ -132,7 +130,7 @@ class ScoreConfig:
         "pooled",
         'Scores of experts from image, prompt and answer tokens: all tokens together ("pooled"), the sum or maximum of '
         'each type\'s scores as shares of its layer ("sum", "max"), or each type\'s best experts in turn ("floor").',
-        choices=TOKEN_TYPES,
+        choices=COMBINATIONS,
     )
     by_token_type: bool = score_setting(
         False,
@@ -394,80 +392,3 @@ class PlanOptions(TypedDict, total=False):
     steps: int
     budget: Budget | Mapping[str, Any]
     vocabulary: VocabularyConfig | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TokenWeights:
-    """Weights of calibration tokens by type (prompt, image, answer) in reconstruction, GPTQ and importance matrices."""
-
-    prompt_weight: float = reconstruct_setting(
-        1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
-    )
-    image_weight: float = reconstruct_setting(
-        0.1, "Weight of image and video tokens in the reconstruction error (low: there are many; 0 = ignored).", least=0
-    )
-    answer_weight: float = reconstruct_setting(
-        1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0
-    )
-
-    def __post_init__(self) -> None:
-        check_settings("reconstruct", self)
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """Weights of calibration tokens as {setting name: weight}."""
-        return {name: getattr(self, name) for name in settings_of(TokenWeights)}
-
-
-@dataclass(frozen=True)
-class ReconstructConfig(TokenWeights):
-    """Settings of reconstruction, the least-squares repair of pruned weights before any training."""
-
-    SECTION: ClassVar[str] = "reconstruct"
-
-    method: str = reconstruct_setting(
-        "least_squares",
-        'Repair of the pruned weights: none ("none"), least squares ("least_squares"), or least squares and then '
-        "training of each layer alone to match the unpruned model's hidden states "
-        '("layerwise", for plans that remove layers).',
-        choices=RECONSTRUCTIONS,
-    )
-    samples: int = reconstruct_setting(512, "Number of calibration records for the fit.", unit="records", least=2)
-    batch_size: int = reconstruct_setting(
-        8, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS
-    )
-    longest_text: int | None = reconstruct_setting(
-        None,
-        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
-        unit="tokens",
-        least=1,
-    )
-    seed: int = reconstruct_setting(42, "Random seed for drawing the calibration records.", least=0, below=2**32)
-    readers: str = reconstruct_setting(
-        "auto",
-        "Also repair the weights that read the residual stream (q, k, v, gate, up): if less than 40 % of the neurons "
-        'are left and the held-out error falls ("auto"), or never ("none").',
-        choices=("auto", "none"),
-    )
-    refit: bool | None = reconstruct_setting(
-        None,
-        "Solve again on all records after the ridge penalty is chosen; otherwise the weights never depend on the "
-        "held-out records. None = True, except for `layerwise` training, which uses these records to stop.",
-    )
-    held_out: float = reconstruct_setting(
-        0.125,
-        "Share of calibration records held out to choose each weight's ridge penalty, or leave it unchanged.",
-        unit=FRACTION,
-        above=0,
-        below=1,
-    )
-
-    @property
-    def trains_layers(self) -> bool:
-        """True if every layer is also trained after its least-squares repair."""
-        return self.method == "layerwise"
-
-    @property
-    def refits(self) -> bool:
-        """True if weights are solved again on all records after the ridge penalty is chosen."""
-        return not self.trains_layers if self.refit is None else self.refit

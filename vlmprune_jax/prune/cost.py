@@ -33,7 +33,8 @@ from vlmprune_jax.models.flops import (
     weight_flops,
 )
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune.solver import Costs, OutOfReach, layer_costs
+from vlmprune_jax.prune.layer_costs import Costs, layer_costs
+from vlmprune_jax.prune.solver import OutOfReach
 
 Measure = Callable[[ModelConfig], dict[str, float]]  # cost of a config, by the names of the limits
 

@@ -12,8 +12,9 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import OutOfReach, layer_costs
+from vlmprune_jax.prune.solver import OutOfReach
 
 
 def choose_layers(

@@ -24,7 +24,8 @@ from vlmprune_jax.hf.layout import make_slots, match_keys
 from vlmprune_jax.hf.read import find_weights, read_config, resolve
 from vlmprune_jax.models.flops import active_params
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.prune.solver import layer_costs, most_removable, units_of
+from vlmprune_jax.prune.layer_costs import layer_costs
+from vlmprune_jax.prune.solver import most_removable, units_of
 
 PARTS = ("text", "vision", "projector")
 

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.hf.lazy import FileArray, FileStack
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model
 
 SAMPLES = 32  # weights sampled per tensor and layer: 300 tensors give 9,600, for about 40 MB of page reads at 7B
 _GOLDEN = 0.6180339887498949  # multiples of the golden ratio spread over a tensor without lining up with its columns

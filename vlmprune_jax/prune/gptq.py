@@ -40,11 +40,12 @@ from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.compressed_tensors import SCHEMES, CompressedTensors
 from vlmprune_jax.hf.layout import Slot, by_key, make_slots
 from vlmprune_jax.models.context import READERS, WRITERS
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, row_batches
-from vlmprune_jax.prune.config import TokenWeights
 from vlmprune_jax.prune.criteria.calibration import calibration_batches, positive
 from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block
+from vlmprune_jax.prune.reconstruct_config import TokenWeights
 from vlmprune_jax.prune.walk import LayerStream, walk
 
 _DAMPING = 0.01  # of each column's own weight, as GPTQ has it of their mean

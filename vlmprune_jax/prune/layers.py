@@ -25,8 +25,9 @@ from vlmprune_jax.hf.lazy import to_device, to_host
 from vlmprune_jax.models.block import Block
 from vlmprune_jax.models.context import KEYS, WRITERS, LayerEmbeds
 from vlmprune_jax.models.params import flatten, unflatten
+from vlmprune_jax.models.placement import mesh_of, place_batch
 from vlmprune_jax.models.stack import fill
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, stack_module
+from vlmprune_jax.models.vlm import Model, stack_module
 
 Shared = Mapping[int, tuple[Any, Any]]  # window -> keys and values for layers that have none
 T = TypeVar("T")

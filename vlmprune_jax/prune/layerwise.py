@@ -1,4 +1,4 @@
-"""Training of one layer at a time against the dense residual stream, after its reconstruction.
+"""Training of one layer at a time against the unpruned residual stream, after its reconstruction.
 
 It needs the memory of one layer, its optimizer and the streams of a few rows, so that a model of any size trains on one
 small chip. It lowers perplexity after depth cuts and does nothing for width pruning.
@@ -19,7 +19,7 @@ import optax
 
 from vlmprune_jax.core.config import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
-from vlmprune_jax.models.vlm import place_batch
+from vlmprune_jax.models.placement import place_batch
 from vlmprune_jax.prune.layers import Given, Layer, Rows, run_block, to_devices
 from vlmprune_jax.prune.walk import LayerStream
 

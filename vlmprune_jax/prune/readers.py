@@ -1,6 +1,6 @@
-"""Repair of the weights that read the residual stream: a linear map from the pruned norm outputs to the dense ones.
+"""Repair of the weights that read the residual stream: a linear map from the pruned norm outputs to the unpruned ones.
 
-With n the norm output that attention (or MLP) of the pruned model reads and m that of the dense model, sum_t w_t
+With n the norm output that attention (or MLP) of the pruned model reads and m that of the unpruned model, sum_t w_t
 |m_t - n_t - D^T n_t|^2 is minimised over D, and the matrix I + D^T is merged into q, k and v (or gate and up). No
 parameter is added. It pays once so much is removed that the writers alone cannot bring the stream back.
 """
@@ -26,9 +26,11 @@ READER_OF = {"o_proj": "self_attn", "down_proj": "mlp"}  # the input of the bran
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "cfg", "reader"))
-def _sums(params: Any, x: Any, weight: Any, given: Given, dense: Any, *, stack: str, cfg: Stack, reader: str) -> Sums:
+def _sums(
+    params: Any, x: Any, weight: Any, given: Given, unpruned: Any, *, stack: str, cfg: Stack, reader: str
+) -> Sums:
     block, _, values = run_block(stack, cfg, params, x, given, (reader,))
-    target = getattr(block, block.names.norms[list(READER_OF.values()).index(reader)])(dense)
+    target = getattr(block, block.names.norms[list(READER_OF.values()).index(reader)])(unpruned)
     read, counts = values[reader], weight[..., None] > 0
     read, missing = jnp.where(counts, read, 0.0), jnp.where(counts, target - read, 0.0)
     scaled = read * jnp.where(weight > 0, weight / jnp.mean(target * target, axis=-1), 0.0)[..., None]
@@ -44,21 +46,21 @@ def can_read(layer: Layer, reader: str) -> bool:
 
 
 def reader_change(
-    layer: Layer, reader: str, stream: LayerStream, place: int, dense: Sequence[jax.Array], *, refit: bool
+    layer: Layer, reader: str, stream: LayerStream, place: int, unpruned: Sequence[jax.Array], *, refit: bool
 ) -> tuple[np.ndarray, float] | None:
     """Solve for a linear change of a branch's normalised input; return it with its ridge penalty, None if none helps.
 
     Args:
       stream: calibration rows at the layer's input.
       place: the layer's number among those that are left.
-      dense: the dense stream in front of the branch's norm, of each batch.
+      unpruned: the unpruned stream in front of the branch's norm, of each batch.
       refit: solve again on all rows after the ridge is chosen.
     """
 
-    def sums(rows: Rows, dense: jax.Array) -> Sums:
-        return _sums(layer.params, *rows, dense, stack=layer.stack, cfg=layer.cfg, reader=reader)
+    def sums(rows: Rows, unpruned: jax.Array) -> Sums:
+        return _sums(layer.params, *rows, unpruned, stack=layer.stack, cfg=layer.cfg, reader=reader)
 
-    fit, held = (total_sums(stream, place, held_out, sums, dense, what=reader) for held_out in (False, True))
+    fit, held = (total_sums(stream, place, held_out, sums, unpruned, what=reader) for held_out in (False, True))
     best = best_ridge(fit, held)
     if best is None:
         return None

@@ -3,24 +3,25 @@
 After pruning, what a layer adds to the residual stream is wrong, and so is the stream that earlier layers left. Both
 are repaired where the layer writes to the stream: with x the input of `down_proj` (or `o_proj`) in the pruned model and
 r the error of the stream, sum_t w_t |r_t - D^T x_t|^2 is minimised over a change D of the weight. No parameter is
-added. The layer before a depth cut closes it: its target is the dense stream behind the cut.
+added. The layer before a depth cut closes it: its target is the unpruned stream behind the cut.
 
 Where a block adds a per-layer branch behind its MLP and scales its output (Gemma 4), the target is that of the stream
-between MLP and branch, from which both make the dense stream.
+between MLP and branch, from which both make the unpruned stream.
 
-If a norm follows the projection, what enters the norm is fitted: at the statistics of the dense model's output the norm
-is an affine map, which scales x and r. The reported error is always that of the stream, computed with the norm itself.
+If a norm follows the projection, what enters the norm is fitted: at the statistics of the unpruned model's output the
+norm is an affine map, which scales x and r. The reported error is always that of the stream, computed with the norm
+itself.
 
 The tower is reconstructed before the decoder, over the positions of all images with equal weight; the decoder then
-reads the features of the reconstructed tower, and its dense stream those of the dense tower.
+reads the features of the reconstructed tower, and its unpruned stream those of the unpruned tower.
 
-The residual streams of the dense and of the pruned model are in memory (`walk`), float32[rows, seq, embed] each, of a
-tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first layer
-to whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and sums
-are reduced over the mesh. On the device are one layer of either model, the activations of a batch, and for one module
-at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out rows: 8 * in * (in +
-embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise the few tokens with a
-massive residual would dominate.
+The residual streams of the unpruned and of the pruned model are in memory (`walk`), float32[rows, seq, embed] each, of
+a tower float32[images, positions, width] (2.4 MB an image of CLIP ViT-L at 336 pixels), and one more for each first
+layer to whose output features of the tower are added (Qwen3-VL: three). Each process holds the rows of its devices, and
+sums are reduced over the mesh. On the device are one layer of either model, the activations of a batch, and for one
+module at a time the sums G = sum w x x^T [in, in] and C = sum w x r^T [in, embed], of fitted and held-out rows: 8 * in
+* (in + embed) bytes in all. Tokens are weighted by 1 / mean(h^2), the factor of the next norm: otherwise the few tokens
+with a massive residual would dominate.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ from vlmprune_jax.distributed.mesh import gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import WRITERS
 from vlmprune_jax.models.params import param_shapes
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
-from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.expert_repair import has_experts, repair_experts, with_experts
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
 from vlmprune_jax.prune.layerwise import replaced, train_layer
 from vlmprune_jax.prune.readers import READER_OF, can_read, reader_change
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.ridge import Sums, best_ridge, total_sums
 from vlmprune_jax.prune.ridge import change as solve
 from vlmprune_jax.prune.surgery import check_plan_is_for, trim_vocabulary
@@ -87,7 +89,7 @@ def reconstruct(
       pruned: the model that `plan` leaves of `teacher`, on one device or a mesh; weights on the host or in files
         (`hf.lazy.open_model`) go to the device one layer at a time.
       plan: the plan.
-      teacher: the dense model, in the same place.
+      teacher: the unpruned model, in the same place.
       batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
       progress: called with the number of finished layers, out of `layers_to_solve`.
       cache: keeps solved changes, to continue after an interruption.
@@ -136,14 +138,14 @@ def _streams(
     teacher: Model, pruned: Model, stack: str, batches: Sequence[CalibrationBatch]
 ) -> tuple[LayerStream, LayerStream]:
     """Return the calibration batches at the first layer of the unpruned and of the pruned model."""
-    dense, stream = LayerStream(teacher, stack, batches), LayerStream(pruned, stack, batches)
-    for at, pair in enumerate(zip(dense.embeds, stream.embeds, strict=True)):
+    unpruned, stream = LayerStream(teacher, stack, batches), LayerStream(pruned, stack, batches)
+    for at, pair in enumerate(zip(unpruned.embeds, stream.embeds, strict=True)):
         if all(
             bool(jnp.array_equal(to_devices(a), to_devices(b)))
             for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
         ):
-            stream.embeds[at] = dense.embeds[at]  # of one tower: in memory once
-    return dense, stream
+            stream.embeds[at] = unpruned.embeds[at]  # of one tower: in memory once
+    return unpruned, stream
 
 
 class Targets(NamedTuple):
@@ -164,7 +166,7 @@ class Targets(NamedTuple):
 
 def _solve(
     kept: KeptStack,
-    dense: LayerStream,
+    unpruned: LayerStream,
     stream: LayerStream,
     cache: ArrayCache | None,
     config: ReconstructConfig,
@@ -172,13 +174,13 @@ def _solve(
 ) -> tuple[dict[int, dict[str, np.ndarray]], list[SolveReport]]:
     """Solve for a stack's repaired weights; return {layer: {path: array}} and a report per weight.
 
-    `dense`, `stream`: the unpruned and the pruned model's.
+    `unpruned`, `stream`: the unpruned and the pruned model's.
     """
     solved, report, trains = dict[int, dict[str, np.ndarray]](), list[SolveReport](), False
     for number in range(kept.kept_layers[0]):
-        dense.advance(dense.layer(number), number)
+        unpruned.advance(unpruned.layer(number), number)
     for number, (first, end) in enumerate(_spans(kept)):
-        targets = _targets(dense, first, end, _modules(kept, number), reads=_reads(config, kept))
+        targets = _targets(unpruned, first, end, _modules(kept, number), reads=_reads(config, kept))
         layer = dataclasses.replace(stream.layer(number), number=first)
         for module in WRITERS:
             key, lost = f"{stream.stack}/{number}/{module}", module in _modules(kept, number)
@@ -215,14 +217,14 @@ def _solve(
     return solved, report
 
 
-def _targets(dense: LayerStream, first: int, end: int, modules: Sequence[str], *, reads: bool) -> Targets:
+def _targets(unpruned: LayerStream, first: int, end: int, modules: Sequence[str], *, reads: bool) -> Targets:
     """Run the unpruned model's layers `first` to `end`; return the streams that repairs of the first one need."""
-    before = [state.x for state in dense.states] if reads else []
+    before = [state.x for state in unpruned.states] if reads else []
     capture = ("statistics", "middle") if reads or "o_proj" in modules else ("statistics",)
-    captured = dense.advance(dense.layer(first), first, capture)
+    captured = unpruned.advance(unpruned.layer(first), first, capture)
     for removed in range(first + 1, end):
-        dense.advance(dense.layer(removed), removed)
-    after, statistics = [state.x for state in dense.states], [values["statistics"] for values in captured]
+        unpruned.advance(unpruned.layer(removed), removed)
+    after, statistics = [state.x for state in unpruned.states], [values["statistics"] for values in captured]
     return Targets(before, [values.get("middle") for values in captured], after, statistics)
 
 
@@ -324,7 +326,7 @@ def _sums(
         missing = (block.before_extra(target, given.embeds.per_layer_embeds, hidden_pruned) - hidden_pruned) * factor
         read = read * factor
     if statistics is not None:
-        # At the dense output's statistics the norm is an affine map: what enters it is fitted to the dense model's.
+        # At the unpruned output's statistics the norm is an affine map: what enters it is fitted to the unpruned one.
         missing = missing + block.follow(module, out) * factor - block.follow(module, out, statistics) * factor
         read = read * statistics[..., 1:]
     # where, not products: padding may hold anything, and NaN * 0 is NaN

@@ -21,9 +21,10 @@ from vlmprune_jax.core.files import MAX_ARRAYS_BYTES, checked, parse_json, read_
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import BlockValues
-from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_inputs
+from vlmprune_jax.models.placement import mesh_of, place_inputs
+from vlmprune_jax.models.vlm import Model, Params
 from vlmprune_jax.prune.criteria.activations import batch_inputs, run_decoder
-from vlmprune_jax.prune.criteria.calibration import KINDS, PADDING, calibration_batches
+from vlmprune_jax.prune.criteria.calibration import PADDING, TOKEN_TYPES, calibration_batches
 from vlmprune_jax.prune.fingerprints import fingerprint
 
 ROUTING = "routing.npz"  # file in a workdir
@@ -48,7 +49,7 @@ class Routing:
     """Fingerprint of the model."""
 
     sums: Mapping[int, np.ndarray]
-    """{layer: float64[token types, sums, experts]}; row 0 is of type 1 in `calibration.KINDS`, sums are `SUMS`.
+    """{layer: float64[token types, sums, experts]}; row 0 is of type 1 in `calibration.TOKEN_TYPES`, sums are `SUMS`.
 
     Over the tokens that an expert computes: their number, gates as used, norms and squared norms of outputs before the
     gate, gates times norms, and the largest of these products.
@@ -58,7 +59,7 @@ class Routing:
     """{layer: uint16[tokens, experts per token]}, experts of the first calibration tokens, as many as fit the file."""
 
     token_types: np.ndarray
-    """uint8[tokens], the types of these tokens (`calibration.KINDS`)."""
+    """uint8[tokens], the types of these tokens (`calibration.TOKEN_TYPES`)."""
 
     made_from: str = ""
     """Hash of the settings and records, with which the score stage recognises its own file."""
@@ -67,7 +68,7 @@ class Routing:
     def occurring(self) -> list[str]:
         """Names of the token types that occur."""
         first = next(iter(self.sums.values()))
-        return [name for name, number in KINDS.items() if first[number - 1, 0].any()]
+        return [name for name, number in TOKEN_TYPES.items() if first[number - 1, 0].any()]
 
     def affected(self, layer: int, kept: Collection[int]) -> dict[str, float]:
         """Return the share of each type's tokens that lose at least one of their experts if only `kept` are left.
@@ -75,7 +76,7 @@ class Routing:
         The output of all other tokens is unchanged if gates are divided by their sum and the layer's input is the same.
         """
         lost = np.any(~np.isin(self.choices[layer], list(kept)), axis=1)
-        each = {name: lost[self.token_types == number] for name, number in KINDS.items()}
+        each = {name: lost[self.token_types == number] for name, number in TOKEN_TYPES.items()}
         return {name: float(tokens.mean()) for name, tokens in each.items() if len(tokens)}
 
     def joined(self, other: Routing) -> Routing:
@@ -101,7 +102,7 @@ class Routing:
             checked(meta, _Meta, f"{path}: meta", _TODO)
             types = _array(arrays.pop("token_types"), (None,), "uint8")
             layers = [int(name.split("/")[0]) for name in arrays if name.endswith("/sums")]
-            sums = {i: _array(arrays.pop(f"{i}/sums"), (len(KINDS), len(SUMS), None), "float64") for i in layers}
+            sums = {i: _array(arrays.pop(f"{i}/sums"), (len(TOKEN_TYPES), len(SUMS), None), "float64") for i in layers}
             choices = {i: _array(arrays.pop(f"{i}/choices"), (len(types), None), "uint16") for i in layers}
             if arrays or not layers or any(choices[i].max(initial=0) >= sums[i].shape[2] for i in layers):
                 raise ValueError("sums and choices do not belong together")
@@ -131,10 +132,10 @@ def measure_routing(model: Model, batches: Iterable[Any], *, progress: Callable[
     types, room = list[np.ndarray](), _MOST_CHOICES // per_token
     with use_mesh(mesh):
         for number, arrays in enumerate(calibration_batches(batches, model.cfg, labels=False), start=1):
-            layers = _route(params, place_inputs(model, batch_inputs(arrays)), cfg=model.cfg)
-            kind = arrays["kind"]
-            real = np.flatnonzero(kind != PADDING)[: max(room - sum(map(len, types)), 0)]
-            types.append(kind.reshape(-1)[real].astype(np.uint8))
+            layers = _route(params, place_inputs(model.params, model.cfg, batch_inputs(arrays)), cfg=model.cfg)
+            row_types = arrays["token_types"]
+            real = np.flatnonzero(row_types != PADDING)[: max(room - sum(map(len, types)), 0)]
+            types.append(row_types.reshape(-1)[real].astype(np.uint8))
             for i, (chosen, of_batch) in enumerate(layers):
                 new = np.asarray(of_batch, np.float64)
                 sums[i] = _joined(sums[i], new) if i in sums else new
@@ -155,14 +156,14 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _route(params: Params, batch: Mapping[str, Any], *, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
     """Return (chosen experts int[batch, seq, k], sums float32[token types, sums, experts]) of every layer."""
-    run, kind = run_decoder(params, cfg, batch)
+    run, token_types = run_decoder(params, cfg, batch)
 
     def hook(block: BlockValues) -> tuple[jax.Array, jax.Array]:
         experts, gates, norms = block.inputs["routed"][:3]
         g, f = gates.astype(jnp.float32), norms.astype(jnp.float32)
         values = jnp.stack([jnp.ones_like(f), g, f, f * f, g * f])
-        zeros = jnp.zeros((len(KINDS) + 1, len(block.params["mlp"]["router"]["weight"])), jnp.float32)
-        places = kind[..., None], experts  # padding, whose values may be anything, has a row of its own
+        zeros = jnp.zeros((len(TOKEN_TYPES) + 1, len(block.params["mlp"]["router"]["weight"])), jnp.float32)
+        places = token_types[..., None], experts  # padding, whose values may be anything, has a row of its own
         sums = [*jax.vmap(lambda value: zeros.at[places].add(value))(values), zeros.at[places].max(g * f)]
         return experts, jnp.stack(sums, axis=1)[1:]
 

@@ -21,8 +21,8 @@ from vlmprune_jax.prune.config import PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.scores import Scores, fits_layers
-from vlmprune_jax.prune.solver import layer_costs
 from vlmprune_jax.prune.token_sources import choose_vocabulary
 from vlmprune_jax.prune.width import Kept, choose_widths, kept_layer, pruned_layer
 

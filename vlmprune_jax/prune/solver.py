@@ -1,4 +1,4 @@
-"""From a ratio to widths: the cost of a layer as a function of its sizes, and the sizes that reach a target."""
+"""From a ratio to widths: the prunable units of a layer, and the numbers of them that reach a target."""
 
 from __future__ import annotations
 
@@ -12,81 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.layer import Layer, array_axes, scan_groups
+from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
-from vlmprune_jax.models.params import param_axes, param_shapes
 from vlmprune_jax.prune.config import BLOCKS, PlanConfig
+from vlmprune_jax.prune.layer_costs import Costs, Polynomial
 
 GRID = 10_000  # sparsities that are tried: multiples of 1e-4
 
 
 class OutOfReach(UserError):
     """Error raised if a pruning method cannot remove the requested number of parameters."""
-
-
-@dataclass(frozen=True)
-class Polynomial:
-    """Number of parameters of a layer, exact for all sizes of its prunable axes.
-
-    No weight has an axis twice, so each weight is a product of sizes and a constant.
-    """
-
-    terms: tuple[tuple[tuple[str, ...], int], ...]
-    """Pairs (axes, coefficient)."""
-
-    def __call__(self, sizes: Mapping[str, Any]) -> Any:
-        """Return the count for these sizes, numbers or arrays that broadcast against each other."""
-        return sum(coefficient * math.prod(sizes[axis] for axis in axes) for axes, coefficient in self.terms)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Parameter counts of the layers of one component."""
-
-    kinds: Mapping[Layer, Polynomial]
-    """Counts as polynomials, by `Layer.kind`."""
-
-    def at(self, layer: Layer) -> Polynomial:
-        """Return the count of this kind of layer as a polynomial in its sizes."""
-        return self.kinds[layer.kind]
-
-    def of(self, layer: Layer) -> int:
-        """Return the number of parameters of a layer."""
-        return int(self.at(layer)(layer.sizes))
-
-    def active(self, layer: Layer, tokens: int = 1) -> int:
-        """Return the number of parameters of a layer that the computation of this many tokens uses at most."""
-        return int(self.at(layer)(layer.active_sizes(tokens)))
-
-    def price(self, layer: Layer, axis: str) -> int:
-        """Return the number of parameters that one unit of an axis takes along, with the units that belong to it."""
-        fewer = layer.completed({axis: layer.sizes[axis] - 1})
-        return self.of(layer) - int(self.at(layer)({**layer.sizes, **fewer}))
-
-
-def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
-    """Return the parameter costs of a component's layers; with `products` only matrices are counted.
-
-    A layer's part of a parameter of all layers (axis `depth`) is among them.
-    """
-    axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[Layer, Polynomial]()
-    for run, (_, _, layer) in enumerate(scan_groups(cfg.stack(stack).layers)):
-        if layer.kind in kinds:
-            continue
-        terms = Counter[tuple[str, ...]]()
-        for name, sizes in shapes.items():
-            names, in_run = axes[name], name.startswith(f"{stack}/layers/{run}/")
-            if not in_run and not (name.startswith(f"{stack}/") and "depth" in names and not products):
-                continue
-            if products and (name.endswith("/bias") or len(names) < 3):
-                continue
-            fixed = [n for axis, n in zip(names, sizes, strict=True) if axis not in ("layer", "depth", *layer.sizes)]
-            terms[tuple(axis for axis in array_axes(names) if axis in layer.sizes)] += math.prod(fixed)
-        kinds[layer.kind] = Polynomial(tuple(terms.items()))
-    return Costs(kinds)
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.hf.lazy import FileStack
 from vlmprune_jax.models.params import flatten, layer_axes, param_axes, stack_layers, unflatten, unstack_layers
-from vlmprune_jax.models.vlm import Model, Params, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model, Params
 from vlmprune_jax.plans.kept import KeptLayer, KeptVocabulary, Sizes
 from vlmprune_jax.plans.plan import PrunePlan, compose
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest

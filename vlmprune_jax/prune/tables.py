@@ -13,9 +13,9 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.config import PlanConfig
+from vlmprune_jax.prune.layer_costs import layer_costs
 from vlmprune_jax.prune.routing import Routing
 from vlmprune_jax.prune.scores import Scores
-from vlmprune_jax.prune.solver import layer_costs
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 NONE = "-"

@@ -30,7 +30,8 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.hf.lazy import to_device
 from vlmprune_jax.models.context import STREAM, LayerEmbeds
 from vlmprune_jax.models.params import flatten, unflatten
-from vlmprune_jax.models.vlm import Model, mesh_of, place_batch, place_inputs, to_nnx
+from vlmprune_jax.models.placement import mesh_of, place_batch, place_inputs
+from vlmprune_jax.models.vlm import Model, to_nnx
 from vlmprune_jax.prune.batches import CalibrationBatch
 from vlmprune_jax.prune.layers import Given, Layer, Rows, State, streamed, to_devices
 
@@ -64,7 +65,7 @@ class LayerStream:
         self.states, self.embeds = list[State](), list[LayerEmbeds]()  # arrays apart for every layer that is left
 
         def embed(batch: CalibrationBatch) -> tuple[jax.Array, LayerEmbeds]:
-            return _embed(params, place_inputs(model, batch.inputs), cfg=model.cfg, dtype=dtype)
+            return _embed(params, place_inputs(model.params, model.cfg, batch.inputs), cfg=model.cfg, dtype=dtype)
 
         for x, embeds in streamed(embed, batches, hosts=self._hosts):
             self.states.append(State(x, {}))

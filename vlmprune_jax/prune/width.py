@@ -19,15 +19,14 @@ from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.plans.kept import KeptLayer
 from vlmprune_jax.prune.config import METHOD_AXES, PlanConfig
+from vlmprune_jax.prune.layer_costs import Costs, layer_costs
 from vlmprune_jax.prune.scores import Scores
 from vlmprune_jax.prune.solver import (
-    Costs,
     OutOfReach,
     Units,
     Widths,
     apart,
     check_divides,
-    layer_costs,
     most_removable,
     multiples,
     reason_of,

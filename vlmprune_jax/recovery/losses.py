@@ -23,7 +23,8 @@ from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import LayerEmbeds
 from vlmprune_jax.models.inputs import check_inputs
 from vlmprune_jax.models.patch_rows import rejoined
-from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, mesh_of, to_nnx
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import IMAGE_INPUTS, Model, Params, encode, head_of, to_nnx
 from vlmprune_jax.models.vocabulary import Head, chunk_sums
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig

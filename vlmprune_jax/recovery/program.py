@@ -19,7 +19,8 @@ from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.families import family_of
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
-from vlmprune_jax.models.vlm import Model, Params, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model, Params
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.surgery import trim_vocabulary
 from vlmprune_jax.recovery.checkpoint import weights_digest

@@ -16,7 +16,8 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.params import Flat, flatten, init_params, layer_axes, param_axes, unflatten
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.config import MAIN, Rule, resolve_rules
 
 LORA_SUFFIXES = ("lora_a", "lora_b")

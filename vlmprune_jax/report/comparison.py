@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,53 +10,41 @@ from typing import Any
 import numpy as np
 
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.evaluation.speed.ratio import SpeedUp
 from vlmprune_jax.evaluation.statistics import holm, interval_of_mean, p_of_difference
 from vlmprune_jax.report import comparison_plots as plots
 from vlmprune_jax.report.answers import CHANCE, SIGNIFICANT
-from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, Cost, drawable, series_of, titles_of, way_of
+from vlmprune_jax.report.comparison_plots import BANDS, DATA, REMOVED, drawable, series_of, titles_of, way_of
+from vlmprune_jax.report.comparison_table import (
+    COSTS,
+    DECODE,
+    MOST_SETS,
+    SPEEDUPS,
+    interval_of,
+    models_table,
+    retention_of,
+    speedup_of,
+    unpruned_names,
+)
 from vlmprune_jax.report.figures import figure_of
 from vlmprune_jax.report.page import Section, Table, write_page
 from vlmprune_jax.report.speed import LIMITS, RULE
-from vlmprune_jax.report.tables import OF_CONTROL, over
-from vlmprune_jax.workdir.comparison import averaged_sets, show_interval
+from vlmprune_jax.report.tables import over
+from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.result import ModelEvaluation
 from vlmprune_jax.workdir.sweep import (
     DONE,
     FAILED,
     Group,
     SweepResult,
-    SweptModel,
-    UnprunedModel,
     groups_of,
     question_parts,
     read_sweep,
-    unpruned_key,
 )
 
 FILE = "sweep.html"
 ENOUGH = 95.0  # percent retained: the paper's "almost all"
 LEAST_RADAR = 3  # sets
-MOST_SETS, MOST_FIGURES = 12, 6
-DECODE = "decode_speedup"
-PARAMETERS = Cost("Parameters", "parameters (millions)", lambda model: model.parameters / 1e6)
-COSTS = (
-    PARAMETERS,
-    Cost("Bytes of the weights", "MiB", lambda model: model.bytes / 2**20),
-    Cost("FLOPs of a prompt", "GFLOPs", lambda model: model.forward_flops / 1e9),
-)
-
-
-def _speedup(title: str, part: str) -> Cost:
-    label = "times the unpruned model's tokens/s"
-
-    def ends(model: SweptModel) -> tuple[float, float]:
-        return getattr(model, part).low, getattr(model, part).high
-
-    return Cost(title, label, lambda model: getattr(model, part).ratio, True, ends)
-
-
-SPEEDUPS = {part: _speedup(title, part) for part, title in (("prefill_speedup", "Prefill"), (DECODE, "Decoding"))}
+MOST_FIGURES = 6
 NOTES = (
     "A row is the mean over seeds. Retained: share of the unpruned model's score{averages}. 95 % interval: over "
     "questions, and over seeds (Student's t) if there are several; a model retains {enough:g} % if all of it is above. "
@@ -88,7 +75,7 @@ def build_comparison(workdir: Path) -> Path:
     ]
     rule = f"{RULE}{LIMITS}"
     notes = (NOTES.format(averages=_averages(sweep), enough=ENOUGH, rule=rule),)
-    sections.insert(0, Section("Models", tables=(_table(sweep, groups, verdicts),), notes=notes, folded=False))
+    sections.insert(0, Section("Models", tables=(models_table(sweep, groups, verdicts),), notes=notes, folded=False))
     return write_page(
         workdir / FILE,
         "Comparison of pruned models",
@@ -102,7 +89,7 @@ def build_comparison(workdir: Path) -> Path:
 def _best(groups: Sequence[Group]) -> Group | None:
     """Return the group of sweep runs with the highest retention (of equals, the smallest models)."""
     known = [group for group in groups if group.retained is not None]
-    return min(known, key=lambda group: (-_retention(group), group.mean("parameters")), default=None)
+    return min(known, key=lambda group: (-retention_of(group), group.mean("parameters")), default=None)
 
 
 def _against_best(workdir: Path, sweep: SweepResult, groups: Sequence[Group]) -> dict[str, str]:
@@ -162,36 +149,21 @@ def _lead(
 
 def _shown(group: Group) -> str:
     """Return a group's retention with its interval as text."""
-    ends = _interval(group)
-    return f"{_retention(group):.2f} %" + (f" (95 % interval {ends})" if ends else "")
-
-
-def _interval(group: Group) -> str:
-    """Return a group's 95 % interval as text, such as "95.1 to 97.3"; "" if it is unknown."""
-    _, low, high = group.retained or (0.0, 0.0, 0.0)
-    return show_interval(low, high) if low < high else ""
+    ends = interval_of(group)
+    return f"{retention_of(group):.2f} %" + (f" (95 % interval {ends})" if ends else "")
 
 
 def _smaller(group: Group, sweep: SweepResult) -> str:
     before = sweep.unpruned[group.first.unpruned].parameters
-    speedup, times = _speedup_of(group, DECODE), ""
+    speedup, times = speedup_of(group, DECODE), ""
     if speedup is not None:
         times = f" and {speedup} times the decoding speed" if speedup.measurable else f" and decoding speed {speedup}"
     return f"with {100 * (1 - group.mean('parameters') / before):.1f} % fewer parameters{times}"
 
 
-def _speedup_of(group: Group, part: str) -> SpeedUp | None:
-    """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
-    speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
-    unclear = next((speedup for speedup in speedups if speedup is None or not speedup.measurable), speedups[0])
-    if unclear is None or not unclear.measurable:
-        return unclear
-    return SpeedUp(*SPEEDUPS[part].of_group(group), spread=0.0)
-
-
 def _timed(group: Group) -> bool:
     """Return True if a group's speed-ups were measured, and are measurable."""
-    return all((speedup := _speedup_of(group, part)) is not None and speedup.measurable for part in SPEEDUPS)
+    return all((speedup := speedup_of(group, part)) is not None and speedup.measurable for part in SPEEDUPS)
 
 
 def _averages(sweep: SweepResult) -> str:
@@ -268,7 +240,7 @@ def _images_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sec
     if len({group.first.image_tokens for group in limited}) < 2:
         return
     series, lines = series_of(groups, by_images=False), dict[str, dict[int, list[ModelEvaluation]]]()
-    names = _unpruned_names(sweep)
+    names = unpruned_names(sweep)
     for key, unpruned in sweep.unpruned.items():
         if unpruned.image_tokens:
             lines.setdefault(names[key], {})[unpruned.image_tokens] = [unpruned.evaluation]
@@ -313,7 +285,7 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
     for group in sorted(drawable(groups), key=_asked):
         at = chosen.setdefault(_asked(group), {})
         known = at.get(series[group.name])
-        if known is None or _retention(group) > _retention(known):
+        if known is None or retention_of(group) > retention_of(known):
             at[series[group.name]] = group
     panels: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for at in chosen.values():
@@ -326,10 +298,6 @@ def _radar_section(sweep: SweepResult, groups: Sequence[Group]) -> Iterator[Sect
     yield Section("Every benchmark", figures=(figure_of(figure, alt, caption),))
 
 
-def _retention(group: Group) -> float:
-    return -math.inf if group.retained is None else group.retained[0]
-
-
 def _kept(group: Group, name: str) -> float | None:
     values = [model.evaluation.retained.get(name) for model in group.models]
     known = [value for value in values if value is not None]
@@ -339,65 +307,7 @@ def _kept(group: Group, name: str) -> float | None:
 def table_of(sweep: SweepResult, workdir: Path) -> Table:
     """Return a table with one row per unpruned model and per group of runs."""
     groups = groups_of(sweep)
-    return _table(sweep, groups, _against_best(workdir, sweep, groups))
-
-
-def _table(sweep: SweepResult, groups: Sequence[Group], verdicts: Mapping[str, str]) -> Table:
-    sets = sweep.sets
-    names, titles = list(sets)[:MOST_SETS], titles_of(groups)
-    unpruned = sorted(sweep.unpruned.items(), key=lambda item: -(item[1].image_tokens or 0))
-    rows = [_unpruned_row(key, model, sweep, names) for key, model in unpruned]
-    for group in groups:
-        averages = [value for model in group.models if (value := model.evaluation.paper_average) is not None]
-        before = sweep.unpruned[group.first.unpruned].parameters
-        rows.append(
-            {
-                "model": titles[group.name],
-                "retained, %": "" if group.retained is None else f"{group.retained[0]:.2f}",
-                OF_CONTROL: "" if group.of_control is None else f"{group.of_control[0]:.2f}",
-                "size, %": f"{100 * group.mean('parameters') / before:.1f}",
-                "decoding, x": "" if (speed := _speedup_of(group, DECODE)) is None else speed.show(interval=False),
-                "95 % interval": _interval(group),
-                "against the best": verdicts.get(group.name, ""),
-                "seeds": f"{len(group.models)}",
-                "paper avg, %": f"{sum(averages) / len(averages):.2f}" if len(averages) == len(group.models) else "",
-                "removed, % (of decoder)": f"{100 * group.mean('actual_ratio'):.1f} "
-                f"({100 * group.mean('decoder_ratio'):.1f})",
-                "data, %": f"{100 * group.first.data_fraction:g}" if group.first.data_fraction else "",
-                **_costs(group.models),
-                **{f"{name}: {sets[name].label}": group.show_mean(name, sets) for name in names},
-                "seconds": f"{group.mean('seconds'):.1f}",
-                "run": printable(group.name),
-            }
-        )
-    header = [name for name in rows[-1] if any(row.get(name) for row in rows)]
-    lower = tuple(f"{name}: {sets[name].label}" for name in names if not sets[name].higher_is_better)
-    smallest = ("size, %", "parameters", "MiB", "GFLOPs", "seconds", *lower)
-    first = len({"model", "retained, %", OF_CONTROL, "size, %", "decoding, x"} & {*header})
-    cells = tuple(tuple(row.get(name, "") for name in header) for row in rows)
-    return Table(f"{len(groups)} models, means over seeds", tuple(header), cells, first=first, ascending=smallest)
-
-
-def _unpruned_names(sweep: SweepResult) -> dict[str, str]:
-    """Return {key in `sweep.unpruned`: name of the model in tables}, with its folder if there are several models."""
-    models = {key: key.removesuffix(unpruned_key("", model.image_tokens)) for key, model in sweep.unpruned.items()}
-    several = len({*models.values()}) > 1
-    return {key: f"unpruned {printable(model)}" if several else "unpruned" for key, model in models.items()}
-
-
-def _unpruned_row(key: str, model: UnprunedModel, sweep: SweepResult, names: Sequence[str]) -> dict[str, str]:
-    sets, label = sweep.sets, _unpruned_names(sweep)[key]
-    label += f", {model.image_tokens} image tokens" if model.image_tokens else ""
-    scores = {
-        f"{name}: {sets[name].label}": sets[name].show(model.evaluation.main(name, sets), unit=False) for name in names
-    }
-    whole = {"retained, %": "100.00", "size, %": "100.0", "paper avg, %": "100.00"}
-    return {"model": label, **whole, **_costs([model]), **scores}
-
-
-def _costs(models: Sequence[SweptModel | UnprunedModel]) -> dict[str, str]:
-    parameters, mib, flops = (sum(map(cost.value_of, models)) / len(models) for cost in COSTS)
-    return {"parameters": f"{1e6 * parameters:,.0f}", "MiB": f"{mib:,.2f}", "GFLOPs": f"{flops:,.3f}"}
+    return models_table(sweep, groups, _against_best(workdir, sweep, groups))
 
 
 def _open_section(sweep: SweepResult) -> Iterator[Section]:

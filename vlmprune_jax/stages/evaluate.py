@@ -40,7 +40,8 @@ from vlmprune_jax.evaluation.speed.energy import EnergyMeter
 from vlmprune_jax.experiment.arguments import QUESTIONS, TEXT, evaluation_sets
 from vlmprune_jax.experiment.spec import affecting
 from vlmprune_jax.models.params import count_params
-from vlmprune_jax.models.vlm import Model, mesh_of
+from vlmprune_jax.models.placement import mesh_of
+from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.stages.work import Work, journal_path
 from vlmprune_jax.workdir.evaluation import evaluation_file
 from vlmprune_jax.workdir.ledger import Task, write_text

@@ -23,8 +23,8 @@ from vlmprune_jax.export.hub import push
 from vlmprune_jax.export.write import check_saved, save
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.prune import PrunePlan
-from vlmprune_jax.prune.config import ReconstructConfig
 from vlmprune_jax.prune.gptq import gptq, imatrix
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.stages.work import Work
 from vlmprune_jax.workdir.ledger import Task, remove
 

@@ -11,7 +11,7 @@ from vlmprune_jax.data import inputs
 from vlmprune_jax.data.cache import ArrayCache
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.experiment.spec import affecting
-from vlmprune_jax.prune.config import ReconstructConfig
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.prune.reconstruction import layers_to_solve, reconstruct
 from vlmprune_jax.stages.work import Work
 

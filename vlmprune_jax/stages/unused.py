@@ -22,7 +22,8 @@ from vlmprune_jax.export.config import ExportSpec
 from vlmprune_jax.export.formats import choose_format
 from vlmprune_jax.families import family_of
 from vlmprune_jax.prune import CRITERIA
-from vlmprune_jax.prune.config import PlanConfig, ReconstructConfig, ScoreConfig
+from vlmprune_jax.prune.config import PlanConfig, ScoreConfig
+from vlmprune_jax.prune.reconstruct_config import ReconstructConfig
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs_teacher, on_hidden, uses_labels
 from vlmprune_jax.stages.registry import STAGES

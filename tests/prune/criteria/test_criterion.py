@@ -55,9 +55,9 @@ def test_kinds_of_tokens():
         "pixel_values": np.zeros((1, 3, 6, 6)),
     }
     (checked,) = calibration_batches([arrays], cfg, labels=False)
-    assert checked["kind"].tolist() == [[PROMPT, IMAGE, IMAGE, IMAGE, IMAGE, PROMPT, ANSWER, PADDING]]
+    assert checked["token_types"].tolist() == [[PROMPT, IMAGE, IMAGE, IMAGE, IMAGE, PROMPT, ANSWER, PADDING]]
     (checked,) = calibration_batches([{**arrays, "labels": None}], cfg, labels=False)
-    assert checked["kind"].tolist() == [[PROMPT, IMAGE, IMAGE, IMAGE, IMAGE, PROMPT, PROMPT, PADDING]]
+    assert checked["token_types"].tolist() == [[PROMPT, IMAGE, IMAGE, IMAGE, IMAGE, PROMPT, PROMPT, PADDING]]
 
 
 # --- a criterion of one's own ----------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def energy(blocks, tokens, *, power):
     def hook(block):
         return {name: jnp.tensordot(answers, jnp.abs(x) ** power, 2) for name, x in block.inputs.items()}
 
-    answers = (tokens.kind == ANSWER).astype(jnp.float32)
+    answers = (tokens.token_type == ANSWER).astype(jnp.float32)
     return {"layers": blocks(hook, inputs=("o_proj", "down_proj")), "answers": answers.sum()}
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.config import TOKEN_TYPES
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, TOKEN_TYPE_WEIGHTS
+from vlmprune_jax.prune.config import COMBINATIONS
+from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, PROMPT, TOKEN_TYPE_WEIGHTS, TOKEN_TYPES
 from vlmprune_jax.prune.criteria.reap import REAP
 from vlmprune_jax.prune.routing import SUMS, Routing, measure_routing
 from vlmprune_jax.prune.tables import affected_tokens
@@ -98,7 +98,7 @@ def test_affected_tokens_are_those_that_stock_changes(measured):
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "mean"]
     kept = golden.facts["cuts"]["experts"]["experts"][0]
     affected, tokens = golden.facts["first_layer_tokens_with_a_removed_choice"]["single"]
-    counts = {name: int((routing.token_types == number).sum()) for name, number in KINDS.items()}
+    counts = {name: int((routing.token_types == number).sum()) for name, number in TOKEN_TYPES.items()}
     assert sum(counts.values()) == tokens
     assert sum(share * counts[name] for name, share in routing.affected(0, kept).items()) == pytest.approx(affected)
     smaller, _ = prune(golden.model, kept_layers(golden, "experts"))
@@ -114,19 +114,20 @@ def test_affected_tokens_are_those_that_stock_changes(measured):
 @settings(max_examples=20, deadline=None)
 def test_every_token_type_keeps_its_best_experts(seed, experts):
     draw = np.random.default_rng(seed)
-    sums = draw.random((len(KINDS), len(SUMS), 12)) * draw.random((len(KINDS), 1, 1)) ** 4  # of very different sizes
+    sums, types = draw.random((len(TOKEN_TYPES), len(SUMS), 12)), len(TOKEN_TYPES)
+    sums *= draw.random((types, 1, 1)) ** 4  # of very different sizes
     routing = Routing("", {0: sums}, {}, np.zeros(0, np.uint8))
-    values = {kind: sums[number - 1, 4] / sums[number - 1, 0] for kind, number in KINDS.items()}
+    values = {kind: sums[number - 1, 4] / sums[number - 1, 0] for kind, number in TOKEN_TYPES.items()}
     shares = np.stack([own / own.sum() for own in values.values()])
     weights = dict.fromkeys(TOKEN_TYPE_WEIGHTS, 1.0)
     options = {"fewest_tokens": 0.0, "few_tokens": "protect", **weights}
-    scores = {how: REAP.function(routing, token_types=how, **options)[0]["units"][0, "experts"] for how in TOKEN_TYPES}
+    scores = {how: REAP.function(routing, token_types=how, **options)[0]["units"][0, "experts"] for how in COMBINATIONS}
     np.testing.assert_allclose(scores["sum"], shares.sum(axis=0))
     np.testing.assert_allclose(scores["max"], shares.max(axis=0))
     np.testing.assert_allclose(scores["pooled"], sums[:, 4].sum(axis=0) / sums[:, 0].sum(axis=0))
     kept = set(np.argsort(scores["floor"])[-experts:])
     for own in values.values():
-        assert kept >= set(np.argsort(own)[::-1][: experts // len(KINDS)])
+        assert kept >= set(np.argsort(own)[::-1][: experts // types])
 
 
 def test_experts_of_few_tokens_are_refused(measured):

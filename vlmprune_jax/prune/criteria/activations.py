@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,20 +19,27 @@ from vlmprune_jax.distributed.journal import Journal, continued
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import VALUES, BlockValues, Hook
-from vlmprune_jax.models.vlm import Model, Params, encode, mesh_of, place_inputs, to_nnx
-from vlmprune_jax.prune.criteria.calibration import IMAGE, KINDS, PADDING, TYPES, Arrays, kinds_in
+from vlmprune_jax.models.placement import mesh_of, place_inputs
+from vlmprune_jax.models.vlm import Model, Params, encode, to_nnx
+from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, TOKEN_TYPES, TYPES, Arrays, types_in
 
 
 class Tokens(NamedTuple):
     """Weight and type of each token in a batch (for a vision tower: of each image position).
 
     `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
-    `kind`: int32, one of PADDING, PROMPT, IMAGE, VIDEO and ANSWER (a token with a label; a batch without labels has
-    none).
+    `token_type`: int32, one of PADDING, PROMPT, IMAGE, VIDEO and ANSWER (a token with a label; a batch without labels
+    has none).
     """
 
     weight: jax.Array
-    kind: jax.Array
+    token_type: jax.Array
+
+    @property
+    def kind(self) -> jax.Array:
+        """Deprecated name of `token_type`."""
+        warnings.warn("Tokens.kind is now token_type", DeprecationWarning, stacklevel=2)
+        return self.token_type
 
 
 class Blocks(Protocol):
@@ -70,7 +78,8 @@ def accumulate(
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
     fixed = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in options.items())
     # token weights: over all tokens, and over each type alone
-    counted_as = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[kind] for kind in KINDS.values() if splits)]
+    types = [*TOKEN_TYPES.values()] if splits else []
+    counted_as = [weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]
     step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
     ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(len(TYPES), int)
     batches = _RUNS[stack].batches(batches)
@@ -78,11 +87,11 @@ def accumulate(
 
     def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
         for arrays in batches:
-            counts[:] += np.bincount(arrays["kind"].ravel(), minlength=len(TYPES))
+            counts[:] += np.bincount(arrays["token_types"].ravel(), minlength=len(TYPES))
             yield arrays
 
     def sums(arrays: Arrays) -> list[Any]:
-        placed = place_inputs(model, batch_inputs(arrays))
+        placed = place_inputs(model.params, model.cfg, batch_inputs(arrays))
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
@@ -100,8 +109,8 @@ def accumulate(
             if progress is not None:
                 progress(done)
     trees = [jax.tree.unflatten(structure, [total[i] for total in totals]) for i in range(len(counted_as))]
-    alone = dict(zip(KINDS, trees[1:], strict=False))
-    return trees[0], {name: alone[name] for name in kinds_in(counts) if splits}
+    alone = dict(zip(TOKEN_TYPES, trees[1:], strict=False))
+    return trees[0], {name: alone[name] for name in types_in(counts) if splits}
 
 
 def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
@@ -115,7 +124,7 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
 
 def batch_inputs(arrays: Arrays) -> dict[str, Any]:
     """Return the arrays of a checked batch that a pass over a stack reads; absent ones are None."""
-    names = ("input_ids", "attention_mask", "kind", "pixel_values", "image_grid_thw", "position_ids")
+    names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
     return {name: arrays.get(name) for name in names}
 
 
@@ -136,7 +145,7 @@ def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
 def _sums(
     params: Params, batch: Any, counting: Any, *, cfg: ModelConfig, stack: str, function: Any, options: Any
 ) -> Any:
-    run, kind = _RUNS[stack].run(params, cfg, batch)
+    run, token_types = _RUNS[stack].run(params, cfg, batch)
 
     def blocks(hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
@@ -144,7 +153,7 @@ def _sums(
         return run(hook, tuple(inputs))
 
     def weighted_sums(weights: jax.Array) -> Any:
-        return function(blocks, Tokens(weights[kind], kind), **dict(options))
+        return function(blocks, Tokens(weights[token_types], token_types), **dict(options))
 
     sums = jax.vmap(weighted_sums)(counting)  # the blocks do not depend on the weights, and run once
     return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), sums)
@@ -165,7 +174,7 @@ def run_decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> R
         )  # fmt: skip
         return aux["hook"]
 
-    return run, batch["kind"]
+    return run, batch["token_types"]
 
 
 def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
@@ -174,7 +183,7 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     if grid is None:
         images = pixels.reshape(-1, *pixels.shape[2:])
         positions = tower.cfg.grid**2 + tower.cfg.class_token
-        real = real_images(batch["kind"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
+        real = real_images(batch["token_types"], pixels.shape[1], cfg.tokens_per_image).reshape(-1, 1)
         real = jnp.repeat(real, positions, 0)
     else:
         real = tower.places(images, grid).real.reshape(-1, 1)
@@ -192,9 +201,9 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
     return run, jnp.where(real, IMAGE, PADDING)
 
 
-def real_images(kind: Any, slots: int, tokens_per_image: int) -> Any:
+def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
     """Return bool[batch, images], True where an image is real and not padding."""
-    count = -(-(kind == IMAGE).sum(axis=1) // tokens_per_image)
+    count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
 
 

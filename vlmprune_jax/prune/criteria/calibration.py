@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.models.inputs import visual_inputs
+from vlmprune_jax.models.inputs import TYPE_IDS, VisualInputs, visual_inputs
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.prune.config import ScoreConfig
@@ -17,8 +17,8 @@ from vlmprune_jax.prune.config import ScoreConfig
 Arrays = dict[str, np.ndarray]
 # Token types; an answer is a token with a label. Frames of models without a video token are images.
 TYPES = PADDING, PROMPT, IMAGE, ANSWER, VIDEO = tuple(range(5))
-KINDS = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER, "video": VIDEO}
-_FILLS = {"input_ids": 0, "attention_mask": 0, "kind": PADDING, "labels": IGNORED}
+TOKEN_TYPES = {"image": IMAGE, "prompt": PROMPT, "answer": ANSWER, "video": VIDEO}
+_FILLS = {"input_ids": 0, "attention_mask": 0, "token_types": PADDING, "labels": IGNORED}
 TOKEN_TYPE_WEIGHTS = {name: getattr(ScoreConfig(), name) for name in ("image_weight", "prompt_weight", "answer_weight")}
 
 
@@ -45,9 +45,9 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
-    Ids, mask, kind and labels are there even if no row has them; images and positions only if a row has them.
+    Ids, mask, token types and labels are there even if no row has them; images and positions only if a row has them.
     """
-    arrays, longest = Arrays(), max(len(row["kind"]) for row in rows)
+    arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
     for name in (*_FILLS, "pixel_values", "image_grid_thw", "position_ids"):
         pairs = [(at, row[name]) for at, row in enumerate(rows) if name in row]
         if pairs or name in _FILLS:
@@ -62,14 +62,14 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
 def weight_of_token_types(options: Mapping[str, float]) -> np.ndarray:
     """Return the weight of each token type, float32[types], from a criterion's options; padding has weight 0."""
     weights = np.zeros(len(TYPES), np.float32)
-    for name, kind in KINDS.items():
-        weights[kind] = options["image_weight" if kind == VIDEO else f"{name}_weight"]
+    for name, number in TOKEN_TYPES.items():
+        weights[number] = options["image_weight" if number == VIDEO else f"{name}_weight"]
     return weights
 
 
-def kinds_in(counts: np.ndarray) -> list[str]:
+def types_in(counts: np.ndarray) -> list[str]:
     """Return the names of the token types that occur, given their counts int[types]; () if only one type occurs."""
-    names = [name for name, kind in KINDS.items() if counts[kind]]
+    names = [name for name, number in TOKEN_TYPES.items() if counts[number]]
     return names if len(names) > 1 else []
 
 
@@ -92,7 +92,8 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         if array.shape != shape:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
-    visuals, pixel_mask = visual_inputs(cfg, ids, mask, {**arrays, "mm_token_type_ids": None})
+    given = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
+    visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, given))
     if pixel_mask is not None:
         raise UserError(
             "pixel_attention_mask hides parts of images, but scoring needs whole images: resize the images first"
@@ -107,7 +108,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         result["pixel_values"] = images if images.ndim == 5 else _per_row(images, ids, cfg)
     if cfg.text.sees_images:
         result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
-    return {**result, "kind": _kinds(result, cfg)}
+    return {**result, "token_types": _token_types(result, cfg)}
 
 
 def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
@@ -137,13 +138,13 @@ def _per_row(pixels: np.ndarray, ids: np.ndarray, cfg: ModelConfig) -> np.ndarra
     return rows
 
 
-def _kinds(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
+def _token_types(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
     """Return the type of every token (padding, prompt, image, answer, video) as int32[batch, seq]."""
-    kind = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
+    types = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
-        kind[arrays["labels"] != IGNORED] = ANSWER
+        types[arrays["labels"] != IGNORED] = ANSWER
     for token, name in ((cfg.image_token_id, IMAGE), (cfg.video_token_id, VIDEO)):
         if token is not None:
-            kind[arrays["input_ids"] == token] = name
-    kind[arrays["attention_mask"] == 0] = PADDING
-    return kind
+            types[arrays["input_ids"] == token] = name
+    types[arrays["attention_mask"] == 0] = PADDING
+    return types

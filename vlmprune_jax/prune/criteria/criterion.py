@@ -34,10 +34,10 @@ class Criterion:
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
         model, **options)` -> parts.
       routing: function(routing, **options) -> parts, of what routers chose (`prune.routing.Routing`); with `splits` ->
-        (parts, {kind: parts}).
+        (parts, {token type: parts}).
       labels: function(model, batches, progress, **options) -> parts, its own pass over checked batches with labels
-        (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {kind: parts}), and with `journals`
-        it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
+        (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {token type: parts}), and with
+        `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
     Parts are fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
     `stacks`: stacks that it can score, see `config.STACKS`; a function with a parameter `stack` is passed the name.

@@ -26,10 +26,20 @@ from vlmprune_jax.distributed.machine import free_memory
 from vlmprune_jax.distributed.mesh import from_all, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import STREAM
-from vlmprune_jax.models.vlm import Model, Params, mesh_of, place_batch, to_nnx
+from vlmprune_jax.models.placement import mesh_of, place_batch
+from vlmprune_jax.models.vlm import Model, Params, to_nnx
 from vlmprune_jax.models.vocabulary import chunks, cross_entropy
 from vlmprune_jax.prune.batches import text_batch
-from vlmprune_jax.prune.criteria.calibration import ANSWER, IMAGE, KINDS, PROMPT, TYPES, Arrays, kinds_in, stack_rows
+from vlmprune_jax.prune.criteria.calibration import (
+    ANSWER,
+    IMAGE,
+    PROMPT,
+    TOKEN_TYPES,
+    TYPES,
+    Arrays,
+    stack_rows,
+    types_in,
+)
 from vlmprune_jax.prune.criteria.groups import summed_axes
 from vlmprune_jax.prune.criteria.linearized import Products, run_with_products
 from vlmprune_jax.prune.layers import Given, Layer, Rows, Shared, State
@@ -81,8 +91,8 @@ def gradient_channels(
         raise UserError(
             f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
-    kinds = kinds_in(np.bincount(data["kind"].ravel(), minlength=len(TYPES))) if by_token_type else []
-    ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[KINDS[name]] for name in kinds)]
+    types = types_in(np.bincount(data["token_types"].ravel(), minlength=len(TYPES))) if by_token_type else []
+    ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[TOKEN_TYPES[name]] for name in types)]
     mesh = mesh_of(model.params)
     if mesh is None:
         model = model.replace(params=jax.tree.map(jnp.asarray, model.params))
@@ -94,7 +104,7 @@ def gradient_channels(
         losses = [place_batch(arrays, mesh) for arrays in _loss_inputs(data, ways)]
         layers = _backward(stream, losses, weighed, channels, squares, _Budget(memory_budget), progress, cache)
     scores = [[jax.tree.map(operator.itemgetter(way), layer) for layer in layers] for way in range(len(ways))]
-    return scores[0], dict(zip(kinds, scores[1:], strict=True))
+    return scores[0], dict(zip(types, scores[1:], strict=True))
 
 
 class _Weighed(NamedTuple):
@@ -217,7 +227,9 @@ def _stack(batches: Iterable[Arrays], rows: int | None) -> Arrays:
     rows = rows or len(seen[0]["input_ids"])
     if rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
-    every = [{name: array[at] for name, array in batch.items()} for batch in seen for at in range(len(batch["kind"]))]
+    every = [
+        {name: array[at] for name, array in batch.items()} for batch in seen for at in range(len(batch["token_types"]))
+    ]
     steps = math.ceil(len(every) / rows)
     stacked = stack_rows(every, steps * rows)
     return {name: array.reshape(steps, rows, *array.shape[1:]) for name, array in stacked.items()}
@@ -235,7 +247,7 @@ def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
     targets = np.take_along_axis(targets, positions, axis=-1)
     plain = len(ways) == 1 and bool((ways[0][[PROMPT, IMAGE, ANSWER]] == 1).all())
-    counts = [None if plain else np.stack([way[kind] for way in ways], axis=1) for kind in data["kind"]]
+    counts = [None if plain else np.stack([way[row] for way in ways], axis=1) for row in data["token_types"]]
     steps = zip(positions, targets, counts, strict=True)
     return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.calibration import KINDS
+from vlmprune_jax.prune.criteria.calibration import TOKEN_TYPES
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.routing import SUMS, Routing
 
@@ -40,7 +40,7 @@ def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
         weights = {"image": image_weight, "video": image_weight, "prompt": prompt_weight, "answer": answer_weight}
         names, units, of_types = routing.occurring, dict[tuple[int, str], np.ndarray](), dict[str, Parts]()
         for layer, sums in routing.sums.items():
-            rows = {name: sums[KINDS[name] - 1] for name in names}
+            rows = {name: sums[TOKEN_TYPES[name] - 1] for name in names}
             pooled = sum(weights[name] * row for name, row in rows.items())
             each = np.stack([weights[name] * _normalised(scores_of(row)) for name, row in rows.items()])
             scores = scores_of(pooled) if token_types == "pooled" else _COMBINATIONS[token_types](each)

@@ -68,7 +68,7 @@ def taylor(
         )
         return reduced(layers), {}
     weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}
-    layers, kinds = gradient_channels(
+    layers, by_type = gradient_channels(
         model,
         batches,
         _saliencies,
@@ -80,7 +80,7 @@ def taylor(
         progress=progress,
         cache=cache,
     )
-    return reduced(layers), {name: reduced(type_layers) for name, type_layers in kinds.items()}
+    return reduced(layers), {name: reduced(type_layers) for name, type_layers in by_type.items()}
 
 
 def _saliencies(w: jax.Array, g: jax.Array, a: jax.Array | None, axis: int) -> dict[str, jax.Array]:

@@ -23,7 +23,8 @@ from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
-from vlmprune_jax.models.vlm import Model, Params, encode, head_of, mesh_of, place_inputs
+from vlmprune_jax.models.placement import mesh_of, place_inputs
+from vlmprune_jax.models.vlm import Model, Params, encode, head_of
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
 from vlmprune_jax.prune.criteria.activations import with_images
 from vlmprune_jax.prune.criteria.calibration import Arrays
@@ -60,7 +61,7 @@ def tower_channels(
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
                 continue
-            sums, loss = _add(sums, weights, params, place_inputs(model, arrays), labels, cfg=cfg)
+            sums, loss = _add(sums, weights, params, place_inputs(model.params, model.cfg, arrays), labels, cfg=cfg)
             jax.block_until_ready(last)  # two steps under way: a long queue of collectives can starve on few cores
             last = loss
             total, samples = total + labels, samples + 1

@@ -13,8 +13,9 @@ from vlmprune_jax.core.config import STACKS, ModelConfig
 from vlmprune_jax.core.layer import scan_groups
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
+from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.stack import fill
-from vlmprune_jax.models.vlm import Model, mesh_of, stack_module
+from vlmprune_jax.models.vlm import Model, stack_module
 from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 from vlmprune_jax.prune.criteria.groups import Channels, reduce_groups, scored_axes, summed_axes
 
