@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.core.config import ModelConfig
     from vlmprune_jax.core.mixers import Mixer
     from vlmprune_jax.core.part import Axis
+    from vlmprune_jax.core.stack import Encoder
     from vlmprune_jax.data.placeholders import expand_images
     from vlmprune_jax.evaluation.answer import answer, questions
     from vlmprune_jax.evaluation.metrics import METRICS as metrics
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from vlmprune_jax.hf.batches import batches
     from vlmprune_jax.hf.read import load
     from vlmprune_jax.models.channels import CHANNELS as channels
+    from vlmprune_jax.models.encoders import ENCODERS as encoders
+    from vlmprune_jax.models.encoders import EncoderModule
     from vlmprune_jax.models.generate import generate
     from vlmprune_jax.models.mixers import MIXERS as mixers
     from vlmprune_jax.models.params import count_params
@@ -80,6 +83,8 @@ _HOMES = {
     "ChannelMixer": "core.channels",
     "Contents": "export.format",
     "Criterion": "prune",
+    "Encoder": "core.stack",
+    "EncoderModule": "models.encoders",
     "Format": "export.format",
     "KeptLayer": "prune",
     "LossConfig": "recovery.config",
@@ -103,6 +108,7 @@ _HOMES = {
     "compose": "prune",
     "count_params": "models.params",
     "criteria": "prune.criteria:CRITERIA",
+    "encoders": "models.encoders:ENCODERS",
     "evaluate": "evaluation.runner",
     "expand_images": "data.placeholders",
     "fingerprint": "prune",
@@ -134,6 +140,8 @@ __all__ = [
     "ChannelMixer",
     "Contents",
     "Criterion",
+    "Encoder",
+    "EncoderModule",
     "Family",
     "Format",
     "KeptLayer",
@@ -160,6 +168,7 @@ __all__ = [
     "compose",
     "count_params",
     "criteria",
+    "encoders",
     "evaluate",
     "expand_images",
     "families",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_cases import CLOSE, Golden, kept_layers
 from hf_cases import assert_same_tensors, edit_weights, prune
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import vlmprune_jax as vp
@@ -289,6 +289,7 @@ def test_adapters_on_experts_are_merged_and_not_saved_apart(goldens, tmp_path):
 
 
 @given(seed=st.integers(0, 2**16), kept=st.integers(2, 8))
+@example(seed=30121, kept=2)
 @settings(max_examples=10, deadline=None)
 def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
     """With gates divided by their sum, removing experts changes the tokens that had chosen one of them only."""
@@ -297,6 +298,7 @@ def test_tokens_of_kept_experts_are_unchanged(goldens, seed, kept):
     x = draw.standard_normal((1, 20, cfg.hidden_size)).astype(np.float32)
     weights = {"router/weight": (8, 28), "experts/gate_proj/weight": (8, 3, 28), "experts/up_proj/weight": (8, 3, 28)}
     weights = {k: draw.standard_normal(s).astype(np.float32) for k, s in weights.items()}
+    weights["router/weight"] /= 5  # gates below 1e-7 would hide that an expert is gone
     weights["experts/down_proj/weight"] = draw.standard_normal((8, 28, 3)).astype(np.float32)
     chosen = np.sort(draw.choice(8, kept, replace=False))
     outs = []

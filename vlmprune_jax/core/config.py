@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,14 +14,14 @@ from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.core.rope import RopeConfig
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.core.video import VideoConfig
 
 IGNORED = -100  # label of a position without loss, as in torch's cross-entropy
 
 
 TIMES_POSITIONS, SHORT_ROW = 4, 4096  # maximum tokens of a row: 4 times the model's positions, or 4096 if that is more
-# Decoder and vision tower: names of the fields of a `ModelConfig` and of its params.
+# Decoder and vision tower: names of the fields of a `ModelConfig` and of its params. Encoders have names of their own.
 STACKS = ("text", "vision")
 
 
@@ -236,7 +236,8 @@ class ModelConfig:
     sentinel -200, which is never embedded. `video_token_id` marks those of video frames; None if they are image tokens.
     `tokens_per_second` are temporal positions per second of video (M-RoPE); 0 if each frame follows its time as text,
     and takes positions like an image. With `tower` False the tower's weights are not loaded, and the model takes vision
-    features instead of pixels. `video` is the model folder's video processor; None for families without one.
+    features instead of pixels. `video` is the model folder's video processor; None for families without one. `encoders`
+    are pairs of a name, that of its params, and an encoder beside the vision tower.
     """
 
     family: str
@@ -255,6 +256,7 @@ class ModelConfig:
     video_token_id: int | None = None
     tokens_per_second: float = 0.0
     video: VideoConfig | None = None
+    encoders: tuple[tuple[str, Encoder], ...] = ()
 
     def __post_init__(self) -> None:
         if self.vision is None or self.projector is None:
@@ -330,18 +332,28 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """Transformer stacks of the model by name: "text" (decoder) and "vision" (tower)."""
+        """Transformer stacks of the model by name: "text" (decoder), "vision" (tower) and encoders."""
         tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
-        return {"text": self.text, **tower}
+        return {"text": self.text, **tower, **dict(self.encoders)}
 
     def stack(self, name: str) -> Stack:
-        """Return the transformer stack "text" or "vision"; raise UserError if the model lacks it."""
-        stack: Stack | None = getattr(self, name) if name in STACKS else None
+        """Return the transformer stack "text", "vision" or an encoder; raise UserError if the model lacks it."""
+        stack: Stack | None = getattr(self, name) if name in STACKS else dict(self.encoders).get(name)
         if stack is None:
             raise UserError(f"this model has no stack of layers {name!r} (it has {', '.join(self.stacks)})")
         return stack
 
     def with_layers(self, layers: Sequence[Layer], stack: str = "text") -> ModelConfig:
-        """Return a copy of the model config in which one stack ("text" or "vision") has other layer shapes."""
-        changes: dict[str, Any] = {stack: self.stack(stack).with_layers(layers)}
-        return dataclasses.replace(self, **changes)
+        """Return a copy of the model config in which one stack, such as "text" or "vision", has other layer shapes."""
+        changed: Any = self.stack(stack).with_layers(layers)
+        encoders = tuple((name, changed if name == stack else encoder) for name, encoder in self.encoders)
+        return dataclasses.replace(self, **{stack: changed} if stack in STACKS else {"encoders": encoders})
+
+    def encoder_inputs(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arrays of a batch that the model's encoders read."""
+        return {name: arrays[name] for name in self.encoder_arrays if arrays.get(name) is not None}
+
+    @property
+    def encoder_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that encoders read."""
+        return tuple(encoder.array for _, encoder in self.encoders)

@@ -123,3 +123,23 @@ class Stack:
     def alone(self, layer: Layer) -> Self:
         """Return a copy of the stack config with this layer alone."""
         return self.with_layers((layer,))
+
+
+@dataclass(frozen=True)
+class Encoder(Stack):
+    """Configuration of an encoder of your own, such as one of audio, whose output becomes tokens of the decoder.
+
+    A subclass has the facts of one encoder; `vp.encoders` maps the subclass to its module.
+    """
+
+    array: str
+    """Name of the batch's array with the items, float[rows, items, ...]; a row's items come first, then zeros."""
+
+    token_id: int
+    """Id of the tokens that the output replaces."""
+
+    tokens: int
+    """Tokens of an item."""
+
+    positions: int
+    """Positions of an item inside the encoder."""

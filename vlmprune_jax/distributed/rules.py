@@ -21,6 +21,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "vision": "fsdp",
+    "encoder": "fsdp",
     "projector": "tensor",
     "shuffled": "fsdp",
     "extra": "fsdp",

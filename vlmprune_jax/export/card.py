@@ -133,7 +133,8 @@ def _removed(plan: PlanJson | None) -> str:
 
 
 def _table(cfg: ModelConfig, plan: PlanJson | None) -> str:
-    parts = [(name, part) for name, part in _PARTS if count_params(cfg, part)] + [("total", "")]
+    named = (*_PARTS, *((f"encoder {name}", name) for name, _ in cfg.encoders))
+    parts = [(name, part) for name, part in named if count_params(cfg, part)] + [("total", "")]
     if plan is None:
         rows = [f"| {name} | {count_params(cfg, part):,} |" for name, part in parts]
         return "\n".join(["| part | parameters |", "|---|---|", *rows])

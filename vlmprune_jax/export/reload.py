@@ -144,7 +144,7 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
     holds_tower = not family.separate_vision or any(s.key in keys for s in slots if s.path.startswith("vision/"))
     loaded_parts = PARTS if holds_tower else ("text", "projector")
     sources = find_weights(slots, cfg, family, folder, None, loaded_parts)
-    here = [slot for slot in slots if slot.path.split("/")[0] in loaded_parts]
+    here = [slot for slot in slots if slot.part in loaded_parts]
     params = read_params(cfg, here, sources, np.dtype(np.float32), mesh_of(written.params))
     return Model(dict(written.params) | params, cfg)
 

@@ -79,8 +79,8 @@ class Slot:
 
     @property
     def part(self) -> str:
-        """Part of the model that the parameter belongs to: "text", "projector" or "vision"."""
-        return self.path.split("/")[0]
+        """Part of the model that the parameter is loaded with, one of `PARTS`; that of an encoder is "text"."""
+        return part if (part := self.path.split("/")[0]) in PARTS else "text"
 
 
 @dataclass
@@ -257,7 +257,7 @@ def match_keys(
     Keys of other parts are ignored: they may come from another checkpoint.
     """
     known = {slot.key: slot for slot in slots}
-    wanted = {key: slot for key, slot in known.items() if slot.path.split("/")[0] in parts}
+    wanted = {key: slot for key, slot in known.items() if slot.part in parts}
     match, head, blocks = Match(), tied_head(cfg, family), block_prefix("vision", cfg, family)
     for key, entry in checkpoint.entries.items():
         name = family.canonical(key)

@@ -82,7 +82,7 @@ def load(
         check_divides(cfg, devices)
     slots = make_slots(cfg, family)
     sources = find_weights(slots, cfg, family, folder, tower)
-    read = [slot for slot in slots if slot.path.split("/")[0] in parts]
+    read = [slot for slot in slots if slot.part in parts]
     params = read_params(cfg, read, sources, DTYPES[dtype], devices)
     return Model(params, dataclasses.replace(cfg, tower=cfg.tower and "vision" in parts), source=folder.absolute())
 

@@ -18,7 +18,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.distributed.mesh import decoding_mesh, gather_to_host, use_mesh
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.models.context import Cache
-from vlmprune_jax.models.inputs import VisualInputs, check_inputs, visual_inputs
+from vlmprune_jax.models.inputs import VisualInputs, check_inputs, split_encoder_inputs, visual_inputs
 from vlmprune_jax.models.params import flatten, param_axes, unflatten
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.placement import mesh_of, packed_rows, place_batch
@@ -65,8 +65,9 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     shown_ids, shown_mask = (input_ids, attention_mask) if prefix is None else (prefix.input_ids, prefix.attention_mask)
+    items, visuals = split_encoder_inputs(model.cfg, shown_ids, visuals)
     images, mask = visual_inputs(model.cfg, shown_ids, shown_mask, visuals)
-    host = _prompts(input_ids, attention_mask, images["pixel_values"], mask)
+    host = items | _prompts(input_ids, attention_mask, images["pixel_values"], mask)
     ids, valid = host["ids"], host["valid"]
     if prefix is not None:
         check_inputs(model.cfg, input_ids, None)
@@ -327,5 +328,9 @@ def _seen(cfg: ModelConfig, arrays: dict[str, Any], positions: Any, ids: jax.Arr
 def _embed(module: VisionLanguageModel, arrays: dict[str, Any], ids: jax.Array) -> Embedded:
     """Return the decoder's input embeddings, with vision features at the image tokens."""
     return module.embed(
-        ids, arrays["pixels"], pixel_attention_mask=arrays["pixel_mask"], image_grid_thw=arrays.get("grid")
+        ids,
+        arrays["pixels"],
+        pixel_attention_mask=arrays["pixel_mask"],
+        image_grid_thw=arrays.get("grid"),
+        encoder_inputs=module.cfg.encoder_inputs(arrays),
     )

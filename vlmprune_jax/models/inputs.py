@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
@@ -86,6 +87,28 @@ def visual_inputs(
     types = inputs.get("token_type_ids")
     check_types(cfg, input_ids, inputs.get("mm_token_type_ids") if types is None else types)
     return visuals, needed_mask(cfg, inputs.get("pixel_values"), inputs.get("pixel_attention_mask"))
+
+
+def split_encoder_inputs(
+    cfg: ModelConfig, input_ids: Any, arrays: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], VisualInputs]:
+    """Return the arrays of a batch that the model's encoders read, and the others.
+
+    Raises UserError if an array does not have an item for every `Encoder.tokens` tokens of a row.
+    """
+    items, ids = dict[str, np.ndarray](), np.asarray(input_ids)
+    for name, encoder in cfg.encoders:
+        needed, rest = np.divmod((ids == encoder.token_id).sum(axis=-1), encoder.tokens)
+        array = np.asarray(arrays.get(encoder.array, np.zeros((len(ids), 0))))
+        if rest.any() or array.shape[:1] != ids.shape[:1] or needed.max(initial=0) > array.shape[1]:
+            raise UserError(
+                f"{encoder.array} has shape {list(array.shape)}, but rows of input_ids have up to "
+                f"{int((ids == encoder.token_id).sum(axis=-1).max(initial=0))} {name} tokens, {encoder.tokens} per "
+                "item: pass float[rows, items, ...]"
+            )
+        if array.size:
+            items[encoder.array] = array
+    return items, cast(VisualInputs, {name: array for name, array in arrays.items() if name not in cfg.encoder_arrays})
 
 
 def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.ndarray:

@@ -20,13 +20,14 @@ from flax import nnx
 from vlmprune_jax.core.checks import suggest
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.stack import Encoder, Stack
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Hook, LayerEmbeds
 from vlmprune_jax.models.decoder import Decoder
+from vlmprune_jax.models.encoders import ENCODERS
 from vlmprune_jax.models.features import features_of, splice
-from vlmprune_jax.models.inputs import VisualInputs, visual_inputs
+from vlmprune_jax.models.inputs import VisualInputs, split_encoder_inputs, visual_inputs
 from vlmprune_jax.models.patch_rows import patch_rows, real_features
 from vlmprune_jax.models.placement import mesh_of, packed_rows, place_batch
 from vlmprune_jax.models.positions import is_visual, with_images
@@ -66,8 +67,8 @@ class Model:
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise UserError("model(batch): batch must be a mapping with input_ids: pass the outputs of a processor")
         for name in batch:
-            if name not in INPUTS:
-                raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, INPUTS)}: leave it out")
+            if name not in (known := (*INPUTS, *self.cfg.encoder_arrays)):
+                raise UserError(f"model(batch): the model has no input {name!r}{suggest(name, known)}: leave it out")
         return forward(self, **batch, capture=capture)
 
     def generate(self, input_ids: Any, *, max_new_tokens: int, **inputs: Any) -> np.ndarray:
@@ -106,6 +107,8 @@ class VisionLanguageModel(nnx.Module):
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
         self.text = Decoder(cfg.text, cfg.lora, cfg.fake_quant)
+        for name, encoder in cfg.encoders:
+            setattr(self, name, ENCODERS[type(encoder)](encoder, cfg.text.hidden_size))
         if cfg.vision is not None and cfg.projector is not None:
             if cfg.tower:
                 self.vision = VisionTower(cfg.vision)
@@ -130,6 +133,7 @@ class VisionLanguageModel(nnx.Module):
         vision_features: jax.Array | None = None,
         pixel_attention_mask: jax.Array | None = None,
         image_grid_thw: jax.Array | None = None,
+        encoder_inputs: Mapping[str, jax.Array] | None = None,
     ) -> Embedded:
         """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
@@ -137,9 +141,14 @@ class VisionLanguageModel(nnx.Module):
         row for each of as many equal groups of rows (then every device splices its own rows without communication),
         `pixel_attention_mask` without the channels. Images of any size: [packs, patches, values], with `image_grid_thw`
         int[packs, images, 3]. `vision_features`: instead of pixels, the tower's features of them, [packs, slots,
-        tokens, features], or [packs, tokens, features] with `image_grid_thw`.
+        tokens, features], or [packs, tokens, features] with `image_grid_thw`. `encoder_inputs`: the arrays of
+        `cfg.encoder_arrays` that the batch has.
         """
         x = self.text.embed_tokens.lookup(input_ids)
+        for name, encoder in self.cfg.encoders:
+            if encoder_inputs and encoder.array in encoder_inputs:
+                tokens = getattr(self, name)(encoder_inputs[encoder.array])
+                x = splice(x, input_ids == encoder.token_id, tokens.astype(x.dtype), len(tokens))
         grid, mask = image_grid_thw, pixel_attention_mask
         if vision_features is not None:
             packs, states = len(vision_features), vision_features.reshape(-1, *vision_features.shape[-2:])
@@ -182,9 +191,9 @@ class Embedded(NamedTuple):
 
 
 def stack_module(stack: str, cfg: Stack) -> Any:
-    """Return the abstract NNX module of the decoder or vision tower, without allocating parameters."""
+    """Return the abstract NNX module of the decoder or a tower, without allocating parameters."""
     kinds: dict[str, Callable[[Any], BlockStack]] = {"text": Decoder, "vision": VisionTower}
-    return nnx.eval_shape(lambda: kinds[stack](cfg))
+    return nnx.eval_shape(lambda: ENCODERS[type(cfg)](cfg, 1) if isinstance(cfg, Encoder) else kinds[stack](cfg))
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,6 +225,7 @@ def encode(
     inputs_embeds: jax.Array | None = None,
     layer_embeds: LayerEmbeds = LayerEmbeds(),
     position_ids: jax.Array | None = None,
+    encoder_inputs: Mapping[str, jax.Array] | None = None,
     states: tuple[int, ...] = (),
     hook: Hook | None = None,
     hook_inputs: tuple[str, ...] = (),
@@ -224,10 +234,11 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
-    `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds` replaces embedding and
-    splicing (a teacher fed with the student's embeddings), together with `layer_embeds`. `position_ids` int[batch, seq]
-    replaces positions counted along `attention_mask`; with images of any size int[batch, 3, seq]
-    (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux always has
+    `encoder_inputs`, `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds`
+    replaces embedding and splicing (a teacher fed with the student's embeddings), together with `layer_embeds`.
+    `position_ids` int[batch, seq] replaces positions counted along `attention_mask`; with images of any size
+    int[batch, 3, seq] (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux
+    always has
     "inputs_embeds" and "layer_embeds" and, with images, "image_features".
 
     Raises UserError for images of any size without their positions.
@@ -236,7 +247,7 @@ def encode(
     features = None
     if inputs_embeds is None:
         inputs_embeds, features, layer_embeds = module.embed(
-            input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw
+            input_ids, pixel_values, vision_features, pixel_attention_mask, image_grid_thw, encoder_inputs
         )
     elif cfg.text.block.layer_inputs:  # those of another model's layers would be of no use
         layer_embeds = LayerEmbeds(per_layer_embeds=module.layer_inputs(inputs_embeds, input_ids))
@@ -270,6 +281,7 @@ def apply(
     image_grid_thw: jax.Array | None = None,
     attention_mask: jax.Array | None = None,
     position_ids: jax.Array | None = None,
+    encoder_inputs: Mapping[str, jax.Array] | None = None,
     capture: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
@@ -289,6 +301,7 @@ def apply(
         image_grid_thw=image_grid_thw,
         attention_mask=attention_mask,
         position_ids=position_ids,
+        encoder_inputs=encoder_inputs,
         states=states,
     )
     aux["hidden"] = aux.get("states")
@@ -336,8 +349,9 @@ def forward(
     if want is not None:
         warnings.warn("forward(want=...) is now forward(capture=...)", DeprecationWarning, stacklevel=3)
         capture = want
+    items, visuals = split_encoder_inputs(model.cfg, input_ids, visuals)
     images, mask = visual_inputs(model.cfg, input_ids, attention_mask, visuals)
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
+    arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_attention_mask": mask}
     mesh = mesh_of(model.params)
     if model.cfg.dynamic_resolution:
         packs = packed_rows(len(input_ids), mesh)
@@ -346,7 +360,8 @@ def forward(
     else:
         arrays["pixel_values"] = images["pixel_values"]
     with use_mesh(mesh):
-        logits, aux = _forward(model.params, model.cfg, place_batch(arrays, mesh), tuple(capture))
+        placed = {**place_batch(arrays, mesh), "encoder_inputs": place_batch(items, mesh)}
+        logits, aux = _forward(model.params, model.cfg, placed, tuple(capture))
     if model.cfg.dynamic_resolution and aux.get("image_features") is not None:
         aux["image_features"] = real_features(model.cfg, aux["image_features"], arrays["image_grid_thw"])
     return logits, aux

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.prune.criteria.activations import real_images
+from vlmprune_jax.prune.criteria.activations import input_of, real_images
 from vlmprune_jax.prune.criteria.calibration import Arrays, stack_rows, weight_of_token_types
 
 _Picture = tuple[np.ndarray, np.ndarray | None, str]  # pixels, patch grid of an image of any size, and a name
@@ -89,42 +89,50 @@ def text_batch(
     arrays: Arrays, weight_of: np.ndarray, names: Sequence[str] = (), held_out: bool = False
 ) -> CalibrationBatch:
     """Return rows as `stack_rows` makes them; `weight_of`: weight of a token of each type."""
-    inputs = {name: arrays.get(name) for name in ("input_ids", "pixel_values", "image_grid_thw")}
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
+    inputs = {name: None for name in ("pixel_values", "image_grid_thw")} | {
+        name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")
+    }
     return CalibrationBatch(inputs, context, weight_of[arrays["token_types"]], list(names), held_out, arrays["labels"])
 
 
-def image_batches(
-    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig
+def tower_batches(
+    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig, stack: str
 ) -> list[CalibrationBatch]:
-    """Group the calibration images into batches, each image once, so that no image is both fitted and held out."""
+    """Group the images, or what another encoder reads, into batches, each once; so none is both fitted and held out."""
     images = dict[bytes, _Picture]()
     row = 0
     for arrays in batches:
         for at in range(len(arrays["token_types"])):
-            for pixels, grid in _images(arrays, at, cfg):
+            for pixels, grid in _items(arrays, at, cfg, stack):
                 key = hashlib.sha256(pixels.tobytes() + (b"" if grid is None else grid.tobytes())).digest()
                 images |= {key: (pixels, grid, names[row + at])}
         row += len(arrays["token_types"])
     chosen = [images[key] for key in sorted(images)]
-    assert cfg.vision is not None
-    positions = cfg.vision.grid**2 + cfg.vision.class_token
-    if cfg.dynamic_resolution:
+    tower: Any = cfg.stack(stack)
+    positions = tower.positions if stack != "vision" else tower.grid**2 + tower.class_token
+    if stack == "vision" and cfg.dynamic_resolution:
         positions = max((len(pixels) for pixels, _, _ in chosen), default=0)
-    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, "images")]
+    what = "images" if stack == "vision" else f"items of {stack}"
+    parts = [(_in_packs(part, positions), held_out) for part, held_out in _parted(chosen, settings, what)]
     most = max((len(pack) for packs, _ in parts for pack in packs), default=0)
     size = len(batches[0]["token_types"])
     return [
-        _image_batch(packs[at : at + size], (size, positions, most), held_out)
+        _tower_batch(packs[at : at + size], (size, positions, most), held_out, input_of(cfg, stack))
         for packs, held_out in parts
         for at in range(0, len(packs), size)
     ]
 
 
-def _images(arrays: Arrays, row: int, cfg: ModelConfig) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield the pixels of a row's images, and their patch grids if images have any size."""
-    pixels = arrays.get("pixel_values")
+def _items(arrays: Arrays, row: int, cfg: ModelConfig, stack: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield the pixels of a row's images, with their patch grids if images have any size, or what an encoder reads."""
+    pixels = arrays.get(input_of(cfg, stack))
     if pixels is None:
+        return
+    if stack != "vision":
+        encoder = dict(cfg.encoders)[stack]
+        count = int((arrays["input_ids"][row] == encoder.token_id).sum()) // encoder.tokens
+        yield from ((item, None) for item in pixels[row, :count])
         return
     if cfg.dynamic_resolution:
         at = 0
@@ -151,7 +159,9 @@ def _in_packs(images: Sequence[_Picture], positions: int) -> list[list[_Picture]
     return packs
 
 
-def _image_batch(packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool) -> CalibrationBatch:
+def _tower_batch(
+    packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int], held_out: bool, array: str
+) -> CalibrationBatch:
     """Return a batch of images in packed rows; `shape`: number of rows, positions and images of each."""
     size, positions, most = shape
     first, grid, _ = packs[0][0]
@@ -165,7 +175,7 @@ def _image_batch(packs: Sequence[Sequence[_Picture]], shape: tuple[int, int, int
             grids[row, : len(images)] = np.array([grid for _, grid, _ in images])
     context = {"image_grid_thw": None if grid is None else grids}
     names = [", ".join(name for _, _, name in images) for images in packs]
-    return CalibrationBatch({"pixel_values": pixels, **context}, context, real, names, held_out)
+    return CalibrationBatch({array: pixels, **context}, context, real, names, held_out)
 
 
 def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tuple[tuple[Sequence[Any], bool], ...]:
@@ -180,5 +190,10 @@ def _parted(chosen: Sequence[Any], settings: Mapping[str, Any], what: str) -> tu
     return (chosen[n_held:], False), (chosen[:n_held], True)
 
 
-# stack -> its inputs in calibration batches
-BATCHES: dict[str, Callable[..., list[CalibrationBatch]]] = {"text": row_batches, "vision": image_batches}
+def stack_batches(
+    batches: Sequence[Arrays], settings: Mapping[str, Any], names: Sequence[str], cfg: ModelConfig, stack: str
+) -> list[CalibrationBatch]:
+    """Return calibration batches of a stack's inputs: rows for the decoder, images or other items for a tower."""
+    if stack == "text":
+        return row_batches(batches, settings, names)
+    return tower_batches(batches, settings, names, cfg, stack)

@@ -53,7 +53,10 @@ def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[s
         "text": _text(cfg),
         "vision": None if cfg.vision is None else _vision(cfg.vision),
         "tokens_per_image": cfg.tokens_per_image,
-        "parameters": {"total": count_params(cfg), **{part: count_params(cfg, part) for part in PARTS}},
+        "parameters": {
+            "total": count_params(cfg),
+            **{part: count_params(cfg, part) for part in (*PARTS, *dict(cfg.encoders))},
+        },
         "active_parameters": active_params(cfg),
         "passthrough": count_passthrough(folder, tower),
         "prunable": _prunable(cfg, "text"),
@@ -185,7 +188,11 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + printable(", ".join(f"{n} x {kind}" for kind, n in found["dtypes"].items()))
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
-        + ", ".join(f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)" for part in PARTS if parts[part]),
+        + ", ".join(
+            f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)"
+            for part in parts
+            if part != "total" and parts[part]
+        ),
         *(
             [f"              {found['active_parameters']:,} of them are active for a token: some of the experts"]
             if found["active_parameters"] < total

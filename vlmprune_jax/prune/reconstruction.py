@@ -49,7 +49,7 @@ from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.plans.plan import PrunePlan
-from vlmprune_jax.prune.batches import BATCHES, CalibrationBatch, names_of_rows
+from vlmprune_jax.prune.batches import CalibrationBatch, names_of_rows, stack_batches
 from vlmprune_jax.prune.criteria.calibration import calibration_batches
 from vlmprune_jax.prune.expert_repair import has_experts, repair_experts, with_experts
 from vlmprune_jax.prune.layers import Layer, Rows, run_block, to_devices, with_layers
@@ -126,7 +126,7 @@ def reconstruct(
     report, done = list[SolveReport](), itertools.count(1)
     with use_mesh(mesh):
         for stack in _stacks(plan):
-            streams = _streams(teacher, pruned, stack, BATCHES[stack](checked, settings, names, pruned.cfg))
+            streams = _streams(teacher, pruned, stack, stack_batches(checked, settings, names, pruned.cfg, stack))
             tick = lambda: None if progress is None else progress(next(done))  # noqa: E731
             solved, rows = _solve(plan.stacks[stack], *streams, cache, config, tick)
             pruned = with_layers(pruned, stack, solved)
@@ -270,7 +270,7 @@ def layers_to_solve(plan: PrunePlan) -> int:
 
 def _stacks(plan: PrunePlan) -> list[str]:
     """Return the pruned stacks that reconstruction can repair, in the order of the forward pass."""
-    order = [name for name in ("vision", "text") if name in plan.stacks]
+    order = sorted(plan.stacks, key=lambda name: name == "text")  # towers first
     return [name for name in order if any(_modules(plan.stacks[name], i) for i in range(len(plan.stacks[name].layers)))]
 
 

@@ -67,7 +67,7 @@ def score(
     options = {present_name(name, chosen.settings): value for name, value in options.items()}
     settings = with_defaults(f"criterion {criterion!r}", {**given, **options}, chosen.settings)
     model.cfg.stack(stack)
-    if stack not in chosen.stacks:
+    if (stack if stack == "text" else "vision") not in chosen.stacks:  # encoders are scored as towers
         others = ", ".join(name for name, other in CRITERIA.items() if stack in other.stacks)
         raise UserError(f"criterion {criterion!r} does not score the {stack} stack: use {others}")
     if "layers" not in chosen.scores and model.cfg.lora is not None:

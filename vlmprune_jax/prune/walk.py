@@ -33,6 +33,7 @@ from vlmprune_jax.models.params import flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_batch, place_inputs
 from vlmprune_jax.models.vlm import Model, to_nnx
 from vlmprune_jax.prune.batches import CalibrationBatch
+from vlmprune_jax.prune.criteria.activations import input_of
 from vlmprune_jax.prune.layers import Given, Layer, Rows, State, streamed, to_devices
 
 R = TypeVar("R")
@@ -43,7 +44,7 @@ class LayerStream:
 
     Args:
       model: weights may be on devices, on a mesh, on the host or in files.
-      stack: "text" or "vision".
+      stack: "text", "vision" or an encoder.
       dtype: of streams and layers; None is the model's.
       copies: number of such streams that are kept at a time. On the devices if a quarter of the free memory holds
         them, otherwise on the hosts; None: on the devices.
@@ -65,7 +66,9 @@ class LayerStream:
         self.states, self.embeds = list[State](), list[LayerEmbeds]()  # arrays apart for every layer that is left
 
         def embed(batch: CalibrationBatch) -> tuple[jax.Array, LayerEmbeds]:
-            return _embed(params, place_inputs(model.params, model.cfg, batch.inputs), cfg=model.cfg, dtype=dtype)
+            return _embed(
+                params, place_inputs(model.params, model.cfg, batch.inputs), cfg=model.cfg, stack=stack, dtype=dtype
+            )
 
         for x, embeds in streamed(embed, batches, hosts=self._hosts):
             self.states.append(State(x, {}))
@@ -144,7 +147,7 @@ def _entrance(model: Model, stack: str) -> Any:
     """
 
     def place(path: str, leaf: Any) -> Any:
-        used = path.startswith("vision/") or stack == "text"
+        used = path.startswith(f"{stack}/") or stack == "text"
         if isinstance(leaf, jax.Array) or (used and not path.startswith((f"{stack}/layers/", "text/lm_head/"))):
             return to_device(leaf)
         return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # jit drops what a program does not use
@@ -152,15 +155,16 @@ def _entrance(model: Model, stack: str) -> Any:
     return unflatten({path: place(path, leaf) for path, leaf in flatten(model.params).items()})
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
+@functools.partial(jax.jit, static_argnames=("cfg", "stack", "dtype"))
+def _embed(params: Any, inputs: Any, *, cfg: ModelConfig, stack: str, dtype: Any) -> tuple[jax.Array, LayerEmbeds]:
     """Return the first layer's input, and the arrays of all layers' embeddings."""
     module, embeds = to_nnx(Model(params, cfg)), LayerEmbeds()
-    if "input_ids" not in inputs:
-        stored = jax.tree.leaves(params["vision"])[0].dtype
-        x = module.vision.embed(inputs["pixel_values"].astype(stored), grid=inputs.get("image_grid_thw"))
+    grid, items = inputs["image_grid_thw"], cfg.encoder_inputs(inputs)
+    if stack == "text":
+        pixels = inputs["pixel_values"]
+        x, _, embeds = module.embed(inputs["input_ids"], pixels, image_grid_thw=grid, encoder_inputs=items)
     else:
-        grid = inputs["image_grid_thw"]
-        x, _, embeds = module.embed(inputs["input_ids"], inputs["pixel_values"], image_grid_thw=grid)
+        array = inputs[input_of(cfg, stack)].astype(jax.tree.leaves(params[stack])[0].dtype)
+        x = getattr(module, stack).embed(array, **({} if grid is None else {"grid": grid}))
     apart = LayerEmbeds(*(None if stacked is None else tuple(stacked) for stacked in embeds))
     return jax.tree.map(lambda array: constrain(array.astype(dtype or array.dtype), STREAM), (x, apart))

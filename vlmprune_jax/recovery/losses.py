@@ -150,6 +150,7 @@ def loss_sums(
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
+    images["encoder_inputs"] = cfg.encoder_inputs(batch)
     embeds, layer_embeds, positions = None, LayerEmbeds(), images.pop("position_ids")
     if loss.reference_compat and positions is None:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)

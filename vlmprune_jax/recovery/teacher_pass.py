@@ -72,6 +72,7 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array]:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     images: dict[str, Any] = {name: batch.get(name) for name in IMAGE_INPUTS}
+    images["encoder_inputs"] = cfg.encoder_inputs(batch)
     final, _ = encode(params, cfg, ids, **images, attention_mask=mask)
     head = gathered_head(params, cfg)
 

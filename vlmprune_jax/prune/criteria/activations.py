@@ -82,7 +82,7 @@ def accumulate(
     counted_as = [weight_of, *np.eye(len(TYPES), dtype=np.float32)[types]]
     step = functools.partial(_sums, cfg=model.cfg, stack=stack, function=function, options=fixed)
     ways, counts = jnp.asarray(np.stack(counted_as)), np.zeros(len(TYPES), int)
-    batches = _RUNS[stack].batches(batches)
+    batches = batches_of(model.cfg, stack, batches)
     first = next(batches)
 
     def counted(batches: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -91,14 +91,14 @@ def accumulate(
             yield arrays
 
     def sums(arrays: Arrays) -> list[Any]:
-        placed = place_inputs(model.params, model.cfg, batch_inputs(arrays))
+        placed = place_inputs(model.params, model.cfg, batch_inputs(arrays, model.cfg))
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(step(params, placed, ways))]
         return leaves if journal is None else [leaf.tolist() for leaf in leaves]
 
     totals: list[np.ndarray] = []
     with use_mesh(mesh):
         # not from a result: the journal of an interrupted pass may hold all of them
-        expected = jax.eval_shape(step, params, batch_inputs(first), ways)
+        expected = jax.eval_shape(step, params, batch_inputs(first, model.cfg), ways)
         structure, shapes = jax.tree.structure(expected), [leaf.shape for leaf in jax.tree.leaves(expected)]
         entries = continued(
             sums, counted(itertools.chain([first], batches)), journal, lambda _, entry: _fits(entry, shapes)
@@ -122,30 +122,37 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
     return [leaf.shape for leaf in arrays] == shapes and all(leaf.dtype.kind in "if" for leaf in arrays)
 
 
-def batch_inputs(arrays: Arrays) -> dict[str, Any]:
+def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
     """Return the arrays of a checked batch that a pass over a stack reads; absent ones are None."""
     names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
-    return {name: arrays.get(name) for name in names}
+    return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
 
 
-def with_images(batches: Iterable[Arrays]) -> Iterator[Arrays]:
-    """Yield the batches that contain images; raise UserError if none does."""
-    some = False
+def batches_of(cfg: ModelConfig, stack: str, batches: Iterable[Arrays]) -> Iterator[Arrays]:
+    """Yield the batches that contain inputs of a stack, such as images; raise UserError if none does."""
+    array, some = input_of(cfg, stack), False
     for arrays in batches:
-        if "pixel_values" in arrays:
+        if array in arrays:
             some = True
             yield arrays
     if not some:
         raise UserError(
             "the calibration batches have no images, which scores of a vision tower need: add records with images"
+            if stack == "vision"
+            else f"the calibration batches have no {array}, which scores of {stack} need: add batches with it"
         )
+
+
+def input_of(cfg: ModelConfig, stack: str) -> str:
+    """Return the name of the batch's array that a stack reads."""
+    return {"text": "input_ids", "vision": "pixel_values"}.get(stack) or dict(cfg.encoders)[stack].array
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "stack", "function", "options"))
 def _sums(
     params: Params, batch: Any, counting: Any, *, cfg: ModelConfig, stack: str, function: Any, options: Any
 ) -> Any:
-    run, token_types = _RUNS[stack].run(params, cfg, batch)
+    run, token_types = _run_of(cfg, stack)(params, cfg, batch)
 
     def blocks(hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]:
         for name in inputs:
@@ -170,7 +177,7 @@ def run_decoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> R
         _, aux = encode(
             params, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"], position_ids=batch["position_ids"], attention_mask=mask, hook=hook,
-            hook_inputs=inputs,
+            hook_inputs=inputs, encoder_inputs=cfg.encoder_inputs(batch),
         )  # fmt: skip
         return aux["hook"]
 
@@ -187,18 +194,32 @@ def _tower(params: Params, cfg: ModelConfig, batch: Mapping[str, Any]) -> Run:
         real = jnp.repeat(real, positions, 0)
     else:
         real = tower.places(images, grid).real.reshape(-1, 1)
+    return _by_position(functools.partial(tower.hooked, images, grid=grid)), jnp.where(real, IMAGE, PADDING)
+
+
+def _encoder(params: Params, cfg: ModelConfig, batch: Mapping[str, Any], *, stack: str) -> Run:
+    encoder, module = dict(cfg.encoders)[stack], getattr(to_nnx(Model(params, cfg)), stack)
+    array = batch[encoder.array].astype(jax.tree.leaves(params[stack])[0].dtype)
+    count = (batch["input_ids"] == encoder.token_id).sum(axis=1) // encoder.tokens
+    real = jnp.repeat((jnp.arange(array.shape[1])[None] < count[:, None]).reshape(-1, 1), encoder.positions, 0)
+    items = array.reshape(-1, *array.shape[2:])
+    return _by_position(functools.partial(module.hooked, items)), jnp.where(real, IMAGE, PADDING)
+
+
+def _by_position(hooked: Callable[..., Any]) -> Callable[[Hook, tuple[str, ...]], list[Any]]:
+    """Return a pass over a tower's blocks whose hook sees a row for each position."""
 
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(-1, 1, *x.shape[2:])
 
     def run(hook: Hook, inputs: tuple[str, ...]) -> list[Any]:
-        def hooked(block: BlockValues) -> Any:
+        def by_position(block: BlockValues) -> Any:
             before, after, inputs, scales = jax.tree.map(rows, (block.before, block.after, block.inputs, block.scales))
             return hook(BlockValues(before, after, inputs, block.params, scales))
 
-        return tower.hooked(images, hooked, inputs, grid=grid)[1]
+        return hooked(hook=by_position, hook_inputs=inputs)[1]
 
-    return run, jnp.where(real, IMAGE, PADDING)
+    return run
 
 
 def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
@@ -207,11 +228,7 @@ def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
     return np.arange(slots)[None] < count[:, None]
 
 
-class _Stack(NamedTuple):
-    """Functions that differ between decoder and vision tower: run the blocks, and skip batches without images."""
-
-    run: Callable[..., Run]
-    batches: Callable[[Iterable[Arrays]], Iterator[Arrays]]
-
-
-_RUNS = {"text": _Stack(run_decoder, iter), "vision": _Stack(_tower, with_images)}
+def _run_of(cfg: ModelConfig, stack: str) -> Callable[..., Run]:
+    """Return the function that prepares a pass over a stack's blocks."""
+    encoder = functools.partial(_encoder, stack=stack) if stack in dict(cfg.encoders) else None
+    return encoder or {"text": run_decoder, "vision": _tower}[stack]

@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
-from vlmprune_jax.models.inputs import TYPE_IDS, VisualInputs, visual_inputs
+from vlmprune_jax.models.inputs import TYPE_IDS, VisualInputs, split_encoder_inputs, visual_inputs
 from vlmprune_jax.models.patch_rows import patch_rows
 from vlmprune_jax.models.positions import with_images
 from vlmprune_jax.prune.config import ScoreConfig
@@ -45,14 +45,15 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
-    Ids, mask, token types and labels are there even if no row has them; images and positions only if a row has them.
+    Ids, mask, token types and labels are there even if no row has them; other arrays only if a row has them.
     """
     arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
-    for name in (*_FILLS, "pixel_values", "image_grid_thw", "position_ids"):
+    others = dict.fromkeys(name for row in rows for name in row if name not in (*_FILLS, "name"))
+    for name in (*_FILLS, *others):
         pairs = [(at, row[name]) for at, row in enumerate(rows) if name in row]
         if pairs or name in _FILLS:
             sizes = np.max([part.shape for _, part in pairs], axis=0) if pairs else (longest,)
-            shape = sizes if name.startswith(("pixel", "image")) else (*sizes[:-1], longest)
+            shape = (*sizes[:-1], longest) if name in (*_FILLS, "position_ids") else sizes
             arrays[name] = np.full((size, *shape), _FILLS.get(name, 0), pairs[0][1].dtype if pairs else np.int32)
         for at, part in pairs:
             arrays[name][at][tuple(map(slice, part.shape))] = part
@@ -93,6 +94,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
             raise UserError(f"{name} has shape {array.shape}, but input_ids has shape {shape}")
     ids, mask = result["input_ids"], result["attention_mask"]
     given = {name: arrays[name] for name in VisualInputs.__annotations__.keys() & arrays.keys() - TYPE_IDS}
+    items, _ = split_encoder_inputs(cfg, ids, arrays)
     visuals, pixel_mask = visual_inputs(cfg, ids, mask, cast(VisualInputs, given))
     if pixel_mask is not None:
         raise UserError(
@@ -108,7 +110,7 @@ def _checked(arrays: Arrays, cfg: ModelConfig, labels: bool) -> Arrays:
         result["pixel_values"] = images if images.ndim == 5 else _per_row(images, ids, cfg)
     if cfg.text.sees_images:
         result["position_ids"] = np.asarray(with_images(None, ids, mask, cfg.visual_token_ids))
-    return {**result, "token_types": _token_types(result, cfg)}
+    return {**result, **items, "token_types": _token_types(result, cfg)}
 
 
 def _check_labels(labels: np.ndarray, cfg: ModelConfig) -> None:
@@ -143,7 +145,8 @@ def _token_types(arrays: Arrays, cfg: ModelConfig) -> np.ndarray:
     types = np.full(arrays["input_ids"].shape, PROMPT, np.int32)
     if "labels" in arrays:
         types[arrays["labels"] != IGNORED] = ANSWER
-    for token, name in ((cfg.image_token_id, IMAGE), (cfg.video_token_id, VIDEO)):
+    encoders = ((encoder.token_id, IMAGE) for _, encoder in cfg.encoders)
+    for token, name in ((cfg.image_token_id, IMAGE), (cfg.video_token_id, VIDEO), *encoders):
         if token is not None:
             types[arrays["input_ids"] == token] = name
     types[arrays["attention_mask"] == 0] = PADDING

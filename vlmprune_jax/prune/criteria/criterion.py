@@ -40,12 +40,12 @@ class Criterion:
         `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
     Parts are fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
-    `stacks`: stacks that it can score, see `config.STACKS`; a function with a parameter `stack` is passed the name.
-    `counts`: unit of `progress`, finished "batches" or "layers". `journals`: the sums of every batch are kept on disk,
-    so that an interrupted pass continues (for sums of few numbers). `splits`: all its sums are weighted by
-    `tokens.weight`, so that they can be restricted to tokens of one type; its scores then come by token type as well
-    (`Scores.by_token_type`). Raises UserError for a description that contradicts itself, or an option that no function
-    has a parameter for.
+    `stacks`: stacks that it can score, see `config.STACKS` where "vision" includes encoders of your own; a function
+    with a parameter `stack` is passed the name. `counts`: unit of `progress`, finished "batches" or "layers".
+    `journals`: the sums of every batch are kept on disk, so that an interrupted pass continues (for sums of few
+    numbers). `splits`: all its sums are weighted by `tokens.weight`, so that they can be restricted to tokens of
+    one type; its scores then come by token type as well (`Scores.by_token_type`). Raises UserError for a
+    description that contradicts itself, or an option that no function has a parameter for.
     """
 
     scores: tuple[str, ...]

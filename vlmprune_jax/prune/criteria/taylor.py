@@ -64,7 +64,7 @@ def taylor(
 
     if not model.cfg.stack(stack).causal:  # a tower: all of its positions are of one type
         layers = tower_channels(
-            model, batches, _saliencies, squares=squares, rows_per_step=rows_per_step, progress=progress
+            model, batches, _saliencies, stack=stack, squares=squares, rows_per_step=rows_per_step, progress=progress
         )
         return reduced(layers), {}
     weights = {"image_weight": image_weight, "prompt_weight": prompt_weight, "answer_weight": answer_weight}

@@ -26,7 +26,7 @@ from vlmprune_jax.models.params import Flat, flatten, unflatten
 from vlmprune_jax.models.placement import mesh_of, place_inputs
 from vlmprune_jax.models.vlm import Model, Params, encode, head_of
 from vlmprune_jax.models.vocabulary import cross_entropy_sum
-from vlmprune_jax.prune.criteria.activations import with_images
+from vlmprune_jax.prune.criteria.activations import batches_of
 from vlmprune_jax.prune.criteria.calibration import Arrays
 from vlmprune_jax.prune.criteria.groups import summed_axes
 
@@ -39,11 +39,12 @@ def tower_channels(
     batches: Iterable[Arrays],
     channels: Callable[..., Any],
     *,
+    stack: str,
     squares: bool,
     rows_per_step: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[dict[str, Any]]:
-    """Return gradient scores of the vision tower's layers, in the form of `gradients.gradient_channels`.
+    """Return gradient scores of the layers of a tower, in the form of `gradients.gradient_channels`.
 
     Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
     with 0 after every step before.
@@ -52,16 +53,17 @@ def tower_channels(
     """
     mesh, cfg = mesh_of(model.params), model.cfg
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
-    axes = summed_axes(cfg, "vision")
-    flat = flatten(params["vision"]["layers"])
+    axes = summed_axes(cfg, stack)
+    flat = flatten(params[stack]["layers"])
     weights = {path: leaf for path, leaf in flat.items() if path.partition("/")[2] in axes}
     sums, last, total, samples = (_zeros(weights), _zeros(weights) if squares else None), None, 0, 0
     with use_mesh(mesh):
-        for arrays in _steps(with_images(batches), 1 if squares else rows_per_step):
+        for arrays in _steps(batches_of(cfg, stack, batches), cfg, 1 if squares else rows_per_step):
             labels = int((arrays["labels"][:, 1:] != IGNORED).sum())
             if not labels:
                 continue
-            sums, loss = _add(sums, weights, params, place_inputs(model.params, model.cfg, arrays), labels, cfg=cfg)
+            placed = place_inputs(model.params, cfg, arrays)
+            sums, loss = _add(sums, weights, params, placed, labels, cfg=cfg, stack=stack)
             jax.block_until_ready(last)  # two steps under way: a long queue of collectives can starve on few cores
             last = loss
             total, samples = total + labels, samples + 1
@@ -75,7 +77,7 @@ def tower_channels(
         of_axis = tuple((path, axes[path.partition("/")[2]]) for path in weights)
         scores = jax.tree.map(np.asarray, _reduced(weights, sums, float(total), float(samples), channels, of_axis))
     layers = []
-    for run, (_, length, _) in enumerate(scan_groups(cfg.stack("vision").layers)):
+    for run, (_, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
         stacked = {name: scores[f"{run}/{name}"] for name in axes}
         layers += [jax.tree.map(operator.itemgetter(i), stacked) for i in range(length)]
     if progress is not None:
@@ -87,19 +89,20 @@ def _zeros(flat: Flat) -> Flat:
     return {path: jnp.zeros(leaf.shape, jnp.float32, device=leaf.sharding) for path, leaf in flat.items()}
 
 
-def _steps(batches: Iterable[Arrays], rows: int | None) -> Iterator[Arrays]:
+def _steps(batches: Iterable[Arrays], cfg: ModelConfig, rows: int | None) -> Iterator[Arrays]:
     """Yield the calibration rows to differentiate together; by default one batch per step."""
     if rows is not None and rows < 1:
         raise UserError(f"rows_per_step={rows} must be at least 1")
+    names = (*_NAMES, *cfg.encoder_arrays)
     for arrays in batches:
         size = rows or len(arrays["input_ids"])
         for start in range(0, len(arrays["input_ids"]), size):
-            yield {name: arrays[name][start : start + size] for name in _NAMES if name in arrays}
+            yield {name: arrays[name][start : start + size] for name in names if name in arrays}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("sums",))
+@functools.partial(jax.jit, static_argnames=("cfg", "stack"), donate_argnames=("sums",))
 def _add(
-    sums: Any, weights: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig
+    sums: Any, weights: Flat, params: Params, batch: Any, labels: Any, *, cfg: ModelConfig, stack: str
 ) -> tuple[tuple[Flat, Flat | None], jax.Array]:
     """Add one step's gradients, and optionally their squares, to float32 sums; also return the step's loss.
 
@@ -108,12 +111,12 @@ def _add(
     """
 
     def loss(weights: Flat) -> jax.Array:
-        layers = unflatten({**flatten(params["vision"]["layers"]), **weights})
-        filled = {**params, "vision": {**params["vision"], "layers": layers}}
+        layers = unflatten({**flatten(params[stack]["layers"]), **weights})
+        filled = {**params, stack: {**params[stack], "layers": layers}}
         final, _ = encode(
-            filled, cfg, batch["input_ids"], pixel_values=batch["pixel_values"],
+            filled, cfg, batch["input_ids"], pixel_values=batch.get("pixel_values"),
             image_grid_thw=batch.get("image_grid_thw"), position_ids=batch.get("position_ids"),
-            attention_mask=batch["attention_mask"], remat="full",
+            attention_mask=batch["attention_mask"], remat="full", encoder_inputs=cfg.encoder_inputs(batch),
         )  # fmt: skip
         return cross_entropy_sum(final, head_of(params, cfg), batch["labels"], chunk=CHUNK)
 

@@ -1,0 +1,80 @@
+"""Llama that hears: an audio encoder beside the decoder, whose layers, heads and neurons are pruned like a tower's."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.channels import Dense
+from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import Layer
+from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.stack import BlockConfig
+from vlmprune_jax.families.llama import DEFAULTS
+from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
+from vlmprune_jax.families.shapes import layers_to_hf, token_ids
+from vlmprune_jax.families.table import Weight
+from vlmprune_jax.models.layers import Leaf, Projection
+
+
+@dataclass(frozen=True)
+class Audio(vp.Encoder):
+    """Facts of the encoder beside those of every encoder; an item is float[positions, channels]."""
+
+    channels: int
+
+
+class AudioEncoder(vp.EncoderModule):
+    """Frames of a spectrogram -> blocks -> tokens of the decoder, one per frame."""
+
+    def __init__(self, cfg, text_size):
+        super().__init__(cfg, text_size)
+        sizes = {"encoder": cfg.hidden_size, "channel": cfg.channels, "position": cfg.positions, "embed": text_size}
+        self.frames = Projection(sizes, ("encoder",), ("channel",), bias=False)
+        self.places = Leaf(sizes, ("position", "encoder"))
+        self.to_text = Projection(sizes, ("embed",), ("encoder",), bias=False)
+
+    def embed(self, items):
+        return self.frames(items) + self.places.weight.get_value()[None]
+
+    def project(self, x):
+        return self.to_text(jax.nn.gelu(x))
+
+
+vp.encoders[Audio] = AudioEncoder
+
+
+def from_hf(config, vision):
+    text, audio = llama_like({**DEFAULTS, **config["text"]}, "llama"), config["audio"]
+    mixer = Attention(audio["heads"], audio["heads"], head_dim=audio["head_dim"])
+    layer = Layer(mixer, Dense(audio["neurons"], gated=False, activation="gelu"))
+    encoder = Audio(
+        audio["width"], (layer,) * audio["layers"], BlockConfig(1e-5), array="input_features", channels=audio["mels"],
+        token_id=audio["token_id"], tokens=audio["frames"], positions=audio["frames"],
+    )  # fmt: skip
+    return ModelConfig("hearing", "transformers", text, encoders=(("audio", encoder),), **token_ids(config["text"]))
+
+
+def to_hf(cfg, source):
+    layers = cfg.stack("audio").layers
+    sizes = {"layers": len(layers), "heads": layers[0].mixer.q_heads, "neurons": layers[0].sizes["mlp"]}
+    return {**source, "text": layers_to_hf(cfg.text, source["text"]), "audio": {**source["audio"], **sizes}}
+
+
+def weights(cfg):
+    layer = {
+        "self_attn/q_proj": "(q_heads head) encoder", "self_attn/k_proj": "(kv_heads head) encoder",
+        "self_attn/v_proj": "(kv_heads head) encoder", "self_attn/out_proj": "encoder (q_heads head)",
+        "mlp/fc1": "mlp encoder", "mlp/fc2": "encoder mlp", "layer_norm1": "encoder", "layer_norm2": "encoder",
+    }  # fmt: skip
+    lines = {"layers/{i}/" + path: layout for path, layout in layer.items()}
+    lines |= {"frames": "encoder channel", "to_text": "embed encoder", "places": "position encoder"}
+    table = [Weight(f"audio/{path}/weight", f"audio.{path}.weight".replace("/", "."), lines[path]) for path in lines]
+    return llama_like_weights(cfg.text, "model.", "lm_head.weight") + table
+
+
+vp.families["hearing"] = dataclasses.replace(
+    vp.families["llama"], name="hearing", model_types=("hearing",), from_hf=from_hf, to_hf=to_hf, weights=weights,
+    decoder=None, stock=None, text_section="text",
+)  # fmt: skip

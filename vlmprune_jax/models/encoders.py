@@ -1,0 +1,58 @@
+"""Encoders of your own beside the vision tower: audio, depth, or whatever else becomes tokens of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlmprune_jax.core.stack import Encoder
+from vlmprune_jax.models.context import Context, Hook, Names
+from vlmprune_jax.models.stack import BlockStack
+
+
+class EncoderModule(BlockStack):
+    """Encoder of one kind of item; a subclass embeds items, and projects its output to tokens of the decoder.
+
+    Args:
+      cfg: the encoder's config.
+      text_size: channels of the decoder's residual stream.
+    """
+
+    cfg: Encoder
+
+    def __init__(self, cfg: Encoder, text_size: int):
+        del text_size
+        super().__init__(cfg, Names("encoder", ("layer_norm1", "layer_norm2"), "out_proj"))
+
+    def embed(self, items: jax.Array) -> jax.Array:
+        """Return the first block's input float[items, positions, hidden] of items [items, ...]."""
+        raise NotImplementedError
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """Return tokens float[items, tokens, text_size] from the last block's output [items, positions, hidden]."""
+        raise NotImplementedError
+
+    def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
+        """Return the shared inputs of all blocks: every position sees its whole item."""
+        del x, arrays
+        return Context({})
+
+    def hooked(self, items: jax.Array, hook: Hook | None, hook_inputs: tuple[str, ...] = ()) -> tuple[Any, list[Any]]:
+        """Run the encoder; return the last block's output, and `hook(BlockValues)` of every block."""
+        x = self.embed(items)
+        passed = self.pass_through(x, self.context_of(x, {}), hook=hook, hook_inputs=hook_inputs)
+        return passed.last, passed.hooks
+
+    def __call__(self, items: jax.Array) -> jax.Array:
+        """Return the tokens float[rows, items, tokens, text_size] of items [rows, items, ...]."""
+        dtype = jax.tree.leaves(self.layers)[0].dtype
+        states, _ = self.hooked(jnp.asarray(items, dtype).reshape(-1, *items.shape[2:]), None)
+        tokens = self.project(states)
+        return tokens.reshape(*items.shape[:2], *tokens.shape[1:])
+
+
+# Class of an `Encoder` config -> its module. Users add encoders by assignment (`vlmprune_jax.encoders[Mine] = ...`).
+ENCODERS: dict[type[Encoder], type[EncoderModule]] = {}
