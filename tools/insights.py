@@ -315,28 +315,28 @@ _THREE = ("depth", "width", "hybrid")
 INSIGHTS = (
     Insight(
         "1. Without recovery, width pruning retains more accuracy than depth pruning",
-        "width - depth",
+        "width minus depth",
         0.0,
         AS_GOOD,
         _of_methods("none", "width", "depth", 0.0, 1.0),
     ),
     Insight(
         f"2a. With recovery and up to 30 % removed, depth pruning is at most {AS_GOOD:g} point behind width pruning",
-        "depth - width after SFT + L2",
+        "depth minus width after SFT + L2",
         -AS_GOOD,
         None,
         _of_methods(BEST, "depth", "width", 0.0, 0.33),
     ),
     Insight(
         "2b. With recovery and 45 % or more removed, width pruning retains more accuracy than depth pruning",
-        "width - depth after SFT + L2",
+        "width minus depth after SFT + L2",
         0.0,
         AS_GOOD,
         _of_methods(BEST, "width", "depth", 0.42, 1.0),
     ),
     Insight(
         f"3. With up to 15 % removed, training the projector alone is at most {AS_GOOD:g} point behind SFT + L2",
-        "projector - SFT + L2",
+        "projector minus SFT + L2",
         -AS_GOOD,
         None,
         _within("projector", [(-1.0, BEST, None)], high=0.18),
@@ -344,7 +344,7 @@ INSIGHTS = (
     *(
         Insight(
             f"4{letter}. SFT + L2 retains more accuracy than {words}",
-            f"SFT + L2 - {words}",
+            f"SFT + L2 minus {words}",
             0.0,
             AS_GOOD,
             _within(BEST, [(-1.0, name, None)]),
@@ -363,22 +363,22 @@ INSIGHTS = (
         _within(BEST, [], high=0.5, methods=_THREE, data=SMALL),
     ),
     Insight(
-        "5b. Below half of the decoder, 5 % of the data reaches 90 % of the accuracy of training on all data",
-        "accuracy with 5 % - 0.9 x accuracy with all data",
+        "5b. With less than half of the decoder removed, 5 % of the data reaches 90 % of the accuracy of all data",
+        "accuracy with 5 %, minus 0.9 x accuracy with all data",
         0.0,
         None,
         _within(BEST, [(-0.9, BEST, 1.0)], high=0.5, methods=_THREE, data=SMALL),
     ),
     Insight(
         "6a. Reconstruction without training reaches at least half of the gain of SFT + L2",
-        "reconstruction - half-way to SFT + L2",
+        "reconstruction, minus the mean of no recovery and SFT + L2",
         0.0,
         AS_GOOD,
         _half_of_gain,
     ),
     Insight(
         "6b. Reconstruction before SFT + L2 adds accuracy",
-        "with - without reconstruction",
+        "with minus without reconstruction",
         0.0,
         AS_GOOD,
         _within(f"{SOLVED}+{BEST}", [(-1.0, BEST, None)]),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import BY_SETTING, EQUAL, FAILS, HOLDS, OPEN, SMALL, Comparison, Conclusion, Point, conclude, points_of
+from insights import BY_SETTING, SMALL, Conclusion, Point, conclude, points_of
 from matplotlib.figure import Figure
 from msgspec.structs import replace
 from pooling import Effect
@@ -18,11 +18,12 @@ from vlmprune_jax.core.files import read_text, replacing
 from vlmprune_jax.core.markup import markdown
 from vlmprune_jax.evaluation.metrics import METRICS
 from vlmprune_jax.evaluation.statistics import interval_of_mean, retained_interval
+from vlmprune_jax.planning.guide import SOLVED
 from vlmprune_jax.report.comparison_plots import Cost, curves_figure, drawable, series_of, way_of
 from vlmprune_jax.report.style import write_png
 from vlmprune_jax.workdir.comparison import averaged_sets
 from vlmprune_jax.workdir.evaluation import find_evaluated, read_evaluated
-from vlmprune_jax.workdir.result import Set
+from vlmprune_jax.workdir.result import WITHOUT, Set, recovery_label
 from vlmprune_jax.workdir.sweep import Group, SweepResult, SweptModel, groups_of, read_sweep
 
 BEGIN, END = "<!-- vlmprune study: begin -->", "<!-- vlmprune study: end -->"
@@ -106,57 +107,41 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
     if known:
         lines = [
             "Effects, in points of retained %, are means over settings, with 95 % intervals over seeds and questions.",
-            "If settings differ (Welch's test of Q, p < 0.1, or contrary verdicts), each has its own verdict.",
-            "Each p-value is corrected for the number of claims (Holm), and verdicts of settings for nothing.",
+            "If settings differ (Welch's test of Q, p < 0.1, or opposite verdicts), each setting has its own verdict.",
+            "The p-value of each claim is corrected for the number of claims (Holm), those of settings are not.",
             "",
-            "|insight|effect (95 %)|seeds x settings|I², p|p|verdict|",
-            "|---|---|---|---|---|---|",
+            "|claim|effect (95 % interval)|seeds x settings|I²|p of Q|p|verdict|",
+            "|---|---|---|---|---|---|---|",
         ]
     for conclusion in known:
         assert conclusion.effect is not None
         size = f"{conclusion.effect.seeds} x {len(conclusion.comparisons)}"
         means = sorted(row.effect.mean for row in conclusion.comparisons)
-        effect = _effect(conclusion.effect) if conclusion.pooled else f"{means[0]:.2f} to {means[-1]:.2f} by setting"
+        effect = _effect(conclusion.effect) if conclusion.pooled else f"from {means[0]:.2f} to {means[-1]:.2f}"
         spread, p = conclusion.heterogeneity, _probability(conclusion.p_value) if conclusion.pooled else ""
-        of_spread = "" if spread is None else f"{spread.i_squared:.0f} %, {_probability(spread.p_value)}"
-        lines.append(
-            f"|{markdown(conclusion.claim)}|{conclusion.measure}: {effect}|{size}|{of_spread}|{p}|"
-            f"{_verdict(conclusion)}|"
-        )
+        of_spread = "|" if spread is None else f"{spread.i_squared:.0f} %|{_probability(spread.p_value)}"
+        verdict = conclusion.verdict if conclusion.verdict != BY_SETTING else "by setting (next table)"
+        lines.append(f"|{markdown(conclusion.claim)}|{conclusion.measure}: {effect}|{size}|{of_spread}|{p}|{verdict}|")
     lines += [""] if known else []
     shown = [conclusion for conclusion in known if settings or not conclusion.pooled]
     if shown:
-        lines += [f"|claim and setting ({_SHARE[2:]} if trained)|seeds|effect (95 %)|p: t/sign flips|verdict|"]
-        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"|claim|setting ({_SHARE[2:]} if trained)|seeds|effect (95 % interval)|p (t-test)|p (sign flips)|verdict (equal: within 1 point)|"
+        ]
+        lines += ["|---|---|---|---|---|---|---|"]
     for conclusion in shown:
         for row in (row for row in conclusion.comparisons if row.effect.interval):
-            label = markdown(f"{_numbers([conclusion.claim])}, {row.setting.removesuffix(_SHARE)}")
+            label = f"{_numbers([conclusion.claim])}|{markdown(row.setting.removesuffix(_SHARE))}"
             tests = (row.effect.p_differs(conclusion.threshold), row.effect.p_signs(conclusion.threshold))
-            p = "/".join(map(_probability, tests))
+            p = "|".join(map(_probability, tests))
             lines.append(f"|{label}|{row.pairs}|{_effect(row.effect)}|{p}|{row.verdict.partition(' within')[0]}|")
     lines += [""] if shown else []
     single = _numbers(
         conclusion.claim for conclusion in conclusions if conclusion.comparisons and conclusion not in known
     )
     silent = _numbers(conclusion.claim for conclusion in conclusions if not conclusion.comparisons)
-    lines += [f"One seed is too few to decide claims {single}.", ""] if single else []
-    return lines + ([f"This sweep has no runs for claims {silent}.", ""] if silent else [])
-
-
-def _verdict(conclusion: Conclusion) -> str:
-    """Return the verdict of a claim; if it is by setting, with the settings and their mean effects."""
-    if conclusion.verdict != BY_SETTING:
-        return conclusion.verdict
-    rows: dict[str, list[Comparison]] = {verdict: [] for verdict in (HOLDS, FAILS, EQUAL, OPEN)}
-    for row in conclusion.comparisons:
-        rows[row.verdict].append(row)
-    most = max(reversed(rows), key=lambda verdict: len(rows[verdict]))
-    words = []
-    for verdict, group in rows.items():
-        if group and verdict != most:
-            settings = (f"{row.setting.removesuffix(_SHARE)} ({row.effect.mean:.1f})" for row in group)
-            words.append(f"{verdict.partition(' within')[0]} at {', '.join(settings)}")
-    return markdown("; ".join([*words, f"{most} elsewhere"]))
+    lines += [f"Claims with only one seed, so undecided: {single}.", ""] if single else []
+    return lines + ([f"Claims that this sweep does not test: {silent}.", ""] if silent else [])
 
 
 def _probability(p: float) -> str:
@@ -184,9 +169,9 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         row.setdefault((point.data, point.recovery), []).append(point)
     if not cells:
         return []
-    heads = [markdown(recovery) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
+    heads = [markdown(_recovery(recovery)) + (f", {100 * data:g} %" if data else "") for data, recovery in columns]
     lines = [
-        "Retained score (%): mean ± half of the 95 % interval over seeds and questions.",
+        "Retained score (%), mean ± half of the 95 % interval:",
         "",
     ]
     lines += [f"|decoder removed|{'|'.join(heads)}|", "|---" * (len(heads) + 1) + "|"]
@@ -196,6 +181,12 @@ def retention_lines(points: Sequence[Point]) -> list[str]:
         label = f"{method} {reached:.1f} %" + (f", {model}" if several else "")
         lines.append(f"|{markdown(label)}|{'|'.join(_retained(row.get(column, ())) for column in columns)}|")
     return [*lines, ""]
+
+
+def _recovery(name: str) -> str:
+    """Return a point's recovery in words, such as "reconstructed + SFT" for "reconstruct+sft"."""
+    first, _, trained = name.partition("+") if name.startswith(SOLVED) else ("", "", name)
+    return recovery_label(trained or "none", reconstructed=bool(first))
 
 
 def _retained(points: Sequence[Point]) -> str:
@@ -278,10 +269,10 @@ def perplexity_lines(sweep: SweepResult) -> list[str]:
                 cells.setdefault(_cut(row), {}).setdefault(_done_to(row), []).append(row)
         if not cells:
             continue
-        columns = sorted({column for row in cells.values() for column in row})
+        columns = sorted({column for row in cells.values() for column in row}, key=lambda c: (c[0], c[1] != WITHOUT, c))
         perplexities = ", ".join(_short(value) for value in before.values())
-        lines += [f"The next table has the perplexity on {markdown(name)} ({perplexities} for the unpruned model).", ""]
-        lines += [f"|decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
+        lines += [f"Perplexity on {markdown(name)} (unpruned: {perplexities}):", ""]
+        lines += [f"|method, criterion, decoder removed|{'|'.join(markdown(words) for _, words in columns)}|"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for cut in sorted(cells, key=lambda cut: cut[1:]):
             by_column = cells[cut]
@@ -306,9 +297,8 @@ def _cut(row: SweptModel) -> tuple[Any, ...]:
 
 def _done_to(row: SweptModel) -> tuple[float, str]:
     """Return the share of the data, and the repair and recovery of a model in words."""
-    steps = ("" if row.reconstruct == "none" else "reconstruct", "" if row.recovery == "none" else row.recovery)
-    data = row.data_fraction
-    return data, " + ".join(filter(None, steps)) + (f", {100 * data:g} %" if data else "") or "none"
+    words, data = recovery_label(row.recovery, reconstructed=row.reconstruct != "none"), row.data_fraction
+    return data, words + (f", {100 * data:g} %" if data else "")
 
 
 def _mean(values: list[Any]) -> float:

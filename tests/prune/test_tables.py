@@ -45,13 +45,13 @@ def test_plans_of_a_golden_are_explained_and_compared(goldens, tmp_path, capsys,
         second = capsys.readouterr().out
         assert "unchanged, skipped" in second
         assert rows_of(first) == rows_of(second) != {}
-    assert "text: what each layer lost (hybrid by random + l2)" in second
+    assert "decoder: what each layer lost (hybrid by random + l2)" in second
     plan, cfg = vp.PrunePlan.from_json(tmp_path / "hybrid/plan.json"), vp.load(tmp_path / "teacher").cfg
     depth, width = (vp.Scores.load(tmp_path / "hybrid" / name) for name in ("scores.npz", "scores_width.npz"))
     rows, cost = rows_of(second), layer_costs(cfg).of
     gone = int(plan.removed_layers[0])
     assert rows[str(gone)][1:5] == ["0 of 8", "0 of 80", f"{cost(cfg.text.layers[gone]):,}", "100.0 %"]
-    assert rows[str(gone)][6:] == [f"1 of {len(cfg.text.layers)}", "-", "-", "goes"]
+    assert rows[str(gone)][6:] == [f"1 of {len(cfg.text.layers)}", "-", "-", "removed"]
     layer = plan.layers[0]
     lost = cost(cfg.text.layers[layer.index]) - cost(cfg.text.layers[layer.index].resized(layer.sizes))
     neurons = width.mlp[layer.index]
@@ -74,7 +74,7 @@ def test_what_a_layer_was_spared_for_is_said():
     spec = PlanConfig(protect=(0,))
     ((_, header, rows),) = explain(make_plan(depth, cfg, method="depth", ratio=0.2, protect=(0,)), cfg, spec, [depth])
     assert header[-3:] == ["score", "rank", "why"]
-    assert [row[-1] for row in rows] == ["protected", "goes", "stays", "stays", "stays", "4 layers stay"]
+    assert [row[-1] for row in rows] == ["protected", "removed", "kept", "kept", "kept", "4 layers kept"]
     spec = PlanConfig(attn_layers=(1, 3), mlp_layers=(2, 5), neurons_multiple=2)
     options = {"attn_layers": (1, 3), "mlp_layers": (2, 5), "neurons_multiple": 2}
     plan = make_plan(width, cfg, method="width", ratio=0.2, **options)

@@ -145,8 +145,8 @@ def test_nothing_is_compiled_in_mid_run(batches, tmp_path, capsys):
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert told == {
-        "stopped": ["  train: compiling 3 programs: 260, 200, 140 tokens"],
-        "resumed": ["  train: compiling 2 programs: 260, 140 tokens"],
+        "stopped": ["  train: compiling 3 programs: sequences of 260, 200, 140 tokens"],
+        "resumed": ["  train: compiling 2 programs: sequences of 260, 140 tokens"],
     }
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert summary["compile_seconds"] > lines[4]["seconds"]

@@ -32,7 +32,7 @@ def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
     reporter = make_reporter(enabled=True)
     with reporter.bar("evaluate teacher", 1200) as update:
         update(600)
-        assert capsys.readouterr().out == "  train: compiling in step 1: 11 tokens\n"
+        assert capsys.readouterr().out == "  train: compiling in step 1: sequences of 11 tokens\n"
         monkeypatch.setattr(metrics, "PAUSE_SECONDS", 0.0)
         monkeypatch.setattr(console, "PAUSE_SECONDS", 0.0)
         update(1200)

@@ -80,7 +80,10 @@ def test_exports_side_by_side(command, tmp_path, capsys):
     tower = next(folders[1].glob("mmproj*.gguf"))
     place = lines.index(next(line for line in lines if line.startswith("exported: pruned, to ")))
     assert re.fullmatch(rf"exported: pruned, to {folders[0]} \(0\.\d+ MB in \d+ files\)", lines[place])
-    assert re.fullmatch(r"  reloaded in torch: largest difference of any logit \S+ \(tolerance \S+\)", lines[place + 1])
+    assert re.fullmatch(
+        r"  reloaded in torch: logits differ from those of the model in memory by at most \S+ \(tolerance \S+\)",
+        lines[place + 1],
+    )
     assert f'  model = LlavaForConditionalGeneration.from_pretrained("{folders[0]}")' in lines
     assert lines[-1] == f"  llama-server -m {text} --mmproj {tower}"
     assert main([*command, "--format=q8_0"]) == 0

@@ -12,6 +12,11 @@ from vlmprune_jax.core.layer import Layer, describe_layers
 from vlmprune_jax.core.mixers import Attention
 
 
+def stack_title(name: str) -> str:
+    """Return the name of a stack in printed lines, such as "decoder" for "text"."""
+    return {"text": "decoder", "vision": "vision tower"}.get(name, name)
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """Norms and sums around the mixers and channel mixers of all blocks of a stack (`models/block.py`)."""

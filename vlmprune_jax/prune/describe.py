@@ -13,7 +13,7 @@ from vlmprune_jax.core.errors import printable
 from vlmprune_jax.core.layer import describe_layers, scan_groups
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.part import AXES
-from vlmprune_jax.core.stack import Stack
+from vlmprune_jax.core.stack import Stack, stack_title
 from vlmprune_jax.export.gguf_fit import support
 from vlmprune_jax.export.loads import TARGETS, how_known, what_loads, why_not
 from vlmprune_jax.export.vllm_tpu import facts
@@ -189,7 +189,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         + (f", weights in {found['storage']}" if found["storage"] else ""),
         f"  parameters  {total:,}: "
         + ", ".join(
-            f"{part} {parts[part]:,} ({100 * parts[part] / total:.1f} %)"
+            f"{stack_title(part)} {parts[part]:,} ({100 * parts[part] / total:.1f} %)"
             for part in parts
             if part != "total" and parts[part]
         ),
@@ -216,9 +216,9 @@ def as_lines(found: dict[str, Any]) -> list[str]:
             f"  vision      {vision['layers']} of {vision['n_layers_total']} layers are computed: {_runs(vision)}",
             f"              hidden size {vision['hidden_size']}, heads of {vision['head_dim']}, {_images(found)}",
         ]
-    lines += _can_go(f"  can go      a {'decoder ' if vision else ''}layer", prunable)
+    lines += _prunable_lines(f"  prunable    a {'decoder ' if vision else ''}layer", prunable)
     if vision is not None:
-        lines += _can_go("              a layer of the tower", found["prunable_tower"])
+        lines += _prunable_lines("              a layer of the vision tower", found["prunable_tower"])
     exports = enumerate(found["export"].items())
     lines += [f"  {'export' if i == 0 else '':<11} {mode}: {what}" for i, (mode, what) in exports]
     targets = enumerate(found["loads"].items())
@@ -245,11 +245,11 @@ def _what_loads(stacks: dict[str, dict[str, str | None]], known: str) -> str:
     return f"{'; '.join(said)} ({known})"
 
 
-def _can_go(layer: str, prunable: dict[str, Any]) -> list[str]:
+def _prunable_lines(layer: str, prunable: dict[str, Any]) -> list[str]:
     group = prunable["query_heads_per_group"]
     unit = "head" if group == 1 else f"head group ({group} query heads)"
     depth = prunable["most_by_depth"]
-    by_depth = "all of them stay, at most" if depth is None else f"at most {_percent(depth)} by depth,"
+    by_depth = "no layer can be removed; at most" if depth is None else f"at most {_percent(depth)} by depth,"
     article = "an" if prunable["unit"][0] in "aeiou" else "a"
     return [
         f"{layer} is {_percent(prunable['layer'])} of the model, a {unit} "

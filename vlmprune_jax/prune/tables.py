@@ -10,6 +10,7 @@ import numpy as np
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.part import AXES
+from vlmprune_jax.core.stack import stack_title
 from vlmprune_jax.plans.kept import KeptLayer, KeptStack, Sizes
 from vlmprune_jax.plans.plan import PrunePlan
 from vlmprune_jax.prune.config import PlanConfig
@@ -57,7 +58,7 @@ def affected_tokens(plan: PrunePlan, routing: Routing) -> Table | None:
     header = ["layer", *(f"{name} tokens" for name in routing.occurring)]
     rows = [[str(i), *(f"{100 * share:.1f} %" for share in of_layer.values())] for i, of_layer in shares.items()]
     means = np.mean([[*of_layer.values()] for of_layer in shares.values()], axis=0)
-    title = f"text: share of {len(routing.token_types):,} calibration tokens that lose an expert in a layer"
+    title = f"decoder: share of {len(routing.token_types):,} calibration tokens that lose an expert in a layer"
     return title, header, [*rows, ["mean", *(f"{100 * mean:.1f} %" for mean in means)]]
 
 
@@ -72,7 +73,7 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
     header = ["layer", *(_heading(axis) for axis in axes), "parameters lost", "share"]
     order = [] if depth is None else np.argsort(depth.layers, kind="stable").tolist()
     header += [] if depth is None else ["score", "rank"]
-    header += [] if width is None else [f"{_heading(axis)}' score lost" for axis in width.axes]
+    header += [] if width is None else [f"score lost, {_heading(axis)}" for axis in width.axes]
     whole = cfg.stack(name).layers
     rows, before = [], [cost(layer) for layer in whole]
     left = {layer.index: cost(pruned) for layer, pruned in zip(kept.layers, kept.of(whole), strict=True)}
@@ -87,10 +88,14 @@ def _explain_stack(plan: PrunePlan, cfg: ModelConfig, spec: PlanConfig, scores: 
         rows.append([*row, _why(i, layer, spec, plan.method)])
     total = _loss(sum(before), sum(left.values()))
     rows.append(
-        ["all", *[NONE] * len(axes), *total, *[NONE] * (len(header) - 3 - len(axes)), f"{len(kept.layers)} layers stay"]
+        ["all", *[NONE] * len(axes), *total, *[NONE] * (len(header) - 3 - len(axes)), f"{len(kept.layers)} layers kept"]
     )
     rounds = f", scores of the first of {plan.options['steps']} rounds" if plan.options.get("steps", 1) > 1 else ""
-    return f"{name}: what each layer lost ({plan.method} by {plan.criterion}{rounds})", [*header, "why"], rows
+    return (
+        f"{stack_title(name)}: what each layer lost ({plan.method} by {plan.criterion}{rounds})",
+        [*header, "why"],
+        rows,
+    )
 
 
 def _loss(before: int, after: int) -> list[str]:
@@ -120,18 +125,18 @@ def _score_lost(scores: Scores, index: int, axis: str, layer: KeptLayer | None) 
 def _why(index: int, layer: KeptLayer | None, spec: PlanConfig, method: str) -> str:
     """Return why a layer has its widths, if not because of its scores; "" otherwise."""
     if layer is None:
-        return "goes"
+        return "removed"
     if index in spec.protect:
         return "protected"
     if method == "depth":
-        return "stays"
+        return "kept"
     heads, neurons = (not layers or layers[0] <= index < layers[1] for layers in (spec.attn_layers, spec.mlp_layers))
     reasons = ["heads kept"] if spec.heads == "keep" else [] if heads else ["heads out of range"]
     reasons += [] if neurons else ["neurons out of range"]
     multiples = ("align_to", "tensor_parallel", "heads_multiple", "neurons_multiple")
     if len(reasons) < 2:
         reasons += [f"{name}={value}" for name in multiples if (value := getattr(spec, name)) not in (None, 1)]
-    return ", ".join(reasons) or "in range"
+    return ", ".join(reasons) or "by score"
 
 
 def read_plan(place: str) -> PrunePlan:

@@ -204,11 +204,11 @@ def stand_in(kind: Mapping[str, tuple[tuple[int, ...], np.dtype]], mesh: Mesh | 
 
 
 def describe(cfg: ModelConfig, batches: Sequence[Mapping[str, Any]]) -> str:
-    """Return batch shapes in words, such as "1,024, 512 tokens", with image counts if they differ."""
+    """Return batch shapes in words, such as "sequences of 1,024, 512 tokens", with image counts if they differ."""
     sizes = [_sizes(cfg, batch) for batch in batches]
     if len({images for _, images in sizes}) == 1:
-        return f"{', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
-    return ", ".join(f"{tokens:,} tokens with {images}" for tokens, images in sizes)
+        return f"sequences of {', '.join(f'{tokens:,}' for tokens, _ in sizes)} tokens"
+    return "sequences of " + ", ".join(f"{tokens:,} tokens with {images}" for tokens, images in sizes)
 
 
 def _sizes(cfg: ModelConfig, batch: Mapping[str, Any]) -> tuple[int, str]:

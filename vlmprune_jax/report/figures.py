@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from vlmprune_jax.core.errors import UserError, printable
 from vlmprune_jax.core.part import AXES, WRITERS
+from vlmprune_jax.core.stack import stack_title
 from vlmprune_jax.plans.kept import KeptStack
 from vlmprune_jax.prune import PrunePlan, Scores
 from vlmprune_jax.prune.routing import ROUTING, Routing
@@ -96,7 +97,7 @@ def removed_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[Sect
             if not kept.is_whole and len(figures) < MOST_DRAWN:
                 layers = {layer.index: _by_branch(layer.kept, ()) for layer in kept.layers}
                 widths = [_by_branch(sizes, 0) for sizes in kept.sizes_before]
-                component = "decoder" if stack == "text" else "vision tower"
+                component = stack_title(stack)
                 drawn = plots.removed_figure(f"{plan.method}: what is left of the {component}", widths, layers)
                 caption = f"{', '.join(names[:MOST_LISTED])}, by {plan.criterion}"
                 figures.append(figure_of(drawn, _removed_alt(component, kept), caption))

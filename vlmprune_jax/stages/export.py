@@ -53,8 +53,8 @@ def describe_export(folder: Path, model: str, check: Any) -> list[str]:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return [
         f"exported: {model}, to {folder} ({sum(sizes) / 1e6:,.2f} MB in {len(sizes)} files)",
-        f"  reloaded in {check.backend}: largest difference of any logit {check.max_abs_logit_difference:.2g} "
-        f"(tolerance {check.tolerance:.2g})",
+        f"  reloaded in {check.backend}: logits differ from those of the model in memory by at most "
+        f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})",
         *(f"  {line}" for line in loading_lines(folder)),
     ]
 

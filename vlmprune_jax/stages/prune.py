@@ -92,8 +92,8 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
             work.say(f"  {line}")
     facts = plan_facts(plan, cfg)
     work.say(
-        f"  {plan.method}: {_percent(plan.target_ratio)} asked, {_percent(plan.actual_ratio)} of all parameters "
-        f"reached ({_of_parts(facts)})"
+        f"  {plan.method}: {_percent(plan.actual_ratio)} of all parameters removed ({_of_parts(facts)}), "
+        f"{_percent(plan.target_ratio)} requested"
     )
     notices = [notice for notice in (moved_features(plan, cfg), unusual_counts(plan, cfg)) if notice is not None]
     for line in (*_budget_lines(plan), *_affected_lines(work, plan), *(f"  {notice}" for notice in notices)):
