@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from insights import BY_SETTING, SMALL, Conclusion, Point, conclude, points_of
+from insights import BY_SETTING, EQUAL, SMALL, Conclusion, Point, conclude, points_of
 from matplotlib.figure import Figure
 from msgspec.structs import replace
 from pooling import Effect
@@ -96,7 +96,7 @@ def as_markdown(name: str, sweep: SweepResult, folder: Path | None = None, *, se
 def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -> list[str]:
     """Return a table with a row per insight, and one with a row per insight and setting.
 
-    `settings`: False leaves claims out of the second table whose settings do not differ.
+    `settings`: False leaves claims out of the second table whose settings do not differ, and equal settings.
     """
     known = [
         conclusion
@@ -126,11 +126,13 @@ def insight_lines(conclusions: Sequence[Conclusion], *, settings: bool = True) -
     shown = [conclusion for conclusion in known if settings or not conclusion.pooled]
     if shown:
         lines += [
-            f"|claim|setting ({_SHARE[2:]} if trained)|seeds|effect (95 % interval)|p (t-test)|p (sign flips)|verdict (equal: within 1 point)|"
+            f"|claim|setting ({_SHARE[2:]} if trained)|seeds|effect (95 % interval)|p (t-test)|p (sign flips)|verdict|"
         ]
         lines += ["|---|---|---|---|---|---|---|"]
     for conclusion in shown:
-        for row in (row for row in conclusion.comparisons if row.effect.interval):
+        for row in conclusion.comparisons:
+            if row.effect.interval is None or not (settings or row.verdict != EQUAL):
+                continue
             label = f"{_numbers([conclusion.claim])}|{markdown(row.setting.removesuffix(_SHARE))}"
             tests = (row.effect.p_differs(conclusion.threshold), row.effect.p_signs(conclusion.threshold))
             p = "|".join(map(_probability, tests))

@@ -71,6 +71,6 @@ def _summary(modules: Sequence[Repaired]) -> str:
         sum(getattr(module, f"error_{when}") for module in changed) / len(changed) for when in ("before", "after")
     )
     return (
-        f"{len(changed)} of {len(modules)} weights repaired; mean error of the layers' outputs on held-out records: "
-        f"{before:.3f} before the repair, {after:.3f} after the repair"
+        f"{len(changed)} of {len(modules)} weights repaired; mean error of the residual stream on held-out records: "
+        f"{before:.3f} before the repair, {after:.3f} after it"
     )
