@@ -104,7 +104,7 @@ def test_inspect(capsys, goldens):
         ],
         "qwen3_vl": [
             "at most 25.2 % by depth",
-            "of the tower is 3.5 %",
+            "of the vision tower is 3.5 %",
             "              no layer can be removed; at most ",
         ],
     }.items():

@@ -208,7 +208,7 @@ def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, caps
     assert main(["score", *again]) == 0
     assert main(["prune", *again, "--config.prune.experts=6", "--explain"]) == 0
     out = capsys.readouterr().out
-    assert "text: share of" in out
+    assert "decoder: share of" in out
     assert "of image tokens" in out
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     assert {len(layer.kept["experts"]) for layer in plan.layers} == {6}
