@@ -19,7 +19,7 @@ LIMITS = ("parameters", "disk_bytes", "memory_bytes", "flops", "step_ms", "decod
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the cost of the pruned model, all of which the plan satisfies (used in place of a ratio)."""
+    """Upper limits on the cost of the pruned model (instead of a ratio); the plan satisfies all of them."""
 
     parameters: float | None = prune_setting(
         None, "Maximum number of parameters of the whole model.", unit="parameters", above=0

@@ -11,22 +11,22 @@ from vlmprune_jax.core.part import Axis, Part
 
 @dataclass(frozen=True)
 class ChannelMixer(Part):
-    """Part that mixes channels, position by position."""
+    """Part of a layer that mixes channels, separately for each position."""
 
     writer = "down_proj"
     settings = ("mlp_layers", "neurons_multiple")
 
     hidden: ClassVar[str] = "down_proj"
-    """Name under which blocks capture what the part's module returns beside its output (`models.context.VALUES`)."""
+    """Name under which blocks capture the additional output of the part's module (`models.context.VALUES`)."""
 
     lacks: ClassVar[str] = (
         "a layer has a dense MLP and no experts, which this needs: use a criterion or method for neurons"
     )
-    """Message for other captures of channel mixers."""
+    """Error message if a caller captures the additional output of another class of channel mixer."""
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:
-        """Lengths of the rows that its writers read."""
+        """Number of inputs of each of the part's down projections."""
         return tuple(self.sizes.values())
 
 
@@ -51,17 +51,17 @@ class Dense(ChannelMixer):
     """True for down(act(gate(x)) * up(x)), False for two projections."""
 
     bias: bool = False
-    """True if its projections have biases."""
+    """True if the projections have biases."""
 
     @property
     def relative_width(self) -> int:
-        """Width relative to the layers that config.json states one number for."""
+        """Width relative to the layers whose width config.json states."""
         return self.wide
 
 
 @dataclass(frozen=True)
 class Experts(ChannelMixer):
-    """Mixture of experts: a router sends every token to a few of many gated MLPs, and weighs their outputs."""
+    """Mixture of experts: a router sends every token to a few of many gated MLPs, and weights their outputs."""
 
     module = "mlp"
     axes: ClassVar[tuple[Axis, ...]] = (
@@ -73,7 +73,7 @@ class Experts(ChannelMixer):
     """Number of experts."""
 
     expert_mlp: int
-    """Number of neurons of all experts together, equally many of each."""
+    """Total number of neurons of all experts, equally many per expert."""
 
     top_k: int
     """Number of experts per token, those with the largest router probabilities."""
@@ -107,15 +107,15 @@ class Experts(ChannelMixer):
 
     @property
     def neuron_counts(self) -> tuple[int, ...]:
-        """Lengths of the rows that its writers read: neurons of one expert, and of a dense MLP beside them."""
+        """Number of inputs of an expert's down projection, and of the dense MLP's beside the experts (if any)."""
         return self.neurons, *(size for axis, size in self.sizes.items() if axis not in ("experts", "expert_mlp"))
 
     def least(self, axis: str) -> int:
-        """Return the smallest size of an axis: as many experts as a token uses."""
+        """Return the minimum size of an axis: at least as many experts as a token uses, else 1."""
         return self.top_k if axis == "experts" else 1
 
     def active_sizes(self, tokens: int = 1) -> dict[str, int]:
-        """Return the sizes by axis of the weights that tokens use at most: neurons of `top_k` experts each."""
+        """Return the sizes by axis, counting only neurons of experts that `tokens` tokens can use (`top_k` each)."""
         return {**self.sizes, "expert_mlp": min(self.experts, tokens * self.top_k) * self.neurons}
 
 
@@ -123,8 +123,9 @@ class Experts(ChannelMixer):
 class ExpertsBesideDense(Experts):
     """Experts and a dense MLP that read the same residual stream; their outputs are added.
 
-    Each has norms of its own before and after it. The router reads the stream itself, divided by its root mean square
-    and scaled by channel; a learned factor per expert multiplies the gates.
+    The experts and the dense MLP each have a norm before and a norm after them. The router reads the residual stream
+    without these norms, divided by its root mean square and scaled by channel. The gates are multiplied by a learned
+    factor per expert.
     """
 
     axes = (*Experts.axes, *Dense.axes)
@@ -136,7 +137,7 @@ class ExpertsBesideDense(Experts):
 
 @dataclass(frozen=True)
 class ExpertsAndShared(Experts):
-    """Experts and a dense MLP, the shared expert, of the same input; a sigmoid of the input weighs the latter."""
+    """Experts and a dense MLP (the shared expert) with the same input; sigmoid gates the shared expert's output."""
 
     axes = (*Experts.axes, *Dense.axes)
 

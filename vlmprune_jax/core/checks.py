@@ -93,7 +93,8 @@ def file_of_users(function: Any) -> Path | None:
 def blaming(what: str, *functions: Any) -> Iterator[None]:
     """Context that converts exceptions and wrong return values of a user's function to a UserError naming the function.
 
-    An error of this package's own functions is raised as it is. Raises UserError that names the user's line.
+    Errors in vlmprune's own functions are raised unchanged. Raises a UserError with the file and line of the user's
+    code.
     """
     try:
         yield
@@ -125,8 +126,8 @@ def line_of_users(error: BaseException, ours: Collection[Path] = ()) -> str:
 def checked_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a public function: an argument that does not fit its annotation raises a UserError that says what to do.
 
-    Numbers, arrays and protocols are not checked. `batches` must be several, not one. The signature shows the settings
-    of `**options: Unpack[...]` by name.
+    Numbers, arrays and protocols are not checked. `batches` must be a collection of batches, not a single batch. The
+    signature lists the settings in `**options: Unpack[...]` by name.
     """
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
     usage = [name for name, param in signature.parameters.items() if param.kind is param.POSITIONAL_OR_KEYWORD]

@@ -13,16 +13,16 @@ GIGA, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates and memory of one TPU device as jax counts them: a chip, or one of the two halves of a TPU7x chip.
+    """Peak rates and memory of one TPU device in jax: a chip, or one of the two halves of a TPU7x chip.
 
     Attributes:
-      kinds: names that jax gives its devices.
+      kinds: names of these devices in jax.
       flops: bfloat16 FLOP/s.
       hbm: bytes of HBM that a program may use.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s received from other chips, all links together.
       int8: int8 operations per second; 0 if none are published.
-      slices: common topologies (of chips), smallest first.
+      slices: common topologies (numbers of chips), smallest first.
       halves: number of jax devices per chip.
     """
 
@@ -36,10 +36,10 @@ class Chip:
     halves: int = 1
 
     def seconds(self, flops: float, traffic: float, received: float) -> dict[str, float]:
-        """Return the seconds needed by compute, by memory traffic and by interconnect traffic, each alone (roofline).
+        """Return the seconds that compute, memory traffic and interconnect traffic would each take alone (roofline).
 
         `flops`, `traffic` (bytes of HBM read and written) and `received` (bytes from other devices) are per device. The
-        roofline is the maximum of the three, since they overlap.
+        roofline is the maximum of the three times, since the three activities overlap.
         """
         return {
             "compute": flops / self.flops,

@@ -35,13 +35,13 @@ class TextConfig(Stack):
     """Rows of the embedding table."""
 
     tie_embeddings: bool
-    """True if the output head has the embedding's weights."""
+    """True if the output head shares the embedding's weights."""
 
     max_positions: int
-    """Positions that the model was trained with."""
+    """Number of positions that the model was trained with."""
 
     decoder: str
-    """`model_type` in files."""
+    """`model_type` of the decoder in config.json."""
 
     head_bias: bool = False
     """True if the output head has a bias."""
@@ -57,7 +57,7 @@ class TextConfig(Stack):
 
     @property
     def sees_images(self) -> bool:
-        """True if the tokens of an image also see those that follow them in the same image, in some layers."""
+        """True if image tokens also attend to later tokens of the same image, in some layers."""
         return any(getattr(layer.mixer, "sees_images", False) for layer in self.layers)
 
     @property
@@ -92,10 +92,10 @@ class TextConfig(Stack):
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Learned positions of a vision tower's patches."""
+    """Learned position embeddings of a vision tower's patches."""
 
     image_size: int = 0
-    """Image size that the table was made for; 0 for the tower's."""
+    """Image size that the table was made for; 0 for the tower's `image_size`."""
 
     resizes: bool = False
     """True if the table is interpolated for images of another size."""
@@ -104,50 +104,50 @@ class PositionTable:
     """True if the real patches of a masked image are distributed over the whole table."""
 
     antialiased: bool = False
-    """True if images of any size interpolate the table with antialias and without aligned corners (SigLIP 2)."""
+    """True if interpolation uses antialiasing and no aligned corners (SigLIP 2), with dynamic resolution."""
 
     by_axis: int = 0
-    """Entries by column and by row, of which a patch takes the sum of two; 0 for one entry per patch."""
+    """Number of entries per axis if a patch takes the sum of a column's and a row's entry; 0 for one per patch."""
 
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """Embedding of patches in a vision tower."""
+    """Configuration of the patch embedding of a vision tower."""
 
     bias: bool = False
     """True if the embedding has a bias."""
 
     temporal: int = 0
-    """Copies of the image in a patch, if images have any size and arrive as patches; 0 for images of one size."""
+    """Frames per patch (an image is repeated) for towers with dynamic resolution; 0 for images of one size."""
 
     channels_last: bool = False
     """True if a patch's channels come last."""
 
     centres: bool = False
-    """True if values come in 0..1, and the tower centres them."""
+    """True if pixel values are in 0..1, and the tower maps them to -1..1."""
 
 
 @dataclass(frozen=True)
 class VisionConfig(Stack):
     """Configuration of a vision transformer; only layers up to the one whose features the projector reads are included.
 
-    A tower for images of any size interpolates its position table, if it has one, for every image.
+    A tower with dynamic resolution interpolates its position table (if any) for every image.
     """
 
     n_layers_total: int
-    """Blocks in the checkpoint; those above the feature layer are neither loaded nor run."""
+    """Number of blocks in the checkpoint; blocks above the feature layer are neither loaded nor run."""
 
     image_size: int
-    """Pixels per side; of a typical image, for estimates, if images have any size."""
+    """Pixels per side of an image; with dynamic resolution, of a typical image, for estimates."""
 
     patch_size: int
     """Pixels per side of a patch."""
 
     channels: int
-    """Channels of an image."""
+    """Number of channels of an image."""
 
     kind: str
-    """Name of the weight table (families/towers.py)."""
+    """Name of the tower's table of weights (families/towers.py)."""
 
     class_token: bool = True
     """True if a class token stands before the patches."""
@@ -159,16 +159,16 @@ class VisionConfig(Stack):
     """True if the last block's output is normalised."""
 
     merge: int = 1
-    """Neighbouring patches per side that become one image token; they arrive consecutively."""
+    """Number of neighbouring patches per side that become one image token; these patches are consecutive."""
 
     deepstack: tuple[int, ...] = ()
     """Blocks whose outputs are added to the outputs of the first decoder layers (DeepStack)."""
 
     positions: PositionTable | None = PositionTable()
-    """Position table; None for none."""
+    """Table of position embeddings; None if the tower has none."""
 
     patches: PatchConfig = PatchConfig()
-    """Embedding of patches."""
+    """Configuration of the patch embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,12 +188,12 @@ class VisionConfig(Stack):
 
     @property
     def dynamic_resolution(self) -> bool:
-        """True if the vision tower takes images of any size, as sequences of patches."""
+        """True if the vision tower accepts images of varying size, as sequences of patches."""
         return self.patches.temporal > 0
 
     @property
     def patch_values(self) -> int:
-        """Number of values in one patch (channels x height x width)."""
+        """Number of values in one patch (channels x frames x height x width)."""
         return self.channels * max(self.patches.temporal, 1) * self.patch_size**2
 
     @property
@@ -233,11 +233,12 @@ class ModelConfig:
 
     `feature_select` is "patch" (drop the tower's first position, the class token if it has one) or "full".
     `image_token_id` marks the positions that image features replace; the original LLaVA and Bunny layouts use the
-    sentinel -200, which is never embedded. `video_token_id` marks those of video frames; None if they are image tokens.
-    `tokens_per_second` are temporal positions per second of video (M-RoPE); 0 if each frame follows its time as text,
-    and takes positions like an image. With `tower` False the tower's weights are not loaded, and the model takes vision
-    features instead of pixels. `video` is the model folder's video processor; None for families without one. `encoders`
-    are pairs of a name, that of its params, and an encoder beside the vision tower.
+    sentinel -200, which is never embedded. `video_token_id` marks the positions of video frames; None if frames use the
+    image token. `tokens_per_second` is the number of temporal positions per second of video (M-RoPE). It is 0 if the
+    prompt states the time of each frame as text; frames then have positions like images. If `tower` is False, the
+    tower's weights are not loaded, and the model takes vision features instead of pixels. `video` is the model folder's
+    video processor; None for families without one. `encoders` are pairs (name, encoder) of encoders besides the vision
+    tower; the name is also that of the encoder's params.
     """
 
     family: str
@@ -274,7 +275,7 @@ class ModelConfig:
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens of images and of video frames."""
+        """Token ids that stand for images and video frames in a prompt."""
         return tuple(token for token in (self.image_token_id, self.video_token_id) if token is not None)
 
     @property
@@ -284,7 +285,7 @@ class ModelConfig:
 
     @property
     def dynamic_resolution(self) -> bool:
-        """True if the model takes images of any size, as sequences of patches."""
+        """True if the model accepts images of varying size, as sequences of patches."""
         return self.vision is not None and self.vision.dynamic_resolution
 
     @property
@@ -317,14 +318,14 @@ class ModelConfig:
             )
 
     def __repr__(self) -> str:
-        """Return family, layout, size and layers of every stack as one line."""
+        """Return family, layout, total size and layers of every stack as one line."""
         size = importlib.import_module("vlmprune_jax.models.params").count_params(self)  # which loads jax
         lines = [f"{self.family}, {self.layout} layout, {size:,} parameters", *self.stack_lines]
         return f"ModelConfig({'; '.join(lines)})"
 
     @property
     def stack_lines(self) -> list[str]:
-        """Widths of every stack as text, a line each."""
+        """Layer sizes of every stack as text, one line per stack."""
         return [
             f"{name}: hidden size {stack.hidden_size:,}, {stack.describe(most=3)}"
             for name, stack in self.stacks.items()
@@ -332,7 +333,7 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, Stack]:
-        """Transformer stacks of the model by name: "text" (decoder), "vision" (tower) and encoders."""
+        """Transformer stacks of the model by name: "text" (decoder), "vision" (vision tower), and encoders."""
         tower: dict[str, Stack] = {} if self.vision is None or not self.tower else {"vision": self.vision}
         return {"text": self.text, **tower, **dict(self.encoders)}
 

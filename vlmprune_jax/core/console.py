@@ -40,8 +40,8 @@ class Terminal(Console):
 class Reporter:
     """Printer of lines, progress bars and tables to `console`; prints nothing if `enabled` is False.
 
-    Bars vanish once done; without a terminal a line is printed every minute instead. `prefix` begins every line, to
-    tell several processes apart.
+    Bars vanish once done; without a terminal, progress is printed as a line every minute instead. `prefix` begins every
+    line, to distinguish the processes of a run.
     """
 
     console: Console
@@ -89,8 +89,8 @@ class Reporter:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; the first column is text, the others are right-aligned numbers.
 
-        Put important columns first: the last ones are left out where the terminal is too narrow. Names fold into
-        several lines; numbers are never cut.
+        Put important columns first: if the terminal is too narrow, the last columns are left out. Names wrap over
+        several lines; numbers are never truncated.
         """
         if not self.enabled:
             return
@@ -140,7 +140,7 @@ def make_reporter(enabled: bool) -> Reporter:
 
 
 def wrap_lines(lines: Sequence[str]) -> list[str]:
-    """Return lines wrapped to the terminal, with a hanging indent; for a file or pipe without COLUMNS, unchanged."""
+    """Return lines wrapped to the terminal with a hanging indent; unchanged without a terminal and COLUMNS."""
     console = Terminal()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         return [*lines]

@@ -17,7 +17,7 @@ def printable(text: str) -> str:
     """Return a text as one line that is safe to print: control characters escaped.
 
     Control and text-direction characters are escaped, so that the text cannot move the cursor or change colours. Very
-    long words and lines are cut in the middle. The function is idempotent.
+    long words and lines are shortened in the middle. The function is idempotent.
     """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
     return _cut_middle(re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: _cut_middle(word[0], _MAX_WORD), line))
@@ -30,7 +30,7 @@ def _cut_middle(text: str, limit: int = _MAX_LINE) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return a library exception's message, cut at 200 characters; its type name if the message is empty."""
+    """Return a library exception's message, shortened to 200 characters; its type name if the message is empty."""
     text = printable(str(error))
     return (text if len(text) <= 200 else f"{text[:197]}...") or type(error).__name__
 
@@ -38,7 +38,7 @@ def reason(error: BaseException) -> str:
 class UserError(Exception):
     """Wrong input, configuration or files; the command line prints only the message and exits with code 2.
 
-    The message is made `printable`, since it may quote names of files and tensors from any source.
+    The message is made `printable`, because it may quote names of files and tensors from untrusted sources.
     """
 
     def __init__(self, message: object):
@@ -55,7 +55,7 @@ def error_context(what: object) -> Iterator[None]:
 
 
 def renamed(old: str, new: str) -> property:
-    """Return a property under its name of version 0.1, which warns and returns the attribute `new`."""
+    """Return a property with the attribute's name of version 0.1, which warns and returns the attribute `new`."""
 
     def value(self: Any) -> Any:
         warnings.warn(f"{type(self).__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
@@ -77,7 +77,7 @@ class SharedError(UserError):
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return texts `FIELD was OLD, now NEW` for all values that differ between two JSON objects."""
+    """Return texts `FIELD was OLD, now NEW` for all fields with different values in two JSON objects."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in sorted({*before, *now}):

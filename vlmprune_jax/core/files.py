@@ -54,9 +54,9 @@ def reading(what: object, todo: str = "restore it from its source", done: str = 
     This includes `RecursionError`, `MemoryError` and panics of Rust libraries, which are not subclasses of `Exception`.
 
     Args:
-      what: the file, and perhaps the place in it.
+      what: the file, and perhaps the position in the file.
       todo: what the user should do.
-      done: the participle in "cannot be read".
+      done: the participle in the message "cannot be read".
 
     Raises UserError in place of any other error.
     """
@@ -120,7 +120,7 @@ def _open_problem(path: Path, error: OSError | ValueError, missing: str) -> str:
 def read_bytes(path: Path, most: int | None = None, missing: str = "no such file") -> bytes:
     """Return the content of a regular file; raise UserError if it is larger than `most` bytes.
 
-    Raises UserError as `open_file` does, if the file is too large, or if the disk fails.
+    Raises UserError if the file cannot be opened (see `open_file`), is too large, or if the disk fails.
     """
     with open_file(path, missing) as file, reading(path, "check the disk"):
         size = os.fstat(file.fileno()).st_size
@@ -156,7 +156,7 @@ def written(file: int, size: int) -> Iterator[tuple[int, int]]:
 def read_text(path: Path, most: int | None = None, missing: str = "no such file") -> str:
     """Return the content of a UTF-8 text file.
 
-    Raises UserError as `read_bytes` does, or if the content is not UTF-8.
+    Raises UserError if the file cannot be read (see `read_bytes`), or the content is not UTF-8.
     """
     try:
         return read_bytes(path, most, missing).decode()
@@ -181,10 +181,10 @@ def read_json(
       missing: message if the file does not exist; by default, that a model folder has such a file.
       todo: what the user should do about a damaged file.
       most: maximum size (bytes).
-      unicode: require texts that UTF-8 can encode, since they are written again; otherwise texts may also be file names
-        of any bytes.
+      unicode: require strings that UTF-8 can encode, because they are written again; otherwise strings may also be file
+        names of arbitrary bytes.
 
-    Raises UserError as `read_text` does, or if the content is not JSON, or not of type `kind`.
+    Raises UserError if the file cannot be read (see `read_text`), or the content is not JSON or not of type `kind`.
     """
     if missing is None:
         missing = f"is missing (is {path.parent} a Hugging Face model folder?)"
@@ -194,7 +194,7 @@ def read_json(
 def read_parts(path: Path, kind: Any, todo: str = "restore it from its source") -> Any:
     """Read only those fields of a JSON file that the struct `kind` declares; ten times as fast as `read_json`.
 
-    Raises UserError as `read_json` does.
+    Raises UserError under the conditions of `read_json`.
     """
     try:
         value = msgspec.json.decode(read_bytes(path, MAX_JSON_BYTES), type=kind)
@@ -249,10 +249,11 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
     Args:
       path: the file.
       kind: type of each value.
-      cut: end the file at a line that is not JSON, since the writer may have been killed in the middle of a line.
+      cut: ignore everything from the first line that is not JSON, because the writer may have been killed within a
+        line.
       missing: message if the file does not exist.
 
-    Raises UserError as `read_text` does, or if a line is not JSON, or not of type `kind`.
+    Raises UserError if the file cannot be read (see `read_text`), or a line is not JSON or not of type `kind`.
     """
     values, todo = [], "remove the file and run the same command"
     for number, line in enumerate(read_text(path, MAX_JSON_BYTES, missing).split("\n"), start=1):
@@ -272,8 +273,8 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
 def read_arrays(path: Path, *, missing: str, todo: str) -> dict[str, np.ndarray]:
     """Return {name: array} of an `.npz` file of at most 64 MiB, read without pickle.
 
-    Raises UserError as `open_file` does, or if the file is not an `.npz`, is damaged, or an array has another size than
-    claimed.
+    Raises UserError if the file cannot be opened (see `open_file`), is not an `.npz` file or is damaged, or the size of
+    an array differs from its header.
     """
     arrays = {}
     content = io.BytesIO(read_bytes(path, MAX_ARRAYS_BYTES, missing))
@@ -325,9 +326,9 @@ def open_image(source: Path | bytes) -> Iterator[Image]:
 def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
     """Context that opens a temporary file for writing, and atomically renames it to `path` if the block succeeds.
 
-    The file survives a power cut, whole, or does not appear. A link at `path` is replaced, never written through.
-    `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file cannot be
-    written.
+    After a power failure, the file is either complete or absent. A link at `path` is replaced; its target is not
+    written. `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file
+    cannot be written.
     """
     partial = path.with_name(f".{path.name}{writer}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +351,8 @@ def copy_file(source: Path, target: Path, folder: Path) -> None:
     """Copy a regular file of `folder`; links may only lead into the folder or the hub cache's `blobs`.
 
     Raises:
-      UserError: see `open_file`; or the file is a link out of the folder, or too large for a file beside weights.
+      UserError: the file cannot be opened (see `open_file`), links out of the folder, or is too large for a file that
+        is not a weight file.
       OSError: `target` cannot be written.
     """
     with open_file(source) as file:

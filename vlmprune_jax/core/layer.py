@@ -19,11 +19,11 @@ class Layer:
     """Part that mixes positions (a `Mixer`)."""
 
     channel: ChannelMixer
-    """Part that mixes channels, position by position."""
+    """Part that mixes channels (a `ChannelMixer`), separately for each position."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The layer's parts in the order in which a token passes them."""
+        """The layer's parts in the order of the computation."""
         return self.mixer, self.channel
 
     @property
@@ -33,16 +33,16 @@ class Layer:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of every prunable axis of the layer by name, the form in which plans store layers."""
+        """Size of every prunable axis of the layer by name, as stored in plans."""
         return {name: size for part in self.parts for name, size in part.sizes.items()}
 
     def active_sizes(self, tokens: int = 1) -> dict[str, int]:
-        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        """Return the sizes by axis, counting only the weights that `tokens` tokens can use."""
         return {name: size for part in self.parts for name, size in part.active_sizes(tokens).items()}
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """Size of the weights' other axes by name, of all parts."""
+        """Size of each axis of the layer's weights that pruning leaves unchanged, by name."""
         return {name: size for part in self.parts for name, size in part.fixed_sizes.items()}
 
     def shape_of(self, axis: Axis) -> tuple[int, int]:
@@ -52,15 +52,15 @@ class Layer:
 
     @property
     def kind(self) -> Layer:
-        """The layer with all sizes 1: equal for layers that differ in their sizes only."""
+        """The layer with all sizes set to 1; equal for layers that differ only in their sizes."""
         return self.resized(dict.fromkeys(self.sizes, 1))
 
     def resized(self, sizes: Mapping[str, int]) -> Layer:
-        """Return a copy of the layer with other sizes by axis name; axes that are not named keep theirs."""
+        """Return a copy of the layer with new sizes by axis name; other axes keep their sizes."""
         return Layer(self.mixer.resized(sizes), self.channel.resized(sizes))
 
     def completed(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return `sizes` with those of children that follow: an axis keeps its ratio to a parent that `sizes` names."""
+        """Return `sizes` with the sizes of child axes added: each keeps its ratio to a parent axis in `sizes`."""
         follow = {
             axis.name: self.sizes[axis.name] // self.sizes[axis.parent] * sizes[axis.parent]
             for axis in self.axes
@@ -70,13 +70,16 @@ class Layer:
 
 
 def array_axes(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the axes whose sizes multiply to an array's size: without parents of other axes that it names."""
+    """Return the axes whose sizes multiply to an array's size: `names` without parents of other axes in `names`."""
     parents = {AXES[name].parent for name in names if name in AXES}
     return tuple(name for name in names if name not in parents)
 
 
 def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:
-    """Group equal neighbours as (first layer, number of layers, layer); each group is one scan."""
+    """Group consecutive equal layers; return (number of the first layer, number of layers, layer) for each group.
+
+    Each group is computed by one `jax.lax.scan`.
+    """
     result, start = [], 0
     for layer, group in itertools.groupby(layers):
         length = len(list(group))
@@ -103,8 +106,9 @@ def describe_sizes(sizes: Mapping[str, int]) -> str:
 def describe_layers(sizes: Sequence[Mapping[str, int]], windows: Sequence[Any] = (), most: int | None = None) -> str:
     """Return layer sizes as text, such as "3 x (6/2 heads, 64 neurons), 1 x (4/2 heads, 64 neurons)".
 
-    With the `windows` of the layers, the text also says how many have none. Groups that repeat are listed once, such as
-    "8 x [3 x (...), 1 x (...)]". Only the first `most` groups are listed, with the number of all layers.
+    With `windows`, the attention window of each layer, the text also says how many layers have no window. Repeating
+    groups are listed once, such as "8 x [3 x (...), 1 x (...)]". Only the first `most` groups are listed, followed by
+    the number of all layers.
     """
     groups, start = [], 0
     for text, alike in itertools.groupby(map(describe_sizes, sizes)):

@@ -10,7 +10,7 @@ from vlmprune_jax.core.errors import UserError
 
 
 def is_path(text: str) -> bool:
-    """Return True if a path can have this text: no NUL character, and no half of a surrogate pair."""
+    """Return True if the text can be a path: it has no NUL character and no half of a surrogate pair."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

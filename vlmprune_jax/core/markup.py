@@ -29,5 +29,5 @@ def yaml(text: str) -> str:
 
 
 def cell(value: object) -> object:
-    """Return text as a CSV cell; a leading quote disarms texts that a spreadsheet would run as formulas."""
+    """Return text as a CSV cell; a leading quote disarms text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else "" if value is None else value

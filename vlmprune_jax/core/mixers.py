@@ -11,28 +11,28 @@ from vlmprune_jax.core.rope import RopeConfig
 
 @dataclass(frozen=True)
 class Mixer(Part):
-    """Part that mixes positions; what its computation costs beside its weights depends on the length of a sequence."""
+    """Part that mixes positions; the cost of its computation, apart from weights, depends on the sequence length."""
 
     writer = "o_proj"
     settings = ("attn_layers", "heads_multiple")
 
     @property
     def window(self) -> int | None:
-        """Number of positions that it mixes at most; None for all."""
+        """Maximum number of positions that the mixer combines for one token; None for no limit."""
         return None
 
     @property
     def kv_shared(self) -> bool:
-        """True if it reads the keys and values of an earlier layer."""
+        """True if the mixer reads the keys and values of an earlier layer."""
         return False
 
     @property
     def group(self) -> int:
-        """Number of units of its last axis per unit of its first, such as query heads per key/value head (or 1)."""
+        """Number of units of the last axis per unit of the first, such as query heads per key/value head (or 1)."""
         return 1 if not self.axes else self.sizes[self.axes[-1].name] // self.sizes[self.root]
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return the forward FLOPs of a causal sequence beside products with weights; `last`: of its last token."""
+        """Return a causal sequence's forward FLOPs without products with weights; `last`: of the last token only."""
         raise NotImplementedError
 
     def state_size(self, length: int) -> int:
@@ -63,21 +63,22 @@ class Attention(Mixer):
     window: int | None = None
     """Attention window, None for full attention (causal in a decoder).
 
-    In a decoder the number of tokens of a sliding window; in a tower the side, in merged cells, of square windows.
+    In a decoder, this is the number of tokens of a sliding window. In a vision tower, windows are squares, and this is
+    their side in merged cells.
     """
 
     kv_shared: bool = False
-    """True if the layer attends to the keys and values of the last earlier layer with its own and the same window."""
+    """True if the layer reuses keys and values: of the last earlier layer with the same window that computes them."""
 
     _: KW_ONLY
     head_dim: int
     """Number of channels per head."""
 
     rope: RopeConfig | None = None
-    """Rotary position embedding, None for none."""
+    """Rotary position embedding; None if the layer has none."""
 
     rotary_dim: int = 0
-    """Number of leading channels of a head that rotate; 0 for all."""
+    """Number of leading channels of a head that rotary embedding rotates; 0 for all."""
 
     rope_parts: int = 1
     """Number of equal parts of a head that rotate independently (2 in towers that rotate by row and by column)."""
@@ -101,10 +102,10 @@ class Attention(Mixer):
     """True if the values are the keys before norm and rotation."""
 
     gated: bool = False
-    """True if queries come with a gate: what a head reads is multiplied by sigmoid(gate) before the output."""
+    """True if the query projection also returns a gate: a head's result is multiplied by sigmoid(gate)."""
 
     sees_images: bool = False
-    """True if tokens of an image also see those that follow them in the same image."""
+    """True if image tokens also attend to later tokens of the same image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,28 +120,28 @@ class Attention(Mixer):
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
         return {"head": self.head_dim, "gate": 2}
 
     @property
     def rotated(self) -> int:
-        """Number of leading channels of a head that rotate."""
+        """Number of leading channels of a head that rotary embedding rotates."""
         return self.rotary_dim or self.head_dim
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return 4 FLOPs per channel and pair of a query and a key that it sees."""
+        """Return 4 FLOPs per channel of every pair of a query and a key that the query attends to."""
         span = min(self.window or length, length)  # from this position on a query sees a whole window
         pairs = span if last else span * (span + 1) // 2 + (length - span) * span
         return 4 * pairs * self.q_heads * self.head_dim
 
     def state_size(self, length: int) -> int:
-        """Return the number of cached keys and values: none if they are another layer's, a window's if it has one."""
+        """Return the number of cached keys and values, at most of one window; 0 if another layer caches them."""
         return 0 if self.kv_shared else 2 * self.kv_heads * self.head_dim * min(self.window or length, length)
 
 
 @dataclass(frozen=True)
 class DeltaNet(Mixer):
-    """Gated delta net of one layer (Yang et al. 2024, arXiv 2412.06464): a matrix per value head as its state.
+    """Gated delta net of one layer (Yang et al. 2024, arXiv 2412.06464); its state is one matrix per value head.
 
     Per token: S = exp(g) S; S = S + k (beta (v - S^T k))^T; output S^T q.
     """
@@ -169,19 +170,19 @@ class DeltaNet(Mixer):
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
         return {"delta_key": self.key_dim, "delta_value": self.value_dim, "tap": self.taps}
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return 8 FLOPs per token and number of the state (decay, reading, writing), and those of the convolution."""
+        """Return 8 FLOPs per token and state value (decay, reading, writing), plus the FLOPs of the convolution."""
         return (1 if last else length) * (8 * self._matrix_size + 2 * self.taps * self._channels)
 
     def state_size(self, length: int) -> int:
-        """Return the number of values of the matrices and of the convolution's last inputs, whatever the length."""
+        """Return the number of values in the matrices and in the convolution's last inputs, for any `length`."""
         return self._matrix_size + (self.taps - 1) * self._channels
 
     def state_bytes(self, length: int, itemsize: float) -> float:
-        """Return the bytes of the state, whose matrices are in float32."""
+        """Return the bytes of the state; its matrices are in float32."""
         return 4 * self._matrix_size + (self.taps - 1) * self._channels * itemsize
 
     @property
@@ -198,7 +199,7 @@ class DeltaNet(Mixer):
 class ShortConv(Mixer):
     """Gated short convolution of one layer (LFM2): a causal, depthwise convolution between two gates.
 
-    Its channels cannot be pruned: transformers' class has as many as the residual stream.
+    Its channels cannot be pruned, because transformers' class has as many channels as the residual stream.
     """
 
     module = "short_conv"
@@ -211,13 +212,13 @@ class ShortConv(Mixer):
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
         return {"conv": self.channels, "tap": self.taps}
 
     def mixing_flops(self, length: int, *, last: bool = False) -> int:
-        """Return 2 FLOPs per channel, tap and token, and 2 of the gates."""
+        """Return 2 FLOPs per channel, tap and token of the convolution, and 2 per channel and token of the gates."""
         return (1 if last else length) * 2 * (self.taps + 1) * self.channels
 
     def state_size(self, length: int) -> int:
-        """Return the number of the convolution's last inputs, whatever the length."""
+        """Return the number of the convolution's last inputs, the same for every `length`."""
         return (self.taps - 1) * self.channels

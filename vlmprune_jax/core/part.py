@@ -15,29 +15,29 @@ class Axis:
     """Prunable axis of a part; the part's field of the same name is its size."""
 
     name: str
-    """Name in the weight layouts, plans and scores."""
+    """Name of the axis in weight layouts, plans and scores."""
 
     title: str
-    """Units of the axis in messages and tables (plural)."""
+    """Name of the axis's units in messages and tables (plural)."""
 
     parent: str = ""
-    """Axis of the same part of which every index owns equally many indices of this axis; "" for none.
+    """Axis of the same part whose every index owns equally many indices of this axis; "" for none.
 
-    Indices count over all parents: index i belongs to parent index i // (size / parent's size). A weight that names the
-    parent before the axis has the axis once per parent, so that its array has size / parent's size indices of it.
+    Indices are numbered over all parents: index i belongs to parent index i // (size / parent's size). If a weight has
+    the parent axis before this axis, this axis of its array has only the size / parent's size indices of one parent.
     """
 
     channels: str = ""
     """Axis of the weights whose channels make up one unit (a head's "head"); "" if a unit is one channel."""
 
     mesh: str = ""
-    """Mesh axis that shards it; "" if it is replicated."""
+    """Mesh axis that shards this axis; "" if this axis is replicated."""
 
     where_divisible: bool = False
-    """True if the axis is replicated on a mesh that does not divide it, instead of refusing that mesh."""
+    """True if the axis is replicated when the mesh axis does not divide its size; otherwise, that is an error."""
 
     multiple: str = ""
-    """Setting with the multiple of the remaining units; "" for that of the part (`Part.settings`)."""
+    """Setting with the multiple of the remaining units; "" for the setting of the part (`Part.settings`)."""
 
 
 # Every prunable axis by its name in the weight layouts; parts add theirs when their class is defined.
@@ -47,7 +47,7 @@ WRITERS: dict[str, str] = {}  # axis -> projection to whose input its units cont
 
 @dataclass(frozen=True)
 class Part:
-    """Facts of one part of a layer that do not depend on the other part, among them the sizes of its prunable axes."""
+    """Facts of one part of a layer that do not depend on the other part, including the sizes of its prunable axes."""
 
     axes: ClassVar[tuple[Axis, ...]] = ()
     """Prunable axes, parents before their children."""
@@ -78,7 +78,7 @@ class Part:
 
     @property
     def relative_width(self) -> int:
-        """Width relative to the layers that config.json states one number for; all keep the same share of it."""
+        """Width relative to the layers whose width config.json states; pruning keeps this ratio."""
         return 1
 
     @property
@@ -91,12 +91,12 @@ class Part:
         return 1
 
     def active_sizes(self, tokens: int = 1) -> dict[str, int]:
-        """Return the sizes by axis of the weights that the computation of this many tokens uses at most."""
+        """Return the sizes by axis, counting only the weights that `tokens` tokens can use."""
         return self.sizes
 
     @property
     def root(self) -> str:
-        """Name of the first axis, whose units take those of its children along; "" without a prunable axis."""
+        """Name of the first axis, whose units carry the units of its child axes; "" without a prunable axis."""
         return self.axes[0].name if self.axes else ""
 
     @property
@@ -106,7 +106,7 @@ class Part:
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """Size of the other axes of the part's weights by name: those that pruning leaves alone."""
+        """Size of each axis of the part's weights that pruning leaves unchanged, by name."""
         return {}
 
     def channels_of(self, axis: Axis) -> int:
@@ -114,6 +114,6 @@ class Part:
         return self.fixed_sizes.get(axis.channels, 1)
 
     def resized(self, sizes: Mapping[str, int]) -> Self:
-        """Return a copy of the part with other sizes of its own axes; other names in `sizes` are ignored."""
+        """Return a copy of the part with new sizes of its own axes; other names in `sizes` are ignored."""
         changes: dict[str, Any] = {axis.name: sizes[axis.name] for axis in self.axes if axis.name in sizes}
         return dataclasses.replace(self, **changes)

@@ -16,14 +16,15 @@ class ProjectorConfig:
       pixel_shuffle: InternVL's and LFM2-VL's; a layer norm (`norm_eps`, unless `input_norm` is False), then two layers.
       linear: SmolVLM's single layer without activation.
       merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
-      pool: Gemma's; the mean of neighbours, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
+      pool: Gemma's; the mean of neighbouring patches, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
         activation, whose matrix is stored [inputs, outputs] with `inputs_first`. The mean is multiplied by
-        `feature_scale` and, if `standardizes`, shifted and scaled by channel; `plain_norm`: the norm has no weight.
+        `feature_scale` and, if `standardizes`, shifted and scaled by channel. With `plain_norm`, the norm has no
+        weight.
 
-    All but "mlp" first join `downsample` x `downsample` neighbours into one longer feature, or their mean
-    (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of further mergers, with a
-    layer norm after joining, in the order of the tower's deepstack blocks. `hidden_size` is the width between two
-    layers (0: the decoder's, or that of the joined features in mergers).
+    All kinds but "mlp" first join `downsample` x `downsample` neighbouring patches into one longer feature, or take
+    their mean (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of additional
+    mergers, each with a layer norm after joining, in the order of the tower's deepstack blocks. `hidden_size` is the
+    width between the two layers (0: the decoder's width, or in mergers the width of the joined features).
     """
 
     activation: str

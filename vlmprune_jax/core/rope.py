@@ -12,12 +12,12 @@ class RopeConfig:
     """Parameters of rotary position embedding, as in the Hugging Face fields `rope_theta` and `rope_scaling`.
 
     `kind` is "default", "linear", "llama3", "yarn", "longrope" or "proportional"; the other fields are its parameters,
-    0 or empty if unused. Proportional RoPE turns only the `rotated` share of all frequencies, the fastest. LongRoPE
-    divides each frequency by its short factor, or by its long factor for the whole batch as soon as one position
-    reaches `original_max_positions`.
+    0 or empty if unused. Proportional RoPE rotates only the share `rotated` of all frequencies (the fastest ones).
+    LongRoPE divides each frequency by its short factor. As soon as one position reaches `original_max_positions`, the
+    whole batch uses the long factors instead.
 
-    `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column: in consecutive
-    blocks, or `interleaved`.
+    `sections` (M-RoPE) are the numbers of frequencies that rotate with an image's frame, row and column. These
+    frequencies are in consecutive blocks, or `interleaved`.
     """
 
     theta: float

@@ -41,11 +41,11 @@ class Setting:
     Attributes:
       sentence: what the setting does, shown in help and docs.
       affects: stages whose results the setting changes (see `STAGES`); empty if it may change at any time.
-      choices: the allowed texts; a mapping, or a function that returns one, is looked up when a command starts, since a
-        user's file may add names.
+      choices: the allowed strings; a mapping, or a function that returns a mapping, is looked up when a command starts,
+        because a user's file may add names.
       least, above, below, most: bounds of a number, or of each number in a tuple; all numbers must be finite.
       by_content: the setting names a file or folder; results depend on its content, not on its name.
-      offered: available in configs; False for arguments of the Python library alone.
+      offered: True if available in configs; False for arguments of Python functions only.
     """
 
     default: Any
@@ -97,9 +97,9 @@ def check_settings(location: str, section: Any, *, elsewhere: bool = False) -> N
     """Raise UserError if a setting's value is out of bounds or not one of its choices.
 
     Args:
-      where: name of the section, for messages.
-      section: an instance of the dataclass.
-      elsewhere: also check choices that a user's file may add to.
+      location: name of the section, for messages.
+      section: an instance of the section's dataclass.
+      elsewhere: also check choices to which a user's file may add names.
     """
     for name, about in settings_of(section).items():
         value = getattr(section, name)
@@ -140,8 +140,8 @@ def hints_of(spec: Any, *, offered: bool = True) -> dict[str, Any]:
 def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, offered: bool = True) -> Any:
     """Return a copy of a settings dataclass with the values of a nested mapping assigned.
 
-    `offered`: only settings that a config has; False for the keyword arguments of a Python function. Raises UserError
-    for an unknown name, with the nearest that exists, or a value of the wrong type.
+    `offered`: accept only settings that configs may contain; False for the keyword arguments of a Python function.
+    Raises UserError for an unknown name (the message suggests the most similar one) or a value of the wrong type.
     """
     hints = hints_of(spec, offered=offered)
     changes = {}
@@ -158,7 +158,7 @@ def override(spec: Any, values: Mapping[str, Any], location: str = "config", *, 
 
 
 def present_name(name: str, known: Collection[str]) -> str:
-    """Return a setting's present name, with a DeprecationWarning for its name in version 0.1."""
+    """Return a setting's current name, with a DeprecationWarning if `name` is its name in version 0.1."""
     if name in known or RENAMED.get(name) not in known:
         return name
     warnings.warn(f"the setting {name} is now {RENAMED[name]}", DeprecationWarning, stacklevel=4)
@@ -168,7 +168,8 @@ def present_name(name: str, known: Collection[str]) -> str:
 def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert {"a.b.c": value} to the nested mapping {"a": {"b": {"c": value}}} that `override` takes.
 
-    Raises UserError for an unknown section, a value that is no section, or a setting inside a mapping that is set too.
+    Raises UserError for an unknown section, a value where a section is expected, or a setting that is also set by a
+    mapping in `values`.
     """
     tree: dict[str, Any] = {}
     for name, value in values.items():

@@ -19,7 +19,7 @@ def stack_title(name: str) -> str:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Norms and sums around the mixers and channel mixers of all blocks of a stack (`models/block.py`)."""
+    """Norms and residual sums around the mixers and channel mixers of all blocks of a stack (`models/block.py`)."""
 
     norm_eps: float
     """Number added to the mean of squares (variance) in norms."""
@@ -31,22 +31,22 @@ class BlockConfig:
     """Number added to the weights of norms."""
 
     norm_place: str = "before"
-    """Norm "before" each branch, "after" it (of its output, before it is added to the stream), or "both"."""
+    """Position of norms: "before" each branch, "after" (on the branch's output, before the sum), or "both"."""
 
     parallel: bool = False
     """True for x + attention(norm x) + mlp(norm x), with one norm for both branches."""
 
     layer_scale: bool = False
-    """True if what a branch adds is scaled channel by channel."""
+    """True if the output of each branch is scaled by channel."""
 
     layer_scalar: bool = False
     """True if a block's output is multiplied by one learned number."""
 
     layer_inputs: int = 0
-    """Channels that every layer also gets by token, from a table of its own and the embeddings (0: none)."""
+    """Channels of the per-layer inputs, computed for each token from a table and the embeddings (0: none)."""
 
     clips: bool = False
-    """True if inputs and outputs of every projection are bounded."""
+    """True if inputs and outputs of every projection are clipped to stored bounds."""
 
     def __post_init__(self) -> None:
         for name, known in {"norm": ("rms", "layer"), "norm_place": ("before", "after", "both")}.items():
@@ -72,7 +72,7 @@ class Stack:
     """Parts of every layer, in order."""
 
     block: BlockConfig
-    """Norms and sums around the parts of all blocks."""
+    """Norms and residual sums around the parts of all blocks."""
 
     def __post_init__(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -81,18 +81,18 @@ class Stack:
 
     @property
     def attentions(self) -> list[Attention]:
-        """Attention of the layers that have one, in order."""
+        """Attention parts of all layers that have one, in order."""
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
 
     @property
     def attention(self) -> Attention:
-        """Attention of the first layer without a window, or of the first layer: the facts config.json states once."""
+        """Attention of the first layer without a window, or else of the first layer: config.json states its facts."""
         mixers = self.attentions
         return next((mixer for mixer in mixers if mixer.window is None), mixers[0])
 
     @property
     def local_attention(self) -> Attention:
-        """Attention of the first layer with a window; `attention` if there is none."""
+        """Attention of the first layer with a window; `attention` if no layer has a window."""
         return next((mixer for mixer in self.attentions if mixer.window is not None), self.attention)
 
     @property
@@ -126,7 +126,7 @@ class Stack:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def alone(self, layer: Layer) -> Self:
-        """Return a copy of the stack config with this layer alone."""
+        """Return a copy of the stack config with `layer` as its only layer."""
         return self.with_layers((layer,))
 
 

@@ -21,10 +21,10 @@ class VideoConfig:
     """Name of the rule that chooses frames (a key of `SAMPLING`)."""
 
     fps: float | None = None
-    """Sampled frames per second, if no setting replaces them; None if the rule has no rate."""
+    """Sampled frames per second, unless `data.video_fps` is set; None if the rule has no rate."""
 
     num_frames: int | None = None
-    """Sampled frames per clip ("trimmed": the maximum), if no setting replaces them."""
+    """Sampled frames per clip ("trimmed": the maximum), unless `data.video_frames` is set."""
 
     min_frames: int = 1
     """Minimum number of frames sampled by rate."""
@@ -42,7 +42,7 @@ class VideoConfig:
     """Maximum pixels after resizing: of all frames together ("linspace") or of each ("steps")."""
 
     max_soft_tokens: int | None = None
-    """Maximum number of tokens per frame, for models with a token budget."""
+    """Maximum number of tokens per frame, for models that limit them."""
 
     longest_edge: int | None = None
     """Pixels of the longer side after the first of two resizings."""
@@ -81,15 +81,16 @@ def frame_indices(
 ) -> list[int]:
     """Return the indices of the frames that the family's stock video processor takes from a clip.
 
-    Where the stock processor refuses a clip with fewer frames than requested, or less than one frame at the requested
-    rate, all frames are returned. Reference: `sample_frames` of the video processors in transformers 5.24.
+    For a clip with fewer frames than requested, or less than one frame at the requested rate, the stock processor
+    raises an error; this function returns all frames. Reference: `sample_frames` of the video processors in
+    transformers 5.24.
 
     Args:
       video: the sampling rule and the model folder's values.
-      total: frames in the clip.
+      total: number of frames in the clip.
       fps: frames per second of the clip.
-      duration: seconds (None = total / fps).
-      video_fps, video_frames: settings in the section `data` (None = the folder's values).
+      duration: length of the clip in seconds (None = total / fps).
+      video_fps, video_frames: the settings `data.video_fps` and `data.video_frames` (None = the model folder's values).
     """
     seconds = total / fps if duration is None else duration
     chosen = SAMPLING[video.sampling](video, _Request(total, fps, seconds, video_fps, video_frames))

@@ -41,7 +41,7 @@ _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # spelling of known and future dty
 
 
 def file_name(dtype: str) -> str:
-    """Return the safetensors name of a NumPy or torch dtype, such as "BF16" for "bfloat16"; other names stay."""
+    """Return the safetensors name of a NumPy or torch dtype, such as "BF16" for "bfloat16", or the name itself."""
     return next((name for name, known in FILE_DTYPES.items() if known.name == dtype), dtype)
 
 
@@ -63,7 +63,7 @@ class Extent:
 class Entry:
     """Metadata of one tensor in a checkpoint file: key, safetensors dtype, shape and byte range.
 
-    Bytes are read on access and not kept; reading raises UserError if the file is gone, or became shorter.
+    Data are read on each access and not cached; reading raises UserError if the file was deleted or became shorter.
     """
 
     key: str
@@ -159,7 +159,7 @@ def read_header(path: Path, todo: str = "download it again") -> dict[str, Entry]
 
     Raises:
       UserError: not a regular file, truncated or too long, overlapping or out-of-range tensors, gaps, a size that does
-        not match its shape, or a repeated name (as the safetensors library).
+        not match its shape, or a repeated name (the checks of the safetensors library).
     """
     with open_file(path) as file, reading(path, todo):
         check_no_pointer(path, file)
@@ -226,7 +226,7 @@ def _entry(path: Path, key: str, value: Mapping[str, Any], start: int) -> Entry:
 
 
 def check_shape(shape: Sequence[Any]) -> None:
-    """Raise ValueError unless a shape is a short list of whole numbers."""
+    """Raise ValueError unless a shape is a short list of whole numbers that are not negative."""
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions")
     if any(type(n) is not int or not 0 <= n < 2**64 for n in shape):
