@@ -105,7 +105,7 @@ class Block(nnx.Module):
     def gain(self, name: str) -> jax.Array | None:
         """Return the constant factors on a projection's output channels (norm weights, scale); None if all are 1.
 
-        float[embed], with a leading axis if the block's parameters are stacked; None: all are 1.
+        The factors are float[embed], with a leading layer axis if the block's parameters are stacked.
         """
         norm, scale = self.norm_after(name), self.writers[name].scale
         factors = [] if norm is None else [norm.gain]
@@ -120,7 +120,7 @@ class Block(nnx.Module):
     def before_extra(self, y: jax.Array, layer_input: jax.Array | None, start: jax.Array) -> jax.Array:
         """Return the residual stream before per-layer embeddings (Gemma), recovered from the block's output `y`.
 
-        A fixed point of the per-layer branch, whose size its norm bounds, by iteration from `start`.
+        The stream is the fixed point of an iteration from `start`; the norm of the per-layer branch bounds each change.
         """
         y = y if self.scalar is None else y / self.scalar
         if self.extra is None:

@@ -43,14 +43,15 @@ CACHE_AXES = (None, None, "kv_heads", "batch", None)
 class Context(NamedTuple):
     """Inputs that all transformer blocks of one forward pass share: masks, rotary tables, cache position.
 
-    `masks`: per attention window (0 = none) bool[batch, 1, seq, slots], true where a query sees a key (absent or None:
-    everywhere). `ropes`: per window (cos, sin), float32[batch, seq, rotary / 2] each, of the rotary embedding (None:
-    none). `valid`: bool[batch, slots], real keys; `segments`: per window int32[batch, seq], a position sees its own
-    segment (kernels take both instead of masks, unless `ahead`: bool[batch, seq, seq], later keys that queries see).
-    `slot`: the first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: LoRA dropout
-    is on. `shared`: per window (keys, values) for layers that have none. `layer_input`: float[batch, seq, n], this
-    layer's `per_layer_embeds`. `stream`: float[batch, seq, embed], the residual stream that a channel mixer's input is
-    the norm of.
+    `masks`: for each attention window (0 = none) bool[batch, 1, seq, slots], True if a query attends to a key (absent
+    or None: to all keys). `ropes`: for each window (cos, sin) of the rotary embedding, float32[batch, seq, rotary / 2]
+    each (None: no rotation). `valid`: bool[batch, slots], True for keys that are not padding. `segments`: for each
+    window int32[batch, seq]; a position attends to positions of its own segment. Kernels use `valid` and `segments`
+    instead of masks, unless `ahead` is set: bool[batch, seq, seq], later keys to which queries attend. `slot`: the
+    first cache slot that this call writes; int32[], or an int while prefilling. `dropout_key`: random key for LoRA
+    dropout (None = off). `shared`: for each window (keys, values), for layers that reuse them. `layer_input`:
+    float[batch, seq, n], this layer's `per_layer_embeds`. `stream`: float[batch, seq, embed], the residual stream whose
+    norm is the channel mixer's input.
     """
 
     masks: Mapping[int, jax.Array | None]
@@ -66,11 +67,11 @@ class Context(NamedTuple):
 
 
 class LayerEmbeds(NamedTuple):
-    """Embeddings that single layers get beside the residual stream (None: nothing).
+    """Additional embeddings of single layers, besides the residual stream (None: no such embeddings).
 
     `deepstack_embeds`: float[n, batch, seq, embed], image features that are added to the outputs of the first n layers
-    (DeepStack, Meng et al. 2024). `per_layer_embeds`: float[layers, batch, seq, n], inputs of the layers' own (Gemma).
-    Those of one layer have no first axis.
+    (DeepStack, Meng et al. 2024). `per_layer_embeds`: float[layers, batch, seq, n], an additional input of each layer
+    (Gemma). `of_layer` removes the first axis.
     """
 
     deepstack_embeds: Any = None
@@ -84,9 +85,9 @@ class LayerEmbeds(NamedTuple):
 class BlockValues(NamedTuple):
     """Intermediate values of one transformer block, as passed to a hook.
 
-    `before`, `after`: float[batch, seq, embed], the stream; `inputs`: the `VALUES` asked for; `params`: the block's
-    own, nested. `scales`: for writers among the inputs whose output is normalised, float32[batch, seq, 1], the factor
-    by which the norm multiplies it.
+    `before`, `after`: float[batch, seq, embed], the residual stream before and after the block. `inputs`: the requested
+    `VALUES`. `params`: the block's parameters, nested. `scales`: for each writer in `inputs` whose output is
+    normalised, the factor by which the norm multiplies the output, float32[batch, seq, 1].
     """
 
     before: jax.Array
@@ -100,45 +101,45 @@ Hook = Callable[[BlockValues], Any]
 
 
 class LayerState(NamedTuple):
-    """State of the mixers of a run of equal layers, and which of them is computed."""
+    """Mixer states of a group of equal layers, and the number of the layer in the group that is being computed."""
 
     stacked: Any
-    """Result of `empty_state` of the mixer's module: a pytree whose leaves have a leading layer axis."""
+    """Mixer states, as `empty_state` of the mixer's module returns them: a pytree with a leading layer axis."""
 
     layer: jax.Array
-    """Place of the layer on that axis, int32[]."""
+    """Index of the layer on this axis, int32[]."""
 
 
 class Routed(NamedTuple):
-    """Choices of a router, and the outputs of the chosen experts: arrays [batch, seq, experts per token]."""
+    """Experts that a router chose for each token, and values of these experts: [batch, seq, experts per token]."""
 
     experts: jax.Array
     """int32, numbers of the chosen experts, best first."""
 
     gates: jax.Array
-    """Factors of their outputs, as used."""
+    """Factors by which the chosen experts' outputs are multiplied."""
 
     norms: jax.Array
-    """float32, Euclidean norms of their outputs before the gates."""
+    """float32, Euclidean norms of the chosen experts' outputs before the gates."""
 
     read: jax.Array
     """float[batch, seq, embed], input of the experts."""
 
     shared: jax.Array | None = None
-    """float[batch, seq, mlp], input of a shared expert's down projection times its gate; None without one."""
+    """float[batch, seq, mlp], input of the shared expert's down projection times its gate; None if there is none."""
 
 
 class Mixed(NamedTuple):
-    """Result of a mixer."""
+    """Output of a mixer, and its updated state."""
 
     out: jax.Array
-    """float[batch, seq, embed], the output of its writer."""
+    """float[batch, seq, embed], the output of the mixer's output projection."""
 
     written: jax.Array
-    """float[batch, seq, ...], the input of its writer."""
+    """float[batch, seq, ...], the input of the mixer's output projection."""
 
     state: Any
-    """The updated state of all layers of the run; None without a cache."""
+    """The updated state of all layers of the group; None without a cache."""
 
     shared: Any
     """Values that later layers may reuse, such as keys and values."""
@@ -168,8 +169,9 @@ def lora_of(lora: LoraConfig | None, name: str) -> LoraConfig | None:
 def dropout_masks(key: jax.Array | None, x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array | None]:
     """Return the LoRA dropout mask of each projection, bool[batch, seq, *inputs]; False drops an input.
 
-    One draw for all of them, behind a barrier. XLA copies the generator's 20 rounds into every consumer otherwise: 30
-    copies in a 7B step, whose compilation for TPUs took 241 CPU seconds instead of the 80 without dropout.
+    All masks are drawn at once, behind an optimisation barrier. XLA would otherwise copy the generator's 20 rounds into
+    every consumer (30 copies in a step of a 7B model, whose compilation for TPUs then took 241 CPU seconds; without
+    dropout it took 80).
     """
     sizes = [math.prod(module.inputs) if key is not None and module.dropout else 0 for module in projections]
     if key is None or not any(sizes):

@@ -43,9 +43,9 @@ class Table(nnx.Module):
 
 
 class LayerInputs(nnx.Module):
-    """Per-layer embeddings (Gemma): an extra input of every layer, from a token table and the first layer's input.
+    """Per-layer embeddings (Gemma): an additional input of every layer, from a token table and the first layer's input.
 
-    The tables of all layers are one; surgery cuts their axis `depth` with the layers.
+    One table holds the embeddings of all layers; pruning a layer also removes its entries on the table's axis `depth`.
     """
 
     def __init__(self, cfg: TextConfig):
@@ -91,7 +91,7 @@ class Decoder(BlockStack):
     def layer_inputs(self, x: jax.Array, ids: jax.Array) -> jax.Array | None:
         """Return the per-layer embeddings, float[layers, batch, seq, n]; None for decoders without them.
 
-        `x`: the stream before the first layer; `ids`: int[batch, seq], with padding at image tokens.
+        `x`: the residual stream before the first layer. `ids`: int[batch, seq], with padding ids at image tokens.
         """
         return None if self.extra_inputs is None else self.extra_inputs(x, ids)
 
@@ -107,11 +107,12 @@ class Decoder(BlockStack):
         slot: Any = 0,
         dropout_key: jax.Array | None = None,
     ) -> Context:
-        """Return the shared inputs of all blocks for queries at positions int[batch, seq], cached from `slot` on.
+        """Return the shared inputs of all blocks for queries at `positions`, cached from `slot` on.
 
-        `mask`: [batch, slots], 1 = real key; without a cache the slots are the sequence. Positions are counted along
-        the mask by default, and may be int[batch, 3, seq], see `rope_tables`; or int[batch, 2, seq] with the number of
-        each token's image (0: none), if images fill the first slots and see themselves (`Attention.sees_images`).
+        `mask`: [batch, slots], 1 = real key; without a cache, the slots are the positions of the sequence. `positions`:
+        int[batch, seq], by default counted along the mask; or int[batch, 3, seq], see `rope_tables`; or int[batch, 2,
+        seq], with the number of each token's image (0: none) as second row, if image tokens attend to later tokens of
+        their image (`Attention.sees_images`).
         """
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -149,8 +150,8 @@ class Decoder(BlockStack):
         """Run all blocks on float[batch, seq, embed]; return hidden states after the final norm, and auxiliary values.
 
         `states`: indices into the Hugging Face hidden-state tuple (0 = embeddings, n_layers = after the final norm) ->
-        aux["states"]. `hook` -> aux["hook"], a list with its result for each block; the last block's `after` is the
-        final-norm state, as in that tuple. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
+        aux["states"]. `hook` -> aux["hook"], a list of the hook's results, one per block; for the last block, `after`
+        is the state after the final norm. `cache` -> aux["cache"], updated. See `BlockStack.pass_through`.
         """
         n_layers = len(self.cfg.layers)
         keep = [i - 1 for i in states if 0 < i < n_layers]
@@ -183,11 +184,11 @@ class Decoder(BlockStack):
         return {run: state for run, state in states.items() if state is not None}
 
     def cache_rows(self, cache: Cache, rows: jax.Array) -> Cache:
-        """Return the states of some rows of a batch, int32[rows]."""
+        """Return the cached states of the batch rows in `rows`, int32[rows]."""
         return {run: mixer.rows_of(cache[run], rows) for run, mixer in self._mixers.items() if run in cache}
 
     def extended_cache(self, cache: Cache, empty: Cache) -> Cache:
-        """Return the states with the slots of an empty cache behind their own."""
+        """Return the cached states followed by the slots of the empty cache `empty`."""
         return {run: mixer.extended(cache[run], empty[run]) for run, mixer in self._mixers.items() if run in cache}
 
     @property

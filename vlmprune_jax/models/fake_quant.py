@@ -14,8 +14,8 @@ from vlmprune_jax.models.layers import Product, contract
 def fake_quant_product(fake_quant: FakeQuant) -> Product:
     """Return a matrix product that rounds inputs and weight to integers (quantisation-aware training).
 
-    Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), also those
-    of the values that set a scale.
+    Gradients pass the rounding unchanged (the straight-through estimator of Bengio et al., arXiv 1308.3432), including
+    the gradients of the values that determine a scale.
     """
 
     def product(x: jax.Array, weight: jax.Array, n: int) -> jax.Array:

@@ -17,7 +17,7 @@ from vlmprune_jax.models.vision import VisionTower
 def features_of(
     tower: VisionTower, cfg: ModelConfig, pixels: jax.Array, mask: jax.Array | None, grid: jax.Array | None
 ) -> jax.Array:
-    """Return the images' vision features, the input of the projector; those of packed rows with `grid`."""
+    """Return the images' vision features, the input of the projector; in packed rows if `grid` is passed."""
     projector = cfg.projector
     if grid is not None:
         factor = 1 if projector is None else projector.downsample
@@ -55,7 +55,7 @@ def tower_features(
 def splice(x: jax.Array, is_image: jax.Array, features: jax.Array, packs: int) -> jax.Array:
     """Replace the embeddings at image positions (bool[batch, seq]) of `x` by vision features, in order.
 
-    The features are those of `packs` packed rows, each for as many rows of the batch.
+    The features come in `packs` packed rows, each of which serves equally many rows of the batch.
     """
     flat = features.reshape(packs, -1, x.shape[-1])
     marks = is_image.reshape(packs, -1)

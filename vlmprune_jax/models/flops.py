@@ -13,7 +13,7 @@ from vlmprune_jax.models.params import param_axes, param_shapes
 def weight_flops(cfg: ModelConfig, prefix: str, trained: Collection[str], passes: bool) -> int:
     """Return the FLOPs per token of all matrices under a parameter path; `passes` includes the backward pass.
 
-    Of weights of which a token uses a part (experts), that part counts.
+    For experts, only the weights that one token uses are counted.
     """
     axes, total = param_axes(cfg), 0
     for path, shape in param_shapes(cfg).items():
@@ -49,8 +49,8 @@ def head_of(cfg: ModelConfig) -> str:
 def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -> tuple[int, int, int]:
     """Return (length, tiles, tokens per tile) of a sequence after limiting each image to `image_tokens` tokens.
 
-    The row of `length` tokens has images of a typical number of tokens, so it becomes shorter or longer. Tokens per
-    slot are 0 if images have one size; then each image takes as many slots (tiles) as `image_tokens` allow.
+    The sequence of `length` tokens has images with a typical number of tokens, so the limit makes it shorter or longer.
+    Tokens per tile are 0 if images have one size; each image then takes as many tiles as `image_tokens` allow.
     """
     if not image_tokens:
         return length, images, 0
@@ -63,7 +63,8 @@ def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -
 def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:
     """Return the forward FLOPs of one sequence of `length` tokens, including `images` images or tiles.
 
-    `image_tokens`: tokens per image in place of the typical number, which changes the length (see `limited_row`).
+    `image_tokens`: tokens per image instead of the typical number; the sequence length changes with it (see
+    `limited_row`).
     """
     length, slots, per_slot = limited_row(cfg, length, images, image_tokens)
     products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)
@@ -71,13 +72,13 @@ def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: i
 
 
 def causal_flops(cfg: ModelConfig, length: int) -> int:
-    """Return the forward FLOPs of one causal sequence beside products with weights (attention's scores and sums)."""
+    """Return one causal sequence's forward FLOPs apart from products with weights (attention's scores and sums)."""
     text = cfg.text
     return sum(layer.mixer.mixing_flops(length) for layer in text.layers)
 
 
 def vision_flops(cfg: ModelConfig, trained: Collection[str], images: int, image_tokens: int = 0) -> int:
-    """Return the FLOPs of projector and vision tower for `images` images or tiles; the tower counts only if it runs."""
+    """Return the FLOPs of projector and vision tower for `images` images or tiles; 0 for a tower that does not run."""
     tower = cfg.vision
     if tower is None or cfg.projector is None:
         return 0

@@ -28,9 +28,10 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Prompt beginnings shared by rows of a batch (usually an image and the text before it), each computed once.
+    """Prompt beginnings that rows of a batch share (usually an image and the text before it), each computed once.
 
-    `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side; `rows`: int[batch], each row's prefix.
+    `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side. `rows`: int[batch], the number of each
+    row's prefix.
     """
 
     input_ids: np.ndarray
@@ -55,12 +56,12 @@ def generate(
       input_ids: int[batch, seq] with image positions already expanded (see `forward`).
       attention_mask: int[batch, seq], 1 = real token; padding may be on either side.
       max_new_tokens: length of the result; generation ends early once every row has ended.
-      eos_token_ids: ids that end a row (default: the model's; `()` never ends). The id itself is kept, then come
+      eos_token_ids: ids that end a row (default: the model's; `()`: none). The result contains the id, followed by
         padding ids (the model's, or else the first end id).
-      prefix: what precedes the rows, computed once per prefix; all images are then the prefixes'.
+      prefix: prompt beginnings that several rows share, each computed once; all images must then be in the prefixes.
       visuals: see `forward`.
 
-    Raises UserError as `forward` does, and for max_new_tokens below 1 or a prompt without a real token.
+    Raises UserError for inputs that `forward` refuses, max_new_tokens below 1, or a prompt without a real token.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -92,7 +93,7 @@ def generate(
 class CompiledGeneration:
     """Compiled generation program for prompts of one shape, in which rows do not stop at end tokens.
 
-    `peak_bytes`: device memory that the larger of both programs takes, weights included.
+    `peak_bytes`: device memory of the larger of the two programs (prefill, decoding), weights included.
     """
 
     prefill: jax.stages.Compiled
@@ -120,7 +121,7 @@ def compile_generation(
     Args:
       model, input_ids, pixel_values, image_grid_thw, max_new_tokens: see `generate`.
 
-    Raises UserError as `forward` does.
+    Raises UserError for inputs that `forward` refuses.
     """
     check_inputs(model.cfg, input_ids, pixel_values, image_grid_thw=image_grid_thw)
     mesh, host = mesh_of(model.params), _prompts(input_ids, None, pixel_values, None)
@@ -208,7 +209,7 @@ def _align_right(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.nd
 def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
     """Reshard a model from its training mesh to the mesh for generation; models without a mesh are unchanged.
 
-    `sizes`: the mesh's (data, fsdp, tensor), if not to be chosen.
+    `sizes`: (data, fsdp, tensor) of the mesh for generation; by default, this function chooses them.
     """
     mesh = mesh_of(model.params)
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
@@ -224,8 +225,9 @@ def on_decoding_mesh(model: Model, sizes: Sequence[int] = ()) -> Model:
 class DecodingState(NamedTuple):
     """State of generation between two tokens, except the key/value cache.
 
-    `token`: int32[batch], the last token, not yet in the cache; `ended`: bool[batch]; `slots`: bool[batch, slots], real
-    slots of the cache, those of new tokens included; `position`: int32[batch, 1] of the first new token.
+    `token`: int32[batch], the last token, not yet in the cache. `ended`: bool[batch], True for rows that have ended.
+    `slots`: bool[batch, slots], True for cache slots of real tokens, including new tokens. `position`: int32[batch, 1],
+    position of the first new token.
     """
 
     token: jax.Array
@@ -240,7 +242,7 @@ def prefill(
 ) -> tuple[Cache, DecodingState]:
     """Run the prompts and choose every row's first token; return the cache and the decoding state.
 
-    `arrays`: prompts moved to the right end of their rows, their images, and perhaps a shared prefix.
+    `arrays`: prompts moved to the right end of their rows, the images of the prompts, and optionally a shared prefix.
     """
     module = to_nnx(Model(params, cfg))
     valid = arrays["valid"]
@@ -281,7 +283,7 @@ def decode(
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """Generate all tokens after the first, updating the key/value cache in place.
 
-    Returns: tokens int32[batch, max_new_tokens], bool[batch], True if ended, and the cache.
+    Returns the tokens int32[batch, max_new_tokens], bool[batch] (True for rows that have ended), and the cache.
     """
     module = to_nnx(Model(params, cfg))
     slots, position = state.slots, state.position

@@ -15,7 +15,7 @@ from vlmprune_jax.models.positions import is_visual
 
 
 class VisualInputs(TypedDict, total=False):
-    """Arrays that a Hugging Face processor returns for images and videos, beside ids and mask."""
+    """Arrays that a Hugging Face processor returns for images and videos, besides token ids and attention mask."""
 
     pixel_values: Any
     """float[images, tiles or frames, 3, H, W] in order of appearance, or [batch, slots, 3, H, W] by row, with empty
@@ -25,8 +25,8 @@ class VisualInputs(TypedDict, total=False):
     """int of the same shape without the channels, 1 = image, 0 = padding (SmolVLM)."""
 
     image_grid_thw: Any
-    """int[images, 3], frames, rows and columns of patches of images of any size; `pixel_values` are then [patches of
-    all images, values], as processors emit them (or both in packed rows, see `patch_rows`)."""
+    """int[images, 3], frames, rows and columns of patches, for images of varying size; `pixel_values` are then
+    [patches of all images, values], as processors return them (or both in packed rows, see `patch_rows`)."""
 
     image_position_ids: Any
     """int[images, patches, 2], columns and rows of patches (-1: padding), instead of the grid, with `pixel_values`
@@ -37,22 +37,22 @@ class VisualInputs(TypedDict, total=False):
     padding (LFM2-VL)."""
 
     pixel_values_videos: Any
-    """`pixel_values` of videos."""
+    """Like `pixel_values`, for videos."""
 
     video_grid_thw: Any
-    """`image_grid_thw` of videos; a grid begins with its number of temporal patches."""
+    """Like `image_grid_thw`, for videos; the first number of a grid is its number of temporal patches."""
 
     video_position_ids: Any
-    """`image_position_ids` of videos; each frame is an image."""
+    """Like `image_position_ids`, for videos; each frame counts as an image."""
 
     second_per_grid_ts: Any
     """float[videos], seconds from one temporal patch to the next (Qwen2.5-VL; None: 1)."""
 
     num_frames_per_video: Any
-    """Ignored, since the ids contain it."""
+    """Ignored, because the token ids contain this number."""
 
     mm_token_type_ids: Any
-    """int[batch, seq] of the processor; only checked, since the ids contain it."""
+    """int[batch, seq], types of tokens; only checked, because the token ids contain this information."""
 
     token_type_ids: Any
     """`mm_token_type_ids` under the name that Gemma 3's processor gives it."""
@@ -66,8 +66,8 @@ def visual_inputs(
 ) -> tuple[dict[str, Any], np.ndarray | None]:
     """Check a processor's outputs; return the images and videos as `joined` does, and the mask of their pixels.
 
-    The mask is None if nothing is hidden. Raises UserError for an array with another name, or if inputs do not fit the
-    model or each other.
+    The mask is None if it hides no pixel. Raises UserError for an array with an unknown name, or with a shape that does
+    not match the model or the other arrays.
     """
     for name in inputs:
         if name not in VisualInputs.__annotations__:
@@ -125,9 +125,9 @@ def _filled_slots(cfg: ModelConfig, ids: np.ndarray, pixels: np.ndarray) -> np.n
 
 
 def needed_mask(cfg: ModelConfig, pixel_values: Any, pixel_attention_mask: Any) -> np.ndarray | None:
-    """Return `pixel_attention_mask`, or None if it hides no part of any image, or `in_cells` has removed what it hides.
+    """Return `pixel_attention_mask`; None if it hides no pixel, or `in_cells` has already removed the hidden pixels.
 
-    Raises UserError if its shape is not that of the pixels, or the tower reads whole images only.
+    Raises UserError if the shapes of mask and pixels differ, or the vision tower can only read whole images.
     """
     if pixel_attention_mask is None or cfg.dynamic_resolution:
         return None

@@ -30,17 +30,17 @@ _HIDDEN = float(-0.7 * np.finfo(np.float32).max)
 def for_tpu() -> bool:
     """Return True if the function being traced is compiled for a TPU.
 
-    The mesh in use (`jax.set_mesh`) decides, since it may be a topology that is only compiled for; else the default
-    backend does.
+    The mesh in use (`jax.set_mesh`) decides, because it may be a topology for which programs are only compiled. Without
+    a mesh, the default backend decides.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def heads_per_row(kv_heads: int, head: int) -> int:
-    """Return how many heads of `head` channels share a row of a TPU's cache, which is padded to the lanes.
+    """Return how many heads of `head` channels share a row of a TPU's cache; rows are padded to `LANES` channels.
 
-    As many as fit, if the number of rows is divisible by the size of `tensor` in the mesh in use.
+    This is the largest number with a number of rows divisible by the size of `tensor` in the mesh in use.
     """
     rows = kv_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     return max(n for n in range(1, max(LANES // head, 1) + 1) if rows % n == 0)
@@ -49,8 +49,8 @@ def heads_per_row(kv_heads: int, head: int) -> int:
 def cache_rows(kv_heads: int, head: int) -> tuple[int, int]:
     """Return (rows, channels of a row) in which the cache stores the heads of one token.
 
-    On TPUs, small heads share a row, and rows are padded to the lanes. The compiler would store unpadded rows in
-    another order than decoding reads them, and copy the cache before and after decoding.
+    On TPUs, small heads share a row, and rows are padded to a full vector. The compiler would store unpadded rows in a
+    different order than decoding reads them, and copy the cache before and after decoding.
     """
     if not for_tpu():
         return kv_heads, head
@@ -68,11 +68,12 @@ def xla_attention(
 ) -> jax.Array:
     """Return softmax attention computed with XLA operations, with float32 scores.
 
-    `mask`: bool[batch, 1, queries, keys], true where a query sees a key. `k` and `v` may be the rows of a cache, each
-    with `in_row` heads and padding; queries are then 0 at the channels of other heads.
+    `mask`: bool[batch, 1, queries, keys], True if a query attends to a key. `k` and `v` may be the rows of a cache,
+    each with `in_row` heads and padding; queries are then 0 at the channels of other heads.
 
-    The narrow arrays are scaled and transposed, so that no pass but softmax goes over the scores: jax.nn's attention
-    has XLA:CPU transpose them, forward and backward (6 % of a step of SmolLM2-135M).
+    The small arrays (queries, keys, values) are scaled and transposed, so that only softmax passes over the large
+    scores. With jax.nn's attention, XLA:CPU transposes the scores, forward and backward (6 % of a step of
+    SmolLM2-135M).
     """
     batch, queries, heads, head = q.shape
     scaled = (q * head**-0.5).reshape(batch, queries, k.shape[2], -1, head).transpose(0, 2, 3, 1, 4)
@@ -106,11 +107,11 @@ def splash_attention(
 ) -> jax.Array:
     """Return softmax attention computed by the TPU splash kernel, with float32 scores per tile.
 
-    `q`: the queries of the last `queries` of `seq` slots (all of them, or what follows a prefix in a cache). `valid`:
-    bool[batch, seq], visible keys; a query that sees none has an arbitrary finite output. `causal`: a query sees no
-    later key, and with a `window` only that many slots, its own included (xla_attention under `windowed` counts real
-    keys, which is the same if padding lies at the ends of a row). Heads are split over `tensor` and rows over
-    (data, fsdp) of the mesh in use, rows only if they divide. `interpret` runs the kernel on a CPU.
+    `q`: the queries of the last `queries` of `seq` slots (all slots, or the slots after a prefix in a cache). `valid`:
+    bool[batch, seq], keys that are not padding; a query without any such key has an arbitrary finite output. `causal`:
+    a query attends to no later key, and with a `window` only to that many slots, its own included. (`windowed` counts
+    real keys instead, which is the same if padding is at the ends of a row.) Heads are split over `tensor`, and rows
+    over (data, fsdp) of the mesh in use if their number is divisible. `interpret` runs the kernel on a CPU.
     """
     batch, queries, seq = *q.shape[:2], k.shape[1]
     blocks = _block(queries), _block(seq)
@@ -151,18 +152,19 @@ def _on_devices(attention: Callable[..., jax.Array], q: Any, k: Any, v: Any, key
 
 
 def in_blocks(positions: int) -> bool:
-    """Return True if attention within segments of rows this long is computed in blocks, without a mask."""
+    """Return True if attention within segments is computed in blocks, without a mask, for rows of this length."""
     return positions > _LARGEST_BLOCK
 
 
 def segment_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Return softmax attention of every position to those of its own segment, with float32 scores.
+    """Return softmax attention of every position to the positions of its own segment, with float32 scores.
 
-    `segments`: int[batch, seq], ascending but for windows of one image. The scores of one block of queries and one of
-    keys exist at a time, and only of blocks that may share a segment: time grows with the squared lengths of the
-    segments, and memory with the length of the row. TPUs run the splash kernel, which `interpret` runs on a CPU.
+    `segments`: int[batch, seq], ascending except for windows within one image. Scores are computed for one block of
+    queries and one block of keys at a time, and only for blocks that may share a segment. Time therefore grows with the
+    squared lengths of the segments, and memory with the length of the row. TPUs run the splash kernel, which
+    `interpret` runs on a CPU.
     """
     positions, in_kernel = q.shape[1], interpret or for_tpu()
     block = _block(positions) if in_kernel else _LARGEST_BLOCK
@@ -344,7 +346,8 @@ def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Arr
 def windowed(mask: jax.Array, size: int) -> jax.Array:
     """Restrict an attention mask bool[batch, queries, keys] to the last `size` keys per query (0 = no restriction).
 
-    Counting keys instead of slots keeps the window right where padding lies between a shared prefix and its rows.
+    The window counts keys that are not padding, so that it is also right if padding lies between a shared prefix and
+    its rows.
     """
     if size == 0 or size >= mask.shape[-1]:
         return mask

@@ -59,8 +59,8 @@ def widen(x: jax.Array) -> jax.Array:
 class Norm(nnx.Module):
     """RMS norm (`kind` "rms") or layer norm ("layer"), with statistics in float32 or wider.
 
-    The result is cast back and multiplied by the weight, as Llama does; with an `offset` by weight + offset before it
-    is cast, as Gemma does. A layer norm also has a bias.
+    The result is cast back and then multiplied by the weight, as in Llama. With an `offset`, it is multiplied by weight
+    + offset and then cast back, as in Gemma. A layer norm also has a bias.
     """
 
     def __init__(self, sizes: Mapping[str, int], axis: str, *, kind: str, eps: float, offset: float = 0.0):
@@ -87,7 +87,7 @@ class Norm(nnx.Module):
         return widen(weight) + self.offset if self.offset else weight
 
     def statistics(self, x: jax.Array) -> jax.Array:
-        """Return float32[..., 2] per position: the mean that the norm subtracts from x, and its factor on x."""
+        """Return float32[..., 2] for each position: the mean that the norm subtracts from x, and its factor on x."""
         full = widen(x)
         centre = jnp.zeros_like(full[..., :1]) if self.bias is None else jnp.mean(full, axis=-1, keepdims=True)
         return jnp.concatenate([centre, self._rate(full - centre)], axis=-1)
@@ -118,8 +118,8 @@ class Projection(nnx.Module):
     """Linear layer between named axes, with weights in Hugging Face's (out, in) order and an optional LoRA adapter.
 
     The adapter is added to the output and never merged into the weight: a merged weight would make the backward pass
-    build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a function like it with its
-    own gradient (scoring). With `clips`, learned bounds limit inputs and outputs.
+    build the full weight gradient. `product` multiplies inputs and weight: `contract`, or a similar function with a
+    custom gradient (for scoring). With `clips`, learned bounds limit inputs and outputs.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Projection(nnx.Module):
 
     @property
     def dropout(self) -> float:
-        """Probability with which training drops an input of the LoRA adapter."""
+        """Probability with which training sets an input of the LoRA adapter to zero."""
         return 0.0 if self.lora is None else self.lora.dropout
 
     def __call__(self, x: jax.Array, dropout_mask: jax.Array | None = None) -> jax.Array:
@@ -174,8 +174,8 @@ class Projection(nnx.Module):
 def compute_once(x: jax.Array) -> jax.Array:
     """Keep XLA from computing `x` or its gradient more than once, by optimisation barriers.
 
-    XLA otherwise copies the norm, activation or sum that makes their input into each of them. Compiling a layer of a 7B
-    model with adapters for a v5e took 63 CPU seconds with copies, and 51 without (decision 50).
+    XLA otherwise copies the norm, activation or sum that computes `x` into each of its consumers. Compiling a layer of
+    a 7B model with adapters for a v5e took 63 CPU seconds with copies, and 51 without (decision 50).
     """
     return jax.lax.optimization_barrier(x)
 
@@ -230,7 +230,7 @@ _expand.defvjp(_expand_forward, _expand_backward)
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -> np.ndarray:
     """Return the rotary frequencies, float32[rotary_dim/2], as transformers' `modeling_rope_utils` does.
 
-    `long` asks for LongRoPE's long factors.
+    `long`: use LongRoPE's long factors.
     """
     exponent = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
     base = 1.0 / rope.theta**exponent
@@ -265,9 +265,10 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, long: bool = False) -
 
 
 def rope_tables(rope: RopeConfig, rotary_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the rotary cosines and sines, float32[batch, seq, rotary_dim/2] each, of positions int[batch, seq].
+    """Return the rotary cosines and sines, float32[batch, seq, rotary_dim/2] each.
 
-    Positions int[batch, 3, seq] are those of frame, row and column; `rope.sections` says which frequencies use which.
+    `positions`: int[batch, seq], or int[batch, 3, seq] with frame, row and column; `rope.sections` assigns one of these
+    three to each frequency.
     """
     frequencies = jnp.asarray(inverse_frequencies(rope, rotary_dim))
     if rope.kind == "longrope":
@@ -295,7 +296,7 @@ def section_axes(rope: RopeConfig) -> np.ndarray:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, parts: int = 1) -> jax.Array:
     """Apply rotary embedding (half-split form) to the first channels of `[batch, seq, heads, head]`.
 
-    Rotates as many channels as the tables have; with `parts`, each part of the head independently.
+    Twice as many channels as `cos` has are rotated; with `parts`, each part of the head independently.
     """
     if parts > 1:
         cut = [jnp.split(array, parts, axis=-1) for array in (x, cos, sin)]

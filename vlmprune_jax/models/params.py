@@ -67,8 +67,8 @@ def count_params(cfg: ModelConfig | Model, part: str = "") -> int:
 def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | None]]:
     """Return (layer, path in `params`, index in the stacked array) of each parameter of a weight table entry.
 
-    `text/layers/{i}/…` -> (layer, `text/layers/<run>/…`, index in that run's stack) of every layer; a path without
-    `{i}` is the only one, with None for both numbers.
+    `text/layers/{i}/…` -> (layer, `text/layers/<group>/…`, index in the group's stacked array) for every layer. A path
+    without `{i}` gives one entry, with None for layer and index.
     """
     stack, _, leaf = path.partition("/layers/{i}/")
     if not leaf:
@@ -92,7 +92,7 @@ def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tup
 
 
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
-    """Stack per-layer parameter dicts again, for layers of these shapes (undoes `unstack_layers`)."""
+    """Stack per-layer parameter dicts for layers with the shapes in `cfg` (undoes `unstack_layers`)."""
     stacked = {}
     for run, (start, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
         members = layers[start : start + length]

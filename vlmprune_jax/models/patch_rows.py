@@ -25,7 +25,8 @@ VISUALS = (*_IMAGES, *_VIDEOS, "second_per_grid_ts")
 def padded_tokens(tokens: int) -> int:
     """Return the length in image tokens to which a packed row is padded: 16, 32, 48, 64, 96, 128, 192, 256, ...
 
-    Two lengths per doubling, so that few programs are compiled and at most a third of a longer row is padding.
+    There are two lengths per doubling, so that few programs are compiled and at most a third of a longer row is
+    padding.
     """
     step = max(_LEAST, (1 << max(tokens - 1, 1).bit_length() - 1) // 2)
     return max(-(-tokens // step), 1) * step
@@ -41,22 +42,23 @@ def patch_rows(
     *,
     packs: int | None = None,
 ) -> dict[str, Any]:
-    """Return a batch's images and videos in packed rows, and its token positions, for models with images of any size.
+    """Return a batch's images and videos in packed rows, and its token positions, for models with dynamic resolution.
 
     Args:
       cfg: the model.
-      input_ids, attention_mask: int[batch, seq]; or no mask.
-      pixel_values: float[patches of all images, values], or in packed rows [packs, patches, values], or None; images
-        and videos as `joined` orders them.
+      input_ids: int[batch, seq].
+      attention_mask: int[batch, seq], or None.
+      pixel_values: float[patches of all images, values], packed rows [packs, patches, values], or None. Images and
+        videos are in the order of their tokens (see `joined`).
       image_grid_thw: int[images, 3], or in packed rows [packs, images, 3].
       second_per_grid_ts: see `mrope_positions`.
-      packs: number of packed rows to return (None: one per row of the batch, or as they come).
+      packs: number of packed rows to return (None: as many as passed, or one per row of the batch if not packed).
 
     Returns:
       {"pixel_values": float32[packs, patches, values], "image_grid_thw": int32[packs, images, 3]}, both None without an
       image, and with M-RoPE {"position_ids": int32[batch, 3, seq], "deltas": int32[batch]}, see `mrope_positions`.
 
-    Raises UserError for pixels, grids or tokens that do not fit together.
+    Raises UserError if pixels, grids and tokens do not have the same number of patches or images.
     """
     ids, merge = np.asarray(input_ids), _merge(cfg)
     if (pixel_values is None) != (image_grid_thw is None):
@@ -100,9 +102,10 @@ def repacked(
     packs: int,
     by_row: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return packed rows of patches and their grids in another number of packed rows.
+    """Return the patches and grids of packed rows in `packs` packed rows.
 
-    `by_row`: the image grids of every row of the batch (None: of every packed row, which are only joined).
+    `by_row`: the image grids of every row of the batch (None: the grids of every packed row; packed rows are then only
+    joined).
     """
     if len(pixels) == packs:
         return {"pixel_values": pixels, "image_grid_thw": grids.astype(np.int32)}
@@ -118,12 +121,13 @@ def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mappin
 
     Args:
       cfg: the model.
-      input_ids, attention_mask: int[batch, seq]; or no mask.
+      input_ids: int[batch, seq].
+      attention_mask: int[batch, seq], or None.
       inputs: arrays by the names of `VISUALS`, flat or in packed rows.
 
-    Returns pixel_values, image_grid_thw and second_per_grid_ts, as `patch_rows` takes them (None: nothing).
+    Returns the arguments pixel_values, image_grid_thw and second_per_grid_ts of `patch_rows` (None if not needed).
 
-    Raises UserError for videos that the model does not take, or arrays that do not fit together.
+    Raises UserError for videos if the model takes none, or if the arrays and tokens have different numbers of images.
     """
     images, videos = (in_cells(cfg, *(inputs.get(name) for name in names)) for names in (_IMAGES, _VIDEOS))
     seconds = inputs.get("second_per_grid_ts")
@@ -153,7 +157,7 @@ def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mappin
 
 
 def separated(cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch whose videos have arrays of their own, as a processor's have, in packed rows (undoes `joined`)."""
+    """Return a batch whose videos have separate arrays in packed rows, as from a processor (undoes `joined`)."""
     ids = arrays["input_ids"]
     if cfg.video_token_id is None or not (ids == cfg.video_token_id).any():
         return {name: array for name, array in arrays.items() if name != "second_per_grid_ts"}
@@ -244,10 +248,10 @@ def in_cells(
 ) -> tuple[Any, Any]:
     """Reorder the patches of all images by merged cell; return [patches, values] and image grids int[images, 3].
 
-    Without `image_position_ids`, int[images, patches, 2] columns and rows (-1: padding), or `spatial_shapes`,
-    int[images, 2] numbers of rows and columns, pixels and grids are returned as they are.
+    `image_position_ids`: int[images, patches, 2], column and row of each patch (-1: padding). `spatial_shapes`:
+    int[images, 2], numbers of rows and columns. Without either, pixels and grids are returned unchanged.
 
-    Raises UserError for positions that are no whole grid of cells, or not those of the pixels.
+    Raises UserError if the positions are not a complete grid of cells, or their number differs from the patches'.
     """
     if spatial_shapes is not None:
         image_position_ids = _row_by_row(np.asarray(spatial_shapes), np.shape(pixel_values))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 class Places(NamedTuple):
     """Row and column of every patch in its image; all arrays are int32[packs, patches].
 
-    A packed row has its images one after the other, then padding. Patches come in merged cells, row by row of cells
-    and row by row inside a cell.
+    A packed row has its images one after the other, then padding. Patches are ordered by merged cell (row by row), and
+    row by row inside a cell.
     """
 
     row: jax.Array
@@ -30,14 +30,14 @@ class Places(NamedTuple):
     """Number of columns of patches of the image."""
 
     image: jax.Array
-    """Number of the patch's image or video frame in its packed row; for padding the number of all of them."""
+    """Number of the patch's image or video frame in its packed row; for padding, the number of images and frames."""
 
     real: jax.Array
     """bool, False for padding."""
 
 
 def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
-    """Return row and column of every patch of packed rows of `patches`, from image grids int[packs, images, 3].
+    """Return row and column of every patch in packed rows of `patches` patches, from image grids int[packs, images, 3].
 
     Every temporal patch of a video (its grid's first number) counts as an image.
     """
@@ -64,8 +64,8 @@ def places_of(grid: jax.Array, patches: int, merge: int) -> Places:
 def windows_of(places: Places, merge: int, side: int) -> jax.Array:
     """Return each patch's attention window (`side` merged patches wide), int32[packs, patches].
 
-    Windows are numbered image by image, row by row from the upper left, and cut short at the right and at the bottom.
-    The window of padding has no other patches than padding.
+    Windows are numbered image by image, row by row from the upper left; windows at the right and at the bottom may be
+    smaller. Padding has its own window.
     """
     down, across = (-(-sides // (merge * side)) for sides in (places.rows, places.columns))
     window = places.cell_row // side * across + places.cell_column // side
@@ -78,7 +78,7 @@ def windows_of(places: Places, merge: int, side: int) -> jax.Array:
 def resampled(table: jax.Array, places: Places) -> jax.Array:
     """Interpolate a position table [side * side, vision] to each image's grid: float[packs, patches, vision].
 
-    Bilinear, with aligned corners.
+    Interpolation is bilinear, with aligned corners.
     """
     side = round(table.shape[0] ** 0.5)
     top, left = _between(places.row, places.rows, side), _between(places.column, places.columns, side)
@@ -92,7 +92,7 @@ def resampled(table: jax.Array, places: Places) -> jax.Array:
 
 
 def antialiased(table: jax.Array, places: Places) -> jax.Array:
-    """Interpolate as `resampled`, without aligned corners, and with an antialias filter for smaller images."""
+    """Interpolate like `resampled`, but without aligned corners, and with an antialiasing filter for smaller images."""
     side = round(table.shape[0] ** 0.5)
 
     def shares(at: jax.Array, count: jax.Array) -> jax.Array:

@@ -24,14 +24,14 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def packed_rows(batch: int, mesh: Mesh | None) -> int:
-    """Return the number of packed rows of images for a batch: one per device group, or one if rows do not divide."""
+    """Return the number of packed rows of images for a batch: one per device group, or 1 if rows do not divide."""
     return row_ways(mesh) if batch % row_ways(mesh) == 0 else 1
 
 
 def place_inputs(params: Any, cfg: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, jax.Array | None]:
-    """Move a batch to the model's devices; images of any size are packed into one row for each device group.
+    """Move a batch to the model's devices; images of varying size are packed into one row for each device group.
 
-    Images without `input_ids` stay in the packed rows they are in.
+    Images without `input_ids` stay in their packed rows.
     """
     mesh, names = mesh_of(params), ("input_ids", "pixel_values", "image_grid_thw")
     ids, pixels, grids = (arrays.get(name) for name in names)

@@ -25,24 +25,25 @@ def mrope_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return M-RoPE positions int32[batch, 3, seq] (0 for padding), and int32[batch] offsets for generated tokens.
 
-    Text increases all three by 1. An image at position p has (p, p + row, p + column) for its merged cells, and takes
-    up the longer of its sides. Every temporal patch of a video is such an image, with its time as text before it
-    (Qwen3-VL), or a video is one at (p + floor(time * `tokens_per_second`), p + row, p + column), which takes up no
-    more than an image (Qwen2.5-VL; reference: transformers 5.24, while 5.2 continues after the last temporal position).
-    The token after a row of n real tokens is at n + the row's offset.
+    A text token increases all three positions by 1. The merged cells of an image at position p have positions (p, p +
+    row, p + column), and the next token follows after the longer side of the image. In Qwen3-VL, every temporal patch
+    of a video is such an image, after its time as text. In Qwen2.5-VL, a video at position p has (p + floor(time *
+    `tokens_per_second`), p + row, p + column), and the next token follows as after an image (reference: transformers
+    5.24; 5.2 continues after the last temporal position). The token after a row of n real tokens has position n + the
+    row's offset.
 
     Args:
-      input_ids: int[batch, seq], the tokens of images and videos expanded.
+      input_ids: int[batch, seq], with one token per feature of an image or video.
       attention_mask: int[batch, seq], 1 = real token, or None.
       image_grid_thw: temporal patches, rows and columns of patches of images and videos, int[visuals, 3] in order of
         appearance over the batch, or int[packs, visuals, 3] by packed row (0, 0, 0 = none; see `patch_rows`), or None.
-      second_per_grid_ts: float of the same shape without the last axis, seconds from one temporal patch to the next
-        (None: 1).
+      second_per_grid_ts: seconds between temporal patches (None: 1), float of the shape of `image_grid_thw` without its
+        last axis.
       tokens: ids of the tokens of images and videos (`ModelConfig.visual_token_ids`).
-      merge: `merge` x `merge` patches make one token.
+      merge: patches per side of a token (`merge` x `merge` patches make one token).
       tokens_per_second: see `ModelConfig`.
 
-    Raises UserError for grids that are no multiples of `merge`, or that do not match a row's visual tokens.
+    Raises UserError for grids that are not multiples of `merge`, or that do not match a row's visual tokens.
     """
     ids = np.asarray(input_ids)
     valid = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
@@ -72,8 +73,8 @@ def is_visual(input_ids: Any, tokens: Sequence[int]) -> Any:
 def with_images(positions: Any, input_ids: Any, attention_mask: Any, tokens: Sequence[int]) -> Any:
     """Return every token's position, and the number of its image in the row (0 = none), int32[batch, 2, seq].
 
-    Images, and frames of videos, are runs of their `tokens` in int[batch, seq] ids. Positions int[batch, seq] are
-    counted along the mask by default; those that have image numbers are returned as they are.
+    An image or a frame of a video is a run of `tokens` in `input_ids`, int[batch, seq]. `positions`: int[batch, seq],
+    by default counted along the mask; positions that already have image numbers are returned unchanged.
     """
     if positions is not None and positions.ndim == 3:
         return positions

@@ -16,8 +16,8 @@ from vlmprune_jax.models.layers import Leaf, Norm, Projection, activation, broad
 def pixel_shuffle(x: jax.Array, factor: int, version: str) -> jax.Array:
     """Concatenate `factor` x `factor` neighbouring patches to one longer feature (pixel shuffle of InternVL 1.5).
 
-    float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. Output cell (r, c) of
-    "v2" is the concatenation of the input cells of that square, row by row; "v1" has its cells transposed.
+    float[images, grid * grid, vision] -> float[images, (grid / factor)^2, vision * factor^2]. In version "v2", output
+    cell (r, c) concatenates the input cells of its square, row by row; in "v1", the output cells are transposed.
     """
     n, positions, width = x.shape
     grid = round(positions**0.5)
@@ -40,9 +40,8 @@ def pooled(x: jax.Array, width: int) -> jax.Array:
 class Projector(nnx.Module):
     """Projector MLP linear_2(act(linear_1(features))); InternVL adds a layer norm, SmolVLM has one linear layer.
 
-    In Gemma a norm and a single `linear`, of pooled features.
-
-    A merger normalises each patch; the features of its deeper levels (`deepstack`) have mergers of their own.
+    In Gemma, it is a norm and one linear layer, applied to pooled features. A merger (Qwen-VL) normalises each patch;
+    each deeper level of features (`deepstack`) has a separate merger.
     """
 
     def __init__(self, cfg: ProjectorConfig, vision_size: int, hidden_size: int):

@@ -14,10 +14,10 @@ _PARITY = np.uint32(0x1BD11BDA)
 
 
 def bernoulli(key: jax.Array, probability: float, shape: tuple[int, int, int]) -> jax.Array:
-    """Return random bool[rows, seq, width], True with this probability; bits equal jax.random.bernoulli's.
+    """Return random bool[rows, seq, width], True with this probability; values equal those of jax.random.bernoulli.
 
-    On CPUs jax.random goes through memory after every fourth round: with it dropout took 15 % of a step of
-    SmolLM2-135M (docs/explanation/results.md). A row may have 2^32 decisions.
+    On CPUs, jax.random writes to memory after every fourth round of its generator, and dropout took 15 % of a step of
+    SmolLM2-135M (docs/explanation/results.md). A row may have at most 2^32 values.
     """
     first, second = jax.random.key_data(key)[:2]
     schedule = (first, second, first ^ second ^ _PARITY)

@@ -37,7 +37,7 @@ class PatchEmbedding(nnx.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Return the patch embeddings float[images, rows * columns, vision] of pixels [images, channel, height, width].
 
-        Inputs [images, patches, channel * temporal * row * column] are patches already.
+        Inputs [images, patches, channel * temporal * row * column] are already split into patches.
         """
         weight = self.weight.get_value()
         if pixels.ndim == 3:
@@ -87,7 +87,8 @@ class VisionTower(BlockStack):
     def positions(self, rows: int, columns: int) -> jax.Array:
         """Return the position embeddings for an image of rows x columns patches, class token first.
 
-        Raises UserError if the tower was trained on another grid and does not resize its table (only InternViT does).
+        Raises UserError if the tower was trained with a different grid and does not resize its table (only InternViT
+        does).
         """
         table, cfg = self._table(), self.cfg
         if (rows, columns) == (cfg.position_grid, cfg.position_grid):
@@ -107,9 +108,9 @@ class VisionTower(BlockStack):
     def spread(self, patches: jax.Array) -> jax.Array:
         """Return position embeddings float[images, positions, vision] for images that fill only part of their pixels.
 
-        Patch i of n real ones in a row or column takes the table's position at i / n of its length, as if they covered
-        the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose float32
-        boundaries equal these integers).
+        Patch i of n real patches in a row or column takes the position at i / n of the table's length, as if the real
+        patches covered the whole image (Dehghani et al. 2023; reference: transformers' `SmolVLMVisionEmbeddings`, whose
+        float32 boundaries equal these integers).
         """
         table, grid = self._table(), self.cfg.position_grid
 
@@ -142,13 +143,13 @@ class VisionTower(BlockStack):
         return Context(masks, dict.fromkeys(sides, rope), segments=segments)
 
     def context_of(self, x: jax.Array, arrays: Mapping[str, Any]) -> Context:
-        """Return the shared inputs of all blocks for unpadded images, or images of any size ("image_grid_thw")."""
+        """Return the shared inputs of all blocks, for unpadded images or images of varying size ("image_grid_thw")."""
         return self.context(x, grid=arrays.get("image_grid_thw"))
 
     def embed(self, pixels: jax.Array, patches: jax.Array | None = None, grid: jax.Array | None = None) -> jax.Array:
         """Embed pixels [images, channel, height, width] as the first block's input float[images, positions, vision].
 
-        The class token, if there is one, comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
+        The class token (if any) comes first; patches follow row by row. `patches`, `grid`: see `hooked`.
         """
         n, patch = pixels.shape[0], self.cfg.patch_size
         x = self.patch_embedding(2 * (pixels - 0.5) if self.cfg.patches.centres else pixels)
@@ -196,10 +197,10 @@ class VisionTower(BlockStack):
         Args:
           pixels: float[images, channel, height, width].
           hook, hook_inputs: see `BlockStack.pass_through`.
-          patches: bool[images, rows, columns], patches that show the image and not padding (None: all); for towers
-            that `spread` positions.
-          grid: int[packs, images, 3] frames, rows and columns of patches of images of any size; pixels are then packed
-            rows of their patches [packs, patches, values], see `patch_rows`.
+          patches: bool[images, rows, columns], True for patches that are not padding (None: all); for towers that
+            `spread` positions.
+          grid: int[packs, images, 3], frames, rows and columns of patches of images of varying size; `pixels` are then
+            packed rows of patches [packs, patches, values], see `patch_rows`.
         """
         x = self.embed(pixels, patches, grid)
         passed = self.pass_through(x, self.context(x, patches, grid), hook=hook, hook_inputs=hook_inputs)

@@ -47,7 +47,7 @@ INPUTS = ("input_ids", "attention_mask", *VisualInputs.__annotations__)
 
 @dataclass(frozen=True)
 class Model:
-    """A model: parameters as a nested dict of arrays, and the ModelConfig that describes them."""
+    """A model: a nested dict of parameter arrays, and the ModelConfig that describes the model."""
 
     params: Params
     cfg: ModelConfig
@@ -62,7 +62,7 @@ class Model:
 
         `batch`: arrays by the argument names of `vp.forward`, such as the outputs of a Hugging Face processor.
 
-        Raises UserError as `vp.forward` does, or for an array with another name.
+        Raises UserError for inputs that `vp.forward` refuses, or for an array with an unknown name.
         """
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             raise UserError("model(batch): batch must be a mapping with input_ids: pass the outputs of a processor")
@@ -87,7 +87,7 @@ class Model:
         return "\n  ".join(lines) + ")"
 
     def replace(self, **changes: Any) -> Model:
-        """Return a copy of the model with other `params` or another `cfg`, from the same folder."""
+        """Return a copy of the model with new `params` or a new `cfg`; it still refers to the same model folder."""
         return dataclasses.replace(self, **changes)
 
 
@@ -119,9 +119,9 @@ class VisionLanguageModel(nnx.Module):
     ) -> jax.Array:
         """Return the images' features float[images, tokens, features], the input of the projector.
 
-        `pixels`: float[images, channel, height, width]; `mask`: int[images, height, width], 1 = no padding. With
-        `grid`, int[packs, images, 3], pixels are [packs, patches, values], and features those of all levels of the
-        tower.
+        `pixels`: float[images, channel, height, width]. `mask`: int[images, height, width], 1 = no padding. With
+        `grid`, int[packs, images, 3], pixels are [packs, patches, values], and the result has the features of all
+        levels of the tower.
         """
         assert self.cfg.vision is not None
         return features_of(self.vision, self.cfg, pixels, mask, grid)
@@ -137,12 +137,12 @@ class VisionLanguageModel(nnx.Module):
     ) -> Embedded:
         """Return the decoder's input embeddings with image features inserted, the features, and DeepStack additions.
 
-        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [packs, slots, 3, H, W], a packed
-        row for each of as many equal groups of rows (then every device splices its own rows without communication),
-        `pixel_attention_mask` without the channels. Images of any size: [packs, patches, values], with `image_grid_thw`
-        int[packs, images, 3]. `vision_features`: instead of pixels, the tower's features of them, [packs, slots,
-        tokens, features], or [packs, tokens, features] with `image_grid_thw`. `encoder_inputs`: the arrays of
-        `cfg.encoder_arrays` that the batch has.
+        `pixel_values`: [images, 3, H, W] in order of appearance over the batch, or [packs, slots, 3, H, W] with one
+        packed row for each of `packs` equal groups of rows, so that every device inserts the features of its own rows
+        without communication. `pixel_attention_mask`: the same shape without the channels. For images of varying size,
+        pixels are [packs, patches, values], with `image_grid_thw` int[packs, images, 3]. `vision_features`: the tower's
+        features instead of pixels, [packs, slots, tokens, features], or [packs, tokens, features] with
+        `image_grid_thw`. `encoder_inputs`: the arrays in `cfg.encoder_arrays` that the batch has.
         """
         x = self.text.embed_tokens.lookup(input_ids)
         for name, encoder in self.cfg.encoders:
@@ -203,7 +203,7 @@ def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def to_nnx(model: Model) -> VisionLanguageModel:
-    """Return an NNX module that holds the model's arrays, for a training loop of your own."""
+    """Return an NNX module that holds the model's arrays, for your own training loop."""
     graph, state = abstract(model.cfg)
     if jax.tree.map(lambda _: 0, nnx.to_pure_dict(state)) != jax.tree.map(lambda _: 0, model.params):
         raise UserError("params do not have the structure that cfg describes: change params and cfg together")
@@ -234,14 +234,13 @@ def encode(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Run the model up to the output head; return hidden states float[batch, seq, embed] and auxiliary values.
 
-    `encoder_inputs`, `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds`
-    replaces embedding and splicing (a teacher fed with the student's embeddings), together with `layer_embeds`.
-    `position_ids` int[batch, seq] replaces positions counted along `attention_mask`; with images of any size
-    int[batch, 3, seq] (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see `Decoder.__call__`. aux
-    always has
-    "inputs_embeds" and "layer_embeds" and, with images, "image_features".
+    `encoder_inputs`, `vision_features` and the arrays before it: see `VisionLanguageModel.embed`. `inputs_embeds`,
+    together with `layer_embeds`, replaces the embedding of tokens and images (for example, to run the teacher on the
+    student's embeddings). `position_ids`: int[batch, seq], by default counted along `attention_mask`; int[batch, 3,
+    seq] with images of varying size (`positions.mrope_positions`). `states`, `hook`, `hook_inputs`: see
+    `Decoder.__call__`. aux always has "inputs_embeds" and "layer_embeds" and, with images, "image_features".
 
-    Raises UserError for images of any size without their positions.
+    Raises UserError for images of varying size without `position_ids`.
     """
     module = to_nnx(Model(params, cfg))
     features = None
@@ -286,7 +285,8 @@ def apply(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
 
-    aux["hidden"]: n_layers + 1 arrays, first = embeddings, last = after the final norm (the Hugging Face convention).
+    aux["hidden"] has n_layers + 1 arrays, from the embeddings to the state after the final norm (the Hugging Face
+    convention).
     """
     unknown = set(capture) - set(CAPTURE)
     if unknown:
@@ -329,18 +329,18 @@ def forward(
 
     Args:
       model: the model; sharded parameters give a sharded computation.
-      input_ids: int[batch, seq]; image positions hold `model.cfg.image_token_id`, once per image feature, and positions
-        of videos `model.cfg.video_token_id`, if the model has one.
+      input_ids: int[batch, seq]; `model.cfg.image_token_id` once per image feature, and `model.cfg.video_token_id` (if
+        the model has this token) once per video feature.
       attention_mask: int[batch, seq], 1 = real token.
       capture: names of intermediates: any of "hidden", "image_features", "inputs_embeds".
       want: deprecated name of `capture`.
       visuals: arrays of a processor's images and videos, see `vlmprune_jax.models.inputs.VisualInputs`.
 
     Returns:
-      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with what `capture`
-      names: "hidden", a tuple of n_layers + 1 arrays [batch, seq, embed], first the embeddings, last after the final
-      norm (the Hugging Face convention); "image_features" [images, tokens, embed] (None without images), for images of
-      any size [tokens of all images, embed]; "inputs_embeds" [batch, seq, embed].
+      (logits, aux): logits [batch, seq, vocab] in the data type of the parameters, and a dictionary with the values
+      named in `capture`. "hidden": tuple of n_layers + 1 arrays [batch, seq, embed], from the embeddings to the state
+      after the final norm (the Hugging Face convention). "image_features": [images, tokens, embed], or [tokens of all
+      images, embed] for images of varying size (None without images). "inputs_embeds": [batch, seq, embed].
 
     Raises:
       UserError: an unknown name in `capture`, ids outside the vocabulary, or image positions that do not match the

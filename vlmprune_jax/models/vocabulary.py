@@ -40,8 +40,8 @@ class Head:
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Return the negative log-probability, float32[...], of target ids int[...].
 
-    The target is picked with a mask instead of a gather, so that a vocabulary split over devices stays split. It is
-    multiplied by the mask, not selected: XLA would keep a select's zeros in memory, an array of the logits' size.
+    A mask selects the target's logit; a gather would break the split of the vocabulary over devices. The logits are
+    multiplied by the mask; with `jnp.where`, XLA would keep an array of zeros as large as the logits.
     """
     hit = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,)) == targets[..., None]
     picked = jnp.sum(logits * hit.astype(logits.dtype), axis=-1)
@@ -82,17 +82,20 @@ def chunk_sums(
 ) -> Tree:
     """Sum losses over all positions with weight, with gradients, computing logits for one chunk at a time.
 
-    In every row the positions with weight come first, and chunks without any are skipped: most tokens of a question are
-    no answer, and their unused logits would be a quarter of the arithmetic of SmolLM2-135M.
+    In every row, positions with weight are moved to the front, and chunks without such positions are skipped. Most
+    tokens of a question are not part of the answer, and their unused logits would be a quarter of SmolLM2-135M's
+    arithmetic.
 
     Args:
-      body: function of (head, states, counted, pieces, fixed), all but head and fixed restricted to a chunk's
-        positions, that returns the chunk's sums, float32[] each. It is computed again for the gradient, and must not
-        close over tracers.
-      chunk: maximum positions of a row at a time.
-      head, states: of the model, [batch, seq, embed] after the final norm; both are differentiated.
-      counted: bool[batch, seq], positions with weight.
-      pieces, fixed: further inputs of `body`, by position [batch, seq, ...] or as they are.
+      body: function of (head, states, counted, pieces, fixed) that returns a chunk's sums, float32[] each; all
+        arguments except head and fixed are restricted to the chunk's positions. The function is computed again for the
+        gradient, and must not close over tracers.
+      chunk: maximum number of positions of a row per chunk.
+      head: the model's output head; differentiated.
+      states: hidden states after the final norm, [batch, seq, embed]; differentiated.
+      counted: bool[batch, seq], True for positions with weight.
+      pieces: additional inputs of `body` by position, [batch, seq, ...].
+      fixed: additional inputs of `body` that are the same for all chunks.
     """
     cut = _cut(chunk, states, counted, pieces)
 
@@ -115,7 +118,7 @@ class _Cut(NamedTuple):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.arrays)
 
     def loop(self, step: Callable[[jax.Array, Tree], Tree], start: Tree) -> Tree:
-        """Run `step(number, carry)` for every chunk that has a position with weight; return the final carry."""
+        """Run `step(number, carry)` for every chunk with at least one position with weight; return the final carry."""
         n = len(self.arrays[1])  # a constant bound of the loop, for tools that read the program
 
         def go_on(state: tuple[jax.Array, Tree]) -> jax.Array:

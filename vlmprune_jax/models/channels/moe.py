@@ -34,7 +34,7 @@ Weights = tuple[jax.Array, ...]
 
 
 class ExpertProjection(Leaf):
-    """One matrix per expert, with an optional LoRA adapter per expert, which has no dropout."""
+    """One matrix per expert, each with an optional LoRA adapter (without dropout)."""
 
     def __init__(self, sizes: Mapping[str, int], out: str, into: str, lora: LoraConfig | None):
         super().__init__(sizes, ("experts", out, into))
@@ -46,7 +46,7 @@ class ExpertProjection(Leaf):
 
     @property
     def array(self) -> jax.Array:
-        """The matrices with their adapters, [experts, out, into]."""
+        """The experts' matrices with their adapters added, [experts, out, into]."""
         weight = self.weight.get_value()
         if self.lora is None:
             return weight
@@ -66,12 +66,12 @@ class ExpertWeights(nnx.Module):
 
     @property
     def arrays(self) -> Weights:
-        """The weights as arrays."""
+        """The experts' weights as arrays."""
         return tuple(projection.array for projection in (self.gate_proj, self.up_proj, self.down_proj))
 
 
 class Moe(nnx.Module):
-    """Sum over a token's chosen experts of gate * down(act(gate(x)) * up(x))."""
+    """Sum over a token's chosen experts of gate * down(act(gate_proj(x)) * up(x))."""
 
     writer = "experts/down_proj"
 
@@ -90,12 +90,12 @@ class Moe(nnx.Module):
         return experts, gates
 
     def compute(self, x: jax.Array, experts: jax.Array, gates: jax.Array) -> tuple[jax.Array, Routed]:
-        """Return the gated sum of the chosen experts' outputs, and what was routed."""
+        """Return the gated sum of the chosen experts' outputs, and the routing (`Routed`)."""
         out, norms = run_experts(x, experts, gates, self.experts.arrays, self.part.activation)
         return out, Routed(experts, gates, norms, x)
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
-        """Run router and experts; return (output, what was routed)."""
+        """Run router and experts; return (output, routing)."""
         del ctx
         experts, gates = self.choose(x)
         return self.compute(x, experts, gates.astype(x.dtype))
@@ -112,7 +112,7 @@ class MoeAndShared(Moe):
         self.dense_gate = Leaf({**sizes, "unit": 1}, ("unit", names.axis))
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
-        """Run shared expert, router and experts; return (output, what was routed)."""
+        """Run shared expert, router and experts; return (output, routing)."""
         out, routed = super().__call__(x, ctx)
         gate = jax.nn.sigmoid(jnp.einsum("bsh,uh->bsu", x, self.dense_gate.weight.get_value()))
         dense, hidden = self.dense(x, ctx)
@@ -120,7 +120,7 @@ class MoeAndShared(Moe):
 
 
 class MoeBesideDense(Moe):
-    """norm(dense MLP(x)) + norm(experts(norm(stream))); the router reads the stream as well."""
+    """norm(dense MLP(x)) + norm(experts(norm(stream))); the router also reads the residual stream."""
 
     def __init__(self, cfg: Stack, layer: Layer, sizes: Mapping[str, int], names: Names, lora: LoraConfig | None):
         super().__init__(cfg, layer, sizes, names, lora)
@@ -133,7 +133,7 @@ class MoeBesideDense(Moe):
         self.expert_scale = Leaf(sizes, ("experts",))
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, Routed]:
-        """Run dense MLP, router and experts; return (output, what was routed)."""
+        """Run dense MLP, router and experts; return (output, routing)."""
         stream = ctx.stream
         assert stream is not None
         scale = broadcast(self.router_scale.weight.get_value(), 3) * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
@@ -148,8 +148,8 @@ def run_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gated sums float[batch, seq, embed], and norms float32[batch, seq, k] of the experts' outputs.
 
-    On a mesh every device computes its rows of the batch, with the weights of all experts gathered over `fsdp` and
-    their neurons split over `tensor`.
+    On a mesh, every device computes its own rows of the batch. The weights of all experts are gathered over `fsdp`, and
+    the experts' neurons are split over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -226,17 +226,17 @@ class _Blocks(NamedTuple):
     """Rows (token, choice) in blocks of one expert each."""
 
     rows: jax.Array
-    """int32[blocks, rows of a block], number token * k + choice of a row; tokens * k for padding."""
+    """int32[blocks, rows of a block], number of each row: token * k + choice; tokens * k for padding."""
 
     experts: jax.Array
     """int32[blocks], expert of a block."""
 
     places: jax.Array
-    """int32[tokens, k], place of a row in the flattened `rows`."""
+    """int32[tokens, k], position of each row in the flattened `rows`."""
 
 
 def blocks_of(experts: jax.Array, n_experts: int) -> _Blocks:
-    """Sort rows (token, choice) by expert into blocks; `experts`: int[tokens, k], the chosen ones."""
+    """Sort rows (token, choice) by expert into blocks; `experts`: int[tokens, k], the experts chosen for each token."""
     n = experts.size
     block = min(max(1 << (n // n_experts - 1).bit_length(), _SMALLEST_BLOCK), _LARGEST_BLOCK)
     n_blocks = n // block + min(n_experts, n)  # no fewer hold every distribution over experts

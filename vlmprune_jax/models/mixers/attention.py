@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         return ctx.slot + queries if known else 0
 
     def __call__(self, x: jax.Array, ctx: Context, state: LayerState | None) -> Mixed:
-        """Run attention on the branch's input; what it shares with later layers is its keys and values."""
+        """Run attention on the branch's input; later layers may reuse its keys and values (`Mixed.shared`)."""
         out_proj = getattr(self, self.writer)
         projections = (self.q_proj, self.k_proj, self.v_proj, out_proj)
         masks = dropout_masks(ctx.dropout_key, x, [module for module in projections if module is not None])
@@ -112,13 +112,13 @@ class Attention(nnx.Module):
 
     @staticmethod
     def rows_of(state: RunCache, rows: jax.Array) -> RunCache:
-        """Return the state of some rows of a batch."""
+        """Return the states of the batch rows in `rows`."""
         keys, values = (leaf[:, :, :, rows] for leaf in state)
         return keys, values
 
     @staticmethod
     def extended(state: RunCache, empty: RunCache) -> RunCache:
-        """Return a state with the slots of an empty one behind its own."""
+        """Return a state followed by the slots of an empty state."""
         keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(state, empty, strict=True))
         return keys, values
 
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
     def empty_state(
         cls, cfg: Stack, layer: Layer, *, length: int, slots: int, batch: int, dtype: Any
     ) -> RunCache | None:
-        """Return zero-filled keys and values of `length` equal layers; None if they reuse those of another."""
+        """Return zero-filled keys and values of `length` equal layers; None if these layers reuse another layer's."""
         if layer.mixer.kv_shared:
             return None
         rows, channels = cache_rows(layer.mixer.kv_heads, layer.mixer.head_dim)

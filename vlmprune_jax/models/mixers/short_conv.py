@@ -20,17 +20,17 @@ from vlmprune_jax.models.layers import Leaf, Projection
 
 
 class RealFirst(NamedTuple):
-    """Order of the positions of a batch in which real tokens come first; both None if all tokens are real."""
+    """Order of a batch's positions in which real tokens come first; both fields are None if all tokens are real."""
 
     order: jax.Array | None
-    """int[batch, seq], the position that each place takes."""
+    """int[batch, seq], the original position of each entry."""
 
     valid: jax.Array | None
-    """bool[batch, seq], True for real tokens, in that order."""
+    """bool[batch, seq], True for real tokens, in the new order."""
 
     @classmethod
     def of(cls, ctx: Context, length: int) -> RealFirst:
-        """Return the order of the `length` positions that a call computes; a token that is decoded is real."""
+        """Return the order of the `length` positions that a call computes; tokens in decoding are always real."""
         if ctx.valid is None or length == 1:
             return cls(None, None)
         valid = jax.lax.dynamic_slice_in_dim(ctx.valid, ctx.slot, length, axis=1)
@@ -50,7 +50,7 @@ class RealFirst(NamedTuple):
         )
 
     def tail(self, inputs: jax.Array, count: int) -> jax.Array:
-        """Return the last `count` inputs of real tokens, from [batch, count + seq, channels] with those before them."""
+        """Return the last `count` inputs of real tokens; `inputs`: [batch, count + seq, channels], old inputs first."""
         if self.valid is None:
             return inputs[:, inputs.shape[1] - count :]
         at = self.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
@@ -58,9 +58,10 @@ class RealFirst(NamedTuple):
 
 
 def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return the causal depthwise convolution of x [batch, seq, channels], and x with the inputs before it.
+    """Return the causal depthwise convolution of x [batch, seq, channels], and x preceded by the earlier inputs.
 
-    `kernel`: [channels, taps], the last tap for the present position; `before`: [batch, taps - 1, channels], None: 0.
+    `kernel`: [channels, taps], the last tap for the current position. `before`: [batch, taps - 1, channels], the
+    earlier inputs (None: zeros).
     """
     channels, taps = kernel.shape
     if before is None:
@@ -72,14 +73,14 @@ def convolve(x: jax.Array, kernel: jax.Array, before: jax.Array | None) -> tuple
 
 
 class ConvState(NamedTuple):
-    """State of a run of equal layers, with leading layer axis."""
+    """Convolution state of a group of equal layers, with a leading layer axis."""
 
     tail: jax.Array
     """[layer, batch, taps - 1, channels], the last inputs of the convolution."""
 
 
 class ShortConv(nnx.Module):
-    """Gated short convolution: out_proj(c * convolution(b * x)), of three projections of the branch's input."""
+    """Gated short convolution: out_proj(c * convolution(b * x)); b, c and x are projections of the branch's input."""
 
     writer = "out_proj"
     state_axes = ((None, "batch", None, None),)
@@ -116,23 +117,23 @@ class ShortConv(nnx.Module):
 
     @staticmethod
     def rows_of(state: ConvState, rows: jax.Array) -> ConvState:
-        """Return the state of some rows of a batch."""
+        """Return the states of the batch rows in `rows`."""
         return ConvState(state.tail[:, rows])
 
     @staticmethod
     def extended(state: ConvState, empty: ConvState) -> ConvState:
-        """Return the state itself, whose size does not depend on the length."""
+        """Return the state unchanged; its size does not depend on the sequence length."""
         del empty
         return state
 
 
 def at_layer(state: LayerState) -> Any:
-    """Return the state of the layer that is computed."""
+    """Return the state of the layer that is being computed."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, state.layer, keepdims=False), state.stacked)
 
 
 def write_layer(state: LayerState, new: Any) -> Any:
-    """Return the state of the run with that of the layer that is computed replaced."""
+    """Return the states of the group, with the state of the layer that is being computed replaced by `new`."""
     return jax.tree.map(
         lambda leaf, values: jax.lax.dynamic_update_index_in_dim(leaf, values.astype(leaf.dtype), state.layer, axis=0),
         state.stacked,
