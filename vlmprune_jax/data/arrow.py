@@ -46,7 +46,7 @@ def bounded_messages(file: BinaryIO) -> Iterator[int]:
     """Yield the byte offsets of an Arrow file's schema and record batches, after checking the sizes that it declares.
 
     Raises:
-      ValueError: another message, more than the bounds, or bytes that are missing.
+      ValueError: a message of another type, a size above the bounds, or missing bytes.
       struct.error: damaged metadata.
     """
     offset, size, wanted = 0, os.fstat(file.fileno()).st_size, _SCHEMA

@@ -31,13 +31,13 @@ class Batch:
     `arrays`: input_ids, attention_mask, labels int32[batch, tokens] (labels are not shifted). With a vision tower also
     pixel_values float32[packs, slots, 3, height, width], or from a feature cache vision_features [packs, slots, tokens,
     features]: a packed row has the images and video frames of batch / packs neighbouring rows, then zeros. For images
-    of any size, pixel_values are float32[packs, patches, values] with the patches of a token next to each other,
+    of varying size, pixel_values are float32[packs, patches, values] with the patches of a token next to each other,
     vision_features [packs, tokens, features], image_grid_thw int32[packs, slots, 3] (temporal patches, rows and columns
     of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
     `TeacherRows`.
 
     A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, whose rows
-    are padding.
+    are replaced by padding.
     """
 
     arrays: dict[str, np.ndarray]
@@ -49,8 +49,8 @@ class Batch:
 class TrainBatches:
     """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
 
-    Iterators have `get_state` and `set_state` (grain's). `batches` are made from `rows`, see `_batch_rows`. A process
-    has `local` rows of a batch, and all processes `packs` packed rows of images.
+    Iterators have grain's methods `get_state` and `set_state`. `batches` are made from `rows`, see `_batch_rows`. This
+    process loads `local` rows of every batch; all processes together have `packs` packed rows of images.
     """
 
     batches: grain.IterDataset[Batch]
@@ -67,8 +67,8 @@ class TrainBatches:
     def kinds(self, first: int, last: int) -> list[Kind]:
         """Return the distinct array shapes and dtypes of batches `first` to `last` - 1, longest sequences first.
 
-        Equal on all processes; empty if the shapes depend on images that were not measured. Raises UserError if a batch
-        does not fit this machine's memory.
+        The list is equal on all processes, and empty if the shapes depend on images that were not measured. Raises
+        UserError if a batch needs more memory than this machine has.
         """
         kinds = []
         for shape in sorted(self._shapes(first, min(last, len(self.rows))), reverse=True):
@@ -112,15 +112,16 @@ def train_batches(
 ) -> TrainBatches:
     """Return an iterator over this process's share of every global batch of `batch_size` records.
 
-    The order of records depends only on `seed` (None: as they come) and the epoch, and with `group_by` on `sizes`. With
-    epochs=None the batches never end; batches continue across epoch borders. `mine` int[local] are this process's rows
-    (`mesh.rows_of_process`; None: all); those of all processes are the batch that a single process would read. A last
-    short batch is dropped or filled with padding rows. The iterator's state resumes exactly. `packs`: packed rows of
-    images in a global batch, of whole processes each (None: one for each row).
+    The order of records depends only on `seed` (None: the order of the file) and the epoch, and with `group_by` on
+    `sizes`. With epochs=None the batches never end; batches continue across epoch borders. `mine`, int[local], are the
+    rows that this process loads (`mesh.rows_of_process`; None: all). The rows of all processes together are the batch
+    that a single process would read. A last short batch is dropped or filled with padding rows. The iterator's state
+    resumes exactly. `packs`: number of packed rows of images in a global batch, each from a single process (None: one
+    for each row).
 
-    `sizes` int[records, 3] (`encoding.measure`) must be equal on all processes and decide the shape of each batch. They
-    are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which replaces
-    unreadable records by padding rows in the same place. `teacher` adds its arrays to every row.
+    `sizes`, int[records, 3] (`encoding.measure`), must be equal on all processes and determine the shape of each batch.
+    They are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which
+    replaces unreadable records by padding rows. `teacher` adds its arrays to every row.
     """
     one_of("group_by", group_by, GROUPINGS)
     one_of("on_error", on_error, ON_ERROR)
@@ -214,7 +215,7 @@ def _padding_row(encoder: Encoder, shape: Shape, teacher: TeacherRows | None) ->
 
 
 def check_memory(rows: int, shape: Shape, encoder: Encoder, prefetch: int, packs: int) -> None:
-    """Raise UserError if a batch, and those read ahead, need more memory than this machine has."""
+    """Raise UserError if a batch and the batches read ahead need more memory than this machine has."""
     arrays = encoder.packed_arrays(shape, rows, packs)
     image_bytes = sum(math.prod(size) * dtype.itemsize for _, (size, dtype) in arrays)
     needed = (prefetch + 1) * (rows * 3 * 4 * shape.tokens + image_bytes)

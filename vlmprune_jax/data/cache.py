@@ -33,14 +33,15 @@ class ArrayCache:
     There is no index; the shards' headers list the keys. Shards are written atomically under a name derived from their
     keys, so that a killed run continues after its last shard and runs may share a folder. Reading is thread-safe and
     uses no memory maps, so that a truncated shard raises an error instead of killing the process. All processes of a
-    run open and `publish` together; each adds its own results, in a folder that all of them see.
+    run must create the object and call `publish` at the same time. Each process adds its own results to the folder,
+    which all processes must see.
 
     Args:
-      folder: created if missing.
-      made_from: everything beside the key that the values depend on (JSON values).
+      folder: folder of the cache, created if missing.
+      made_from: what the values depend on besides the key, as JSON values.
 
     Raises:
-      UserError: the folder has other content or was computed from something else, a shard is damaged, or the processes
+      UserError: the folder has other content or was computed from other inputs, a shard is damaged, or the processes
         do not see the same folder.
     """
 
@@ -55,7 +56,7 @@ class ArrayCache:
         from_all(lambda: self._open([IDENTITY, *shards], 0))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Return those `keys` that the cache lacks, without duplicates and in the given order."""
+        """Return the `keys` that are not in the cache, without duplicates and in order."""
         return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -83,7 +84,7 @@ class ArrayCache:
     def publish(self) -> None:
         """Write the added arrays so that all processes can read them (collective: every process must call it).
 
-        Raises UserError if a shard cannot be written, or a process does not see what another one wrote.
+        Raises UserError if a shard cannot be written, or a process does not see another process's shards.
         """
 
         def flush() -> list[str]:
@@ -166,7 +167,7 @@ def recorded(
 ) -> Mapping[str, np.ndarray]:
     """Return the cached arrays `keys`; if any is missing, cache the arrays that `compute()` returns.
 
-    Every process must call it in step; process 0 writes. Without a cache it always computes.
+    Every process must call this function at the same time; process 0 writes. Without a cache, `compute` always runs.
     """
     if cache is None:
         return compute()

@@ -59,8 +59,8 @@ def choose_template(
 ) -> Template:
     """Return the prompt template called `name`; "auto" selects the template that matches the model's own chat template.
 
-    That is the known one that makes the prompt `chat` (see `chat_prompt`), else that of its family and
-    `config` (`template_of`). Raises UserError if the tokenizer lacks a token of the template.
+    This is the first known template that produces the prompt `chat` (see `chat_prompt`), or else the template of the
+    model's family and `config` (`template_of`). Raises UserError if the tokenizer lacks a token of the template.
     """
     template = template_of(family, config, tokenizer.eos_token) if name == AUTO else templates()[name]
     known = [template, *templates().values()]
@@ -87,7 +87,8 @@ def choose_template(
 def follow_video(template: Template, folder: Path, tokenizer: Any) -> Template:
     """Return the template with the white space around videos that the folder's own chat template writes.
 
-    Folders of one family differ in it (Gemma 4); templates without white space around videos are returned as they are.
+    This white space differs between folders of one family (Gemma 4). A template without such white space is returned
+    unchanged.
     """
     video = template.video
     if video is None or not video.start or (video.start + video.end).strip():
@@ -110,7 +111,8 @@ def adds_begin(tokenizer: Any) -> bool:
 def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool, part: str = "image") -> str | None:
     """Format a test question with the folder's own chat template, after an image (or video) if the model takes images.
 
-    None without a chat template, or if it does not accept such a chat or needs too much time or memory.
+    The result is None if there is no chat template, or the template rejects such a chat or needs too much time or
+    memory.
     """
     text = _chat_template(folder, tokenizer)
     if text is None:
@@ -143,7 +145,7 @@ def prompt_of(template: Template, *, has_image: bool) -> str:
 
 
 def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Template | None:
-    """Return the first known template that reproduces `prompt`, and the system text in it; None if none does."""
+    """Return the first known template that reproduces `prompt`, with the prompt's system text; None if none does."""
     for template in known:
         written = with_marks(prompt, template)
         for system in (template.system, ""):
@@ -159,7 +161,7 @@ def follow(prompt: str, known: Iterable[Template], *, has_image: bool) -> Templa
 def with_marks(prompt: str, template: Template) -> str:
     """Return a chat template's prompt whose image tokens are replaced by `<image>` placeholders.
 
-    A chat template writes all image tokens, or only the context or start token, to which the processor adds the others.
+    A chat template writes all tokens of an image, or only the context or start token; the processor adds the others.
     """
     if template.image_tokens is None:
         return prompt

@@ -23,9 +23,9 @@ _LEAST, _MOST, _RATIO = 256, 4, 1.2  # default least side and number of crops, a
 class Cropping(SquarePieces):
     """Image preparation that resizes an image to `size` x `size` pixels and may add crops of that size (Gemma 3).
 
-    With `crops`, an image whose sides have at least the ratio `least_ratio` is cut across its long side into equal
-    crops, unless their short side were below `least_side`. `mean` and `std` normalise, `resample` is PIL's number of
-    the filter (reference: transformers' `Gemma3ImageProcessor`).
+    With `crops`, an image whose aspect ratio is at least `least_ratio` is divided along its longer side into equal
+    crops, unless the shorter side of the crops would be below `least_side`. `mean` and `std` normalise pixels.
+    `resample` is PIL's number of the resampling filter (reference: transformers' `Gemma3ImageProcessor`).
     """
 
     size: int
@@ -51,7 +51,7 @@ class Cropping(SquarePieces):
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Cropping:
         """Return a copy of the preparation with at most `tokens` tokens per image; each crop has `slot_tokens` tokens.
 
-        Raises UserError if the whole image alone has more.
+        Raises UserError if the resized whole image alone has more tokens.
         """
         crops = tokens // slot_tokens - 1
         if crops < 0:
@@ -93,7 +93,7 @@ class Cropping(SquarePieces):
 def cropping_from_processor(config: Mapping[str, Any], location: str) -> Cropping:
     """Return the image cropping described by a Gemma 3 folder's image processor.
 
-    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
     off, or the size is not a square.
     """
     check_steps(config, location, "Gemma 3")

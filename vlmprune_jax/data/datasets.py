@@ -66,7 +66,7 @@ def datasets_folder(text: str) -> Path:
 
 
 def datasets_state(folder: Path) -> str:
-    """Return a text that changes whenever a split is saved again; "" if there is no split."""
+    """Return a fingerprint of the saved splits, which changes when any split is saved again; "" without splits."""
     state = folder / _STATE
     return str(state.stat().st_mtime_ns) if state.is_file() else ""
 

@@ -27,7 +27,7 @@ _CHUNK = 4096  # records whose texts are tokenised in one call, which spreads th
 class Shape(NamedTuple):
     """Padded shape of a batch, per record: tokens, images or tiles, and image tokens (0 if all images have one size).
 
-    A packed row of the images of n records has n times the room for images.
+    A packed row with the images of n records has room for n times as many images.
     """
 
     tokens: int
@@ -39,18 +39,19 @@ class Shape(NamedTuple):
 class Encoder:
     """Converter of records to arrays: token ids, labels, images and videos.
 
-    Every image or tile takes `tokens_per_image` positions, which hold `image_token_id` (frames: `video_token_id`, if
-    the model has one; `tokens_per_second`: see `ModelConfig`). A record has at most `max_images` images and videos.
-    `image_loader` is None without a vision tower; it may read cached features.
+    Every image or tile has `tokens_per_image` positions with the id `image_token_id`; frames have `video_token_id`, if
+    the model has this token. `tokens_per_second`: see `ModelConfig`. A record has at most `max_images` images and
+    videos. `image_loader` is None without a vision tower; it may read cached features.
 
-    Length: rows have `max_length` tokens. With `truncate` longer training rows are cut at the right, as in the
-    reference; otherwise they are refused. If nothing cuts them, rows over `longest` tokens (`ModelConfig.longest_row`;
+    Length: rows have `max_length` tokens. With `truncate`, longer training rows are truncated at the right, as in the
+    reference; otherwise they are refused. Without truncation, rows over `longest` tokens (`ModelConfig.longest_row`;
     0 = no limit) are refused. `words` is the size of the model's vocabulary; larger ids are refused (0 = no limit).
 
-    Buckets (ascending) limit the number of compiled programs: a batch takes the smallest bucket that holds all its
-    rows; above the largest one, sizes double for records with videos. `tile_buckets` are numbers of tiles per record
-    (None: always `max_images`), `image_buckets` image tokens per record for images of any size (else None), both
-    averaged over a packed row; `length_buckets` are tokens of measured training batches (None: always `max_length`).
+    Buckets (ascending) limit the number of compiled programs: a batch has the size of the smallest bucket that holds
+    all its rows; for records with videos, the largest bucket is doubled as often as needed. `tile_buckets`: numbers of
+    tiles per record (None: always `max_images`). `image_buckets`: image tokens per record for images of varying size
+    (else None). Both are averages over a packed row. `length_buckets`: sequence lengths of measured training batches
+    (None: always `max_length`).
     """
 
     tokenizer: Any
@@ -72,7 +73,7 @@ class Encoder:
     def training_row(self, record: Record, length: int | None = None) -> dict[str, np.ndarray]:
         """Return one record's training arrays except its images, padded at the right to `length` tokens.
 
-        Raises UserError naming the record.
+        Raises UserError, with the record's id, if the record cannot be used.
         """
         ids, labels = self.training_tokens(record)
         row = self.padding_row(self.max_length if length is None else length)
@@ -124,7 +125,7 @@ class Encoder:
     def images(self, record: Record, *, read: bool = True) -> list[tuple[np.ndarray, ImageShape]]:
         """Return pixels [tiles or patches, ...] (or features) and shape of each image and video of a record.
 
-        Without `read` pixels are zeros, for rows that another process computes.
+        If `read` is False, pixels are zeros, for rows whose images another process computes.
         """
         loader, images = self.image_loader, list[tuple[np.ndarray, ImageShape]]()
         if loader is None or not record.visuals:
@@ -143,8 +144,8 @@ class Encoder:
     ) -> dict[str, np.ndarray]:
         """Return the image arrays of a batch, given the images of every row, as `packs` packed rows.
 
-        Each has the images or tiles (or their patches) of as many neighbouring rows in order, then zeros; {} for models
-        without images.
+        Each packed row has the images or tiles (or their patches) of equally many neighbouring rows in order, then
+        zeros. The result is {} for models without images.
         """
         loader, size = self.image_loader, len(rows) // packs
         if loader is None:
@@ -165,7 +166,10 @@ class Encoder:
         return arrays
 
     def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
-        """Return (name, (shape, dtype)) of the image arrays of a batch of `rows` rows in `packs` packed rows."""
+        """Return (name, (shape, dtype)) of each image array of a batch of `rows` rows.
+
+        A packed row joins the images of `rows // packs` neighbouring records, so every array has `packs` rows.
+        """
         if self.image_loader is None:
             return []
         each = rows // packs
@@ -175,7 +179,10 @@ class Encoder:
         return [(name, ((packs, *size), dtype)) for name, (size, dtype) in arrays.items()]
 
     def shapes(self, record: Record) -> list[ImageShape]:
-        """Return the grid and number of tiles of each image of a record; raise UserError naming the record."""
+        """Return the grid and number of tiles of each image of a record.
+
+        Raises UserError, with the record's id, if the record cannot be used or its images do not suit the model.
+        """
         if record.problem is not None:
             raise UserError(record.problem)
         visuals = record.visuals
@@ -193,7 +200,8 @@ class Encoder:
     def shape_of(self, records: Sequence[Record | None], packs: int | None = None) -> Shape:
         """Return the padded shape of a batch of these records, with sequences of `max_length` tokens.
 
-        None is a row of padding; `packs`: see `shape`. Raises UserError naming the record if no bucket is large enough.
+        `records`: None stands for a row of padding. `packs`: see `shape`. Raises UserError naming the record if no
+        bucket is large enough.
         """
         sizes = np.zeros((len(records), 3), np.int32)
         if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):
@@ -207,7 +215,7 @@ class Encoder:
     def shape(self, sizes: np.ndarray, packs: int | None = None) -> Shape:
         """Return the padded shape of a training batch, given its records' sizes int[rows, 3] (see `measure`).
 
-        `packs`: number of packed rows in which its images are (None: one for each row).
+        `packs`: number of packed rows that hold the batch's images (None: one for each row).
         """
         tokens, each = sizes[:, 0].max(initial=0), max(len(sizes) // (packs or max(len(sizes), 1)), 1)
         slots, images = (-(-sizes[:, 1:].reshape(-1, each, 2).sum(axis=1).max(axis=0, initial=0) // each)).tolist()
@@ -258,7 +266,7 @@ class Encoder:
             )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
-        """Return the number of tokens that a text gains when its image placeholders are expanded."""
+        """Return the number of tokens that a prompt gains when its image placeholders are expanded."""
         written = 0 if self.template.image_tokens is None else sum(map(self.template.context_tokens, images))
         return sum(image.positions(self.tokens_per_image) for image in images) - written
 
@@ -322,22 +330,22 @@ class Encoder:
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
-        """Ids of the tokens of images and videos."""
+        """Token ids of images and videos."""
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
 
 def intervals_of(images: Sequence[ImageShape]) -> np.ndarray:
-    """Return the seconds from one temporal patch to the next, float32, of videos; 0 for images."""
+    """Return the seconds between temporal patches of each video, float32; 0 for an image."""
     return np.array([image.interval if isinstance(image, VideoShape) else 0 for image in images], np.float32)
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of tiles of these images."""
+    """Return the total number of images and tiles in `images`."""
     return sum(image.slots for image in images)
 
 
 def tokens_of(images: Sequence[ImageShape]) -> int:
-    """Return the total number of tokens of these images, for models with images of any size (else 0)."""
+    """Return the total number of tokens of these images, for models with dynamic resolution (else 0)."""
     return sum(image.tokens for image in images)
 
 
@@ -350,12 +358,12 @@ def _doubled(buckets: Sequence[int], needed: int) -> list[int]:
 
 
 def smallest(buckets: Sequence[int], needed: int) -> int:
-    """Return the smallest bucket, or double of the last one, that holds `needed`."""
+    """Return the smallest bucket that holds `needed`, doubling the last one if necessary."""
     return next(bucket for bucket in _doubled(buckets, needed) if bucket >= needed)
 
 
 def check_length(length: int, record: Record, limit: int, setting: str = "data.max_length") -> None:
-    """Raise UserError naming the record and the setting if the record has more tokens than this limit."""
+    """Raise UserError naming the record and the setting if the record has more than `limit` tokens."""
     if length > limit:
         raise UserError(
             f"record {record.id}: has {length} tokens with its images, more than the maximum length {limit}: raise "
@@ -373,9 +381,9 @@ def measure(
 ) -> np.ndarray:
     """Return int32[records, 3]: tokens, image tiles, and image tokens of each training record.
 
-    Tokens are at most `encoder.max_length` (0 = no limit); image tokens are 0 if images have one size. With
-    `on_error` "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not
-    decoded; `threads` read the headers of images with tiles. `progress` takes the number of records done.
+    Tokens are at most `encoder.max_length` (0 = no limit); image tokens are 0 if images have one size. With `on_error`
+    "skip" an unusable record has zeros; with "stop" it raises UserError naming the record. Images are not decoded;
+    `threads` threads read the headers of images with tiles. `progress` is called with the number of records done.
     """
 
     def attempt(compute: Callable[[Record], Any], record: Record) -> Any:

@@ -32,15 +32,15 @@ class Picture(NamedTuple):
 class FeatureLoader:
     """Loader of cached vision features, used in place of an `ImageLoader` of pixels.
 
-    Features are [tiles, tokens, features], or [tokens, features] of an image of any size (cached as one tile). The key
-    of an image is its `image_key`, with the number of images in its record if its tiles depend on that. Videos are
-    cached by temporal patch (a frame, or frames that share a patch), so that samples of a video share them. Images that
-    could not be read when the features were computed have no tiles in the cache.
+    Features are [tiles, tokens, features], or [tokens, features] for images of varying size (cached as one tile). The
+    key of an image is its `image_key`, with the number of images in its record if its tiles depend on this number.
+    Videos are cached by temporal patch (a frame, or frames that share a patch), so that different samples of a video
+    share patches. Images that could not be read when the features were computed have no tiles in the cache.
 
     Args:
       images: loader of the pixels of the same images.
       cache: cache of the features.
-      shape: (tokens, features) of one tile, or (features,) for images of any size.
+      shape: (tokens, features) of one tile, or (features,) for images of varying size.
       dtype: dtype of the features.
     """
 

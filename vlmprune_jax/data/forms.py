@@ -19,11 +19,11 @@ _MARK = re.compile(r"<image (\d+)>")  # MMMU's, in its questions and options
 def from_messages(entry: Mapping[str, Any], location: str) -> dict[str, Any]:
     """Convert a data entry with OpenAI's `messages` [{role, content}] to one with LLaVA's `conversations`.
 
-    A content is a text, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of the
-    entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Videos are
-    parts of type video or video_url in the same forms, whose value may be a list of frames. If no message has an image
-    (or video), those of the entry precede the first one. Raises UserError if a message has another form or role, or
-    only some images have a path.
+    A content is a string, or a list of parts: {"type": "text", "text"}, and images as {"type": "image"} (the next of
+    the entry's `images`), {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}. Videos
+    are parts of type video or video_url in the same forms, whose value may be a list of frames. If no message has an
+    image (or video), the entry's images (or videos) precede the first message. Raises UserError if a message has
+    another form or role, or only some images have a path.
     """
     turns, names = list[dict[str, Any]](), {IMAGE_TOKEN: list[Any](), VIDEO_TOKEN: list[Any]()}
     messages = entry["messages"]
@@ -83,9 +83,9 @@ def to_entry(row: dict[str, Any], images: Mapping[str, list[str]]) -> dict[str, 
     """Convert a table row and its images to an entry in LLaVA's JSON form.
 
     The question consists of `Context: hint` if there is a hint, `question`, and a line `A. text` for each of its
-    `choices` or `options`. A mark `<image N>` is replaced by the image of column `image_N`; other images precede the
-    text. An answer that is the index of a choice (a whole number; with `options` also its text, as in AI2D) becomes the
-    choice's letter.
+    `choices` or `options`. A placeholder `<image N>` is replaced by the image of column `image_N`; other images precede
+    the text. An answer that is the index of a choice (a whole number; with `options` also a number as text, as in AI2D)
+    becomes the choice's letter.
     """
     others = {name: value for name, value in row.items() if value is not None}
     if "conversations" in others or "messages" in others:
@@ -126,7 +126,7 @@ def _answer(answer: Any, choices: int, *, by_text: bool) -> str | None:
 
 
 def parse_choices(value: Any) -> list[str] | None:
-    """Return a question's answer choices, from a list or the text of a list (as in MMMU); None for other values."""
+    """Return a question's answer choices, from a list or a list written as text (as in MMMU); None for other values."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)

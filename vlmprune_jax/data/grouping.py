@@ -10,10 +10,11 @@ MEGABATCH = 50  # batches sorted together, like `mega_batch_mult` of transformer
 def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Return one epoch's record indices, shuffled and grouped by length or modality, int64[records].
 
-    Records are permuted, per modality with "modality_length" (LLaVA), and cut into megabatches. Each megabatch is
-    sorted by length and cut into batches; the batches of all megabatches are permuted. The batch with the longest row
-    comes first, so that a lack of memory shows at once, and records that do not fill a batch come last. LLaVA's own
-    megabatch is a single batch, which separates modalities but needs as much padding as no grouping.
+    Records are permuted (with "modality_length" separately for each modality, as in LLaVA) and divided into
+    megabatches. Each megabatch is sorted by length and divided into batches; the batches of all megabatches are
+    permuted. The batch with the longest row comes first, so that a lack of memory shows at once, and records that do
+    not fill a batch come last. In LLaVA, a megabatch is a single batch, which separates modalities but needs as much
+    padding as no grouping.
 
     Batches continue across epochs: an epoch begins with the records that complete the previous epoch's last batch.
 

@@ -22,10 +22,10 @@ def is_hub(text: str | None) -> bool:
 def fetch_dataset(text: str, folder: Path, what: str, scratch: Path | None = None) -> str:
     """Download a hub data set into `folder` if it is missing, and return "datasets:FOLDER".
 
-    `text` is "hub:ORG/NAME:SPLIT", with a configuration "hub:ORG/NAME/CONFIG:SPLIT". With "[:N]" at the end the first N
-    rows are streamed, so that the rest of a large set is never downloaded. `what` is the setting, for messages; a
-    missing set goes to `scratch` if there is one. Raises UserError for another form, or if the package datasets is
-    missing, or the hub has no such set or cannot be reached.
+    `text` is "hub:ORG/NAME:SPLIT", or "hub:ORG/NAME/CONFIG:SPLIT" for a configuration. With "[:N]" at the end, only the
+    first N rows are streamed, so that the rest of a large data set is never downloaded. `what`: name of the setting,
+    for messages. `scratch`: folder for a missing data set, instead of `folder` (None = none). Raises UserError for
+    another form, or if the package datasets is missing, or the hub has no such data set or cannot be reached.
     """
     match = _NAME.fullmatch(text)
     if match is None:

@@ -58,7 +58,7 @@ class ProcessorSteps(TypedDict, total=False):
 
 
 class ProcessorFile(ProcessorSteps, total=False):
-    """Fields of preprocessor_config.json that are read unless images are cut into patches (`PatchFile`)."""
+    """Fields of preprocessor_config.json that are read for images of one size; for others, see `PatchFile`."""
 
     size: _AnySize
     do_center_crop: bool | None
@@ -93,7 +93,7 @@ class _Areas(TypedDict, total=False):
 
 
 class PatchFile(ProcessorSteps, total=False):
-    """Fields of preprocessor_config.json that are read for images of any size; `size` has both area limits."""
+    """Fields of preprocessor_config.json that are read for images of varying size; `size` has both area limits."""
 
     size: _Areas | None
     min_pixels: _Area
@@ -120,7 +120,7 @@ def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
     """Read a folder's image processor settings; return (settings, file name), or None if it has none.
 
     Reads `preprocessor_config.json`, or a section of `processor_config.json`, the only file that transformers 5 writes.
-    Raises UserError as `checked_processor`.
+    Raises UserError for settings that `checked_processor` refuses.
     """
     for name, key in PROCESSOR_FILES:
         path = folder / name
@@ -177,8 +177,9 @@ def way_of(config: Mapping[str, Any]) -> str:
 def make_processor(config: Mapping[str, Any], location: str) -> Any:
     """Return the transformers image processor object for checked settings.
 
-    Uses NumPy/PIL classes only: their values equal the reference's, while transformers 5's torchvision classes differ
-    in the last bits and need torch. Raises UserError if the type is unknown, or it does not accept the settings.
+    Only NumPy/PIL classes are used: their values equal the reference's, while transformers 5's torchvision classes
+    differ in the last bits and need torch. Raises UserError if the type is unknown, or the class does not accept the
+    settings.
     """
     import transformers
 

@@ -58,7 +58,7 @@ with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; 
 class WholeImage:
     """Preparation of an image as a single tile: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
-    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" passes it on
+    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" leaves the image
     unchanged.
     """
 
@@ -107,8 +107,8 @@ class WholeImage:
 class ImageLoader:
     """Loader of prepared image pixels with a bounded LRU cache, since many records share images.
 
-    `max_pixels` limits the size of the file's image and the size after padding or resizing. Thread-safe. `array` and
-    `dtype` are name and dtype of its array in a batch.
+    `max_pixels` limits the size of the image in the file and its size after padding or resizing. `array` and `dtype`
+    are name and dtype of the pixels' array in a batch. The loader is thread-safe.
     """
 
     array, dtype = "pixel_values", np.dtype(np.float32)
@@ -129,8 +129,8 @@ class ImageLoader:
     def load(self, path: Visual, record: str, sharing: int = 1) -> np.ndarray:
         """Load the pixels of an image or a video (read-only); `sharing` is the number of images in its record.
 
-        float32[tiles or frames, 3, height, width], or float32[patches, values] for images of any size. Raises UserError
-        naming the file and the record.
+        The result is float32[tiles or frames, 3, height, width], or float32[patches, values] for images of varying
+        size. Raises UserError naming the file and the record.
         """
         key = (path, sharing)
         with self._lock:
@@ -157,9 +157,10 @@ class ImageLoader:
         return pixels
 
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Return {name: (shape, dtype)} of a packed row's image arrays: `slots` images or tiles.
+        """Return {name: (shape, dtype)} of the image arrays of one packed row.
 
-        Images of any size have `image_tokens` tokens together.
+        `slots`: number of images or tiles in the row. `image_tokens`: total number of tokens of these images, used only
+        for images of varying size.
         """
         merge = self.preparation.merge
         if not merge:
@@ -276,17 +277,18 @@ def load_image_processor(
       aspect_ratio: "pad" or "square", for models without tiling (see `WholeImage`).
       max_pixels: maximum size of an image.
       cache_bytes: memory for prepared images.
-      image_size: pixels per side of the vision tower's input; also decides the settings of families whose processor is
-        in the hub's code instead of a file.
-      tiling: fields of `Tiling` that replace the folder's, for models with tiling.
-      patches: (values per patch, patches per side of a token) of a tower for images of any size.
+      image_size: pixels per side of the vision tower's input; also determines the settings for families whose processor
+        is in the hub's code instead of a file.
+      tiling: fields of `Tiling` that replace the folder's fields, for models with tiling.
+      patches: (values per patch, patches per side of a token) of a tower with dynamic resolution.
       max_image_tokens: maximum number of tokens per image; see `Preparation.with_most_tokens`.
       slot_tokens: tokens per image or tile, needed with `max_image_tokens` (`ModelConfig.tokens_per_image`).
       videos: returns the loader of videos for the preparation of images.
 
     Raises:
-      UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, or the
-        output does not fit the tower; or the model cannot have this `tiling` or `max_image_tokens`.
+      UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, the
+        prepared images do not have the size of the tower's input, or the model cannot have this `tiling` or
+        `max_image_tokens`.
     """
     folder = Path(folder)
     preparation, location = _preparation(folder, aspect_ratio, image_size)
@@ -340,7 +342,7 @@ def _with_tiling(preparation: Preparation, changes: dict[str, Any], folder: Path
 def limited_files(folder: Path, most: int, slot_tokens: int) -> dict[str, dict[str, Any]]:
     """Return {file name: new content} of a folder's JSON files after limiting images to `most` tokens.
 
-    `slot_tokens` is as for `load_image_processor`. Raises UserError if the model cannot have this limit.
+    `slot_tokens`: see `load_image_processor`. Raises UserError if the model cannot have this limit.
     """
     config = read_json(folder / "config.json")
     family = find(config)

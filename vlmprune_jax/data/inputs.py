@@ -47,7 +47,7 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class Inputs:
     """Tokenizer, prompt template and image loader of a model, shared by all stages and variants of an experiment.
 
-    `notes`: lines about settings that differ from what the model's folder says.
+    `notes`: lines about settings that differ from the model folder's files.
     """
 
     data: DataSpec
@@ -84,7 +84,7 @@ class Inputs:
 
 
 def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
-    """Return the padded sequence lengths of training batches, ascending; () if the longest record decides.
+    """Return the padded sequence lengths of training batches, ascending; () to use the length of the longest record.
 
     Raises UserError if `data.length_buckets` and `data.max_length` contradict each other, or are too long for the
     model.
@@ -107,10 +107,10 @@ def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, 
 
 
 def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return the padded numbers of image tokens per record; None unless images have any size.
+    """Return the padded numbers of image tokens per record; None for models without dynamic resolution.
 
-    They are `data.image_buckets` or the defaults, then doubled until `data.max_images` of the largest images fit.
-    Raises UserError if they are set for a model whose images have one size.
+    The numbers are `data.image_buckets` or the defaults, followed by doubled numbers until `data.max_images` of the
+    largest images fit. Raises UserError if `data.image_buckets` is set for a model whose images have one size.
     """
     buckets, defaults = data.image_buckets, () if preparation is None else preparation.image_buckets
     if buckets and not defaults:
@@ -122,14 +122,15 @@ def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int,
 
 
 def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return the image buckets (token counts) that fit into a sequence of `length` tokens, ascending."""
+    """Return the image buckets (token counts), ascending, up to the first that holds `length` tokens."""
     return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
 
 
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     """Load the tokenizer, prompt template and image processor of a model folder.
 
-    Raises UserError if the template is unknown or does not fit the tokenizer, or a file is missing or malformed.
+    Raises UserError if the template is unknown or uses tokens that the tokenizer lacks, or a file is missing or
+    malformed.
     """
     return _load_inputs(model, data, family_of(cfg), cfg.vision, cfg.tokens_per_image, cfg.video)
 
@@ -250,7 +251,7 @@ def _sources(path: str | None, images: str | None, what: str) -> tuple[list[Path
 
 
 def refuse_folder(path: str, what: str) -> None:
-    """Raise UserError if the setting `what` names a folder in place of a file of records."""
+    """Raise UserError if the setting `what` names a folder instead of a file of records."""
     if os.path.isdir(path):
         raise UserError(
             f"{what}={path}: is a folder, expected a file of records: name the file and set data.images to the folder "
@@ -279,8 +280,8 @@ def calibration_batches(
 ) -> list[Batch]:
     """Return calibration batches of equal shape: `spec.samples` training records drawn with `seed`.
 
-    The last batch is filled with padding. Records skipped by `data.on_error` are replaced by others and listed in the
-    first batch. Raises UserError if there are not enough (short enough) records.
+    The last batch is filled with padding. Records skipped by `data.on_error` are replaced by other records and listed
+    in the first batch. Raises UserError if too few records are short enough.
     """
     encoder = dataclasses.replace(load_inputs(model, data, cfg).training_encoder(cfg), length_buckets=None)
     records, skipped = _draw(data, spec, seed, encoder)
@@ -333,7 +334,7 @@ def _text_length(record: Record, encoder: Encoder) -> int:
 
 
 def recovery_records(data: DataSpec, template: Template) -> tuple[Record, ...]:
-    """Return the training records for recovery: a random `data.fraction` of all."""
+    """Return the training records for recovery: a random share `data.fraction` of all training records."""
     return tuple(take_fraction(training_records(data, template), data.fraction, data.seed))
 
 
@@ -351,7 +352,7 @@ def training_rows(
 ) -> TrainingRows:
     """Measure the recovery's training records, and return them with their sizes and `Encoder`.
 
-    `bar` shows the progress of measuring; `features` is a loader of cached features in place of pixels.
+    `bar` shows the progress of measuring; `features` is a loader of cached features, used instead of pixels.
     """
     one_of("data.group_by", data.group_by, GROUPINGS)
     sizes = None

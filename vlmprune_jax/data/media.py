@@ -28,7 +28,7 @@ class _Store(Protocol):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """Image stored inside a data set (such as data/tfds.py); `name` appears in error messages."""
+    """Image stored inside a data set (see data/tfds.py); `name` appears in error messages."""
 
     name: str
     number: int
@@ -56,7 +56,7 @@ class InlineStore:
 
 
 def is_video(name: str | Path) -> bool:
-    """Return True if the name of a file says that it is a video."""
+    """Return True if the extension of a file's name is that of a video."""
     return str(name).lower().endswith(VIDEO_SUFFIXES)
 
 
@@ -65,7 +65,7 @@ Video = Path | StoredImage | tuple[Path | StoredImage, ...]
 
 
 def image_key(image: Path | StoredImage) -> str:
-    """Return an image's cache key: path and file size, or its data set and number."""
+    """Return an image's cache key: path and file size, or the identity of its data set and its number."""
     if isinstance(image, StoredImage):
         return f"{image.store.identity()}/{image.number}"
     return f"{image.absolute()}:{image.stat().st_size if image.exists() else 'missing'}"
@@ -79,7 +79,7 @@ class Images(Protocol):
 
 
 def shown(value: Any) -> str:
-    """Return a JSON value as text for an error message."""
+    """Return a JSON value as text for an error message, shortened if it is long."""
     try:
         return repr(value)[:SHOWN]
     except RecursionError:
@@ -103,7 +103,7 @@ def video_names(entry: Mapping[str, Any], location: str) -> list[str | list[str]
 
 
 def find_video(name: str | list[str], root: Images, location: str) -> Video:
-    """Return a record's video; raise UserError as `Images.find` does, or if a data URI is malformed."""
+    """Return a record's video; raise UserError if there is no such video, or a data URI is malformed."""
     if isinstance(name, list):
         return tuple(root.find(frame, location) for frame in name)
     start, _, content = name.partition(";base64,")
@@ -151,7 +151,7 @@ class MediaRoot:
         return path
 
     def find_video(self, name: str, location: str) -> Video:
-        """Return the path of a video, or those of the frames in a folder, in the order of their numbers."""
+        """Return the path of a video, or the paths of the frames in a folder, in the order of their numbers."""
         pure = PurePosixPath(name)
         inside = not pure.is_absolute() and ".." not in pure.parts and "\0" not in name
         if self._folder is None or not inside or not os.path.isdir(self._folder / name):

@@ -26,9 +26,10 @@ _SMALLEST_BUCKET = 64  # tokens
 class NaFlex(Preparation):
     """Image preparation of LFM2-VL (reference: transformers' `Lfm2VlImageProcessor`).
 
-    Sides are rounded to whole tokens of `merge` x `merge` patches, and an image gets `min_tokens` to `max_tokens`
-    tokens. If it has more than `tolerance` times `max_tokens` before, `min_tiles` to `max_tiles` tiles of `size` pixels
-    per side precede it. `mean` and `std` normalise, `resample` is PIL's number of the filter.
+    An image is resized to `min_tokens` to `max_tokens` tokens; a token is `merge` x `merge` patches of `patch` x
+    `patch` pixels. An image that originally has more than `tolerance` x `max_tokens` tokens is also divided into
+    `min_tiles` to `max_tiles` tiles of `size` x `size` pixels, which come before the resized image (`thumbnail`).
+    `mean` and `std` normalise pixels. `resample` is PIL's number of the resampling filter.
     """
 
     patch: int
@@ -71,7 +72,7 @@ class NaFlex(Preparation):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual numbers of pieces per image: one, or some tiles and the overview."""
+        """Usual numbers of tiles per image, the resized whole image included."""
         most = self.max_tiles + self.thumbnail if self.max_tiles > 1 else 1
         return (*(n for n in (1, 3, 5, 7) if n < most), most)
 
@@ -146,10 +147,10 @@ class NaFlex(Preparation):
 
 
 def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
-    """Return the preparation that an LFM2-VL folder's image processor describes.
+    """Return the image preparation that an LFM2-VL folder's image processor describes.
 
-    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
-    off, or tile sizes and counts do not fit.
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
+    off, tiles are not a whole number of tokens, or a minimum of tiles or tokens is above the maximum.
     """
     check_steps(config, location, "images in tiles before an overview")
     values: dict[str, Any] = {

@@ -24,11 +24,11 @@ _SMALLEST_BUCKET = 64  # tokens; smaller buckets save no time
 
 @dataclass(frozen=True)
 class Patching(FramePreparation):
-    """Image preparation that cuts patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
+    """Image preparation that makes patches of `patch` x `patch` pixels; `merge` x `merge` patches become one token.
 
-    Sides are rounded to whole tokens, and the area is brought between `min_pixels` and `max_pixels`. A patch holds its
-    channels, each of `temporal` frames of a video or repeated as often. `mean` and `std` normalise, `resample` is PIL's
-    number of the filter (reference: transformers' `Qwen2VLImageProcessor`).
+    The image is resized so that its sides are whole tokens and its area is between `min_pixels` and `max_pixels`. A
+    patch has `temporal` frames of each channel (an image is repeated). `mean` and `std` normalise pixels. `resample` is
+    PIL's number of the resampling filter (reference: transformers' `Qwen2VLImageProcessor`).
     """
 
     patch: int
@@ -94,7 +94,7 @@ class Patching(FramePreparation):
         return self.frame_shape(1, width, height)
 
     def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
-        """Return the grid and number of tokens of a temporal patch of a video."""
+        """Return the grid and number of tokens of one temporal patch of a video with `frames` frames."""
         rows, columns = self._grid(width, height, frames)
         return ImageShape(rows, columns, tokens=rows * columns // self.merge**2)
 
@@ -106,7 +106,7 @@ class Patching(FramePreparation):
         return self.prepare_frames([image])
 
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        """Convert frames to temporal patches; the last frame is repeated to fill the last one."""
+        """Convert frames to temporal patches; the last frame is repeated to fill the last temporal patch."""
         rows, columns = self._grid(*frames[0].size, len(frames))
         m, p, t = self.merge, self.patch, self.temporal
         patches = np.empty((-(-len(frames) // t), rows * columns, 3, t, p, p), np.float32)
@@ -143,10 +143,13 @@ class Patching(FramePreparation):
 
 @dataclass(frozen=True)
 class VideoPatching(Patching):
-    """Preparation of a video's frames whose limits are for all frames together (`Qwen3VLVideoProcessor`)."""
+    """Preparation of a video's frames with pixel limits for all frames together (`Qwen3VLVideoProcessor`)."""
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Patching:
-        """Return the preparation of frames with at most `tokens` tokens per temporal patch, each by itself."""
+        """Return the preparation of frames with at most `tokens` tokens per temporal patch.
+
+        The result limits each temporal patch separately, not all frames together.
+        """
         if not tokens:
             raise UserError("a temporal patch has at least 1 token: use fewer frames")
         fields = {name: value for name, value in vars(self).items() if name not in ("min_pixels", "max_pixels")}
@@ -168,9 +171,9 @@ class VideoPatching(Patching):
 def patching_from_processor(config: Mapping[str, Any], location: str) -> Patching:
     """Return the patching that a Qwen-VL folder's image processor describes.
 
-    `config` has the settings that `image_processor.checked_processor` returns. Missing settings are refused, since
-    several models share the class and its defaults are those of one of them. Raises UserError if a step is switched
-    off, or a setting is missing or contradicts another.
+    `config`: result of `image_processor.checked_processor`. Missing settings are refused, because several models share
+    the class, and its defaults suit only one of them. Raises UserError if resizing, rescaling or normalisation is off,
+    or a setting is missing or contradicts another.
     """
     check_steps(config, location, "images of any size (Qwen-VL)")
     size = config.get("size") or {}

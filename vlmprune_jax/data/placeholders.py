@@ -22,23 +22,24 @@ def expand_images(
 ) -> dict[str, np.ndarray]:
     """Return arrays for `vp.forward` and `vp.score`, from sequences with one `cfg.image_token_id` per image.
 
-    Only needed for ids from a tokenizer; transformers processors expand images themselves. Rows are padded on the right
-    to the longest row, with id 0.
+    This is only needed for ids from a tokenizer; transformers processors expand images themselves. Rows are padded on
+    the right to the longest row, with id 0.
 
     Args:
       input_ids: int[batch, seq], image positions not expanded.
-      cfg: the model or its config; an image takes `cfg.tokens_per_image` positions per tile, or the positions of its
-        grid for images of any size.
+      cfg: the model or its config; an image has `cfg.tokens_per_image` positions per tile, or the positions of its grid
+        if images have varying size.
       attention_mask: int[batch, seq], 1 = real token; default all 1. Padding is dropped on either side.
       labels: int[batch, seq], -100 for positions without loss; image positions always get -100.
       tiles: int[images], number of tiles of each image, in order of appearance; default 1.
-      image_grid_thw: int[images, 3], frames, rows and columns of patches, for images of any size.
+      image_grid_thw: int[images, 3], frames, rows and columns of patches, for images of varying size.
 
     Returns:
       input_ids and attention_mask int32[batch, longest], and labels if passed.
 
     Raises:
-      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
+      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids differs from the number of
+        images.
     """
     ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:

@@ -20,9 +20,9 @@ class Preparation(Protocol):
     """Conversion of a decoded image to arrays for the vision tower; `sharing` is the number of images in its record.
 
     Attributes:
-      merge: patch-merge factor n (n x n patches become one token) if images have any size; 0 if the size is fixed.
+      merge: patch-merge factor n (n x n patches become one token) for images of varying size; 0 if the size is fixed.
       shares: True if an image's arrays depend on the number of images in its record.
-      turns: True if tokens get rotary positions by row and column of their image (M-RoPE).
+      turns: True if image tokens have rotary positions by row and column (M-RoPE).
     """
 
     merge: int
@@ -31,11 +31,11 @@ class Preparation(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the vision tower's input: (channels, height, width), or (values,) per patch (any image size)."""
+        """Shape of the vision tower's input: (channels, height, width); (values,) per patch if image sizes vary."""
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Numbers of tokens to which an image of any size is padded, ascending; () if all images have one size."""
+        """Numbers of tokens to which an image of varying size is padded, ascending; () if all images have one size."""
         return ()
 
     @property
@@ -45,7 +45,7 @@ class Preparation(Protocol):
 
     @property
     def limit_fields(self) -> dict[str, Any]:
-        """Fields of preprocessor_config.json that limit the tokens per image; {} if none does."""
+        """Fields of preprocessor_config.json that limit the tokens per image; {} if there are none."""
 
     @property
     def usual(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class Preparation(Protocol):
         return (1,)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return the grid and number of tiles of an image of this size after preparation."""
+        """Return the grid and number of tiles of an image of this size after its preparation."""
 
     def most(self, images: int) -> int:
         """Return the maximum number of tiles of a record with up to `images` images."""
@@ -72,7 +72,7 @@ class Preparation(Protocol):
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Preparation:
         """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
-        Raises UserError if the model does not have such images.
+        Raises UserError if the model cannot process images with so few tokens.
         """
 
 
@@ -80,11 +80,11 @@ class FramePreparation(Preparation, Protocol):
     """Preparation that also converts the frames of videos."""
 
     def frame_shape(self, frames: int, width: int, height: int) -> ImageShape:
-        """Return the grid and number of tiles or tokens of a temporal patch (a frame) of a video of `frames` frames."""
+        """Return the grid and number of tiles or tokens of one temporal patch of a video with `frames` frames."""
         return self.image_shape(width, height, 1)
 
     def prepare_frames(self, frames: Sequence[Image.Image]) -> np.ndarray:
-        """Convert a video's RGB frames to arrays as `prepare` does, one after the other."""
+        """Convert a video's RGB frames to arrays like `prepare`, one frame after the other."""
         return np.concatenate([self.prepare(frame, 1) for frame in frames])
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> FramePreparation:
@@ -92,7 +92,7 @@ class FramePreparation(Preparation, Protocol):
 
 
 class SquarePieces(FramePreparation, Protocol):
-    """Preparation that cuts an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
+    """Preparation that divides an image into tiles of `size` x `size` pixels, normalised by `mean` and `std`."""
 
     merge: int = 0
 
@@ -109,7 +109,7 @@ class Videos(Protocol):
     """Loader of the prepared frames of videos; errors name the record."""
 
     def shape(self, video: VideoSource, record: str) -> VideoShape:
-        """Return the grid of a video's frames, and their times."""
+        """Return the grid of a video's frames, and the times of the frames."""
 
     def load(self, video: VideoSource, record: str) -> np.ndarray:
         """Return a video's frames as float32[frames, 3, height, width], or float32[patches, values]."""

@@ -26,9 +26,9 @@ from vlmprune_jax.families.tiles import ImageShape
 def load_tokenizer(folder: Path) -> Any:
     """Load the fast tokenizer of a Hugging Face folder, without network access.
 
-    Label masks need the offsets of a fast tokenizer. A `tokenizer.json` is loaded unchanged, since transformers 5's
-    LlamaTokenizer replaces its normalisation (Phi-3 loses a space mark after `</img>`). Without the file, the
-    tokenizer's config names the class; the model's config.json is not read, since it may name remote code.
+    Label masks need the character offsets of a fast tokenizer. A `tokenizer.json` is loaded unchanged, because
+    transformers 5's LlamaTokenizer replaces its normalisation (Phi-3 loses a space symbol after `</img>`). Without this
+    file, tokenizer_config.json names the class; the model's config.json is not read, because it may name remote code.
     """
     from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -71,10 +71,11 @@ def render(
     has_video: bool = False,
     generation: bool = False,
 ) -> str:
-    """Format a conversation as prompt text; with `generation` it ends where the assistant's answer begins.
+    """Format a conversation as prompt text; with `generation`, the prompt ends where the assistant's answer begins.
 
-    A turn without text is only its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty system text
-    omits its start and end as well, as in `llava-hf` chat templates. Beside a video all placeholders stay in place.
+    A turn without text consists only of its role, as in the reference (LLaVA conversation.py `get_prompt`). An empty
+    system text omits its start and end as well, as in `llava-hf` chat templates. In conversations with a video, all
+    placeholders stay at their positions.
     """
     placeholder = _placeholder(has_image, has_video)
     text = template.start + (template.system_start + template.system + template.system_end if template.system else "")
@@ -130,12 +131,12 @@ def tokenize_training(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise a conversation to ids and labels, int32[tokens] each; only answers and their end tokens have labels.
 
-    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 in the reference) for each slot of
-    its shape in `images` (None = whole images), or as many copies as the shape's `tokens`; `images` also has the shapes
-    of videos, whose text has times and copies of the template's video token. `cut_text_at` (the
-    reference's model_max_length) cuts a record without images there, and a malformed round beyond it does not remove
-    the record's labels; None never cuts. If the rounds cannot be parsed (an empty turn, a separator inside a text), all
-    labels are IGNORED: the reference's "tokenization mismatch" rule.
+    Every `<image>` becomes `tokens_per_image` copies of `image_token_id` (1 x -200 in the reference) for each tile of
+    its shape in `images` (None = whole images), or as many copies as the shape's `tokens`. `images` also has the shapes
+    of videos, which become times as text and copies of the template's video token. `cut_text_at` (the reference's
+    model_max_length) truncates a record without images at this length (None = never); a malformed turn beyond this
+    length does not remove the record's labels. If the turns cannot be parsed (an empty turn, a separator inside a
+    text), all labels are IGNORED: the reference's "tokenization mismatch" rule.
     """
     images = _shapes(record, images)
     prompt = _training_prompt(record, template, images)
@@ -161,9 +162,9 @@ def prompt_pieces(record: Record, template: Template, images: Sequence[ImageShap
 
 
 def count_tokens(prompts: Sequence[Sequence[str]], tokenizer: Any) -> np.ndarray:
-    """Return the number of tokens of each prompt, int64[prompts], with one BOS and without images; uses all cores.
+    """Return the number of tokens of each prompt, int64[prompts], with a BOS token and without images; uses all cores.
 
-    Faster than tokenising for training, which needs character offsets.
+    Counting is faster than tokenising for training, which needs character offsets.
     """
     encoded = tokenizer.backend_tokenizer.encode_batch_fast([piece for pieces in prompts for piece in pieces])
     lengths = iter([len(encoding) for encoding in encoded])

@@ -48,9 +48,9 @@ Visual = Path | StoredImage | VideoSource
 class Record:
     """One conversation: (role, text) turns alternating between "human" and "gpt", and its images and videos in order.
 
-    `problem`: why the entry could not be read, in which case there are no turns. `answers`: right answers of an
-    evaluation record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics
-    may read; they are not part of the record's identity.
+    `problem`: why the entry could not be read; the record then has no turns. `answers`: right answers of an evaluation
+    record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics may read;
+    they are not part of the record's identity.
     """
 
     id: str
@@ -84,13 +84,12 @@ def read_records(
 ) -> list[Record]:
     """Return the records of a `.json` list, a `.jsonl` file, or all data sets in InternVL's `.json` object.
 
-    Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or of the forms in data/forms.py.
-    `image` is a path or a list of paths
-    below `image_root`, and `video` likewise, of which an inner list is one video given as its frames; a missing id
-    becomes the entry's index. A first turn of gpt is dropped (reference:
+    Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or have one of the forms in
+    data/forms.py. `image` is a path or a list of paths below `image_root`. `video` has the same form; an inner list is
+    one video as a list of frames. A missing id becomes the entry's index. A first turn of gpt is dropped (reference:
     `preprocess_v1`). `answers` lists the right answers of a question, as texts (TextVQA, DocVQA) or as VQA's
-    `{"answer": text}`. With `image_lead` the text may omit the `<image>` placeholder of a record's only image, which
-    the template then puts in front (as in InternVL data files).
+    `{"answer": text}`. With `image_lead`, the text may omit the `<image>` placeholder of a record's only image; the
+    template then adds the placeholder at the front (as in InternVL data files).
 
     Raises UserError with file and record for malformed entries: turns that do not alternate, `<image>` placeholders
     that do not match the images, an image that is missing or outside the root. With `on_error` "skip" such an entry
@@ -178,8 +177,8 @@ def _sets(path: Path, image_root: Path | None) -> dict[str, tuple[Path, Path, fl
 def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
     """Return int(fraction * n) random records, at least one, in file order and without duplicates.
 
-    The subset depends only on `n`, `fraction` and `seed` (its own numpy PCG64 generator), so that all processes
-    of a run agree; the reference draws an unseeded subset per rank.
+    The subset depends only on the number n of records, `fraction` and `seed` (a separate numpy PCG64 generator), so
+    that all processes of a run agree; the reference draws an unseeded subset per rank.
     """
     if not 0.0 < fraction <= 1.0:
         raise UserError(f"data.fraction={fraction} must be above 0 and at most 1 (0.05 is 5 % of the records)")
@@ -189,9 +188,9 @@ def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list
 
 
 def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
-    """Yield a line about empty answers, and one about ids of several records, in the set that `what` names.
+    """Yield a line about empty answers, and a line about ids that several records share, in the data set called `what`.
 
-    All of these records are kept. A set that is repeated on purpose (InternVL's repeat_time) repeats no ids.
+    All of these records are kept. Repeating a data set on purpose (InternVL's repeat_time) does not repeat ids.
     """
     distinct = {id(record): record for record in records}.values()
     empty = [r.id for r in distinct if any(speaker == "gpt" and not text.strip() for speaker, text in r.turns)]
@@ -203,7 +202,7 @@ def remarks(records: Iterable[Record], what: str) -> Iterator[str]:
 
 
 def read_entries(path: Path, on_error: str, kind: type = list) -> Iterator[Any]:
-    """Yield the JSON entries of a data file; with "skip", a malformed line yields its error."""
+    """Yield the JSON entries of a data file; with `on_error` "skip", a malformed line yields its error instead."""
     text = read_text(path, missing="no such file: check the data path")
     text = text.removeprefix("\ufeff")  # byte order mark of some editors
     if path.suffix == ".jsonl":

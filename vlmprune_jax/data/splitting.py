@@ -24,9 +24,10 @@ _SIDE = 364  # default pixels per side of a sub-image; the default longest side 
 class Splitting(SquarePieces):
     """Image preparation that splits an image into tiles of `size` x `size` pixels (SmolVLM).
 
-    The long side is first resized to `longest` pixels. With `splits` both sides are then rounded up to whole
-    sub-images, and the whole image follows as the last one; without it, an image is one sub-image. `mean` and `std`
-    normalise, `resample` is PIL's number of the filter (reference: transformers' `SmolVLMImageProcessor`).
+    The longer side is first resized to `longest` pixels. With `splits`, both sides are then rounded up to multiples of
+    `size`, and a small copy of the whole image follows the tiles. Without `splits`, the whole image is one tile. `mean`
+    and `std` normalise pixels. `resample` is PIL's number of the resampling filter (reference: transformers'
+    `SmolVLMImageProcessor`).
     """
 
     size: int
@@ -45,7 +46,7 @@ class Splitting(SquarePieces):
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual tile counts per image, whole-image tile included: from one row of tiles up to a square."""
+        """Usual numbers of tiles per image, the whole image included: from one row of tiles up to a square."""
         along = self._along
         return (1,) if along == 1 else (1, *(along * rows + 1 for rows in range(1, along + 1)))
 
@@ -56,7 +57,7 @@ class Splitting(SquarePieces):
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> Splitting:
         """Return a copy of the preparation with at most `tokens` tokens per image; a tile has `slot_tokens` tokens.
 
-        Raises UserError if not one piece fits.
+        Raises UserError if `tokens` is less than one tile.
         """
         slots = tokens // slot_tokens
         if not slots:
@@ -73,7 +74,7 @@ class Splitting(SquarePieces):
         return dataclasses.replace(whole, mean=video.mean, std=video.std, resample=video.resample)
 
     def image_shape(self, width: int, height: int, sharing: int) -> ImageShape:
-        """Return an image's tile grid, and its number of tiles including the whole-image tile."""
+        """Return an image's tile grid, and its number of tiles including the whole image."""
         rows, columns = self._grid(width, height)
         return ImageShape(rows, columns, rows * columns + (rows * columns != 1))
 
@@ -125,8 +126,8 @@ class Splitting(SquarePieces):
 def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitting:
     """Return the image splitting that a SmolVLM folder's image processor describes.
 
-    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
-    off, a size is not of the longest edge, or images have too many sub-images.
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing, rescaling or normalisation is
+    off, a size does not state the longest edge, or an image could have too many tiles.
     """
     check_steps(config, location, "split images (SmolVLM)")
     splitting = Splitting(

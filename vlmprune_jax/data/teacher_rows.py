@@ -22,9 +22,9 @@ Row = dict[str, np.ndarray]
 class TeacherRows:
     """Cache of a teacher's top-k log-probabilities per record, stored only at positions that contribute to the loss.
 
-    A row gets `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` (see
-    `recovery.terms.top_k_logprobs`), zeros at other positions. `positions` is "all" (real tokens) or "labels" (tokens
-    before a label). Ids are below `vocab_size`.
+    The cache adds `teacher_ids` int32[tokens, k] and `teacher_logprobs` [tokens, k + 1] in `dtype` to a row (see
+    `recovery.terms.top_k_logprobs`), with zeros at other positions. `positions` is "all" (real tokens) or "labels"
+    (tokens before a label). Ids are below `vocab_size`.
     """
 
     cache: ArrayCache

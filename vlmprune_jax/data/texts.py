@@ -31,11 +31,11 @@ def read_texts(source: str, template: Template) -> Texts:
     """Read a file of texts and token ids.
 
     Args:
-      source: records as `data.train` takes them (rendered with the template; images are not opened), a JSON list of
-        texts or of token ids, or else a text file, in parts of a few paragraphs.
+      source: records in a form for `data.train` (rendered with the template; images are not opened), a JSON list of
+        texts or of token ids, or else a text file, which is split into parts of a few paragraphs.
       template: the model's prompt template.
 
-    Raises UserError if there is no such file, or it holds something else.
+    Raises UserError if there is no such file, or it has none of these forms.
     """
     if source.startswith((TFDS, DATASETS)):
         records = read_set(source, None, "prune.vocabulary.sources", True, "skip")

@@ -65,9 +65,9 @@ class _Info(TypedDict):
 
 
 def tfds_folder(text: str) -> Path | epath.Path:
-    """Return the folder in a setting `tfds:FOLDER`, as an epath if it is in a cloud bucket.
+    """Return the folder that `tfds:FOLDER` names; an epath for a folder in a cloud bucket.
 
-    Raises UserError for other kinds of addresses.
+    Raises UserError for other types of addresses.
     """
     name = text.removeprefix(PREFIX)
     if name.startswith(BUCKET):
@@ -78,7 +78,7 @@ def tfds_folder(text: str) -> Path | epath.Path:
 
 
 def tfds_state(folder: Path | epath.Path) -> str:
-    """Return a text that changes whenever the records in a TFDS folder are rewritten; "" without records."""
+    """Return a fingerprint that changes when the records in a TFDS folder are rewritten; "" without records."""
     info = folder / RECORDS / VERSION / _INFO
     with _readable(info):
         if not info.is_file():
@@ -94,8 +94,8 @@ def write_tfds(
     Args:
       records: records from `read_records` (with `image_lead` if the template may add the image placeholder).
       out_dir: the new folder.
-      image_root: folder that image names are relative to (None: full paths).
-      progress: called with the number of examples written, first records, then images.
+      image_root: folder to which image names are relative (None: names are full paths).
+      progress: called with the number of examples written: first records, then images.
 
     Raises UserError if the folder exists, there are no records, or an image cannot be read.
     """

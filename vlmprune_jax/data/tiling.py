@@ -19,11 +19,11 @@ from vlmprune_jax.families.tiles import ImageShape, TilingConfig
 
 @dataclass(frozen=True)
 class Tiling(TilingConfig, SquarePieces):
-    """Image preparation that cuts an image into a grid of tiles (InternVL)."""
+    """Image preparation that divides an image into a grid of tiles (InternVL)."""
 
     @property
     def usual(self) -> tuple[int, ...]:
-        """Usual tile counts per image: 1, or 1, 3, 6 or 12 tiles plus a thumbnail."""
+        """Usual numbers of tiles per image: 1, or 1, 3, 6 or 12 tiles plus a thumbnail."""
         return (1, 2, 4, 7, 13)
 
     def grid(self, width: int, height: int, sharing: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class Tiling(TilingConfig, SquarePieces):
         return max(columns * rows * self.size**2, max(width, height) ** 2 if self.pad else 0)
 
     def cut(self, image: Image.Image, sharing: int) -> list[Image.Image]:
-        """Return an image's tiles row by row, then its thumbnail (as InternVL's `dynamic_preprocess`)."""
+        """Return an image's tiles row by row, then its thumbnail (like InternVL's `dynamic_preprocess`)."""
         if self.pad:
             image = pad_to_square(image, self.mean)
         columns, rows = self.grid(*image.size, sharing)
@@ -102,8 +102,8 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 def closest_grid(width: int, height: int, tile: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
     """Return the (columns, rows) of tiles whose aspect ratio is closest to the image's.
 
-    Of two equally close grids the larger is used if the image has more than half its pixels (reference: InternVL
-    dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
+    Of two equally close grids, the larger is used if the image has more than half of this grid's pixels (reference:
+    InternVL dataset.py `find_closest_aspect_ratio`). Returns one tile if min_tiles is above max_tiles.
     """
     best, closest = (1, 1), float("inf")
     for columns, rows in _grids(min_tiles, max_tiles):
@@ -128,8 +128,8 @@ def pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 def tiling_from_processor(config: Mapping[str, Any], location: str) -> Tiling:
     """Return the tiling described in a transformers InternVL folder (`GotOcr2ImageProcessor`).
 
-    `config` has the settings that `image_processor.checked_processor` returns. `InternVLProcessor` always uses tiles.
-    Raises UserError if a step is switched off, or the size is not a square.
+    `config`: result of `image_processor.checked_processor`. `InternVLProcessor` always uses tiles. Raises UserError if
+    resizing, rescaling or normalisation is off, or the size is not a square.
     """
     check_steps(config, location, "InternVL tiles")
     size = config.get("size") or 384

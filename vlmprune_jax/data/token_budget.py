@@ -25,8 +25,8 @@ DEFAULT_BUDGET = 280
 class TokenBudget(FramePreparation):
     """Image preparation that resizes an image to at most `tokens` tokens of `merge` x `merge` patches (Gemma 4).
 
-    Small images grow, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
-    `Gemma4ImageProcessor`). `resample` is PIL's number of the filter.
+    Small images are enlarged, sides are rounded down to whole tokens, and pixels are in 0..1 (reference: transformers'
+    `Gemma4ImageProcessor`). `resample` is PIL's number of the resampling filter.
     """
 
     patch: int
@@ -42,7 +42,7 @@ class TokenBudget(FramePreparation):
 
     @property
     def image_buckets(self) -> tuple[int, ...]:
-        """Token counts to which images are padded: only the token budget, since most images nearly fill it."""
+        """Token counts to which images are padded: only the maximum, because most images nearly reach it."""
         return (self.tokens,)
 
     @property
@@ -50,7 +50,7 @@ class TokenBudget(FramePreparation):
         return {"max_soft_tokens": self.tokens}
 
     def with_most_tokens(self, tokens: int, slot_tokens: int) -> TokenBudget:
-        """Return a copy with this token budget; raise UserError if the model was not trained with it."""
+        """Return a copy with this token limit per image; raise UserError if the model was not trained with it."""
         if tokens not in BUDGETS:
             raise UserError(
                 f"tokens per image must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})"
@@ -87,10 +87,10 @@ class TokenBudget(FramePreparation):
 
 
 def token_budget_from_processor(config: Mapping[str, Any], location: str) -> TokenBudget:
-    """Return the token budget described by a Gemma 4 folder's image processor.
+    """Return the image preparation that a Gemma 4 folder's image processor describes.
 
-    `config` has the settings that `image_processor.checked_processor` returns. Raises UserError if a step is switched
-    off or on, or the budget is none of the model's.
+    `config`: result of `image_processor.checked_processor`. Raises UserError if resizing or rescaling is off,
+    normalisation is on, or the model was not trained with this number of tokens per image.
     """
     check_steps(config, location, "Gemma 4", normalizes=False)
     if config.get("do_normalize"):

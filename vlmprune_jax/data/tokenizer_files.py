@@ -71,7 +71,7 @@ def check_tokenizer_files(folder: Path) -> None:
 def added_tokens(folder: Path) -> dict[str, int]:
     """Return the ids of a tokenizer's added tokens, from all files of the folder that list any.
 
-    Raises UserError as `read_parts` does.
+    Raises UserError if a file cannot be read (see `read_parts`).
     """
     ids: dict[str, int] = {}
     if os.path.lexists(folder / ADDED_TOKENS):
