@@ -17,8 +17,8 @@ T = TypeVar("T")
 class Journal:
     """File with one JSON line per finished batch, from which an interrupted pass over the data resumes.
 
-    Process 0 reads and writes it. The journal of another pass (`made_from`) is discarded, and so is a line truncated by
-    a crash. Floats are exact, since JSON's text of a float64 is read back to the same value.
+    Process 0 reads and writes the file. A journal of a different pass (`made_from`) is discarded, and so is a line
+    truncated by a crash. Floats are exact, because the JSON text of a float64 is read back as the same value.
     """
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]):
@@ -65,7 +65,7 @@ def continued(
 ) -> Iterator[Any]:
     """Yield `compute(batch)` (a JSON value) for every batch; results already in the journal are not recomputed.
 
-    Results are computed again from the first entry that does not fit its batch, which may be damaged.
+    From the first entry that does not match its batch (`fits`), which may be damaged, results are computed again.
     """
     entries = [] if journal is None else journal.entries
     for number, batch in enumerate(batches):

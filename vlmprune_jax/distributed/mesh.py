@@ -37,10 +37,10 @@ METADATA_SECONDS = 3.0  # outside Google Cloud there is no such server
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connect this process with the run's other processes, before any device is used; do nothing in a single process.
 
-    The processes are given by the arguments (None: by the environment, VLMPRUNE_COORDINATOR etc.), or are the workers
-    of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail together
-    (distributed/failure.py). Raises UserError if the arguments are incomplete or invalid, or the other processes cannot
-    be reached.
+    The arguments (None: the environment variables VLMPRUNE_COORDINATOR etc.) name the processes; by default, they are
+    the workers of this machine's TPU slice if it has several. A second call does nothing. Joined processes fail
+    together (distributed/failure.py). Raises UserError if the arguments are incomplete or invalid, or the other
+    processes cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -62,7 +62,7 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 def start_devices() -> None:
     """Initialise this machine's accelerator, or its CPU if it has none.
 
-    Raises UserError if JAX_PLATFORMS names a platform that is not there.
+    Raises UserError if JAX_PLATFORMS names a platform that is not available.
     """
     try:
         with without_output():  # libtpu without a TPU prints many lines
@@ -140,8 +140,9 @@ def mesh_of(sizes: MeshSpec) -> Mesh | None:
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh with axes `(data, fsdp, tensor)` over `devices`, by default all devices of all processes.
 
-    One size may be -1: the remaining devices. Slices that a network connects lie along `data`, so that only gradients
-    cross it. Raises UserError if the sizes do not multiply to the number of devices, or slices do not divide `data`.
+    One size may be -1: the remaining devices. TPU slices that are connected by a network lie along `data`, so that only
+    gradients cross the network. Raises UserError if the product of the sizes is not the number of devices, or the
+    number of slices does not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes, n_devices = [data, fsdp, tensor], len(devices)
@@ -175,11 +176,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
 def decoding_mesh(cfg: ModelConfig, mesh: Mesh | None, n_bytes: float, sizes: Sequence[int] = ()) -> Mesh | None:
     """Return the mesh for generation on the devices of `mesh`: each chip permanently holds a shard of the weights.
 
-    An `fsdp` axis would gather all weights for every token. `tensor` is the smallest size with which the weights,
-    `n_bytes`, take a quarter of a chip's memory, as far as heads, neurons and vocabulary divide; rows are split over
-    the other devices. `sizes`: (data, fsdp, tensor) instead.
+    An `fsdp` axis would gather all weights for every token. `tensor` is the smallest size with which the weights
+    (`n_bytes`) take at most a quarter of a chip's memory, if heads, neurons and vocabulary are divisible by it. Rows
+    are split over the other devices. `sizes`: use these (data, fsdp, tensor) instead.
 
-    Raises UserError if `sizes` do not multiply to the number of devices, or do not divide the model.
+    Raises UserError if the product of `sizes` is not the number of devices, or `sizes` do not divide the model.
     """
     if mesh is None:
         return None
@@ -247,7 +248,7 @@ def on_process_zero(compute: Callable[[], Any], kind: Any = Any) -> Any:
 def from_all(compute: Callable[[], Any]) -> list[Any]:
     """Run `compute()` on every process and return the JSON values of all processes (collective).
 
-    Raises SharedError on every process, if `compute` raised a UserError on any.
+    Raises SharedError on every process if `compute` raised a UserError on any process.
     """
     if process_count() == 1:
         return [compute()]
@@ -303,8 +304,9 @@ def row_ways(mesh: Mesh | AbstractMesh | None) -> int:
 def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
     """Return the indices int[local], ascending, of the global batch's `count` rows that this process loads.
 
-    They are the rows of its devices in the mesh: all rows if one process controls all devices (Pathways), and the same
-    rows for processes that share a row group along `tensor`. Raises UserError if the mesh does not divide the rows.
+    These are the rows of the process's devices in the mesh: all rows if one process controls all devices (Pathways),
+    and the same rows for processes that share a row group along `tensor`. Raises UserError if the mesh does not divide
+    the number of rows.
     """
     ways = row_ways(mesh)
     if count < 1 or count % ways:

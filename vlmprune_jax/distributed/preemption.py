@@ -28,8 +28,8 @@ def noticed() -> bool:
 class StopSignal:
     """Context in which SIGTERM sets a flag instead of ending the process; all processes of a pod stop at the same step.
 
-    In a single process SIGINT does the same, and a second SIGINT interrupts at once. Signals that are ignored stay so.
-    Outside the main thread signals cannot be caught, and they end the process as usual.
+    In a single process, SIGINT does the same, and a second SIGINT interrupts at once. Signals that are ignored remain
+    ignored. Outside the main thread, signals cannot be caught, and they end the process as usual.
     """
 
     def __init__(self) -> None:
@@ -61,5 +61,5 @@ class StopSignal:
         return self._flag.is_set() or noticed()
 
     def stopped(self, what: str, then: str) -> Stopped:
-        """Return the exception that ends the command: `what` stopped on the signal, and `then` what is saved."""
+        """Return the exception that ends the command; `what`: what the signal stopped, `then`: what is saved."""
         return Stopped(f"{what} stopped on {self.signal} {then}", self.signal)

@@ -33,8 +33,8 @@ WHERE_DIVISIBLE = ("extra",)  # replicated if the mesh does not divide them
 def spec(axes: Sequence[str | None], shape: Sequence[int] = (), fsdp: int = 1) -> PartitionSpec:
     """Return the PartitionSpec for named axes; each mesh axis shards only the first named axis that maps to it.
 
-    `shape` and the size of `fsdp` decide on axes in `WHERE_DIVISIBLE` and those of parts like them, which are
-    replicated without.
+    Axes in `WHERE_DIVISIBLE`, and prunable axes with `Axis.where_divisible`, are sharded only if `fsdp`, the size of
+    that mesh axis, divides their size in `shape`. Otherwise, or without `shape`, they are replicated.
     """
     divisible = {axis for axis, size in zip(axes, shape, strict=False) if size % fsdp == 0}
     used: set[str] = set()
