@@ -33,7 +33,8 @@ def open_inputs(
 ) -> tuple[ModelConfig, Inputs]:
     """Return a model's config, and its tokenizer, prompt template and image processor, from a folder or hub id.
 
-    `settings`: of the section `data`. Raises UserError for all but those of single rows and `others`.
+    `settings`: settings of the section `data`. Raises UserError for settings that do not affect single rows and are not
+    in `others`.
     """
     known = (*ROW_SETTINGS, "max_images", "image_buckets", "tile_buckets", *others)
     for name in settings:
@@ -74,13 +75,14 @@ def batches(
       images: root folder of the image paths.
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       batch_size: rows per batch; the last batch is filled up with rows whose mask is 0.
-      settings: settings of rows in the section `data` of docs/reference/settings.md, such as max_length=2048.
+      settings: settings of the section `data` that affect single rows, such as max_length=2048 (see
+        docs/reference/settings.md).
 
     Returns:
       Batches of one length, in the order of the records; `.arrays` has input_ids, attention_mask and labels
-      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (images of any size:
-      see `Batch`). Videos of models with a video token have arrays of their own: pixel_values_videos, video_grid_thw
-      and, for Qwen2.5-VL, second_per_grid_ts, by row.
+      int32[batch, tokens] and, with a tower, pixel_values float32[batch, images, 3, height, width] (for images of
+      varying size, see `Batch`). For models with a video token, videos have separate arrays: pixel_values_videos,
+      video_grid_thw and, for Qwen2.5-VL, second_per_grid_ts, by row.
 
     Raises UserError for malformed, unreadable or too long records, an unknown setting, or batch_size < 1.
     """

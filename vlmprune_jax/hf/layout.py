@@ -32,18 +32,18 @@ class Slot:
 
     Attributes:
       key: canonical key of the tensor in files.
-      name: path of the parameter, with the layer's number instead of run and index.
+      name: path of the parameter, with the layer's number instead of group and index.
       hf_shape: shape of the whole tensor in files.
       path: path in `params`.
-      index: position in a run of stacked layers.
-      shape: shape of the array: that in files with the named `axes` split, so that conversion is a reshape.
+      index: position in a group of stacked layers.
+      shape: shape of the array: the shape in files with the named `axes` split, so that conversion is a reshape.
       layer: number of the block in its stack.
-      start, stop: rows of the tensor; parameters that files fuse share a tensor, others own all rows.
-      width: number of values of a row, those of other parameters beside it included.
+      start, stop: first row and end of the parameter's rows; several parameters share a tensor if files fuse them.
+      width: number of values of a row of the tensor, including values of other parameters.
       columns: values of a row that belong to the parameter; None if all do.
-      entry: index on the parameter's first axis; None if the slot is of all. Weights that name an axis and its parent
-        (experts and their neurons) have a slot per parent.
-      turned: True if the two axes of an entry are in the other order in files.
+      entry: index on the parameter's first axis; None if the slot covers the whole axis. Weights with an axis and its
+        parent axis (neurons and their experts) have a slot per parent.
+      turned: True if the two axes of an entry are transposed in files.
     """
 
     key: str
@@ -63,16 +63,16 @@ class Slot:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Index of the slot's array in the parameter: of the layer, and of the entry."""
+        """Index of the slot's array in the stacked parameter: layer and entry, if the parameter has these axes."""
         return tuple(number for number in (self.index, self.entry) if number is not None)
 
     @property
     def stride(self) -> int:
-        """Number of values in the file from one index of the array's first axis to the next."""
+        """Distance in the file, in values, between consecutive indices of the array's first axis."""
         return math.prod(self.shape[1:]) if self.columns is None else self.width
 
     def array_of(self, tensor: np.ndarray) -> np.ndarray:
-        """Return the parameter's array in a whole tensor."""
+        """Return the parameter's array, given the whole tensor."""
         rows = tensor.reshape(-1, self.width)[self.start : self.stop]
         array = rows[:, slice(*(self.columns or (None,)))].reshape(self.shape)
         return array.T if self.turned else array
@@ -87,8 +87,8 @@ class Slot:
 class Match:
     """Result of matching checkpoint keys with a model: {canonical key: key in the files}, and mismatches.
 
-    `passthrough` are known keys that are not computed with; `tied` is the copy of the embedding that some checkpoints
-    with tied embeddings store as output head.
+    `passthrough`: known keys of tensors that no computation uses. `tied`: key of the copy of the embedding that some
+    checkpoints with tied embeddings store as output head.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -203,7 +203,7 @@ def by_key(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
 
 
 def row_groups(slots: Sequence[Any], slot_of: Callable[[Any], Slot] = lambda item: item) -> list[list[Any]]:
-    """Split a tensor's slots, or items with a slot each, into those with the same rows, in order."""
+    """Split a tensor's slots (or items with a slot each) into groups with the same rows, in order."""
     return [[*group] for _, group in itertools.groupby(slots, key=lambda item: slot_of(item).start)]
 
 
@@ -252,9 +252,9 @@ def _grouped(tokens: Iterable[str], size: dict[str, int]) -> tuple[int, ...]:
 def match_keys(
     slots: Sequence[Slot], cfg: ModelConfig, family: Family, checkpoint: Checkpoint, parts: Collection[str] = PARTS
 ) -> Match:
-    """Match checkpoint keys with the slots of some parts of the model; report mismatches as problems.
+    """Match checkpoint keys with the slots of the model's `parts`; report mismatches as problems.
 
-    Keys of other parts are ignored: they may come from another checkpoint.
+    Keys of other parts are ignored, because these parts may come from another checkpoint.
     """
     known = {slot.key: slot for slot in slots}
     wanted = {key: slot for key, slot in known.items() if slot.part in parts}
@@ -300,7 +300,7 @@ def refuse(problems: Sequence[str], family: Family, location: object) -> None:
 
 
 def tied_head(cfg: ModelConfig, family: Family) -> str | None:
-    """Return the output head's checkpoint key if embeddings are tied, since it is then optional; otherwise None."""
+    """Return the output head's checkpoint key if embeddings are tied (the key is then optional), otherwise None."""
     if not cfg.text.tie_embeddings:
         return None
     untied = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, tie_embeddings=False))

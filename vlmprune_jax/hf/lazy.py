@@ -30,15 +30,15 @@ BLOCK = 2**25  # bytes that are read at a time from a large weight
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One layer's weight that stays in its file until it is accessed; axes can be restricted to indices first.
+    """One layer's weight that stays in its file until it is accessed; `take` restricts axes to indices before that.
 
     Attributes:
       stored: shape of the weight in the file.
-      first: position of its first element, in a tensor that holds several weights in sequence.
+      first: position of the weight's first element, in a tensor that holds several weights in sequence.
       picks: pairs (axis, kept indices).
-      cast: dtype of the weight once it is read; None = that of the file.
+      cast: dtype of the weight once it is read; None = the file's dtype.
       columns: values of each row in the file that belong to the weight; None = all.
-      turned: True if the two axes of the weight are in the other order in the file.
+      turned: True if the two axes of the weight are transposed in the file.
 
     Only `read` and `elements` read data. Like a numpy array, it has `shape`, `dtype` and `take`.
     """
@@ -67,7 +67,7 @@ class FileArray:
         return self._stored_dtype if self.cast is None else self.cast
 
     def take(self, indices: np.ndarray, axis: int) -> FileArray:
-        """Return the weight restricted to `indices` of one axis, without reading it; once per axis."""
+        """Return the weight restricted to `indices` of one axis, without reading it; at most once per axis."""
         return replace(self, picks=(*self.picks, (1 - axis if self.turned else axis, np.asarray(indices))))
 
     @property
@@ -139,7 +139,7 @@ class FileArray:
 
 @dataclass(frozen=True, eq=False)
 class FileStack:
-    """One weight of several equal layers, or experts, with a leading axis; it stays in its files until accessed."""
+    """One weight of several equal layers (or experts), with a leading axis, which stays in its files until accessed."""
 
     members: tuple[FileArray | FileStack, ...]
 
@@ -190,9 +190,9 @@ class FileStack:
 def open_model(folder: Path, vision_dir: Path | None = None, dtype: str | None = None) -> Model:
     """Open a model folder without reading weights; the arrays are `FileArray` and `FileStack`.
 
-    `dtype`: of the weights once they are read; None = as stored. `apply_plan`, `save` and `reconstruct` accept the
-    model; it cannot compute. Raises UserError as `load` does, except for weights that are not finite (found when they
-    are read).
+    `dtype`: data type of the weights once they are read; None = as stored. `apply_plan`, `save` and `reconstruct`
+    accept the model; `forward` and `generate` do not. Raises UserError under the conditions of `load`; weights that are
+    not finite are detected only when they are read.
     """
     family, cfg = read_config(folder, vision_dir)
     slots = make_slots(cfg, family)
@@ -245,7 +245,7 @@ def to_host(array: Any, place: Place) -> np.ndarray:
 
 
 def to_device(array: Any, index: int | None = None) -> jax.Array:
-    """Return an array, or layer `index` of a stacked array, on the device, read from its file if it is there.
+    """Return an array, or layer `index` of a stacked array, on the device; an array in a file is read first.
 
     Raises UserError if a weight from a file is not finite.
     """

@@ -66,7 +66,7 @@ def load(
       dtype: data type of all parameters: "float32", "bfloat16" or "float16".
       mesh: device mesh, or a function that chooses it for the model's config; parameters are split by
         `distributed.rules`. None uses the default device.
-      parts: parts to load, of "text", "projector" and "vision". Without "vision" the model takes image features.
+      parts: parts to load: "text", "projector", "vision". Without "vision", the model takes image features as input.
 
     Raises:
       UserError: unknown family, missing or damaged files, weights that do not match config.json or are not finite, or a
@@ -114,8 +114,8 @@ def resolve(name: str | Path) -> Path:
 def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, ModelConfig]:
     """Return the family and ModelConfig of a folder, from its JSON files only.
 
-    generation_config.json supplies the begin, end and padding ids that config.json leaves out. Raises UserError for an
-    unknown family, unsupported settings or quantisation, or invalid fields.
+    generation_config.json supplies the ids of begin, end and padding tokens that config.json lacks. Raises UserError
+    for an unknown family, unsupported settings or quantisation, or invalid fields.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = read_fields(path)
@@ -147,7 +147,7 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
 def read_fields(path: Path) -> dict[str, Any]:
     """Return the content of config.json or generation_config.json, with all known fields checked.
 
-    Raises UserError as `read_json` and `check_fields` do.
+    Raises UserError if the file cannot be read (`read_json`) or a field is invalid (`check_fields`).
     """
     config: dict[str, Any] = read_json(path)
     check_fields(config, str(path))
@@ -162,7 +162,7 @@ def find_weights(
     vision_dir: Path | None,
     parts: Collection[str] = PARTS,
 ) -> Sources:
-    """Return the checkpoint weights of some model parts; `vision_dir` holds the tower of original LLaVA or Bunny.
+    """Return the checkpoint weights of the model's `parts`; `vision_dir` has the tower of an original LLaVA or Bunny.
 
     Raises UserError that lists all unknown, missing or repeated keys, wrong shapes and dtypes.
     """
@@ -192,7 +192,7 @@ def _same_values(weight: StoredWeight, other: StoredWeight) -> bool:
 
 
 def read_params(cfg: ModelConfig, slots: list[Slot], sources: Sources, dtype: np.dtype, mesh: Mesh | None) -> Params:
-    """Read the parameters at these slots with several threads, one block of a file at a time each."""
+    """Read the parameters at these slots with several threads, each of which reads one block of a file at a time."""
     members: dict[str, list[Slot]] = defaultdict(list)
     for slot in slots:
         members[slot.path].append(slot)
@@ -290,10 +290,9 @@ def _aligned(bounds: Bounds, dtype: np.dtype) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, what: str) -> None:
-    """Raise UserError for weights with infinity or NaN.
+    """Raise a UserError that begins with `what` for weights with infinity or NaN.
 
-    Two maxima over the bit patterns, signed and unsigned, need no temporary array and are much faster than isfinite.
-    Raises UserError that begins with `what`.
+    Two maxima over the bit patterns (signed and unsigned) need no temporary array and are much faster than isfinite.
     """
     if array.size == 0:
         return

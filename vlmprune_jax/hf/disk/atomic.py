@@ -25,9 +25,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_target(out_dir: Path, source_dir: Path, overwrite: bool) -> None:
-    """Raise UserError if writing to an output folder would destroy a user's files.
+    """Raise UserError if writing to `out_dir` would destroy files of the user.
 
-    Raises UserError if it exists and `overwrite` is off, it is not a model folder, or it contains the source.
+    That is the case if `out_dir` is or contains the source folder, is not a folder, or has files and `overwrite` is
+    off. It is also the case if `out_dir` has files but is not a model folder.
     """
     out, source = real_path(out_dir), real_path(source_dir)
     if out == source or out in source.parents:
@@ -56,7 +57,7 @@ def _has_card(folder: Path) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError if the disk has fewer than this many free bytes."""
+    """Raise UserError if the disk has fewer than `needed` free bytes."""
     free = shutil.disk_usage(next(parent for parent in real_path(folder).parents if parent.is_dir())).free
     if free < needed + SPARE_BYTES:
         raise UserError(
@@ -69,9 +70,9 @@ def check_space(folder: Path, needed: int) -> None:
 def atomic_folder(out_dir: Path) -> Iterator[Path]:
     """Context that yields a hidden folder next to `out_dir`, and renames it to `out_dir` if the block succeeds.
 
-    An existing `out_dir` is replaced only then. If the block fails, the hidden folder is removed; if the process is
-    killed, the next call for the same `out_dir` removes it (`clean_stale`). Raises UserError if the disk (or a quota)
-    is full, or a file cannot be read or written.
+    An existing `out_dir` is replaced only at that moment. If the block fails, the hidden folder is removed; if the
+    process is killed, the next call for the same `out_dir` removes the hidden folder (`clean_stale`). Raises UserError
+    if the disk (or a quota) is full, or a file cannot be read or written.
     """
     owner = f"{socket.gethostname()}-{os.getpid()}"
     partial = out_dir.parent / f".{out_dir.name}.partial-{owner}"
@@ -102,8 +103,8 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
 def clean_stale(out_dir: Path) -> None:
     """Remove temporary folders of killed writers of `out_dir`; restore `out_dir` if its replacement was interrupted.
 
-    A writer on this machine is dead if its process is gone; a writer on another machine (of a pod, perhaps lost) if it
-    wrote nothing for `ABANDONED_SECONDS`.
+    A writer on this machine counts as killed if its process no longer exists. A writer on another machine of a pod
+    counts as killed if it wrote nothing for `ABANDONED_SECONDS`.
     """
     for kind in ("replaced", "partial"):
         mark = f".{out_dir.name}.{kind}-"

@@ -30,9 +30,9 @@ class _Index(TypedDict):
 class Checkpoint(Mapping[str, np.ndarray]):
     """Weights of a checkpoint folder by key; each weight is read (and dequantised) when it is accessed.
 
-    `tensors` are those in the files. `entries` are the weights: the same objects, unless config.json names a `storage`
-    with several tensors per weight. Raises UserError for no weights, a missing or damaged shard, the same key in two
-    shards, an unknown storage, or missing or inconsistent parts of a weight.
+    `tensors` are the tensors in the files. `entries` are the weights: the same objects, unless config.json names a
+    `storage` with several tensors per weight. Raises UserError if there are no weights, a shard is missing or damaged,
+    two shards have the same key, the storage is unknown, or tensors of a weight are missing or inconsistent.
     """
 
     def __init__(self, folder: Path):

@@ -59,13 +59,13 @@ class _Settings(TypedDict):
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Storage format compressed-tensors, with the matrices of decoder layers as integers.
+    """Storage format compressed-tensors, in which the matrices of decoder layers are integers.
 
     Attributes:
       bits: 4 or 8.
       group: number of values of a row that share a scale, or 0 for one scale per row.
-      symmetric: True without zero points.
-      activations: True if engines round activations to 8 bits per token; weights are then plain int8, else packed.
+      symmetric: True if there are no zero points.
+      activations: True if engines round activations to 8 bits per token; weights are then plain int8, otherwise packed.
     """
 
     bits: int
@@ -77,7 +77,7 @@ class CompressedTensors:
     def from_config(cls, settings: JsonDict) -> CompressedTensors:
         """Return the storage format that a folder's `quantization_config` describes.
 
-        Raises UserError if it is not of integers of 4 or 8 bits with the same settings in all modules.
+        Raises UserError unless weights are integers of 4 or 8 bits with the same settings in all modules.
         """
         todo = "only integers of 4 or 8 bits, with scales of rows or groups, can be read: use the checkpoint before"
         checked(settings, _Settings, _METHOD, todo)
@@ -95,7 +95,7 @@ class CompressedTensors:
         return storage
 
     def to_config(self, shapes: Mapping[str, tuple[int, ...]]) -> JsonDict:
-        """Return the `quantization_config` for transformers and vLLM; modules in `ignore` stay unquantised."""
+        """Return the `quantization_config` for transformers and vLLM; its list `ignore` has the unquantised modules."""
         held = {key.removesuffix("_scale") for key in shapes if key.endswith(".weight_scale")}
         matrices = [key for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight")]
         inside = {name for key in held for name in _modules(key)}
@@ -180,7 +180,7 @@ class CompressedTensors:
     def grid(self, values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """Return the quantisation grid for these values: scales and zero points, [rows, groups] each.
 
-        As in compressed-tensors, the largest value of a symmetric group lies half a step beyond the last code.
+        As in compressed-tensors, the largest value of a symmetric group is half a step above the largest code.
         """
         groups = values.reshape(len(values), values.shape[1] // self.group if self.group else 1, -1)
         steps = 2**self.bits - 1

@@ -19,7 +19,7 @@ Value = int | float | bool | str
 
 
 class GgufHeader(NamedTuple):
-    """Header of a GGUF file: metadata (numbers and short texts), tensor bytes by type, and number of weights."""
+    """Header of a GGUF file: metadata (numbers and short strings), tensor bytes by data type, number of weights."""
 
     fields: dict[str, Value]
     types: dict[str, int]
@@ -27,9 +27,10 @@ class GgufHeader(NamedTuple):
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file; raise UserError if it claims more bytes than the file has.
+    """Read the header of a GGUF file; raise UserError if the header claims more bytes than the file has.
 
-    Raises UserError as `open_file` does, or if the file is not GGUF of version 2 or 3, or is damaged or cut off.
+    Raises UserError if the file cannot be opened (see `open_file`), is not GGUF of version 2 or 3, or is damaged or
+    truncated.
     """
     with open_file(path) as file, reading(path, "export it again, or download it again"):
         header = _Header(file, os.fstat(file.fileno()).st_size)
@@ -92,7 +93,7 @@ class _Header:
         return self.take(self.count(_MAX_NAME, "characters in a name")).decode(errors="replace")
 
     def value(self, kind: int) -> Value | None:
-        """Read one metadata value; return it if it is a number or short text, else None."""
+        """Read one metadata value; return it if it is a number or short string, otherwise None."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:

@@ -27,7 +27,7 @@ _WEIGHT = ".weight"  # suffix of keys that a storage may encode: biases and buff
 class Storage(Protocol):
     """Interface of a quantised storage format, in which a weight `KEY` is stored as tensors `KEY` + suffix.
 
-    Dtypes are spelled as in weight files ("F32", "I8"); tensors of a weight are passed by suffix.
+    Dtypes are spelled as in weight files ("F32", "I8"); tensors of a weight are passed as a mapping by suffix.
     """
 
     @property
@@ -99,7 +99,7 @@ class EncodedWeight:
         return rows.reshape(-1)[first - start * width :][:count]
 
     def extent(self, first: int, size: int) -> Extent | None:
-        """Return None: no byte range of a file holds the dequantised values."""
+        """Return None, because no byte range of a file holds the dequantised values."""
 
     def elements(self, positions: np.ndarray) -> np.ndarray:
         """Return the dequantised values at these flat indices."""
@@ -135,7 +135,7 @@ def find_storage(config: JsonDict, location: str) -> Storage | None:
 
 
 def without_storage(config: JsonDict) -> JsonDict:
-    """Return config.json without its `quantization_config`."""
+    """Return the content of config.json without `quantization_config`."""
     inner = {name: config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)}
     plain = {name: {k: v for k, v in part.items() if k != "quantization_config"} for name, part in inner.items()}
     return {name: value for name, value in (config | plain).items() if name != "quantization_config"}

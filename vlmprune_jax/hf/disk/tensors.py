@@ -21,8 +21,8 @@ from vlmprune_jax.hf.disk.verified import CheckedFile, Look
 class Tensor:
     """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
 
-    If the same bytes are in a file, at `extent`, they are copied in blocks, and `look` receives every block. A large
-    tensor may also have its bytes in `pieces`, in order.
+    If a file has the same bytes at `extent`, they are copied in blocks, and `look` receives every block. For a large
+    tensor, `pieces` may yield the bytes in order instead.
     """
 
     key: str
@@ -44,9 +44,10 @@ def weight(
     check: Callable[[np.ndarray], None] = lambda array: None,
     pieces: Callable[[], Iterator[np.ndarray]] | None = None,
 ) -> Tensor:
-    """Return a tensor to write; `fetch` returns its values in the right dtype, in any shape.
+    """Return a tensor to write; `fetch` returns the values in the right dtype, in any shape.
 
-    `extent` locates the same bytes in a file, if any; `check` receives all values written; `pieces` yields the array.
+    `extent`: byte range of a file that has the same bytes, if any. `check`: receives all written values. `pieces`:
+    yields the array in parts.
     """
 
     def look(block: np.ndarray) -> None:
@@ -61,10 +62,10 @@ def weight(
 
 
 def encoded(weights: Sequence[tuple[str, Tensor]], storage: Storage) -> list[Tensor]:
-    """Return the tensors to write for weights (path in `params`, tensor), some of them quantised by `storage`.
+    """Return the tensors to write for weights (path in `params`, tensor), quantised by `storage` where it holds them.
 
-    A weight is fetched and encoded when its first tensor is written, and again for tensors that are written after those
-    of other weights (`split_shards` puts wide dtypes first).
+    A weight is fetched and encoded when its first tensor is written. It is fetched again for tensors that are written
+    after tensors of other weights (`split_shards` puts wide dtypes first).
     """
 
     @functools.lru_cache(maxsize=1)
@@ -96,7 +97,7 @@ def _bytes_of(array: np.ndarray) -> np.ndarray:
 def split_shards(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
     """Split tensors into consecutive shards of at most `max_bytes`; a larger tensor gets a shard of its own.
 
-    Within a shard, wide dtypes come first, as the safetensors library writes them, which aligns every tensor.
+    Within a shard, wide dtypes come first (like in the safetensors library), so that every tensor is aligned.
     """
     shards: list[list[Tensor]] = [[]]
     size, item_bytes = 0, {name: dtype.itemsize for name, dtype in FILE_DTYPES.items()}
@@ -148,7 +149,7 @@ def _header(tensors: Sequence[Tensor]) -> bytes:
 
 
 def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
-    """Write a safetensors file with one tensor in memory at a time (the library's writer needs all of them)."""
+    """Write a safetensors file with one tensor in memory at a time (the library's writer needs all tensors)."""
     file.write(_header(tensors))
     for tensor in tensors:
         if tensor.extent is not None:

@@ -29,11 +29,11 @@ Look = Callable[[np.ndarray], None]
 
 
 class CheckedFile:
-    """New file that is written sequentially; every written block is read back and compared.
+    """New file, written sequentially without the page cache; every written block is read back and compared.
 
-    Threads write and read back one block each while the caller fills the next. Through the page cache, 13.5 GB cost
-    tens of seconds of copies and evictions, and reading back proves little. File systems without direct access (tmpfs,
-    some network file systems) are written normally.
+    Background threads write and read back full blocks while the caller fills the next block. Writing through the page
+    cache is slower (tens of seconds more for 13.5 GB), and reading back would only test the cache. File systems without
+    direct I/O (tmpfs, some network file systems) are written through the cache.
 
     Raises:
       UserError: a block read back differs from the block written.
@@ -79,7 +79,8 @@ class CheckedFile:
 
         Args:
           extent: file and byte range to copy.
-          look: function of uint8[bytes] for each part in turn; parts are cut at multiples of 8 bytes of this file.
+          look: function that receives each block, uint8[bytes], in order; blocks end at multiples of 8 bytes of this
+            file.
         """
         begin = extent.begin
         with open_file(extent.file) as source:
