@@ -40,7 +40,7 @@ def model_name(folder: Path) -> str:
 
 
 def license_of(source: Path) -> dict[str, str]:
-    """Return the license fields in the metadata of a folder's model card; {} if it has none."""
+    """Return the license fields in the metadata of a folder's model card; {} if there are none."""
     pairs = re.findall(r"^(license|license_name|license_link): *['\"]?([^'\"\n]+?)['\"]? *$", _metadata(source), re.M)
     return {name: value for name, value in pairs if value.isprintable()}
 
@@ -74,8 +74,8 @@ def write_card(
 ) -> None:
     """Write the model card (README.md) of an exported folder that already has all other files.
 
-    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For other
-    arguments see `save`.
+    `loading` is the text of the section "Loading", `library` the name of the library that loads the folder. For the
+    other arguments, see `save`.
     """
     plan_file = folder / "plan.json"
     plan = as_plan(read_json(plan_file, Any, todo="move it away"), "plan.json") if os.path.lexists(plan_file) else None
@@ -170,7 +170,7 @@ def _shapes(layers: tuple[Layer, ...]) -> str:
 
 
 def loading_lines(folder: Path) -> list[str]:
-    """Return how an exported folder is loaded, from its model card: the code with paths, or a sentence without code."""
+    """Return the lines on how to load an exported folder, from its model card: code with paths, or a sentence."""
     path = folder / "README.md"
     card = read_text(path, MAX_JSON_BYTES) if os.path.lexists(path) else ""
     section = card.partition("\n## Loading\n\n")[2]

@@ -39,7 +39,7 @@ def rows_for(cfg: ModelConfig, ids: Mapping[str, int]) -> int:
 def to_transformers(cfg: ModelConfig, source: JsonDict, image_token_id: int, vocab_size: int) -> JsonDict:
     """Return the transformers config.json for a model whose original hub config is `source`.
 
-    The vision tower ends at the last computed block, whose output is the image feature.
+    The vision tower in the result ends at the last computed block, whose output is the image feature.
     """
     family = target_of(family_of(cfg))
     assert family is not None

@@ -49,7 +49,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
 def folder_contents(model: Model, origin: Origin, target: Target, dtype: str, storage: Storage | None) -> Contents:
-    """Return the exported folder's content; weights that `storage` cannot quantise stay unquantised."""
+    """Return the exported folder's content; weights that `storage` cannot quantise remain unquantised."""
     tensors = make_tensors(model, target, Checkpoint(origin.weights or origin.folder), dtype, storage)
     if origin.tpu_chips and isinstance(storage, CompressedTensors):
         check_storage(target.cfg, storage, origin.tpu_chips)
@@ -93,8 +93,8 @@ def make_tensors(
 ) -> list[Tensor]:
     """Return all tensors of the exported checkpoint, zero-padded where the target's layers are wider.
 
-    In the source's layout, keys keep their spelling, and the source's tensors that are not computed with follow, in
-    the same dtype.
+    In the source's layout, keys keep their spelling, and source tensors that no computation uses follow, in the same
+    dtype.
 
     Raises UserError if the source lacks a tensor of the model.
     """
@@ -232,10 +232,11 @@ def make_storage(
 ) -> CompressedTensors:
     """Return the integer storage format for a checkpoint with layers of these widths.
 
-    Without `group_size`, 8 bits have one scale per row, and 4 bits the largest size that divides every row. If no size
-    does, 4 bits use the smallest one, and rows that it does not divide stay plain.
+    Without `group_size`, 8-bit weights have one scale per row, and 4-bit weights have the largest group size that
+    divides every row. If no group size does, the smallest is used, and matrices whose rows it does not divide remain
+    unquantised.
 
-    Raises UserError if `group_size` does not divide every row, or no size divides any row.
+    Raises UserError if `group_size` does not divide every row, or no group size divides any row.
     """
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]

@@ -23,11 +23,11 @@ class Origin:
     """Origin of an exported model: folders of its configs, tokenizer, weights and vision tower, and its name.
 
     Attributes:
-      folder: folder of its configs and tokenizer.
+      folder: folder of the model's configs and tokenizer.
       name: the name for the export.
-      vision_dir: folder of a separate tower.
-      weights: folder of its tensors, if that is another one (the vocabulary is trimmed on the way).
-      tpu_chips: tensor-parallel size if the plan asks for vLLM on TPUs (`loads_in`), else 0.
+      vision_dir: folder of a separate vision tower.
+      weights: folder of the model's tensors, if it differs from `folder` (when the vocabulary is trimmed).
+      tpu_chips: tensor-parallel size if the plan was made for vLLM on TPUs (`loads_in`), else 0.
     """
 
     folder: Path
@@ -42,8 +42,8 @@ class Contents:
     """Content of an export that is ready to be written: tensors, write function and model card section.
 
     Attributes:
-      tensors: every tensor, in the order in which `write` fetches them: their bytes must fit on the disk, and processes
-        that share the weights fetch them in step with the one that writes.
+      tensors: all tensors, in the order in which `write` fetches them. Their bytes must fit on the disk. Processes that
+        share the weights fetch each tensor at the same time as the process that writes.
       write: writes all files of the format into an empty folder.
       card: section "Loading" of the model card, given the folder with all files.
     """
@@ -78,9 +78,9 @@ class Calibration:
     """Statistic that an export format needs from calibration records, computed by the export stage.
 
     Attributes:
-      option: the option that receives the value.
-      function: name in `stages.export.CALIBRATIONS`.
-      settings: arguments of the function, beside the model and the batches.
+      option: the option that receives the statistic.
+      function: name of the function that computes the statistic, in `stages.export.CALIBRATIONS`.
+      settings: arguments of the function, besides the model and the batches.
     """
 
     option: str
@@ -99,9 +99,9 @@ class Format:
       check: (model, folder, origin, options) -> `Comparison` of the written folder with the model; raises UserError if
         they differ.
       library: `library_name` of the model card.
-      calibration: options -> the `Calibration` that they ask for, if any.
-      extends: name of the format that leads here for a quantisation, or a storage of the class `storage`, that is only
-        here.
+      calibration: options -> the `Calibration` that these options need, or None.
+      extends: name of a format that switches to this one for a quantisation that only this format has, or for a storage
+        of the class `storage`.
     """
 
     options: type

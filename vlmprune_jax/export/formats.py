@@ -27,10 +27,10 @@ def quantizations() -> tuple[str, ...]:
 def choose_format(name: str, values: Mapping[str, Any]) -> tuple[Format, Any]:
     """Return an export format and its options: values passed by name, otherwise defaults.
 
-    `name` may lead to a format that extends it (see `Format.extends`). Options of other formats are accepted at their
-    defaults, as a config has them.
+    The result may be a format that extends the format `name` (see `Format.extends`). Options of other formats are
+    accepted if they have their default values, because configs contain the options of all formats.
 
-    Raises UserError for an unknown format or option, or a value that the format does not have.
+    Raises UserError for an unknown format or option, or a value that the format does not support.
     """
     base = FORMATS[one_of("format", name, tuple(FORMATS))]
     quantize, storage = one_of("quantize", values.get("quantize", "none"), quantizations()), values.get("storage")

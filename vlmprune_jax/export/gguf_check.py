@@ -77,8 +77,8 @@ def check_gguf(
     If xllamacpp is installed, llama.cpp also loads the decoder's file. It must tokenise texts like the folder's
     tokenizer, and its log-probabilities of the likeliest next tokens must match those of the file's weights in JAX.
 
-    Takes what was passed to `save`. Returns the backend "llama.cpp" (difference of log-probabilities) or "jax"
-    (difference of logits), difference and tolerance.
+    The arguments are those of `save`. Returns the backend "llama.cpp" (difference of log-probabilities) or "jax"
+    (difference of logits), the difference and the tolerance.
 
     Raises:
       UserError: the difference exceeds the tolerance, llama.cpp cannot load the file, or it tokenises differently.
@@ -176,7 +176,7 @@ def _decoder(folder: Path) -> Path:
 
 
 def read_gguf(folder: Path, cfg: ModelConfig, uneven: str, rolled_positions: bool = False) -> tuple[Model, set[str]]:
-    """Read GGUF files that `save` wrote back as a float32 model; also return the types of their tensors."""
+    """Read GGUF files that `save` wrote as a float32 model; also return the data types of their tensors."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

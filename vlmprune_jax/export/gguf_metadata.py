@@ -122,7 +122,7 @@ def pixels(cfg: ModelConfig, family: Family, source: Path) -> JsonDict:
 
 
 def cut(family: Family, source: Path) -> JsonDict:
-    """Return GGUF metadata that limits image size or tiles, for families that cut images into tiles.
+    """Return GGUF metadata that limits image size or tiles, for families that divide images into tiles.
 
     Raises UserError if images have only one tile.
     """
@@ -157,9 +157,9 @@ def _one_tile() -> UserError:
 
 
 def image_options(family: Family, source: Path) -> str:
-    """Return llama.cpp command-line options that limit image tokens as the image processor does.
+    """Return llama.cpp command-line options that limit image tokens like the image processor.
 
-    Tokens of an image that see each other must also be in one of its physical batches.
+    If tokens of an image attend to each other, the options also enlarge llama.cpp's physical batch to hold them all.
     """
     if family.images == "patches":
         patching = _patching(source)
@@ -181,7 +181,7 @@ def _patching(source: Path) -> Patching:
 
 
 def title(name: str, tokenizer: Any) -> str:
-    """Return the model name for GGUF metadata; llama.cpp treats spaces as in Phi-3 if the name contains "Phi-3"."""
+    """Return the model name for GGUF metadata; for a name with "Phi-3", llama.cpp treats spaces as in Phi-3."""
     if drops_white_space(tokenizer):
         return name if DROPPING_NAME.search(name) else f"{name} (Phi-3)"
     return DROPPING_NAME.sub(lambda match: " ".join((match[0][:-1].rstrip("-"), match[0][-1])), name)

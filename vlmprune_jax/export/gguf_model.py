@@ -67,10 +67,10 @@ class GgufFile:
     """Tensors and metadata of one GGUF file to write.
 
     Attributes:
-      fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
+      fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
       layers: widths of the layers in the file.
-      remarks: differences in llama.cpp that users must know.
-      options: options for llama.cpp's programs that the file needs, each after a space.
+      remarks: how llama.cpp computes differently, as messages for the user.
+      options: command-line options that llama.cpp's programs need for this file, each after a space.
     """
 
     name: str
@@ -93,9 +93,10 @@ def make_gguf(
 ) -> list[GgufFile]:
     """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
 
-    `source` is its folder, for tokenizer, template, image statistics and licence; other arguments are as in `save`.
+    `source` is the model's folder, for tokenizer, template, image statistics and licence; for the other arguments, see
+    `save`.
 
-    Raises UserError if llama.cpp has no architecture, tower or tokenizer like this model's.
+    Raises UserError if llama.cpp does not support the model's architecture, vision tower or tokenizer.
     """
     family, cfg = family_of(model.cfg), model.cfg
     architecture, wide = fit(cfg, uneven)
@@ -219,7 +220,7 @@ def spelled(
 ) -> np.ndarray:
     """Convert a parameter to llama.cpp's form: rotary pairs, norm weights with their offset added, delta nets.
 
-    `back=True` undoes this. `architecture`: of the decoder, for its parameters.
+    `back=True` undoes this. `architecture`: llama.cpp's architecture of the decoder (needed for decoder parameters).
     """
     module, text = slot.path.split("/")[-2], cfg.text
     if architecture is not None and architecture.interleaved and slot.key.split(".")[-2] in ROTATED:

@@ -47,9 +47,9 @@ class Vocabulary:
     """Tokenizer in GGUF's form: token texts, scores, types, merges and special tokens.
 
     Attributes:
-      fields: metadata, named as methods `add_NAME` of `gguf.GGUFWriter`.
-      fast: the same tokenizer in transformers.
-      remarks: differences in llama.cpp.
+      fields: GGUF metadata; each key is the NAME of a method `add_NAME` of `gguf.GGUFWriter`.
+      fast: the same tokenizer as a transformers object.
+      remarks: how llama.cpp tokenizes differently, as messages for the user.
     """
 
     fields: JsonDict

@@ -31,7 +31,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
 
     Args:
       folder: a folder that `vp.save` or the stage `export` wrote.
-      repo_id: ORG/NAME; made if it does not exist.
+      repo_id: repository ORG/NAME, created if it does not exist.
       private: make a new repository private.
       dry_run: check everything that needs no network, and upload nothing.
 

@@ -63,7 +63,7 @@ def prepare(model: Model, origin: Origin, options: FolderOptions) -> Contents:
 
 
 def check(model: Model, folder: Path, origin: Origin, options: FolderOptions) -> Comparison:
-    """Reload an exported folder in PyTorch (in JAX without it) and compare its logits with the model's."""
+    """Reload an exported folder in PyTorch (without torch, in JAX) and compare its logits with the model's."""
     from vlmprune_jax.export.reload import check_export
 
     return check_export(model, folder, vision_dir=origin.vision_dir)

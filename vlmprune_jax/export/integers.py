@@ -56,7 +56,7 @@ class IntegerOptions(FolderOptions):
 
 
 def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
-    """Return the content of a quantised export; integers come from GPTQ (`storage`) or from rounding to nearest."""
+    """Return the content of a quantised export; weights are quantised by GPTQ (`storage`) or by rounding to nearest."""
     from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
     from vlmprune_jax.export.target import make_target
 

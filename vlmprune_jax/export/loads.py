@@ -37,7 +37,7 @@ _ALIKE = f"prune all layers alike (no attn_layers and mlp_layers, selection loca
 def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | None:
     """Return why one of the engines in `TARGETS` cannot load a model at its true size; None if it can.
 
-    `loader`: the model's folder has the PyTorch file that cuts the decoder's layers to their widths.
+    `loader`: the model's folder has the PyTorch file that gives each decoder layer its own widths.
     """
     one_of("loads_in", target, TARGETS)
     if target == "gguf":
@@ -71,7 +71,7 @@ def why_not(cfg: ModelConfig, target: str, *, loader: bool = False) -> str | Non
 
 
 def how_known(cfg: ModelConfig, target: str) -> str:
-    """Return text on how it is known which models of the family an engine loads: tried, or read from its code."""
+    """Return text on how an engine's support of a model's family is known: tried, or read from the engine's code."""
     family = target_of(family_of(cfg)) or family_of(cfg)
     remarks = {"transformers": "", "gguf": "", **family.tried}
     if target not in remarks:
@@ -84,7 +84,7 @@ def how_known(cfg: ModelConfig, target: str) -> str:
 
 
 def keeps_heads(cfg: ModelConfig, stack: str, targets: Sequence[str]) -> bool:
-    """Return True if an engine can load the model, but not after attention heads of this stack are removed."""
+    """Return True if an engine in `targets` can load the model, but not without some heads of this stack."""
     fewer = cfg.with_layers(_fewer_heads(cfg.stack(stack)), stack)
     if layer_problem(cfg.text) is None and layer_problem(fewer.text) is not None:
         return True

@@ -20,10 +20,10 @@ Layouts = Mapping[str, list[list[str]]]
 
 
 class MtpCut:
-    """Cut of an MTP head, whose layers are full attention and have the decoder's widths.
+    """Pruning of the module for multi-token prediction (MTP) to the decoder's widths; its layers have full attention.
 
-    No calibration reaches the head. Its layers keep the groups of heads and the neurons with the largest columns of
-    the projections that write to the residual stream. Raises UserError for layers of experts.
+    Calibration data do not reach this module. Its layers keep the groups of attention heads and the neurons with the
+    largest columns in the projections that write to the residual stream. Raises UserError for layers with experts.
     """
 
     def __init__(self, source: Mapping[str, np.ndarray], family: Family, cfg: ModelConfig):
@@ -37,7 +37,7 @@ class MtpCut:
         self._kept: dict[str, dict[str, np.ndarray]] = {}
 
     def cut(self, name: str) -> np.ndarray:
-        """Return a tensor of the head with the widths of the decoder."""
+        """Return a tensor of the MTP module with the widths of the decoder."""
         array = self._source[name]
         layer, _, inside = name.removeprefix(f"{self._prefix}layers.").partition(".")
         if not name.startswith(f"{self._prefix}layers.") or inside not in self._layouts:
@@ -96,7 +96,7 @@ def _axes(layout: str) -> list[list[str]]:
 
 
 def with_mtp(config: dict[str, Any], family: Family, keys: Sequence[str]) -> dict[str, Any]:
-    """Return config.json with no layers of an MTP head if none of its tensors is among `keys`."""
+    """Return config.json, with 0 MTP layers if none of the MTP module's tensors is among `keys`."""
     prefix, field = family.mtp
     section = dict(config.get(family.text_section or "") or {})
     if field not in section or any(key.startswith(prefix) for key in keys):

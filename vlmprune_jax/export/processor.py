@@ -23,9 +23,9 @@ from vlmprune_jax.hf.read import read_fields
 
 @contextlib.contextmanager
 def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Context that yields the folder, or a weightless copy whose files limit images to `most` tokens.
+    """Context that yields `source`, or with a limit a copy without weights whose processor files set this limit.
 
-    Raises UserError if the model cannot have this limit.
+    `most`: maximum tokens per image (None = no change). Raises UserError if the model's images cannot be limited so.
     """
     if most is None:
         yield source
@@ -44,7 +44,8 @@ def limited_images(source: Path, most: int | None, cfg: ModelConfig) -> Iterator
 def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDict, tokenizer: JsonDict) -> None:
     """Write tokenizer, image processor, chat template and generation config as transformers' processors expect them.
 
-    `source`, `cfg` and `config` are those of the hub layout; `tokenizer` is tokenizer.json with the new token.
+    `source`, `cfg` and `config`: folder, model config and config.json in the hub layout. `tokenizer`: content of
+    tokenizer.json with the new image token.
     """
     family = family_of(cfg)
     target, conversion, template = target_of(family), family.conversion, template_of(family, config, None)
@@ -80,10 +81,10 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
 
 
 def chat_template(template: Template, image: str) -> str:
-    """Return the family's prompt format as a Jinja chat template; `image` is the text of one image.
+    """Return the family's prompt format as a Jinja chat template; `image` is the placeholder text for one image.
 
-    A message's content is a string or a list of image and text parts. The family's system text is used unless the first
-    message is a system message.
+    A message's content is a string or a list of image and text parts. The family's system prompt is used unless the
+    first message is a system message.
     """
 
     def literal(text: str) -> str:

@@ -43,11 +43,12 @@ _ROWS, _TEXT_TOKENS = 2, 24
 def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | None = None) -> Comparison:
     """Reload a written folder and compare its float32 logits with the model's, on random text and images.
 
-    The folder is reloaded in PyTorch if torch is installed and stock transformers has its class, else in JAX. Weights
-    written in a narrower dtype are compared with the model's rounded to it, and quantised folders with their decoded
-    weights. Every process must call this function; process 0 alone reloads in PyTorch.
+    The folder is reloaded in PyTorch if torch is installed and stock transformers has the model's class, else in JAX.
+    If weights were written in a narrower dtype or quantised, the reference is the model with weights rounded in the
+    same way. Every process must call this function; process 0 alone reloads in PyTorch.
 
-    `vision_dir` is the folder of the vision tower, for an original-layout LLaVA that does not include it.
+    `vision_dir` is the folder of the vision tower, for an original-layout LLaVA whose folder does not include the
+    tower.
 
     Raises UserError if the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """
@@ -152,7 +153,7 @@ def _reloaded(written: Model, folder: Path, tower: Path | None) -> Model:
 def random_inputs(cfg: ModelConfig, image_start: int | None = None) -> dict[str, Any]:
     """Return random inputs for comparing logits: random tokens, and an image per row if the model has a tower.
 
-    `image_start` is the token that the stock class requires before an image of any size.
+    `image_start` is the token that the stock class requires before an image, for models with dynamic resolution.
     """
     rng = np.random.default_rng(0)
     special = [token for token in (cfg.image_token_id, cfg.video_token_id) if token is not None]

@@ -37,10 +37,10 @@ class Target:
 
     Attributes:
       cfg: the model with padded layers and new vocabulary rows.
-      converts: True if the layout differs from the source's.
+      converts: True if the layout differs from the source folder's.
       ships_loader: True if PyTorch needs the per-layer loader file.
       tokenizer: content of tokenizer.json for a converted folder, if the source has a tokenizer.
-      mtp: "drop" or "cut" a head for several tokens.
+      mtp: "drop" or "cut" (prune) the module for multi-token prediction.
     """
 
     family: Family

@@ -60,7 +60,7 @@ def token_ids(tokenizer: JsonDict) -> dict[str, int]:
 
 
 def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
-    """Return True if a tokenizer puts its space mark only before the whole text, not after special tokens."""
+    """Return True if a tokenizer puts its space symbol only before the whole text, not after special tokens."""
     step = tokenizer.get("pre_tokenizer") or {}
     steps = [inner for inner in step.get("pretokenizers", [step]) if isinstance(inner, dict)]
     return any(inner.get("type") == "Metaspace" and inner.get("prepend_scheme") == "first" for inner in steps)
@@ -69,8 +69,8 @@ def prefixes_only_the_start(tokenizer: JsonDict) -> bool:
 def write_tokenizer(folder: Path, source: Path, tokenizer: JsonDict, named: dict[str, str], processor: str) -> None:
     """Write tokenizer.json and tokenizer_config.json; `named` maps the processor's names to special tokens.
 
-    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged: LlamaTokenizer of transformers 5 replaces
-    its rules with its own, which differ from Phi-3's.
+    The class is PreTrainedTokenizerFast, which uses tokenizer.json unchanged. LlamaTokenizer of transformers 5 would
+    replace the file's rules by its own rules, which differ from Phi-3's.
     """
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):

@@ -25,9 +25,9 @@ _PADDED_ROPES = ("default", "linear", "llama3")  # a frequency depends on the ch
 
 
 def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ...]:
-    """Return all layers after zero-padding to equal sizes, the smallest that hold every layer.
+    """Return all layers after zero-padding to equal sizes: the smallest sizes that hold every layer.
 
-    With `heads`, they have that many query heads if some group size of at least the largest allows it.
+    With `heads`, layers have that many query heads if a group size of at least the largest one divides this number.
     """
     axes = {axis.name: axis for layer in layers for axis in layer.axes}
     sizes = {name: max(layer.sizes[name] for layer in layers if name in layer.sizes) for name in axes}
@@ -44,7 +44,7 @@ def padded(layers: Sequence[Layer], heads: int | None = None) -> tuple[Layer, ..
 
 
 def padded_stacks(cfg: ModelConfig) -> ModelConfig:
-    """Return the config with every stack zero-padded to equal widths; a vision tower gets all its heads back."""
+    """Return the config with every stack zero-padded to equal widths; a vision tower regains all its heads."""
     for name, stack in cfg.stacks.items():
         heads = stack.hidden_size // stack.attention.head_dim
         layers = stack.layers
@@ -59,9 +59,9 @@ def padded_stacks(cfg: ModelConfig) -> ModelConfig:
 
 
 def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
-    """Return the config with decoder heads zero-padded to `head_dim` channels (0 = as they are).
+    """Return the config with decoder heads zero-padded to `head_dim` channels (0 = unchanged).
 
-    Raises UserError if the padded heads would compute another function.
+    Raises UserError if the padded heads would compute a different function.
     """
     layers = []
     for layer in cfg.text.layers:
@@ -87,10 +87,10 @@ def with_head_dim(cfg: ModelConfig, head_dim: int) -> ModelConfig:
 def pad_tensor(array: np.ndarray, axes: tuple[str, ...], stack: str, layer: int, *cfgs: ModelConfig) -> np.ndarray:
     """Zero-pad a tensor along its named `axes`, from the first config's widths to the second's.
 
-    A zero value head or neuron adds nothing to the residual stream, and a query head with zero output weights may
-    attend anywhere. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately.
-    In heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i
-    of n * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
+    A zero value head or neuron adds nothing to the residual stream, and the queries of a head with zero output weights
+    do not matter. Query head g * per_group + r belongs to key/value head g, so both counts are padded separately. In
+    heads of n times as many channels, channel i becomes n * i: rotary frequency theta ** (-2i / d) is number n * i of n
+    * d. Queries are multiplied by sqrt(n), since scores are divided by sqrt(n * d).
     """
     layer_before, layer_after = (cfg.stack(stack).layers[layer] for cfg in cfgs)
     before, after = layer_before.sizes, layer_after.sizes
@@ -121,11 +121,11 @@ def _extend(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def with_loader(config: JsonDict, text: TextConfig, family: Family) -> JsonDict:
-    """Return config.json for a model with unequal layers: per-layer widths, and its class in the loader file.
+    """Return config.json for a model with unequal layers: per-layer widths, and the model's class in the loader file.
 
     Config classes validate nominal head counts: Llama's must divide `hidden_size`, and Phi-3's LongRoPE needs one
-    factor per frequency of hidden_size / heads. The nominal counts, from which each layer is cut, are the next valid
-    ones.
+    factor per frequency of hidden_size / heads. The nominal counts, to which no layer is wider, are therefore the next
+    valid numbers.
     """
     assert family.stock is not None
     inner = family.text_config(config)

@@ -35,7 +35,7 @@ def check_storage(cfg: ModelConfig, storage: CompressedTensors, tensor: int) -> 
 
 
 def facts(cfg: ModelConfig, storage: CompressedTensors | None = None) -> str:
-    """Return text on tensor-parallel sizes, head padding and integer formats of vLLM on TPUs."""
+    """Return text on vLLM on TPUs: supported tensor-parallel sizes, head padding and integer formats."""
     properties = [f"tensor-parallel sizes {', '.join(map(str, _tensor_sizes(cfg)))}"]
     properties += [f"heads of {size} channels padded to {computed}" for size, computed in _padded(cfg).items()]
     if storage is None:

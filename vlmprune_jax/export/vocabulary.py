@@ -32,14 +32,14 @@ _ROWS = ("vocab_size", "vocab_size_per_layer_input")
 
 @contextlib.contextmanager
 def trimmed_files(source: Path, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Iterator[Path]:
-    """Context that yields a folder with tokenizer and configs: `source`, or a copy with only a plan's tokens.
+    """Context that yields a folder with tokenizer and configs: `source`, or a copy with only the plan's tokens.
 
     Args:
-      source: the folder that the model came from.
-      vocabulary: of the plan; None, or of a plan that made `source`, leaves the files as they are.
-      cfg: the model to write.
+      source: the folder from which the model was loaded.
+      vocabulary: the plan's vocabulary; with None, or if `source` already has this vocabulary, files are unchanged.
+      cfg: config of the model to write.
 
-    Raises UserError as `trim_files` does.
+    Raises UserError if the files cannot be trimmed (see `trim_files`).
     """
     section = family_of(cfg).text_config(read_fields(source / "config.json"))
     if vocabulary is None or section.get("vocab_size", vocabulary.rows_before) != vocabulary.rows_before:
@@ -54,8 +54,8 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
     """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
     Raises:
-      UserError: the tokenizer is another than the plan's or cannot be trimmed, or a file has the id of a token that is
-        not kept.
+      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file contains the id of a removed
+        token.
     """
     content = read_tokenizer(source)
     if content is None:
@@ -111,8 +111,8 @@ def _trim_tokenizer_files(source: Path, folder: Path, content: JsonDict, vocabul
 def trim_pieces(content: bytes, kept: Collection[int], new_ids: Mapping[int, int], location: str) -> bytes:
     """Return the content of SentencePiece's `tokenizer.model` with only the kept pieces.
 
-    `kept` are old ids; those beyond the pieces are added tokens of other files. `new_ids`: old id -> new id; a special
-    token that is dropped gets id -1 ("none"). `location`: name of the file, for messages.
+    `kept`: old ids; ids beyond the last piece are added tokens from other files. `new_ids`: old id -> new id; a removed
+    special token gets id -1 ("none"). `location`: name of the file, for messages.
     """
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -163,7 +163,8 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
     """Return a config file's JSON value with every token id replaced by `change(field, id)`.
 
-    Ids that become None are left out of lists that may name dropped tokens; a sequence of bad words is left out whole.
+    Ids that become None are left out of lists that may name removed tokens; a sequence of bad words with such an id is
+    left out completely.
     """
     if isinstance(value, dict):
         return {key: map_ids(part, change, key) for key, part in value.items()}
@@ -180,7 +181,7 @@ def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = ""
 def trim_config(config: JsonDict, vocabulary: KeptVocabulary, location: str) -> JsonDict:
     """Return a config file's content with the new token ids and vocabulary size.
 
-    Raises UserError if it has the id of a token that is not kept.
+    Raises UserError if the file contains the id of a removed token.
     """
 
     def change(name: str, old: int) -> int | None:

@@ -64,30 +64,33 @@ def save(
       out_dir: the new folder.
       source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
-      layout: keys and config of "source", or of the stock class of "transformers".
-      uneven: layers of unequal width get their true sizes ("per_layer") or zeros ("pad"), or are refused ("refuse").
+      layout: checkpoint keys and config as in the "source" folder, or as in the stock class of "transformers".
+      uneven: layers of unequal width keep their sizes ("per_layer"), are padded with zeros ("pad") or refused
+        ("refuse").
       head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
-      mtp: "drop" a head that predicts several tokens (Qwen3.5), or "cut" it to the decoder's widths; for folders.
+      mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it to the decoder's widths; for
+        folders.
       dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
       symmetric: False adds zero points to w8a16 and w4a16.
-      storage: storage of weights that it holds, such as `vp.gptq(...)`; for Hugging Face folders.
+      storage: object that stores quantised weights, such as `vp.gptq(...)`; for Hugging Face folders.
       imatrix: `vp.imatrix(...)`, to write the importance file of llama-quantize as well; for GGUF.
       rolled_positions: True for builds of llama.cpp that put the tower's class token last; for GGUF.
-      max_image_tokens: limit that the processor files get (None = as in `source_dir`).
+      max_image_tokens: maximum tokens per image in the processor files (None = as in `source_dir`).
       overwrite: replace an existing model folder.
       plan: the prune plan, written as plan.json and used to trim the tokenizer (None = as `apply_plan` pruned it).
-      name: name of the unpruned model on the model card, a hub id if it has one (None = that of `source_dir`).
-      license: license on the model card, as the hub names it (None = that of `source_dir`'s card).
-      datasets: names of the training data on the model card, hub ids if they have one.
+      name: name of the unpruned model on the model card, if possible a hub id (None = the name of `source_dir`).
+      license: license on the model card, as the hub names it (None = the license on `source_dir`'s card).
+      datasets: names of the training data on the model card, if possible hub ids.
       reconstructed, recovered: True if the model card names these steps after pruning.
-      benchmarks: rows of the model card's table: evaluation set, unpruned and own score, retained % and its interval.
-      **options: options of a format of your own.
+      benchmarks: rows of the model card's table: evaluation set, scores of the unpruned and of this model, retained %
+        and its interval.
+      **options: options of a user-defined format.
 
     Raises:
-      UserError: out_dir exists, source_dir is unknown or not this model's, an option or weight does not fit, or the
-        disk is full.
+      UserError: out_dir exists, source_dir is unknown or belongs to another model, an option is invalid, the format
+        cannot hold a weight, or the disk is full.
     """
     options |= {"layout": layout, "uneven": uneven, "head_dim": head_dim, "dtype": dtype, "quantize": quantize}
     options |= {"group_size": group_size, "symmetric": symmetric, "storage": storage, "imatrix": imatrix}
@@ -167,7 +170,7 @@ def check_saved(
 ) -> Comparison:
     """Compare the folder that `save` wrote with the model (collective).
 
-    `vision_dir` is the vision tower's folder, for an original-layout LLaVA without its own.
+    `vision_dir` is the vision tower's folder, for an original-layout LLaVA whose folder does not include the tower.
 
     Raises UserError if the folder cannot be loaded, or its outputs differ from the model's.
     """

@@ -15,7 +15,7 @@ PREFIX = "PerLayer"
 
 
 class LayerConfig:
-    """Config of one decoder layer: its own head counts, all other attributes from the model's config."""
+    """Config of one decoder layer: the layer's own head counts, all other attributes from the model's config."""
 
     def __init__(self, config, **overrides):
         self.__dict__.update(overrides, _model_config=config)
@@ -39,7 +39,7 @@ def cut(linear, rows=None, columns=None):
 
 
 def resize_layer(layer, q_heads, kv_heads, mlp):
-    """Resize the projections of one decoder layer to its own numbers of heads and neurons."""
+    """Resize the projections of one decoder layer to the layer's own numbers of heads and neurons."""
     attention, head = layer.self_attn, layer.self_attn.head_dim
     sizes = {
         attention: {
