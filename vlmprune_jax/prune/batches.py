@@ -22,7 +22,7 @@ class CalibrationBatch:
     """Calibration rows, or images, that are processed together."""
 
     inputs: dict[str, Any]
-    """Ids and images that the model embeds."""
+    """Token ids and images that the model embeds."""
 
     context: dict[str, Any]
     """Arrays for `BlockStack.context_of`."""
@@ -37,7 +37,7 @@ class CalibrationBatch:
     """True if nothing is fitted to these rows."""
 
     labels: np.ndarray | None = None
-    """Labels of text, int32[rows, seq] with -100 where there is none."""
+    """Labels of text rows, int32[rows, seq], -100 for tokens without a label."""
 
 
 def names_of_rows(batches: Sequence[Any], checked: Sequence[Arrays]) -> list[str]:
@@ -57,9 +57,9 @@ def row_batches(
 ) -> list[CalibrationBatch]:
     """Group calibration rows into batches; rows for fitting and held-out rows never share a batch.
 
-    Without a `held_out` in the settings none is held out.
+    Without a setting `held_out`, no row is held out.
 
-    Raises UserError if there are too few rows, or no token of them has weight.
+    Raises UserError if there are too few rows, or none of their tokens has weight.
     """
     rows = [
         {name: array[row] for name, array in arrays.items()}
@@ -88,7 +88,7 @@ def row_batches(
 def text_batch(
     arrays: Arrays, weight_of: np.ndarray, names: Sequence[str] = (), held_out: bool = False
 ) -> CalibrationBatch:
-    """Return rows as `stack_rows` makes them; `weight_of`: weight of a token of each type."""
+    """Return a batch from rows of `stack_rows`; `weight_of`: float32[types], weight of a token of each type."""
     context = {name: arrays.get(name) for name in ("attention_mask", "position_ids")}
     inputs = {name: None for name in ("pixel_values", "image_grid_thw")} | {
         name: array for name, array in arrays.items() if name not in (*context, "token_types", "labels")

@@ -339,10 +339,10 @@ class PlanConfig:
         return [name for name in known if name not in (*targets, *_LACKS[self.method])]
 
     def check(self, named: Collection[str] = ()) -> None:
-        """Raise UserError for settings that the pruning method lacks, or unless exactly one target is set.
+        """Raise UserError for settings that the pruning method does not use, or unless exactly one target is set.
 
-        `named`: settings given by name in a call. `heads` may be set for all methods, as the paper's recipes do. Raises
-        UserError with the name of the setting, or the targets.
+        `named`: settings passed by name in a call. `heads` may be set for all methods, because the paper's recipes do
+        so. The message names the setting or the targets.
         """
         check_settings("prune", self, elsewhere=True)
         for name in _LACKS[self.method]:
@@ -364,7 +364,7 @@ class PlanConfig:
 
 
 class PlanOptions(TypedDict, total=False):
-    """Settings of `PlanConfig` as keyword arguments, in the types that callers may write, for editors."""
+    """Settings of `PlanConfig` as keyword arguments, with the types that callers may pass, for code editors."""
 
     method: str
     ratio: float | None

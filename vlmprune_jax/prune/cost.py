@@ -43,10 +43,10 @@ def make_measure(cfg: ModelConfig, budget: Budget) -> Measure:
     """Return a function from layer widths to the pruned model's exact costs, without building the model.
 
     `parameters`, `disk_bytes`, `memory_bytes` and `flops` (a multiply-add is two) add up over layers. `step_ms` is the
-    roofline of `vlmprune plan` for one token of every row: the weights of decoder and head and the whole cache are read
-    once (of experts those that the tokens can use), split evenly over the slice's devices, without communication.
-    `decode_ms` is interpolated over the parameter counts of measured models. Raises UserError for a workload that this
-    model cannot have, an unknown slice or dtype.
+    roofline of `vlmprune plan` for decoding one token of every row: the weights of decoder and output head and the
+    whole cache are read once, split evenly over the slice's devices, without communication; of experts, only those that
+    the tokens can use are read. `decode_ms` is interpolated over the parameter counts of measured models. Raises
+    UserError for a workload that this model cannot have, or an unknown slice or dtype.
     """
     itemsize = DTYPES[one_of("budget dtype", budget.dtype, tuple(DTYPES))].itemsize
     one_of("budget uneven", budget.uneven, UNEVEN)
@@ -131,8 +131,9 @@ def costs_of(
 ) -> dict[str, int]:
     """Return a model's costs (parameters, bytes, FLOPs), computed from its layer shapes.
 
-    `active_parameters`: those that one token uses; `forward_flops`: see `models.flops.forward_flops`;
-    `kv_bytes_per_token`: of a row (less beyond a layer's window); `file_bytes`: of the exported weights.
+    `active_parameters`: parameters that one token uses. `forward_flops`: see `models.flops.forward_flops`.
+    `kv_bytes_per_token`: bytes of the key/value cache per token of a row (less beyond a layer's window). `file_bytes`:
+    bytes of the exported weights.
     """
     itemsize, text, images = DTYPES[dtype].itemsize, cfg.text, images if cfg.vision is not None else 0
     return {
@@ -146,10 +147,10 @@ def costs_of(
 def speed_limits(
     before: ModelConfig, after: ModelConfig, *, length: int, images: int, batch: int
 ) -> tuple[float, float]:
-    """Return the largest speed-ups that pruning allows: of a prompt by FLOPs, of a decoded token by bytes.
+    """Return upper bounds on the speed-ups of pruning: for a prompt from FLOPs, for a decoded token from bytes.
 
-    They are ratios of the component that shrank most: decoder layers, output head or vision tower. Whatever share of
-    the time each component takes, the whole model is not faster by more.
+    A bound is the ratio of the component that shrank most: decoder layers, output head or vision tower. Whatever share
+    of the time each component takes, the whole model cannot be faster by a larger factor.
     """
 
     def flops(cfg: ModelConfig) -> list[int]:
@@ -205,8 +206,8 @@ def least_ratio(
     """Return the smallest pruning ratio whose plan satisfies the budget, and that plan's cost.
 
     Costs decrease with the ratio, except for small steps where heads are traded for neurons or layers for widths, or
-    where a layer is kept rather than emptied; there the result is the smallest ratio of its neighbourhood. Ratios are
-    resolved to one of `total` parameters. Raises UserError if no plan satisfies the budget, with the nearest.
+    where a layer is kept rather than emptied; there, the result is the smallest ratio of its neighbourhood. Ratios are
+    resolved to one of `total` parameters. Raises UserError with the nearest cost if no plan satisfies the budget.
     """
     limits = budget.limits
 

@@ -25,7 +25,7 @@ def choose_layers(
     total: int,
     stack: str,
 ) -> tuple[int, ...]:
-    """Return the original numbers of the layers to remove, those with the lowest scores."""
+    """Return the original numbers of the layers to remove, which have the lowest scores."""
     stack_cfg = cfg.stack(stack)
     if stack == "vision" and cfg.deepstack:
         raise UserError(

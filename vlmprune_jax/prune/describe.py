@@ -33,7 +33,7 @@ PARTS = ("text", "vision", "projector")
 def describe(hf_dir: str | Path, vision_dir: str | Path | None = None) -> dict[str, Any]:
     """Return the content of `vlmprune inspect` as JSON values, without reading weights.
 
-    Raises UserError for an unknown family, missing or truncated shards, keys or shapes that do not fit config.json.
+    Raises UserError for an unknown family, missing or truncated shards, or keys or shapes that contradict config.json.
     """
     folder = resolve(hf_dir)
     tower = None if vision_dir is None else resolve(vision_dir)

@@ -33,14 +33,14 @@ def shape_digest(cfg: ModelConfig) -> str:
 def fingerprint(model: Model) -> str:
     """Return a model's fingerprint `shapes-content`: digests of parameter shapes and of weight samples.
 
-    Weights are compared after rounding to bfloat16, so a checkpoint has one fingerprint in any dtype and sharding
+    Weight samples are rounded to bfloat16, so that a checkpoint has the same fingerprint in every dtype and sharding
     (float32 sums would depend on both).
     """
     return f"{shape_digest(model.cfg)}-{content_digest(model)}"
 
 
 def content_digest(model: Model, part: str = "") -> str:
-    """Return the digest (16 hex digits) of weight samples of all tensors below a parameter path."""
+    """Return the digest (16 hex digits) of weight samples from all tensors below a parameter path."""
     flat = {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part)}
     axes = param_axes(model.cfg)
     stacked = {path: axes[path][0] == "layer" for path in flat}

@@ -25,21 +25,22 @@ def prune_folder(
 ) -> None:
     """Prune a checkpoint file by file without loading it; bytes equal `save(apply_plan(load(...), plan), ...)`.
 
-    The plan is applied to arrays that stay in their files. Tensors that it leaves whole are copied in blocks, the
-    others are read, indexed and written one at a time; every block is read back and compared. No array
-    is put on a device, and no accelerator is started.
+    The plan is applied to arrays that stay in their files. Tensors that the plan does not change are copied in blocks;
+    other tensors are read, indexed and written one at a time. Every block is read back and compared. No array is put on
+    a device, and no accelerator is started.
 
-    In a multi-process run every process must call it; the first one writes.
+    In a multi-process run, every process must call this function; the first process writes.
 
     Args:
-      source_dir: the folder (or hub id) that the plan is for.
-      plan: what stays; its fingerprint is compared with weights sampled from the files.
-      out_dir: the new folder, which appears whole or not at all.
-      vision_dir: the tower's own folder, as in `load`.
-      dtype: data type of the weights; "source" keeps that of every tensor.
+      source_dir: the folder (or hub id) of the model that the plan is for.
+      plan: the prune plan; its fingerprint is compared with weights sampled from the files.
+      out_dir: the new folder, which appears only once it is complete.
+      vision_dir: folder of a separate vision tower, as in `load`.
+      dtype: data type of the weights; "source" keeps the data type of every tensor.
       overwrite, **options: as in `save`, for example format, layout, uneven and quantize.
 
-    Raises UserError as `load`, `apply_plan` and `save` do, and if a disk returns other bytes than were written.
+    Raises UserError under the conditions of `load`, `apply_plan` and `save`, and if a disk returns other bytes than
+    were written.
     """
     source = resolve(source_dir)
     model = open_model(source, None if vision_dir is None else resolve(vision_dir))

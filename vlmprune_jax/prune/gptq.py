@@ -62,7 +62,7 @@ class Rounded(CompressedTensors):
     def encode(self, name: str, values: np.ndarray) -> dict[str, np.ndarray]:
         """Return the quantised tensors that GPTQ computed for the weight called `name`; `values` are not used.
 
-        Raises UserError if the weight is not the model's.
+        Raises UserError if GPTQ's model has no weight of this name.
         """
         tensors = self.codes.get(name, {})
         if {suffix: part.shape for suffix, part in tensors.items()} != {
@@ -92,14 +92,15 @@ def gptq(
 
     Args:
       model: the model to be saved, on one device or a mesh.
-      batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
+      batches: calibration batches (see `score`); labels, if present, distinguish answers from prompts.
       quantize, group_size, symmetric, dtype: as in `save`.
       progress: called with the number of finished layers.
       cache: keeps the codes of finished layers, to continue after an interruption.
-      weights: weights of the calibration tokens; `options` override single ones.
+      weights: weights of the calibration tokens; `options` override single weights.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
-    Raises UserError for groups or batches that do not fit, activations that are not finite.
+    Raises UserError for a group size that does not divide the rows, batches that the model cannot read, or activations
+    that are not finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
     dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype
@@ -130,7 +131,7 @@ def imatrix(
 ) -> Importance:
     """Return the importance matrix (mean squared inputs) of a decoder for `save(..., format="gguf", imatrix=...)`.
 
-    Arguments and errors are those of `gptq`.
+    See `gptq` for arguments and errors.
     """
     weights = override(TokenWeights() if weights is None else weights, options, "imatrix")
     sums: dict[str, np.ndarray] = {}
@@ -169,7 +170,7 @@ def _walk_rows(
 
 
 def decoder_stream(model: Model, batches: Iterable[Any], weights: TokenWeights) -> LayerStream:
-    """Return all calibration rows at the input of the decoder's first layer."""
+    """Return the residual stream of all calibration rows at the input of the decoder's first layer."""
     batches = list(batches)
     checked = list(calibration_batches(batches, model.cfg, labels=False))
     grouped = row_batches(checked, weights.by_name, names_of_rows(batches, checked))

@@ -32,20 +32,20 @@ def prune_iteratively(
 ) -> tuple[Model, PrunePlan, tuple[Scores, ...]]:
     """Prune heads and neurons to a target in equal steps, with new scores before every step.
 
-    Step k of K aims at k/K of the target, always relative to the original model. Under a budget it aims at k/K of the
-    ratio that the first scores lead to, and the last step at the budget itself.
+    Step k of K aims at k/K of the target, always relative to the original model. Under a budget, it aims at k/K of the
+    ratio that satisfies the budget with the first scores, and the last step aims at the budget itself.
 
     Args:
-      batches: calibration batches of step k = 0, 1, ...
-      config, options: as for `make_plan`, whose method is always "width"; `steps` is the number of steps, and `stack`
-        the stack to prune.
-      scores: scores of `model` for the first step, if there are any.
-      score_config, score_options: `config` and options of `score`.
+      batches: function that returns the calibration batches of step k = 0, 1, ...
+      config, options: settings of `make_plan`, with the method "width"; `steps` is the number of steps, and `stack` the
+        stack to prune.
+      scores: scores of `model` for the first step (None = compute them).
+      score_config, score_options: settings of `score`: its arguments `config` and `options`.
 
     Returns:
       The pruned model, one plan that leads from `model` to it, and the scores of every step.
 
-    Raises UserError as `score` and `make_plan` do.
+    Raises UserError under the conditions of `score` and `make_plan`.
     """
     config = override(PlanConfig() if config is None else config, options, "prune_iteratively", offered=False)
     config = dataclasses.replace(config, method="width")

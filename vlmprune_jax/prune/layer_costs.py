@@ -36,7 +36,7 @@ class Costs:
     """Counts as polynomials, by `Layer.kind`."""
 
     def at(self, layer: Layer) -> Polynomial:
-        """Return the count of this kind of layer as a polynomial in its sizes."""
+        """Return the number of parameters of this kind of layer as a polynomial in its sizes."""
         return self.kinds[layer.kind]
 
     def of(self, layer: Layer) -> int:
@@ -44,11 +44,11 @@ class Costs:
         return int(self.at(layer)(layer.sizes))
 
     def active(self, layer: Layer, tokens: int = 1) -> int:
-        """Return the number of parameters of a layer that the computation of this many tokens uses at most."""
+        """Return the number of a layer's parameters that `tokens` tokens can use."""
         return int(self.at(layer)(layer.active_sizes(tokens)))
 
     def price(self, layer: Layer, axis: str) -> int:
-        """Return the number of parameters that one unit of an axis takes along, with the units that belong to it."""
+        """Return the number of parameters of one unit of an axis, including the units of child axes in it."""
         fewer = layer.completed({axis: layer.sizes[axis] - 1})
         return self.of(layer) - int(self.at(layer)({**layer.sizes, **fewer}))
 
@@ -56,7 +56,7 @@ class Costs:
 def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False) -> Costs:
     """Return the parameter costs of a component's layers; with `products` only matrices are counted.
 
-    A layer's part of a parameter of all layers (axis `depth`) is among them.
+    The counts include a layer's share of parameters that all layers have in common (axis `depth`).
     """
     axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[Layer, Polynomial]()
     for run, (_, _, layer) in enumerate(scan_groups(cfg.stack(stack).layers)):

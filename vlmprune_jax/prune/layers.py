@@ -38,8 +38,8 @@ _AHEAD = 2  # results that are on the devices at a time, besides the one that is
 def streamed(compute: Callable[[T], R], items: Iterable[T], *, hosts: bool = True) -> Iterator[R]:
     """Yield `compute(item)` for every item, with its arrays moved to host memory unless `hosts` is False.
 
-    Copies overlap with the arithmetic of the following items, of which only a few are under way: on a mesh of virtual
-    devices a long queue of collectives can starve. All processes call it in step.
+    Copies overlap with the computation of the following items. Only a few items are in progress at once, because on a
+    mesh of virtual devices a long queue of collectives can starve. All processes must call this function together.
     """
     pending = deque[R]()
     for item in items:
@@ -59,7 +59,7 @@ def to_hosts(x: jax.Array) -> jax.Array:
 
 
 def to_devices(x: Any) -> jax.Array:
-    """Move an array back to device memory (undoes `to_hosts`); NumPy's values go to the default device."""
+    """Move an array back to device memory (undoes `to_hosts`); NumPy arrays go to the default device."""
     if not isinstance(x, jax.Array):
         return jnp.asarray(x)
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
@@ -68,8 +68,8 @@ def to_devices(x: Any) -> jax.Array:
 class Given(NamedTuple):
     """Inputs of a layer besides the residual stream: masks, positions, DeepStack additions, reused keys and values.
 
-    `arrays` give its context (`BlockStack.context_of`); `embeds`: the layer's own; `shared`: keys and values of earlier
-    layers.
+    `arrays`: inputs of `BlockStack.context_of`. `embeds`: the layer's additional embeddings. `shared`: keys and values
+    of earlier layers.
     """
 
     arrays: Mapping[str, Any]
@@ -82,7 +82,7 @@ class Given(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Calibration rows on the devices, at the input of a layer."""
+    """Calibration rows on the devices: residual stream at the input of a layer, token weights and other inputs."""
 
     x: jax.Array
     """Residual stream, float[rows, seq, embed]."""
@@ -91,11 +91,11 @@ class Rows(NamedTuple):
     """Weight of every token, float32[rows, seq]."""
 
     given: Given
-    """The layer's other inputs."""
+    """Inputs of the layer besides the residual stream."""
 
 
 class State(NamedTuple):
-    """Residual stream between two layers, and what earlier layers share with later ones, for some rows."""
+    """Residual stream between two layers for some rows, and the values that earlier layers share with later layers."""
 
     x: Any
     shared: Shared = MappingProxyType({})
@@ -103,9 +103,9 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: original number, parameters by path (in float32 if not asked otherwise), the model's dtype.
+    """One layer of a stack: original number, parameters by path (by default in float32), and the model's dtype.
 
-    `shares`: layers that follow may need its keys and values.
+    `shares`: True if later layers may need the layer's keys and values.
     """
 
     number: int
@@ -119,9 +119,9 @@ class Layer:
 
     @classmethod
     def of(cls, model: Model, stack: str, number: int, dtype: Any = jnp.float32) -> Layer:
-        """Return layer `number` of a model's decoder or vision tower, whose weights may be on the host or in files.
+        """Return layer `number` of a model's decoder or vision tower; the weights may be on the host or in files.
 
-        `dtype`: of the parameters that it computes with; None is the model's.
+        `dtype`: data type of the layer's parameters in the computation; None = the model's.
         """
         cfg = model.cfg.stack(stack)
         run, (start, _, shape) = next(
@@ -140,10 +140,10 @@ class Layer:
         return fill(stack_module(self.stack, self.cfg).layers["0"], unflatten(self.params))
 
     def run(self, rows: Rows, capture: tuple[str, ...] = ()) -> tuple[State, dict[str, Any]]:
-        """Run the layer; return the stream after it with what it shares, and the values named in `capture`.
+        """Run the layer; return the state after it (stream and shared values), and the values named in `capture`.
 
-        They are those of `models.context.VALUES`, and "statistics": {writer whose output is normalised: float32[rows,
-        seq, 2]}, see `Norm.statistics`.
+        Names in `capture`: those of `models.context.VALUES`, and "statistics", which is {writer whose output is
+        normalised: float32[rows, seq, 2]}, see `Norm.statistics`.
         """
         sizes = {"stack": self.stack, "cfg": self.cfg, "shares": self.shares, "capture": capture}
         return _run(self.params, rows.x, rows.given, **sizes)
@@ -151,7 +151,7 @@ class Layer:
     def changed(self, module: str, change: np.ndarray) -> Layer:
         """Return a copy of the layer with a least-squares correction added to an output projection.
 
-        Of a writer whose output is normalised: added at the norm's present statistics.
+        If a norm follows the projection, the correction is added at the norm's present statistics.
         """
         path, params, gain = self.block.writers[module].projection, dict(self.params), self.block.gain(module)
         if gain is not None:  # nothing can change a channel that is multiplied by 0
@@ -170,7 +170,7 @@ class Layer:
     def reading(self, reader: str, change: np.ndarray) -> Layer:
         """Return a copy of the layer whose attention or MLP reads x + D^T x instead of x, for D float32[embed, embed].
 
-        `reader`: the branch, "self_attn" or "mlp"; in a parallel block both branches read the same.
+        `reader`: the branch, "self_attn" or "mlp"; in a parallel block, both branches read the same input.
         """
         readers = ("self_attn", "mlp") if self.block.parallel else (reader,)
         params, paths, embed = dict(self.params), list[str](), change.shape[0]
@@ -198,7 +198,7 @@ def run_block(
 ) -> tuple[Block, jax.Array, dict[str, jax.Array]]:
     """Run one layer; return (module, residual stream after it, intermediate values named in `capture`).
 
-    `prepare` changes the module before it runs.
+    `prepare`: function that changes the module before the module runs.
     """
     module = stack_module(stack, cfg)
     block, ctx = fill(module.layers["0"], unflatten(params)), module.context_of(x, given.arrays)

@@ -41,7 +41,7 @@ _error = functools.partial(jax.jit, static_argnames=("stack", "cfg"))(_loss)
 
 
 def stream_error(layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]) -> float:
-    """Return the error of the stream behind a layer, on held-out rows; arguments are those of `train_layer`."""
+    """Return the error of the residual stream after a layer, on held-out rows; for the arguments, see `train_layer`."""
 
     def error(rows: Rows, target: jax.Array) -> jax.Array:
         return _error(layer.params, rows.x, target, rows.weight, rows.given, stack=layer.stack, cfg=layer.cfg)
@@ -74,14 +74,15 @@ def _split(arrays: dict[str, Any], size: int) -> list[dict[str, Any]]:
 def train_layer(
     layer: Layer, stream: LayerStream, place: int, targets: Sequence[jax.Array]
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Train one layer to imitate the unpruned model; return its parameters as a vector, None if that does not help.
+    """Train one pruned layer to reproduce the unpruned model's stream; return its parameters as a flat vector.
 
-    All weights and norms train by Adam with a cosine schedule; the epoch of the lowest held-out error is kept.
+    All weights and norms are trained by Adam with a cosine schedule; the epoch with the lowest held-out error is kept.
+    The vector is None if the held-out error does not fall.
 
     Args:
       stream: calibration rows at the layer's input.
-      place: the layer's number among those that are left.
-      targets: stream of the unpruned model after the layer, of each batch.
+      place: the layer's number among the remaining layers.
+      targets: residual stream of the unpruned model after the layer, for each batch.
     """
     fitted, held = list[dict[str, Any]](), list[dict[str, Any]]()
     for at, batch in enumerate(stream.batches):
@@ -124,7 +125,7 @@ def train_layer(
 
 
 def replaced(layer: Layer, vector: np.ndarray) -> Layer:
-    """Return the layer with all parameters taken from the vector that `train_layer` returns."""
+    """Return the layer with all parameters replaced by the values in a vector from `train_layer`."""
     params, at = dict[str, jax.Array](), 0
     for path in sorted(layer.params):
         old = layer.params[path]

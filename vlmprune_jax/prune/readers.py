@@ -40,7 +40,7 @@ def _sums(
 
 
 def can_read(layer: Layer, reader: str) -> bool:
-    """Return True if attention or MLP has its own input norm, so that its input projections can be repaired."""
+    """Return True if the attention or MLP has a separate input norm, so that its input projections can be repaired."""
     norms = list(READER_OF.values())
     return hasattr(layer.block, layer.block.names.norms[norms.index(reader)])
 
@@ -48,13 +48,15 @@ def can_read(layer: Layer, reader: str) -> bool:
 def reader_change(
     layer: Layer, reader: str, stream: LayerStream, place: int, unpruned: Sequence[jax.Array], *, refit: bool
 ) -> tuple[np.ndarray, float] | None:
-    """Solve for a linear change of a branch's normalised input; return it with its ridge penalty, None if none helps.
+    """Solve for a linear change of a branch's normalised input; return the change and its ridge penalty.
+
+    The result is None if no ridge penalty lowers the held-out error.
 
     Args:
       stream: calibration rows at the layer's input.
-      place: the layer's number among those that are left.
-      unpruned: the unpruned stream in front of the branch's norm, of each batch.
-      refit: solve again on all rows after the ridge is chosen.
+      place: the layer's number among the remaining layers.
+      unpruned: the unpruned model's residual stream before the branch's norm, for each batch.
+      refit: solve again on all rows after the ridge penalty is chosen.
     """
 
     def sums(rows: Rows, unpruned: jax.Array) -> Sums:

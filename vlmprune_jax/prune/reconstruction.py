@@ -79,31 +79,32 @@ def reconstruct(
 ) -> tuple[Model, list[SolveReport]]:
     """Repair the output projections of pruned layers by least squares, towards the unpruned model's residual stream.
 
-    The weights are `down_proj` (fc2) of layers that lost neurons or precede a depth cut, and `o_proj` (dense, out_proj)
-    of layers that lost heads, with their biases if the model has them, in every stack that the plan cuts. If enough
-    neurons go, the weights that read the stream are repaired as well (`readers`), and with method "layerwise" each
-    layer is then trained (`layerwise`). A change is accepted only if it reduces the error on held-out rows, so that few
-    tokens do no harm.
+    The repaired weights are `down_proj` (fc2) of layers that lost neurons or precede removed layers, and `o_proj`
+    (dense, out_proj) of layers that lost heads, with their biases if any, in every stack that the plan prunes. If less
+    than `READ_BELOW` of the neurons remain, the projections that read the residual stream are also repaired
+    (`readers`). With method "layerwise", layers are then trained one by one (`layerwise`). A change is accepted only if
+    it reduces the error on held-out rows, so that too few tokens do no harm.
 
     Args:
-      pruned: the model that `plan` leaves of `teacher`, on one device or a mesh; weights on the host or in files
-        (`hf.lazy.open_model`) go to the device one layer at a time.
-      plan: the plan.
-      teacher: the unpruned model, in the same place.
-      batches: calibration batches as `score` takes them; labels, if present, tell answers from prompts.
+      pruned: the model that `plan` made from `teacher`, on one device or a mesh; weights on the host or in files
+        (`hf.lazy.open_model`) are moved to the device one layer at a time.
+      plan: the prune plan that made `pruned`.
+      teacher: the unpruned model, on the same devices, on the host or in files.
+      batches: calibration batches (see `score`); labels, if present, distinguish answers from prompts.
       progress: called with the number of finished layers, out of `layers_to_solve`.
       cache: keeps solved changes, to continue after an interruption.
-      config: settings; `options` override single ones.
+      config: settings; `options` override single settings.
       options: settings by name, see `ReconstructConfig`. Held-out rows are chosen by their content.
 
     Returns:
-      The model, and for each of these weights: stack, layer (original number), module ("self_attn" or "mlp" for what
-        a branch reads, "layer" for a trained one), ridge (None: unchanged, 0: trained), error_before and error_after of
-        the stream behind it, on the held-out rows, relative to the stream; and the number of tokens, and of unknowns
-        per output.
+      The repaired model, and a report with one row per repaired weight. Fields of a row: stack; layer (original
+        number); module ("o_proj" or "down_proj", "self_attn" or "mlp" for input projections, "layer" for a trained
+        layer); ridge (None = unchanged, 0 = trained); error_before and error_after (relative error of the residual
+        stream after this module, on held-out rows); tokens; unknowns (per output).
 
     Raises:
-      UserError: models and plan that do not belong together, batches that do not fit, activations that are not finite.
+      UserError: `plan` did not make `pruned` from `teacher`, the model cannot read a batch, or activations are not
+        finite.
     """
     config = override(ReconstructConfig() if config is None else config, options, "reconstruct")
     if config.method == "none":
@@ -149,19 +150,19 @@ def _streams(
 
 
 class Targets(NamedTuple):
-    """Streams of the unpruned model, towards which a layer of the pruned model is repaired, for each batch."""
+    """Residual streams of the unpruned model for each batch, which a repaired layer should reproduce."""
 
     before: Sequence[jax.Array]
-    """At the layer's input; () if readers are not repaired."""
+    """Stream at the layer's input; () if input projections are not repaired."""
 
     middle: Sequence[Any]
-    """Between its attention and MLP; None if nothing needs it."""
+    """Stream between the layer's attention and MLP; None if no repair needs it."""
 
     after: Sequence[jax.Array]
-    """After it and the removed layers that follow it."""
+    """Stream after the layer and the removed layers that follow it."""
 
     statistics: Sequence[dict[str, jax.Array]]
-    """Statistics of the writers' outputs, see `Layer.run`."""
+    """Norm statistics of the output projections, see `Layer.run`."""
 
 
 def _solve(
@@ -345,7 +346,8 @@ def solve_for(
 ) -> tuple[np.ndarray | None, SolveReport]:
     """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
 
-    `place`: the layer's among those that are left. `refit`: solve again on all rows after the ridge is chosen.
+    `place`: the layer's number among the remaining layers. `refit`: solve again on all rows after the ridge penalty is
+    chosen.
     """
     fit, held = (_total(layer, module, stream, place, targets, held_out) for held_out in (False, True))
     weight = layer.cfg.hidden_size * float(sum(batch.weight.sum() for batch in stream.batches if batch.held_out))

@@ -52,7 +52,7 @@ def total_sums(
 ) -> Sums:
     """Return the sum of `compute(rows, *targets)` over fitted or held-out calibration batches, see `LayerStream.visit`.
 
-    Raises UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
+    Raises a UserError that begins with "reconstruct: " and `what` if the energies of a row are not finite.
     """
     totals, energy = None, np.float32(0)
 
@@ -77,7 +77,7 @@ def total_sums(
 
 
 def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
-    """Return the ridge penalty with the lowest held-out error and how the error changes; None if none lowers it."""
+    """Return the ridge penalty with the lowest held-out error, and the error's change; None if no penalty lowers it."""
     errors = np.asarray(gather_to_host(held_out_errors(fit, held, np.asarray(RIDGES, np.float32))), np.float64)
     best = int(np.nanargmin(np.append(errors, 0.0)))
     return None if best == len(RIDGES) else (RIDGES[best], float(errors[best]))
@@ -87,7 +87,7 @@ def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
 def change(sums: Sums, ridge: Any) -> jax.Array:
     """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed].
 
-    The devices of a mesh share the columns of C.
+    The columns of C are split over the devices of a mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -110,7 +110,7 @@ def _solved(gram: jax.Array, cross: jax.Array, ridge: Any) -> jax.Array:
 def held_out_errors(fit: Sums, held: Sums, ridges: jax.Array) -> jax.Array:
     """Return the change of the held-out error for each ridge penalty, float32[ridges]; NaN if the solve fails.
 
-    The devices of a mesh share the penalties and, if there are more devices, the columns of C.
+    The penalties (and the columns of C, if there are more devices than penalties) are split over the devices of a mesh.
     """
     mesh, width = jax.sharding.get_abstract_mesh(), fit.cross.shape[1]
     n_slices = 1 if mesh.empty else max(1, mesh.size // len(ridges))  # of the columns
@@ -147,8 +147,8 @@ def _by_lapack(matrix: jax.Array, right: jax.Array) -> jax.Array:
 def in_blocks(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """Solve A x = b for positive definite float32[n, n], by blocked Cholesky factorisation.
 
-    XLA unrolls its own Cholesky for TPUs: 2,048 rows compile for minutes, the 11,008 of a 7B model never. Here loops go
-    over blocks of one size, and all but the diagonal blocks are matrix products.
+    XLA unrolls its own Cholesky for TPUs: compiling takes minutes for 2,048 rows, and never ends for the 11,008 rows of
+    a 7B model. Here, loops run over blocks of one size, and all blocks except diagonal ones are matrix products.
     """
     n, width = len(matrix), right.shape[1]
     rest = -n % _BLOCK

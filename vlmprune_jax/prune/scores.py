@@ -54,7 +54,7 @@ class _Meta(_Version):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance scores of a component's layers, or of units inside them, by one criterion; low scores go first."""
+    """Importance scores of a component's layers, or of units inside layers, by one criterion; low scores go first."""
 
     criterion: str
     """Name of the criterion."""
@@ -68,30 +68,31 @@ class Scores:
     importance: np.ndarray | None = None
     """float64[n_layers], scores of whole layers; None if the criterion does not score them.
 
-    With an option `layers_removed`, entry i is of that many consecutive layers from layer i on.
+    With an option `layers_removed` = n, entry i is the score of the n consecutive layers from layer i on.
     """
 
     units: Mapping[tuple[int, str], np.ndarray] = field(default_factory=dict)
     """{(layer, axis): float64[units]}, scores of single units; empty if the criterion does not score them.
 
-    Of axes with a parent, either the parents are scored ("kv_heads": whole groups of grouped-query attention), or the
-    children ("q_heads"), which then leave in equal numbers from every parent. Of experts and their neurons both may be
-    scored: the pruning method chooses.
+    For axes with a parent, either the parents are scored ("kv_heads": whole groups of grouped-query attention), or the
+    children ("q_heads"), of which equally many are then removed from every parent. Experts and their neurons may both
+    be scored; the pruning method chooses.
     """
 
     stack: str = "text"
     """The scored component: the decoder "text", or the tower "vision"."""
 
     by_token_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """{token type: {"importance": ..., "units": ...}}, the same over calibration tokens of one type alone.
+    """{token type: {"importance": ..., "units": ...}}, the same scores from calibration tokens of one type alone.
 
-    Types are "image", "prompt" and "answer"; empty if the criterion does not split, or all tokens are of one type.
+    Types are "image", "prompt" and "answer"; empty if the criterion does not split its scores, or all tokens have one
+    type.
     """
 
     by_kind = renamed("by_kind", "by_token_type")
 
     routing: Routing | None = None
-    """Choices of the routers, of criteria for experts; `save` leaves it to `Routing.save`."""
+    """Choices of the routers (criteria for experts); not part of `save`, see `Routing.save`."""
 
     def __post_init__(self) -> None:
         for name, values in self._arrays().items():
@@ -142,7 +143,7 @@ class Scores:
             )
 
     def along(self, axis: str) -> tuple[np.ndarray, ...]:
-        """Return the scores of one axis, layer by layer (of the layers that have it)."""
+        """Return the scores of one axis, layer by layer (only layers that have this axis)."""
         return tuple(part for (_, name), part in self.units.items() if name == axis)
 
     @property
@@ -265,7 +266,7 @@ def _shapes(parts: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def fits_layers(units: Mapping[tuple[int, str], Any], layers: Sequence[Layer]) -> bool:
-    """Return True if scores of units have the sizes of these layers, and cover every layer that has a scored axis."""
+    """Return True if scores of units have the sizes of these layers, and include every layer that has a scored axis."""
     axes = {axis for _, axis in units}
     expected = {(i, axis): size for i, layer in enumerate(layers) for axis, size in layer.sizes.items() if axis in axes}
     return {key: np.shape(part) for key, part in units.items()} == {key: (size,) for key, size in expected.items()}

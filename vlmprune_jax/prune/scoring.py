@@ -44,23 +44,22 @@ def score(
     """Score the layers, or the heads and neurons, of one stack by a criterion in `vp.criteria`.
 
     Args:
-      model: on one device or on a mesh; the numbers are the same.
+      model: the model, on one device or on a mesh; scores are the same.
       batches: calibration batches, mappings of arrays or objects with `.arrays`: input_ids and attention_mask
         int[batch, seq], with a tower pixel_values float[images, 3, height, width] in order of appearance (or per row,
         float[batch, images, 3, height, width]), and labels int[batch, seq] (not shifted, -100 = ignored) for criteria
-        that need them; None for criteria that read weights alone, or with a `routing`.
-      stack: the decoder, "text", or the tower, "vision", over the images of the batches.
-      routing: that of earlier scores of experts (`Scores.routing`), from which criteria for experts follow without a
-        forward pass.
-      progress: called with the number of finished batches or layers, as the criterion counts.
-      journal, cache: keep the sums of each batch, or each layer (for criteria that need labels), to continue after an
-        interruption, if the criterion supports it.
-      config: settings, of which each criterion uses those that it has; `options` override single ones.
-      options: settings by name, see `ScoreConfig`, that the criterion has (`vp.criteria[name].settings`).
+        that need labels. None for criteria that only read weights, or with a `routing`.
+      stack: "text" for the decoder, or "vision" for the tower (on the images of the batches).
+      routing: `Scores.routing` of an earlier call, from which criteria for experts are computed without a forward pass.
+      progress: called with the number of finished batches or layers (`Criterion.counts`).
+      journal: keeps the sums of each batch, to continue after an interruption, if the criterion supports this.
+      cache: keeps the sums of each layer (for criteria that need labels), likewise.
+      config: settings; each criterion uses the settings that it has, and `options` override single settings.
+      options: settings of the criterion by name (`vp.criteria[name].settings`, see `ScoreConfig`).
 
     Raises:
       UserError: an unknown criterion or option (with a suggestion), a stack that the model does not have or the
-        criterion does not score, or batches that do not fit the model.
+        criterion does not score, or batches that the model cannot read.
     """
     chosen = CRITERIA[one_of("criterion", criterion, tuple(CRITERIA))]
     given = {} if config is None else chosen.options_in(config)

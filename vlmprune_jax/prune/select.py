@@ -40,17 +40,17 @@ def make_plan(
     `make_plan(scores, model, method="depth", ratio=0.3, protect=(0, 1))`
 
     Args:
-      scores: scores of this model, of the stack to prune; for "hybrid" the pair (depth scores, width scores). None if
-        only a vocabulary is trimmed.
-      cfg: the model or its config; without scores the model.
-      config: settings; `options` override single ones.
+      scores: scores of this model's stack to prune; for "hybrid", the pair (depth scores, width scores). None if only a
+        vocabulary is trimmed.
+      cfg: the model or its config; without scores, the model.
+      config: settings; `options` override single settings.
       options: settings by name, see `PlanConfig`. The target is one of `ratio`, `layers_removed` (depth), `sparsity`
-        (width) and `budget` ({"parameters": 1e8}, see `Budget`). The least is removed that satisfies a budget; the
-        plan's options then record the cost as `budget_reached`.
+        (width) and `budget` ({"parameters": 1e8}, see `Budget`). For a budget, the plan removes as little as satisfies
+        it, and records the cost in its options as `budget_reached`.
 
     Raises:
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
-        not have, or a ratio out of reach.
+        not use, or a ratio that the method cannot reach.
     """
     model, config, cfg = cfg, _configured(config, options), config_of(cfg)
     config.check([name for name, value in options.items() if value is not None])
@@ -94,7 +94,7 @@ def plan_layers(
 ) -> PrunePlan:
     """Return a plan that removes `share` of all parameters from layers, heads and neurons.
 
-    `costed`: the config with the kept tokens only, which budgets are of.
+    `costed`: the config with the kept tokens only; budgets limit the cost of this model.
     """
     depth, width = _pair(scores, config.method)
     used = [method_scores for method_scores in (depth, width) if method_scores is not None]
@@ -138,12 +138,12 @@ class Trim:
 
     @classmethod
     def of(cls, vocabulary: KeptVocabulary | None, cfg: ModelConfig) -> Trim:
-        """Return the cuts that trim the vocabulary to the kept tokens; for None, those that keep all tokens."""
+        """Return the trimming of the vocabulary to the kept tokens; for None, the trimming that keeps all tokens."""
         trimmed = cfg if vocabulary is None else vocabulary.apply_to(cfg)
         return cls(vocabulary, trimmed, count_params(cfg) - count_params(trimmed))
 
     def share_left(self, config: PlanConfig, total: int) -> float | None:
-        """Return the share of parameters left to remove from layers, heads and neurons; None without a ratio."""
+        """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
         return 0.0 if {config.layers_removed, config.sparsity, config.experts} == {None} else None
@@ -158,7 +158,7 @@ class Trim:
 def make_trim(config: VocabularyConfig, cfg: ModelConfig) -> Trim:
     """Choose the tokens that a trimmed vocabulary keeps.
 
-    Raises UserError as `choose_vocabulary` does, or if no folder of a tokenizer is passed.
+    Raises UserError under the conditions of `choose_vocabulary`, or if no folder with a tokenizer is passed.
     """
     if config.size is None:
         return Trim.of(None, cfg)
@@ -186,10 +186,10 @@ def plan_stacks(
     """Plan several stacks at once, removing the same share of layer parameters from each.
 
     Args:
-      scores: for each stack, as `make_plan` takes them.
-      cfg, config, options: as for `make_plan`.
+      scores: scores for each stack, in the form of `make_plan`.
+      cfg, config, options: see `make_plan`.
 
-    Raises UserError as `make_plan` does; with several stacks also for a setting that numbers layers of one stack.
+    Raises UserError under the conditions of `make_plan`, and with several stacks for a setting with layer numbers.
     """
     if len(scores) == 1:
         return make_plan(scores[0], cfg, config, **options)
@@ -297,7 +297,7 @@ def moved_features(plan: PrunePlan, cfg: ModelConfig) -> str | None:
 
 
 def unusual_counts(plan: PrunePlan, cfg: ModelConfig) -> str | None:
-    """Return a notice if a plan leaves a number of units that engines serve by a slower path; None otherwise."""
+    """Return a notice if engines serve the remaining number of some units by a slower path; None otherwise."""
     for axis in (axis for axis in AXES.values() if axis.multiple):
         count, multiple = plan.options.get(axis.name), plan.options.get(axis.multiple) or 1
         if count is not None and count % multiple:

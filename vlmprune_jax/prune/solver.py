@@ -27,10 +27,11 @@ class OutOfReach(UserError):
 
 
 def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
-    """Return the multiples to which head and neuron counts are rounded, from `align_to` and `tensor_parallel`.
+    """Return the multiples to which head and neuron counts are rounded, by setting.
 
-    A multiple of heads is one of key/value heads with their query heads (gqa="groups"), or of query heads ("q_heads").
-    Raises UserError for a multiple that does not suit.
+    They follow from `align_to` and `tensor_parallel`, unless a larger multiple is set. Heads are counted as key/value
+    heads with their query heads (gqa="groups"), or as query heads ("q_heads"). Raises UserError if a configured
+    multiple is not divisible by the multiple that these two settings need.
     """
     devices = config.tensor_parallel
     block = 1 if config.align_to is None else BLOCKS[config.align_to]
@@ -54,7 +55,7 @@ def multiples(config: PlanConfig, stack: Stack, gqa: str) -> dict[str, Any]:
 
 
 def served_multiple(size: int) -> int:
-    """Return the multiple of units that engines serve without a slower path: 64 or 32, for four or more of them."""
+    """Return the multiple of units that engines serve without a slower path: 64, 32, or 1 for small sizes."""
     return next((multiple for multiple in (64, 32) if size % multiple == 0 and size >= 4 * multiple), 1)
 
 
@@ -77,16 +78,16 @@ def check_divides(layers: Iterable[tuple[int, Layer]], devices: int) -> None:
 
 @dataclass(frozen=True)
 class AxisUnits:
-    """Units of one axis of a layer, of which a number is kept."""
+    """Units of one axis of a layer; the solver chooses how many are kept."""
 
     axis: str
     """Name of the axis."""
 
     size: int
-    """Number of units; of an axis with a parent, those of each parent, which all keep equally many."""
+    """Number of units; for an axis with a parent, units per parent (all parents keep equally many)."""
 
     parents: int
-    """Number of parents (1 without)."""
+    """Number of units of the parent axis (1 without a parent)."""
 
     channels: int
     """Number of channels of a unit: 1, or the channels of a head."""
@@ -98,10 +99,10 @@ class AxisUnits:
     """True if units of this axis and layer may be removed."""
 
     wide: int = 1
-    """Width relative to other layers: all keep the same share, exactly."""
+    """Width relative to other layers; all layers keep exactly the same share."""
 
     least: int = 1
-    """Number of units without which the layer cannot be computed."""
+    """Minimum number of units with which the layer can be computed."""
 
     @property
     def fewest(self) -> int:
@@ -110,13 +111,13 @@ class AxisUnits:
 
     @property
     def fine(self) -> bool:
-        """True if a unit is a single channel, so that the number of units makes up for what heads leave."""
+        """True if a unit is a single channel; the number of such units compensates for the coarse steps of heads."""
         return self.channels == 1
 
     def at_sparsity(self, sparsity: np.ndarray, smallest: int) -> np.ndarray:
         """Return how many units each sparsity s keeps, rounded as in the reference code (LLM-Pruner's MetaPruner).
 
-        Of C = units * channels, int(C (1 - s)) channels stay; units that lose one of their channels stay.
+        Of C = units * channels, int(C (1 - s)) channels are kept; units that lose only some of their channels are kept.
         """
         if not self.prune:
             return np.full(len(sparsity), self.size)
@@ -135,19 +136,19 @@ class Units:
     """The layer before width pruning."""
 
     cost: Polynomial
-    """Number of parameters by sizes."""
+    """Number of parameters as a function of the sizes."""
 
     axes: tuple[AxisUnits, ...]
     """The axes that are scored."""
 
     def removed(self, counts: Mapping[str, Any]) -> Any:
-        """Return the parameters removed if `counts` units are kept (of an axis with a parent: of each parent)."""
+        """Return the number of parameters removed if `counts` units are kept (for axes with a parent: per parent)."""
         sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes}
         return self.cost(self.layer.sizes) - self.cost({**self.layer.sizes, **self.layer.completed(sizes)})
 
     @property
     def whole(self) -> dict[str, int]:
-        """Counts that remove nothing."""
+        """Unit counts with which nothing is removed."""
         return {units.axis: units.size for units in self.axes}
 
     def prunes(self, fine: bool) -> bool:
@@ -155,7 +156,7 @@ class Units:
         return any(units.prune and units.fine == fine for units in self.axes)
 
     def without_coarse(self, counts: Mapping[str, int]) -> Units:
-        """Return the units of the layer after its coarse axes are pruned to `counts`, which then stay."""
+        """Return the units of the layer after its coarse axes are pruned to `counts`; these axes then remain fixed."""
         sizes = {units.axis: counts[units.axis] * units.parents for units in self.axes if not units.fine}
         layer = self.layer.resized(self.layer.completed(sizes))
         axes = tuple(
@@ -176,10 +177,11 @@ def units_of(
     """Return the prunable units of every layer.
 
     Args:
-      scored: axes that have scores.
-      ranges, multiples: layers that may be pruned and multiples of kept units, by setting (`Part.settings`).
+      scored: names of the axes that have scores.
+      ranges: {setting: layers that may be pruned}, for example for "attn_layers" (see `Part.settings`).
+      multiples: {setting: number of which the kept units are a multiple}, for example for "heads_multiple".
 
-    Raises UserError if a layer is narrower than its multiple.
+    Raises UserError if a layer has fewer units than the multiple.
     """
     result = []
     for i, layer in enumerate(stack.layers):
@@ -258,7 +260,7 @@ def smallest_sparsity(units: Sequence[Units], removal: float) -> Widths:
 
 
 def most_removable(units: Sequence[Units]) -> int:
-    """Return the maximum number of parameters that width pruning can remove (one unit per axis remains)."""
+    """Return the maximum number of parameters that width pruning can remove (each axis keeps its minimum of units)."""
     total = 0
     for layer, times in Counter(units).items():  # equal layers are computed once, here and below
         fewest = {axis.axis: axis.fewest if axis.prune else axis.size for axis in layer.axes}
@@ -267,11 +269,11 @@ def most_removable(units: Sequence[Units]) -> int:
 
 
 def solve_widths(units: Sequence[Units], removal: float) -> Widths:
-    """Return equal layer widths whose removed parameters come nearest to `removal`.
+    """Return equal layer widths whose number of removed parameters is nearest to `removal`.
 
-    Heads follow the smallest common sparsity that reaches the target; then the number of fine units (neurons), one
-    fraction for all layers in range, is moved until the total is nearest. With neurons in range the error is at most
-    half of one neuron (or multiple) in every layer; with heads alone, half of one head in every layer.
+    Heads follow the smallest common sparsity that reaches the target. Then the share of fine units (neurons), the same
+    in all layers in range, is changed until the total is nearest. With neurons in range, the error is at most half of
+    one neuron (or multiple) in every layer; with heads alone, half of one head in every layer.
     """
     start = smallest_sparsity(units, removal)
     index = round(start.sparsity * GRID)
@@ -283,8 +285,8 @@ def solve_widths(units: Sequence[Units], removal: float) -> Widths:
 def apart(units: Sequence[Units], removal: float) -> list[Widths]:
     """Return one candidate per number of removed heads, each removing about `removal` parameters in all.
 
-    Neurons make up for the rest, one fraction of them for all layers in range; a number of heads is left out if it
-    removes too much or leaves too few neurons to remove.
+    Neurons make up for the rest, the same share in all layers in range. A number of heads has no candidate if it alone
+    removes too much, or if there are too few neurons to remove the rest.
     """
     sizes = [axis.size for layer in units for axis in layer.axes if axis.prune and not axis.fine]
     candidates = []

@@ -27,9 +27,9 @@ from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
 def apply_plan(model: Model, plan: PrunePlan) -> Model:
     """Apply a prune plan: return the pruned model, leaving the input model unchanged.
 
-    Works on host and device arrays, and on arrays that stay in their files (hf/lazy.py); on a mesh every parameter
-    keeps its named-axis sharding. Raises UserError if the plan is for another model, or leaves widths that the mesh
-    does not divide.
+    The model may have host or device arrays, or arrays that stay in their files (hf/lazy.py). On a mesh, every
+    parameter keeps its named-axis sharding. Raises UserError if the plan is for another model, or the mesh does not
+    divide the remaining widths.
     """
     check_plan_is_for(model, plan)
     cfg, mesh = plan.apply_to(model.cfg), mesh_of(model.params)
@@ -61,7 +61,8 @@ def plan_since_loading(model: Model, plan: PrunePlan) -> PrunePlan:
 def trim_vocabulary(model: Model, vocabulary: KeptVocabulary | None) -> Model:
     """Return the model with only the kept tokens; an already trimmed model is returned unchanged.
 
-    Its probabilities are those of the whole model, renormalised over the kept tokens: the teacher of a trimmed student.
+    The trimmed model's probabilities are those of the whole model, renormalised over the kept tokens. Such a model is
+    the teacher of a trimmed student.
     """
     if vocabulary is None or model.cfg.text.vocab_size == len(vocabulary.kept):
         return model
@@ -111,7 +112,7 @@ def check_plan_is_for(model: Model, plan: PrunePlan) -> None:
 def keep_indices(leaf: Any, axes: tuple[str, ...], layer: KeptLayer) -> Any:
     """Return one layer's parameter restricted to the kept units.
 
-    A tensor that is kept whole is returned as it is, without a copy.
+    A tensor that is kept completely is returned unchanged, without a copy.
     """
     for position, axis in enumerate(axes):
         indices = layer.kept.get(axis)

@@ -29,10 +29,12 @@ def explain(
     """Return a table per pruned stack with each layer's removed units, and the reason for its widths.
 
     Args:
-      cfg: the unpruned model. spec: what was asked for. scores: as `make_plan` takes
-        them, of every stack that was pruned, of hybrid both. routing: of the model, for the tokens that lose an expert.
+      cfg: config of the unpruned model.
+      spec: the pruning settings of the plan.
+      scores: scores of every pruned stack (for hybrid pruning, depth and width scores), see `make_plan`.
+      routing: routing of the unpruned model, for the table of tokens that lose an expert.
 
-    Raises UserError if the plan is of another model.
+    Raises UserError if the plan is for another model.
     """
     tables = []
     for name, kept in plan.stacks.items():
@@ -48,7 +50,7 @@ def explain(
 def affected_tokens(plan: PrunePlan, routing: Routing) -> Table | None:
     """Return a table of the calibration tokens that lose an expert, by layer and token type, without a forward pass.
 
-    None if the plan removes no experts, or the routing is of another model.
+    The result is None if the plan removes no experts, or the routing is that of another model.
     """
     before = plan.stacks["text"].sizes_before
     pruned = [x for x in plan.layers if len(x.kept.get("experts", ())) < before[x.index].get("experts", 0)]
@@ -148,7 +150,7 @@ def read_plan(place: str) -> PrunePlan:
 def compare(first: PrunePlan, second: PrunePlan) -> list[Table]:
     """Compare two plans layer by layer: Jaccard overlap of the heads, neurons and layers that they keep.
 
-    Raises UserError if the plans are of different models.
+    Raises UserError if the plans are for different models.
     """
     if first.fingerprint != second.fingerprint:
         raise UserError(

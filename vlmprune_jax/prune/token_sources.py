@@ -38,7 +38,7 @@ HELD_BACK, LEAST_TEXTS = 10, 20  # every tenth text is held back, of at least 20
 class Source:
     """Tokenizer to trim: content of tokenizer.json, its subword model, token digest and prompt template.
 
-    `needed`: token id -> why the model's own files need it.
+    `needed`: {token id: reason why the model's files need this token}.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class Source:
     def of(cls, folder: Path, cfg: ModelConfig) -> Source:
         """Return the tokenizer of a model folder, for trimming.
 
-        Raises UserError if there is none, it cannot be trimmed, or it has ids beyond the model's vocabulary.
+        Raises UserError if there is no tokenizer, it cannot be trimmed, or it has ids beyond the model's vocabulary.
         """
         content = read_tokenizer(folder)
         if content is None:
@@ -74,7 +74,7 @@ class Source:
         return cls(folder, rows, content, tokenizer, subwords, vocabulary_digest(content), template, needed)
 
     def tokens(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the token ids of each text, without special tokens around it."""
+        """Yield the token ids of each text, without special tokens at its ends."""
         return tokens_of(self.tokenizer, texts)
 
     def trimmed(self, vocabulary: KeptVocabulary) -> Any:
@@ -123,7 +123,8 @@ class Sample:
 def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     """Read the texts in `config.sources` and `config.held_out`.
 
-    Raises UserError as `read_texts` does, if no sources are named, or if a listed id is beyond the vocabulary.
+    Raises UserError if a source cannot be read (see `read_texts`), no source is named, or a listed id is beyond the
+    vocabulary.
     """
     from vlmprune_jax.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
 
@@ -150,7 +151,7 @@ def read_sample(source: Source, config: VocabularyConfig) -> Sample:
 def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyConfig) -> KeptVocabulary:
     """Choose the tokens that a model keeps, by the settings in `prune.vocabulary`.
 
-    Raises UserError as `check_size`, `Source.of`, `read_sample` and `choose_tokens` do.
+    Raises UserError if the size is too large or too small, the tokenizer cannot be trimmed, or a source cannot be read.
     """
     check_size(config.size, cfg.text.vocab_size)
     source = Source.of(Path(folder), cfg)
@@ -159,7 +160,7 @@ def choose_vocabulary(folder: str | Path, cfg: ModelConfig, config: VocabularyCo
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the token ids of each text, without special tokens around it."""
+    """Yield the token ids of each text, without special tokens at its ends."""
     for start in range(0, len(texts), _CHUNK):
         part = [*texts[start : start + _CHUNK]]
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)

@@ -52,7 +52,7 @@ class Subwords:
     def of(cls, content: Mapping[str, Any], location: str) -> Subwords:
         """Return the subword model in the content of a tokenizer.json.
 
-        Raises UserError for a kind of tokenizer for which trimming is not exact.
+        Raises UserError for a type of tokenizer for which trimming is not exact.
         """
         model = content["model"]
         kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
@@ -98,7 +98,7 @@ class Subwords:
 
     @functools.cached_property
     def required(self) -> frozenset[int]:
-        """Tokens that any text may need: bytes, the unknown token, and SentencePiece's space."""
+        """Tokens that any text may need: bytes, the unknown token, and SentencePiece's space symbol."""
         texts = {SPACE} if self.byte_fallback or self.kind == "Unigram" else set()
         texts |= byte_symbols() if self.byte_level else set()
         texts |= {f"<0x{byte:02X}>" for byte in range(256)} if self.byte_fallback or self.kind == "Unigram" else set()
@@ -108,7 +108,7 @@ class Subwords:
         return added | frozenset(self.ids[text] for text in texts if text in self.ids)
 
     def derivation(self, text: str) -> Iterator[tuple[str, str]]:
-        """Yield in order the merges by which BPE builds a token from characters."""
+        """Yield, in order, the merges by which BPE builds a token from characters."""
         symbols = [symbol for letter in text for symbol in self._spell(letter)]
         while len(symbols) > 1:
             ranked = ((self.ranks.get(pair), place) for place, pair in enumerate(itertools.pairwise(symbols)))
@@ -141,7 +141,7 @@ class Subwords:
         return frozenset(self.ids[piece] for piece in letters | pieces if piece in self.ids)
 
     def by_rank(self) -> Iterator[int]:
-        """Yield the tokens in the order in which the tokenizer learnt them: by merge rank (BPE) or by id."""
+        """Yield the tokens in the order in which the tokenizer was trained: by merge rank (BPE) or by id."""
         if self.kind not in CLOSED:
             yield from sorted(self.tokens)
             return
@@ -155,7 +155,7 @@ class Subwords:
 
 
 def check_size(size: int | None, rows: int) -> None:
-    """Raise UserError if more tokens are to stay than the model's vocabulary has rows; None is no limit."""
+    """Raise UserError if `size` exceeds the number of rows of the model's vocabulary; None = no limit."""
     if size is not None and size > rows:
         raise UserError(
             f"prune.vocabulary.size={size:,} is more than the model's vocabulary of {rows:,} tokens: set a smaller "
@@ -176,9 +176,9 @@ def choose_tokens(
     Args:
       subwords: the tokenizer's subword model.
       used: ids that the source texts use, with their counts if known.
-      size: number of tokens wanted, rounded up to a multiple; None keeps the closure of `used` and `always` alone.
-      multiple: the number of rows of the embedding is a multiple of it (64; 128 per way of a sharded vocabulary).
-      always: further ids to keep (ids in config files, chat templates, label sets).
+      size: number of tokens to keep, rounded up to a multiple; None keeps only the closure of `used` and `always`.
+      multiple: number of which the embedding's rows are a multiple (64; 128 per shard of a sharded vocabulary).
+      always: additional ids to keep (ids in config files, chat templates, label sets).
 
     Raises UserError for ids beyond the vocabulary, or if `size` is smaller than what must be kept.
     """

@@ -43,11 +43,11 @@ class LayerStream:
     """Residual stream of all calibration batches in one model, at the input of one of its layers.
 
     Args:
-      model: weights may be on devices, on a mesh, on the host or in files.
+      model: the model; its weights may be on devices, on a mesh, on the host or in files.
       stack: "text", "vision" or an encoder.
-      dtype: of streams and layers; None is the model's.
-      copies: number of such streams that are kept at a time. On the devices if a quarter of the free memory holds
-        them, otherwise on the hosts; None: on the devices.
+      dtype: data type of streams and layers; None = the model's.
+      copies: number of such streams that are kept at a time. If a quarter of the free device memory holds them, they
+        stay on the devices, otherwise on the hosts. None: on the devices.
     """
 
     def __init__(
@@ -80,31 +80,31 @@ class LayerStream:
         return len(self.model.cfg.stack(self.stack).layers)
 
     def layer(self, number: int) -> Layer:
-        """Load a layer to the devices."""
+        """Load a layer's weights to the devices."""
         return Layer.of(self.model, self.stack, number, self._dtype)
 
     def at(self, states: Sequence[State]) -> LayerStream:
-        """Return the same batches at another layer, or behind other layers."""
+        """Return the stream of the same batches with other states, for example at another layer."""
         other = copy.copy(self)
         other.states = list(states)
         return other
 
     def given(self, at: int, place: int) -> Given:
-        """Return a layer's inputs besides the residual stream for batch `at`, on the hosts; `place`: see `visit`."""
+        """Return a layer's inputs besides the stream for batch number `at`, on the hosts; `place`: see `visit`."""
         return Given(self.batches[at].context, self.embeds[at].of_layer(place), self.states[at].shared)
 
     def visit(
         self, compute: Callable[..., R], place: int, *targets: Sequence[Any], held_out: bool | None = None
     ) -> Iterator[tuple[CalibrationBatch, R]]:
-        """Yield (batch, `compute(rows, *targets of the batch)`) for every batch, with results where streams are.
+        """Yield (batch, `compute(rows, *targets of the batch)`) for every batch; results are stored like streams.
 
-        All processes call it in step.
+        All processes must call this function together.
 
         Args:
           compute: function of `Rows` and the batch's targets, all on the devices.
-          place: number of the layer that reads the stream, among those that are left.
-          targets: lists of arrays, or of pytrees, for each batch.
-          held_out: only batches that are, or are not, held out.
+          place: number of the layer that reads the stream, among the remaining layers.
+          targets: lists with an array or pytree for each batch.
+          held_out: True for held-out batches only, False for the other batches only; None for all.
         """
         numbers = [at for at, batch in enumerate(self.batches) if held_out in (None, batch.held_out)]
 
@@ -128,7 +128,7 @@ class LayerStream:
 def walk(
     stream: LayerStream, visit: Callable[[Layer, LayerStream], Layer], progress: Callable[[int], None] | None
 ) -> None:
-    """Pass all layers forward: `visit(layer, stream at its input)` returns the layer that the rows pass.
+    """Run through all layers: `visit(layer, stream at its input)` returns the layer that computes the next stream.
 
     `progress` is called with the number of finished layers.
     """

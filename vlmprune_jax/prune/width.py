@@ -42,7 +42,7 @@ Kept = Mapping[str, np.ndarray]  # {scored axis: sorted original indices}
 class Target:
     """Target of width pruning: a number of parameters to remove, a sparsity, or counts of units by axis.
 
-    `asked` is the ratio that the user set and `total` the count it refers to, for messages.
+    `asked`: the ratio that the user set; `total`: the number of parameters to which this ratio refers (for messages).
     """
 
     removal: float | None
@@ -64,8 +64,8 @@ def choose_widths(
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the kept units of every remaining layer, and the solver's result for the plan.
 
-    With a `base`, ratio and sparsity are relative to that wider config, as in the reference's iterative pruning. Raises
-    UserError for ranges or multiples that do not fit, or a target out of reach.
+    With a `base`, ratio and sparsity are relative to this wider config, as in the reference's iterative pruning. Raises
+    UserError for ranges or multiples that the layers cannot satisfy, or a target that pruning cannot reach.
     """
     scores = _scores_for(scores, config.method)
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
@@ -253,7 +253,7 @@ def pruned_layer(kept: Kept, layer: Layer) -> Layer:
 
 
 def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
-    """Return a layer's entry in the prune plan; children of a scored axis stay with their parents."""
+    """Return a layer's entry in the prune plan; children of a scored axis are kept with their parents."""
     units = dict[str, tuple[int, ...]]()
     for axis in layer.axes:
         size, parents = layer.sizes[axis.name], kept.get(axis.parent)

@@ -27,9 +27,9 @@ from vlmprune_jax.prune.criteria.calibration import IMAGE, PADDING, TOKEN_TYPES,
 class Tokens(NamedTuple):
     """Weight and type of each token in a batch (for a vision tower: of each image position).
 
-    `weight`: float32, 0 for padding and excluded token types, else 1 or the weight that the settings give the type.
+    `weight`: float32, 0 for padding and excluded token types, else 1 or the weight of the token's type in the settings.
     `token_type`: int32, one of PADDING, PROMPT, IMAGE, VIDEO and ANSWER (a token with a label; a batch without labels
-    has none).
+    has no answer tokens).
     """
 
     weight: jax.Array
@@ -45,9 +45,10 @@ class Tokens(NamedTuple):
 class Blocks(Protocol):
     """Function that runs a stack's blocks on one batch and returns the result of `hook` for every block.
 
-    `hook(block)` sees `models.context.BlockValues`: `before` and `after` (of the decoder's last block after the final
-    norm), `inputs` by the names asked for ("o_proj", "down_proj" and others of `context.VALUES`; the same in every
-    family and tower), `params` and `scales`. Its results exist for all blocks at once: reduce them over the tokens.
+    `hook(block)` receives `models.context.BlockValues`: the residual stream `before` and `after` the block (after the
+    final norm for the decoder's last block), the requested `inputs` by name ("o_proj", "down_proj" and others of
+    `context.VALUES`; the same names in every family and tower), `params` and `scales`. The results of all blocks are in
+    memory at once, so the hook should reduce them over the tokens.
     """
 
     def __call__(self, hook: Hook, inputs: tuple[str, ...] = ()) -> list[Any]: ...
@@ -67,12 +68,14 @@ def accumulate(
 ) -> tuple[Any, dict[str, Any]]:
     """Run `function(blocks, tokens, **options)` on all batches, and sum its results in float64 on the host.
 
-    With `splits` also the trees over the tokens of each type alone, by name, if there are several types.
+    With `splits`, also return the sums over the tokens of each type alone, by name, if there are several types.
 
     Args:
-      stack: name of the stack; for the tower, batches without images are skipped. Raises UserError if all are.
+      stack: name of the stack; for the tower, batches without images are skipped.
       weight_of: float32[types], weight of a token of each type.
-      journal: keeps the sums of each batch, to continue from.
+      journal: file that keeps the sums of each batch, to continue an interrupted pass.
+
+    Raises UserError for the tower if no batch has images.
     """
     mesh = mesh_of(model.params)
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params
@@ -123,7 +126,7 @@ def _fits(entry: Any, shapes: list[tuple[int, ...]]) -> bool:
 
 
 def batch_inputs(arrays: Arrays, cfg: ModelConfig) -> dict[str, Any]:
-    """Return the arrays of a checked batch that a pass over a stack reads; absent ones are None."""
+    """Return the arrays of a checked batch that a pass over a stack reads; absent arrays are None."""
     names = ("input_ids", "attention_mask", "token_types", "pixel_values", "image_grid_thw", "position_ids")
     return {name: arrays.get(name) for name in names} | cfg.encoder_inputs(arrays)
 
@@ -223,7 +226,7 @@ def _by_position(hooked: Callable[..., Any]) -> Callable[[Hook, tuple[str, ...]]
 
 
 def real_images(token_types: Any, slots: int, tokens_per_image: int) -> Any:
-    """Return bool[batch, images], True where an image is real and not padding."""
+    """Return bool[batch, images], True for images that are not padding."""
     count = -(-(token_types == IMAGE).sum(axis=1) // tokens_per_image)
     return np.arange(slots)[None] < count[:, None]
 

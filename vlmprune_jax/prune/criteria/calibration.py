@@ -26,10 +26,10 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
     """Yield each calibration batch as checked arrays: input_ids, attention_mask, token types, images, labels.
 
     `batches`: mappings, or objects with such a mapping as `.arrays`. `labels`: require labels in every batch.
-    pixel_values come out per row, float32[batch, images, 3, H, W]; as [images, 3, H, W] in order of appearance, as
-    processors emit them, they are assigned to the rows that have their positions. Images of any size come out as
-    `patch_rows` arranges them, a packed row for each row, with image_grid_thw and position_ids. Raises UserError if
-    there is no batch, an array is missing, or shapes, ids, images or labels do not fit the model.
+    pixel_values are returned by row, float32[batch, images, 3, H, W]. Pixels in the form of processors, [images, 3, H,
+    W] in order of appearance, are assigned to the rows with the images' tokens. Images of varying size are returned in
+    the form of `patch_rows`, one packed row for each row, with image_grid_thw and position_ids. Raises UserError if
+    there is no batch, an array is missing, or the model cannot read the shapes, ids, images or labels.
     """
     number = -1
     for number, batch in enumerate(batches):
@@ -45,7 +45,7 @@ def calibration_batches(batches: Iterable[Any], cfg: ModelConfig, *, labels: boo
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]], size: int) -> Arrays:
     """Regroup the rows of batches into arrays of `size` rows, right-padded to the longest row.
 
-    Ids, mask, token types and labels are there even if no row has them; other arrays only if a row has them.
+    The result always has ids, mask, token types and labels; other arrays are there only if a row has them.
     """
     arrays, longest = Arrays(), max(len(row["token_types"]) for row in rows)
     others = dict.fromkeys(name for row in rows for name in row if name not in (*_FILLS, "name"))

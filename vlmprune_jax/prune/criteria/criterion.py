@@ -24,28 +24,29 @@ Parts = Mapping[str, Any]
 class Criterion:
     """Importance criterion that scores layers, or heads and neurons.
 
-    `scores`: which of "layers", "widths" (heads and neurons) and "experts" it scores. `options`: defaults by name; each
-    function is passed those that it has parameters for. An option `variant` shows in the criterion's name; `gqa` and
-    `layers_removed` say what the numbers refer to (see `Scores`).
+    `scores`: what the criterion scores, of "layers", "widths" (heads and neurons) and "experts". `options`: defaults by
+    name; each function receives the options for which it has parameters. The value of an option `variant` is part of
+    the criterion's name; `gqa` and `layers_removed` define the units that are scored (see `Scores`).
 
     The signature of `function` depends on `needs`:
       weights: function(model, **options) -> parts.
       activations: function(blocks, tokens, **options) -> a tree of sums over the tokens of one batch, computed on the
         device (`activations.Blocks`, `activations.Tokens`). Sums of all batches are added in float64, and `finish(sums,
         model, **options)` -> parts.
-      routing: function(routing, **options) -> parts, of what routers chose (`prune.routing.Routing`); with `splits` ->
-        (parts, {token type: parts}).
-      labels: function(model, batches, progress, **options) -> parts, its own pass over checked batches with labels
-        (weight gradients: `gradients.gradient_channels`); with `splits` -> (parts, {token type: parts}), and with
-        `journals` it takes a `cache` (`data.cache.ArrayCache`, or None) to continue from.
-    Parts are fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
+      routing: function(routing, **options) -> parts, from the choices of routers (`prune.routing.Routing`); with
+        `splits` -> (parts, {token type: parts}).
+      labels: function(model, batches, progress, **options) -> parts; the function makes a pass over checked batches
+        with
+        labels (for weight gradients: `gradients.gradient_channels`). With `splits` -> (parts, {token type: parts}).
+        With `journals`, it has a parameter `cache` (`data.cache.ArrayCache`, or None) to continue from. Parts are
+        fields of `Scores`: {"importance": ...}, {"units": {(layer, axis): ...}} or both.
 
-    `stacks`: stacks that it can score, see `config.STACKS` where "vision" includes encoders of your own; a function
-    with a parameter `stack` is passed the name. `counts`: unit of `progress`, finished "batches" or "layers".
+    `stacks`: stacks that the criterion can score, see `config.STACKS` ("vision" includes user-defined encoders); a
+    function with a parameter `stack` receives the name. `counts`: unit of `progress`, finished "batches" or "layers".
     `journals`: the sums of every batch are kept on disk, so that an interrupted pass continues (for sums of few
-    numbers). `splits`: all its sums are weighted by `tokens.weight`, so that they can be restricted to tokens of
-    one type; its scores then come by token type as well (`Scores.by_token_type`). Raises UserError for a
-    description that contradicts itself, or an option that no function has a parameter for.
+    numbers). `splits`: all sums are weighted by `tokens.weight`, so that they can be restricted to tokens of one type;
+    the criterion then also returns scores by token type (`Scores.by_token_type`). Raises UserError for contradictory
+    fields, or an option that is no parameter of a function.
     """
 
     scores: tuple[str, ...]

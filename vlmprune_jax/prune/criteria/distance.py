@@ -22,8 +22,8 @@ from vlmprune_jax.prune.criteria.criterion import Criterion, Parts, declared
 def distances(blocks: Blocks, tokens: Tokens, *, reference_compat: bool) -> tuple[jax.Array, jax.Array]:
     """Return weighted sums over tokens of 1 - cos(layer input, layer output) per layer, and the sum of weights.
 
-    The last layer's output is taken after the final norm. A token whose input or output is zero contributes 0.5.
-    `reference_compat` sums over all positions, padding included.
+    The last layer's output is the state after the final norm. A token whose input or output is zero contributes 0.5.
+    `reference_compat`: sum over all positions, padding included.
     """
     weight = jnp.ones_like(tokens.weight) if reference_compat else tokens.weight
 
@@ -44,8 +44,8 @@ def mean_distance(sums: Any, model: Model, *, reference_compat: bool) -> Parts:
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return 1 - cosine similarity over the last axis in float32; 0.5 if a vector is zero.
 
-    Computed as |a/|a| - b/|b||^2 / 2, which keeps its relative precision for the nearly equal states of deep layers,
-    where 1 - cos cancels.
+    It is computed as |a/|a| - b/|b||^2 / 2, which keeps its relative precision for the nearly equal states of deep
+    layers; 1 - cos would cancel there.
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     norm_a, norm_b = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
@@ -69,7 +69,7 @@ BLOCK_INFLUENCE = Criterion(
 def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tuple[jax.Array, jax.Array]:
     """Return sums over sequences of angles between states `layers_removed` layers apart, and the sequence count.
 
-    States are those of each row's last token with weight; the row has that token's weight. Raises UserError if
+    Each row is represented by its last token with weight, and has the weight of this token. Raises UserError if
     `layers_removed` is not set, or leaves no layer.
     """
     if layers_removed is None:
@@ -97,7 +97,7 @@ def angles(blocks: Blocks, tokens: Tokens, *, layers_removed: int | None) -> tup
 def mean_angle(sums: Any, model: Model, *, reference_compat: bool, stack: str) -> Parts:
     """Return the mean angular distance of each block of consecutive layers, by the block's first layer.
 
-    Starts whose layers would reach past the last layer are +inf (never removed).
+    First layers whose block would extend beyond the last layer have the value +inf (never removed).
     """
     total, rows = sums
     importance = np.full(len(model.cfg.stack(stack).layers), np.inf)

@@ -65,23 +65,24 @@ def gradient_channels(
 ) -> tuple[list[Found], dict[str, list[Found]]]:
     """Return {path: channel scores} of the weights that are pruned together, for each layer, from gradients.
 
-    `gradient`: of the mean cross-entropy over all labels of all batches, however the rows are cut; `squared`: with
-    `squares` the mean over the samples of the squared gradients of their own mean losses, else None; all float32 in the
-    weight's shape. `axis` is the axis that is not pruned: `channels` reduces over it, on the device, to any tree.
+    `gradient`: gradient of the mean cross-entropy over all labels of all batches, independent of `rows_per_step`.
+    `squared`: with `squares`, the mean over samples of the squared gradient of the sample's own mean loss, else None.
+    All are float32 in the weight's shape. `axis` is the axis that is not pruned: `channels` reduces over this axis, on
+    the device, and may return any tree.
 
     The gradient of a projection's weight is a sum over tokens of (gradient at the output) x (input). `weight_of`
-    weights the terms by token type. With `by_token_type` the result also has `channels` of each type's share, by name;
-    the shares add up to the gradient.
+    weights the terms by token type. With `by_token_type`, the result also has `channels` of each token type's share of
+    the gradient, by name; the shares add up to the gradient.
 
     Args:
-      batches: with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
-      channels: a module-level function; its identity decides what is compiled again.
-      rows_per_step: rows differentiated at once, default the first batch's; with `squares` it is 1.
-      memory_budget: bytes on a device for products that are kept for the backward pass, default half of what is free;
-        products that do not fit are computed twice. The result is the same to the bit.
+      batches: batches with labels (-100 ignored, not shifted). Rows of different length are padded on the right.
+      channels: a module-level function; another function object is compiled again.
+      rows_per_step: number of rows differentiated at once, by default that of the first batch; 1 with `squares`.
+      memory_budget: bytes on a device for products that are kept for the backward pass, by default half of the free
+        memory; products beyond this limit are computed twice. The result is the same to the bit.
       weight_of: float32[4], weight of a token of each type.
       progress: called with the number of finished layers.
-      cache: saves an eighth of the layers at a time, and on `Stopped`, for an interrupted pass to continue from.
+      cache: saves results after each eighth of the layers, and on `Stopped`, so that an interrupted pass continues.
 
     Raises UserError if no batch has a label.
     """

@@ -49,14 +49,15 @@ def greedy_loss(
     """Return the order in which greedy search removes layers by smallest increase of cross-entropy, float64[n_layers].
 
     Args:
-      batches: with labels (-100 ignored, not shifted).
+      batches: batches with labels (-100 ignored, not shifted).
       progress: called after each trial with the number of removed layers.
-      solved: close every cut by least squares before it is judged.
-      candidates: number of layers tried in each round but the first, those with the lowest cost at their last trial.
-      search: number of layers to search for, default half; the others follow by their last cost.
-      cache: keeps the loss of every trial, for an interrupted search to continue from.
+      solved: repair the model by least squares after each trial removal, before its loss is computed.
+      candidates: number of layers tried in each step after the first: the layers with the lowest cost at their last
+        trial.
+      search: number of layers to search for, by default half; the other layers follow in the order of their last cost.
+      cache: keeps the loss of every trial, so that an interrupted search continues.
 
-    Raises UserError for options out of range, too few rows to solve for, or a loss that is not finite.
+    Raises UserError for options out of range, too few rows for least squares, or a loss that is not finite.
     """
     n_layers = len(model.cfg.text.layers)
     most = n_layers - max(1, model.cfg.deepstack)  # features of the tower go to so many layers

@@ -27,10 +27,10 @@ Channels = dict[str, np.ndarray]  # of one layer: tensor -> float[heads, head] o
 
 
 def coupled(cfg: ModelConfig, stack: str = "text") -> dict[str, dict[str, int]]:
-    """Return {axis: {path of a weight that is pruned along with the axis' units: the axis that scores sum over}}.
+    """Return {axis: {path of a weight that is pruned along with the axis' units: the axis over which scores sum}}.
 
-    Axes with children come with their children's weights (a key/value head with its query heads'). The axis summed over
-    is that of the layer's own array which is not pruned.
+    An axis with child axes includes its children's weights (a key/value head includes its query heads' weights). The
+    axis of the sum is the axis of the layer's array that is not pruned.
     """
     groups: dict[str, dict[str, int]] = {}
     axes = {axis.name: axis for layer in cfg.stack(stack).layers for axis in layer.axes}
@@ -46,7 +46,7 @@ def coupled(cfg: ModelConfig, stack: str = "text") -> dict[str, dict[str, int]]:
 
 
 def summed_axes(cfg: ModelConfig, stack: str = "text") -> dict[str, int]:
-    """Return {path of every weight that is pruned along with an axis: the axis that scores sum over}."""
+    """Return {path of every weight that is pruned along with an axis: the axis over which scores sum}."""
     return {name: axis for group in coupled(cfg, stack).values() for name, axis in group.items()}
 
 
@@ -59,8 +59,8 @@ def _rank(path: str) -> int:
 def scored_axes(layer: Layer, gqa: str) -> tuple[Axis, ...]:
     """Return the axes of a layer whose units are scored.
 
-    Of an axis and its children one: the axis, whose units take their children along, or for query heads with
-    gqa="q_heads" the children. Of experts and their neurons both: the pruning method chooses.
+    Of an axis and its child axis, only one is scored: the axis, whose units include their children, or with
+    gqa="q_heads" the query heads. Of experts and their neurons, both are scored, and the pruning method chooses.
     """
     one_of("gqa", gqa, GQA)
     children = {axis.parent: axis for axis in layer.axes if axis.parent and axis.channels}
@@ -75,10 +75,11 @@ def reduce_groups(
     """Return {"units": {(layer, axis): scores}}, combined over the weights that are pruned together.
 
     Args:
-      channels: per layer, path of every coupled weight -> float[heads, head] or float[neurons].
-      reduction: over the tensors of a group, channel by channel; a head is then the sum over its channels.
+      channels: for each layer, path of every coupled weight -> float[heads, head] or float[neurons].
+      reduction: how the tensors of a group are combined, channel by channel; a head's score is the sum over its
+        channels.
       gqa: "groups" scores a key/value head with all its query heads (their q and o channels are added up first);
-        "q_heads" scores every query head by its q and o alone, since k and v stay.
+        "q_heads" scores every query head by q_proj and o_proj alone, because k_proj and v_proj are not pruned.
     """
     reduce = REDUCTIONS[one_of("reduction", reduction, tuple(REDUCTIONS))]
     groups, units = coupled(cfg, stack), {}

@@ -33,16 +33,16 @@ def run_with_products(
     cfg: Stack,
     shares: bool,
 ) -> tuple[tuple[jax.Array, Shared], Products]:
-    """Run one layer; return ((stream after it, keys and values that it shares), its products).
+    """Run one layer; return ((residual stream after it, shared keys and values), outputs of its projections).
 
-    With the `products` of an earlier run XLA drops what computes them. So a backward pass is one program, the same to
-    the bit, whether products were kept or are computed again.
+    If `products`, the projection outputs of an earlier run, are passed, XLA drops the code that would compute them. The
+    backward pass is therefore one program, the same to the bit, whether products were kept or are computed again.
 
     Args:
-      probes: {path of a weight: zeros of shape [ways, *shape]}; the gradient with respect to a probe is that of the
-        weight, once per way. The weights themselves are constants.
-      counts: float32[ways, rows, seq], weights of the tokens in these gradients; None is 1, in one way.
-      shares: later layers use the keys and values of this one.
+      probes: {path of a weight: zeros of shape [ways, *shape]}; the gradient with respect to a probe is the gradient of
+        the weight, for each way of weighting tokens. The weights themselves are constants.
+      counts: float32[ways, rows, seq], weights of the tokens in these gradients; None = one way with all weights 1.
+      shares: True if later layers use this layer's keys and values.
     """
     made = Products()
 

@@ -18,7 +18,7 @@ FEW_TOKENS = ("protect", "refuse")
 
 
 def expert_criterion(score_of: Callable[[Sums], np.ndarray]) -> Criterion:
-    """Return a criterion whose scores of a layer's experts are a function of their sums."""
+    """Return a criterion that computes a layer's expert scores by `score_of` from the experts' sums over tokens."""
 
     def scores_of(sums: np.ndarray) -> np.ndarray:
         """Return the scores of the experts that compute a token, and 0 for the others."""

@@ -39,18 +39,19 @@ def taylor(
 ) -> tuple[Parts, dict[str, Parts]]:
     """Return Taylor importance of heads and neurons, from gradients of the mean cross-entropy.
 
-    With W a weight, g its gradient and A = sum_j g_j^2 / N over the N samples' own mean losses, the channel score sums
-    over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second sum |W A W|, param_mix
-    sum |W g - W A W / 2|.
+    With W a weight, g its gradient and A = sum_j g_j^2 / N, where g_j is the gradient of sample j's own mean loss, the
+    channel score is a sum over the axis that is not pruned: vectorize |sum W g|, param_first sum |W g|, param_second
+    sum |W A W|, param_mix sum |W g - W A W / 2|.
 
     Args:
-      batches, progress, memory_budget, cache: see `gradient_channels`; for a tower `tower_channels`.
-      rows_per_step: rows differentiated at once, default the first batch's; second order takes one row at a time.
-      by_token_type: also return the scores by token type (its share of the gradients); one more product per type and
-        weight.
-      image_weight, prompt_weight, answer_weight: weights of these shares in the gradient.
+      batches, progress, memory_budget, cache: see `gradient_channels`; for a tower, see `tower_channels`.
+      rows_per_step: number of rows differentiated at once, by default that of the first batch; second order takes one
+        row at a time.
+      by_token_type: also return scores by token type, from each type's share of the gradients; this costs one more
+        product per type and weight.
+      image_weight, prompt_weight, answer_weight: weights of the token types' shares in the gradient.
 
-    Raises UserError: no label at all, or rows_per_step with second order.
+    Raises UserError if there is no label, or for rows_per_step with second order.
     """
     squares = VARIANTS[one_of("taylor variant", variant, tuple(VARIANTS))]
     if squares and rows_per_step not in (None, 1):

@@ -46,10 +46,10 @@ def tower_channels(
 ) -> list[dict[str, Any]]:
     """Return gradient scores of the layers of a tower, in the form of `gradients.gradient_channels`.
 
-    Batches without images are skipped, with their labels. All layers finish together at the end: `progress` is called
-    with 0 after every step before.
+    Batches without images are skipped, and their labels do not contribute to the loss. All layers finish together after
+    the last step; after each step before, `progress` is called with 0.
 
-    Raises UserError if no batch has an image, or none with an image has a label.
+    Raises UserError if no batch has an image, or no batch with an image has a label.
     """
     mesh, cfg = mesh_of(model.params), model.cfg
     params = jax.tree.map(jnp.asarray, model.params) if mesh is None else model.params

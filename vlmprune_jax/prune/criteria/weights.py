@@ -29,8 +29,8 @@ def magnitude(model: Model, *, power: int, reduction: str, gqa: str, stack: str)
 def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Channels]:
     """Return sums of |W|^power over outputs, for the input channels of o_proj and down_proj of every layer.
 
-    The weights are taken as they write to the residual stream, times the gains of their outputs (`Block.gain`). Use the
-    sums to weigh what a hook sees of the inputs of these projections.
+    The weights are multiplied by the gains of their outputs (`Block.gain`), as in the sum to the residual stream. The
+    sums can weight the inputs of these projections that a hook receives.
     """
     blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, list[dict[str, str]]()
     for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
