@@ -38,13 +38,13 @@ class _Meta(TypedDict):
 
 
 class Checkpointer:
-    """Training checkpoints in one folder, written in the background; only the newest `keep` remain.
+    """Training checkpoints in one folder, written in the background; only the newest `keep` checkpoints remain.
 
     A complete checkpoint is renamed into place, so a process that is killed while saving leaves the previous
-    checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes are not part
-    of it: arrays are restored onto the current mesh.
+    checkpoint. `identity` holds everything that must be equal for a run to resume. Devices and processes may differ:
+    arrays are restored onto the current mesh.
 
-    As a context manager it waits for the save in progress at the end.
+    As a context manager, the object waits at the end for the save in progress.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
@@ -103,8 +103,8 @@ class Checkpointer:
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
         """Return the newest complete checkpoint and this process's data position; None if there is none.
 
-        `like` is a state of step 0 with the shapes, dtypes and shardings. Raises UserError if the checkpoint belongs to
-        another run (with the fields that differ) or is damaged.
+        `like` is the state at step 0, with the shapes, dtypes and shardings to restore. Raises UserError if the
+        checkpoint is damaged or belongs to another run; the message lists the fields that differ.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -208,7 +208,7 @@ def _digest(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def weights_digest(params: Any) -> str:
-    """Return a text that changes whenever any weight changes, computed on the devices."""
+    """Return a fingerprint that changes whenever any weight changes, computed on the devices."""
     sums = np.asarray(jax.device_get(_digest(jax.tree.leaves(params))), np.uint64)
     mixed = np.uint64(1469598103934665603)
     for value in sums:

@@ -50,10 +50,10 @@ class _Weights(dict[str, float]):
 class LossConfig:
     """Weights of the training loss terms, and options for computing them.
 
-    `reference_compat` computes the losses as the paper's trainers do. Distillation losses
-    include padding positions in that mode, and KL losses are divided by the batch size only. `l2_layers` index the
-    hidden states of teacher and student separately in that mode. `teacher_inputs="student"` then reproduces LLaVA's and
-    Bunny's trainers, which pad with zero embeddings; "own" reproduces InternVL's, which pads with token ids.
+    With `reference_compat`, losses are computed as in the paper's trainers: distillation losses include padding
+    positions, KL losses are divided by the batch size only, and `l2_layers` index the hidden states of teacher and
+    student separately. `teacher_inputs="student"` then reproduces LLaVA's and Bunny's trainers, which pad with zero
+    embeddings; "own" reproduces InternVL's trainer, which pads with token ids.
     """
 
     ce: float = recover_setting(
@@ -136,7 +136,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RecoverConfig:
-    """Settings of recovery, the training after pruning (recipe "llava" has the paper's settings)."""
+    """Settings of recovery, the training after pruning (the recipe "llava" has the paper's settings)."""
 
     method: str = setting(
         "train",
@@ -265,7 +265,7 @@ class RecoverConfig:
         return self.lora if any("lora_" in pattern and value is not False for pattern, value in rules) else None
 
     def fit_records(self, n_records: int, devices: int) -> RecoverConfig:
-        """Return the settings with a batch size no larger than this number of records, unless `steps` is set.
+        """Return the settings with a batch size of at most `n_records`, unless `steps` is set.
 
         `devices`: number of devices that share the rows of a micro-batch. Raises UserError if the records do not fill a
         batch of one row per micro-batch and device.

@@ -33,7 +33,7 @@ TOWER = "vision"
 
 
 def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
-    """Raise UserError if features are cached for a text model, or while training changes the vision tower."""
+    """Raise UserError if features are cached for a model without images, or while training changes the vision tower."""
     if cfg.vision is None:
         raise UserError("data.feature_cache: this model has no vision tower: unset feature_cache")
     trained = assign_groups(list(param_shapes(cfg)), config.trainable)
@@ -49,7 +49,7 @@ def feature_identity(
 ) -> dict[str, Any]:
     """Return everything except the image on which cached vision features depend.
 
-    That is the tower and its weights (a digest and their dtype), the selected states, the image preprocessing, and the
+    These are the tower's config, its weights (digest and dtype), the selected states, the image preprocessing, and the
     dtype of the computation.
     """
     assert cfg.vision is not None
@@ -79,19 +79,19 @@ def compute_features(
 ) -> None:
     """Compute the vision features of images and add them to the cache.
 
-    Every process calls it with the same pictures and computes its share. All processes run one program together, or
-    for images of any size one program per padded size, largest first; each is compiled once. Finished features are
-    published even if `progress` stops the pass.
+    Every process must call this function with the same pictures, and computes its share. All processes run one program
+    together; for images of varying size, one program per padded size, largest first. Each program is compiled once.
+    Finished features are published even if `progress` stops the pass.
 
     Args:
       tower: parameters below "vision", on the mesh.
       cfg: config of the model.
-      loader: reads and preprocesses pictures; owns the cache.
-      pictures: pictures by key.
+      loader: loader that reads and preprocesses pictures, and owns the cache.
+      pictures: pictures by their cache key.
       batch_size: number of tiles per batch, over all devices.
       on_error: "stop" at a picture that cannot be read, or "skip" it (it then has no tiles in the cache).
       threads: number of threads that read images.
-      mesh: where the tower is computed.
+      mesh: device mesh on which the tower is computed.
       progress: called with the number of finished pictures.
 
     Raises UserError if an image cannot be read, the disk is full, or the processes see different folders.
@@ -134,7 +134,7 @@ class _Queue:
         self._tiles, self._waiting = deque[_Tile](), deque[tuple[str, int]]()  # (key, number of tiles) of each picture
 
     def advance(self, rows: int) -> tuple[int, int]:
-        """Cache finished images and read more; return (images in progress, tokens of the largest next tile)."""
+        """Cache finished images and read more images; return (images in progress, tokens of the largest next tile)."""
         loader, waiting = self._loader, self._waiting
         while waiting and waiting[0][1] <= len(self.finished):
             key, count = waiting.popleft()

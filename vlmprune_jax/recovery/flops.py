@@ -19,8 +19,8 @@ from vlmprune_jax.recovery.objective import compares_logits, needs_logits, needs
 class StepFlops:
     """FLOPs of one optimizer step by model part, summed over all devices (a multiply-add counts as two).
 
-    `student`, `teacher`: matrix products of decoder and head. `attention`: scores and weighted sums in both decoders.
-    `vision`: towers and projectors.
+    `student`, `teacher`: matrix products of decoder and output head. `attention`: scores and weighted sums in both
+    decoders. `vision`: towers and projectors.
     """
 
     student: int
@@ -48,22 +48,22 @@ def step_flops(
 ) -> StepFlops:
     """Return the model FLOPs of a training step: 6 N_student + 2 N_teacher per token, plus attention and vision.
 
-    Counted as in PaLM (arXiv 2204.02311, B): recomputation in the backward pass is excluded and padding is included, so
-    that MFU describes the program and the metric `padding` describes the data. Logits are included only at positions
-    that a loss uses. N counts the weights of matrix products, including the head but not lookup tables. Of the 6 N, 2 N
-    are the forward pass, 2 N the gradients of activations (always computed in the decoder), and 2 N the gradients of
-    trained weights: a frozen weight above an adapter costs 4 N. Attention includes the keys that a query may see
-    (causal, within its window), three times where gradients pass.
+    FLOPs are counted as in PaLM (arXiv 2204.02311, B): recomputation in the backward pass is excluded and padding is
+    included, so that MFU describes the program and the metric `padding` describes the data. Logits are included only at
+    positions that a loss uses. N counts the weights of matrix products, including the output head but not lookup
+    tables. Of the 6 N, 2 N are the forward pass, 2 N the gradients of activations (always computed in the decoder), and
+    2 N the gradients of trained weights: a frozen weight above an adapter costs 4 N. Attention counts only keys that a
+    query attends to (causal, within its window), three times if gradients pass.
 
     Args:
       cfg: the student, with its adapters.
       teacher_cfg: the teacher; None if no loss needs one.
       loss: loss terms.
       trained: paths of the trained parameters.
-      rows, length: size of the global batch of one optimizer step, all micro-batches.
-      images: number of image or tile slots in that batch.
-      image_tokens: tokens per slot, for images of any size.
-      looked_at: number of positions whose logits are needed; None: all.
+      rows, length: rows and sequence length of the global batch of one optimizer step (all micro-batches).
+      images: number of images or tiles in this batch, padding included.
+      image_tokens: tokens per image, for images of varying size.
+      looked_at: number of positions whose logits are needed; None = all.
     """
     tokens = rows * length
     looked_at = tokens if looked_at is None else looked_at
@@ -87,8 +87,8 @@ def batch_flops(
 ) -> Callable[[Mapping[str, Any]], int]:
     """Return a function that computes the FLOPs of a training step from a process's batch arrays.
 
-    The rows of other processes are assumed to have as many image tokens and, if losses use only labelled positions, as
-    many labels. Padding behind the images of packed rows is not counted.
+    The rows of other processes are assumed to have equally many image tokens and, if losses use only labelled
+    positions, equally many labels. Padding after the images of packed rows is not counted.
     """
 
     @functools.cache
@@ -119,7 +119,7 @@ def batch_flops(
 
 
 def room_of(cfg: ModelConfig, arrays: Mapping[str, Any]) -> int:
-    """Return the image tokens of a packed row in a batch with images of any size, from its pixels or features."""
+    """Return the image tokens of a packed row, padding included, from the pixels or features of a batch."""
     assert cfg.projector is not None
     if "vision_features" in arrays:
         return int(arrays["vision_features"].shape[1])

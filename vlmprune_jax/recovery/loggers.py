@@ -46,8 +46,8 @@ class TensorBoard:
 class Tracker:
     """Logger to a wandb or trackio run (both have the same functions).
 
-    Project, mode and folder are the package's own environment variables (WANDB_PROJECT, WANDB_MODE=offline,
-    TRACKIO_DIR). A resumed training goes on in the run of its folder.
+    Environment variables of these packages set project, mode and folder (WANDB_PROJECT, WANDB_MODE=offline,
+    TRACKIO_DIR). A resumed training continues the run that its folder names.
     """
 
     def __init__(self, package: str, folder: Path):

@@ -48,22 +48,22 @@ def recover(
     """Train `model` on `batches`; return the trained model and a summary of the run.
 
     Args:
-      model: the pruned model, or a new one (`init_params`) to pretrain; its arrays are not modified.
-      batches: this process's rows as `Batch`es, endless or at least `num_steps` of them. With `workdir` the iterator
-        needs `get_state()` and `set_state()` (grain has them). If `batches` has a method `kinds`
+      model: the pruned model, or a new model (`init_params`) to pretrain; its arrays are not modified.
+      batches: this process's rows as `Batch`es, endless or at least `num_steps` batches. With `workdir`, the iterator
+        needs `get_state()` and `set_state()` (grain's iterators have them). If `batches` has a method `kinds`
         (`TrainBatches.kinds`), all programs are compiled before the first step.
       config: trainable parameters, losses and optimizer.
       teacher: the unpruned model, for distillation.
       plan: the prune plan that turned `teacher` into `model` (its `kept_layers` align hidden states).
-      workdir: folder for checkpoints, metrics.jsonl and loggers; a stopped run continues from it, bitwise equal on
-        the same devices and processes, within rounding on others.
+      workdir: folder for checkpoints, metrics.jsonl and loggers. A stopped run continues from this folder; results are
+        bitwise equal on the same devices and processes, and equal within rounding on others.
       mesh: devices to train on (default: those of the model's arrays).
       progress: show a progress bar.
       num_steps: optimizer steps (default: `config.steps`).
 
     Raises:
-      UserError: settings do not fit the model, mesh or checkpoint; a loss or gradient is not finite (names the
-        records); the data ends early; a checkpoint cannot be written.
+      UserError: settings contradict the model, mesh or checkpoint; a loss or gradient is not finite (the message names
+        the records); the data ends early; a checkpoint cannot be written.
       Stopped: on SIGTERM or SIGINT, after saving the state.
     """
     total = num_steps or config.steps

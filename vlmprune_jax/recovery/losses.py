@@ -44,7 +44,7 @@ from vlmprune_jax.recovery.terms import LossTerm
 
 
 class LossTerms(UserDict[str, LossTerm]):
-    """Mapping of loss terms; `vp.losses["mine"] = vp.LossTerm(...)` registers one; calling it evaluates all terms."""
+    """Mapping of loss terms; `vp.losses["mine"] = vp.LossTerm(...)` adds a term; calling it evaluates all terms."""
 
     def __setitem__(self, name: str, term: LossTerm) -> None:
         if not isinstance(term, LossTerm) or not name.isidentifier():
@@ -69,7 +69,8 @@ class LossTerms(UserDict[str, LossTerm]):
           config: weights of the terms; a `RecoverConfig` also sets the precision (default: the model's own).
           teacher, plan: see `recover`.
 
-        Raises UserError if terms, teacher or batch do not fit.
+        Raises UserError for terms that need a missing teacher or label, or a teacher or batch that does not match the
+        model.
         """
         loss, dtype = (config.losses, config.compute_dtype) if isinstance(config, RecoverConfig) else (config, None)
         theirs = None if teacher is None else teacher.cfg
@@ -106,7 +107,7 @@ losses.data = TERMS
 def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Return the denominator of each loss term, float32[], from labels and mask int[..., batch, seq].
 
-    Because the totals are known first, gradients of micro-batches can simply be added.
+    The denominators cover all micro-batches, so that gradients of the micro-batches can be added without rescaling.
     """
     n_labels = jnp.sum(labels[..., 1:] != IGNORED, dtype=jnp.float32)
     n_valid = jnp.float32(mask.size) if loss.reference_compat else jnp.sum(mask, dtype=jnp.float32)
@@ -124,7 +125,7 @@ def term_weights(loss: LossConfig, cfg: ModelConfig, labels: jax.Array, mask: ja
 
 @dataclass(frozen=True)
 class Teacher:
-    """Config of the distillation teacher, and the indices of the hidden states that are compared."""
+    """Config of the distillation teacher, and pairs of indices of the hidden states that are compared."""
 
     cfg: ModelConfig
     student_layers: tuple[int, ...]
@@ -232,9 +233,9 @@ def vocabulary_sums(
 
     Position t is compared with label t + 1 and, with a teacher head, with the teacher's logits at t.
 
-    `hidden`: final-norm states [batch, seq, embed]. `top`: the teacher's likeliest tokens instead of a teacher, ids
-    int[batch, seq, k] and logprobs [batch, seq, k + 1]. Logits are computed for one chunk of the needed positions at a
-    time, and again for the gradient: the largest array has the shape [batch, chunk, vocab].
+    `hidden`: states after the final norm, [batch, seq, embed]. `top`: the teacher's likeliest tokens, used instead of a
+    teacher: ids int[batch, seq, k] and logprobs [batch, seq, k + 1]. Logits are computed for one chunk of the needed
+    positions at a time, and again for the gradient, so that the largest array has the shape [batch, chunk, vocab].
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     weigh = jnp.ones_like(mask) if loss.reference_compat else mask

@@ -41,9 +41,9 @@ class _Skipped(_Step):
 class Recorder:
     """Writer of training metrics: files and progress bar on process 0.
 
-    `devices`: devices of the run; `mfu` is recorded if their peak is known. `loggers`: names in `LOGGERS`. `saved`: the
-    last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Each process lists its
-    skipped records in a file of its own, skipped-N.jsonl.
+    `devices`: devices of the run; `mfu` is recorded if their peak FLOP/s are known. `loggers`: names in `LOGGERS`.
+    `saved`: the last checkpointed step, for messages. A resumed run drops the lines of steps that it repeats. Process N
+    lists its skipped records in the file skipped-N.jsonl.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Context whose duration is added to `compile_seconds` and not to step time."""
+        """Context whose duration is added to `compile_seconds` instead of step time."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -120,7 +120,7 @@ class Recorder:
     ) -> None:
         """Record a finished training step: metrics, skipped records (id, reason), and FLOPs over all devices.
 
-        Raises UserError if the loss or gradient norm is not finite, with the step and records.
+        Raises UserError, with the step and records, if the loss or gradient norm is not finite.
         """
         values = {name: float(value) for name, value in metrics.items()}
         self._list_skipped(step, skipped)
@@ -217,7 +217,7 @@ def _bar() -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file as rows {name: number}, ignoring a last line that a crash cut off.
+    """Read a metrics file as rows {name: number}, ignoring a last line that a crash truncated.
 
     Raises UserError if the file is damaged.
     """

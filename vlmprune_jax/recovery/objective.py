@@ -14,7 +14,7 @@ TERMS: dict[str, LossTerm] = dict(BUILT_IN)  # users add theirs, see `losses`
 
 
 def reported_terms(loss: LossConfig) -> dict[str, LossTerm]:
-    """Return the loss terms to compute: those with a weight, and those that are always reported."""
+    """Return the loss terms to compute: terms with a positive weight, and terms that are always reported."""
     weights = loss.weights()
     return {name: term for name, term in TERMS.items() if weights.get(name) or term.reported}
 
@@ -56,7 +56,7 @@ def on_hidden(loss: LossConfig) -> dict[str, LossTerm]:
 
 
 def check_losses(loss: LossConfig) -> None:
-    """Raise UserError for unknown loss terms, or terms that these settings make impossible."""
+    """Raise UserError for unknown loss terms, or terms that other settings rule out."""
     for name in loss.weights():
         if name not in TERMS:
             raise UserError(f"recover.losses.extra has no term {name!r}{suggest(name, TERMS)}")
@@ -103,8 +103,8 @@ def layer_pairs(
     """Return pairs of hidden-state indices (student, teacher) that the hidden-state losses compare.
 
     The state of a depth-pruned student after its i-th layer is compared with the teacher's state after the original
-    layer `kept[i - 1]`, embeddings with embeddings, and the final-norm state with the final-norm state. Raises
-    UserError if an index is outside the student, or layer counts differ without a plan to align them.
+    layer `kept[i - 1]`. Embeddings are compared with embeddings, and states after the final norm with each other.
+    Raises UserError if an index is outside the student, or layer counts differ without a plan that aligns them.
     """
     n_student, n_teacher = len(student.text.layers), len(teacher.text.layers)
     if kept is not None and (len(kept) != n_student or max(kept) >= n_teacher):
@@ -126,7 +126,7 @@ def layer_pairs(
 
 
 def check_teacher(loss: LossConfig, student: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Raise UserError if the teacher is missing or does not fit the student."""
+    """Raise UserError if the teacher is missing, or its widths, vocabulary or image tokens are not the student's."""
     if loss.teacher_top_k > student.text.vocab_size:
         raise UserError(
             f"losses: teacher_top_k={loss.teacher_top_k} must be at most the vocabulary size, {student.text.vocab_size}"

@@ -45,8 +45,8 @@ class _Adapter(NamedTuple):
 def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Collection[str]) -> None:
     """Write trained LoRA adapters in peft's format, with a model card on how to load them.
 
-    The config names the base by its path relative to `out_dir`, so that a folder which holds both can be moved. In a
-    multi-process run every process must call it; process 0 writes.
+    The config has the base model's path relative to `out_dir`, so that a folder with both can be moved. In a
+    multi-process run, every process must call this function; process 0 writes.
 
     Args:
       model: the model with its adapters, not merged.
@@ -87,7 +87,7 @@ def write_adapter(model: Model, out_dir: Path, *, base_dir: Path, trained: Colle
 
 
 def check_adapters(cfg: ModelConfig, targets: Collection[str]) -> None:
-    """Raise UserError if LoRA adapters on these projections (() = all) are on experts, which no engine reads."""
+    """Raise UserError if these projections (() = all) include experts, whose LoRA adapters no engine can load."""
     on_experts = [path for path in layer_axes(cfg) if path.startswith("mlp/experts/")]
     names = {path.split("/")[-2] for path in on_experts} & {*(targets or projection_names(cfg))}
     if names:

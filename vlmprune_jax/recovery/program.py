@@ -44,9 +44,10 @@ from vlmprune_jax.recovery.trainable import add_lora, assign_groups, with_lora
 
 
 class Program(NamedTuple):
-    """Compiled training step of a run; independent of weight values.
+    """Training step of a run, which does not depend on weight values.
 
-    `cfg` includes adapters and rounding; `groups` maps trained paths to optimizer groups; `shardings` are the state's.
+    `cfg`: config of the student, with LoRA adapters and simulated integer rounding. `groups`: optimizer group of each
+    trained parameter, by path. `shardings`: shardings of the training state.
     """
 
     cfg: ModelConfig
@@ -68,7 +69,7 @@ def make_program(
 ) -> Program:
     """Check all settings that need no weights, then build the training step.
 
-    Raises UserError if settings do not fit the model, the teacher or the mesh.
+    Raises UserError if settings contradict the model, the teacher or the mesh.
     """
     check_losses(config.losses)
     check_teacher(config.losses, cfg, teacher_cfg)
@@ -170,8 +171,8 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
 class Programs:
     """Compiled programs of one jitted function, one per batch shape.
 
-    Compiling ahead avoids pauses of minutes on a pod in the middle of a run, and shows at the start if a program does
-    not fit in memory.
+    Compiling ahead avoids pauses of minutes in the middle of a run on a pod, and shows at the start if a program needs
+    too much memory.
     """
 
     def __init__(self, function: Any):

@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 def make_schedule(config: RecoverConfig, num_steps: int) -> optax.Schedule:
     """Return the learning-rate schedule: linear warm-up over ceil(warmup_ratio * num_steps) steps, then decay.
 
-    Equal to `get_*_schedule_with_warmup` of transformers, except that one step at the full rate always remains.
+    The schedule equals `get_*_schedule_with_warmup` of transformers, except that at least one step has the full rate.
     """
     warmup = min(math.ceil(config.warmup_ratio * num_steps), num_steps - 1)
     rest, peak = max(num_steps - warmup, 1), config.learning_rate
@@ -66,9 +66,9 @@ def learning_rates(config: RecoverConfig, groups: Mapping[str, str], num_steps: 
 
 
 def make_optimizer(config: RecoverConfig, groups: Mapping[str, str], num_steps: int) -> optax.GradientTransformation:
-    """Return AdamW for flat parameters, with weight decay on matrices only, and the projector's own learning rate.
+    """Return AdamW for flat parameters, with weight decay on matrices only, and a separate rate for the projector.
 
-    `groups`: path -> "main" or "projector" (see `trainable.assign_groups`).
+    `groups`: {path: "main" or "projector"} (see `trainable.assign_groups`).
     """
     ratio = (config.projector_learning_rate or config.learning_rate) / config.learning_rate
     scale = {path: ratio if group == PROJECTOR else 1.0 for path, group in groups.items()}
@@ -107,7 +107,7 @@ def _initial(trainable: Flat, optimizer: optax.GradientTransformation, seed: int
 def state_shardings(
     trainable: Flat, optimizer: optax.GradientTransformation, cfg: ModelConfig, mesh: Mesh | None
 ) -> TrainState | None:
-    """Return the sharding of every array in the training state; Adam moments are sharded as their parameters."""
+    """Return the sharding of every array in the training state; Adam moments are sharded like their parameters."""
     if mesh is None:
         return None
     axes = param_axes(cfg)
@@ -267,7 +267,8 @@ def local_rows(array: jax.Array) -> np.ndarray:
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
     """Context for running a training step, in which activations are sharded over `mesh`.
 
-    In bfloat16, the backward pass of attention in jax.nn mixes bfloat16 and float32, which strict promotion refuses.
+    Implicit dtype promotion is allowed in bfloat16, because the backward pass of jax.nn's attention mixes bfloat16 and
+    float32.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))

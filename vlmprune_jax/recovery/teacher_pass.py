@@ -29,8 +29,8 @@ _SPREAD = 256  # records whose sizes tell that of a pass
 def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:
     """Return the record numbers in all batches of `size` that are not cached completely, without duplicates.
 
-    Rows of like length share a batch if lengths are known, the longest first: what does not fit in memory is met at
-    once.
+    If lengths are known, rows of similar length share a batch, and the longest come first, so that a lack of memory
+    shows at once.
     """
     records, sizes = training.records, training.sizes
     order = range(len(records)) if sizes is None else np.argsort(-sizes[:, 0], kind="stable").tolist()
@@ -52,9 +52,10 @@ def teacher_top_k(
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
     """Yield each batch with the teacher's top-k token ids and log-probabilities at every position.
 
-    k is `loss.teacher_top_k`; distributions are at `loss.temperature`. `teacher` is on `mesh`; `batches` are this
-    process's rows (`Batch`), and all processes iterate in step. Programs are compiled at the first batch of a shape. A
-    teacher without its tower takes `vision_features`. Raises UserError if ids or images do not fit the teacher.
+    k is `loss.teacher_top_k`; distributions have the temperature `loss.temperature`. `teacher` is on `mesh`; `batches`
+    are this process's rows (`Batch`), and all processes must iterate together. Programs are compiled at the first batch
+    of a shape. A teacher without its tower takes `vision_features`. Raises UserError if the teacher cannot read ids or
+    images.
     """
     params = jax.tree.map(lambda x: jnp.asarray(x).astype(compute_dtype), teacher.params)
     for batch in batches:

@@ -36,15 +36,13 @@ class LossTerm:
         the square of the temperature, so that its gradients keep their size (Hinton et al. 2015).
       "targets": int[batch, chunk], the next token; -100 = no label.
       "hidden", "teacher_hidden": float32[batch, seq, embed], hidden states of one layer of `losses.l2_layers`; the term
-        is summed over these layers.
-    `value` returns float32[batch, chunk] or [batch, seq]; its gradient must be finite at padding as well.
-    `counts` is the denominator of the mean. Vocabulary terms: "labels" (positions before a label) or "positions" (those
-    of `losses.kl_positions`). Terms on hidden states: "tokens" (valid tokens of every layer) or "features" (tokens
-    times hidden size).
-    `from_top_k` computes `value` from a teacher's k likeliest tokens: (float32[batch, chunk, vocab]
-    logits, int[..., k] ids, [..., k + 1] log-probabilities, temperature), see `top_k_logprobs`. Terms without it cannot
-    use a cached teacher.
-    `reported`: compute the term even if its weight is 0. `label`: name in plots ("": the name of the term).
+        is summed over these layers. `value` returns float32[batch, chunk] or [batch, seq]; its gradient must be finite
+        at padding as well. `counts` is the denominator of the mean. For terms on logits: "labels" (positions before a
+        label) or "positions" (those that `losses.kl_positions` selects). For terms on hidden states: "tokens" (valid
+        tokens of every layer) or "features" (tokens times hidden size). `from_top_k` computes `value` from a teacher's
+        k likeliest tokens: (float32[batch, chunk, vocab] logits, int[..., k] ids, [..., k + 1] log-probabilities,
+        temperature), see `top_k_logprobs`. Terms without it cannot use a cached teacher. `reported`: compute the term
+        even if its weight is 0. `label`: name in plots ("" = the name of the term).
     """
 
     value: Callable[..., jax.Array]
@@ -102,7 +100,7 @@ def cosine_distance(ours: jax.Array, theirs: jax.Array) -> jax.Array:
 def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.Array, jax.Array]:
     """Return the k most likely token ids int32[..., k], and their log-probabilities float32[..., k + 1].
 
-    The last log-probability is that of all other tokens together (-inf if there are none); the probabilities sum to 1.
+    The last log-probability is the joint one of all other tokens (-inf without other tokens); probabilities sum to 1.
     """
     logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
     values, ids = jax.lax.top_k(logprobs, k)
@@ -113,14 +111,15 @@ def top_k_logprobs(logits: jax.Array, temperature: float, k: int) -> tuple[jax.A
 def top_k_divergence(student: jax.Array, ids: jax.Array, logprobs: jax.Array, temperature: float) -> jax.Array:
     """Return KL(teacher || student), float32[...], over the teacher's top k tokens plus all others as one.
 
-    In both distributions the tokens outside the k are summed to one (the "ghost token" of arXiv 2503.16870). The result
-    equals the exact KL if there are no others, and is never larger (log-sum inequality). The gradient of the others is
-    distributed as in the student. Without this token, or with the k scaled to sum to 1, the student would learn that
-    all other tokens are impossible.
+    In both distributions, all tokens outside the top k are summed to one token (the "ghost token" of arXiv 2503.16870).
+    The result equals the exact KL if there are no other tokens, and is never larger (log-sum inequality). The gradient
+    of the ghost token is distributed over the other tokens as in the student. Without the ghost token, or with the top
+    k scaled to sum to 1, the student would learn that all other tokens are impossible.
 
     Args:
-      student: float32[..., vocab] logits.
-      ids, logprobs: int[..., k] and [..., k + 1] of any precision, see `top_k_logprobs`; they are normalised again.
+      student: logits of the student, float32[..., vocab].
+      ids: the teacher's top k token ids, int[..., k].
+      logprobs: [..., k + 1] of any precision, see `top_k_logprobs`; normalised again here.
       temperature: temperature of both distributions.
     """
     ours, theirs = jax.nn.log_softmax(student / temperature, axis=-1), logprobs.astype(jnp.float32)

@@ -65,7 +65,7 @@ def decays(path: str) -> bool:
 def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
     """Return the config with LoRA adapters on the decoder projections in `lora.targets`.
 
-    Raises UserError if the model already has adapters, or a target is not a projection of its decoder.
+    Raises UserError if the model already has adapters, or a target is not a projection of the decoder.
     """
     if cfg.lora is not None:
         raise UserError("recover.lora: the model already has LoRA adapters: merge them first (merge_lora)")
@@ -80,7 +80,7 @@ def with_lora(cfg: ModelConfig, lora: LoraConfig) -> ModelConfig:
 def add_lora(model: Model, lora: LoraConfig, key: jax.Array) -> Model:
     """Add LoRA adapters that leave outputs unchanged: A Kaiming-uniform, B zero (as in peft).
 
-    Adapters have the dtype and sharding of their weight.
+    Adapters have the dtype and sharding of the weight to which they are added.
     """
     flat, cfg = flatten(model.params), with_lora(model.cfg, lora)
     added = [path for path in param_axes(cfg) if path.endswith(LORA_SUFFIXES)]
