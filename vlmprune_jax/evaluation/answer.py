@@ -31,8 +31,8 @@ def questions(
     """Return question batches for `vp.evaluate`; each image is encoded once for all of its questions.
 
     Args:
-      hf_dir, images, vision_dir, settings: as for `vp.batches`, without max_length and truncate.
-      records: a data file, or its entries, with the right answer as last turn or in "answers".
+      hf_dir, images, vision_dir, settings: see `vp.batches`; max_length and truncate are not allowed.
+      records: a data file, or its entries, with the right answer as the last turn or in "answers".
       batch_size: questions per batch.
       prompt_suffix: text after every question, such as "\\nAnswer the question using a single word or phrase."
 
@@ -60,16 +60,16 @@ def answer(
     Args:
       model: a model's folder or hub id, or a loaded model.
       image: an image file, a PIL image, a video file (such as .mp4), a list of these, or None. A list inside the list
-        is one video, given as its frames.
+        is one video as a list of frames.
       question: the question, without placeholders.
       source_dir: for a loaded model only, the folder with its tokenizer and image processor (None = where the model
         was loaded).
       vision_dir: folder of the vision tower, if the model's folder does not describe it.
       max_new_tokens: maximum length of the answer.
-      settings: settings of rows in the section `data`, such as template="vicuna_v1".
+      settings: settings of the section `data` that affect single rows, such as template="vicuna_v1".
 
     Raises UserError for a model in memory whose tokenizer is unknown, a folder with `source_dir`, an image that cannot
-    be read, or a model that takes none.
+    be read, or an image for a model that takes no images.
     """
     folder = model if not isinstance(model, Model) else source_dir or _tokenizer_folder(model)
     if folder is None:

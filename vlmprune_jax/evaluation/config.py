@@ -12,7 +12,7 @@ from vlmprune_jax.evaluation.metrics import METRICS
 
 @dataclass(frozen=True)
 class EvaluationSetSpec:
-    """Settings of one evaluation set (questions, or a text for perplexity), by default those of `evaluate`."""
+    """Settings of one evaluation set (questions, or a text for perplexity); defaults are the settings of `evaluate`."""
 
     data: str | None = evaluate_setting(
         None, "Evaluation records of this set, in the formats of `data.train` (None = `data.eval`).", by_content=True
@@ -51,8 +51,8 @@ class EvaluationSetSpec:
 class EvaluateSpec:
     """Settings of the evaluation of every model by greedy answers to questions and by perplexity of texts.
 
-    `sets` has evaluation sets by name, whose settings replace those of `evaluate`. Without `sets`, the set "questions"
-    is `data.eval`, and the set "text" is the file `evaluate.text`.
+    `sets`: evaluation sets by name; their settings replace the settings of `evaluate`. Without `sets`, the set
+    "questions" is `data.eval`, and the set "text" is the file `evaluate.text`.
     """
 
     batch_size: int = evaluate_setting(32, "Number of questions per batch.", unit="rows", least=1, most=MAX_ROWS)

@@ -36,7 +36,7 @@ _SHORT = 31  # tokens: shorter lengths share a compiled shape
 class QuestionBatch(Batch):
     """Batch of prompts, split into shared beginnings with the images (`prefix`) and left-padded endings (`arrays`).
 
-    `places`: int[batch], index of each row among the records. Rows with `valid` False only fill the batch.
+    `places`: int[batch], index of each row's record. Rows with `valid` False only fill the batch.
     """
 
     records: tuple[Record, ...]
@@ -84,7 +84,7 @@ class ArrangedQuestions:
         return len(self.groups)
 
     def __iter__(self) -> Iterator[QuestionBatch]:
-        """Iterate over all batches, which threads read ahead (as many as `data.threads` is by default)."""
+        """Iterate over all batches; threads (as many as `data.threads` by default) prepare batches ahead."""
         return iter(self.batches(threads=DataSpec().threads, prefetch=PREFETCH))
 
     @property
@@ -94,9 +94,9 @@ class ArrangedQuestions:
         return max(len(self.beginnings[question.beginning].ids) + len(question.rest) for question in questions)
 
     def batches(self, *, threads: int, prefetch: int, mesh: Mesh | None = None) -> grain.IterDataset[QuestionBatch]:
-        """Return an iterator over all batches, which threads prepare ahead.
+        """Return an iterator over all batches; `threads` threads prepare batches ahead.
 
-        `mesh`: device mesh of the model; a process opens only the images of its own rows (None: all images).
+        `mesh`: device mesh of the model; a process opens only the images of its own rows (None = all images).
         """
         for group in self.groups:
             check_memory(group.beginnings, group.shape, self.encoder, prefetch, group.beginnings)
@@ -142,13 +142,13 @@ def arrange_questions(
 
     Args:
       records: conversations; the prompt ends before the last turn of gpt.
-      encoder: tokenizer, template and images; its `max_length` is the longest allowed prompt (0: any length).
+      encoder: tokenizer, template and images; `encoder.max_length` is the longest allowed prompt (0 = any length).
       batch_size: rows of every batch.
-      multiple: number of beginnings per batch is a multiple of this (devices that share a batch).
+      multiple: number of which the shared beginnings per batch are a multiple (the devices that share a batch).
       prompt_suffix: text after every last question, such as "\\nAnswer the question using a single word or phrase."
       by_length: group questions of similar length, one shape for every doubling; for sets with very unequal lengths.
 
-    Raises UserError if there is no record, a prompt is too long, the model takes no images, or a record has too many.
+    Raises UserError if there is no record, a prompt is too long, or a record has more images than the model takes.
     """
     if not records or batch_size < 1:
         raise UserError(f"evaluation of {len(records)} questions in batches of {batch_size}: both must be at least 1")
@@ -235,7 +235,7 @@ def with_suffix(record: Record, suffix: str) -> Record:
 
 
 def evaluation_records(eval_set: EvaluationSetSpec, *, image_lead: bool) -> tuple[Record, ...]:
-    """Return the questions of an evaluation set, limited to the first `of.questions`."""
+    """Return the questions of an evaluation set, at most as many as its setting `questions`."""
     return tuple(read_set(eval_set.data, eval_set.images, "data.eval", image_lead, "stop")[: eval_set.questions])
 
 
@@ -250,7 +250,7 @@ def arranged_questions(
 ) -> ArrangedQuestions:
     """Return an evaluation set's questions in batches that are the same for every model of an experiment.
 
-    `multiple`: devices that share a batch; batches have at least as many rows as the setting, split evenly.
+    `multiple`: number of devices that share a batch; `evaluate.batch_size` is rounded up to a multiple of this number.
     """
     inputs = load_inputs(model, data, cfg)
     records = evaluation_records(eval_set, image_lead=inputs.template.image_lead)

@@ -36,7 +36,7 @@ CHUNK = 128  # positions whose float32 logits are in memory together when a text
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer to one question: text and number of generated tokens, end token included."""
+    """A model's answer to one question: text, and number of generated tokens including the end token."""
 
     record: Record
     prediction: str
@@ -45,7 +45,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """A scored answer to one question; `tokens` is the number of generated tokens, end token included."""
+    """A scored answer to one question; `tokens` is the number of generated tokens, including the end token."""
 
     id: str
     prediction: str
@@ -56,7 +56,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metric values of one model over all questions; `seconds` includes compile time.
+    """Metric values of one model over all questions; `seconds` includes the time to compile.
 
     `values`: values of the metric. `groups`: {group: {questions, **values}} if the metric defines groups.
     """
@@ -103,8 +103,8 @@ def evaluate(
 
     Args:
       model, batches, max_new_tokens, progress, journal: see `ask`.
-      tokenizer: see `ask`; None takes that of `vp.questions`.
-      metric: a metric, or the name of one in `vp.metrics`.
+      tokenizer: see `ask`; None = the tokenizer of `vp.questions`.
+      metric: a metric, or the name of a metric in `vp.metrics`.
 
     Raises UserError if there is no question, a question has no reference answer, or the metric is unknown or fails.
     """
@@ -150,8 +150,8 @@ def ask(
       model: the model; sharded parameters split every batch over their mesh (see `on_decoding_mesh`).
       batches: padded prompts with their records, from `arrange_questions(...).batches(...)`, which encodes a shared
         image once; rows with `valid` False are ignored.
-      tokenizer: decodes the answers.
-      max_new_tokens: maximum length of an answer; longer answers are cut and usually wrong.
+      tokenizer: tokenizer that decodes the answers.
+      max_new_tokens: maximum length of an answer in tokens; longer answers are truncated and usually wrong.
       progress: called with the number of batches done.
       journal: stores the answers of each batch, to continue after an interruption (`seconds` then counts the time
         since the restart).
@@ -231,8 +231,7 @@ def perplexity(
 ) -> Perplexity:
     """Compute a model's perplexity on a text.
 
-    Args:
-      token_ids, window, batch_size, progress: see `log_likelihoods`, also for what is raised.
+    Arguments and errors: see `log_likelihoods`.
     """
     start = time.perf_counter()
     scores = log_likelihoods(model, token_ids, window=window, batch_size=batch_size, progress=progress)

@@ -76,9 +76,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Server:
-    """OpenAI-compatible server at `url` (ending in "/v1"), and the name of the model that it serves.
+    """OpenAI-compatible server at `url` (ending in "/v1"), and the name of the served model.
 
-    `adds_begin`: requests ask for the tokenizer's begin token, which the model's chat template lacks.
+    `adds_begin`: True if requests must ask for the tokenizer's begin token, because the model's chat template lacks it.
     """
 
     url: str
@@ -87,9 +87,9 @@ class Server:
 
     @classmethod
     def connect(cls, url: str) -> Server:
-        """Connect to a server and return it, with the single model that it serves.
+        """Connect to a server, and return it with the name of its single model.
 
-        Raises UserError if the address is not http, nothing answers there, or it serves no model or several.
+        Raises UserError if the address is not http, no server answers, or the server has no model or several models.
         """
         address = urllib.parse.urlsplit(url)
         if address.scheme not in ("http", "https") or not address.hostname:
@@ -123,7 +123,7 @@ def ask_server(
     progress: Progress,
     journal: Journal | None,
 ) -> list[Reply]:
-    """Return the server's answers to all questions, with `parallel` requests at a time.
+    """Return the server's answers to all questions, sending `parallel` requests at a time.
 
     Args:
       prompt_suffix, max_new_tokens: see `EvaluateSpec`.

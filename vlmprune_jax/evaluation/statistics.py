@@ -31,12 +31,13 @@ def retained_interval(
 ) -> tuple[float, float] | None:
     """Return a confidence interval of retention in % over questions; None if the unpruned model may score 0.
 
-    Retention of right and wrong answers is a ratio of paired proportions, and has the interval of Bonett and Price
-    (2006), which is made of Wilson's: it has a width even if every answer is right. Other metrics have the paired
-    percentile bootstrap (Efron and Tibshirani 1993, chapter 13): units of `metric.drawn_by` are drawn with replacement,
-    and both models are scored on the same sample. If the models score the same in every unit, all samples are equal;
-    the interval is then that of as many right answers as there are units. All of them cover other questions of the same
-    type, not another pruning, calibration or training run, and questions that are hard for both do not widen them.
+    For right and wrong answers, retention is a ratio of paired proportions, and the interval is that of Bonett and
+    Price (2006), which combines Wilson intervals: it has a width even if every answer is right. For other metrics, it
+    is a paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13): units of `metric.drawn_by` are drawn with
+    replacement, and both models are scored on the same sample. If the models score the same in every unit, all samples
+    are equal; the interval is then that of as many right answers as there are units. All intervals describe the
+    variation over other questions of the same type, not over another pruning, calibration or training run. Questions
+    that are hard for both models do not widen them.
 
     Args:
       scores, original: scores of the pruned and of the unpruned model, per question (per window for a text).
@@ -143,9 +144,10 @@ def interval_of_mean(
 ) -> tuple[float, float, float]:
     """Return (mean, low, high): a mean over seeds and its 95 % interval over seeds and questions.
 
-    The part over seeds is Student's t. `intervals` has each seed's interval over questions: all seeds answer the same
-    questions, so their mean distance from the value is the part over questions, and the two are added as variances are.
-    If an interval is unknown, or none is given, only seeds are covered. low = high = mean: nothing is known.
+    The part over seeds is Student's t interval. `intervals` has each seed's interval over questions. All seeds answer
+    the same questions, so the part over questions is the mean distance of their ends from the mean. The squares of
+    both parts are added, as for independent errors. If an interval is unknown, or `intervals` is empty, the result only
+    covers seeds. If nothing is known, low = high = mean.
     """
     mean, count = float(np.mean(values)), len(values)
     half = 0.0 if count == 1 else stdtrit(count - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / np.sqrt(count)
@@ -167,7 +169,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     """Test whether two models answer equally many of the same questions correctly (McNemar's exact test).
 
     Only questions that exactly one model got right have weight. If the models are equally good, each such question
-    favours either with probability 1/2; the p-value is the two-sided binomial probability of a split at least as
+    favours either model with probability 1/2. The p-value is the two-sided binomial probability of a result at least as
     uneven.
 
     Args:
@@ -181,9 +183,10 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
 def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
     """Return the two-sided p-value of the difference between two models' mean scores, each float[seeds, questions].
 
-    One seed of right and wrong answers has McNemar's exact test. Otherwise it is Student's t with Welch-Satterthwaite
-    degrees of freedom, and the variance is that of each model over its seeds (one seed: taken to be that of the other
-    model) plus that of the difference over questions.
+    With one seed and scores of right or wrong, this is McNemar's exact test. Otherwise, it is Student's t-test with
+    Welch-Satterthwaite degrees of freedom, whose variance is the sum of each model's variance over seeds and the
+    variance of the difference over questions. A model with a single seed is assigned the other model's variance over
+    seeds.
     """
     if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
         return mcnemar(first[0] > 0, second[0] > 0).p_value

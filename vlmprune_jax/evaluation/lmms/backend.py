@@ -60,8 +60,9 @@ Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 class Answering:
     """Model, tokenizer and settings for answering lmms-eval's requests in batches of `batch_size`.
 
-    `max_length`: maximum prompt length, 0 = any. `phase`: number of batches -> context manager of a progress callback.
-    `journal`: identity of a pass -> journal that stores the answers of its batches, or None.
+    `max_length`: maximum prompt length in tokens, 0 = any. `phase`: function from the number of batches to a context
+    manager of a progress callback. `journal`: function from the identity of a pass to the journal for the answers of
+    its batches, or None.
     """
 
     model: Model
@@ -116,9 +117,10 @@ class Backend(lmms):
         self.replies: dict[tuple[str, int], Reply] = {}
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return greedy answers to lmms-eval requests; stop texts (`until`) are ignored, as in its transformers models.
+        """Return greedy answers to lmms-eval requests.
 
-        Raises UserError if a request needs sampling or beam search, or has an input that the model does not take.
+        Stop texts (`until`) are ignored, as in lmms-eval's transformers models. Raises UserError if a request needs
+        sampling or beam search, or has an input that the model cannot read.
         """
         start = time.perf_counter()
         groups: dict[int, list[int]] = {}
@@ -154,12 +156,13 @@ class VlmpruneJax(Backend):
 
     Args:
       pretrained: model folder or hub id.
-      batch_size: rows per batch, also set by `--batch_size`; "auto" is the default of `evaluate.batch_size`.
+      batch_size: rows per batch, also set by `--batch_size`; "auto" means the default of `evaluate.batch_size`.
       dtype: data type of the weights in memory.
       vision_dir: folder of the vision tower, if it is not in `pretrained`.
       data, fsdp, tensor: sizes of the device mesh.
       device, max_batch_size: options of lmms-eval for PyTorch; must not be set.
-      settings: `ROW_SETTINGS` of the section `data`; the default prompt is that of the family (`template`, `system`).
+      settings: settings of the section `data` (`ROW_SETTINGS`); the default prompt format is the family's (`template`,
+        `system`).
 
     Raises UserError if an argument or value is unknown, or the folder cannot be read.
     """

@@ -8,8 +8,8 @@ from typing import Any
 def manifest() -> Any:
     """Return lmms-eval's plug-in description (ModelManifest) of the model `vlmprune_jax`.
 
-    The import is inside the function because lmms-eval loads entry points while it is being imported itself, and an
-    entry point that fails disables those after it.
+    The import is inside the function because lmms-eval loads entry points while it is being imported itself. An entry
+    point that fails disables all later entry points.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -27,8 +27,8 @@ _ROUNDED = 1e-4  # of the full score: lmms-eval rounds MMMU to 5 decimals and Ma
 class TaskSet:
     """One main metric value of an lmms-eval task, with the score of every question.
 
-    `key`: name of the value in lmms-eval. `metric`: how it is displayed and resampled. `scores`, `records`: one per
-    question, in order; both empty if the samples do not hold them.
+    `key`: name of the value in lmms-eval. `metric`: how the value is displayed and resampled. `scores`, `records`: one
+    entry per question, in order; both are empty if the samples lack them.
     """
 
     key: str
@@ -93,7 +93,7 @@ def sets_of(
       task: name of the task, for messages.
       values: {metric: value}, in the task's order.
       samples: {metric: entry}, one per question.
-      higher_is_better: by metric; True for metrics that are missing.
+      higher_is_better: {metric: True if larger values are better}; missing metrics count as True.
 
     Raises UserError if the task has no value (lmms-eval leaves none when a task fails).
     """

@@ -35,9 +35,9 @@ _REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 def task_sources(spec: EvaluateSpec, task: str) -> tuple[Path | None, dict[str, Path | str]]:
-    """Return the folder of a user's task file (None: built into lmms-eval), and {name: file or data set} that it reads.
+    """Return the folder of a user's task file (None = built into lmms-eval), and {name: file or data set it reads}.
 
-    Raises UserError if its data set does not exist.
+    Raises UserError if the task's data set does not exist.
     """
     folder = None if spec.tasks_path is None else Path(spec.tasks_path)
     if folder is not None and not folder.is_dir():
@@ -67,9 +67,9 @@ def write_tasks(folder: Path, data: Path | None, into: Path) -> None:
     """Write lmms-eval task files with their placeholders filled in, and the Python files that they import.
 
     Args:
-      folder: of NAME.yaml in which `${data}` and `${lmms_eval}` stand for folders.
-      data: of the data sets.
-      into: a folder that `python -m lmms_eval --include_path` takes.
+      folder: folder with task files NAME.yaml, in which `${data}` and `${lmms_eval}` stand for folders.
+      data: folder of the data sets.
+      into: output folder, for `python -m lmms_eval --include_path`.
     """
     spec = importlib.util.find_spec("lmms_eval")
     assert spec is not None
@@ -95,7 +95,7 @@ def ask_task(
     phase: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     journal: Callable[[Mapping[str, Any]], Journal | None],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run an lmms-eval task; return one line per question, and {task: {"values": ..., "higher_is_better": ...}}.
+    """Run an lmms-eval task; return one row per question, and {task: {"values": ..., "higher_is_better": ...}}.
 
     `multiple`, `phase`, `journal`: see `backend.Answering`.
     """

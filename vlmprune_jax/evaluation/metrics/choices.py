@@ -29,7 +29,7 @@ _NUMBERS = (
 
 
 def choices_field(record: Record, name: str) -> list[str]:
-    """Return a record's field as a list of up to 26 answer choices; the field may be the text of a list (MMMU)."""
+    """Return a record's field as a list of up to 26 answer choices; the field may be a list written as text (MMMU)."""
     value = parse_choices(field(record, name))
     if value is None or not 0 < len(value) <= len(_LETTERS):
         raise UserError(
@@ -88,9 +88,9 @@ AI2D = accuracy(_ai2d)
 def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str:
     """Return the choice letter that an answer names, or a random letter if it names none (MMMU's rule).
 
-    Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option; of
-    several matches the last. An answer without a match gets a random letter, as in MMMU; here it depends on `SEED` and
-    the record's id, so that it is equal in every run and for every model.
+    Patterns in order of preference: `(X)`, `X `, `X.`, and in answers of more than five words the text of an option. Of
+    several matches, the last is used. An answer without a match gets a random letter, as in MMMU; here, the letter
+    depends on `SEED` and the record's id, and is therefore equal in every run and for every model.
     """
     for character in _STRIPPED:
         prediction = prediction.strip(character)
@@ -107,7 +107,7 @@ def parse_letter(prediction: str, choices: Sequence[str], record_id: str) -> str
 
 
 def parse_open(prediction: str) -> set[str | float]:
-    """Return possible values of a free-form answer (MMMU): texts after words like "answer:", and its numbers."""
+    """Return possible values of a free-form answer (MMMU): texts after words like "answer:", and all numbers."""
     text = prediction.strip().strip(".").lower()
     lines = text.split("\n")
     ends = [_end(line, (*_KEYS, "=") if number == len(lines) else _KEYS) for number, line in enumerate(lines, 1)]

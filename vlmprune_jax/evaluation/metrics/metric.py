@@ -18,7 +18,7 @@ Values = dict[str, float]  # values over all answers, by name
 
 
 def mean(scores: Sequence[Scores], records: Sequence[Record]) -> Values:
-    """Return the mean of each score over the answers that have it."""
+    """Return the mean of each score over the answers that have this score."""
     del records
     names = dict.fromkeys(name for answer in scores for name in answer)
     columns = {name: [answer[name] for answer in scores if name in answer] for name in names}
@@ -42,22 +42,20 @@ def once(drawn: Drawn) -> Callable[[Sequence[Scores], Sequence[Record]], Values]
 class Metric:
     """Metric of an evaluation set: scores answers, aggregates the scores to values, and says how to display them.
 
-    `main`: name of the value in tables and plots; retention is computed from it.
-    `score`: (prediction, references, record) -> {name: value} for one answer. The prediction is stripped of white
-    space, there is at least one reference, and `record.fields` has the other fields of the data file (choices,
-    category, ...). None for a metric of running text, which is scored per batch of windows as {"nll", "tokens"}: the
-    sum of negative log-likelihoods in nats and the number of predicted tokens.
-    `aggregate`: (scores of all answers, their records) -> {name: value}, including `main`; the default takes means.
-    `full`: score of a perfect model, None if there is none (perplexity); `paper_average` divides by it.
-    `unit`: "%" displays values as a share of `full`; any other text is appended to the value.
-    `higher_is_better`: must be True for a metric with a full score.
-    `groups`: (title, record -> group name), to report values for each group of questions as well.
-    `drawn_by`: record -> unit of the bootstrap, if several questions are only scored together (pairs of MME); None:
-    each question is a unit.
-    `drawn`: (scores, records, times float[answers, draws]) -> {name: float[draws]}, the values if each answer occurs
-    that many times. It makes the bootstrap fast if `aggregate` is not a mean; `once` derives `aggregate` from it.
+    `main`: name of the value in tables and plots; retention is computed from this value. `score`: (prediction,
+    references, record) -> {name: value} for one answer. The prediction is stripped of white space, there is at least
+    one reference, and `record.fields` has the other fields of the data file (choices, category, ...). None for a metric
+    of running text, which is scored per batch of windows as {"nll", "tokens"}: the sum of negative log-likelihoods in
+    nats and the number of predicted tokens. `aggregate`: (scores of all answers, their records) -> {name: value},
+    including `main`; the default returns means. `full`: score of a perfect model, None if there is no such score
+    (perplexity); `paper_average` divides by `full`. `unit`: "%" displays values as a share of `full`; any other text is
+    appended to the value. `higher_is_better`: must be True for a metric with a full score. `groups`: (title, record ->
+    group name), to report values for each group of questions as well. `drawn_by`: record -> unit of the bootstrap, if
+    several questions can only be scored together (pairs of MME); None = each question is a unit. `drawn`: (scores,
+    records, times float[answers, draws]) -> {name: float[draws]}, the values if each answer occurs `times` times. This
+    function makes the bootstrap fast if `aggregate` is not a mean; `once` derives `aggregate` from it.
 
-    A UserError raised by `score` or `aggregate` is shown as it is; its message should name the record.
+    A UserError raised by `score` or `aggregate` is shown unchanged, so its message should name the record.
     """
 
     main: str
@@ -85,9 +83,9 @@ class Metric:
         return {**named, "scale": scale, "grouped_by": self.groups and self.groups[0]}
 
     def score_all(self, predictions: Sequence[str], records: Sequence[Record]) -> list[Scores]:
-        """Return the scores of every answer, {name: value} each.
+        """Return the scores of every answer, as {name: value}.
 
-        Raises UserError if this is a metric of text, or `score` fails; names the record.
+        Raises UserError if this is a metric of running text, or `score` fails; the message names the record.
         """
         if self.score is None:
             raise UserError(f'metric "{self.main}": scores a text, not answers to questions: choose another metric')
@@ -154,7 +152,7 @@ def field(record: Record, name: str) -> Any:
 
 
 def name_field(record: Record, name: str) -> str:
-    """Return a record's field as text; raise UserError unless it is a text or a whole number."""
+    """Return a record's field as text; raise UserError unless the field is a string or a whole number."""
     value = field(record, name)
     if not is_name(value):
         raise UserError(f"record {record.id}: field {name!r} must be a string or an integer, got {value!r}")

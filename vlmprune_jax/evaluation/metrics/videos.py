@@ -35,7 +35,7 @@ def _reference_letter(record: Record) -> str:
 
 
 def extract_letter(prediction: str, choices: str = "ABCD") -> str:
-    """Return the letter that an answer names in the form of the highest priority, there the last; "" if none."""
+    """Return the letter that the highest-priority pattern finds in an answer (its last match); "" if there is none."""
     text = prediction.strip()
     for character in _QUOTES:
         text = text.strip(character)

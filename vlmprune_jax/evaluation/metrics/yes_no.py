@@ -18,7 +18,7 @@ _PERCEPTION = (
 
 
 def right_yes_or_no(record: Record) -> bool:
-    """Return True if the reference answer is "yes", ignoring case and a final full stop."""
+    """Return True for the reference answer "yes", False for "no", ignoring case; raise UserError for others."""
     right = record.references[0].lower().strip().replace(".", "")
     if right not in ("yes", "no"):
         raise UserError(f"record {record.id}: answer {record.references[0]!r} must be yes or no for this metric")

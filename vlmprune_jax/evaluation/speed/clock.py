@@ -27,7 +27,7 @@ _Rounds = Annotated[tuple[Annotated[float, Meta(gt=0, lt=1e30)], ...], Meta(min_
 class SpeedConfig:
     """Settings of the speed measurement, in which models take turns on this machine.
 
-    The report's FLOPs are for the same prompt.
+    The FLOPs in the report are for the same prompt.
     """
 
     rounds: int = speed_setting(5, "Number of measurements per model (0 = none).", least=0, most=1000)
@@ -48,7 +48,7 @@ class SpeedConfig:
         return self.image and cfg.vision is not None and cfg.image_token_id is not None
 
     def check(self, cfg: ModelConfig, named: str = "speed.") -> None:
-        """Raise UserError if the workload's prompt does not fit the model; messages prefix settings with `named`."""
+        """Raise UserError if the model cannot take the workload's prompt; messages prefix settings with `named`."""
         cfg.check_row(f"{named}prompt_tokens + new_tokens + 1", self.prompt_tokens + self.new_tokens + 1)
         if self.with_image(cfg) and cfg.tokens_per_image >= self.prompt_tokens:
             raise UserError(
@@ -58,11 +58,11 @@ class SpeedConfig:
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """Speed of one model, with one value per round.
+    """Speed of one model, with one value per repetition of the measurement (`rounds`).
 
     `prefill`: prompt tokens per second, image tokens included. `decode`: new tokens per second of all rows together,
     without the prefill. `first_token`: seconds from the prompts to the first token of every row. `peak_bytes`: memory
-    of the compiled program on one device (weights and cache included), or of the process of an engine; None if unknown.
+    of the compiled program on one device (weights and cache included), or of an engine's process; None if unknown.
     """
 
     prefill: _Rounds
@@ -89,7 +89,7 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
 
 
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """Convert the measured seconds of every round to prefill and decoding speeds, in tokens/s over all rows.
+    """Convert the measured seconds of every repetition to prefill and decoding speeds, in tokens/s over all rows.
 
     Raises UserError if a time is 0.
     """
@@ -105,9 +105,9 @@ def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> 
 def take_turns(
     reads: Sequence[Callable[[], _T]], rounds: int, progress: Callable[[int], None] = lambda done: None
 ) -> list[list[_T]]:
-    """Call every function once per round, in reverse order every second round; return the results per function.
+    """Call every function once per round, in reverse order in every second round; return the results for each function.
 
-    Other work on the machine then slows all of them alike, so compare the results of the same round.
+    Other work on the machine then slows all functions equally, so results of the same round can be compared.
     """
     results: list[list[_T]] = [[] for _ in reads]
     for number in range(rounds):

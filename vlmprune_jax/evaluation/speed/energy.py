@@ -23,7 +23,7 @@ SECONDS = 30.0  # between readings: a counter of RAPL starts again at 0 after mi
 
 @dataclass(frozen=True)
 class Counter:
-    """One energy counter: `read` returns accumulated joules and restarts at 0 after `wraps` joules."""
+    """One energy counter: `read` returns the accumulated joules, and starts again at 0 after `wraps` joules."""
 
     name: str
     read: Callable[[], float]
@@ -74,9 +74,9 @@ def _nvml() -> list[Counter]:
 
 
 class EnergyMeter:
-    """Context that measures the energy which the machine uses inside it.
+    """Context that measures the energy which the machine uses inside the context.
 
-    `joules` is None without counters, and afterwards `counters` names them, such as "RAPL package-0, NVML GPU 0".
+    `joules` is None without counters. `counters` has the names of the counters, such as "RAPL package-0, NVML GPU 0".
     """
 
     def __init__(self) -> None:

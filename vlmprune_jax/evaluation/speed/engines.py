@@ -73,7 +73,7 @@ def in_jax(job: Job) -> Program:
 
 
 def in_transformers(job: Job) -> TorchProgram:
-    """Load a model with its class of transformers, or with the one that its export carries."""
+    """Load a model with its class of transformers, or with the class in the exported folder."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -86,7 +86,7 @@ def in_transformers(job: Job) -> TorchProgram:
 class InLlamaCpp:
     """Program that runs llama.cpp's server code in this process; prompt tokens and times are llama.cpp's own numbers.
 
-    Raises EngineError if it does not load the file, does not answer, or an image fills the whole prompt.
+    Raises EngineError if llama.cpp cannot load the file or does not answer, or an image fills the whole prompt.
     """
 
     def __init__(self, job: Job):

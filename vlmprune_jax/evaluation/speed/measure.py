@@ -22,14 +22,14 @@ def measure_speed(
 ) -> dict[str, Measurement]:
     """Measure the prefill and decoding speed of several models in turns.
 
-    Programs are compiled and run once before. Rows never end early: speed depends on the shapes of a model, not on its
-    answers.
+    All programs are compiled and run once before the measurement. Rows never end early, so that speed depends on the
+    shapes of a model and not on its answers.
 
     Args:
       models: models by name; all must fit in memory together.
       config: workload; `options` override single settings of `SpeedConfig`.
 
-    Raises UserError as `SpeedConfig.check` and `to_speed` do.
+    Raises UserError if a model cannot take the prompt, or a measured time is 0.
     """
     config = override(config or SpeedConfig(), options, "measure_speed")
     if not config.rounds:
@@ -65,8 +65,8 @@ def _compile(model: Model, config: SpeedConfig) -> CompiledGeneration:
 def make_prompts(cfg: ModelConfig, config: SpeedConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return prompts int32[batch, prompt] that repeat one token, and the arrays of a leading image, if any.
 
-    `pixel_values` is noise, float32[batch, 1, channels, height, width]; for images of any size float32[batch, patches,
-    values] of a typical one with `image_grid_thw`, int32[batch, 1, 3].
+    `pixel_values` is noise, float32[batch, 1, channels, height, width]. With dynamic resolution, it has the patches of
+    an image of typical size, float32[batch, patches, values], and there is `image_grid_thw`, int32[batch, 1, 3].
     """
     rows = config.batch_size
     word = next(token for token in range(1, cfg.text.vocab_size) if token != cfg.image_token_id)

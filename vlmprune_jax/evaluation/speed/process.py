@@ -32,7 +32,7 @@ Seconds = tuple[float, float]  # of the prompt with its first token, and of the 
 
 
 class EngineError(Exception):
-    """Failure of an engine, in words that need no name of an exception."""
+    """Failure of an engine, with a message that is enough without the exception's name."""
 
 
 class Program(Protocol):
@@ -43,7 +43,10 @@ class Program(Protocol):
 
 
 class Stopwatch:
-    """Timer of a compiled program; `agree` makes all processes of a run use the same seconds."""
+    """Timer of a compiled program.
+
+    `agree(seconds)` returns the same value on all processes of a run, so that they repeat the program equally often.
+    """
 
     def __init__(self, program: Program, *, min_runs: int = MIN_RUNS, agree: Callable[[float], float] = float):
         self._program, self._agree = program, agree
@@ -57,30 +60,30 @@ class Stopwatch:
 
 
 class Stamps:
-    """Times at which tokens arrive; a streamer for transformers' `generate`, which puts the prompt first."""
+    """Arrival times of tokens; a streamer for transformers' `generate`, which sends the prompt first."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.times: list[float] = []
 
     def put(self, tokens: Any = None) -> None:
-        """Record the time."""
+        """Record the present time."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Do nothing: transformers calls this method after the last token."""
 
     def seconds(self, tokens: int) -> Seconds:
-        """Return the seconds to the first token and from the first to the last; raise EngineError if some lack."""
+        """Return the seconds to the first token, and from first to last; raise EngineError if tokens are missing."""
         if len(self.times) != tokens:
             raise EngineError(f"generated {len(self.times)} of {tokens} tokens")
         return self.times[0] - self.start, self.times[-1] - self.times[0]
 
 
 def longest_prompt(count: Callable[[int], int], limit: int) -> int:
-    """Return the tokens of an image with as many words as a limit allows; `count` returns those for some words.
+    """Return the tokens of the longest prompt (image and words) within a limit; `count(n)`: tokens with n words.
 
-    Raises EngineError if the image and the chat template alone have more tokens.
+    Raises EngineError if the image and the chat template alone have more tokens than the limit.
     """
     try:
         least, more = count(0), count(1)
@@ -240,7 +243,7 @@ PROGRAMS: dict[str, Callable[[Any], Program]] = {"vllm": InVllm, "openvino": in_
 def serve(programs: Mapping[str, Callable[[Any], Program]], plain: type[Exception] = EngineError) -> None:
     """Run one measurement per line on standard input, until standard input ends (in the engine's process).
 
-    `plain`: exceptions whose message is enough, as an EngineError's is; others are sent with their type.
+    `plain`: exceptions that are sent as their message only, like EngineError; others are sent with their type.
     """
     lines, out = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output as well

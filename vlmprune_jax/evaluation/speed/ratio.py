@@ -18,10 +18,10 @@ _DRAWS = 1000
 class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
     """Speed of a model as a multiple of the unpruned model's.
 
-    `ratio` is the ratio of their medians over rounds in turns. `low` to `high` holds 95 % of the samples of a paired
-    bootstrap over rounds, which for less than 6 rounds is about their range. `spread` is the relative range of the
-    rounds of the less steady model (None if unknown). `limit` is the largest ratio that the FLOPs of a prompt or the
-    bytes of a decoded token allow (None if unknown).
+    `ratio` is the ratio of the two models' median speeds over repeated measurements in turns. `low` to `high` is a 95 %
+    interval by a paired bootstrap over the repetitions; with less than 6 repetitions, it is about their range. `spread`
+    is the relative range of the repetitions, of the model with the larger range (None if unknown). `limit` is the
+    largest ratio that the FLOPs of a prompt or the bytes of a decoded token allow (None if unknown).
     """
 
     ratio: Finite
@@ -32,7 +32,7 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def measurable(self) -> bool:
-        """True if the rounds differ by at most 20 % of the effect, and FLOPs or bytes allow the ratio."""
+        """True if the spread is at most 20 % of the effect, and FLOPs or bytes allow the ratio."""
         return self._steady and (self.limit is None or self.low <= self.limit)
 
     @property
@@ -46,7 +46,7 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
         return f"{self.ratio:.2f}" + (f" ({self.low:.2f} to {self.high:.2f})" if interval else "")
 
     def __str__(self) -> str:
-        """Return the ratio with its interval as text, or why it is not measurable."""
+        """Return the ratio with its interval as text, or why the ratio is not measurable."""
         if self.measurable:
             return self.show()
         if self.spread is None:
@@ -57,15 +57,16 @@ class SpeedUp(msgspec.Struct, frozen=True, array_like=True):
 
 
 def spread(speeds: Sequence[float]) -> float:
-    """Return the relative spread of speeds over rounds: (largest - smallest) / median."""
+    """Return the relative spread of repeated speed measurements: (largest - smallest) / median."""
     return (max(speeds) - min(speeds)) / statistics.median(speeds)
 
 
 def speedup(before: Sequence[float], after: Sequence[float], limit: float | None = None) -> SpeedUp:
-    """Return the ratio of two models' median speeds, with its interval by a paired bootstrap over rounds.
+    """Return the ratio of two models' median speeds, with its interval by a paired bootstrap over repetitions.
 
     Args:
-      before, after: speeds of the unpruned and of the pruned model, one per round; both were measured in each round.
+      before: speeds of the unpruned model, one per repetition.
+      after: speeds of the pruned model, measured in the same repetitions.
       limit: see `SpeedUp`.
     """
     rounds = np.array(list(zip(before, after, strict=False)))
