@@ -20,7 +20,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Artefact(Part, frozen=True, kw_only=True, omit_defaults=True, tag_field="format", tag=0):
     """JSON file of a workdir; its format number is declared as in `class Result(Artefact, tag=1)`.
 
-    Raise the number when a file of the old class would be misread. `HINT` says how to make the file again.
+    Raise the number whenever an old file would be misread. `HINT` says how to make the file again.
     """
 
     HINT: ClassVar[str] = "run the same command again"
@@ -41,10 +41,10 @@ def read_artefact(path: Path, kind: type[_A], missing: str = "no such file") -> 
 
     Args:
       path: the file.
-      kind: the class that it must hold.
-      missing: what to say if there is no such file.
+      kind: class of the file's content.
+      missing: message if there is no such file.
 
-    Raises UserError if the file is missing, too large, damaged, of another format, or holds something else.
+    Raises UserError if the file is missing, too large, damaged, of another format number, or not of this class.
     """
     value = read_json(path, missing=missing, todo=kind.HINT, most=kind.MAX_BYTES, unicode=False)
     ours, version = kind.__struct_config__.tag, value.get("format")

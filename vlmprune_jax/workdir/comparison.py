@@ -30,7 +30,7 @@ MOST_GROUPS = 40  # of a set; more stay in eval/*.json
 def describe_sets(teacher: Evaluations, others: Iterable[Evaluations] = ()) -> dict[str, Set]:
     """Return metric and size of all evaluation sets, from the models' evaluations.
 
-    Texts that another model's vocabulary splits into another number of tokens are compared by bits per byte.
+    If models split a text into different numbers of tokens, the text's perplexity is compared as bits per byte.
     """
     sets = {
         name: Set(**msgspec.structs.asdict(evaluated.metric), counted=evaluated.counted, count=evaluated.count)
@@ -57,7 +57,7 @@ def compare(
 ) -> RunEvaluation:
     """Compare a model with the unpruned model, and with its control if there is one.
 
-    `sets`: of all models that are compared (see `describe_sets`); None: of these alone.
+    `sets`: evaluation sets of all compared models (see `describe_sets`); None = the sets of these evaluations.
     """
     sets, scores = describe_sets(teacher, [evaluations]) if sets is None else sets, _values(evaluations)
     of_control = None
@@ -123,7 +123,7 @@ def paper_average(
 
 
 def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple[float, float] | None:
-    """Return the 95 % interval of `mean_of_ratios` over questions (other questions for each set); None if unknown."""
+    """Return the 95 % interval of `mean_of_ratios` over questions of independent sets; None if a set has none."""
     ends = {name: evaluation.retained_interval.get(name) for name in averaged_sets(sets)}
     middles = [evaluation.retained.get(name) for name in ends]
     sides = [
@@ -136,7 +136,7 @@ def average_interval(evaluation: RunEvaluation | OfControl, sets: Sets) -> tuple
 
 
 def best_run(runs: Sequence[Run], sets: Sets) -> Run:
-    """Return the run with the highest mean retention; of equals, the smallest model."""
+    """Return the run with the highest mean retention; among equal ones, the smallest model."""
     if not runs:
         raise UserError("no model was evaluated: set evaluate.unrecovered, or add a recovery")
 
@@ -179,7 +179,7 @@ def _averaged(scores: Mapping[str, Values], sets: Sets) -> dict[str, float]:
 def benchmark_rows(run: Run, teacher: Unpruned, sets: Sets) -> list[tuple[str, str, str, str, str]]:
     """Return benchmark rows for the model card: set, both scores, retained %, interval; then measurable speeds.
 
-    After a recovery with a control, each set has a second row, in which the unpruned model was trained as well.
+    After a recovery with a control, each set has a second row, which compares with the unpruned model after training.
     """
     rows, control = list[tuple[str, str, str, str, str]](), run.evaluation.control
     for name, metric in sets.items():
@@ -216,6 +216,6 @@ def interval(evaluation: RunEvaluation | OfControl, name: str) -> str:
 
 
 def show_interval(low: float, high: float) -> str:
-    """Return an interval as text, with one decimal, or with as many (up to four) as tell its ends apart."""
+    """Return an interval as text, with one decimal, or as many (up to four) as make its two ends differ."""
     texts = ([f"{end:.{digits}f}" for end in (low, high)] for digits in (1, 2, 3, 4))
     return " to ".join(next((text for text in texts if text[0] != text[1]), [f"{low:.4f}", f"{high:.4f}"]))

@@ -37,7 +37,7 @@ class MadeFrom(msgspec.Struct, frozen=True, kw_only=True):
 def made_from(
     settings: Mapping[str, Any], inputs: Mapping[str, Path | str], version: int, *, every_byte: bool = False
 ) -> MadeFrom:
-    """Hash the inputs of a stage; with `every_byte` large files are read completely."""
+    """Hash the inputs of a stage; with `every_byte`, large files are read completely."""
     digests = {name: digest(path, every_byte=every_byte) for name, path in inputs.items()}
     return MadeFrom(settings=plain(settings), inputs=digests, version=version)
 
@@ -50,9 +50,10 @@ def content_key(*values: Any) -> str:
 def digest(path: Path | str, *, every_byte: bool = False) -> str:
     """Hash a file or folder: names, sizes and content (a sample of files over 8 MiB, unless `every_byte`).
 
-    Hidden files and folders are left out. A text describes something elsewhere and is hashed itself.
+    Hidden files and folders are left out. If `path` is a text (a description of remote data), the text itself is
+    hashed.
 
-    Raises UserError if nothing is there.
+    Raises UserError if the path does not exist.
     """
     total = hashlib.sha256()
     if isinstance(path, str):
@@ -74,7 +75,7 @@ def digest(path: Path | str, *, every_byte: bool = False) -> str:
 
 
 def is_hidden(path: Path) -> bool:
-    """Return True if a name in a relative path begins with a dot, as those of git, the hub's cache and editors do."""
+    """Return True if a name in a relative path begins with a dot, as for files of git, the hub's cache and editors."""
     return any(name.startswith(".") for name in path.parts)
 
 

@@ -22,8 +22,9 @@ TEACHER, DEFAULT_SET = "teacher", "questions"  # the unpruned model's file name,
 class MetricInfo(Part, frozen=True, kw_only=True):
     """Settings for displaying and comparing a metric's values.
 
-    `main` names the value to compare. Values are shown times `scale`, with `unit`. `full` is the value of a perfect
-    model, if there is one. `grouped_by` describes the groups of questions (None = no groups).
+    `main`: name of the value to compare. `scale`: factor on displayed values, which have the unit `unit`. `full`: value
+    of a perfect model, if there is such a value. `grouped_by`: what the groups of questions have in common (None = no
+    groups).
     """
 
     name: str
@@ -54,11 +55,11 @@ class Group(Part, frozen=True, kw_only=True):
 class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
     """Evaluation of one model on one set: a file `eval/*.json`.
 
-    `scores` has one number per question (or None) for each score of the metric. `answers` names the file with the
-    answers, in the same folder. `retained_interval` is the 95 % interval of the retained percentage over questions;
-    None for the unpruned model, if the unpruned model scores 0, or if the interval would take long to compute.
-    `control_interval` is the interval of the percentage relative to the control. `joules` is the energy that the
-    machine used for answering, according to `counters`; None without counters or after an interruption.
+    `scores`: for each score of the metric, one number per question (or None). `answers`: name of the answers file in
+    the same folder. `retained_interval`: 95 % interval of the retained percentage over questions; None for the unpruned
+    model, if the unpruned model scores 0, or if the interval would take long to compute. `control_interval`: interval
+    of the percentage relative to the control. `joules`: energy that the machine used for answering, according to
+    `counters`; None without counters or after an interruption.
     """
 
     HINT: ClassVar[str] = "run `vlmprune evaluate` again"
@@ -86,7 +87,7 @@ class Evaluated(Artefact, frozen=True, kw_only=True, tag=1):
 
     @property
     def question_scores(self) -> list[float | None]:
-        """Score of each question under the metric's main score (or its first one)."""
+        """Score of each question: the metric's main score, or its first score."""
         return self.scores.get(self.metric.main) or next(iter(self.scores.values()), [])
 
     def main_line(self) -> str:

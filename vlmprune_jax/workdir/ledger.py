@@ -55,17 +55,17 @@ class Task:
     """A stage to run in a workdir: function, settings, input and output files.
 
     Args:
-      name: name of the ledger entry, as `depth/prune`.
-      function: makes the outputs and returns facts for the ledger, of type `facts`.
-      settings: every setting that the result depends on (JSON values).
-      inputs: files and folders by name; a text describes something that lies elsewhere.
+      name: name of the ledger entry, such as `depth/prune`.
+      function: function that makes the outputs and returns facts for the ledger, of type `facts`.
+      settings: all settings that influence the result (JSON values).
+      inputs: files and folders by name; a text describes remote data.
       outputs: files and folders that the function makes, each written atomically.
-      version: changes whenever the function gives other results for the same inputs.
-      scratch: files from which an interrupted task resumes; `journals`: the same, but dropped without asking if the
-        inputs changed.
+      version: number that changes whenever the function gives different results for the same inputs.
+      scratch: files from which an interrupted task resumes.
+      journals: like `scratch`, but deleted without asking if the inputs changed.
       makers: {name of an input: command that makes it}, for the message that the input is missing.
-      kind: tasks of one kind can take each other's results from a `store`, where the runs of a sweep share them.
-      beside: how to get another result beside one that is there, for messages.
+      kind: tasks of one kind can reuse each other's results from a `store` that the runs of a sweep share.
+      beside: advice on how to make a second result without replacing the first, for messages.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Task:
 
     @property
     def outside(self) -> dict[str, Path | str]:
-        """Inputs that lie outside the workdir."""
+        """Inputs that are outside the workdir."""
         return {
             name: path
             for name, path in self.inputs.items()
@@ -106,7 +106,7 @@ class Task:
         settings: Mapping[str, Any] = MappingProxyType({}),
         without: Collection[str] = (),
     ) -> Task:
-        """Return the task with further inputs, outputs, journals and settings, and `without` some settings."""
+        """Return the task with additional inputs, outputs, journals and settings, and `without` some settings."""
         return dataclasses.replace(
             self,
             inputs={**self.inputs, **inputs},
@@ -119,17 +119,17 @@ class Task:
 def run_task(task: Task, *, overwrite: bool, say: Callable[[str], None]) -> StageRecord:
     """Run a task by calling its function, unless its result is up to date; return its ledger entry.
 
-    Every process of a run calls it, and the function runs on all of them; process 0 decides what is there, and notes
-    it.
+    Every process of a run must call this function, and the task's function runs on all of them. Process 0 decides
+    whether the result is up to date, and writes the ledger.
 
-    A task whose inputs are unchanged is skipped; one that was interrupted starts again (or resumes from its scratch).
-    Facts are kept in the ledger, so a skipped task returns those of the run that made its outputs. Seconds spent before
+    A task with unchanged inputs is skipped; an interrupted task starts again (or resumes from its scratch files). Facts
+    are kept in the ledger, so a skipped task returns the facts of the run that made its outputs. Seconds spent before
     an interruption are not known.
 
     Raises:
-      UserError: an input is missing, another run is at this task, memory does not suffice, or an output exists that was
-        made from other inputs, or by hand, and `overwrite` is off.
-      Stopped: another process of the run got SIGTERM.
+      UserError: an input is missing, another run is executing this task, there is too little memory, or an output was
+        made from other inputs or by hand, and `overwrite` is off.
+      Stopped: another process of the run received SIGTERM.
     """
     with contextlib.ExitStack() as held:
         key: str | None = None

@@ -51,7 +51,7 @@ def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """Return the Git commit of vlmprune's source; None if it is not in a repository."""
+    """Return the Git commit of vlmprune's source; None if the source is not in a repository."""
     if not (_SOURCE / ".git").exists():
         return None
     command = ["git", "-C", str(_SOURCE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

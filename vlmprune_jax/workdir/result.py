@@ -53,7 +53,7 @@ class ModelEvaluation(Part, frozen=True, kw_only=True):
 class OfControl(Part, frozen=True, kw_only=True):
     """Retention relative to the control: the unpruned model after the same training.
 
-    `scores` are the control's metric values by set and name; other fields are as in `RunEvaluation`.
+    `scores`: the control's metric values by set and name. For the other fields, see `RunEvaluation`.
     """
 
     scores: dict[str, Values]
@@ -65,11 +65,11 @@ class OfControl(Part, frozen=True, kw_only=True):
 class RunEvaluation(ModelEvaluation, frozen=True, kw_only=True):
     """Metric values of a pruned model, and its retention relative to the unpruned model and the control.
 
-    `retained` is 100 * value / the unpruned model's value, by set (inverted if lower is better; None if that is 0).
-    `retained_interval`: see `Evaluated`. `mean_of_ratios` is the mean of `retained`; `paper_average` is AVG-% of
-    arXiv 2604.24380: 100 * sum of value / full over the same sum of the unpruned model. Both use sets whose metric has
-    a full score (perplexity only if no set has one) and on which the unpruned model does not score 0; None if there is
-    no such set. `control` is None if no control was trained.
+    `retained`: 100 * value / the unpruned model's value, by set (inverted if lower is better; None for a zero divisor).
+    `retained_interval`: see `Evaluated`. `mean_of_ratios`: mean of `retained`. `paper_average`: AVG-% of arXiv
+    2604.24380, which is 100 * sum of value / full over the same sum of the unpruned model. Both averages use sets whose
+    metric has a full score (perplexity only if no set has a full score) and on which the unpruned model does not score
+    0; None if there is no such set. `control`: None if no control was trained.
     """
 
     retained: dict[str, float | None]
@@ -90,7 +90,7 @@ class Costs(Part, frozen=True, kw_only=True):
 
 
 class Workload(Part, frozen=True, kw_only=True):
-    """Prompt for which costs are computed: tokens, images, tokens per image, cache data type."""
+    """Prompt for which costs are computed: tokens, images and tokens per image, and data type of the cache."""
 
     length: Count
     images: Count
@@ -101,8 +101,8 @@ class Workload(Part, frozen=True, kw_only=True):
 class Unpruned(Part, frozen=True, kw_only=True):
     """Entry of the unpruned model in `result.json`: evaluation, costs and speed.
 
-    `parameters` counts the parameters that a forward pass uses; `passthrough` counts all others of the checkpoint, such
-    as vision tower layers after the feature layer.
+    `parameters`: number of parameters that a forward pass uses. `passthrough`: number of all other parameters in the
+    checkpoint, such as vision tower layers after the feature layer.
     """
 
     parameters: Positive
@@ -128,7 +128,7 @@ class Trained(Part, frozen=True, kw_only=True):
 
 
 class Control(Trained, frozen=True, kw_only=True):
-    """Entry of a control in `result.json`: an unpruned model with the same training as pruned ones."""
+    """Entry of a control in `result.json`: the unpruned model after the same training as pruned models."""
 
     @property
     def label(self) -> str:
@@ -139,10 +139,10 @@ class Control(Trained, frozen=True, kw_only=True):
 class Run(Trained, frozen=True, kw_only=True):
     """Entry of a pruned model in `result.json`: how it was made, and its scores.
 
-    `target_ratio` and `actual_ratio` are shares of the whole model's parameters to remove and removed; `decoder_ratio`
-    is the removed share of the decoder. `scores` are the importance files, `metrics` the training curve, and `path` the
-    model's folder. `recovery` is the recovery's name ("none" without training). `loss_terms` maps losses in `metrics`
-    to titles. `seconds` is the time of scoring, pruning and training.
+    `target_ratio`, `actual_ratio`: shares of the whole model's parameters to remove, and removed. `decoder_ratio`:
+    removed share of the decoder's parameters. `scores`: importance files. `metrics`: file of training metrics. `path`:
+    the model's folder. `recovery`: name of the recovery ("none" without training). `loss_terms`: {loss in `metrics`:
+    title}. `seconds`: time of scoring, pruning and training.
     """
 
     method: str
@@ -255,6 +255,6 @@ def recovery_label(recovery: str, *, reconstructed: bool) -> str:
 def read_result(workdir: Path) -> Result:
     """Read `result.json`.
 
-    Raises UserError as `read_artefact` does, or if the file names something outside the workdir.
+    Raises UserError if the file cannot be read (see `read_artefact`), or has a path outside the workdir.
     """
     return read_artefact(workdir / RESULT, Result, missing="no such file: run `vlmprune run` first")

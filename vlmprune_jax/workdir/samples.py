@@ -87,10 +87,11 @@ def make_samples(
     """Choose the sample questions of an evaluation set.
 
     Args:
-      records: its questions.
-      runs: every model but the unpruned one.
-      predictions, scores: {model: of every question}, of "unpruned" and of those runs that were asked.
-      max_pixels: larger images are not shown.
+      records: questions of the set.
+      runs: all models except the unpruned one.
+      predictions: {model: answer to every question}, for "unpruned" and the runs that were evaluated on this set.
+      scores: {model: score of every question}, for the same models.
+      max_pixels: maximum number of pixels of an image that is shown.
     """
     right = {name: np.array([(score or 0) >= 0.5 for score in values], bool) for name, values in scores.items()}
     kinds, ranks = _kinds(right, runs)

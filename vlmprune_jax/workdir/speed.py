@@ -19,9 +19,9 @@ SPEED, BENCH = "speed.json", "bench.json"
 
 
 class MedianSpeed(Part, frozen=True, kw_only=True):
-    """Median speeds over rounds: prefill and decoding in tokens/s, first token in seconds, speed-ups.
+    """Medians over repeated measurements: prefill and decoding in tokens/s, first token in seconds, and speed-ups.
 
-    Speed-ups: [ratio, low, high, spread, limit].
+    A speed-up is [ratio, low, high, spread, limit], see `SpeedUp`.
     """
 
     prefill: Finite
@@ -33,13 +33,13 @@ class MedianSpeed(Part, frozen=True, kw_only=True):
 
 
 def medians(measured: Measurement) -> MedianSpeed:
-    """Return the medians over rounds."""
+    """Return the medians over repeated measurements."""
     speeds = {name: statistics.median(getattr(measured, name)) for name in ("prefill", "decode", "first_token")}
     return MedianSpeed(**speeds, peak_bytes=measured.peak_bytes)
 
 
 class Pair(Part, frozen=True, kw_only=True):
-    """Speed of one pruned layer shape, measured in turns with the unpruned model, and limits of its speed-ups."""
+    """Speed of one pruned layer shape, measured in turns with the unpruned model, and upper bounds on its speed-ups."""
 
     models: Annotated[list[str], Meta(min_length=1)]
     unpruned: Measurement
@@ -65,7 +65,7 @@ class Pair(Part, frozen=True, kw_only=True):
 
 
 class BenchWorkload(Part, frozen=True, kw_only=True):
-    """Prompt that all models receive in a benchmark, and number of rounds."""
+    """Prompt that all models receive in a benchmark, and number of repetitions (`rounds`)."""
 
     rounds: Count
     prompt_tokens: Count
@@ -75,7 +75,7 @@ class BenchWorkload(Part, frozen=True, kw_only=True):
 
 
 class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
-    """Workload of the speed stage: prompt, rounds, and rows per batch."""
+    """Workload of the speed stage: prompt, new tokens, number of repetitions (`rounds`), and prompts per batch."""
 
     batch_size: Count
 
@@ -107,7 +107,7 @@ class Speed(Artefact, frozen=True, kw_only=True, tag=1):
 
 
 class Bench(Artefact, frozen=True, kw_only=True, tag=1):
-    """File `bench.json`: speeds of models, measured in turns in all engines that can load them."""
+    """File `bench.json`: speeds of models, measured in turns in all engines that can load the models."""
 
     HINT: ClassVar[str] = "measure again with `vlmprune bench --json`, or remove the file"
     processor: str

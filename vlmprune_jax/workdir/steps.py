@@ -29,7 +29,7 @@ _COMMAND = "vlmprune {} --config=FILE.py --workdir={}"
 
 
 class PruneFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Numbers of a plan: requested and reached ratios, and parameters, by part of the model."""
+    """Numbers of a plan: requested and reached ratios, and numbers of parameters, by part of the model."""
 
     method: str
     criterion: str
@@ -124,7 +124,7 @@ class Steps(Artefact, frozen=True, kw_only=True, tag=1):
 
 @dataclass(frozen=True)
 class Variant:
-    """One prune variant, with those of its plan and scores files that exist."""
+    """One prune variant, with its plan and scores files that exist."""
 
     name: str
     method: str | None
@@ -134,9 +134,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Finished part of an unfinished run, and the steps that are missing.
+    """Finished results of an unfinished run, and its missing steps.
 
-    `missing`: (what is missing, the command that makes it).
+    `missing`: pairs (what is missing, command that makes it).
     """
 
     result: Result | None
@@ -152,7 +152,7 @@ class Unfinished:
 def read_unfinished(workdir: Path) -> Unfinished:
     """Return the finished results of an unfinished run, and its missing steps.
 
-    Raises UserError if nothing of a run is there, or a file is damaged.
+    Raises UserError if the workdir has no file of a run, or a file is damaged.
     """
     try:
         workdir.stat()
@@ -197,13 +197,13 @@ def _variant(step: StepRecord, workdir: Path) -> Variant:
 def make_result(
     workdir: Path, steps: Sequence[StepRecord], teacher: Evaluations, evaluations: Mapping[str, Evaluations]
 ) -> Result:
-    """Compare the models that were evaluated with the unpruned one; return the content of `result.json`, without best.
+    """Compare all evaluated models with the unpruned model; return the content of `result.json` without `best`.
 
     Args:
-      workdir: where plans and the ledger are read.
-      steps: those of the run.
+      workdir: folder with plans and the ledger.
+      steps: the steps of the run.
       teacher: evaluations of the unpruned model.
-      evaluations: those of other models, by folder relative to the workdir.
+      evaluations: evaluations of other models, by folder relative to the workdir.
     """
     sets, records = describe_sets(teacher, evaluations.values()), finished_stages(workdir)
     runs, controls = list[Run](), list[Control]()

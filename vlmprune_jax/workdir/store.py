@@ -24,13 +24,13 @@ _AT_ONCE = 16 << 20
 
 @dataclass(frozen=True)
 class Store:
-    """Folder of stage results that a sweep's runs share; an entry has outputs and their ledger entry.
+    """Folder of stage results that a sweep's runs share; an entry has the outputs of a stage and their ledger entry.
 
-    An entry appears whole or not at all, and holds hard links to files that the runs have as well (copies, where the
-    disk knows no links): it takes no room, and may be removed at any time. A stage replaces its files and never changes
-    them, so no run sees what another one does later.
+    An entry is written atomically. It holds hard links to files of the runs (copies on disks without hard links), so
+    that it takes no additional space and can be removed at any time. A stage replaces its files and never changes them,
+    so that later changes in one run do not affect other runs.
 
-    `also`: JSON values that all results depend on beside settings and inputs, as the folders of images.
+    `also`: JSON values that influence all results, besides settings and inputs, such as the folders of images.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Store:
 
     @contextlib.contextmanager
     def alone(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Context that holds a result's lock, after waiting for other processes that are making it."""
+        """Context that holds a result's lock, after waiting for other processes that are computing this result."""
         with exclusive(self.folder / f"{key}.lock", math.inf, waiting):
             yield
 
@@ -103,7 +103,7 @@ def _link(source: Path, target: Path) -> None:
 def exclusive(path: Path, seconds: float, waiting: Callable[[], None]) -> Iterator[bool]:
     """Context that holds a file lock; yields False if another process keeps it beyond the timeout.
 
-    The system lets go of the lock of a process that is killed. `waiting` is called where it has to be waited for.
+    The operating system releases the lock of a killed process. `waiting` is called if another process holds the lock.
     """
     if path.parent.is_symlink():
         raise UserError(f"{path.parent}: is a symbolic link: remove it, or use another --workdir")

@@ -27,7 +27,7 @@ DONE, FAILED, PENDING = "done", "failed", "pending"
 
 
 def unpruned_key(model: str, image_tokens: int | None) -> str:
-    """Return the name of an unpruned model in a sweep: its folder, and any limit of tokens per image."""
+    """Return the name of an unpruned model in a sweep: its folder, and the limit of tokens per image (if any)."""
     return model if image_tokens is None else f"{model} at {image_tokens} tokens per image"
 
 
@@ -44,9 +44,9 @@ class UnprunedModel(Part, frozen=True, kw_only=True):
 class SweptModel(Part, frozen=True, kw_only=True):
     """Evaluated model of a sweep run, with the same fields as in `result.json`.
 
-    `model` is the folder of the unpruned model, and `image_tokens` is `data.max_image_tokens`. `bytes` is the size of
-    the exported weights, and `forward_flops` the cost of the prompt of `speed`. `seconds` is the time of all stages
-    that made the model, in any run. `digest` is the hash of the folder at `path`, relative to the sweep's workdir.
+    `model`: folder of the unpruned model. `image_tokens`: setting `data.max_image_tokens`. `bytes`: size of the
+    exported weights. `forward_flops`: FLOPs of the prompt in the settings `speed`. `seconds`: time of all stages that
+    made the model, in any run. `digest`: hash of the folder at `path`, which is relative to the sweep's workdir.
     """
 
     model: str
@@ -80,11 +80,11 @@ class SweptModel(Part, frozen=True, kw_only=True):
 
 
 class Entry(Part, frozen=True, kw_only=True):
-    """One model of a sweep, or a run that failed (`error`) or has not yet run.
+    """One model of a sweep, or a run that failed (`error`) or has not run yet.
 
-    `name` is the run's name, or "RUN/pruned" for a model before the last stage; models shared by several runs appear
-    under the first run. `group` is the name without seeds. `labels` are the parts of the name, `overrides` the settings
-    of the run. `seed` is the run's seed, if it sets exactly one.
+    `name`: name of the run, or "RUN/pruned" for a model before the last stage; a model that several runs share appears
+    under the first run. `group`: the name without seeds. `labels`: parts of the name. `overrides`: settings of the run.
+    `seed`: the run's seed, if it sets exactly one.
     """
 
     name: str
@@ -151,8 +151,8 @@ def read_sweep(workdir: Path) -> SweepResult:
 class Group:
     """Models that differ only in seeds, with their mean retention (%) and its 95 % interval over seeds and questions.
 
-    `retained` is relative to the unpruned model, `of_control` to the unpruned model after the same recovery. Both ends
-    are the mean if nothing is known of the interval.
+    `retained` is relative to the unpruned model, `of_control` to the unpruned model after the same recovery. If the
+    interval is unknown, both of its ends equal the mean.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Group:
         return sum(getattr(model, field) for model in self.models) / len(self.models)
 
     def show_mean(self, name: str, sets: Sets) -> str:
-        """Return the mean of an evaluation set's main value as text; "" if no model has one."""
+        """Return the mean of an evaluation set's main value as text; "" if no model has this value."""
         values = [value for model in self.models if (value := model.evaluation.main(name, sets)) is not None]
         return sets[name].show(sum(values) / len(values), unit=False) if values else ""
 
@@ -207,10 +207,10 @@ def _mean_of_all(
 
 
 def question_parts(workdir: Path, model: SweptModel, sweep: SweepResult) -> np.ndarray | None:
-    """Return each question's part of a model's retention in %, float[questions] with the retention as mean.
+    """Return each question's contribution to a model's retention in %, float[questions], with the retention as mean.
 
-    None if an evaluation is not in the sweep's workdir, or if its scores do not average to the metric's value. For
-    several sets, the parts of every set are in turn, and each set has the same weight.
+    The result is None if an evaluation is not in the sweep's workdir, or its scores do not average to the metric's
+    value. The contributions of several sets follow one another, and each set has the same weight.
     """
     contributions = []
     for name in (names := averaged_sets(sweep.sets)):

@@ -32,7 +32,7 @@ class Hbm(Part, frozen=True, kw_only=True):
 
 
 class StepFlops(Part, frozen=True, kw_only=True):
-    """FLOPs of a training step on all chips: executed, and needed by the model (total and by part)."""
+    """FLOPs of a training step on all chips: executed FLOPs, and FLOPs that the model needs (total and by part)."""
 
     executed: Finite
     model: Finite
@@ -97,9 +97,10 @@ class PlannedStep(Part, frozen=True, kw_only=True):
 class PlannedEvaluation(Part, frozen=True, kw_only=True):
     """Evaluation of a model that fits in memory, in bytes per chip.
 
-    `rows`, `tokens_per_row`: of the compiled batch. `resident`: the weights that a token needs, and the cache. `read`,
-    `received`: from HBM and from other chips per token of every row, in the compiled program. `seconds`: least seconds
-    of 1,000 questions by benchmark; `phases`: by format of the weights, benchmark and phase, whatever the mesh.
+    `rows`, `tokens_per_row`: shape of the compiled batch. `resident`: the weights that a token needs, and the cache.
+    `read`, `received`: bytes from HBM, and from other chips, to decode one token of every row in the compiled program.
+    `seconds`: lower bounds for 1,000 questions, by benchmark. `phases`: the same by weight format, benchmark and phase,
+    for any mesh.
     """
 
     topology: str
@@ -119,7 +120,7 @@ class PlannedEvaluation(Part, frozen=True, kw_only=True):
 
 
 class Planned(Part, frozen=True, kw_only=True):
-    """One planned recovery: its step, or why it does not fit, and the best steps that searches found."""
+    """One planned recovery: its step, or why the step needs too much memory, and the best steps that searches found."""
 
     step: PlannedStep | None = None
     problem: str | None = None

@@ -15,8 +15,9 @@ VOCABULARY = "vocabulary.json"
 class TextSample(Part, frozen=True, kw_only=True):
     """Held-out texts of one writing system, or of all ("all"), tokenised before and after trimming.
 
-    `equal`: texts that both tokenizers split alike; `kept`: texts made of kept tokens, `broken` of which are split in
-    another way. Bits per byte are those of the unpruned model with either vocabulary, on the first `measured_bytes`.
+    `equal`: number of texts that both tokenizers split alike. `kept`: number of texts made of kept tokens; `broken` of
+    these are split differently. Bits per byte are those of the unpruned model with the original and the trimmed
+    vocabulary, on the first `measured_bytes`.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TextSample(Part, frozen=True, kw_only=True):
 class VocabularyReport(Artefact, frozen=True, kw_only=True, tag=1):
     """Report on a trimmed vocabulary: sizes before and after, and token counts of held-out texts.
 
-    `parameters`: those of the rows that are dropped.
+    `parameters`: number of parameters in the removed rows.
     """
 
     HINT: ClassVar[str] = "run `vlmprune prune` again"
