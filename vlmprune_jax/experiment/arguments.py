@@ -42,7 +42,7 @@ def plan_config(spec: PlanConfig, model: ModelSpec, data: DataSpec, export: Expo
 
 
 def image_tokens(data: DataSpec, export: ExportSpec) -> int | None:
-    """Return the exported model's maximum number of tokens per image; None if only its own files limit it."""
+    """Return the exported model's maximum number of tokens per image; None to keep the limit in its files."""
     return data.max_image_tokens if export.max_image_tokens is None else export.max_image_tokens
 
 
@@ -55,7 +55,7 @@ def export_options(spec: ExportSpec) -> dict[str, Any]:
 def export_in(spec: ExportSpec, name: str, explicit: Collection[str] = ()) -> ExportSpec:
     """Return the settings of an export in the format or quantisation `name`, such as "gguf" or "w4a16".
 
-    Options that this format lacks, and the upload to the hub, get their defaults unless `explicit` names the setting.
+    Options that this format lacks, and the upload to the hub, are reset to their defaults unless `explicit` names them.
     """
     one_of("--format", name, tuple(dict.fromkeys((*FORMATS, *quantizations()[1:]))))
     home = name if name in FORMATS else next(key for key, other in FORMATS.items() if name in other.quantizations)
@@ -77,7 +77,8 @@ def recover_config(spec: RecoverConfig) -> RecoverConfig:
     """Return the training loop's settings, including those derived from other sections of the experiment.
 
     Raises:
-      UserError: `save_adapter` without adapters, losses that do not exist or cannot be had from a cached teacher.
+      UserError: `save_adapter` without adapters, or losses that do not exist or cannot be computed from a cached
+        teacher.
     """
     if spec.save_adapter and spec.adapters is None:
         raise UserError(
@@ -92,9 +93,9 @@ def recover_config(spec: RecoverConfig) -> RecoverConfig:
 
 
 def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationSetSpec]:
-    """Return {name: evaluation set}; unset settings are filled in from `evaluate` and `data`.
+    """Return {name: evaluation set}; unset settings are taken from `evaluate` and `data`.
 
-    Raises UserError for a name that no file can have, or a metric that does not exist or does not fit.
+    Raises UserError for a name that no file can have, or a metric that does not exist or is not for this type of set.
     """
     sets = dict(spec.sets)
     if not sets and (data.eval is not None or (spec.text is None and not spec.tasks)):
@@ -109,7 +110,7 @@ def evaluation_sets(data: DataSpec, spec: EvaluateSpec) -> dict[str, EvaluationS
 
 
 def check_tasks(data: DataSpec, spec: EvaluateSpec) -> None:
-    """Raise UserError if lmms-eval is not installed, or a task's name is also that of an evaluation set."""
+    """Raise UserError if lmms-eval is not installed, or a task has the name of an evaluation set."""
     tasks, sets = spec.tasks, evaluation_sets(data, spec)
     for place, name in enumerate(tasks):
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):

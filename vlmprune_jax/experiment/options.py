@@ -78,7 +78,7 @@ def _kind(hint: Any) -> str:
 def describe(name: str) -> list[str]:
     """Return the lines that `vlmprune help NAME` prints: descriptions of sections and their settings.
 
-    A name is that of a section or setting, in full (`recover.losses.kl`) or its last parts (`losses.kl`, `kl`).
+    `name`: full name of a section or setting (`recover.losses.kl`), or the last parts of a name (`losses.kl`, `kl`).
     """
     known, places = options(), [place.removesuffix(".NAME") for place in sections()]
     whole = [place for place in places if place == name or place.endswith(f".{name}")]

@@ -23,7 +23,7 @@ YAML = (".yaml", ".yml")  # how the names of YAML configs end
 def shipped_configs() -> dict[str, Path]:
     """Return {name: file} of the config files bundled with vlmprune, such as `demo` and `sweeps/demo_cut`.
 
-    They lie in the installed package, and in a checkout beside it.
+    These files are in the installed package, and in a checkout beside the package.
     """
     package = Path(__file__).parents[1]
     folder = package / "configs"
@@ -50,7 +50,7 @@ def file_of(config: str) -> Path:
 
 
 def recipes() -> dict[str, Mapping[str, Any]]:
-    """Return {family name: recipe} of the families that have one; a recipe is a partial experiment."""
+    """Return {family name: recipe} of all families with a recipe (a partial experiment)."""
     return {family.name: family.recipe for family in FAMILIES.values() if family.recipe is not None}
 
 
@@ -71,18 +71,20 @@ def paper_cut(
 ) -> dict[str, dict[str, Any]]:
     """Return {section: settings} for a variant METHOD,TARGET[,OPTION...] such as "depth,0.3", with the paper's choices.
 
-    "depth,0.3" removes layers by Block Influence of 50 records: the ratios of the paper's tables are numbers of layers
-    (`PAPER_LAYERS`), others shares of the whole model; "depth,5layers" gives the number. "width,0.3" goes by
-    first-order Taylor importance of 10 records, as a share of the whole model; the first and last layers are not pruned
-    except with the option "uniform", which stock transformers loads at its true size. The ranges of the reference's
-    example script, [3, 21) and [3, 20), cannot give the published 60 %; these can. The option "reconstruct" adds
-    reconstruction before the recovery, and "benchmarks" evaluates on the paper's nine benchmarks (`PAPER_TASKS`).
+    "depth,0.3" removes layers by Block Influence on 50 records. The ratios in the paper's tables stand for numbers of
+    layers (`PAPER_LAYERS`), other ratios for shares of the whole model; "depth,5layers" sets the number. "width,0.3"
+    removes this share of the whole model by first-order Taylor importance on 10 records. The first and last layers are
+    not pruned, except with the option "uniform", whose result stock transformers can load. The ranges in the
+    reference's example script, [3, 21) and [3, 20), cannot reach the published 60 %; these ranges can. The option
+    "reconstruct" adds reconstruction before the recovery, and "benchmarks" evaluates on the paper's nine benchmarks
+    (`PAPER_TASKS`).
 
     Args:
-      attn_layers, mlp_layers: layers that lose heads and neurons, half-open, of 32.
-      longest_text: tokens of a calibration record for Taylor.
+      attn_layers: layers that lose heads, as a half-open range of 32 layers.
+      mlp_layers: layers that lose neurons, likewise.
+      longest_text: maximum tokens of a calibration record for Taylor.
 
-    Raises UserError for another form, an unknown method or option, a ratio outside of 0 to 1.
+    Raises UserError for another form, an unknown method or option, or a ratio outside of 0 to 1.
     """
     method, target, *options = variant.split(",") if "," in variant else (variant, "")
     one_of("method of the variant", method, ("depth", "width"))

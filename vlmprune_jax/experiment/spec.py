@@ -22,7 +22,7 @@ from vlmprune_jax.recovery.config import RecoverConfig
 class Experiment:
     """All settings of an experiment: one pruned, recovered, evaluated and exported model, or several as variants.
 
-    Each variant works in a folder of its name. Without variants there is one model, in the workdir itself.
+    Each variant has a subfolder with its name. Without variants, there is one model, in the workdir itself.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -55,8 +55,8 @@ class Experiment:
 def affecting(stage: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return {`section.name`: value} of the settings in these sections that change a stage's result.
 
-    Sections in a section are mappings. Files and folders are left out: their content counts, as the stage's inputs; so
-    are empty mappings. A stage of the user's own depends on every setting that changes any result.
+    Sections inside a section are mappings. Files and folders are left out, because their content is an input of the
+    stage; empty mappings are left out as well. A user-defined stage depends on all settings that change any result.
     """
     by_section = {section: _affecting(stage, spec) for section, spec in sections.items()}
     return {f"{section}.{name}": value for section, values in by_section.items() for name, value in values.items()}

@@ -37,7 +37,7 @@ _TAKEN = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to prune, or a way to recover a pruned model: name, experiment, and the folder of what it makes."""
+    """One variant of pruning, or of recovering a pruned model: name, experiment, and the folder of its outputs."""
 
     name: str
     experiment: Experiment
@@ -47,7 +47,7 @@ class Variant:
 def choose_variants(experiment: Experiment, only: str) -> Experiment:
     """Return the experiment with only the variants whose names match `only` (shell patterns, comma-separated).
 
-    Patterns that fit no prune variant leave all prune variants, and likewise for recover variants.
+    If no prune variant matches, all prune variants are kept; likewise for recover variants.
     """
     patterns = [pattern for pattern in only.split(",") if pattern]
     kinds = ("prune_variants", "recover_variants")
@@ -65,14 +65,14 @@ def choose_variants(experiment: Experiment, only: str) -> Experiment:
 
 
 def prefer_explicit(experiment: Experiment, settings: Collection[str], given_by: str) -> Experiment:
-    """Return the experiment with settings from the command line also applied to every variant, which may set them too.
+    """Return the experiment with settings from the command line also applied to its variants, which may set them too.
 
     Args:
-      settings: full names, such as `prune.ratio`; their values are in the experiment already.
+      settings: full names of settings, such as `prune.ratio`; the experiment already has their values.
       given_by: prefix of the names in messages, such as `--config.`.
 
     Raises:
-      UserError: several variants set it as well: they would differ in nothing, or in something else than asked for.
+      UserError: there are several variants, and at least one sets the same setting.
     """
     for kind in ("prune_variants", "recover_variants"):
         variants = getattr(experiment, kind)
