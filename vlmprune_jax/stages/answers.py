@@ -66,9 +66,9 @@ class _Window(TypedDict):
 
 
 def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated]:
-    """Evaluate the model in folder `start` on all evaluation sets and tasks -> `eval/<subject>*.json`.
+    """Evaluate the model in folder `start` on all evaluation sets and tasks; write `eval/<subject>*.json`.
 
-    Raises UserError if two tasks have a set of one name, and as `run_task` does.
+    Raises UserError if two tasks define sets with the same name, or an evaluation fails (see `run_task`).
     """
     sets = evaluation_sets(work.experiment.data, work.experiment.evaluate)
     evaluations = dict[str, Evaluated]()
@@ -87,7 +87,7 @@ def evaluate_model(work: Work, start: Path, subject: str) -> dict[str, Evaluated
 def read_predictions(path: Path) -> list[str]:
     """Read a model's answers to all questions from its answers file.
 
-    Raises UserError if they are missing or damaged.
+    Raises UserError if the file is missing or damaged.
     """
     return [line["prediction"] for line in read_json_lines(answers_file(path), _Answer)]
 

@@ -52,9 +52,9 @@ Lines = tuple[list[dict[str, Any]], dict[str, Any]]  # lines of answers, and the
 class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Counts and times of a model's pass over an evaluation set.
 
-    `joules`: energy of the whole machine while one process answered all questions, by its `counters`.
+    `joules`: energy that the whole machine used while one process answered all questions, by the `counters`.
 
-    Of lmms-eval: `values` {task: {metric: value}}, of several tasks if a group was asked for, and `higher_is_better`.
+    Only for lmms-eval: `values`, {task: {metric: value}} (several tasks for a task group), and `higher_is_better`.
     """
 
     parameters: Count
@@ -73,8 +73,8 @@ class AnswerFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class Asking:
     """Loaded model for answering questions, with tokenizer, mesh and settings.
 
-    `tokens`: where its tokenizer is. `rows`: batches have a multiple of this many rows, one share per device.
-    `phase(total)` shows progress; `journal` keeps the answers of an interrupted run.
+    `tokens`: model settings with the tokenizer's folder. `rows`: number of which the rows of a batch are a multiple, so
+    that devices share them evenly. `phase(total)`: shows progress. `journal`: keeps the answers of an interrupted run.
     """
 
     model: Model
@@ -91,7 +91,7 @@ class Asking:
 
 
 def evaluation_works(work: Work, start: Path, subject: str) -> list[Work]:
-    """Return the work of evaluating the model in folder `start` on every set and task; `subject`: its file name."""
+    """Return a `Work` for evaluating the model in folder `start` on each set and task; `subject`: name of its files."""
     data, spec = work.experiment.data, work.experiment.evaluate
     place: dict[str, Any] = {"stage": "evaluate", "start": start, "subject": subject, "loaded": {}}
     return [work.replace(part=key, **place) for key in (*evaluation_sets(data, spec), *spec.tasks)]
@@ -266,7 +266,7 @@ def _read_text(asking: Asking, eval_set: EvaluationSetSpec) -> Lines:
 
 
 def names_of_sets(data: DataSpec, spec: EvaluateSpec) -> str:
-    """Return text with the names of up to three evaluation sets; sets without names have the names of their data."""
+    """Return text with the names of up to three evaluation sets; sets without a name have the name of their data."""
     names = list[str]()
     for name, chosen in evaluation_sets(data, spec).items():
         if name not in (QUESTIONS, TEXT):

@@ -41,12 +41,12 @@ class ExportFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export_folder(workdir: Path, part: str) -> Path:
-    """Return the folder of an export: `export/`, or `export-FORMAT/` for a further one (`part` is its format)."""
+    """Return the folder of an export: `export/`, or `export-FORMAT/` for an additional export in the format `part`."""
     return workdir / f"export-{part}".removesuffix("-")
 
 
 def describe_export(folder: Path, model: str, check: Any) -> list[str]:
-    """Return lines that say which model was exported, where, its size, the result of its check, and how to load it.
+    """Return lines on an export: which model, its folder and size, the result of its check, and how to load it.
 
     `check` has the fields of `ExportFacts`.
     """

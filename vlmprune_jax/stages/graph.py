@@ -22,7 +22,7 @@ from vlmprune_jax.workdir.steps import StepRecord
 
 
 def task_of(work: Work) -> Task:
-    """Return the task of a stage at its place: settings, inputs and outputs, as the stage declares them."""
+    """Return the task of `work`: the stage's settings, inputs and outputs for this variant and folder."""
     stage, sections, (run, complete) = STAGES[work.stage], work.sections, functions_of(work.stage)
     arguments = [sections[section] for section in stage.sections]
     below, title = work.folder.relative_to(work.workdir).as_posix(), f"{work.stage} {work.label}".strip()
@@ -76,7 +76,7 @@ def _maker(task: Task, name: str) -> str | None:
 def steps_of(root: Work) -> list[Work]:
     """Return the stages to run for every prune variant and its recovery variants, in order.
 
-    A recovery's control comes after the first model that is recovered in this way. `root`: of the command.
+    A recovery's control comes after the first model with this recovery. `root`: the `Work` of the command.
     """
     steps, controls = list[Work](), dict[str, Work]()
     for pruned in prune_runs(root.experiment, root.workdir):

@@ -33,7 +33,7 @@ from vlmprune_jax.workdir.steps import STEPS, Steps, make_result, read_unfinishe
 def run_stage(root: Work, name: str, *, explain: bool = False) -> None:
     """Run one stage for every variant; `explain` also prints each layer's pruned widths with reasons.
 
-    `root`: the work of the command, in the same workdir. Raises UserError if no variant asks for the stage.
+    `root`: the `Work` of the command. Raises UserError if the stage is turned off in all variants.
     """
     steps = [step for step in steps_of(root) if step.stage == name]
     if not steps:
@@ -108,7 +108,7 @@ def evaluate(root: Work) -> None:
 
 
 def evaluate_teacher(root: Work) -> dict[str, Evaluated]:
-    """Evaluate the unpruned model on every set -> `eval/teacher.json`."""
+    """Evaluate the unpruned model on every set; write `eval/teacher.json`."""
     return evaluate_model(root, root.teacher, TEACHER)
 
 
@@ -120,7 +120,7 @@ def tasks_of(root: Work) -> list[Task]:
 def measure_speed(root: Work) -> None:
     """Measure the speed of every model in the workdir, in turns with the unpruned model.
 
-    Raises UserError if it is turned off, or there is no model.
+    Raises UserError if the measurement is turned off, or there is no model.
     """
     if not root.experiment.speed.rounds:
         raise UserError("speed.rounds is 0: set the number of rounds (--config.speed.rounds=5)")
@@ -131,10 +131,9 @@ def measure_speed(root: Work) -> None:
 
 
 def export(root: Work, part: str = "") -> None:
-    """Export the best model of these variants in `result.json`; without that file, the workdir's last model.
+    """Export the best model of these variants in `result.json`; without this file, the workdir's last model.
 
-    `part`: name of a further export beside the first, which goes to `export-NAME/`. Raises UserError if there is no
-    model.
+    `part`: name of an additional export, whose folder is `export-NAME/`. Raises UserError if there is no model.
     """
     workdir = root.workdir
     if (workdir / RESULT).is_file():

@@ -41,7 +41,7 @@ SAMPLE = 8  # records of a recovery whose images are decoded
 
 
 def preflight(work: Work, command: str) -> None:
-    """Check before a command that its inputs exist and its settings fit, and print what it will do.
+    """Check before a command that its inputs exist and its settings are possible, and print what the command will do.
 
     Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
     small.

@@ -44,7 +44,7 @@ def prune_task(
 ) -> Task:
     """Add the prune stage's inputs: scores, and measured speeds if the budget needs them.
 
-    Raises UserError for steps over two stacks.
+    Raises UserError for pruning in several steps if more than one stack is pruned.
     """
     criteria, iterative = criteria_of(score, spec), spec.steps > 1 and not spec.only_vocabulary
     if iterative and spec.stack == "both":
@@ -108,7 +108,7 @@ def prune_stage(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig
 def check_plan(work: Work, data: DataSpec, score: ScoreConfig, spec: PlanConfig, export: ExportSpec) -> None:
     """Raise UserError for a target that no plan can reach, found by planning with random scores.
 
-    Of a plan with a vocabulary only the size is checked, since that needs the texts to be read.
+    If the vocabulary is trimmed, only its size is checked, because choosing tokens would read all source texts.
     """
     cfg = work.config(work.teacher)
     check_size(spec.vocabulary.size, cfg.text.vocab_size)

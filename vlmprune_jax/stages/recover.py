@@ -61,7 +61,7 @@ def recover_task(task: Task, work: Work, data: DataSpec, spec: RecoverConfig) ->
 class Recovery:
     """Checked recovery of a pruned model: settings, number of steps, records, and both models (weights in files).
 
-    `trained`: paths of the trained parameters. `runs_teacher`: if the loss needs the teacher while training.
+    `trained`: paths of the trained parameters. `runs_teacher`: True if the loss needs the teacher during training.
     """
 
     work: Work
@@ -193,10 +193,14 @@ def train(recovery: Recovery) -> tuple[Model, dict[str, Any]]:
 
 
 def cached_features(recovery: Recovery) -> FeatureLoader:
-    """Open the vision feature cache, and compute features of images that it lacks.
+    """Open the vision feature cache, and compute the features of images that are not in the cache yet.
 
-    Training then needs neither the tower nor an image. Raises UserError if the teacher has another tower, the folder is
-    of another tower or cannot be written, or an image cannot be read; Stopped on SIGTERM, and what is computed stays.
+    Training then needs neither the vision tower nor the images.
+
+    Raises:
+      UserError: the teacher's tower differs, the cache was made with another tower or is not writable, or an image
+        cannot be read.
+      Stopped: on SIGTERM; features computed so far stay in the cache.
     """
     data, config, work, images = recovery.data, recovery.config, recovery.work, recovery.encoder.image_loader
     assert isinstance(images, ImageLoader)  # there is a tower
@@ -238,11 +242,13 @@ def _tower_digest(recovery: Recovery) -> str:
 
 
 def cached_teacher(recovery: Recovery, training: inputs.TrainingRows, parts: Sequence[str]) -> TeacherRows:
-    """Open the teacher cache, and compute teacher outputs for records that it lacks.
+    """Open the teacher cache, and compute teacher outputs for records that are not in the cache yet.
 
-    Records are computed in batches that do not depend on what is there: an interrupted pass ends with the same bytes.
-    Raises UserError if the folder is of another teacher or other settings, or its disk is too small; Stopped on
-    SIGTERM, and what was computed stays.
+    The batches do not depend on the cache's content, so that an interrupted pass ends with the same bytes.
+
+    Raises:
+      UserError: the cache was made with another teacher or other settings, or the disk is too small.
+      Stopped: on SIGTERM; outputs computed so far stay in the cache.
     """
     data, config, loss, work = recovery.data, recovery.config, recovery.config.losses, recovery.work
     cache = ArrayCache(

@@ -10,7 +10,7 @@ from vlmprune_jax.stages.stage import Stage
 
 
 def no_scores(sections: Mapping[str, Any]) -> str | None:
-    """Return why the settings need no scores, with the command to run instead; None if they need some."""
+    """Return why the settings need no scores, with the command to run instead; None if they need scores."""
     if not sections["prune"].only_vocabulary:
         return None
     return "trimming only the vocabulary needs no scores: run `vlmprune prune`"
@@ -84,7 +84,7 @@ The command also updates result.json, if the workdir has one.""",
 
 
 def functions_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """Return `run` and `task` of a stage; those of built-in stages are imported now, since they import jax."""
+    """Return the functions `run` and `task` of a stage; built-in ones are imported now, because they import jax."""
     from vlmprune_jax.stages import evaluate, export, prune, reconstruct, recover, score, speed
 
     built_in: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {

@@ -43,10 +43,7 @@ def stacks_of(prune: PlanConfig) -> tuple[str, ...]:
 
 
 def criteria_of(spec: ScoreConfig, prune: PlanConfig, stack: str | None = None) -> dict[str, str]:
-    """Return {scores file: criterion} that the pruning method needs.
-
-    {} if only the vocabulary is trimmed.
-    """
+    """Return {scores file: criterion} that the pruning method needs; {} if only the vocabulary is trimmed."""
     if prune.only_vocabulary:
         return {}
     files = {"": spec.depth, "_width": spec.width} if prune.method == "hybrid" else {"": spec.depth}

@@ -34,10 +34,10 @@ UNUSED = (
 
 
 def evaluate_server(work: Work, url: str, start: Experiment) -> dict[str, Evaluated]:
-    """Evaluate the model behind a server: ask it all questions of every set, and score its answers.
+    """Evaluate the model behind a server: ask it the questions of all sets, and score its answers.
 
-    `start`: what the user started from, see `unused_settings`. Raises UserError as `Server` does, or if the run has
-    several processes, or there are only texts.
+    `start`: the config from which the user started, see `unused_settings`. Raises UserError if the server cannot be
+    used (see `Server`), several processes run, or no evaluation set has questions.
     """
     if process_count() > 1:
         raise UserError("--server works with one process only: run the command without --coordinator")

@@ -54,7 +54,7 @@ def speed_task(task: Task, work: Work, spec: SpeedConfig) -> Task:
 
 
 class ShapeSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured speed of one layer shape, and of the unpruned model in the same rounds."""
+    """Measured speed of one layer shape, and of the unpruned model in the same repetitions."""
 
     unpruned: Measurement
     pruned: Measurement

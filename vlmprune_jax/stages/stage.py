@@ -21,20 +21,23 @@ class Stage:
 
     Args:
       help: one line, in the imperative.
-      run: the function: `run(work, *sections)` makes the outputs and returns facts for the ledger, a `msgspec.Struct`
-        that is its annotated return type, or None. Built-in stages leave it out, see `functions_of`.
-      sections: the settings sections that it takes beside the model, in the order of its arguments.
-      inputs: what it reads: "data.train" (records), "start" (the model it starts from), or names in its folder.
-      outputs: names of what it makes in its folder, beside `model`; a pattern if `task` adds the files.
-      model: the folder of the model that it makes, which is then evaluated and may be exported.
-      scratch: what an interrupted run of it resumes from; `journals`: the same, dropped when inputs change.
-      task: adds the files and settings that depend on the experiment: `task(task, work, *sections) -> Task`.
-      per: what it is applied to, one of `SCOPES`.
-      switch: the setting that turns it off by its value "none", as "recover.method".
-      unneeded: says why settings need no run of it: `unneeded(sections) -> str | None`.
-      version: raise it whenever the code gives other results for the same inputs: outputs are then made again.
-      details: more for `vlmprune NAME --help`.
-      beside: how to write another result beside the first, for the error about outputs made from other inputs.
+      run: function `run(work, *sections)` that makes the outputs and returns facts for the ledger: a `msgspec.Struct`
+        (its annotated return type), or None. Built-in stages leave this field out, see `functions_of`.
+      sections: config sections that `run` receives besides the model, in the order of its arguments.
+      inputs: what the stage reads: "data.train" (records), "start" (the input model), or file names in its folder.
+      outputs: names of the files that the stage writes besides `model`; a pattern if `task` adds the files.
+      model: folder of the model that the stage makes. This model is then evaluated and may be exported.
+      scratch: files from which an interrupted run of the stage continues.
+      journals: like `scratch`, but deleted when inputs change.
+      task: function that adds the files and settings that depend on the experiment: `task(task, work, *sections) ->
+        Task`.
+      per: what the stage is applied to, one of `SCOPES`.
+      switch: setting whose value "none" turns the stage off, such as "recover.method".
+      unneeded: function that returns why the settings make the stage unnecessary: `unneeded(sections) -> str | None`.
+      version: number to raise whenever the code gives different results for the same inputs; outputs are then made
+        again.
+      details: more text for `vlmprune NAME --help`.
+      beside: advice on how to make a second result, for the error about outputs made from other inputs.
     """
 
     help: str

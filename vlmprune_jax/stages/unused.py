@@ -49,10 +49,10 @@ def unused_settings(
 
     Args:
       pairs: experiments, each with the config of its unpruned model.
-      sections: only settings of these sections; () = of all. Sections that a stage of the user's own takes are left
-        out, because only that stage knows which of their settings it uses.
-      start: what the user started from, such as a shipped config; values that are in it, in any of its variants, or
-        are defaults were not set by the user.
+      sections: only settings of these sections; () = all sections. Sections that a user-defined stage receives are left
+        out, because only this stage knows which of their settings it uses.
+      start: config from which the user started, such as a shipped config. Values in this config, in one of its
+        variants, or equal to a default do not count as set by the user.
     """
     runs = [(run, cfg) for experiment, cfg in pairs for run in _variants(experiment)]
     # The name of a recovery is that of its variant.

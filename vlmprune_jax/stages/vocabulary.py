@@ -35,13 +35,13 @@ _SCRIPTS = 8  # listed at most, the most frequent first
 
 
 def sources_of(config: VocabularyConfig, data: DataSpec) -> VocabularyConfig:
-    """Return the vocabulary settings, with the training records as source texts if none are set."""
+    """Return the vocabulary settings; if they name no source texts, the training records are the source."""
     named = config.sources or ((data.train,) if data.train is not None else ())
     return dataclasses.replace(config, sources=named)
 
 
 def vocabulary_files(config: VocabularyConfig, data: DataSpec) -> dict[str, Path | str]:
-    """Return {name: file} of the texts whose tokens are kept; {} if the vocabulary is not trimmed."""
+    """Return {input name: file} of the texts from which the trimmed vocabulary is chosen; {} without trimming."""
     if config.size is None:
         return {}
     if not config.sources:
@@ -84,7 +84,7 @@ def parse_size(text: str) -> int:
 
 
 def trade(folder: Path, cfg: ModelConfig, config: VocabularyConfig, sizes: Sequence[int]) -> Table:
-    """Return a table by vocabulary size: parameters and bytes saved, and additional tokens per text."""
+    """Return a table by vocabulary size: parameters and bytes saved, and the increase in tokens per text."""
     source = Source.of(folder, cfg)
     sample, whole, rows = read_sample(source, config), count_params(cfg), list[list[str]]()
     before = max(sum(map(len, source.tokens(sample.held_out))), 1)

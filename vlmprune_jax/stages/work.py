@@ -33,9 +33,9 @@ from vlmprune_jax.workdir.store import Store
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Work:
-    """A stage at its place in a workdir: settings, folders, models and console output; the argument of its function.
+    """Argument of a stage's function: settings, folders, models and console output of one stage in a workdir.
 
-    `Work.at` returns that of a command, and `steps_of` those of its stages.
+    `Work.at` makes the `Work` of a command; `steps_of` makes one `Work` for each stage that the command runs.
     """
 
     experiment: Experiment
@@ -64,13 +64,13 @@ class Work:
 
     @classmethod
     def at(cls, workdir: Path, experiment: Experiment, reporter: Reporter, **fields: Any) -> Work:
-        """Return the work of a command in a workdir, which starts from the unpruned model unless `fields` differ."""
+        """Return the `Work` of a command in a workdir, which starts from the unpruned model unless `fields` differ."""
         place: dict[str, Any] = dict.fromkeys(("variant", "folder", "out"), workdir)
         place |= {"start": Path(experiment.model.hf_dir), **fields}
         return cls(workdir=workdir, experiment=experiment, reporter=reporter, **place)
 
     def replace(self, **fields: Any) -> Work:
-        """Return the work with other fields."""
+        """Return a copy of the `Work` with other fields."""
         return dataclasses.replace(self, **fields)
 
     @property
@@ -90,12 +90,12 @@ class Work:
 
     @property
     def label(self) -> str:
-        """Evaluated model and set, or name of a further export, in messages."""
+        """Name of this work in messages: the evaluated model and set, or the additional export."""
         return " ".join(filter(None, (self.subject, self.part if self.part != DEFAULT_SET else "")))
 
     @property
     def path(self) -> str:
-        """Path of the folder `out`, relative to the workdir."""
+        """Path of the stage's output folder `out`, relative to the workdir."""
         return self.out.relative_to(self.workdir).as_posix()
 
     def say(self, text: str) -> None:
@@ -106,7 +106,8 @@ class Work:
     def phase(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """Context that shows a progress bar; on SIGTERM or SIGINT, work stops after the current item.
 
-        Raises Stopped from the function that takes the number of items done; every process must call it in step.
+        The context yields a function of the number of finished items, which all processes call together. It raises
+        Stopped.
         """
         with self.reporter.bar(title, total) as update, StopSignal() as stop:
 
@@ -124,7 +125,7 @@ class Work:
 
     @property
     def tower(self) -> Path | None:
-        """Folder of the vision tower if it is separate; None otherwise."""
+        """Folder of a separate vision tower; None if the tower is in the model's folder."""
         return None if self.model.vision_dir is None else Path(self.model.vision_dir)
 
     @property
@@ -162,7 +163,8 @@ class Work:
     ) -> Model:
         """Load a model folder, or some parts of the model, in the experiment's dtype and mesh.
 
-        `by_layer`: on one device, leave the weights in their files for a pass over the layers, so that any model fits.
+        `by_layer`: on one device, leave the weights in their files for a pass layer by layer, so that models of any
+        size fit in memory.
         """
         if by_layer and (self.devices is None or self.devices.size == 1):
             return lazy.open_model(folder, self.tower, self.model.dtype)
@@ -199,7 +201,7 @@ class Work:
 
 
 def journal_path(output: Path) -> Path:
-    """Return the path of the journal for a pass that writes this file."""
+    """Return the path of the journal for a pass that writes the file `output`."""
     return output.with_name(f"{output.name}.journal")
 
 
