@@ -32,7 +32,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Slice:
-    """TPU slice or slices to compile for: name ("v5e:8x8", or "v5e:8x8:2" for two), chip type and devices."""
+    """TPU slice or slices to compile for: name ("v5e:8x8", or "v5e:8x8:2" for two slices), chip type and devices."""
 
     name: str
     chip: Chip
@@ -40,14 +40,15 @@ class Slice:
 
     @property
     def count(self) -> int:
-        """Number of TPU slices, which a data-centre network connects."""
+        """Number of TPU slices, which are connected by a data-centre network."""
         return len({getattr(device, "slice_index", 0) for device in self.devices})
 
 
 def make_slice(name: str) -> Slice:
     """Return the TPU slice with this name; no TPU is needed.
 
-    Raises UserError if the generation or topology does not exist (it lists those that do), or libtpu is missing.
+    Raises UserError if the generation or topology does not exist (the message lists existing ones), or libtpu is
+    missing.
     """
     chip, _ = slice_of(name)
     if importlib.util.find_spec("libtpu") is None:
@@ -87,7 +88,7 @@ class Compiled:
 
 
 class DoesNotFit(UserError):
-    """Error raised if a program does not fit in HBM; `needed` and `capacity` are bytes per chip."""
+    """Error raised if a program needs more HBM than a chip has; `needed` and `capacity` are bytes per chip."""
 
     def __init__(self, needed: int, capacity: int):
         super().__init__(
@@ -135,8 +136,8 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 def executed_flops(jaxpr: Any) -> int:
     """Return the FLOPs of all matrix products in a jaxpr, counting every loop iteration and recomputation.
 
-    All blocks of kernels are counted, even those that a causal mask skips. (XLA's `cost_analysis` counts a loop body
-    once.)
+    All blocks of kernels are counted, even blocks that a causal mask skips. (XLA's `cost_analysis` counts a loop body
+    only once.)
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -190,9 +191,8 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     """Return {collective operation: bytes that each chip receives} for one run of a compiled program.
 
     A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
-    gather, scatter or all-to-all receives n (g - 1) / g bytes (a scatter g times that of its smaller result), a
-    reduction twice as many, and a permutation n. What comes from other slices is listed apart,
-    as "KIND between slices".
+    gather or all-to-all receives n (g - 1) / g bytes, a scatter g times as many (its result is smaller), a reduction
+    twice as many, and a permutation n. Bytes from other slices are listed separately, as "KIND between slices".
     """
     computations = computations_of(hlo)
     runs = executions(hlo, computations)

@@ -50,9 +50,10 @@ _VIDEO = 1920, 1080  # width and height of planned videos
 class Case:
     """Inputs for planning one recovery on a TPU slice: student, teacher, training settings and batch shapes.
 
-    `lengths`, `slots`, `image_tokens`: buckets of tokens, of images or tiles, and of image tokens per row (empty unless
-    images are of any size), ascending. The planned step uses the largest of each. `patches`: images or temporal
-    patches of videos that share the image tokens of a row. `records`: number of training records; None if unknown.
+    `lengths`, `slots`, `image_tokens`: buckets (ascending) of tokens, of images or tiles, and of image tokens per row
+    (empty unless image sizes vary). The planned step uses the largest bucket of each. `patches`: number of images, or
+    temporal patches of videos, that share the image tokens of a row. `records`: number of training records; None if
+    unknown.
     """
 
     cfg: ModelConfig
@@ -80,7 +81,7 @@ class Case:
 
     @property
     def image_tokens_per_row(self) -> int:
-        """Image tokens per sequence in the largest image bucket, for models with images of any size; 0 otherwise."""
+        """Image tokens per sequence in the largest image bucket, for models with dynamic resolution; 0 otherwise."""
         return self.image_tokens[-1] if self.image_tokens else 0
 
     def make_mesh(self) -> Mesh:
@@ -132,7 +133,7 @@ def make_case(experiment: Experiment, shapes: Shapes, topology: str, records: in
 
 
 def read_shapes(run: Variant, pruned: bool) -> Shapes:
-    """Read an unpruned model's config, and if the run has `pruned` already, its plan; else predict the plan."""
+    """Read an unpruned model's config and its plan; if the run has not `pruned` yet, predict the plan."""
     model, file = run.experiment.model, run.folder / "plan.json"
     hf_dir, tower = teacher_folder(model), None if model.vision_dir is None else Path(model.vision_dir)
     _, cfg = read_config(hf_dir, tower)
@@ -141,10 +142,11 @@ def read_shapes(run: Variant, pruned: bool) -> Shapes:
 
 
 def predict_plan(experiment: Experiment, cfg: ModelConfig) -> PrunePlan:
-    """Return a prune plan made from random scores; layer shapes equal those of the config's real plan.
+    """Return a prune plan made from random scores, as a prediction of the config's real plan.
 
-    Equal widths and the number of layers do not depend on scores. The choice of layers, widths under
-    `selection="global"`, and the share of heads under `heads="auto"` do; the last is predicted as proportional.
+    The number of layers and equal widths do not depend on scores, so they are as in the real plan. The choice of
+    layers, widths with `selection="global"`, and the share of heads with `heads="auto"` do depend on scores; for
+    `heads="auto"`, proportional heads are assumed.
     """
     config = plan_config(experiment.prune, experiment.model, experiment.data, experiment.export)
     config.check()
@@ -170,7 +172,7 @@ def typical_vocabulary(config: VocabularyConfig, cfg: ModelConfig) -> KeptVocabu
 
 
 def preparation_of(data: DataSpec, cfg: ModelConfig, folder: Path) -> Preparation | None:
-    """Return how a model cuts images into tiles or patches; None if images stay whole."""
+    """Return how a model divides images into tiles or patches; None if images stay whole."""
     if cfg.vision is None:
         return None
     if family_of(cfg).images == "whole":
@@ -215,7 +217,7 @@ def estimate(case: Case) -> PlannedStep:
 
     Raises:
       DoesNotFit: the step needs more HBM than a chip has.
-      UserError: the settings do not fit the model or the slice.
+      UserError: the settings contradict the model or the slice.
     """
     mesh = case.make_mesh()
     config = case.config
@@ -242,9 +244,9 @@ def estimate(case: Case) -> PlannedStep:
 def planned_step(case: Case, compiled: Compiled, model: ModelFlops) -> PlannedStep:
     """Return a compiled training step's cost: bytes per chip, FLOPs, and throughput of all chips.
 
-    The step time is a roofline estimate, from arithmetic, memory traffic and links between chips. Memory traffic:
-    arguments are read once; temporaries and received data are written and read once. MFU: model FLOPs / (peak FLOP/s of
-    all chips x step time).
+    The step time is a roofline estimate from arithmetic, memory traffic and links between chips. For memory traffic,
+    arguments are read once, and temporaries and received data are written and read once. MFU is model FLOPs / (peak
+    FLOP/s of all chips x step time).
     """
     config, chip, devices = case.config, case.slice.chip, len(case.slice.devices)
     received = sum(compiled.received.values())

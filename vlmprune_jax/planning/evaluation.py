@@ -33,9 +33,10 @@ _NEW_TOKENS = 17  # of the compiled programs: 16 steps of the decoding loop
 class EvaluationCase:
     """Inputs for planning the evaluation of one model on a TPU slice.
 
-    `preparation`: of its images (None: they have one size, or the model takes none). `mesh`: sizes (data, fsdp,
-    tensor), or () for those of `decoding_mesh`. `rows`: of a batch, raised to a multiple of what shares it. `weights`:
-    formats whose least times are told; the programs have weights of `dtype`.
+    `preparation`: how the model prepares images (None: images of one size, or no images). `mesh`: sizes (data, fsdp,
+    tensor), or () for the sizes that `decoding_mesh` chooses. `rows`: rows of a batch, rounded up so that devices share
+    them evenly. `weights`: weight formats for which minimum times are computed; the compiled programs have weights of
+    `dtype`.
     """
 
     cfg: ModelConfig

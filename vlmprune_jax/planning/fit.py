@@ -37,8 +37,9 @@ Attempts = dict[Case, PlannedStep | UserError]
 def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str, PlannedStep]:
     """Search for training settings whose compiled step fits in the TPU slice's memory.
 
-    Returns the cheapest "remat", the largest micro-"batch" with that remat, and the smallest "slice" with unchanged
-    settings; an entry is missing if nothing fits. `tried` caches compiled cases and is extended.
+    Returns the cheapest "remat", the largest micro-"batch" with this remat, and the smallest "slice" with unchanged
+    settings; an entry is missing if no setting fits. `tried` is a cache of compiled cases, to which new cases are
+    added.
     """
     fits: dict[str, PlannedStep] = {}
     cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)
@@ -89,7 +90,7 @@ def _doubled(case: Case) -> Case | None:
 
 
 def too_large(case: Case, error: DoesNotFit) -> UserError:
-    """Return an error that the training step does not fit in memory, with advice on settings to change."""
+    """Return an error that the training step needs too much memory, with advice on settings to change."""
     config, chip = case.config, case.slice.chip
     ways = [] if config.remat == "full" else ["recover.remat=full"]
     if config.batch_size // config.accumulation > len(case.slice.devices):
@@ -103,7 +104,8 @@ def too_large(case: Case, error: DoesNotFit) -> UserError:
 def plan_recovery(case: Case, searching: bool, say: Callable[[str], None]) -> Planned:
     """Compile one recovery step for a TPU slice and print its cost; with `searching`, also find settings that fit.
 
-    Raises UserError if the case does not fit and `searching` is False (with advice), or the settings do not fit.
+    Raises UserError if the step needs too much memory and `searching` is False (with advice), or the settings
+    contradict the model or the slice.
     """
 
     def say_rows(planned: Planned) -> None:
@@ -142,7 +144,8 @@ def fit_all(
     `search`: also search for settings that fit. `evaluation`: plan the evaluation of each pruned model as well,
     with these formats of weights (`planning.questions.WEIGHT_FORMATS`).
 
-    Raises UserError if the slice is unknown, a step does not fit it (with advice), or there is nothing to plan.
+    Raises UserError if the slice is unknown, a step needs more memory than it has (with advice), or there is nothing to
+    plan.
     """
     for form in evaluation:
         one_of("--weights", form, tuple(WEIGHT_FORMATS))

@@ -29,9 +29,10 @@ _TODO = "write it again with tools/study.py, or leave --guide out"
 class Source:
     """Source of measurements, such as the paper or our own study.
 
-    `measure` names the metric retained, in %; `vision`: its models have a vision tower. `recipe` is the partial
-    experiment that made all its rows, apart from the settings of methods and recoveries (the paper's: on top of the
-    recipe of each family). `task`: its data and evaluation, which only a model of the same shape takes over.
+    `measure`: name of the metric whose retention (in %) was measured. `vision`: True if the source's models have a
+    vision tower. `recipe`: partial experiment that made all rows of the source, without the settings of methods and
+    recoveries (for the paper, added to the recipe of each family). `task`: data and evaluation of the source, which are
+    recommended only for a model of the same shape.
     """
 
     title: str
@@ -45,11 +46,11 @@ class Source:
 class Evidence:
     """Measured retention (%) of one model after one combination of pruning and recovery.
 
-    `recovery`: "none", "projector", "sft", "sft_l2", ...; with "reconstruct" in front, or alone, for reconstructed
-    weights. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal ratio, which is
-    close). `parameters`: of the unpruned model. `interval`: 95 %, over `seeds` runs and questions; None if unknown.
-    Rows without `counts` are shown but left out of ranges, for the reason in `note`. `of_control`: retention (%)
-    relative to the unpruned model after the same recovery, if that was measured.
+    `recovery`: "none", "projector", "sft", "sft_l2", ...; with the prefix "reconstruct" (or "reconstruct" alone) if
+    weights were reconstructed. `decoder_ratio`: removed share of the decoder's parameters (for the paper, its nominal
+    ratio, which is close). `parameters`: number of parameters of the unpruned model. `interval`: 95 % interval over
+    `seeds` runs and questions; None if unknown. Rows without `counts` are shown but left out of ranges, for the reason
+    in `note`. `of_control`: retention (%) relative to the unpruned model after the same recovery, if measured.
     """
 
     source: str
@@ -82,8 +83,8 @@ class Rule:
     """Recommendation for training budget `compute`, valid for decoder ratios up to `up_to`.
 
     `speed`: True if the rule is only for users who need speed, False if only for others, None for all. `evidence`:
-    recoveries whose rows predict the outcome; the first that a source has is used. `source`: origin of the advice.
-    `supported`: True if any measurement supports it.
+    recoveries whose rows predict the outcome; the first one with rows in a source is used. `source`: origin of the
+    advice. `supported`: True if any measurement supports it.
     """
 
     name: str
@@ -114,7 +115,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Data:
-    """Training data advice: `least`, the smallest share measured, is enough for ratios below `suffices_below`."""
+    """Advice on training data: the smallest measured share, `least`, is enough for ratios below `suffices_below`."""
 
     least: Finite
     suffices_below: Finite

@@ -49,8 +49,9 @@ _LOSSES = {"ce": "SFT", "l2": "L2 distillation", "kl": "KL distillation"}
 class Advice:
     """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
-    `own_data`: the config names the user's files. `missing`: settings of `data` that the config leaves open. `bench`:
-    speeds measured on this machine, shown instead of the guide's speeds. `most_bytes`: the size asked for.
+    `own_data`: True if the config names the user's files. `missing`: settings of `data` that the user still has to set.
+    `bench`: speeds measured on this machine, shown instead of the guide's speeds. `most_bytes`: the requested maximum
+    size.
     """
 
     folder: str
@@ -67,7 +68,7 @@ class Advice:
 def parse_bytes(text: str) -> float:
     """Convert a size such as 2e9, "2GB" (10**9) or "2GiB" (2**30) to a number of bytes.
 
-    Raises UserError for text of another form, and numbers that are not above 0.
+    Raises UserError for text of another form, or a number that is not above 0.
     """
     match = re.fullmatch(r"\s*([\d.]+(?:[eE]\+?\d+)?)\s*([a-zA-Z]*)\s*", text)
     try:
@@ -92,9 +93,9 @@ def parse_share(name: str, text: str) -> float:
 
 
 def saved_as(text: str | None, ratio: float = 0.0) -> Path:
-    """Return the path of the recommended config file (default: recommended_30.py for 30 %).
+    """Return the path for the recommended config file (default: recommended_30.py for 30 %).
 
-    Raises UserError if it is not the name of a Python file.
+    Raises UserError if the name is not that of a Python file.
     """
     path = Path(text or f"recommended_{100 * ratio:.3g}.py")
     if path.suffix != ".py" or "\0" in path.name:
@@ -119,14 +120,15 @@ def advise(
 
     Args:
       hf_dir, vision_dir: see `load`.
-      ratio, most_bytes: share of all parameters to remove, or maximum size of the bfloat16 weights; give one.
+      ratio: share of all parameters to remove.
+      most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes`.
       data_fraction, compute, speed, guide: see `recommend`.
-      files: values of `data.train`, `data.images` and `data.eval` for the config, in place of the evidence's data.
-      bench: what `vlmprune bench --json` wrote, told in place of the guide's speeds.
+      files: values of `data.train`, `data.images` and `data.eval` for the config, instead of the evidence's data.
+      bench: content of the file from `vlmprune bench --json`, shown instead of the guide's speeds.
 
     Raises:
-      UserError: the model or file is missing; none or both targets are given; no plan reaches the target (names the
-        nearest); see `recommend`.
+      UserError: the model or file is missing, none or both targets are set, no plan reaches the target (the message has
+        the nearest), or `recommend` fails.
     """
     if (ratio is None) == (most_bytes is None):
         raise UserError("give either --ratio=0.3 (share of all parameters to remove) or --bytes=2GB (maximum size)")
@@ -173,7 +175,7 @@ def _size(n_bytes: float) -> str:
 
 
 def decision(advice: Advice) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of what to do: how to prune and recover, and the size of the pruned model."""
+    """Yield (label, text) of the recommended steps: how to prune and recover, and the size of the pruned model."""
     recommendation, cfg = advice.recommendation, advice.cfg
     yield from _vocabulary(advice)
     yield from _integers(advice)
@@ -188,7 +190,7 @@ def decision(advice: Advice) -> Iterator[tuple[str, str]]:
 
 
 def details(advice: Advice) -> list[str]:
-    """Return further lines: the target, who loads the pruned models, the reasons, and where sources disagree."""
+    """Return additional lines: the target, engines that load the pruned models, reasons, and where sources disagree."""
     cfg, asked = advice.cfg, advice.recommendation.target
     lines = [
         f"{advice.folder}: {count_params(cfg):,} parameters, the decoder has "

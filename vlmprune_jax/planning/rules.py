@@ -33,8 +33,8 @@ class Target:
 class Expected:
     """Expected retention in %, with its interval (None if unknown) and the measurements behind it.
 
-    `same`: the rows are of a model of the same shape, so that the interval is for another seed; else it is for another
-    model, task and seed.
+    `same`: True if the rows are from a model of the same shape; the interval is then for another seed, otherwise for
+    another model, task and seed.
     """
 
     value: float
@@ -44,9 +44,9 @@ class Expected:
 
     @property
     def of_control(self) -> float | None:
-        """Retention relative to the control (an unpruned model with the same training); None if not measured.
+        """Retention in % relative to the control (an unpruned model with the same training); None if not measured.
 
-        Of the first row if `same`, else the mean.
+        If `same`, this is the value of the first row, otherwise the mean over all rows.
         """
         known = [row.of_control for row in self.rows[: 1 if self.same else None] if row.of_control is not None]
         return sum(known) / len(known) if known else None
@@ -56,13 +56,13 @@ class Expected:
 class Recommendation:
     """Recommendation for a target model: settings, expected retention and evidence.
 
-    `rule`: the guide's rule that applies. `head`: the row that overrules it, of a model of the same shape. `rival`: the
-    row of this shape with the best retention at any cost (`head` if nothing is better). `expected`: None without
-    evidence of models of like size. `data_fraction`: share of the training data to train on; 0 without training.
+    `rule`: the guide's rule that applies. `head`: row of a model of the same shape, which overrules the rule. `rival`:
+    row of this shape with the best retention at any cost (`head` if no other is better). `expected`: None without
+    evidence from models of similar size. `data_fraction`: share of the training data to train on; 0 without training.
     `beside`: other rows at a similar ratio. `conflicts`: contradictions between the sources. `notes`: remarks for the
-    user. `recipe`, `variants`: the partial experiment that made the evidence, and the part of it for each recommended
-    method; `of_family`: on top of the recipe of the model's family. `task`: data and evaluation of the evidence, empty
-    unless it is of this shape.
+    user. `recipe`: partial experiment that made the evidence. `variants`: its part for each recommended method.
+    `of_family`: True if `recipe` is added to the recipe of the model's family. `task`: data and evaluation of the
+    evidence, empty unless the evidence is from a model of this shape.
     """
 
     rule: Rule
@@ -84,13 +84,13 @@ class Recommendation:
 def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool, guide: Guide) -> Recommendation:
     """Return the guide's recommendation for a target model (arXiv 2604.24380 and our own measurements).
 
-    Measurements of a model of the same shape come first (see `_choose`); else the rule that fits applies, with the
-    evidence of models of like size. Either way the settings are those that the evidence was measured with.
+    Measurements of a model of the same shape come first (see `_choose`). Otherwise, the matching rule applies, with
+    evidence from models of similar size. In both cases, the settings are those of the measured models.
 
     Args:
-      data_fraction: available share of the training data; 0: none.
-      compute: "none" (no training), "projector" (the projector alone) or "full" (with the teacher).
-      speed: the pruned model's speed matters as much as its accuracy.
+      data_fraction: available share of the training data (0 = none).
+      compute: "none" (no training), "projector" (only the projector is trained) or "full" (with the teacher).
+      speed: True if the pruned model's speed matters as much as its accuracy.
 
     Raises UserError for an invalid ratio or share, or an unknown `compute`.
     """

@@ -34,8 +34,8 @@ _Computations = Mapping[str, Sequence[_Instruction]]
 def hbm_bytes(hlo: str) -> int:
     """Return the bytes of HBM that each chip reads and writes in one run of a compiled program.
 
-    Instructions in a loop count in every iteration. A fusion that only slices an operand reads the slice; one that
-    updates a slice of an operand in place writes the update. Arrays in on-chip memory (`S(1)` and above) are free.
+    Instructions in a loop count in every iteration. A fusion that only slices an operand reads the slice; a fusion that
+    updates a slice of an operand in place writes the update. Arrays in on-chip memory (`S(1)` and above) do not count.
     """
     computations = computations_of(hlo)
     runs = executions(hlo, computations)
