@@ -33,7 +33,7 @@ class Choice:
 class Hyper:
     """Functions with which `get_hyper(hyper)` combines sweep runs (as in big_vision and XManager).
 
-    Settings have their names of the command line, with or without the prefix `config.`.
+    Settings have the same names as on the command line, with or without the prefix `config.`.
     """
 
     def sweep(self, setting: str, values: Iterable[Any]) -> list[Point]:
@@ -104,7 +104,7 @@ class SweepRun:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the run; None if it overrides none, or several with different values."""
+        """Seed of the run; None if the run sets no seed, or several different seeds."""
         seeds = {value for setting, value in self.overrides.items() if _is_seed(setting)}
         return seeds.pop() if len(seeds) == 1 else None
 
@@ -112,7 +112,8 @@ class SweepRun:
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     """Convert overrides from a config file to sweep runs, in the same order.
 
-    Raises UserError if it is no list of overrides or empty, a setting or value does not exist, or two names are equal.
+    Raises UserError if `points` is empty or not a list of overrides, a setting or value does not exist, or two names
+    are equal.
     """
     if not isinstance(points, list | tuple) or not all(isinstance(point, Mapping) for point in points):
         raise UserError(

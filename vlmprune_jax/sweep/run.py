@@ -48,7 +48,7 @@ class Sweep:
         return self.workdir / RUNS / run.name
 
     def work(self, run: SweepRun, reporter: Reporter) -> Work:
-        """Return the work of one run, with the result store that all runs of the sweep share."""
+        """Return the `Work` of one run; all runs of the sweep share one result store."""
         data, sets = run.experiment.data, evaluation_sets(run.experiment.data, run.experiment.evaluate)
         # Image folders are inputs of no stage, as they hold many files.
         images = [data.images, *(eval_set.images for eval_set in sets.values())]
@@ -57,9 +57,9 @@ class Sweep:
 
 
 def with_caches(experiment: Experiment) -> Experiment:
-    """Return the experiment with cache folders of its own, shared only with runs whose caches have equal content.
+    """Return the experiment with its own cache folders, shared only with runs whose caches have equal content.
 
-    A cache of logits or features refuses entries of another teacher, tower or preprocessing.
+    A cache of logits or features refuses entries from another teacher, tower or preprocessing.
     """
     teacher, features = experiment.recover.teacher_cache, experiment.data.feature_cache
     model, sections = experiment.model, experiment.sections

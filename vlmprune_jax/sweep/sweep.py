@@ -52,7 +52,8 @@ MOST_MAPS = 15_000  # memory maps of a process; Linux allows 65,530, and XLA:CPU
 def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
     """Check the settings of all sweep runs before the first one starts.
 
-    Raises UserError as `check_experiment` does, or if runs have different evaluation sets, or `jobs` is not possible.
+    Raises UserError if `check_experiment` refuses a run, runs have different evaluation sets, or `jobs` is not
+    possible.
     """
     if jobs < 1 or (jobs > 1 and process_count() > 1):
         raise UserError(f"--jobs={jobs}: must be at least 1, and exactly 1 if several processes share each run")
@@ -73,7 +74,7 @@ def check_runs(runs: Sequence[SweepRun], sweep: Sweep, jobs: int) -> None:
 def shard_of(runs: Sequence[SweepRun], shard: str) -> list[SweepRun]:
     """Return shard `i/n` of the runs: every n-th run, starting with the i-th.
 
-    Raises UserError unless it has the form i/n with 1 <= i <= n.
+    Raises UserError unless `shard` has the form i/n with 1 <= i <= n.
     """
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
     number, count = map(int, match.groups()) if match else (0, 0)
@@ -107,9 +108,9 @@ def run_sweep(
 ) -> None:
     """Run all unfinished runs of a shard, then write and print the comparison of all runs.
 
-    With `jobs` > 1, as many worker processes do one run each at a time (`start` prepares a worker); else runs are done
-    in sequence in this process, or together by all processes of a pod. `page` writes the comparison page, `table` makes
-    the table that is printed.
+    With `jobs` > 1, this number of worker processes do one run each at a time (`start` prepares a worker). Otherwise,
+    runs are done in sequence in this process, or together by all processes of a pod. `page` writes the comparison page,
+    `table` makes the table that is printed.
 
     Raises UserError if some runs failed.
     """
@@ -237,9 +238,10 @@ def _finish(result: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporte
 
 
 def tell_unused(runs: Sequence[SweepRun], start: Experiment, reporter: Reporter) -> None:
-    """Print the user's settings without effect in any run; runs of unreadable models fail on their own.
+    """Print the user's settings that have no effect in any run.
 
-    `start`: see `unused_settings`.
+    Runs whose model cannot be read are skipped, because each of them reports its own error. `start`: see
+    `unused_settings`.
     """
     configs = dict[ModelSpec, ModelConfig]()
     for model in dict.fromkeys(run.experiment.model for run in runs):

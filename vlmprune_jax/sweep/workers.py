@@ -32,8 +32,8 @@ def in_processes(
     Args:
       items: picklable items.
       jobs: number of processes.
-      start: importable function, called once in each new process; returns the function that does an item.
-      done: called in this process with each finished item and its error or None, one at a time.
+      start: importable function, called once in each new process, which returns the function that processes an item.
+      done: called in this process with each finished item and its error (or None), one at a time.
     """
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for item in items:
