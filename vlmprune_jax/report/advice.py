@@ -37,10 +37,10 @@ WIDTH = 80  # characters per line of a recommendation
 
 
 def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, reporter: Reporter) -> None:
-    """Print a recommendation, the command that follows it, and its evidence; with `save`, write its config to a file.
+    """Print a recommendation, the command to run, and the evidence; with `save`, write the config to a file.
 
-    `given`: the flags of this command, with which the printed command writes the config if `save` is None. `full`:
-    print all evidence and the config as well.
+    `given`: flags of this command; if `save` is None, the printed command repeats them and writes the config. `full`:
+    also print all evidence and the config.
     """
     recommendation = advice.recommendation
     path = saved_as(save, recommendation.target.ratio)
@@ -69,7 +69,7 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
 def tell_goal(
     hf_dir: str, goal: str, topology: str, vision_dir: str | None, ratio: float | None, reporter: Reporter
 ) -> None:
-    """Print what pruning, integers and fewer tokens gain towards a goal, see `planning.goals.compare`."""
+    """Print how much pruning, integer weights and fewer tokens help towards a goal, see `planning.goals.compare`."""
     one_of("--for", goal, tuple(GOALS))
     choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
     rows = tuple((choice.name, choice.least, "" if choice.gain is None else f"{choice.gain:.2f}") for choice in choices)

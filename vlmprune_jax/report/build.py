@@ -50,13 +50,13 @@ def build_report(workdir: Path, records: Mapping[str, StageRecord] | None = None
     """Write `report.html` (one self-contained file) and, if models were evaluated, `report.png`.
 
     Args:
-      workdir: of a run, finished or not.
+      workdir: workdir of a run, finished or not.
       records: finished stages in the ledger, for the date in the title and the section on provenance.
 
     Returns:
       The page's path.
 
-    Raises UserError if nothing of a run is there, or a file is damaged.
+    Raises UserError if the workdir has no file of a run, or a file is damaged.
     """
     path = workdir / RESULT
     if path.exists() or path.is_symlink():

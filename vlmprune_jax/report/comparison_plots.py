@@ -43,9 +43,9 @@ Point = tuple[float, tuple[float, float, float], int]  # place on the x axis, (m
 
 @dataclass(frozen=True)
 class Cost:
-    """One cost of models (`rising`: more is better), with its figure labels.
+    """One cost of models (`rising`: True if larger is better), with its figure labels.
 
-    `range_of`: the lowest and highest value that was measured; None if it is exact.
+    `range_of`: function that returns the lowest and highest measured value; None if the cost is exact.
     """
 
     title: str
@@ -87,9 +87,9 @@ def titles_of(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def series_of(groups: Sequence[Group], *, by_images: bool = True) -> dict[str, str]:
-    """Return {group: plot line it belongs to}, usually the pruning method.
+    """Return {group: name of its line in plots}, usually the pruning method.
 
-    `by_images`: models with different limits of tokens per image are different lines.
+    `by_images`: models with different limits of tokens per image have different lines.
     """
     criteria = {(group.first.method, group.first.criterion) for group in groups}
     several = {method for method, _ in criteria if sum(method == other for other, _ in criteria) > 1}
@@ -118,7 +118,7 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def drawable(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups whose retention is known and fits on the plot's axis."""
+    """Return the groups whose retention is known and within the plot's axis."""
     return [group for group in groups if group.retained is not None and abs(group.retained[0]) < LARGEST]
 
 

@@ -104,7 +104,7 @@ def interval_of(group: Group) -> str:
 
 
 def speedup_of(group: Group, part: str) -> SpeedUp | None:
-    """Return a group's mean speed-up over seeds, or that of a seed at which it is not measurable; None if unknown."""
+    """Return a group's mean speed-up over seeds; if a seed's is not measurable, that seed's; None if unknown."""
     speedups: list[SpeedUp | None] = [getattr(model, part) for model in group.models]
     unclear = next((speedup for speedup in speedups if speedup is None or not speedup.measurable), speedups[0])
     if unclear is None or not unclear.measurable:

@@ -144,7 +144,7 @@ def importance_section(workdir: Path, variants: Sequence[Variant]) -> Iterator[S
 def importance_figure(scores: Scores, plan: PrunePlan | None) -> Any:
     """Plot importance scores, and mark the layers and heads that a plan removes.
 
-    Raises UserError if the scores are too many for a figure, or of a stack that the plan does not have.
+    Raises UserError if there are too many scores for a figure, or the plan has no entry for their stack.
     """
     if plan is not None and scores.stack not in plan.stacks:
         raise UserError(f"{scores.criterion} scores are for the {scores.stack} stack, which the plan does not contain")
@@ -246,7 +246,7 @@ def loss_section(workdir: Path, result: Result) -> Iterator[Section]:
 def layer_shares(arrays: Mapping[str, Any]) -> np.ndarray:
     """Return each layer's share of all importance for one token type, float64[n_layers] (sum 1).
 
-    Width scores are summed over neurons, most of a layer. Infinite scores (never removed) have weight 0.
+    Width scores are summed over neurons (most of a layer's parameters). Infinite scores (never removed) have weight 0.
     """
     values = arrays["importance"] if "importance" in arrays else [*_by_layer(arrays["units"]).values()]
     return _shares([np.asarray(values, np.float64)])[0]

@@ -18,10 +18,10 @@ from vlmprune_jax.core.files import replacing
 
 @dataclass(frozen=True)
 class Table:
-    """Table of texts; the first column holds row names, and each other column has one unit.
+    """Table of strings; the first column holds row names, and each other column has one unit.
 
-    `first`: number of columns that narrow screens show, others on request; 0: all. `ascending`: names of columns in
-    which small values are best, so that the first click sorts them upwards.
+    `first`: number of columns that narrow screens show at first (0 = all). `ascending`: names of columns in which small
+    values are best, so that the first click sorts them in ascending order.
     """
 
     title: str
@@ -49,7 +49,8 @@ class Figure:
 class Section:
     """Section of a report page: heading, text, figures, tables, name-value lists and samples.
 
-    `missing` says what is not there yet, and `command` makes it. `folded`: the page shows it on request.
+    `missing`: what does not exist yet; `command`: the command that makes it. `folded`: True if the page shows the
+    section only on request.
     """
 
     title: str
@@ -68,7 +69,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], **values: An
 
     `values` are escaped unless they are `Markup`: `lead` (sentences), `numbers` (pairs of name and value), `missing`
     (pairs of what is missing and a command), `best` (the row that tables mark), `origin`, `result_json`. The page's
-    content policy forbids browsers to fetch anything and to run any script but ours.
+    content policy forbids browsers to load anything and to run scripts other than the page's own.
     """
     loader = jinja2.PackageLoader("vlmprune_jax.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

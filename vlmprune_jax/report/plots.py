@@ -37,7 +37,8 @@ MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000
 class Measured:
     """One number per model (None if unknown; unpruned model first), with its figure labels.
 
-    `intervals`: their 95 % intervals, None where unknown. `retention`: percentages of the unpruned model's score.
+    `intervals`: 95 % intervals of the numbers, None if unknown. `retention`: True if the numbers are percentages of the
+    unpruned model's score.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Measured:
 def score_figure(result: Result, measured: Measured, panels: Sequence[str] = PANELS) -> Figure:
     """Plot a number per model against decoding speed or size ("points"), and as a ranking from best to worst ("rows").
 
-    The shape is the method, the colour the recovery.
+    The marker's shape shows the method, its colour the recovery.
     """
     runs, colours = result.runs, recovery_colours(result.runs)
     values = [np.nan if v is None or not abs(v) < LARGEST else float(v) for v in measured.values]
@@ -135,8 +136,8 @@ def width_importance_figure(
 ) -> Figure:
     """Plot the importance of heads or experts relative to the layer's maximum, and each layer's share of kept neurons.
 
-    Removed ones are crossed. `kept`: original layer number -> (kept heads or experts, kept neurons, neurons before);
-    layers that are not in it are removed.
+    Removed heads or experts are crossed out. `kept`: {original layer number: (kept heads or experts, kept neurons,
+    neurons before)}; layers without an entry are removed.
     """
     n_layers, shares = len(heads), _by_layer(heads)
     with styled(title):
@@ -165,8 +166,8 @@ def removed_figure(
 ) -> Figure:
     """Plot which layers, attention heads and MLP neurons a plan removes.
 
-    `widths`: heads and neurons of every layer before. `kept`: original layer number -> indices of kept heads and
-    neurons; layers that are not in it are removed.
+    `widths`: numbers of heads and neurons of every layer before pruning. `kept`: {original layer number: indices of
+    kept heads and neurons}; layers without an entry are removed.
     """
     with styled(title):
         figure = Figure(figsize=(7.6, 3.9), layout="constrained")
@@ -199,7 +200,7 @@ def removed_figure(
 def kinds_figure(title: str, kinds: Mapping[str, tuple[Sequence[np.ndarray] | None, np.ndarray]]) -> Figure:
     """Plot importance of heads and layers by token type, one column per type.
 
-    `kinds`: token type -> (importance of heads per layer, or None; float[n_layers] shares of layers in the sum).
+    `kinds`: {token type: (importance of heads per layer or None, float[n_layers] share of each layer in the sum)}.
     """
     drawn = {name: heads for name, (heads, _) in kinds.items() if heads is not None}
     top = max(float(layers.max()) for _, layers in kinds.values()) or 1.0

@@ -20,7 +20,7 @@ LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 def speed_tables(measured: Speed, labels: Mapping[str, str] | None = None) -> tuple[Table, Table]:
     """Return tables of speed-ups over the unpruned model and of measured speeds, one row per layer shape.
 
-    `labels`: the models to name, with names for readers.
+    `labels`: {model: readable name}.
     """
     rows, times = list[_Row](), list[_Row]()
     for pair in measured.pairs:
@@ -62,7 +62,7 @@ def _number(value: float) -> str:
 
 
 def speed_notes(measured: Speed) -> list[str]:
-    """Return notes on machine and workload of speed measurements, and on how steady they are."""
+    """Return notes on the machine, workload and spread of speed measurements."""
     workload = measured.workload
     images = ", an image first" if workload.image else ""
     lines = [
@@ -115,7 +115,7 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 
 def bench_notes(bench: Bench) -> list[str]:
-    """Return notes on machine, prompt and rounds of a benchmark."""
+    """Return notes on machine, prompt and number of repetitions of a benchmark."""
     workload, versions = bench.workload, dict[str, str]()
     for side in bench.sides:
         versions |= side.versions

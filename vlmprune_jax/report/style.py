@@ -111,7 +111,7 @@ def recovery_colours(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def legible(text: str, longest: int = LONGEST) -> str:
-    """Return a user's name as safe plot text: not parsed as a formula, and cut to the figure's width.
+    """Return a user's name as safe plot text: not parsed as a formula, and shortened to the figure's width.
 
     Characters that no font has are spelled out.
     """
@@ -123,9 +123,9 @@ def legible(text: str, longest: int = LONGEST) -> str:
 
 @contextlib.contextmanager
 def styled(*names: str) -> Iterator[None]:
-    """Context that sets the figure style, with fonts that have all characters of these names.
+    """Context that sets the figure style, with fonts that have all characters of `names`.
 
-    It starts from matplotlib's defaults, not from a `matplotlibrc`, which may start programs (`text.usetex`).
+    The style is based on matplotlib's defaults, not on a `matplotlibrc`, which may start programs (`text.usetex`).
     """
     fonts = {_font_of(c): None for c in sorted(set("".join(map(printable, names)))) if not c.isascii()}
     others = [family for family in fonts if family not in (None, _FONT)]

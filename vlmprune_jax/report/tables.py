@@ -18,9 +18,9 @@ SMALLEST_FIRST = (SIZE, "parameters", "seconds")
 def tables_of(result: Result, *, names: bool = False) -> list[Table]:
     """Return the report's summary tables of all models, with scores and retention per evaluation set.
 
-    `result` has no model twice (see `Result.distinct`). Important columns come first: a narrow terminal leaves out the
-    last ones, and a phone folds all but the first. `names`: add a column with the names of runs, which are those of
-    their folders.
+    `result` must not contain a model twice (see `Result.distinct`). Important columns come first: a narrow terminal
+    leaves out the last columns, and a phone folds all but the first. `names`: add a column with the names of runs
+    (equal to the names of their folders).
     """
     sets, labels, models = result.sets, result.labels, result.models
     columns = [("model", [labels[name] for name, _ in models]), *_quality(result), *_made(result)]

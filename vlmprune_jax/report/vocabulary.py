@@ -20,7 +20,7 @@ _NOTE = (
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """Return the number of tokens kept by the plan in a folder; None for the whole vocabulary."""
+    """Return the number of tokens that the plan in a folder keeps; None for the whole vocabulary."""
     path = folder / VOCABULARY
     return read_artefact(path, VocabularyReport).rows if os.path.lexists(path) else None
 
