@@ -41,9 +41,10 @@ _START = "_start"  # attribute of a ConfigDict: the experiment that it was made 
 def experiment_config(recipe: str | None = None) -> ConfigDict:
     """Return a ConfigDict with all settings of an experiment at their defaults; config files change it and return it.
 
-    Settings have their defaults, or what the `recipe` says (a family's name, as "llava": see families/).
-    Whatever a config file or the command line sets afterwards wins. A dictionary assigned to a section sets what it
-    names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature as it was.
+    Settings have their defaults, or the values of the `recipe` (name of a family, such as "llava": see families/).
+    Values that a config file or the command line sets afterwards replace them. A dictionary assigned to a section
+    changes only the settings that it names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature
+    unchanged.
 
     Raises UserError for an unknown recipe.
     """
@@ -58,7 +59,7 @@ def _starting_with(start: Experiment, config: ConfigDict) -> ConfigDict:
 
 
 def starting_point(flags: Any) -> Experiment:
-    """Return the settings that the user did not choose: a shipped config's, or those a config file started from."""
+    """Return the settings that the user did not choose: those of a shipped config, or of the start of a config file."""
     if real_path(file_of(flags.config_file)) in map(real_path, shipped_configs().values()):
         return getattr(shipped_config(flags.config_file), _START)
     return getattr(flags.config, _START, Experiment())
@@ -143,7 +144,8 @@ def to_experiment(
 ) -> tuple[Experiment, Path]:
     """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
 
-    With `dry_run`, data sets that the workdir lacks go to a folder that is deleted when the process ends.
+    With `dry_run`, data sets that are not in the workdir yet are written to a folder that is deleted when the process
+    ends.
     """
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:
@@ -158,7 +160,7 @@ def to_experiment(
 def placed(experiment: Experiment, workdir: Path, scratch: Path | None = None) -> Experiment:
     """Return the experiment with local paths for hub ids; missing models and data sets are downloaded or made.
 
-    `scratch`: folder of data sets that the workdir lacks; None for the workdir.
+    `scratch`: folder for data sets that are not in the workdir yet (None = the workdir).
     """
     model, data, folder = experiment.model, experiment.data, workdir / "data"
     model = dataclasses.replace(
@@ -225,7 +227,7 @@ def _importing_beside(config: str) -> Iterator[None]:
 def load_file(config: str) -> tuple[types.ModuleType, Any]:
     """Import a config file FILE.py:VARIANT; return the module and the result of its function `get_config`.
 
-    Criteria, metrics etc. in it are then registered.
+    Importing the file registers the criteria, metrics and so on that it defines.
     """
     file, (_, mark, variant) = file_of(config), config.partition(".py:")
     loader = importlib.machinery.SourceFileLoader(f"{file.stem}_config", str(file))
@@ -318,7 +320,7 @@ def shipped_config(name: str) -> ConfigDict:
 def to_workdir(text: str) -> Path:
     """Return a workdir's path, which need not exist.
 
-    Raises UserError if no folder can be there, or the folder has links to places outside it.
+    Raises UserError if the path cannot be a folder, or the folder has links to places outside it.
     """
     folder = Path(text)
     with error_context("--workdir"):

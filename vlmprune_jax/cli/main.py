@@ -99,13 +99,13 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None, script: ModuleType | None = None) -> int:
     """Run one `vlmprune` command and return its exit code (0 = success).
 
-    Other codes: 1 (a defect of ours), 2 (wrong input, or what the system refuses), 130 (Ctrl-C), 141 (nobody reads on),
-    143 (stopped by SIGTERM).
+    Other codes: 1 (a defect in vlmprune), 2 (wrong input, or refused by the system), 130 (Ctrl-C), 141 (the output's
+    reader ended), 143 (stopped by SIGTERM).
 
-    A `script` with the functions `define` and `run` of a command module runs instead of a command of the table; then
-    `argv` holds its flags only.
+    A `script` with the functions `define` and `run` of a command module runs instead of a built-in command; `argv` then
+    holds only its flags.
 
-    Where several processes run together and one fails, all exit from here with its code, 134 for an unforeseen error.
+    If one of several connected processes fails, all of them exit with its code (134 for an unforeseen error).
     """
     alone = argv is None  # the process is ours
     argv = list(sys.argv[1:] if argv is None else argv)

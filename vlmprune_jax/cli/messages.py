@@ -50,7 +50,7 @@ class Messages(logging.Handler):
             self.add(str(message))
 
     def uncaught(self, raised: Any) -> None:
-        """Store an exception that a thread or destructor did not catch (replaces their hooks)."""
+        """Store an exception that a thread or destructor did not catch (replaces Python's hooks for them)."""
         error = raised.exc_value
         self.add(raised.exc_type.__name__ if error is None else f"{raised.exc_type.__name__}: {error}")
 

@@ -74,7 +74,7 @@ def _details(name: str) -> str:
 def run_command(name: str, flags: Any) -> None:
     """Load the experiment and workdir that the flags name, and run a command on them.
 
-    Raises UserError if there is no such command, not even one that the config adds.
+    Raises UserError if there is no such command, built in or added by the config.
     """
     if name not in commands():
         raise UserError(f"no command {name!r}{suggest(name, commands())}")

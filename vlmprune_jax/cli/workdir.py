@@ -25,9 +25,9 @@ from vlmprune_jax.sweep.workers import Worker
 
 
 def prepare(flags: Any, formats: Sequence[str]) -> dict[str, Work]:
-    """Return the work of a stage command: its experiment, workdir and console output, by the name "".
+    """Return {"": `Work` of a stage command}, with its experiment, workdir and console output.
 
-    With `formats`, {format: work of the experiment with this export format}.
+    With `formats`, return {format: `Work` of the experiment with this export format}.
     """
     reporter = _join(flags)
     experiment, workdir = to_experiment(
@@ -45,7 +45,8 @@ def prepare(flags: Any, formats: Sequence[str]) -> dict[str, Work]:
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     """Return the runs listed in a config file, their `Sweep`, and a console reporter.
 
-    Raises UserError for no config or workdir, a setting that does not exist, or one that the command line sets as well.
+    Raises UserError without a config or workdir, or for a setting that does not exist or that the command line also
+    sets.
     """
     reporter = _join(flags)
     base = read_experiment(flags.config, explicit=flags.explicit)
@@ -62,7 +63,7 @@ def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
 
 
 def place_all(runs: Sequence[SweepRun], sweep: Sweep) -> list[SweepRun]:
-    """Return sweep runs whose experiments use local paths in place of hub ids; models are downloaded."""
+    """Return sweep runs whose experiments use local paths instead of hub ids; models are downloaded."""
     experiments = (with_caches(placed(run.experiment, sweep.workdir)) for run in runs)
     return [dataclasses.replace(run, experiment=experiment) for run, experiment in zip(runs, experiments, strict=True)]
 
