@@ -32,8 +32,8 @@ JsonRecord = dict[str, Any]
 def write_dataset(out_dir: Path) -> dict[str, Path]:
     """Write the easy-VQA data set as LLaVA JSON files and images to `out_dir`; return {name: file path}.
 
-    Names: `train`, `test` (one question per record), and `images`, the image root of both. The folder is written
-    atomically; a complete one is kept. Raises UserError if `out_dir` has other content.
+    The names are `train`, `test` (one question per record), and `images` (the image root of both). The folder is
+    written atomically; a complete folder is kept. Raises UserError if `out_dir` has other content.
     """
     out_dir = Path(out_dir)
     if out_dir.exists():

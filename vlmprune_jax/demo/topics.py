@@ -32,7 +32,7 @@ def write_shared(path: Path, text: str) -> str:
 
 
 def topic_records(half: int, letters: int) -> list[Record]:
-    """Return half of Python's help texts as records of `letters` characters, all answers to one fixed question."""
+    """Return half of Python's help texts as records of `letters` characters, all answers to the same question."""
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]
