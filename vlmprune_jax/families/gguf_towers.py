@@ -175,9 +175,10 @@ def tower_misfit(vision: VisionConfig) -> str | None:
 
 
 def tower_fields(cfg: ModelConfig, cut: Mapping[str, int]) -> dict[str, Any]:
-    """Return GGUF metadata of tower and projector, keyed by key or by the `add_NAME` method of `gguf.GGUFWriter`.
+    """Return GGUF metadata of vision tower and projector.
 
-    `cut`: further metadata about the tiles or pieces that images are cut into.
+    A name in the result is a GGUF key, or the NAME of a method `add_NAME` of `gguf.GGUFWriter`. `cut`: additional
+    metadata about the tiles of an image.
     """
     vision, projector = _vision_and_projector(cfg)
     size = (vision.dynamic_resolution and vision.positions and vision.positions.image_size) or vision.image_size

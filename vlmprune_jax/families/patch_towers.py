@@ -229,7 +229,7 @@ def model_from_hf(
 
 
 def patch_family(name: str, decoder: Decoder, **fields: Any) -> Family:
-    """Return a Qwen-VL family; `decoder` has the name of its class in transformers, `fields` are further ones."""
+    """Return a Qwen-VL family; `decoder.stock_class` is its class in transformers, `fields` are more family fields."""
     return Family(
         name=name,
         layout="transformers",
