@@ -45,20 +45,20 @@ class Budget:
     )
     decode_ms: float | None = prune_setting(
         None,
-        "Maximum decode time per token, on the machine and engine that the file `bench` was measured with.",
+        "Maximum decode time per token, on the machine and engine of the measurements in `bench`.",
         unit="ms",
         above=0,
     )
     bench: str | None = prune_setting(
         None,
-        "File with measured decode times of the unpruned model and of smaller ones, for `decode_ms`; `vlmprune bench "
-        "--model=DIR --against=PRUNED --json=FILE.json` writes it. Times between these sizes are interpolated.",
+        "File with measured decode times of the unpruned and of smaller models, for `decode_ms`; `vlmprune bench "
+        "--model=DIR --against=PRUNED --json=FILE.json` writes it. Times for other sizes are interpolated.",
         by_content=True,
     )
     context: int = prune_setting(
         4096,
-        "Sequence length, image tokens included, for which memory, FLOPs and time are computed; if "
-        "`max_image_tokens` lowers the tokens per image, the sequence is shorter by the same number.",
+        "Sequence length, image tokens included, for computing memory, FLOPs and time; if `max_image_tokens` removes N "
+        "image tokens, the sequence is N tokens shorter.",
         unit="tokens",
         least=1,
         most=2**31,
@@ -88,19 +88,18 @@ class Budget:
     )
     source_dir: str | None = setting(
         None,
-        "Folder of the unpruned model; if set, `disk_bytes` also counts tensors that exports copy from it unchanged.",
+        "Folder of the unpruned model; `disk_bytes` then also counts tensors that exports copy from this folder.",
         offered=False,
     )
     vision_dir: str | None = setting(
         None, "Folder of the unpruned model's vision tower, if `source_dir` does not include it.", offered=False
     )
     other_bytes: int = setting(
-        0, "Size of weights that an export copies unchanged, which `disk_bytes` counts.", unit="bytes", offered=False
+        0, "Size of the weights that an export copies unchanged (part of `disk_bytes`).", unit="bytes", offered=False
     )
     curve: tuple[tuple[float, float], ...] = setting(
         (),
-        "Measured decode times as pairs (number of parameters, milliseconds per token), instead of those in the file "
-        "that the setting `bench` names.",
+        "Measured decode times as pairs (number of parameters, milliseconds per token), instead of the file `bench`.",
         offered=False,
     )
 

@@ -70,14 +70,14 @@ class DataSpec:
     )
     template: str = rows_setting(
         "auto",
-        'Prompt template; "auto" follows the chat template in the model folder, else that of the model family.',
+        'Prompt template; "auto" follows the chat template in the model folder, else the template of the model family.',
         choices=templates,
     )
-    system: str | None = rows_setting(None, 'System prompt that replaces the template\'s ("" = none).')
+    system: str | None = rows_setting(None, 'System prompt ("" = none, None = the template\'s).')
     max_length: int | None = setting(
         None,
         "Maximum length of a training record, image tokens included (None = the longest record's); at most 4 times the "
-        "model's trained positions. `truncate` says if longer records are cut or refused.",
+        "model's trained positions. `truncate` says if longer records are truncated or refused.",
         affects=(*_TRAINING, "teacher_cache"),
         unit="tokens",
         least=1,
@@ -113,23 +113,23 @@ class DataSpec:
     )
     max_image_tokens: int | None = setting(
         None,
-        "Maximum number of tokens per image: Gemma 4's token budget (70, 140, 280, 560 or 1120), or a limit on pixels "
-        "(Qwen-VL), tiles (InternVL), pieces (SmolVLM) or crops (Gemma 3). None = the model folder's value.",
+        "Maximum number of tokens per image: 70, 140, 280, 560 or 1120 (Gemma 4), or a limit on pixels (Qwen-VL), "
+        "tiles (InternVL, SmolVLM) or crops (Gemma 3). None = the model folder's value.",
         affects=(*_RECORDS, "teacher_cache", "export"),
         unit="tokens",
         least=1,
     )
     image_buckets: tuple[int, ...] = records_setting(
         (),
-        "Image tokens per record, averaged over the records of a device, to which images of any size are padded; each "
-        "number needs one compiled program (() = 64, 96, 128, 192, ... up to the maximum).",
+        "Image tokens per record, averaged over the records of a device, to which images of varying size are padded; "
+        "each number needs one compiled program (() = 64, 96, 128, 192, ... up to the maximum).",
         unit="tokens",
     )
     tile_buckets: tuple[int, ...] = records_setting(
         (),
         "Images or tiles per record, averaged over the records of a device, to which batches are padded; each number "
-        "needs one compiled program (() = the model's own, such as 1, 2, 4, 7, 13 for up to twelve tiles and a "
-        "thumbnail).",
+        "needs one compiled program (() = the model's usual numbers, such as 1, 2, 4, 7, 13 for up to twelve tiles and "
+        "a thumbnail).",
         unit="images",
     )
     length_buckets: tuple[int, ...] = training_setting(
@@ -146,8 +146,8 @@ class DataSpec:
     )
     on_error: str = training_setting(
         "stop",
-        'Action on a training record that cannot be read or does not fit: stop ("stop"), or replace it by '
-        'padding and list it in training/skipped-*.jsonl ("skip").',
+        'Action on a training record that cannot be read or used: stop ("stop"), or replace it by padding and list it '
+        'in training/skipped-*.jsonl ("skip").',
         choices=ON_ERROR,
     )
     max_image_pixels: int = setting(
@@ -179,7 +179,7 @@ class DataSpec:
     feature_cache: str | None = setting(
         None,
         "Folder for a cache of the frozen vision tower's features of all training images; recovery then needs neither "
-        "tower nor images. Several runs may share it.",
+        "tower nor images. Several runs may share the folder (None = no cache).",
     )
     threads: int = setting(2, "Number of threads that read and encode records.", unit="threads", least=0, most=1024)
     fraction: float = recover_setting(

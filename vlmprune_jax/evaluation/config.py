@@ -28,12 +28,21 @@ class EvaluationSetSpec:
         "Metric that scores the answers (None = `evaluate.metric`, or perplexity if `text` is set).",
         choices=METRICS,
     )
-    prompt_suffix: str | None = evaluate_setting(None, "Text appended to the last question of a record.")
-    max_new_tokens: int | None = evaluate_setting(None, "Maximum length of a generated answer.", unit="tokens", least=1)
-    questions: int | None = evaluate_setting(
-        None, "Number of questions to ask, taken from the start of the set.", unit="questions", least=1
+    prompt_suffix: str | None = evaluate_setting(
+        None, "Text appended to the last question of a record (None = as in `evaluate`)."
     )
-    text_window: int | None = evaluate_setting(None, "Context window for perplexity.", unit="tokens", least=2)
+    max_new_tokens: int | None = evaluate_setting(
+        None, "Maximum length of a generated answer (None = as in `evaluate`).", unit="tokens", least=1
+    )
+    questions: int | None = evaluate_setting(
+        None,
+        "Number of questions to ask, from the start of the set (None = as in `evaluate`).",
+        unit="questions",
+        least=1,
+    )
+    text_window: int | None = evaluate_setting(
+        None, "Context window for perplexity (None = as in `evaluate`).", unit="tokens", least=2
+    )
 
     def __post_init__(self) -> None:
         check_settings("evaluate.sets", self)
@@ -64,7 +73,7 @@ class EvaluateSpec:
     )
     max_new_tokens: int = evaluate_setting(16, "Maximum length of a generated answer.", unit="tokens", least=1)
     questions: int | None = evaluate_setting(
-        None, "Number of questions to ask, taken from the start of the set (None = all).", unit="questions", least=1
+        None, "Number of questions to ask, from the start of the set (None = all).", unit="questions", least=1
     )
     unrecovered: bool = setting(True, "Evaluate the pruned model also before reconstruction and before recovery.")
     metric: str = setting(
@@ -93,11 +102,11 @@ class EvaluateSpec:
     )
     tasks_path: str | None = evaluate_setting(
         None,
-        "Folder of lmms-eval task files (NAME.yaml, see configs/lmms), in which ${data} and ${lmms_eval} are "
-        "replaced. Tasks without a file there are lmms-eval's own, with data from the hub.",
+        "Folder of lmms-eval task files (NAME.yaml, see configs/lmms), in which ${data} stands for `tasks_data` and "
+        "${lmms_eval} for the installed package. Other tasks use lmms-eval's own files and data from the hub.",
         by_content=True,
     )
-    tasks_data: str | None = evaluate_setting(None, "Folder that replaces ${data} in task files.", by_content=True)
+    tasks_data: str | None = evaluate_setting(None, "Folder for which ${data} stands.", by_content=True)
     sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -27,14 +27,14 @@ class CardOptions:
     """Settings of the model card and of the upload to the hub, shared by all export formats."""
 
     base_model: str | None = export_setting(
-        None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is one)."
+        None, "Hub id of the unpruned model, for the model card (None = `model.hf_dir` if it is a hub id)."
     )
     license: str | None = export_setting(
-        None, "License identifier for the model card, as the hub spells it (None = that of the unpruned model's card)."
+        None, "License identifier for the model card, as the hub spells it (None = as on the unpruned model's card)."
     )
     push_to_hub: str | None = export_setting(
         None,
-        "Hub repository that the checked export is uploaded to, as ORG/NAME; needs `hf auth login` (None = no upload).",
+        "Hub repository for uploading the checked export, as ORG/NAME; needs `hf auth login` (None = no upload).",
     )
 
 
@@ -55,7 +55,7 @@ class ExportSpec(CardOptions, IntegerOptions, GgufOptions, _FormatName):
         least=1,
     )
     options: Mapping[str, Any] = export_setting(
-        {}, "Further options of the format, by name; needed for a format of your own."
+        {}, "Additional options of the format, by name; needed for user-defined formats."
     )
 
     def __post_init__(self) -> None:

@@ -37,13 +37,13 @@ class GgufOptions:
     )
     rolled_positions: bool = export_setting(
         False,
-        "GGUF: write the tower's position table for llama.cpp builds that put the class token last "
-        "(ggml-org/llama.cpp#25814); wrong for all other builds.",
+        "Write the tower's position table for llama.cpp builds that put the class token last (GGUF; "
+        "ggml-org/llama.cpp#25814); wrong for all other builds.",
     )
     imatrix: bool | Importance = export_setting(
         False,
-        "GGUF without quantisation: also write a file for `llama-quantize --imatrix`: mean squared inputs of each "
-        "matrix on the calibration records of `reconstruct`. In Python, pass the result of `vp.imatrix`.",
+        "Also write a file for `llama-quantize --imatrix` (GGUF without quantisation), with mean squared inputs of "
+        "each matrix on the calibration records of `reconstruct`. In Python, this is the result of `vp.imatrix`.",
     )
 
     def __post_init__(self) -> None:

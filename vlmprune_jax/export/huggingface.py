@@ -38,13 +38,13 @@ class FolderOptions:
     )
     dtype: str = export_setting(
         "bfloat16",
-        'Data type of the exported weights; "source" keeps that of the source folder.',
+        'Data type of the exported weights; "source" keeps the source folder\'s type.',
         choices=WRITTEN,
     )
     mtp: str = export_setting(
         "drop",
-        'Head that predicts several tokens at once (Qwen3.5\'s MTP): "drop" leaves it out, "cut" keeps the heads and '
-        "neurons with the largest weights, as many as the decoder has.",
+        'Module that predicts several tokens at once (Qwen3.5\'s MTP): "drop" leaves it out, "cut" prunes it to the '
+        "decoder's numbers of heads and neurons (those with the largest weights).",
         choices=("drop", "cut"),
     )
     storage: Any = setting(

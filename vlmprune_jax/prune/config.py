@@ -90,7 +90,7 @@ class ScoreConfig:
     batch_size: int = score_setting(1, "Number of calibration records per batch.", unit="rows", least=1, most=MAX_ROWS)
     longest_text: int | None = score_setting(
         None,
-        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
+        "Maximum length of a calibration record, counting 1 token per image; longer records are not used (None = any).",
         unit="tokens",
         least=1,
     )
@@ -116,7 +116,10 @@ class ScoreConfig:
         False, "Sum Block Influence and angular distance exactly as the paper's code does, padding tokens included."
     )
     layers_removed: int | None = score_setting(
-        None, "Number of consecutive layers that the angular criterion scores as one block.", unit="layers", least=1
+        None,
+        "Number of consecutive layers that the criterion `angular` (which needs it) scores as one block.",
+        unit="layers",
+        least=1,
     )
     seed: int = score_setting(
         42, "Random seed for choosing calibration records, and for the random criterion.", least=0, below=2**32
@@ -128,8 +131,9 @@ class ScoreConfig:
     answer_weight: float = score_setting(1.0, "Weight of answer tokens in importance scores (0 = ignored).", least=0)
     token_types: str = score_setting(
         "pooled",
-        'Scores of experts from image, prompt and answer tokens: all tokens together ("pooled"), the sum or maximum of '
-        'each type\'s scores as shares of its layer ("sum", "max"), or each type\'s best experts in turn ("floor").',
+        'Scores of experts from image, prompt and answer tokens: of all tokens together ("pooled"), the sum or maximum '
+        'of each type\'s scores, divided by their sum in the layer ("sum", "max"), or ranks by the best place in any '
+        'type ("floor").',
         choices=COMBINATIONS,
     )
     by_token_type: bool = score_setting(
@@ -144,7 +148,7 @@ class ScoreConfig:
         least=0,
     )
     options: Mapping[str, Any] = score_setting(
-        {}, "Further options of the criterion, by name; needed for a criterion of your own."
+        {}, "Additional options of the criterion, by name; needed for user-defined criteria."
     )
 
     def __post_init__(self) -> None:
@@ -164,19 +168,19 @@ class VocabularyConfig:
     )
     sources: tuple[str, ...] = prune_setting(
         (),
-        "Files with texts whose tokens are kept: records as in `data.train`, text files, or JSON lists of texts or of "
-        "token ids; listed ids all stay (() = `data.train`).",
+        "Files with texts whose tokens are kept: records as in `data.train`, text files, or JSON lists of texts; or "
+        "JSON lists of token ids to keep (() = `data.train`).",
         by_content=True,
     )
     held_out: tuple[str, ...] = prune_setting(
         (),
-        "Files, as for `sources`, whose texts only measure the trimmed vocabulary (() = a tenth of the texts in "
-        "`sources`, which then do not choose tokens).",
+        "Files like `sources`, whose texts measure the trimmed vocabulary and do not choose tokens (() = every tenth "
+        "text of `sources`, if there are at least 20).",
         by_content=True,
     )
     multiple: int = prune_setting(
         64,
-        "Number of which the kept vocabulary size is a multiple: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
+        "The number of kept tokens is a multiple of this: 64 for tensor cores, 128 x `mesh.tensor` for TPUs.",
         unit="tokens",
         least=1,
         most=2**20,
@@ -197,7 +201,7 @@ class PlanConfig:
     method: str = prune_setting(
         "depth",
         'Parts to remove: whole layers ("depth"), attention heads and neurons, also of experts ("width"), layers and '
-        'then heads and neurons ("hybrid"), or as many experts of every layer ("experts").',
+        'then heads and neurons ("hybrid"), or equally many experts of every layer ("experts").',
         choices=METHODS,
     )
     ratio: float | None = prune_setting(
@@ -208,7 +212,7 @@ class PlanConfig:
         below=1,
     )
     layers_removed: int | None = prune_setting(
-        None, 'Number of layers to remove, in place of `ratio` (methods "depth" and "hybrid").', unit="layers", least=0
+        None, 'Number of layers to remove, instead of `ratio` (methods "depth" and "hybrid").', unit="layers", least=0
     )
     protect: tuple[int, ...] = prune_setting(
         (), "Layers that depth pruning never removes, by original layer number.", unit="layers", least=0
@@ -227,8 +231,8 @@ class PlanConfig:
     )
     producers: str = prune_setting(
         "keep",
-        'Layers whose keys and values later layers reuse (Gemma 4): keep them ("keep"), or let the later layers use '
-        'those of an earlier layer ("redirect").',
+        'Layers whose keys and values later layers reuse (Gemma 4): never remove them ("keep"), or let the later '
+        'layers use the keys and values of an earlier layer ("redirect").',
         choices=PRODUCERS,
     )
     attn_layers: tuple[int, ...] = prune_setting(
@@ -244,15 +248,15 @@ class PlanConfig:
         least=0,
     )
     heads_multiple: int = prune_setting(
-        1, "Number of which the remaining heads per layer must be a multiple.", unit="heads", least=1
+        1, "The remaining number of heads per layer is a multiple of this.", unit="heads", least=1
     )
     neurons_multiple: int = prune_setting(
-        1, "Number of which the remaining neurons per layer must be a multiple.", unit="neurons", least=1
+        1, "The remaining number of neurons per layer is a multiple of this.", unit="neurons", least=1
     )
     align_to: str | None = prune_setting(
         None,
         'Keep widths that fill whole blocks of a target: 128 for "tpu" (lanes) and "int4" (groups), 32 for "gguf" '
-        '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants).',
+        '(Q8_0, Q4_0), 256 for "gguf_k" (K-quants); None = any widths.',
         choices=tuple(BLOCKS),
     )
     tensor_parallel: int = prune_setting(
@@ -281,21 +285,21 @@ class PlanConfig:
     )
     sparsity: float | None = prune_setting(
         None,
-        "Share of heads and neurons to remove from each layer in range, in place of `ratio` (as in the paper's code).",
+        "Share of heads and neurons to remove from each layer in range, instead of `ratio` (as in the paper's code).",
         unit=FRACTION,
         least=0,
         below=1,
     )
     experts: int | None = prune_setting(
         None,
-        'Number of experts that every layer keeps, in place of `ratio` (method "experts").',
+        'Number of experts that every layer keeps, instead of `ratio` (method "experts").',
         unit="experts",
         least=1,
     )
     experts_multiple: int | None = prune_setting(
         None,
-        "Number of which the remaining experts per layer must be a multiple (None = 64 or 32 if layers have at least "
-        "four times as many, else 1).",
+        "The remaining number of experts per layer is a multiple of this (None = 64 or 32 if layers have at least four "
+        "times as many, else 1).",
         unit="experts",
         least=1,
     )
@@ -310,7 +314,7 @@ class PlanConfig:
         offered=False,
     )
     base: ModelConfig | None = setting(
-        None, "Config before the first round of iterative pruning, to which ratio and sparsity refer.", offered=False
+        None, "Config before the first step of iterative pruning, to which ratio and sparsity refer.", offered=False
     )
     stack: str = prune_setting(
         "text",
@@ -318,7 +322,7 @@ class PlanConfig:
         choices=("text", "vision", "both"),
     )
     steps: int = prune_setting(
-        1, "Number of rounds of width pruning; scores are computed again before each round.", unit="rounds", least=1
+        1, "Number of steps of width pruning; scores are computed again before each step.", unit="steps", least=1
     )
     budget: Budget = field(default_factory=Budget)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)

@@ -18,7 +18,9 @@ class TokenWeights:
         1.0, "Weight of prompt tokens in the reconstruction error (0 = ignored).", least=0
     )
     image_weight: float = reconstruct_setting(
-        0.1, "Weight of image and video tokens in the reconstruction error (low: there are many; 0 = ignored).", least=0
+        0.1,
+        "Weight of image and video tokens in the reconstruction error (0 = ignored; low because they are many).",
+        least=0,
     )
     answer_weight: float = reconstruct_setting(
         1.0, "Weight of answer tokens in the reconstruction error (0 = ignored).", least=0
@@ -52,7 +54,7 @@ class ReconstructConfig(TokenWeights):
     )
     longest_text: int | None = reconstruct_setting(
         None,
-        "Maximum length of calibration records, with 1 token per image; longer ones are not drawn (None = any).",
+        "Maximum length of a calibration record, counting 1 token per image; longer records are not used (None = any).",
         unit="tokens",
         least=1,
     )
@@ -60,7 +62,7 @@ class ReconstructConfig(TokenWeights):
     readers: str = reconstruct_setting(
         "auto",
         "Also repair the weights that read the residual stream (q, k, v, gate, up): if less than 40 % of the neurons "
-        'are left and the held-out error falls ("auto"), or never ("none").',
+        'remain and the held-out error falls ("auto"), or never ("none").',
         choices=("auto", "none"),
     )
     refit: bool | None = reconstruct_setting(
@@ -70,7 +72,7 @@ class ReconstructConfig(TokenWeights):
     )
     held_out: float = reconstruct_setting(
         0.125,
-        "Share of calibration records held out to choose each weight's ridge penalty, or leave it unchanged.",
+        "Share of calibration records held out to choose each weight's ridge penalty, or to reject its repair.",
         unit=FRACTION,
         above=0,
         below=1,

@@ -100,13 +100,13 @@ class LossConfig:
     )
     teacher_top_k: int = recover_setting(
         0,
-        "Number of cached teacher logits per position to use, in place of running the teacher (0 = run the teacher).",
+        "Number of cached teacher logits per position to use, instead of running the teacher (0 = run the teacher).",
         unit="tokens",
         least=0,
         offered=False,
     )
     extra: Mapping[str, float] = recover_setting(
-        {}, "Weights of loss terms that a file of your own adds to `vp.losses`, by name.", unit=WEIGHT, least=0
+        {}, "Weights of loss terms that a user's file adds to `vp.losses`, by name.", unit=WEIGHT, least=0
     )
 
     def __post_init__(self) -> None:
@@ -152,13 +152,13 @@ class RecoverConfig:
     )
     save_adapter: bool = recover_setting(
         False,
-        "Also write the LoRA adapters in the format of `peft`, as adapter/, for use with pruned/ (recovered/ has them "
-        "merged).",
+        "Also write the LoRA adapters to the folder adapter/ in the format of `peft`, to load on the model in pruned/ "
+        "(they are already merged into the model in recovered/).",
     )
     teacher_cache: str | None = setting(
         None,
         "Folder for a cache of the teacher's top-k logits at all positions in the loss; vlmprune computes missing "
-        "logits, then trains without the teacher. Several runs may share the folder. Needs "
+        "logits, then trains without the teacher (None = no cache). Several runs may share the folder. Needs "
         '`losses.teacher_inputs="own"`, and no loss `l2` or `cosine`.',
     )
     teacher_top_k: int = setting(
@@ -204,7 +204,7 @@ class RecoverConfig:
         1.0, "Maximum global gradient norm; larger gradients are scaled down (None = no clipping).", above=0
     )
     steps: int | None = recover_setting(
-        None, "Number of optimizer steps, in place of `epochs`.", unit="steps", least=1, most=10**9
+        None, "Number of optimizer steps, instead of `epochs`.", unit="steps", least=1, most=10**9
     )
     epochs: float = recover_setting(
         1.0, "Number of passes over the training records.", unit="epochs", above=0, most=10_000
@@ -219,8 +219,8 @@ class RecoverConfig:
     )
     quantize: str = recover_setting(
         "none",
-        "Train through the rounding of an export to integers (`export.quantize`, symmetric and with its default group "
-        "size): the forward pass rounds the decoder's matrices, and for w8a8 their inputs; not for adapters.",
+        "Quantisation-aware training for `export.quantize`: the forward pass rounds the decoder's matrices to integers "
+        "(symmetric, default group size), and for w8a8 also their inputs. Not possible with LoRA adapters.",
         choices=("none", "w4a16", "w8a16", "w8a8"),
     )
     remat: str = recover_setting(
@@ -240,7 +240,7 @@ class RecoverConfig:
     log_every: int = setting(10, "Number of optimizer steps between lines of metrics.jsonl.", unit="steps", least=1)
     loggers: tuple[str, ...] = setting(
         ("tensorboard",),
-        "Further loggers of training metrics, besides metrics.jsonl; wandb needs vlmprune-jax[wandb], and trackio "
+        "Additional loggers of training metrics, besides metrics.jsonl; wandb needs vlmprune-jax[wandb], and trackio "
         "vlmprune-jax[trackio].",
         choices=LOGGERS,
     )
