@@ -118,7 +118,7 @@ def test_another_size_than_the_towers_is_refused_before_it_runs(
         (
             TILES,
             {"max_image_tokens": 9, "slot_tokens": 10},
-            r"data.max_image_tokens=9: tokens per image must be at least 10, since a tile has 10",
+            r"data.max_image_tokens=9: tokens per image must be at least 10, because a tile has 10",
         ),
     ],
 )

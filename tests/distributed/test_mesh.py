@@ -179,7 +179,8 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
     assert run.returncode == 2
     assert run.stderr == (
         "vlmprune: error: JAX_PLATFORMS=cuda: jax cannot start this platform (no such device, or jax is installed "
-        "without its plugin): unset it, or install vlmprune-jax[cuda] or vlmprune-jax[tpu] on a machine that has one\n"
+        "without its plugin): unset JAX_PLATFORMS, or install vlmprune-jax[cuda] (with a GPU) or vlmprune-jax[tpu] "
+        "(on a TPU VM)\n"
     )
 
 

@@ -230,7 +230,7 @@ def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):
         ({"layer_types": ["full_attention"] * 4}, "num_hidden_layers is 5 but layer_types lists 4 layers"),
         ({"layer_types": ["mamba"] * 5}, r"layer_types \['mamba'\] are not supported"),
         ({"layer_types": ["linear_attention"] * 5}, "layer_types has no full_attention"),
-        ({"linear_num_value_heads": 7}, "linear_attn: delta_heads 7 must be a multiple of delta_groups 3"),
+        ({"linear_num_value_heads": 7}, "linear_attn: 7 delta-net heads are not divisible by 3 delta-net groups"),
     ],
 )
 def test_wrong_configs_are_refused(models, tmp_path, changes, message):

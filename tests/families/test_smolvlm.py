@@ -167,7 +167,7 @@ def test_without_splitting(goldens, folder, tmp_path):
     [
         ({"do_rescale": False}, "do_rescale false is not supported for split images"),
         ({"size": {"height": 48, "width": 48}}, "has no longest_edge"),
-        ({"max_image_size": {"longest_edge": 1}}, "give up to 2305 sub-images per image, the maximum is 1000"),
+        ({"max_image_size": {"longest_edge": 1}}, "give up to 2305 tiles per image, more than the maximum of 1000"),
         ({"max_image_size": {"longest_edge": 0}}, "max_image_size"),
         ({"max_image_size": {"longest_edge": 12}}, "returns 12 x 12 pixels, but the vision tower takes 24 x 24"),
     ],

@@ -48,9 +48,9 @@ def plan_data():
         (lambda d, _: d.update(format=1), "this plan has format 1, but this version of vlmprune reads 4: plan again"),
         (lambda _, t: t.update(kept={}), "no layer is kept"),
         (lambda _, t: t.update(kept=dict(reversed(t["kept"].items()))), r"kept layers \[4, 3, 2, 1, 0\] are not incre"),
-        (lambda _, t: t["kept"].update({"5": t["kept"]["4"]}), "layers of text are not numbered from 0 on"),
-        (lambda _, t: t["kept"].update({"04": t["kept"]["4"]}), "layers of text are not numbered from 0 on"),
-        (lambda _, t: t["sizes_before"].pop("2"), "layers of text are not numbered from 0 on"),
+        (lambda _, t: t["kept"].update({"5": t["kept"]["4"]}), "layers of the text stack are not numbered 0, 1"),
+        (lambda _, t: t["kept"].update({"04": t["kept"]["4"]}), "layers of the text stack are not numbered 0, 1"),
+        (lambda _, t: t["sizes_before"].pop("2"), "layers of the text stack are not numbered 0, 1"),
         (lambda _, t: t["kept"]["1"].update(mlp="3,3"), "mlp of layer 1 of text '3' are not ascending .* below 12"),
         (lambda _, t: t["kept"]["1"].update(mlp="3-12"), "'3-12' are not ascending ranges of numbers below 12"),
         (lambda _, t: t["kept"]["1"].update(mlp="5-3"), "'5-3' are not ascending ranges"),
@@ -61,13 +61,13 @@ def plan_data():
         (lambda _, t: t["kept"]["1"].update(mlp=""), "neurons of layer 1 .* at least one"),
         (lambda _, t: t["kept"]["1"].update(mlp=[1]), r"Expected `str`, got `array` - at `.*kept"),
         (lambda _, t: t["kept"]["1"].pop("mlp"), "layer 1 has axes kv_heads, q_heads, expected kv_heads, q_heads, mlp"),
-        (lambda _, t: t["kept"]["1"].update(experts="0"), "axes of layer 1 of text have no size"),
+        (lambda _, t: t["kept"]["1"].update(experts="0"), "kept axes experts of layer 1 .text stack. are missing"),
         (
             lambda _, t: t["kept"]["1"].update(q_heads="0-2", kv_heads="0-1"),
             "do not share its key/value heads .* evenly",
         ),
         (lambda _, t: t["kept"]["1"].update(q_heads="0-1", kv_heads="1"), "do not share its key/value heads .* evenly"),
-        (lambda _, t: t["kept"].update({"": {"vocab": "0"}}), "layers of text are not numbered"),
+        (lambda _, t: t["kept"].update({"": {"vocab": "0"}}), "layers of the text stack are not numbered"),
         (lambda d, _: d.update(tokenizer="x"), "kept tokens and the digest of their tokenizer belong together"),
         (lambda _, t: t["sizes_before"]["0"].update(mlp=True), "Expected `int`, got `bool`"),
         (
@@ -135,7 +135,7 @@ def test_plans_of_earlier_formats_are_read(version):
         (lambda t: t["layers"][1].update(neurons=[0.5, 1.5]), r"Expected `int`, got `float` - at `.*neurons\[0\]`"),
         (lambda t: t["layers"][1].update(neurons=[3, 3]), "'3' are not ascending ranges of numbers below 12"),
         (lambda t: t.update(layers_before=[[4, 4]]), "Expected `array` of length 3, got 2"),
-        (lambda t: t.update(layers_before=[[4, 2, 12]] * 4), "layers of text are not numbered from 0 on"),
+        (lambda t: t.update(layers_before=[[4, 2, 12]] * 4), "layers of the text stack are not numbered 0, 1"),
     ],
 )
 def test_hostile_plans_of_earlier_formats_are_refused(change, message):

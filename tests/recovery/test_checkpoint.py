@@ -116,7 +116,7 @@ def test_only_the_last_checkpoints_are_kept(uninterrupted):
 
 
 def test_other_batches_do_not_resume(uninterrupted):
-    with pytest.raises(UserError, match=r"the saved data position does not fit these batches \(KeyError\('at'\)\)"):
+    with pytest.raises(UserError, match=r"the saved data position is not one of these batches \(KeyError\('at'\)\)"):
         train(cases.Stream(CFG), uninterrupted[2])
 
 

@@ -72,8 +72,8 @@ class Part:
                 raise UserError(f"{self.module}: {axis.name} {size} must be at least 1")
             if size % parents:
                 raise UserError(
-                    f"{self.module}: {axis.name} {size} must be a multiple of {axis.parent} {parents} "
-                    f"({axis.title} in groups)"
+                    f"{self.module}: {size} {axis.title} are not divisible by {parents} {AXES[axis.parent].title}: "
+                    "use a multiple"
                 )
 
     @property

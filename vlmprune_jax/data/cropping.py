@@ -56,7 +56,7 @@ class Cropping(SquarePieces):
         crops = tokens // slot_tokens - 1
         if crops < 0:
             raise UserError(
-                f"tokens per image must be at least {slot_tokens}, the number for an image without crops: raise it"
+                f"tokens per image must be at least {slot_tokens}, those of an image without crops: raise the limit"
             )
         if crops < 2:  # an image is cut into at least two
             return dataclasses.replace(self, crops=False)

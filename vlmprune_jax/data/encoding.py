@@ -47,11 +47,10 @@ class Encoder:
     reference; otherwise they are refused. Without truncation, rows over `longest` tokens (`ModelConfig.longest_row`;
     0 = no limit) are refused. `words` is the size of the model's vocabulary; larger ids are refused (0 = no limit).
 
-    Buckets (ascending) limit the number of compiled programs: a batch has the size of the smallest bucket that holds
-    all its rows; for records with videos, the largest bucket is doubled as often as needed. `tile_buckets`: numbers of
-    tiles per record (None: always `max_images`). `image_buckets`: image tokens per record for images of varying size
-    (else None). Both are averages over a packed row. `length_buckets`: sequence lengths of measured training batches
-    (None: always `max_length`).
+    Buckets (ascending) limit the number of compiled programs: a batch has the smallest bucket that holds all its rows;
+    for records with videos, the largest bucket is doubled as needed. `tile_buckets`: tiles per record (None: always
+    `max_images`). `image_buckets`: image tokens per record for images of varying size (else None). Both are averages
+    over a packed row. `length_buckets`: sequence lengths of measured training batches (None: always `max_length`).
     """
 
     tokenizer: Any
@@ -166,10 +165,7 @@ class Encoder:
         return arrays
 
     def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
-        """Return (name, (shape, dtype)) of each image array of a batch of `rows` rows.
-
-        A packed row joins the images of `rows // packs` neighbouring records, so every array has `packs` rows.
-        """
+        """Return (name, (shape, dtype)) of a batch's image arrays; each of `packs` rows has `rows // packs` records."""
         if self.image_loader is None:
             return []
         each = rows // packs
@@ -179,10 +175,7 @@ class Encoder:
         return [(name, ((packs, *size), dtype)) for name, (size, dtype) in arrays.items()]
 
     def shapes(self, record: Record) -> list[ImageShape]:
-        """Return the grid and number of tiles of each image of a record.
-
-        Raises UserError, with the record's id, if the record cannot be used or its images do not suit the model.
-        """
+        """Return grid and number of tiles of each image of a record; raise UserError (with its id) if unusable."""
         if record.problem is not None:
             raise UserError(record.problem)
         visuals = record.visuals
@@ -200,8 +193,7 @@ class Encoder:
     def shape_of(self, records: Sequence[Record | None], packs: int | None = None) -> Shape:
         """Return the padded shape of a batch of these records, with sequences of `max_length` tokens.
 
-        `records`: None stands for a row of padding. `packs`: see `shape`. Raises UserError naming the record if no
-        bucket is large enough.
+        `records`: None is a row of padding. `packs`: see `shape`. Raises UserError naming a record above all buckets.
         """
         sizes = np.zeros((len(records), 3), np.int32)
         if self.image_loader is not None and (self.images_decide or self.tile_buckets or self.image_buckets):

@@ -132,7 +132,7 @@ def processor_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
 
 
 def check_steps(config: Mapping[str, Any], location: str, images: str, *, normalizes: bool = True) -> None:
-    """Raise UserError if an image processor skips resizing, rescaling by 1/255 or normalisation."""
+    """Raise UserError if an image processor skips resizing, rescaling by 1/255 or (`normalizes`) normalisation."""
     for step in ("do_resize", "do_rescale", *(("do_normalize",) if normalizes else ())):
         if config.get(step) is False:
             raise UserError(f"{location}: {step} false is not supported for {images}: set it to true")

@@ -159,8 +159,7 @@ class ImageLoader:
     def arrays(self, slots: int, image_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Return {name: (shape, dtype)} of the image arrays of one packed row.
 
-        `slots`: number of images or tiles in the row. `image_tokens`: total number of tokens of these images, used only
-        for images of varying size.
+        `slots`: images or tiles in the row. `image_tokens`: their total tokens, used only for images of varying size.
         """
         merge = self.preparation.merge
         if not merge:
@@ -286,9 +285,8 @@ def load_image_processor(
       videos: returns the loader of videos for the preparation of images.
 
     Raises:
-      UserError: the folder does not describe a processor, its type is unknown, a field has an invalid value, the
-        prepared images do not have the size of the tower's input, or the model cannot have this `tiling` or
-        `max_image_tokens`.
+      UserError: the folder does not describe a processor, its type is unknown, a field is invalid, prepared images are
+        not of the tower's input size, or the model cannot have this `tiling` or `max_image_tokens`.
     """
     folder = Path(folder)
     preparation, location = _preparation(folder, aspect_ratio, image_size)

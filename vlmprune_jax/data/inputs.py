@@ -312,10 +312,10 @@ def _draw(data: DataSpec, spec: Calibration, seed: int, encoder: Encoder) -> tup
             chosen.append(records[index])
     if len(chosen) < min(spec.samples, len(records)):
         limit = "" if spec.longest_text is None else f" of at most {spec.longest_text} tokens"
-        unusable = f", {len(skipped)} are unusable (the first: {skipped[0][1]})" if skipped else ""
+        unusable = f" ({len(skipped)} unusable, the first: {skipped[0][1]})" if skipped else ""
         raise UserError(
-            f"{spec.SECTION}.samples={spec.samples} but there are {len(chosen)} training records{limit}{unusable}: "
-            "lower it"
+            f"{spec.SECTION}.samples={spec.samples}: only {len(chosen)} training records{limit} can be used{unusable}: "
+            f"lower {spec.SECTION}.samples"
         )
     return chosen, skipped
 

@@ -89,7 +89,7 @@ class NaFlex(Preparation):
         if tokens < self.min_tokens:
             raise UserError(
                 f"tokens per image must be at least {self.min_tokens}, the number of tokens of the smallest image: "
-                "raise it"
+                "raise the limit"
             )
         tiles = min((tokens - self.max_tokens) // self._tile_side**2, self.max_tiles)
         if tiles >= self.min_tiles:
@@ -166,7 +166,8 @@ def naflex_from_processor(config: Mapping[str, Any], location: str) -> NaFlex:
     if size % (patch * merge) or not 1 <= min_tiles <= max_tiles <= MAX_TILES or min_tokens > max_tokens:
         raise UserError(
             f"{location}: tile_size {size}, {min_tiles} to {max_tiles} tiles, {min_tokens} to {max_tokens} tokens and "
-            f"{merge} x {merge} patches of {patch} per token do not fit: restore the file from the model's source"
+            f"{merge} x {merge} patches of {patch} pixels per token contradict each other: restore the file from the "
+            "model's source"
         )
     thumbnail = config.get("use_thumbnail") is not False
     limits = (min_tiles, max_tiles, thumbnail, min_tokens, max_tokens, tolerance)

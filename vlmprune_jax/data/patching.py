@@ -77,7 +77,7 @@ class Patching(FramePreparation):
             least = -(-self.min_pixels // (self.patch * self.merge) ** 2)
             raise UserError(
                 f"tokens per image must be at least {least}, the number of tokens of the smallest image "
-                f"that the model takes ({self.min_pixels} pixels): raise it"
+                f"that the model reads ({self.min_pixels} pixels): raise the limit"
             )
         return dataclasses.replace(self, max_pixels=min(pixels, self.max_pixels))
 
@@ -159,8 +159,8 @@ class VideoPatching(Patching):
         side = self.patch * self.merge
         if frames < self.temporal:
             raise UserError(
-                f"a video of {frames} frame(s) is too short, the model takes {self.temporal} together: pass an image, "
-                "or set data.video_frames, which repeats frames"
+                f"a video of {frames} frame(s) is too short, because the model reads {self.temporal} frames together: "
+                "pass an image instead, or set data.video_frames, so that frames are repeated"
             )
         if min(width, height) < side:
             scale = max(side / height, side / width)

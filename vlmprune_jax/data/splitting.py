@@ -62,7 +62,7 @@ class Splitting(SquarePieces):
         slots = tokens // slot_tokens
         if not slots:
             raise UserError(
-                f"tokens per image must be at least {slot_tokens}, the number for an image that is not split: raise it"
+                f"tokens per image must be at least {slot_tokens}, those of an image without tiles: raise the limit"
             )
         along = max(math.isqrt(slots - 1), 1)  # a square image has along x along pieces and the overview
         return self if along >= self._along else dataclasses.replace(self, longest=along * self.size)
@@ -139,7 +139,7 @@ def splitting_from_processor(config: Mapping[str, Any], location: str) -> Splitt
     if splitting.most(1) > MAX_TILES:
         raise UserError(
             f"{location}: size {splitting.longest} and max_image_size {splitting.size} give up to {splitting.most(1)} "
-            f"sub-images per image, the maximum is {MAX_TILES}: restore the file from the model's source"
+            f"tiles per image, more than the maximum of {MAX_TILES}: restore the file from the model's source"
         )
     return splitting
 

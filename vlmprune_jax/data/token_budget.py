@@ -53,7 +53,7 @@ class TokenBudget(FramePreparation):
         """Return a copy with this token limit per image; raise UserError if the model was not trained with it."""
         if tokens not in BUDGETS:
             raise UserError(
-                f"tokens per image must be one of the model's token budgets ({', '.join(map(str, BUDGETS))})"
+                f"tokens per image must be one of {', '.join(map(str, BUDGETS))}, with which the model was trained"
             )
         return dataclasses.replace(self, tokens=tokens)
 

@@ -71,8 +71,8 @@ def start_devices() -> None:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         why = str(error) or "no such device, or jax is installed without its plugin"
         raise UserError(
-            f"JAX_PLATFORMS={platforms}: jax cannot start this platform ({why}): unset it, or install "
-            "vlmprune-jax[cuda] or vlmprune-jax[tpu] on a machine that has one"
+            f"JAX_PLATFORMS={platforms}: jax cannot start this platform ({why}): unset JAX_PLATFORMS, or install "
+            "vlmprune-jax[cuda] (with a GPU) or vlmprune-jax[tpu] (on a TPU VM)"
         ) from error
 
 

@@ -27,11 +27,10 @@ def fit(cfg: ModelConfig, uneven: str) -> tuple[Architecture, ModelConfig]:
     if misplaced is not None:
         raise UserError(f"llama.cpp's {able[0].name} cannot run these layers, since it has no {misplaced}")
     if cfg.vision is not None:
-        lacks = tower_lacks(cfg)
-        if lacks is not None or not cfg.tower:
-            raise UserError(
-                f"llama.cpp has no {lacks or 'models without their tower'}: this model cannot be exported to GGUF"
-            )
+        if (lacks := tower_lacks(cfg)) is not None:
+            raise UserError(f"llama.cpp has no {lacks}: this model cannot be exported to GGUF")
+        if not cfg.tower:
+            raise UserError("the model was loaded without its vision tower: load the tower too for an export to GGUF")
     text, vision = cfg.text, cfg.vision
     if uneven == "pad":
         text = _padded_text(text, able[0])

@@ -46,8 +46,7 @@ def patch_rows(
 
     Args:
       cfg: the model.
-      input_ids: int[batch, seq].
-      attention_mask: int[batch, seq], or None.
+      input_ids, attention_mask: int[batch, seq] each; the mask may be None.
       pixel_values: float[patches of all images, values], packed rows [packs, patches, values], or None. Images and
         videos are in the order of their tokens (see `joined`).
       image_grid_thw: int[images, 3], or in packed rows [packs, images, 3].
@@ -121,8 +120,7 @@ def joined(cfg: ModelConfig, input_ids: Any, attention_mask: Any, inputs: Mappin
 
     Args:
       cfg: the model.
-      input_ids: int[batch, seq].
-      attention_mask: int[batch, seq], or None.
+      input_ids, attention_mask: int[batch, seq] each; the mask may be None.
       inputs: arrays by the names of `VISUALS`, flat or in packed rows.
 
     Returns the arguments pixel_values, image_grid_thw and second_per_grid_ts of `patch_rows` (None if not needed).

@@ -260,18 +260,21 @@ def _component(name: str, data: Component) -> tuple[KeptStack, tuple[int, tuple[
     before, vocabulary = data["sizes_before"], None
     layers = [before[str(i)] for i in range(len(before)) if str(i) in before]
     if len(layers) + (WHOLE in before) != len(before) or data["kept"].keys() - before.keys():
-        raise UserError(f"prune plan: the layers of {name} are not numbered from 0 on: {TODO}")
+        raise UserError(f"prune plan: layers of the {name} stack are not numbered 0, 1, 2, ...: {TODO}")
     kept = {}
     for layer, axes in data["kept"].items():
         sizes = before[layer]
-        if axes.keys() - sizes.keys():
-            raise UserError(f"prune plan: axes of layer {layer} of {name} have no size: {TODO}")
+        if unknown := axes.keys() - sizes.keys():
+            raise UserError(
+                f"prune plan: kept axes {', '.join(sorted(unknown))} of layer {layer} ({name} stack) are missing in "
+                f"sizes_before: {TODO}"
+            )
         where = f"layer {layer} of {name}" if layer else name
         kept[layer] = {axis: _from_ranges(text, sizes[axis], f"{axis} of {where}") for axis, text in axes.items()}
     if WHOLE in kept:
         whole = kept.pop(WHOLE)
         if name != "text" or whole.keys() != {VOCAB}:
-            raise UserError(f"prune plan: {name} has no axes {', '.join(whole)} beside its layers: {TODO}")
+            raise UserError(f"prune plan: the {name} stack has no axes {', '.join(whole)} outside its layers: {TODO}")
         vocabulary = before[WHOLE][VOCAB], whole[VOCAB]
     entries = [KeptLayer(int(layer), axes) for layer, axes in kept.items()]
     return KeptStack(tuple(layers), tuple(entries)), vocabulary

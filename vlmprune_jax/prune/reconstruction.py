@@ -97,10 +97,10 @@ def reconstruct(
       options: settings by name, see `ReconstructConfig`. Held-out rows are chosen by their content.
 
     Returns:
-      The repaired model, and a report with one row per repaired weight. Fields of a row: stack; layer (original
-        number); module ("o_proj" or "down_proj", "self_attn" or "mlp" for input projections, "layer" for a trained
-        layer); ridge (None = unchanged, 0 = trained); error_before and error_after (relative error of the residual
-        stream after this module, on held-out rows); tokens; unknowns (per output).
+      The repaired model, and a report with one row per weight: stack, layer (original number), module ("o_proj",
+        "down_proj"; "self_attn" or "mlp" for input projections; "layer" for a trained layer), ridge (None = unchanged,
+        0 = trained), error_before and error_after (relative error of the residual stream on held-out rows), tokens, and
+        unknowns per output.
 
     Raises:
       UserError: `plan` did not make `pruned` from `teacher`, the model cannot read a batch, or activations are not

@@ -96,15 +96,14 @@ class Source:
         if missing:
             why = self.needed.get(missing[0], "texts would lose characters or special tokens without it")
             raise UserError(
-                f"prune plan: removes needed tokens ({len(missing):,} in all; {why}), first token {missing[0]} "
-                f"({self._text(missing[0])!r}): keep them"
+                f"prune plan: removes {len(missing):,} token(s) that the model needs, first token {missing[0]} "
+                f"({self._text(missing[0])!r}: {why}): keep these tokens"
             )
         broken = sorted(self.subwords.closure(kept) - kept)
         if broken:
             raise UserError(
                 f"prune plan: removes token {broken[0]} ({self._text(broken[0])!r}), from which kept tokens are "
-                "merged: "
-                "choose the tokens with prune.vocabulary, which keeps such tokens"
+                "merged: choose the tokens with prune.vocabulary, which keeps such tokens"
             )
 
     def _text(self, i: int) -> str:

@@ -106,7 +106,7 @@ def _resume(run: Run, stream: Iterator[Any], saver: Checkpointer | None) -> tupl
         stream.set_state(data_state)
     except Exception as error:  # a stream may raise anything
         raise UserError(
-            f"{saver.folder}: the saved data position does not fit these batches ({error!r}): use the same data, or "
+            f"{saver.folder}: the saved data position is not one of these batches ({error!r}): use the same data, or "
             "remove that folder to start again"
         ) from error
     return state, int(state.step)

@@ -115,7 +115,7 @@ def test_archives_that_lie(tmp_path):
     refused(pack(data_pkl=None), "cannot be read")
     refused(pack(data_pkl=b"\x80\x02}"), "pickle exhausted")
     refused(pack(byteorder=b"big"), "big-endian")
-    refused(pack(**{"1": b"short"}), "b of shape [3, 4] and dtype F32 ends beyond its record")
+    refused(pack(**{"1": b"short"}), "b (shape [3, 4], F32) needs more bytes than the file stores")
     refused(pack(**{"1": None}), "archive/data/1' is missing")
     refused(pack(data_pkl=b"N" * 10_000_001), "an impossible size")
 

@@ -121,7 +121,7 @@ def _entry(path: Path, key: str, value: Any, root: str, place: Callable[..., tup
     begin = first + value.first * FILE_DTYPES[value.dtype].itemsize
     end = begin + bytes_in_file(value.dtype, value.shape)
     if end > last:
-        raise ValueError(f"{key} of shape {list(value.shape)} and dtype {value.dtype} ends beyond its record")
+        raise ValueError(f"{key} (shape {list(value.shape)}, {value.dtype}) needs more bytes than the file stores")
     return Entry(key, path, value.dtype, value.shape, begin, end)
 
 

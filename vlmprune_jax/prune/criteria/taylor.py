@@ -45,8 +45,7 @@ def taylor(
 
     Args:
       batches, progress, memory_budget, cache: see `gradient_channels`; for a tower, see `tower_channels`.
-      rows_per_step: number of rows differentiated at once, by default that of the first batch; second order takes one
-        row at a time.
+      rows_per_step: rows differentiated at once, by default those of the first batch (second order: one row).
       by_token_type: also return scores by token type, from each type's share of the gradients; this costs one more
         product per type and weight.
       image_weight, prompt_weight, answer_weight: weights of the token types' shares in the gradient.
