@@ -43,8 +43,7 @@ def experiment_config(recipe: str | None = None) -> ConfigDict:
 
     Settings have their defaults, or the values of the `recipe` (name of a family, such as "llava": see families/).
     Values that a config file or the command line sets afterwards replace them. A dictionary assigned to a section
-    changes only the settings that it names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` leaves the temperature
-    unchanged.
+    changes only the settings that it names: `config.recover.losses = {"ce": 0.5, "kl": 0.5}` keeps the temperature.
 
     Raises UserError for an unknown recipe.
     """
@@ -144,8 +143,7 @@ def to_experiment(
 ) -> tuple[Experiment, Path]:
     """Return the checked experiment of a config and its workdir path; models with hub ids are downloaded.
 
-    With `dry_run`, data sets that are not in the workdir yet are written to a folder that is deleted when the process
-    ends.
+    With `dry_run`, data sets that are not in the workdir yet are written to a temporary folder.
     """
     experiment = read_experiment(config, only=only, explicit=explicit)
     if not workdir:

@@ -45,8 +45,7 @@ def prepare(flags: Any, formats: Sequence[str]) -> dict[str, Work]:
 def prepare_sweep(flags: Any) -> tuple[list[SweepRun], Sweep, Reporter]:
     """Return the runs listed in a config file, their `Sweep`, and a console reporter.
 
-    Raises UserError without a config or workdir, or for a setting that does not exist or that the command line also
-    sets.
+    Raises UserError without a config or workdir, or for a setting that is unknown or also set by the command line.
     """
     reporter = _join(flags)
     base = read_experiment(flags.config, explicit=flags.explicit)

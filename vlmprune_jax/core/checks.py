@@ -93,8 +93,7 @@ def file_of_users(function: Any) -> Path | None:
 def blaming(what: str, *functions: Any) -> Iterator[None]:
     """Context that converts exceptions and wrong return values of a user's function to a UserError naming the function.
 
-    Errors in vlmprune's own functions are raised unchanged. Raises a UserError with the file and line of the user's
-    code.
+    Errors in vlmprune's own functions are raised unchanged. Raises a UserError with the user's file and line.
     """
     try:
         yield

@@ -249,8 +249,7 @@ def read_json_lines(path: Path, kind: Any, *, cut: bool = False, missing: str = 
     Args:
       path: the file.
       kind: type of each value.
-      cut: ignore everything from the first line that is not JSON, because the writer may have been killed within a
-        line.
+      cut: ignore everything from the first line that is not JSON, as the writer may have been killed there.
       missing: message if the file does not exist.
 
     Raises UserError if the file cannot be read (see `read_text`), or a line is not JSON or not of type `kind`.
@@ -327,8 +326,8 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[io.BufferedWriter]:
     """Context that opens a temporary file for writing, and atomically renames it to `path` if the block succeeds.
 
     After a power failure, the file is either complete or absent. A link at `path` is replaced; its target is not
-    written. `writer` distinguishes processes that may write the same file at the same time. Raises OSError if the file
-    cannot be written.
+    written. `writer` distinguishes processes that may write one file at once. Raises OSError if the file cannot be
+    written.
     """
     partial = path.with_name(f".{path.name}{writer}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)

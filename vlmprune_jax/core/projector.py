@@ -18,8 +18,7 @@ class ProjectorConfig:
       merger: Qwen-VL's; a norm before patches are joined, then two layers of the joined width.
       pool: Gemma's; the mean of neighbouring patches, a norm (`norm`, `norm_eps`, `norm_offset`), and one layer without
         activation, whose matrix is stored [inputs, outputs] with `inputs_first`. The mean is multiplied by
-        `feature_scale` and, if `standardizes`, shifted and scaled by channel. With `plain_norm`, the norm has no
-        weight.
+        `feature_scale` and, if `standardizes`, shifted and scaled by channel. `plain_norm`: the norm has no weight.
 
     All kinds but "mlp" first join `downsample` x `downsample` neighbouring patches into one longer feature, or take
     their mean (`shuffle_version` "v1" transposes the cells, "v2" does not). `deepstack` is the number of additional

@@ -168,8 +168,8 @@ def present_name(name: str, known: Collection[str]) -> str:
 def nested(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert {"a.b.c": value} to the nested mapping {"a": {"b": {"c": value}}} that `override` takes.
 
-    Raises UserError for an unknown section, a value where a section is expected, or a setting that is also set by a
-    mapping in `values`.
+    Raises UserError for an unknown section, a value where a section is expected, or a setting that a mapping in
+    `values` also sets.
     """
     tree: dict[str, Any] = {}
     for name, value in values.items():

@@ -82,8 +82,7 @@ def frame_indices(
     """Return the indices of the frames that the family's stock video processor takes from a clip.
 
     For a clip with fewer frames than requested, or less than one frame at the requested rate, the stock processor
-    raises an error; this function returns all frames. Reference: `sample_frames` of the video processors in
-    transformers 5.24.
+    raises an error; this function returns all frames. Reference: `sample_frames` in transformers 5.24.
 
     Args:
       video: the sampling rule and the model folder's values.

@@ -36,8 +36,8 @@ class Batch:
     of patches, then zeros), and position_ids int32[batch, 3, tokens]. A cached teacher adds the arrays of
     `TeacherRows`.
 
-    A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, whose rows
-    are replaced by padding.
+    A padding row has attention mask 0 and the id "". `skipped`: (record id, reason) of unreadable records, replaced by
+    padding.
     """
 
     arrays: dict[str, np.ndarray]
@@ -116,8 +116,7 @@ def train_batches(
     `sizes`. With epochs=None the batches never end; batches continue across epoch borders. `mine`, int[local], are the
     rows that this process loads (`mesh.rows_of_process`; None: all). The rows of all processes together are the batch
     that a single process would read. A last short batch is dropped or filled with padding rows. The iterator's state
-    resumes exactly. `packs`: number of packed rows of images in a global batch, each from a single process (None: one
-    for each row).
+    resumes exactly. `packs`: packed rows of images in a global batch, each from a single process (None: one per row).
 
     `sizes`, int[records, 3] (`encoding.measure`), must be equal on all processes and determine the shape of each batch.
     They are required for grouping (`grouping.grouped_order`), for length buckets, and for `on_error="skip"`, which

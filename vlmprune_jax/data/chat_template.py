@@ -111,8 +111,7 @@ def adds_begin(tokenizer: Any) -> bool:
 def chat_prompt(folder: Path, tokenizer: Any, *, has_image: bool, part: str = "image") -> str | None:
     """Format a test question with the folder's own chat template, after an image (or video) if the model takes images.
 
-    The result is None if there is no chat template, or the template rejects such a chat or needs too much time or
-    memory.
+    The result is None if there is no chat template, or it rejects such a chat or needs too much time or memory.
     """
     text = _chat_template(folder, tokenizer)
     if text is None:

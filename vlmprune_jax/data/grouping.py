@@ -13,8 +13,8 @@ def grouped_order(sizes: np.ndarray, *, group_by: str, batch_size: int, seed: in
     Records are permuted (with "modality_length" separately for each modality, as in LLaVA) and divided into
     megabatches. Each megabatch is sorted by length and divided into batches; the batches of all megabatches are
     permuted. The batch with the longest row comes first, so that a lack of memory shows at once, and records that do
-    not fill a batch come last. In LLaVA, a megabatch is a single batch, which separates modalities but needs as much
-    padding as no grouping.
+    not fill a batch come last. In LLaVA, a megabatch is a single batch, which separates modalities but does not save
+    padding.
 
     Batches continue across epochs: an epoch begins with the records that complete the previous epoch's last batch.
 

@@ -178,8 +178,7 @@ def make_processor(config: Mapping[str, Any], location: str) -> Any:
     """Return the transformers image processor object for checked settings.
 
     Only NumPy/PIL classes are used: their values equal the reference's, while transformers 5's torchvision classes
-    differ in the last bits and need torch. Raises UserError if the type is unknown, or the class does not accept the
-    settings.
+    differ in the last bits and need torch. Raises UserError if the type is unknown, or rejects the settings.
     """
     import transformers
 

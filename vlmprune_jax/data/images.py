@@ -58,8 +58,7 @@ with contextlib.suppress(AttributeError, OSError):  # libtiff prints to stderr; 
 class WholeImage:
     """Preparation of an image as a single tile: LLaVA's `image_aspect_ratio`, then the folder's image processor.
 
-    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" leaves the image
-    unchanged.
+    `aspect_ratio` "pad" centres the image on a square of the colour int(255 * mean); "square" does nothing.
     """
 
     shares, usual, merge, image_buckets, turns = False, (1,), 0, (), False

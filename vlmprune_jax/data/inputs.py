@@ -129,8 +129,7 @@ def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     """Load the tokenizer, prompt template and image processor of a model folder.
 
-    Raises UserError if the template is unknown or uses tokens that the tokenizer lacks, or a file is missing or
-    malformed.
+    Raises UserError if the template is unknown or uses tokens that the tokenizer lacks, or a file is unusable.
     """
     return _load_inputs(model, data, family_of(cfg), cfg.vision, cfg.tokens_per_image, cfg.video)
 

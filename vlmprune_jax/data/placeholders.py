@@ -38,8 +38,7 @@ def expand_images(
       input_ids and attention_mask int32[batch, longest], and labels if passed.
 
     Raises:
-      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids differs from the number of
-        images.
+      UserError: the model takes no images, shapes differ, or the number of `tiles` or grids is not that of images.
     """
     ids, cfg = np.asarray(input_ids), config_of(cfg)
     if cfg.image_token_id is None or not cfg.tokens_per_image:

@@ -306,7 +306,7 @@ def rows_of_process(mesh: Mesh | None, count: int) -> np.ndarray:
 
     These are the rows of the process's devices in the mesh: all rows if one process controls all devices (Pathways),
     and the same rows for processes that share a row group along `tensor`. Raises UserError if the mesh does not divide
-    the number of rows.
+    `count`.
     """
     ways = row_ways(mesh)
     if count < 1 or count % ways:

@@ -169,8 +169,8 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     """Test whether two models answer equally many of the same questions correctly (McNemar's exact test).
 
     Only questions that exactly one model got right have weight. If the models are equally good, each such question
-    favours either model with probability 1/2. The p-value is the two-sided binomial probability of a result at least as
-    uneven.
+    favours either model with probability 1/2. The p-value is the two-sided binomial probability of this or a more
+    uneven result.
 
     Args:
       first, second: 1 (right) or 0 (wrong) per question.
@@ -185,8 +185,7 @@ def p_of_difference(first: np.ndarray, second: np.ndarray) -> float:
 
     With one seed and scores of right or wrong, this is McNemar's exact test. Otherwise, it is Student's t-test with
     Welch-Satterthwaite degrees of freedom, whose variance is the sum of each model's variance over seeds and the
-    variance of the difference over questions. A model with a single seed is assigned the other model's variance over
-    seeds.
+    variance of the difference over questions. A model with a single seed is assigned the other's variance.
     """
     if len(first) == len(second) == 1 and len(np.unique([first, second])) <= 2:
         return mcnemar(first[0] > 0, second[0] > 0).p_value

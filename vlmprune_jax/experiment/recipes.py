@@ -76,7 +76,7 @@ def paper_cut(
     removes this share of the whole model by first-order Taylor importance on 10 records. The first and last layers are
     not pruned, except with the option "uniform", whose result stock transformers can load. The ranges in the
     reference's example script, [3, 21) and [3, 20), cannot reach the published 60 %; these ranges can. The option
-    "reconstruct" adds reconstruction before the recovery, and "benchmarks" evaluates on the paper's nine benchmarks
+    "reconstruct" adds reconstruction before the recovery, and "benchmarks" evaluates on the paper's benchmarks
     (`PAPER_TASKS`).
 
     Args:

@@ -93,8 +93,7 @@ def make_tensors(
 ) -> list[Tensor]:
     """Return all tensors of the exported checkpoint, zero-padded where the target's layers are wider.
 
-    In the source's layout, keys keep their spelling, and source tensors that no computation uses follow, in the same
-    dtype.
+    In the source's layout, keys keep their spelling, and unused source tensors follow, in the same dtype.
 
     Raises UserError if the source lacks a tensor of the model.
     """

@@ -96,8 +96,8 @@ class Format:
       options: frozen dataclass of `core.checks.setting` fields: keywords of `save`, and settings `export.NAME` of a
         config (in `export.options` if `export` has no such name). The choices of `quantize` are the quantisations.
       prepare: (model, origin, options) -> `Contents`; raises UserError for a model that the format cannot hold.
-      check: (model, folder, origin, options) -> `Comparison` of the written folder with the model; raises UserError if
-        they differ.
+      check: (model, folder, origin, options) -> `Comparison` of written folder and model; raises UserError if they
+      differ.
       library: `library_name` of the model card.
       calibration: options -> the `Calibration` that these options need, or None.
       extends: name of a format that switches to this one for a quantisation that only this format has, or for a storage

@@ -93,8 +93,7 @@ def make_gguf(
 ) -> list[GgufFile]:
     """Return the model's GGUF files: `NAME-TYPE.gguf`, and for a vision-language model `mmproj-NAME-f16.gguf`.
 
-    `source` is the model's folder, for tokenizer, template, image statistics and licence; for the other arguments, see
-    `save`.
+    `source` is the model's folder, for tokenizer, template, image statistics and licence; others: see `save`.
 
     Raises UserError if llama.cpp does not support the model's architecture, vision tower or tokenizer.
     """

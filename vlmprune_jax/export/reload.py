@@ -47,8 +47,7 @@ def check_export(model: Model, out_dir: str | Path, *, vision_dir: str | Path | 
     If weights were written in a narrower dtype or quantised, the reference is the model with weights rounded in the
     same way. Every process must call this function; process 0 alone reloads in PyTorch.
 
-    `vision_dir` is the folder of the vision tower, for an original-layout LLaVA whose folder does not include the
-    tower.
+    `vision_dir` is the folder of the vision tower, for an original-layout LLaVA whose folder lacks it.
 
     Raises UserError if the difference exceeds the tolerance, or transformers does not load the folder cleanly.
     """

@@ -54,8 +54,7 @@ def trim_files(source: Path, folder: Path, vocabulary: KeptVocabulary, cfg: Mode
     """Copy all files of `source` except weights to `folder`, with only the kept tokens and their new ids.
 
     Raises:
-      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file contains the id of a removed
-        token.
+      UserError: the tokenizer differs from the plan's or cannot be trimmed, or a file has a removed token's id.
     """
     content = read_tokenizer(source)
     if content is None:
@@ -163,8 +162,8 @@ def _without(config: JsonDict, dropped: set[str], new_ids: Mapping[int, int]) ->
 def map_ids(value: Any, change: Callable[[str, int], int | None], name: str = "") -> Any:
     """Return a config file's JSON value with every token id replaced by `change(field, id)`.
 
-    Ids that become None are left out of lists that may name removed tokens; a sequence of bad words with such an id is
-    left out completely.
+    Ids that become None are left out of lists that may name removed tokens; so are sequences of bad words with such an
+    id.
     """
     if isinstance(value, dict):
         return {key: map_ids(part, change, key) for key, part in value.items()}

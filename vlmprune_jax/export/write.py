@@ -65,11 +65,9 @@ def save(
       source_dir: folder whose tokenizer, processor and unused tensors are copied (None = where the model was loaded).
       format: name in `vp.formats`: "huggingface", "compressed-tensors" (integers), or "gguf" (for llama.cpp).
       layout: checkpoint keys and config as in the "source" folder, or as in the stock class of "transformers".
-      uneven: layers of unequal width keep their sizes ("per_layer"), are padded with zeros ("pad") or refused
-        ("refuse").
+      uneven: layers of unequal width keep their sizes ("per_layer"), are padded ("pad") or refused ("refuse").
       head_dim: channels per head, 4 or 16 times the model's, padded with zeros (0 = the model's); for folders.
-      mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it to the decoder's widths; for
-        folders.
+      mtp: "drop" the module that predicts several tokens (Qwen3.5), or "cut" (prune) it as the decoder; for folders.
       dtype: type of the written weights: "bfloat16", "float16", "float32" (all bits that `vp.load` reads), or "source".
       quantize: "w8a16", "w4a16" or "w8a8" for Hugging Face folders; "q8_0", "q5_1" or "q4_0" for GGUF.
       group_size: values of a row that share a scale, with w8a16 and w4a16 (None = see `help export.group_size`).
@@ -84,8 +82,7 @@ def save(
       license: license on the model card, as the hub names it (None = the license on `source_dir`'s card).
       datasets: names of the training data on the model card, if possible hub ids.
       reconstructed, recovered: True if the model card names these steps after pruning.
-      benchmarks: rows of the model card's table: evaluation set, scores of the unpruned and of this model, retained %
-        and its interval.
+      benchmarks: rows of the card's table: set, scores of unpruned and this model, retained % and its interval.
       **options: options of a user-defined format.
 
     Raises:

@@ -63,8 +63,7 @@ def limited_row(cfg: ModelConfig, length: int, images: int, image_tokens: int) -
 def forward_flops(cfg: ModelConfig, *, length: int, images: int, image_tokens: int = 0) -> int:
     """Return the forward FLOPs of one sequence of `length` tokens, including `images` images or tiles.
 
-    `image_tokens`: tokens per image instead of the typical number; the sequence length changes with it (see
-    `limited_row`).
+    `image_tokens`: tokens per image instead of the typical number; changes the length (see `limited_row`).
     """
     length, slots, per_slot = limited_row(cfg, length, images, image_tokens)
     products = weight_flops(cfg, "text/layers/", (), False) + weight_flops(cfg, head_of(cfg), (), False)

@@ -30,8 +30,8 @@ from vlmprune_jax.models.vlm import Embedded, Model, Params, VisionLanguageModel
 class SharedPrefix:
     """Prompt beginnings that rows of a batch share (usually an image and the text before it), each computed once.
 
-    `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side. `rows`: int[batch], the number of each
-    row's prefix.
+    `input_ids`, `attention_mask`: int[prefixes, seq], padding on either side. `rows`: int[batch], each row's prefix
+    number.
     """
 
     input_ids: np.ndarray

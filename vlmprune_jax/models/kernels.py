@@ -346,8 +346,7 @@ def attention_mask(valid_keys: jax.Array, n_queries: int, start: Any) -> jax.Arr
 def windowed(mask: jax.Array, size: int) -> jax.Array:
     """Restrict an attention mask bool[batch, queries, keys] to the last `size` keys per query (0 = no restriction).
 
-    The window counts keys that are not padding, so that it is also right if padding lies between a shared prefix and
-    its rows.
+    The window counts keys that are not padding, so it is also right with padding between a shared prefix and its rows.
     """
     if size == 0 or size >= mask.shape[-1]:
         return mask

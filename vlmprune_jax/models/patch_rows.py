@@ -25,8 +25,7 @@ VISUALS = (*_IMAGES, *_VIDEOS, "second_per_grid_ts")
 def padded_tokens(tokens: int) -> int:
     """Return the length in image tokens to which a packed row is padded: 16, 32, 48, 64, 96, 128, 192, 256, ...
 
-    There are two lengths per doubling, so that few programs are compiled and at most a third of a longer row is
-    padding.
+    There are two lengths per doubling, so that few programs are compiled and at most a third of a row is padding.
     """
     step = max(_LEAST, (1 << max(tokens - 1, 1).bit_length() - 1) // 2)
     return max(-(-tokens // step), 1) * step

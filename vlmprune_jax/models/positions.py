@@ -37,8 +37,7 @@ def mrope_positions(
       attention_mask: int[batch, seq], 1 = real token, or None.
       image_grid_thw: temporal patches, rows and columns of patches of images and videos, int[visuals, 3] in order of
         appearance over the batch, or int[packs, visuals, 3] by packed row (0, 0, 0 = none; see `patch_rows`), or None.
-      second_per_grid_ts: seconds between temporal patches (None: 1), float of the shape of `image_grid_thw` without its
-        last axis.
+      second_per_grid_ts: seconds between temporal patches (None: 1), float like `image_grid_thw` without its last axis.
       tokens: ids of the tokens of images and videos (`ModelConfig.visual_token_ids`).
       merge: patches per side of a token (`merge` x `merge` patches make one token).
       tokens_per_second: see `ModelConfig`.

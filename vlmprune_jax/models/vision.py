@@ -197,8 +197,8 @@ class VisionTower(BlockStack):
         Args:
           pixels: float[images, channel, height, width].
           hook, hook_inputs: see `BlockStack.pass_through`.
-          patches: bool[images, rows, columns], True for patches that are not padding (None: all); for towers that
-            `spread` positions.
+          patches: bool[images, rows, columns], True for patches that are not padding (None: all); for `spread`
+          positions.
           grid: int[packs, images, 3], frames, rows and columns of patches of images of varying size; `pixels` are then
             packed rows of patches [packs, patches, values], see `patch_rows`.
         """

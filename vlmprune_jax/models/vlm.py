@@ -121,7 +121,7 @@ class VisionLanguageModel(nnx.Module):
 
         `pixels`: float[images, channel, height, width]. `mask`: int[images, height, width], 1 = no padding. With
         `grid`, int[packs, images, 3], pixels are [packs, patches, values], and the result has the features of all
-        levels of the tower.
+        levels.
         """
         assert self.cfg.vision is not None
         return features_of(self.vision, self.cfg, pixels, mask, grid)
@@ -285,8 +285,7 @@ def apply(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return logits float[batch, seq, vocab] and the intermediate values named in `capture`; for use inside jit.
 
-    aux["hidden"] has n_layers + 1 arrays, from the embeddings to the state after the final norm (the Hugging Face
-    convention).
+    aux["hidden"] has n_layers + 1 arrays, from embeddings to the state after the final norm (as in Hugging Face).
     """
     unknown = set(capture) - set(CAPTURE)
     if unknown:

@@ -136,8 +136,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 def executed_flops(jaxpr: Any) -> int:
     """Return the FLOPs of all matrix products in a jaxpr, counting every loop iteration and recomputation.
 
-    All blocks of kernels are counted, even blocks that a causal mask skips. (XLA's `cost_analysis` counts a loop body
-    only once.)
+    All blocks of kernels are counted, even blocks that a causal mask skips. (XLA's `cost_analysis` counts loops once.)
     """
     total = 0
     for equation in jaxpr.eqns:

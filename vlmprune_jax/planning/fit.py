@@ -38,8 +38,7 @@ def search(case: Case, say: Callable[[str], None], tried: Attempts) -> dict[str,
     """Search for training settings whose compiled step fits in the TPU slice's memory.
 
     Returns the cheapest "remat", the largest micro-"batch" with this remat, and the smallest "slice" with unchanged
-    settings; an entry is missing if no setting fits. `tried` is a cache of compiled cases, to which new cases are
-    added.
+    settings; an entry is missing if no setting fits. `tried` caches compiled cases, and is extended.
     """
     fits: dict[str, PlannedStep] = {}
     cheapest = _first_fit([(f"remat {name}", _with(case, remat=name)) for name in REMAT], say, tried)

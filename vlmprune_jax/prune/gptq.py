@@ -99,8 +99,8 @@ def gptq(
       weights: weights of the calibration tokens; `options` override single weights.
       options: `prompt_weight`, `image_weight`, `answer_weight`, see `TokenWeights`.
 
-    Raises UserError for a group size that does not divide the rows, batches that the model cannot read, or activations
-    that are not finite.
+    Raises UserError for a group size that does not divide the rows, unreadable batches, or activations that are not
+    finite.
     """
     one_of("quantize", quantize, tuple(SCHEMES))
     dtype = model.params["text"]["embed_tokens"]["weight"].dtype.name if dtype == "source" else dtype

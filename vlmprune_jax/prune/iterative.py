@@ -37,8 +37,7 @@ def prune_iteratively(
 
     Args:
       batches: function that returns the calibration batches of step k = 0, 1, ...
-      config, options: settings of `make_plan`, with the method "width"; `steps` is the number of steps, and `stack` the
-        stack to prune.
+      config, options: settings of `make_plan`, with the method "width"; `steps` is their number, `stack` the stack.
       scores: scores of `model` for the first step (None = compute them).
       score_config, score_options: settings of `score`: its arguments `config` and `options`.
 

@@ -68,8 +68,8 @@ def to_devices(x: Any) -> jax.Array:
 class Given(NamedTuple):
     """Inputs of a layer besides the residual stream: masks, positions, DeepStack additions, reused keys and values.
 
-    `arrays`: inputs of `BlockStack.context_of`. `embeds`: the layer's additional embeddings. `shared`: keys and values
-    of earlier layers.
+    `arrays`: inputs of `BlockStack.context_of`. `embeds`: additional embeddings. `shared`: keys and values of earlier
+    layers.
     """
 
     arrays: Mapping[str, Any]

@@ -346,8 +346,7 @@ def solve_for(
 ) -> tuple[np.ndarray | None, SolveReport]:
     """Solve for a weight's correction by ridge regression; None if no ridge penalty lowers the held-out error.
 
-    `place`: the layer's number among the remaining layers. `refit`: solve again on all rows after the ridge penalty is
-    chosen.
+    `place`: the layer's number among the remaining layers. `refit`: solve again on all rows after choosing the penalty.
     """
     fit, held = (_total(layer, module, stream, place, targets, held_out) for held_out in (False, True))
     weight = layer.cfg.hidden_size * float(sum(batch.weight.sum() for batch in stream.batches if batch.held_out))

@@ -122,8 +122,7 @@ class Sample:
 def read_sample(source: Source, config: VocabularyConfig) -> Sample:
     """Read the texts in `config.sources` and `config.held_out`.
 
-    Raises UserError if a source cannot be read (see `read_texts`), no source is named, or a listed id is beyond the
-    vocabulary.
+    Raises UserError if a source cannot be read (see `read_texts`), no source is named, or a listed id is too large.
     """
     from vlmprune_jax.data.texts import read_texts  # with grain, which `vlmprune inspect` starts without
 

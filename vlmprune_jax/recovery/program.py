@@ -171,8 +171,7 @@ def place(model: Model, mesh: Mesh | None) -> Flat:
 class Programs:
     """Compiled programs of one jitted function, one per batch shape.
 
-    Compiling ahead avoids pauses of minutes in the middle of a run on a pod, and shows at the start if a program needs
-    too much memory.
+    Compiling ahead avoids pauses of minutes in the middle of a run on a pod, and shows a lack of memory at the start.
     """
 
     def __init__(self, function: Any):

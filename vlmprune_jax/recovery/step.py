@@ -267,8 +267,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 def step_context(mesh: Mesh | None, compute_dtype: str) -> Iterator[None]:
     """Context for running a training step, in which activations are sharded over `mesh`.
 
-    Implicit dtype promotion is allowed in bfloat16, because the backward pass of jax.nn's attention mixes bfloat16 and
-    float32.
+    Implicit dtype promotion is allowed in bfloat16, because jax.nn's attention mixes it with float32.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))

@@ -29,8 +29,8 @@ _SPREAD = 256  # records whose sizes tell that of a pass
 def records_to_compute(training: TrainingRows, rows: TeacherRows, size: int) -> list[int]:
     """Return the record numbers in all batches of `size` that are not cached completely, without duplicates.
 
-    If lengths are known, rows of similar length share a batch, and the longest come first, so that a lack of memory
-    shows at once.
+    If lengths are known, rows of similar length share a batch, and the longest come first, to show a lack of memory at
+    once.
     """
     records, sizes = training.records, training.sizes
     order = range(len(records)) if sizes is None else np.argsort(-sizes[:, 0], kind="stable").tolist()

@@ -37,8 +37,8 @@ MOST_ROWS, MOST_LINES, MOST_PANELS, MOST_POINTS, MOST_CELLS = 60, 200, 6, 20_000
 class Measured:
     """One number per model (None if unknown; unpruned model first), with its figure labels.
 
-    `intervals`: 95 % intervals of the numbers, None if unknown. `retention`: True if the numbers are percentages of the
-    unpruned model's score.
+    `intervals`: 95 % intervals of the numbers, None if unknown. `retention`: True for percentages of the unpruned
+    score.
     """
 
     name: str

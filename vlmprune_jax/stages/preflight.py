@@ -43,8 +43,7 @@ SAMPLE = 8  # records of a recovery whose images are decoded
 def preflight(work: Work, command: str) -> None:
     """Check before a command that its inputs exist and its settings are possible, and print what the command will do.
 
-    Raises UserError if a setting, file, record or image is missing or malformed, or the disk or the memory is too
-    small.
+    Raises UserError if a setting, file, record or image is missing or malformed, or disk or memory is too small.
     """
     stages, spec = [*STAGES] if command == "run" else [command], work.experiment
     check_inputs(work, stages)

@@ -34,8 +34,7 @@ class Stage:
       per: what the stage is applied to, one of `SCOPES`.
       switch: setting whose value "none" turns the stage off, such as "recover.method".
       unneeded: function that returns why the settings make the stage unnecessary: `unneeded(sections) -> str | None`.
-      version: number to raise whenever the code gives different results for the same inputs; outputs are then made
-        again.
+      version: number to raise whenever the code gives different results for the same inputs; then outputs are remade.
       details: more text for `vlmprune NAME --help`.
       beside: advice on how to make a second result, for the error about outputs made from other inputs.
     """

@@ -112,8 +112,8 @@ class SweepRun:
 def sweep_runs(base: Experiment, points: Any) -> list[SweepRun]:
     """Convert overrides from a config file to sweep runs, in the same order.
 
-    Raises UserError if `points` is empty or not a list of overrides, a setting or value does not exist, or two names
-    are equal.
+    Raises UserError if `points` is empty or not a list of overrides, a setting or value does not exist, or names
+    repeat.
     """
     if not isinstance(points, list | tuple) or not all(isinstance(point, Mapping) for point in points):
         raise UserError(

@@ -240,8 +240,7 @@ def _finish(result: SweepResult, mine: Sequence[SweepRun], sweep: Sweep, reporte
 def tell_unused(runs: Sequence[SweepRun], start: Experiment, reporter: Reporter) -> None:
     """Print the user's settings that have no effect in any run.
 
-    Runs whose model cannot be read are skipped, because each of them reports its own error. `start`: see
-    `unused_settings`.
+    Runs whose model cannot be read are skipped, because each reports its own error. `start`: see `unused_settings`.
     """
     configs = dict[ModelSpec, ModelConfig]()
     for model in dict.fromkeys(run.experiment.model for run in runs):

@@ -50,8 +50,7 @@ def content_key(*values: Any) -> str:
 def digest(path: Path | str, *, every_byte: bool = False) -> str:
     """Hash a file or folder: names, sizes and content (a sample of files over 8 MiB, unless `every_byte`).
 
-    Hidden files and folders are left out. If `path` is a text (a description of remote data), the text itself is
-    hashed.
+    Hidden files and folders are left out. If `path` is a text (a description of remote data), the text is hashed.
 
     Raises UserError if the path does not exist.
     """

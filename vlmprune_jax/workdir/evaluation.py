@@ -23,8 +23,7 @@ class MetricInfo(Part, frozen=True, kw_only=True):
     """Settings for displaying and comparing a metric's values.
 
     `main`: name of the value to compare. `scale`: factor on displayed values, which have the unit `unit`. `full`: value
-    of a perfect model, if there is such a value. `grouped_by`: what the groups of questions have in common (None = no
-    groups).
+    of a perfect model, if there is such a value. `grouped_by`: what questions of a group share (None = no groups).
     """
 
     name: str

@@ -29,8 +29,7 @@ class GgufHeader(NamedTuple):
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file; raise UserError if the header claims more bytes than the file has.
 
-    Raises UserError if the file cannot be opened (see `open_file`), is not GGUF of version 2 or 3, or is damaged or
-    truncated.
+    Raises UserError if the file cannot be opened (see `open_file`), is not GGUF of version 2 or 3, or is damaged.
     """
     with open_file(path) as file, reading(path, "export it again, or download it again"):
         header = _Header(file, os.fstat(file.fileno()).st_size)

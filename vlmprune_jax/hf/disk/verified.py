@@ -79,8 +79,7 @@ class CheckedFile:
 
         Args:
           extent: file and byte range to copy.
-          look: function that receives each block, uint8[bytes], in order; blocks end at multiples of 8 bytes of this
-            file.
+          look: function that receives each block, uint8[bytes], in order; blocks end at multiples of 8 bytes.
         """
         begin = extent.begin
         with open_file(extent.file) as source:

@@ -52,8 +52,7 @@ def greedy_loss(
       batches: batches with labels (-100 ignored, not shifted).
       progress: called after each trial with the number of removed layers.
       solved: repair the model by least squares after each trial removal, before its loss is computed.
-      candidates: number of layers tried in each step after the first: the layers with the lowest cost at their last
-        trial.
+      candidates: number of layers tried in each step after the first: those with the lowest last cost.
       search: number of layers to search for, by default half; the other layers follow in the order of their last cost.
       cache: keeps the loss of every trial, so that an interrupted search continues.
 

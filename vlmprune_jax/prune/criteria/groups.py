@@ -76,8 +76,7 @@ def reduce_groups(
 
     Args:
       channels: for each layer, path of every coupled weight -> float[heads, head] or float[neurons].
-      reduction: how the tensors of a group are combined, channel by channel; a head's score is the sum over its
-        channels.
+      reduction: how the tensors of a group are combined, channel by channel; a head sums its channels.
       gqa: "groups" scores a key/value head with all its query heads (their q and o channels are added up first);
         "q_heads" scores every query head by q_proj and o_proj alone, because k_proj and v_proj are not pruned.
     """
