@@ -104,7 +104,7 @@ BLOCKS = {"criterion": "block_influence"}
             "a batch must be a QuestionBatch, got dict: use vp.questions",
         ),
         (lambda: vp.perplexity(ONE, "a", window=2, batch_size=1), "token_ids: must be the ids of a text's tokens"),
-        (lambda: vp.measure_speed({"a": "DIR"}), "vp.measure_speed: models must be Model objects, got str: pass"),
+        (lambda: vp.measure_speed({"a": "DIR"}), "models: must be Model objects, got str: pass"),
         (lambda: vp.save(ONE, "out", source_dir=ONE), "got Model: call vp.save(model, out_dir, source_dir=...)"),
         (
             lambda: ONE.save(ONE),

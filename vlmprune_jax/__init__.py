@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vlmprune_jax.evaluation.metrics import Metric
     from vlmprune_jax.evaluation.runner import evaluate, perplexity
     from vlmprune_jax.evaluation.speed.clock import SpeedConfig
-    from vlmprune_jax.evaluation.speed.measure import measure_speed
+    from vlmprune_jax.evaluation.speed.measure import measure_questions, measure_speed
     from vlmprune_jax.export.format import Contents, Format
     from vlmprune_jax.export.formats import FORMATS as formats
     from vlmprune_jax.export.hub import push
@@ -120,6 +120,7 @@ _HOMES = {
     "load": "hf.read",
     "losses": "recovery.losses",
     "make_plan": "prune",
+    "measure_questions": "evaluation.speed.measure",
     "measure_speed": "evaluation.speed.measure",
     "metrics": "evaluation.metrics:METRICS",
     "mixers": "models.mixers:MIXERS",
@@ -181,6 +182,7 @@ __all__ = [
     "load",
     "losses",
     "make_plan",
+    "measure_questions",
     "measure_speed",
     "metrics",
     "mixers",

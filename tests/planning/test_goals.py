@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from vlmprune_jax.cli.main import main
-from vlmprune_jax.planning.goals import compare
+from vlmprune_jax.planning.goals import compare, measured
+from vlmprune_jax.planning.guide import read_guide
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16,
@@ -52,5 +53,35 @@ def test_a_model_that_does_not_fit_is_said(folder, capsys):
 def test_unknown_goals_and_slices_are_one_line(folder, capsys):
     assert main(["recommend", f"--model={folder}", "--for=joy"]) == 2
     assert "--for 'joy' is not one of memory, decode, question, throughput" in capsys.readouterr().err
-    assert main(["recommend", f"--model={folder}", "--for=memory", "--on=gpu"]) == 2
+    assert main(["recommend", f"--model={folder}", "--for=memory", "--on=v9"]) == 2
     assert "unknown TPU" in capsys.readouterr().err
+    assert main(["recommend", f"--model={folder}", "--for=memory", "--on=tpu"]) == 0
+    assert "on v5e:2x4" in capsys.readouterr().out
+
+
+def test_llama_cpp_has_measured_rows_of_the_nearest_share(folder, capsys):
+    assert main(["recommend", f"--model={folder}", "--for=question", "--on=llama.cpp"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.split()[:1] in (["depth"], ["width"], ["none"])]
+    gains = {(row[0], row[-4]): float(row[-3]) for row in rows}
+    assert {method for method, _ in gains} == {"depth", "width", "none"}
+    assert gains["none", "F16"] == 1 < gains["none", "Q4_0"] < gains["depth", "Q4_0"]
+    assert gains == dict(sorted(gains.items(), key=lambda item: -item[1]))
+    near = {row.removed for row in measured(folder, vision_dir=None, ratio=None, guide=read_guide()) if row.removed}
+    assert all(abs(removed - 0.3) <= 0.08 for removed in near)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--for=energy",), "--for=energy: no machine of our measurements has a readable energy counter"),
+        (("--for=question", "--on=gpu"), "--on=gpu: nothing was measured there: use --on=llama.cpp"),
+        (("--for=throughput", "--on=llama.cpp"), "--for=throughput: in llama.cpp, one question at a time was measured"),
+        (("--for=decode", "--on=llama.cpp", "--ratio=0.75"), "was not measured in llama.cpp: use 15 to 45 %"),
+    ],
+)
+def test_goals_and_machines_without_measurements_are_one_line(folder, capsys, flags, message):
+    assert main(["recommend", f"--model={folder}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

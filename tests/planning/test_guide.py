@@ -54,12 +54,13 @@ def test_the_recipe_is_that_of_the_config_that_made_the_rows(source, config, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "written in format 1, this version reads 2"),
+        ({"version": 1}, "written in format 1, this version reads 3"),
         ({"sources": {"paper": GUIDE.sources["paper"]}}, "a row has the unknown source 'demo'"),
         ({"sources": {}}, "there must be a source 'paper'"),
         ({"settings": {}}, "advises 'depth', which has no settings"),
         ({"rules": ()}, "no rule for compute 'none' covers all ratios"),
         ({"conflicts": {}}, "names an unknown conflict"),
+        ({"speed": ()}, "speed must have rows, each with gains of decode, memory, question"),
     ],
 )
 def test_a_guide_that_does_not_hold_together(tmp_path, changes, message):

@@ -7,7 +7,6 @@ pass, transformers, vLLM, OpenVINO, mlx-vlm (folders) and llama.cpp (GGUF), in t
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
@@ -32,6 +31,8 @@ def define(values: Flags) -> None:
     absl_flags.DEFINE_integer("threads", None, "threads per engine (default: all)", lower_bound=1, flag_values=values)
     dtypes = ["float32", "bfloat16", "float16"]
     absl_flags.DEFINE_enum("dtype", "float32", dtypes, "data type of folders' weights", flag_values=values)
+    about = "phases of a question in jax, for 1 and 16 questions at once, on its devices (HF folders)"
+    absl_flags.DEFINE_bool("questions", False, about, flag_values=values)
     text("json", None, "file FILE.json for the measurements of every round", flag_values=values)
 
 
@@ -40,20 +41,16 @@ def run(flags: Any) -> None:
     from vlmprune_jax.core.console import make_reporter
     from vlmprune_jax.core.errors import UserError
     from vlmprune_jax.evaluation.speed.bench import bench, check_bench, find_sides
-    from vlmprune_jax.report.speed import bench_notes, bench_tables
-    from vlmprune_jax.workdir.artefact import write_artefact
+    from vlmprune_jax.report.speed import tell_bench, tell_questions
     from vlmprune_jax.workdir.speed import make_bench
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
     config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})
     options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
+    if flags.questions:
+        return tell_questions(flags, config, reporter)
     engines = {"backends": flags.backends, "engine_python": flags.engine_python}
     sides, remarks = find_sides([flags.model, *flags.against], flags.vision_dir, config, **engines, **options)
     results = make_bench(*bench(sides, config, reporter), config, **options)
-    if flags.json is not None:
-        write_artefact(Path(flags.json), results)
-    for table in bench_tables(results):
-        reporter.table(*table.printed)
-    for line in (*bench_notes(results), *remarks):
-        reporter.say(line)
+    tell_bench(results, remarks, flags.json, reporter)

@@ -1,6 +1,6 @@
 """vlmprune recommend --model=DIR --ratio=0.3 [--data=5%] [--compute=full]: recommend a pruning method and recovery.
 
-By arXiv 2604.24380's guide and by measurements; reads no weights. --for=GOAL --on=v5e:2x4 compares ways to a goal.
+By arXiv 2604.24380's guide and by measurements; reads no weights. --for=GOAL --on=MACHINE compares ways to a goal.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def define(values: Flags) -> None:
     text("data", "5%", "share of the training data that you have, as 5%, 0.05 or none", flag_values=values)
     text("compute", "full", "parameters you can train: none, projector, or full (LoRA + teacher)", flag_values=values)
     absl_flags.DEFINE_bool("speed", False, "prefer pruning that speeds up decoding", flag_values=values)
-    text("for", None, "goal to compare ways by: memory, decode, question or throughput", flag_values=values)
-    text("on", "v5e:2x4", "TPU slice of --for", flag_values=values)
+    text("for", None, "goal to compare ways by: memory, decode, question, throughput, energy", flag_values=values)
+    text("on", "v5e:2x4", "machine of --for: a TPU slice (bounds) or llama.cpp (measured)", flag_values=values)
     for name in ("train", "images", "eval"):
         text(name, None, f"your data.{name}, for the config", flag_values=values)
     text("bench", None, "file of `vlmprune bench --json=FILE` with speeds to show as well", flag_values=values)
@@ -47,7 +47,7 @@ def run(flags: Any) -> None:
     reporter, most_bytes = make_reporter(True), None if flags.bytes is None else parse_bytes(flags.bytes)
     ratio = None if flags.ratio is None else parse_share("ratio", flags.ratio)
     if flags["for"].value:
-        tell_goal(flags.model, flags["for"].value, flags.on, flags.vision_dir, ratio, reporter)
+        tell_goal(flags.model, flags["for"].value, flags.on, flags.vision_dir, ratio, flags.guide, reporter)
     if flags["for"].value and ratio is most_bytes is None:
         return
     given = [shlex.quote(flags[name].serialize()) for name in flags if flags[name].present and name != "evidence"]

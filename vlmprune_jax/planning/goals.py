@@ -1,4 +1,7 @@
-"""Prune, quantise, fewer image tokens, a smaller vocabulary: what each gains towards a goal, as bounds on TPU chips."""
+"""Prune, quantise, fewer image tokens, a smaller vocabulary: what each gains towards a goal.
+
+Gains are bounds on TPU chips, or measurements in llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.chips import Chip, slice_of
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.settings import override
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.experiment.spec import Experiment
+from vlmprune_jax.families.gguf import ENGINE
 from vlmprune_jax.hf.read import read_config, resolve
 from vlmprune_jax.models.params import count_params
 from vlmprune_jax.planning.case import predict_plan, preparation_of, typical_vocabulary
+from vlmprune_jax.planning.guide import MEASURED, Guide, Speed
 from vlmprune_jax.planning.questions import BATCH, BENCHMARKS, WEIGHT_FORMATS, bound, prompt_of, weight_bytes
 from vlmprune_jax.prune.config import VocabularyConfig
 
+MEASURED_ON = ENGINE.replace("_", ".")
+NEAR = 0.08  # largest difference of a measured share of the decoder from the one that is asked for
+TPU = "v5e:2x4"  # slice of --on=tpu
 RATIO = 0.3  # share of the decoder that the compared plans remove, if none is given
 VOCABULARY = 32_768  # tokens of the compared smaller vocabulary
 
@@ -56,6 +65,46 @@ class Choice:
     def least(self) -> str:
         """The value as text."""
         return "does not fit" if self.value is None else f"{self.value:.3g}"
+
+
+def check_goal(goal: str, on: str) -> None:
+    """Raise UserError if nothing was measured or can be bounded for a goal on a machine."""
+    if goal == "energy":
+        raise UserError(
+            "--for=energy: no machine of our measurements has a readable energy counter (RAPL, NVML), and TPUs have "
+            "none: measure joules per question with `vlmprune run` on yours"
+        )
+    one_of("--for", goal, (*GOALS, "energy"))
+    if on in ("gpu", "cpu"):
+        raise UserError(
+            f"--on={on}: nothing was measured there: use --on={MEASURED_ON} (measured on a CPU) or a TPU slice such as "
+            f"{TPU}, or measure on yours with `vlmprune bench --questions`"
+        )
+    if on == MEASURED_ON and goal not in MEASURED:
+        raise UserError(f"--for={goal}: in {MEASURED_ON}, one question at a time was measured: use --for=question")
+
+
+def measured(hf_dir: str, *, vision_dir: str | None, ratio: float | None, guide: Guide) -> list[Speed]:
+    """Return the measured gains in llama.cpp of the unpruned model, and of models without about the same share.
+
+    Args:
+      hf_dir, vision_dir: see `load`.
+      ratio: share of all parameters that pruning removes; None: 30 % of the decoder.
+      guide: the rows.
+
+    Raises UserError if the model is missing, or no share near this one was measured.
+    """
+    _, cfg = read_config(resolve(hf_dir), None if vision_dir is None else resolve(vision_dir))
+    share = RATIO if ratio is None else ratio * count_params(cfg) / count_params(cfg, "text")
+    pruned = [row for row in guide.speed if row.method != "none"]
+    near = [row for row in pruned if abs(row.removed - share) <= NEAR]
+    if not near:
+        least, most = (100 * end([row.removed for row in pruned], default=0.0) for end in (min, max))
+        raise UserError(
+            f"--ratio: {100 * share:.0f} % of the decoder was not measured in {MEASURED_ON}: use {least:.0f} to "
+            f"{most:.0f} %"
+        )
+    return [*(row for row in guide.speed if row.method == "none"), *near]
 
 
 @dataclass(frozen=True)

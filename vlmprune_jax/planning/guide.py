@@ -17,10 +17,11 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import Finite, read_json
 
 FILE = Path(__file__).with_name("guide.json")
-VERSION, SOLVED = 2, "reconstruct"
+VERSION, SOLVED = 3, "reconstruct"
 COMPUTE = ("none", "projector", "full")
 METHODS, RECOVERIES = ("depth", "width"), ("none", "projector", "sft_l2")  # what can be advised
 ALWAYS = ("nominal", "average", "five_percent")  # conflicts that are not one rule's
+MEASURED = {"memory", "decode", "question"}  # goals of the rows of speed
 PAPER = "paper"  # source of the recipes for models without similar evidence
 _TODO = "write it again with tools/study.py, or leave --guide out"
 
@@ -104,13 +105,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured decoding speed of a pruned model relative to the unpruned model."""
+    """Gains of one model in llama.cpp, measured in turns with the unpruned model in F16.
+
+    `method`: "none", "depth" or "width"; `removed`: share of the decoder's parameters. `gains`: {goal: times less than
+    the unpruned model in F16 needs, and the smallest and largest value of all rounds}, of memory, decode and question.
+    """
 
     model: str
+    processor: str
     method: str
     removed: Finite
     format: str
-    decode: Finite
+    gains: dict[str, tuple[Finite, Finite, Finite]]
 
 
 @dataclass(frozen=True)
@@ -173,5 +179,7 @@ def _problems(guide: Guide) -> Iterator[str]:
     for compute in COMPUTE:
         if not any(rule.compute == compute and rule.up_to >= 1 and rule.speed is None for rule in guide.rules):
             yield f"no rule for compute {compute!r} covers all ratios"
+    if not guide.speed or any({*row.gains} != MEASURED for row in guide.speed):
+        yield f"speed must have rows, each with gains of {', '.join(sorted(MEASURED))}"
     if any(name not in guide.conflicts for name in ALWAYS):
         yield f"conflicts must include {', '.join(ALWAYS)}"

@@ -50,8 +50,7 @@ class Advice:
     """Recommendation for a model folder: predicted plans by pruning method, and the text of a config file.
 
     `own_data`: True if the config names the user's files. `missing`: settings of `data` that the user still has to set.
-    `bench`: speeds measured on this machine, shown instead of the guide's speeds. `most_bytes`: the requested maximum
-    size.
+    `bench`: speeds measured on this machine. `most_bytes`: the requested maximum size.
     """
 
     folder: str
@@ -124,7 +123,7 @@ def advise(
       most_bytes: maximum size of the bfloat16 weights; set either `ratio` or `most_bytes`.
       data_fraction, compute, speed, guide: see `recommend`.
       files: values of `data.train`, `data.images` and `data.eval` for the config, instead of the evidence's data.
-      bench: content of the file from `vlmprune bench --json`, shown instead of the guide's speeds.
+      bench: content of the file from `vlmprune bench --json`, shown with the recommendation.
 
     Raises:
       UserError: the model or file is missing, none or both targets are set, no plan reaches the target (the message has
@@ -160,7 +159,6 @@ def advise(
     known = {"train", "images", "eval"} if "source" in data.get("data", {}) else {*(files or ())}
     known |= {"images"} if files or cfg.vision is None else set()
     config = _config_file(recommendation, cfg, merge({"model": model}, data, export, {"prune": target}))
-    recommendation = recommendation if measured is None else dataclasses.replace(recommendation, speed=())
     missing = tuple(name for name in PLACEHOLDERS if name not in known)
     return Advice(str(folder), cfg, recommendation, plans, config, bool(files), missing, measured, most_bytes)
 

@@ -12,7 +12,7 @@ import numpy as np
 from vlmprune_jax.core.checks import fraction, one_of
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.evaluation.statistics import interval_of_mean
-from vlmprune_jax.planning.guide import ALWAYS, COMPUTE, PAPER, SOLVED, Evidence, Guide, Rule, Speed
+from vlmprune_jax.planning.guide import ALWAYS, COMPUTE, PAPER, SOLVED, Evidence, Guide, Rule
 
 LIKE = 10  # models within this factor of the target's size count as similar
 TIE = 1.0  # points of retention; lower ends of intervals further apart are no tie
@@ -72,7 +72,6 @@ class Recommendation:
     rival: Evidence | None
     expected: Expected | None
     beside: tuple[Evidence, ...]
-    speed: tuple[Speed, ...]
     conflicts: tuple[str, ...]
     notes: tuple[str, ...]
     of_family: bool
@@ -131,7 +130,6 @@ def recommend(target: Target, *, data_fraction: float, compute: str, speed: bool
         rival=rival,
         expected=expected,
         beside=tuple(_beside(target, shown, guide)),
-        speed=guide.speed if speed else (),
         conflicts=tuple(_conflicts(target, rule, head, used, guide)),
         notes=tuple(notes),
         of_family=name == PAPER,

@@ -6,12 +6,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vlmprune_jax.core.checks import one_of
 from vlmprune_jax.core.console import Reporter
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import read_bytes
-from vlmprune_jax.planning.goals import GOALS, compare
-from vlmprune_jax.planning.guide import Evidence, read_guide
+from vlmprune_jax.planning.goals import GOALS, MEASURED_ON, TPU, check_goal, compare, measured
+from vlmprune_jax.planning.guide import FILE, Evidence, read_guide
 from vlmprune_jax.planning.recommend import (
     Advice,
     command,
@@ -31,6 +30,10 @@ from vlmprune_jax.workdir.result import Result
 
 NOTE = (
     "bounds by arithmetic and memory for questions of nine benchmarks; nothing ran. They say nothing of accuracy: "
+    "--ratio tells what pruning retains, docs/explanation/results.md what 8 and 4 bits do"
+)
+MEASURED_NOTE = (
+    "measured with {} in {} on {}, one question at a time; from and to are over rounds. They say nothing of accuracy: "
     "--ratio tells what pruning retains, docs/explanation/results.md what 8 and 4 bits do"
 )
 WIDTH = 80  # characters per line of a recommendation
@@ -67,14 +70,26 @@ def tell(advice: Advice, save: str | None, given: Sequence[str], full: bool, rep
 
 
 def tell_goal(
-    hf_dir: str, goal: str, topology: str, vision_dir: str | None, ratio: float | None, reporter: Reporter
+    hf_dir: str, goal: str, on: str, vision_dir: str | None, ratio: float | None, guide: str | None, reporter: Reporter
 ) -> None:
-    """Print how much pruning, integer weights and fewer tokens help towards a goal, see `planning.goals.compare`."""
-    one_of("--for", goal, tuple(GOALS))
-    choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
-    rows = tuple((choice.name, choice.least, "" if choice.gain is None else f"{choice.gain:.2f}") for choice in choices)
-    reporter.table(*Table(f"Least {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), rows).printed)
-    _say([("note", NOTE)], reporter)
+    """Print how much pruning, integer weights and fewer tokens help towards a goal, see `compare` and `measured`."""
+    check_goal(goal, on)
+    if on == MEASURED_ON:
+        rows = measured(hf_dir, vision_dir=vision_dir, ratio=ratio, guide=read_guide(Path(guide or FILE)))
+        rows.sort(key=lambda row: -row.gains[goal][0])
+        shown = tuple(
+            (row.method, percent(row.removed), row.format, *(f"{gain:.2f}" for gain in row.gains[goal])) for row in rows
+        )
+        header = ("prune", "of the decoder", "format", "times less", "from", "to")
+        table = Table(f"Times less than unpruned in F16: {goal}", header, shown)
+        note = MEASURED_NOTE.format(rows[0].model, on, rows[0].processor)
+    else:
+        topology = TPU if on == "tpu" else on
+        choices = compare(hf_dir, goal, topology, vision_dir=vision_dir, ratio=ratio)
+        lines = tuple((one.name, one.least, "" if one.gain is None else f"{one.gain:.2f}") for one in choices)
+        table, note = Table(f"Least {GOALS[goal].unit}, on {topology}", ("model", "least", "times less"), lines), NOTE
+    reporter.table(*table.printed)
+    _say([("note", note)], reporter)
 
 
 def _write(path: Path, config: str) -> None:
@@ -105,20 +120,13 @@ def _shell(arguments: Sequence[str]) -> list[str]:
 
 
 def tables_of(recommendation: Recommendation) -> list[Table]:
-    """Return a recommendation's tables: evidence, other measurements at similar ratios, and speed-ups."""
+    """Return a recommendation's tables: evidence, and other measurements at similar ratios."""
     header = ("model", "prune + recover", "retained, %", "95 %", "seeds", "decoder removed", "data", "size, M", "from")
     rows = {
         "Expected from": () if recommendation.expected is None else recommendation.expected.rows,
         "Beside it, at a like ratio (models of like kind and size first)": recommendation.beside,
     }
-    tables = [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
-    if recommendation.speed:
-        fast = [
-            (f"{row.model}, {row.format}, llama.cpp", row.method, percent(row.removed), f"{row.decode:.2f}")
-            for row in recommendation.speed
-        ]
-        tables.append(Table("Decoding, times the unpruned speed", ("model", "prune", "of all", "times"), tuple(fast)))
-    return tables
+    return [Table(title, header, tuple(map(_row, lines))) for title, lines in rows.items() if lines]
 
 
 def _row(row: Evidence) -> tuple[str, ...]:

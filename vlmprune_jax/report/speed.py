@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from vlmprune_jax.core.errors import printable
-from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement
+from vlmprune_jax.core.console import Reporter
+from vlmprune_jax.core.errors import UserError, printable
+from vlmprune_jax.distributed.machine import processor
+from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, QuestionTime, SpeedConfig
+from vlmprune_jax.evaluation.speed.measure import measure_questions
 from vlmprune_jax.evaluation.speed.ratio import STEADY, speedup, spread
+from vlmprune_jax.hf.read import load
 from vlmprune_jax.report.page import Table
+from vlmprune_jax.workdir.artefact import to_json, write_artefact
 from vlmprune_jax.workdir.evaluation import UNPRUNED
+from vlmprune_jax.workdir.ledger import write_text
 from vlmprune_jax.workdir.speed import Bench, Speed
 
 _Row = tuple[str, ...]
+ANSWERS = (1, 16, 64)  # tokens of the answers of measured questions
 RULE = 'A speed-up is "not measurable" if rounds differ by more than 20 % of the change in speed'
 LIMITS = ", or if it is more than FLOPs (prefill) or bytes (decoding) allow"
 
@@ -112,6 +122,51 @@ def bench_tables(bench: Bench) -> list[Table]:
         header = ("model", "engine", "than", "prefill", "decoding")
         tables.append(Table("Times as fast: ratio of medians (interval over rounds)", header, tuple(times)))
     return tables
+
+
+def tell_bench(bench: Bench, remarks: Sequence[str], json_file: str | None, reporter: Reporter) -> None:
+    """Print a benchmark's tables and notes; write its numbers to a file if one is named."""
+    if json_file is not None:
+        write_artefact(Path(json_file), bench)
+    for table in bench_tables(bench):
+        reporter.table(*table.printed)
+    for line in (*bench_notes(bench), *remarks):
+        reporter.say(line)
+
+
+def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
+    """Measure and print the phases of a question in this process (`vlmprune bench --questions`)."""
+    for name in ("backends", "engine_python", "threads"):
+        if flags[name].present and not (name == "backends" and flags.backends == ["jax"]):
+            raise UserError(f"--{name}: --questions measures jax alone, with all cores: leave --{name} out")
+    models = {
+        name: load(name, vision_dir=flags.vision_dir, dtype=flags.dtype) for name in (flags.model, *flags.against)
+    }
+    times = measure_questions(models, config)
+    if flags.json is not None:
+        write_text(Path(flags.json), json.dumps({"processor": processor(), "models": to_json(times)}, indent=1) + "\n")
+    reporter.table(*question_table(times).printed)
+    reporter.say(
+        f"Measured on {processor()}: {config.rounds} rounds in turns, prompts of {config.prompt_tokens} tokens."
+    )
+
+
+def question_table(times: Mapping[str, Mapping[int, QuestionTime]]) -> Table:
+    """Return a table of the phases of a question and of whole questions, one row per model and batch size."""
+    rows = tuple(
+        (
+            _path_end(name, 20),
+            str(batch),
+            *(f"{1000 * statistics.median(phase):,.1f}" for phase in (time.tower, time.projector, time.prefill)),
+            *(f"{1000 * statistics.median(time.answer(tokens)):,.1f}" for tokens in ANSWERS),
+            f"{100 * spread(time.answer(ANSWERS[-1])):.0f}",
+        )
+        for name, by_batch in times.items()
+        for batch, time in by_batch.items()
+    )
+    answers = tuple(f"{tokens} token{'s' * (tokens > 1)}" for tokens in ANSWERS)
+    header = ("model", "at once", "tower", "projector", "prefill", *answers, "spread, %")
+    return Table("Milliseconds of each phase, and of questions with answers of some tokens", header, rows)
 
 
 def bench_notes(bench: Bench) -> list[str]:

@@ -152,6 +152,17 @@ def python(tmp_path):
     return str(path)
 
 
+def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys):
+    llava, file = goldens / "ckpt/llava_hf", tmp_path / "questions.json"
+    workload = ["--prompt_tokens=24", "--new_tokens=2", "--rounds=1"]
+    assert main(["bench", f"--model={llava}", "--questions", *workload, f"--json={file}"]) == 0
+    times = json.loads(file.read_text())["models"][str(llava)]["16"]
+    assert min(times["tower"] + times["projector"] + times["token"]) > 0
+    assert "16 tokens" in capsys.readouterr().out
+    assert main(["bench", f"--model={llava}", "--questions", "--backends=llama_cpp"]) == 2
+    assert "--backends: --questions measures jax alone" in capsys.readouterr().err
+
+
 def test_an_engine_of_another_environment(goldens, python, tmp_path, capsys):
     """Its version is told from the one that was tried; it gets the prompt of all others; its end is a line."""
     flags = [f"--model={goldens / 'ckpt/llava_hf'}", "--prompt_tokens=24", "--new_tokens=16", "--backends=vllm",

@@ -228,9 +228,8 @@ class _Engine:
             ) as child,
         ):
             try:
-                engine = cls(
-                    f"{side.model} in {side.job.backend}", child, stderr, f" ({side.remark})" if side.remark else ""
-                )
+                remark = f" ({side.remark})" if side.remark else ""
+                engine = cls(f"{side.model} in {side.job.backend}", child, stderr, remark)
                 engine.read(msgspec.json.encode(side.job).decode())
                 yield engine
             finally:

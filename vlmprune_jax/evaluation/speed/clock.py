@@ -88,6 +88,29 @@ class BenchSide(Measurement, frozen=True, kw_only=True):
     prompt_tokens: Count
 
 
+class QuestionTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of the phases of one batch of questions, with one value per round.
+
+    `tower`, `projector`: of the images. `first_token`: from the prompts with their images to the first token. `token`:
+    every further token.
+    """
+
+    tower: tuple[float, ...]
+    projector: tuple[float, ...]
+    first_token: tuple[float, ...]
+    token: tuple[float, ...]
+
+    @property
+    def prefill(self) -> tuple[float, ...]:
+        """Seconds to the first token without tower and projector."""
+        phases = zip(self.first_token, self.tower, self.projector, strict=True)
+        return tuple(max(first - tower - projector, 0.0) for first, tower, projector in phases)
+
+    def answer(self, tokens: int) -> tuple[float, ...]:
+        """Return the seconds of the whole question with an answer of `tokens` tokens."""
+        return tuple(first + (tokens - 1) * each for first, each in zip(self.first_token, self.token, strict=True))
+
+
 def to_speed(rounds: Sequence[Seconds], prompt_tokens: int, new_tokens: int) -> dict[str, tuple[float, ...]]:
     """Convert the measured seconds of every repetition to prefill and decoding speeds, in tokens/s over all rows.
 
