@@ -59,6 +59,8 @@ def test_frames_folders_and_several_videos(root):
         {"messages": asked({"type": "video", "video": ["frames/2.png", "frames/10.png"]})},
     ]
     assert [record.videos for record in make_records(entries, root)] == [(frames,)] * 3
+    (part,) = make_records([{"video": "a.mp4", "start": 1.5, "end": 3, "conversations": TALK}], root)
+    assert part.visuals[0].part == (1.5, 3)
     (two,) = make_records([{"video": ["a.mp4", "frames"], "conversations": TWO}], root)
     assert two.videos == (root / "a.mp4", frames)
     mixed = [{"type": "image", "image": "still.png"}, {"type": "video", "video": "b.webm"}]
@@ -84,6 +86,11 @@ def test_data_uris():
         ({"video": "a.mp4", "conversations": TWO}, r"2 <video> placeholder\(s\) for 1 video\(s\): write one"),
         ({"conversations": TALK}, r"1 <video> placeholder\(s\) for 0 video\(s\)"),
         ({"video": "no.mp4", "conversations": TALK}, r"video .*no.mp4 does not exist"),
+        (
+            {"video": "a.mp4", "start": 3, "end": 1, "conversations": TALK},
+            r"seconds of the record's only .* got 3 and 1:",
+        ),
+        ({"video": "a.mp4", "end": "9", "conversations": TALK}, r"'start' and 'end' must be seconds"),
         ({"video": "link.mp4", "conversations": TALK}, r"link to a file outside the image root"),
         ({"video": "frames_out", "conversations": TALK}, r"link to a file outside the image root"),
         ({"video": "../root/frames", "conversations": TALK}, r"must be a path below the image root"),

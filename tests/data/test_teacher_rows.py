@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,12 @@ def test_a_teachers_rows_of_another_shape(tmp_path: Path, ids: np.ndarray, logpr
     )
     with pytest.raises(UserError, match=r"record r1: .* does not have the teacher's top 3 tokens: remove"):
         rows.fill(dict(ROW), RECORD)
+
+
+def test_parts_of_a_video_have_rows_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"")
+    whole = Record("r", (("human", "<video>?"), ("gpt", "no")), (), videos=(tmp_path / "a.mp4",))
+    assert len({record_key(replace(whole, part=part)) for part in (None, (0.0, 1.0), (0.0, 2.0))}) == 3
 
 
 @pytest.mark.parametrize("wrong", [-1, 100, 2**31 - 1])

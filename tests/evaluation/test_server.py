@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -114,6 +115,8 @@ def test_videos_go_out_as_data_urls(stand_in, tmp_path):
     content = stand_in.asked[-1][1]["messages"][0]["content"]
     assert [part["video_url"]["url"] for part in content[:2]] == urls
     assert content[2]["text"] == "What moves? Short."
+    with pytest.raises(UserError, match="record r: uses a part of its video, and servers take whole files: cut the"):
+        ask(stand_in, [dataclasses.replace(record, part=(0.0, 1.0))])
 
 
 @pytest.mark.parametrize(

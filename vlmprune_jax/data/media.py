@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -62,6 +63,7 @@ def is_video(name: str | Path) -> bool:
 
 # A video file, its bytes, or the images that are its frames.
 Video = Path | StoredImage | tuple[Path | StoredImage, ...]
+Part = tuple[float, float] | None  # first and last second that are used of a video; None for all of it
 
 
 def image_key(image: Path | StoredImage) -> str:
@@ -100,6 +102,21 @@ def video_names(entry: Mapping[str, Any], location: str) -> list[str | list[str]
             f"{shown(values[0])}"
         )
     return names
+
+
+def video_part(entry: Mapping[str, Any], videos: Sequence[Video], location: str) -> Part:
+    """Return the seconds between which an entry uses its video, `start` and `end`; None for the whole video."""
+    start, end = entry.get("start"), entry.get("end")
+    if not videos or start is end is None:
+        return None
+    part = (0.0 if start is None else start, math.inf if end is None else end)
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in part)
+    if len(videos) > 1 or isinstance(videos[0], tuple) or not numbers or not 0 <= part[0] < part[1]:
+        raise UserError(
+            f"{location}: 'start' and 'end' must be seconds of the record's only video file, in this order, got "
+            f"{shown(start)} and {shown(end)}: correct or remove them"
+        )
+    return part
 
 
 def find_video(name: str | list[str], root: Images, location: str) -> Video:

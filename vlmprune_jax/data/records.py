@@ -15,7 +15,17 @@ import numpy as np
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.files import open_file, read_text
 from vlmprune_jax.data.forms import IMAGE_TOKEN, SPEAKERS, VIDEO_TOKEN, from_messages, from_question
-from vlmprune_jax.data.media import Images, MediaRoot, StoredImage, Video, find_video, shown, video_names
+from vlmprune_jax.data.media import (
+    Images,
+    MediaRoot,
+    Part,
+    StoredImage,
+    Video,
+    find_video,
+    shown,
+    video_names,
+    video_part,
+)
 
 _SPEAKERS = ("human", "gpt")
 _OWN_FIELDS = (
@@ -33,9 +43,10 @@ MAX_REPEATS = 1000  # of a data set, since its records are copied
 
 @dataclass(frozen=True)
 class VideoSource:
-    """Video among the images of a record."""
+    """Video among the images of a record, or a part of one."""
 
     source: Video
+    part: Part = None
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.source)) if isinstance(self.source, tuple) else str(self.source)
@@ -50,7 +61,7 @@ class Record:
 
     `problem`: why the entry could not be read; the record then has no turns. `answers`: right answers of an evaluation
     record. `fields`: all other JSON fields of the entry (choices, category, question_id, ...), which metrics may read;
-    they are not part of the record's identity.
+    they are not part of the record's identity. `part`: see `VideoSource`.
     """
 
     id: str
@@ -60,6 +71,7 @@ class Record:
     answers: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     videos: tuple[Video, ...] = ()
+    part: Part = None
 
     @property
     def visuals(self) -> tuple[Visual, ...]:
@@ -68,7 +80,9 @@ class Record:
             return self.images
         images, videos = iter(self.images), iter(self.videos)
         marks = re.findall(f"{IMAGE_TOKEN}|{VIDEO_TOKEN}", "".join(text for _, text in self.turns))
-        ordered = [VideoSource(next(videos)) if mark == VIDEO_TOKEN else next(images, None) for mark in marks]
+        ordered = [
+            VideoSource(next(videos), self.part) if mark == VIDEO_TOKEN else next(images, None) for mark in marks
+        ]
         return tuple(visual for visual in ordered if visual is not None)
 
     @property
@@ -86,10 +100,11 @@ def read_records(
 
     Entries are `{id, image? | images?, conversations: [{from, value}], answers?}`, or have one of the forms in
     data/forms.py. `image` is a path or a list of paths below `image_root`. `video` has the same form; an inner list is
-    one video as a list of frames. A missing id becomes the entry's index. A first turn of gpt is dropped (reference:
-    `preprocess_v1`). `answers` lists the right answers of a question, as texts (TextVQA, DocVQA) or as VQA's
-    `{"answer": text}`. With `image_lead`, the text may omit the `<image>` placeholder of a record's only image; the
-    template then adds the placeholder at the front (as in InternVL data files).
+    one video as a list of frames. `start` and `end` are the seconds between which a video is used. A missing id becomes
+    the entry's index. A first turn of gpt is dropped (reference: `preprocess_v1`). `answers` lists the right answers of
+    a question, as texts (TextVQA, DocVQA) or as VQA's `{"answer": text}`. With `image_lead`, the text may omit the
+    `<image>` placeholder of a record's only image; the template then adds the placeholder at the front (as in InternVL
+    data files).
 
     Raises UserError with file and record for malformed entries: turns that do not alternate, `<image>` placeholders
     that do not match the images, an image that is missing or outside the root. With `on_error` "skip" such an entry
@@ -278,7 +293,7 @@ def _valid_record(entry: Any, index: int, path: PurePath, root: Images, image_le
         )
     answers = _answers(entry.get("answers"), location)
     fields = {name: value for name, value in entry.items() if name not in _OWN_FIELDS}
-    return Record(str(name), turns, images, None, answers, fields, videos)
+    return Record(str(name), turns, images, None, answers, fields, videos, video_part(entry, videos, location))
 
 
 def _placeholders(turns: Sequence[tuple[str, str]], token: str) -> int:

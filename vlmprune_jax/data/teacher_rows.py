@@ -106,7 +106,8 @@ def record_key(record: Record) -> str:
 def _visual_key(visual: Visual) -> Any:
     if not isinstance(visual, VideoSource):
         return image_key(visual)
-    return [image_key(file) for file in (visual.source if isinstance(visual.source, tuple) else (visual.source,))]
+    files = visual.source if isinstance(visual.source, tuple) else (visual.source,)
+    return [*map(image_key, files), *([] if visual.part is None else visual.part)]
 
 
 def _keys(record: Record) -> tuple[str, str]:

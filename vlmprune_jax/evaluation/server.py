@@ -151,6 +151,8 @@ def ask_server(
 
 def _messages(record: Record) -> list[dict[str, Any]]:
     """Convert a record's turns before the answer to chat messages, with images and videos as data URLs."""
+    if record.part is not None:
+        raise UserError(f"record {record.id}: uses a part of its video, and servers take whole files: cut the file")
     turns = record.turns[:-1] if record.turns[-1][0] == "gpt" else record.turns
     images, videos, messages = iter(record.images), iter(record.videos), list[dict[str, Any]]()
     lead = "" if any(IMAGE_TOKEN in text for _, text in turns) else IMAGE_TOKEN * len(record.images)

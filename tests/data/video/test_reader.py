@@ -1,6 +1,7 @@
 """Sampled frames: real clips in four containers, frame lists, the cache, and clips that are refused with one line."""
 
 import json
+import math
 import os
 import shutil
 
@@ -49,6 +50,18 @@ def test_sampled_and_repeated_frames(clips):
         np.testing.assert_array_equal(clip.frames, frames["few"][list(clip.indices)])
 
 
+def test_parts_of_a_clip(clips):
+    """Frames from the first to the last second, as qwen-vl-utils counts them; times are those of the whole clip."""
+    read = VideoReader(EVERY, LIMITS).read
+    whole, middle, rest = (read(clips / "main.mp4", "r", part) for part in (None, (0.5, 1.0), (1.6, math.inf)))
+    assert (middle.indices, middle.used, middle.duration) == ((4, 5, 6, 7, 8), 5, 5 / 8)
+    assert (rest.indices, rest.total, rest.fps) == ((13, 14, 15), 16, 8)
+    np.testing.assert_array_equal(middle.frames, whole.frames[4:9])
+    assert VideoReader(EVERY, LIMITS, video_frames=3).read(clips / "main.mp4", "r", (0.5, 1.0)).indices == (4, 6, 8)
+    with pytest.raises(UserError, match=r"main.mp4 \(record r\): lasts 2.00 s and has no frame from 'start' to 'end'"):
+        read(clips / "main.mp4", "r", (3.0, 4.0))
+
+
 def test_bytes_and_frame_lists(clips):
     class Store:
         def read(self, number):
@@ -58,7 +71,7 @@ def test_bytes_and_frame_lists(clips):
             return "store"
 
     stored = StoredImage("video 0", 0, Store())
-    read = VideoReader(EVERY, LIMITS, cache_bytes=2**20)
+    read = VideoReader(EVERY, LIMITS)
     np.testing.assert_array_equal(read.read(stored, "r").frames, read.read(clips / "second.webm", "r").frames)
     listed = read.read(tuple(clips / f"frame_{number}.png" for number in range(5)), "r")
     with np.load(clips / "frames.npz") as frames:
@@ -68,20 +81,10 @@ def test_bytes_and_frame_lists(clips):
         read.read((clips / "frame_0.png", clips / "still.png"), "r")
 
 
-def test_the_cache_is_bounded_and_follows_the_file(clips, tmp_path, monkeypatch):
-    calls = []
-    decode = process.decode
-    monkeypatch.setattr("vlmprune_jax.data.video.reader.decode", lambda *given: calls.append(1) or decode(*given))
+def test_the_key_follows_the_file(clips, tmp_path):
     path = tmp_path / "clip.mp4"
     shutil.copy(clips / "main.mp4", path)
-    read = VideoReader(EVERY, LIMITS, cache_bytes=16 * 64 * 48 * 3)
-    first = read.read(path, "r")
-    assert read.read(path, "another").frames is first.frames
-    assert len(calls) == 1
-    assert not first.frames.flags.writeable
-    read.read(clips / "slow.mp4", "r")  # evicts the first clip
-    read.read(path, "r")
-    assert len(calls) == 3
+    first = VideoReader(EVERY, LIMITS).describe(path, "r")
     os.utime(path, ns=(1, 1))
     assert VideoReader(EVERY, LIMITS).describe(path, "r").key != first.key
 

@@ -174,7 +174,7 @@ def test_answers_end_at_the_models_positions(made, goldens):
         (["a <image> b"], {}, "t/0: its text contains the token <image>"),
         ([{"type": "audio", "url": "x.wav"}], {}, "t/0: contains audio, which this model does not take"),
         ([{"type": "video", "url": "http://x.mp4"}], {}, "t/0: its video is 'http://x.mp4', expected the path"),
-        ([{"type": "video", "url": "x.mp4", "start_time": 1.0}], {}, "t/0: asks about a part of a video"),
+        ([{"type": "video", "url": "x.mp4", "start_time": 1.0, "end_time": 0.5}], {}, "t/0: 'start' and 'end' must be"),
         ([{"type": "image", "url": 3}], {}, "t/0: its image is a int, expected a Pillow image"),
     ],
 )

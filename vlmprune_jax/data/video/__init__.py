@@ -1,1 +1,1 @@
-"""Video files to sampled frames: decoding in a separate process with limits, and a cache of frames."""
+"""Video files to sampled frames: decoding in a separate process with limits."""

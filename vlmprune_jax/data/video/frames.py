@@ -35,15 +35,15 @@ class FrameLoader:
         self._digest = hashlib.sha256(json.dumps(preparation.settings).encode()).hexdigest()[:16]
 
     def shape(self, video: VideoSource, record: str) -> VideoShape:
-        return self._prepared(video, self.reader.describe(video.source, record), record)[1]
+        return self._prepared(video, self.reader.describe(video.source, record, video.part), record)[1]
 
     def load(self, video: VideoSource, record: str) -> np.ndarray:
-        clip = self.reader.read(video.source, record)
+        clip = self.reader.read(video.source, record, video.part)
         preparation, _ = self._prepared(video, clip, record)
         return preparation.prepare_frames([Image.fromarray(frame) for frame in clip.frames])
 
     def keys(self, video: VideoSource, record: str) -> list[str]:
-        info = self.reader.describe(video.source, record)
+        info = self.reader.describe(video.source, record, video.part)
         shape, patch = self._prepared(video, info, record)[1], self.reader.video.temporal_patch
         frames = _padded(info.indices, patch)
         numbers = ["+".join(map(str, frames[at : at + patch])) for at in range(0, len(frames), patch)]
@@ -74,7 +74,7 @@ class FrameLoader:
             times=times,
             # a list of frame files has no duration in the reference
             duration=times[-1] if isinstance(video.source, tuple) else info.duration,
-            interval=patch / (frames / info.total * info.fps),
+            interval=patch / (frames / info.used * info.fps),
         )
 
 

@@ -1,12 +1,11 @@
-"""Sampled frames of videos, from video files, bytes and lists of frame files, with a cache of decoded frames."""
+"""Sampled frames of videos, from video files, bytes and lists of frame files."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from vlmprune_jax.core.files import open_file
 from vlmprune_jax.core.video import LIST_FPS, VideoConfig, frame_indices
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import read_rgb
-from vlmprune_jax.data.media import StoredImage, Video, image_key
+from vlmprune_jax.data.media import Part, StoredImage, Video, image_key
 from vlmprune_jax.data.video.process import Limits, decode, describe
 
 
@@ -36,8 +35,11 @@ class ClipInfo:
     total: int
     """Frames in the video."""
 
+    used: int
+    """Frames in the part of the video that is sampled."""
+
     duration: float
-    """Length of the video (seconds)."""
+    """Length of this part (seconds)."""
 
     height: int
     """Pixels of a frame, before any preparation."""
@@ -54,11 +56,11 @@ class Clip(ClipInfo):
     """One video's sampled frames, and facts about the video."""
 
     frames: np.ndarray
-    """uint8[frames, height, width, 3] (read-only), one for each of `indices`."""
+    """uint8[frames, height, width, 3], one for each of `indices`."""
 
 
 class VideoReader:
-    """Reader of sampled frames with a bounded LRU cache, since records and epochs share videos. Thread-safe.
+    """Reader of sampled frames; `ImageLoader` caches what is made of them. Thread-safe.
 
     `video_fps` and `video_frames` are the settings of these names; None: the values of the model folder.
     """
@@ -70,15 +72,11 @@ class VideoReader:
         *,
         video_fps: float | None = None,
         video_frames: int | None = None,
-        cache_bytes: int = 0,
     ) -> None:
         self.video = video
         self._limits = limits
         self._video_fps, self._video_frames = video_fps, video_frames
-        self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[str, tuple[int, ...]], np.ndarray] = OrderedDict()
-        self._described: dict[Video, ClipInfo] = {}
-        self._lock = threading.Lock()
+        self._described: dict[tuple[Video, Part], ClipInfo] = {}
 
     @classmethod
     def from_settings(cls, video: VideoConfig, data: DataSpec) -> VideoReader:
@@ -91,35 +89,23 @@ class VideoReader:
             kept_pixels=data.max_video_pixels,
             wall=data.video_timeout,
         )
-        rate, count = data.video_fps, data.video_frames
-        return cls(video, limits, video_fps=rate, video_frames=count, cache_bytes=data.cache_megabytes << 20)
+        return cls(video, limits, video_fps=data.video_fps, video_frames=data.video_frames)
 
-    def describe(self, source: Video, record: str) -> ClipInfo:
+    def describe(self, source: Video, record: str, part: Part = None) -> ClipInfo:
         """Return the sampled indices, rate and size of a video; only its first frame is decoded.
 
         Raises UserError that names the file and the record.
         """
-        if source not in self._described:
-            self._described[source] = self._describe(source, record)
-        return self._described[source]
+        if (source, part) not in self._described:
+            self._described[source, part] = self._describe(source, part, record)
+        return self._described[source, part]
 
-    def read(self, source: Video, record: str) -> Clip:
+    def read(self, source: Video, record: str, part: Part = None) -> Clip:
         """Return the sampled frames of a video; raise UserError that names the file and the record."""
-        info = self.describe(source, record)
-        key = (info.key, info.indices)
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return Clip(**vars(info), frames=self._cache[key])
-        frames = self._frames(source, record, info)
-        frames.flags.writeable = False
-        with self._lock:
-            self._cache[key] = frames
-            while sum(cached.nbytes for cached in self._cache.values()) > self._cache_bytes:
-                self._cache.popitem(last=False)
-        return Clip(**vars(info), frames=frames)
+        info = self.describe(source, record, part)
+        return Clip(**vars(info), frames=self._frames(source, record, info))
 
-    def _describe(self, source: Video, record: str) -> ClipInfo:
+    def _describe(self, source: Video, part: Part, record: str) -> ClipInfo:
         if isinstance(source, tuple):
             if not 0 < len(source) <= self._limits.frames:
                 raise UserError(
@@ -128,19 +114,24 @@ class VideoReader:
                 )
             width, height = read_rgb(source[0], record, self._limits.pixels).size
             key = " ".join(map(image_key, source))
-            every = tuple(range(len(source)))
-            return ClipInfo(every, LIST_FPS, len(source), len(source) / LIST_FPS, height, width, key)
+            total = len(source)
+            return ClipInfo(tuple(range(total)), LIST_FPS, total, total, total / LIST_FPS, height, width, key)
         with _opened(source) as file:
             video = describe(file, _named(source, record), self._limits)
-        indices = frame_indices(
-            self.video,
-            video.total,
-            video.fps,
-            duration=video.duration,
-            video_fps=self._video_fps,
-            video_frames=self._video_frames,
-        )
-        return ClipInfo(tuple(indices), video.fps, video.total, video.duration, video.height, video.width, _key(source))
+        first, used, seconds = 0, video.total, video.duration
+        if part is not None:  # frames as in qwen-vl-utils' calculate_video_frame_range
+            first, end = math.ceil(part[0] * video.fps), min(part[1] * video.fps, video.total - 1)
+            used = math.floor(end) - first + 1
+            seconds = used / video.fps
+        if used < 1:
+            raise UserError(
+                f"{_named(source, record)}: lasts {video.duration:.2f} s and has no frame from 'start' to 'end' "
+                f"{part}: correct them"
+            )
+        rate, count = self._video_fps, self._video_frames
+        sampled = frame_indices(self.video, used, video.fps, duration=seconds, video_fps=rate, video_frames=count)
+        indices, size = tuple(first + index for index in sampled), (video.height, video.width)
+        return ClipInfo(indices, video.fps, video.total, used, seconds, *size, _key(source))
 
     def _frames(self, source: Video, record: str, info: ClipInfo) -> np.ndarray:
         pixels = len(info.indices) * info.height * info.width

@@ -82,7 +82,7 @@ class Answering:
         )
         max_new_tokens = min(max_new_tokens, max(cfg.text.max_positions - arranged.longest, LEAST_NEW_TOKENS))
         # lmms-eval may call this more than once per task.
-        texts = [(record.turns, *map(str, record.images + record.videos)) for record in records]
+        texts = [(record.turns, record.part, *map(str, record.images + record.videos)) for record in records]
         asked = hashlib.sha256(repr(texts).encode())
         made_from = {"batches": len(arranged), "new_tokens": max_new_tokens, "asked": asked.hexdigest()}
         with self.phase(len(arranged)) as progress:
@@ -272,6 +272,7 @@ class _Pictures:
         """Convert an lmms-eval request to a record whose last question is unanswered."""
         task, doc = request.args[4], request.args[3]
         name, turns, names, videos = f"{task}/{doc}", list[dict[str, str]](), list[str](), list[str]()
+        part = dict[str, Any]()
         for message in self._messages(request).messages:
             if message.role == "system":
                 raise UserError(
@@ -291,12 +292,13 @@ class _Pictures:
                 elif content.type == "video":
                     texts.append(VIDEO_TOKEN)
                     videos.append(_video_path(content, name))
+                    part = {"start": content.start_time, "end": content.end_time}
                 else:
                     raise UserError(
                         f"{name}: contains {content.type}, which this model does not take: leave the task out"
                     )
             turns.append({"from": "human" if message.role == "user" else "gpt", "value": "\n".join(texts)})
-        entry = {"id": name, "conversations": turns, "images": names, "videos": videos}
+        entry = {"id": name, "conversations": turns, "images": names, "videos": videos, **part}
         return make_record(entry, 0, PurePath("lmms-eval"), self, False)
 
     def _number(self, picture: Any, request: Any, place: int, name: str) -> str:
@@ -315,9 +317,7 @@ class _Pictures:
 
 
 def _video_path(content: Any, name: str) -> str:
-    """Return the path of a request's video; raise UserError for another source, or a part of a video."""
+    """Return the path of a request's video; raise UserError for another source."""
     if not isinstance(content.url, str) or "://" in content.url:
         raise UserError(f"{name}: its video is {str(content.url)[:100]!r}, expected the path of a file")
-    if content.start_time is not None or content.end_time is not None:
-        raise UserError(f"{name}: asks about a part of a video, which is not supported: leave the task out")
     return content.url
