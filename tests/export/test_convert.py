@@ -10,9 +10,12 @@ from hf_cases import edit_config, keep_layers, keep_width
 from torch_compat import VERSIONS
 
 from vlmprune_jax.core.errors import UserError
+from vlmprune_jax.data.chat_template import QUESTION, chat_prompt
+from vlmprune_jax.data.prompts import load_tokenizer, render
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.export.tokenizer import read_tokenizer, token_id
 from vlmprune_jax.export.write import save
+from vlmprune_jax.families import family_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.generate import generate
@@ -181,6 +184,11 @@ def test_files_of_a_converted_folder(converted, name):
     assert processor.get("image_seq_length", model.cfg.tokens_per_image) == model.cfg.tokens_per_image
     ends = {"llava_orig": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}
     assert generation["eos_token_id"] == [token_id(read_tokenizer(out), ends[name]), 11]
+    template = family_of(model.cfg).templates[0]
+    if template.video is not None:
+        question = [("human", f"<video>\n{QUESTION}")]
+        prompt = render(question, template, has_image=False, has_video=True, generation=True)
+        assert chat_prompt(out, load_tokenizer(out), has_image=True, part="video") == prompt
     assert generation["from_the_source"] == 7
     assert generation.get("pad_token_id") == model.cfg.pad_token_id
     assert "modeling_hub.py" not in names

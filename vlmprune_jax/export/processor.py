@@ -60,7 +60,8 @@ def write_processor(folder: Path, source: Path, cfg: ModelConfig, config: JsonDi
     write_tokenizer(folder, source, tokenizer, processor.tokens, name)
     for file, value in processor.files.items():
         (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(chat_template(template, image), encoding="utf-8")
+    video = "" if template.video is None or conversion.marks_images else f"{conversion.new_token}\n"
+    (folder / "chat_template.jinja").write_text(chat_template(template, image, video), encoding="utf-8")
     generation = _generation_config(source, cfg, template, tokenizer)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
@@ -80,18 +81,20 @@ def _generation_config(source: Path, cfg: ModelConfig, template: Template, token
     return config
 
 
-def chat_template(template: Template, image: str) -> str:
-    """Return the family's prompt format as a Jinja chat template; `image` is the placeholder text for one image.
+def chat_template(template: Template, image: str, video: str = "") -> str:
+    """Return the family's prompt format as a Jinja chat template; `image` and `video` are the texts of one.
 
-    A message's content is a string or a list of image and text parts. The family's system prompt is used unless the
-    first message is a system message.
+    A message's content is a string or a list of image, video and text parts. The family's system prompt is used unless
+    the first message is a system message.
     """
 
     def literal(text: str) -> str:
         return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
 
     items = "message['content'] if message['content'] is not string else [{'type': 'text', 'text': message['content']}]"
-    images = "{%- for part in parts if part['type'] == 'image' -%}" + literal(image) + "{%- endfor -%}"
+    marks = ("{%- if part['type'] == '" + kind + "' -%}" for kind in ("image", "video"))
+    marks = (mark + literal(text) + "{%- endif -%}" for mark, text in zip(marks, (image, video), strict=True) if text)
+    images = "{%- for part in parts -%}" + "".join(marks) + "{%- endfor -%}"
     texts = "{%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
     stripped = "{%- set text -%}" + texts + "{%- endset -%}"
     # as the reference does: only beside an image

@@ -50,6 +50,7 @@ def write_config(folder: Path, cfg: ModelConfig, dtype: str, tensor: int) -> Non
     values = {"model": ".", "dtype": "auto" if dtype == "source" else dtype, "max-model-len": tokens}
     values["tensor-parallel-size"] = tensor
     if tower is not None:
+        # Its JAX classes read images alone (the branches for videos are commented out), and space would be reserved.
         values["limit-mm-per-prompt"] = json.dumps({"image": 1, **({"video": 0} if tower.dynamic_resolution else {})})
         settings = processor_settings(folder) if tower.dynamic_resolution else None
         if settings is not None:  # an image takes at most half of the tokens
