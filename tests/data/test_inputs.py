@@ -16,7 +16,8 @@ from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.data import inputs
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.encoding import Shape
-from vlmprune_jax.data.inputs import load_inputs, within_row
+from vlmprune_jax.data.inputs import load_inputs
+from vlmprune_jax.data.preparation import within_row
 from vlmprune_jax.data.tiling import Tiling
 from vlmprune_jax.evaluation.config import EvaluateSpec
 from vlmprune_jax.evaluation.questions import arranged_questions

@@ -191,7 +191,7 @@ def test_what_no_row_takes_names_its_record(golden: Golden, tmp_path: Path) -> N
     record = golden.record("two")
     few = dataclasses.replace(golden.encoder, image_buckets=(4, 10))
     with pytest.raises(
-        UserError, match=r"record two: its images have \d+ tokens, more than the largest bucket \(10\): raise"
+        UserError, match=r"record two: needs \d+ image tokens, more than the largest bucket \(10\): raise"
     ):
         next(iter(train_batches([record], dataclasses.replace(few, max_length=80), **TRAIN)))
     tokens = golden.facts["cases"]["two"]["tokens"]

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -168,3 +168,10 @@ def with_marks(prompt: str, template: Template) -> str:
     lines = start[: -len(start.lstrip())], end[len(end.rstrip()) :]
     forms = (start + context + end, context.join(lines), context, start.strip())
     return prompt.replace(next((form for form in forms if form in prompt), context), IMAGE_TOKEN)
+
+
+def other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
+    """Yield a warning if this run's prompts differ from prompts made by the folder's own chat template."""
+    mine = prompt_of(template, has_image=has_image)
+    if chat is not None and with_marks(chat, template) != mine:
+        yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"

@@ -17,7 +17,7 @@ from vlmprune_jax.data.images import GRIDS, SECONDS, ImageLoader
 from vlmprune_jax.data.prompts import count_tokens, prompt_pieces, tokenize_prompt, tokenize_training
 from vlmprune_jax.data.records import Record
 from vlmprune_jax.families.templates import Template
-from vlmprune_jax.families.tiles import ImageShape, VideoShape
+from vlmprune_jax.families.tiles import ImageShape
 from vlmprune_jax.models.positions import AXES, is_visual, mrope_positions
 
 _CHANGED = "image files have changed since this command started: run it again"
@@ -87,7 +87,7 @@ class Encoder:
                 tokens,
                 mask,
                 grids,
-                intervals_of(shapes),
+                np.array([shape.interval for shape in shapes], np.float32),
                 tokens=self.visual_tokens,
                 merge=self.image_loader.preparation.merge,
                 tokens_per_second=self.tokens_per_second,
@@ -109,14 +109,7 @@ class Encoder:
 
     def prompt_ids(self, record: Record) -> np.ndarray:
         """Return the token ids int32[tokens] of a record's prompt, with image placeholders expanded."""
-        ids = tokenize_prompt(
-            record,
-            self.tokenizer,
-            self.template,
-            image_token_id=self.image_token_id,
-            tokens_per_image=self.tokens_per_image,
-            images=self.shapes(record),
-        )
+        ids = tokenize_prompt(record, self.tokenizer, self.template, **self._placeholders(record))
         self._check_ids(ids, record)
         self._check_longest(ids, record)
         return ids
@@ -161,7 +154,7 @@ class Encoder:
                 grids = [grid for _, image in images for grid in image.grids]
                 arrays[GRIDS][pack, : len(grids)] = np.reshape(grids, (-1, AXES))
             if SECONDS in arrays:
-                arrays[SECONDS][pack, : len(images)] = intervals_of([image for _, image in images])
+                arrays[SECONDS][pack, : len(images)] = [image.interval for _, image in images]
         return arrays
 
     def packed_arrays(self, shape: Shape, rows: int, packs: int) -> list[tuple[str, tuple[tuple[int, ...], np.dtype]]]:
@@ -244,18 +237,15 @@ class Encoder:
     def _check_buckets(self, record: Record, images: Sequence[ImageShape]) -> None:
         if record.videos:
             return
-        needed, most = slots_of(images), self.tile_buckets
-        if most is not None and needed > most[-1]:
-            raise UserError(
-                f"record {record.id}: needs {needed} image tiles, more than the largest bucket ({most[-1]}): raise "
-                "data.tile_buckets or lower data.max_tiles"
-            )
-        needed, most = tokens_of(images), self.image_buckets
-        if most is not None and needed > most[-1]:
-            raise UserError(
-                f"record {record.id}: its images have {needed} tokens, more than the largest bucket ({most[-1]}): "
-                "raise data.image_buckets or lower data.max_image_tokens"
-            )
+        for needed, buckets, name, limit in (
+            (slots_of(images), self.tile_buckets, "tile", "max_tiles"),
+            (tokens_of(images), self.image_buckets, "image", "max_image_tokens"),
+        ):
+            if buckets is not None and needed > buckets[-1]:
+                raise UserError(
+                    f"record {record.id}: needs {needed} image {limit.split('_')[-1]}, more than the largest bucket "
+                    f"({buckets[-1]}): raise data.{name}_buckets or lower data.{limit}"
+                )
 
     def image_positions(self, images: Sequence[ImageShape]) -> int:
         """Return the number of tokens that a prompt gains when its image placeholders are expanded."""
@@ -265,14 +255,9 @@ class Encoder:
     def training_tokens(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a training record, cut at `max_length` tokens (0 = no limit)."""
         limit = self.max_length or None
+        cut = limit if self.truncate else None
         ids, labels = tokenize_training(
-            record,
-            self.tokenizer,
-            self.template,
-            image_token_id=self.image_token_id,
-            tokens_per_image=self.tokens_per_image,
-            cut_text_at=limit if self.truncate else None,
-            images=self.shapes(record),
+            record, self.tokenizer, self.template, cut_text_at=cut, **self._placeholders(record)
         )
         self._check_ids(ids, record)
         if limit is None:
@@ -288,6 +273,11 @@ class Encoder:
                     f"{limit}: raise data.max_length, or shrink the images"
                 )
         return ids[:limit], labels[:limit]
+
+    def _placeholders(self, record: Record) -> dict[str, Any]:
+        """Return the arguments of `tokenize_prompt` from which a record's placeholders are expanded."""
+        sizes = {"image_token_id": self.image_token_id, "tokens_per_image": self.tokens_per_image}
+        return {**sizes, "images": self.shapes(record)}
 
     def problem(self, record: Record) -> str | None:
         """Return why a record cannot be used for training, as text; None if it can."""
@@ -324,11 +314,6 @@ class Encoder:
     def visual_tokens(self) -> tuple[int, ...]:
         """Token ids of images and videos."""
         return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
-
-
-def intervals_of(images: Sequence[ImageShape]) -> np.ndarray:
-    """Return the seconds between temporal patches of each video, float32; 0 for an image."""
-    return np.array([image.interval if isinstance(image, VideoShape) else 0 for image in images], np.float32)
 
 
 def slots_of(images: Sequence[ImageShape]) -> int:

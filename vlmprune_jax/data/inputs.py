@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from vlmprune_jax.core.files import read_json
 from vlmprune_jax.core.sections import ModelSpec
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.batching import Batch, TrainBatches, train_batches
-from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, prompt_of, with_marks
+from vlmprune_jax.data.chat_template import AUTO, chat_prompt, choose_template, follow_video, other_prompt
 from vlmprune_jax.data.config import GROUPINGS, ON_ERROR, Calibration, DataSpec
 from vlmprune_jax.data.datasets import PREFIX as DATASETS
 from vlmprune_jax.data.datasets import datasets_folder, datasets_state, read_datasets
@@ -29,7 +29,7 @@ from vlmprune_jax.data.encoding import Encoder, measure
 from vlmprune_jax.data.feature_loader import FeatureLoader
 from vlmprune_jax.data.image_processor import processor_settings
 from vlmprune_jax.data.images import ImageLoader, load_image_processor
-from vlmprune_jax.data.preparation import Preparation
+from vlmprune_jax.data.preparation import image_buckets, tile_buckets
 from vlmprune_jax.data.prompts import load_tokenizer, tokenize_training
 from vlmprune_jax.data.records import Record, data_files, read_records, take_fraction
 from vlmprune_jax.data.teacher_rows import TeacherRows
@@ -97,35 +97,6 @@ def length_buckets(data: DataSpec, cfg: ModelConfig) -> tuple[int, ...]:
     return buckets or ((limit,) if limit else ())
 
 
-def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return the padded tile counts per record (`data.tile_buckets` or defaults); None for models without tiles."""
-    buckets = data.tile_buckets
-    if buckets or preparation is None or preparation.usual == (1,):
-        return buckets or None
-    most = preparation.most(data.max_images)
-    return (*(bucket for bucket in preparation.usual if bucket < most), most)
-
-
-def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
-    """Return the padded numbers of image tokens per record; None for models without dynamic resolution.
-
-    The numbers are `data.image_buckets` or the defaults, followed by doubled numbers until `data.max_images` of the
-    largest images fit. Raises UserError if `data.image_buckets` is set for a model whose images have one size.
-    """
-    buckets, defaults = data.image_buckets, () if preparation is None else preparation.image_buckets
-    if buckets and not defaults:
-        raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
-    several = list(buckets or defaults)
-    while several and several[-1] < (buckets or defaults)[-1] * data.max_images:
-        several.append(min(2 * several[-1], (buckets or defaults)[-1] * data.max_images))
-    return tuple(several) or None
-
-
-def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return the image buckets (token counts), ascending, up to the first that holds `length` tokens."""
-    return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)
-
-
 def load_inputs(model: ModelSpec, data: DataSpec, cfg: ModelConfig) -> Inputs:
     """Load the tokenizer, prompt template and image processor of a model folder.
 
@@ -156,7 +127,7 @@ def _load_inputs(
     if data.system is not None:
         template = dataclasses.replace(template, system=data.system)
     aspect_ratio = _aspect_ratio(data.aspect_ratio, config, folder)
-    loader, notes = None, [*_other_prompt(template, chat, has_image=tower is not None)]
+    loader, notes = None, [*other_prompt(template, chat, has_image=tower is not None)]
     if tower is not None:
         described = any(
             os.path.lexists(folder / name) for name in ("preprocessor_config.json", "processor_config.json")
@@ -188,13 +159,6 @@ def _aspect_ratio(name: str, config: Mapping[str, Any], folder: Path) -> str:
     if mode in ("pad", "square"):
         return mode
     return "pad" if settings is None or settings[0].get("do_pad") else "square"
-
-
-def _other_prompt(template: Template, chat: str | None, *, has_image: bool) -> Iterator[str]:
-    """Yield a warning if this run's prompts differ from prompts made by the folder's own chat template."""
-    mine = prompt_of(template, has_image=has_image)
-    if chat is not None and with_marks(chat, template) != mine:
-        yield f"prompts are {mine!r} (template {template.name}), but those of the folder's chat template {chat!r}"
 
 
 @functools.lru_cache(maxsize=16)

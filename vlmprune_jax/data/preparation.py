@@ -1,4 +1,4 @@
-"""Preparation of a decoded image for the vision tower: its interface, and what images in square pieces share."""
+"""Preparation of a decoded image for the vision tower: its interface, padded sizes, and what square pieces share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.video import VideoConfig
+from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.image_processor import normalize
 from vlmprune_jax.data.records import VideoSource
 from vlmprune_jax.families.tiles import ImageShape, VideoShape
@@ -125,3 +126,32 @@ def fixed_size(slot_tokens: int) -> UserError:
         "whose "
         "images differ in tokens (InternVL, SmolVLM, Qwen-VL, Gemma)"
     )
+
+
+def tile_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """Return the padded tile counts per record (`data.tile_buckets` or defaults); None for models without tiles."""
+    buckets = data.tile_buckets
+    if buckets or preparation is None or preparation.usual == (1,):
+        return buckets or None
+    most = preparation.most(data.max_images)
+    return (*(bucket for bucket in preparation.usual if bucket < most), most)
+
+
+def image_buckets(data: DataSpec, preparation: Preparation | None) -> tuple[int, ...] | None:
+    """Return the padded numbers of image tokens per record; None for models without dynamic resolution.
+
+    The numbers are `data.image_buckets` or the defaults, followed by doubled numbers until `data.max_images` of the
+    largest images fit. Raises UserError if `data.image_buckets` is set for a model whose images have one size.
+    """
+    buckets, defaults = data.image_buckets, () if preparation is None else preparation.image_buckets
+    if buckets and not defaults:
+        raise UserError(f"data.image_buckets={buckets} is set, but this model's images have one size: unset it")
+    several = list(buckets or defaults)
+    while several and several[-1] < (buckets or defaults)[-1] * data.max_images:
+        several.append(min(2 * several[-1], (buckets or defaults)[-1] * data.max_images))
+    return tuple(several) or None
+
+
+def within_row(image_tokens: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return the image buckets (token counts), ascending, up to the first that holds `length` tokens."""
+    return tuple(bucket for i, bucket in enumerate(image_tokens) if not i or image_tokens[i - 1] < length)

@@ -20,7 +20,8 @@ class ImageShape:
     A slot is one entry of a batch's image array: a whole image or a tile. A tile grid may have one more slot, the last,
     for its overview. For models that take images of any size, an image is one slot, its pieces are patches, and
     `tokens` is the number of its tokens; otherwise `tokens` is 0 and every slot takes the model's `tokens_per_image`.
-    If such images are cut into tiles, `pieces` are the patch grids (rows, columns) of all slots.
+    If such images are cut into tiles, `pieces` are the patch grids (rows, columns) of all slots. `interval` is the time
+    from one temporal patch of a video to the next (seconds; 0 for images).
     """
 
     rows: int = 1
@@ -28,6 +29,7 @@ class ImageShape:
     slots: int = 1
     tokens: int = 0
     pieces: tuple[tuple[int, int], ...] = ()
+    interval: float = 0.0
 
     def positions(self, per_slot: int) -> int:
         """Return the number of decoder tokens of an image; `per_slot` is the number per tile."""
@@ -58,9 +60,6 @@ class VideoShape(ImageShape):
 
     duration: float = 0.0
     """Seconds of the whole video."""
-
-    interval: float = 0.0
-    """Seconds from one temporal patch to the next."""
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -17,8 +17,8 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, error_context
 from vlmprune_jax.data.config import DataSpec
 from vlmprune_jax.data.images import load_image_processor
-from vlmprune_jax.data.inputs import image_buckets, length_buckets, tile_buckets, within_row
-from vlmprune_jax.data.preparation import Preparation, fixed_size
+from vlmprune_jax.data.inputs import length_buckets
+from vlmprune_jax.data.preparation import Preparation, fixed_size, image_buckets, tile_buckets, within_row
 from vlmprune_jax.distributed.mesh import make_mesh, row_ways
 from vlmprune_jax.distributed.rules import sharding
 from vlmprune_jax.experiment.arguments import plan_config, recover_config
