@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ _JOINED = 2  # patches along a side of a token
 _TOKENS = ("<fake_token_around_image>", "<global-img>", IMAGE_TOKEN)
 
 
-def write_random(folder: Path, architecture: Mapping[str, Any], records: Path, *, seed: int) -> None:
-    """Write a complete folder with random weights.
+def write_random(folder: Path, architecture: Mapping[str, Any], records: Sequence[Path], *, seed: int) -> None:
+    """Write a complete folder with random weights, whose tokenizer has the words of files of records.
 
     That is a LLaVA (`llava-hf`, all tower blocks), or a Qwen3-VL with the tower of a LLaVA (`architecture["tower"]`).
     """
     shutil.rmtree(folder, ignore_errors=True)
-    vision, entries = architecture["vision_config"], read_json(records, list[Any])
+    vision, entries = architecture["vision_config"], [entry for path in records for entry in read_json(path, list[Any])]
     if architecture["model_type"] == "llava":
         size = make_tokenizer(entries, folder, image_size=vision["image_size"], patch_size=vision["patch_size"])
         ids, images = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}, {"image_token_index": 4}

@@ -3,7 +3,8 @@
 Clips have 16 frames of 64 x 64 pixels at 8 fps, encoded as H.264. All changes happen between pairs of frames, so that 8
 sampled frames show all of them. Every clip also exists in reverse, where the answers about time are the opposite: a
 model that ignores the order of frames is right for one clip of a pair. OUT gets:
-  train.json, test.json              records, four questions per clip, with the field "question_type"
+  train.json                         a record per clip, with its four questions as turns
+  test.json                          a record per question, with the field "question_type"
   test_shuffled.json                 the test questions about clips whose pairs of frames are in random order
   test_middle.json                   the test questions about clips that repeat the middle frame
   clips/                             MP4 files
@@ -11,6 +12,7 @@ model that ignores the order of frames is right for one clip of a pair. OUT gets
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -31,7 +33,7 @@ from vlmprune_jax.core.console import make_reporter
 from vlmprune_jax.core.errors import UserError
 
 TAKES_ARGUMENTS = True
-SIDE, STEPS, FPS, RADIUS = 64, 8, 8, 8  # pixels, pairs of frames, frames per second, pixels
+SIDE, STEPS, FPS, RADIUS = 64, 8, 8, 12  # pixels, pairs of frames, frames per second, pixels
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "triangle")
 BACKGROUND = (245, 245, 245)
@@ -212,7 +214,7 @@ def write_clip(path: Path, steps: np.ndarray) -> None:
 
 
 def write_set(out: Path, name: str, number: int, seed: int, controls: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Write `number` clips and their reversed copies; return {file name: records}."""
+    """Write `number` clips and their reversed copies; return {file name: records, one per question}."""
     records: dict[str, list[Any]] = {key: [] for key in (name, *(f"{name}_{control}" for control in controls))}
     for place, (shapes, questions) in enumerate(clips(number, f"{seed} {name}")):
         for direction, reverse in (("f", False), ("r", True)):
@@ -237,6 +239,19 @@ def write_set(out: Path, name: str, number: int, seed: int, controls: Sequence[s
     return records
 
 
+def by_clip(records: Sequence[Any], seed: int) -> list[Any]:
+    """Return one record per clip, whose turns are its questions in random order."""
+    draw, clips = random.Random(seed), []
+    for _, group in itertools.groupby(records, lambda record: record["video"]):
+        questions = [*group]
+        draw.shuffle(questions)
+        turns = [dict(turn) for question in questions for turn in question["conversations"]]
+        for turn in turns[2::2]:
+            turn["value"] = turn["value"].removeprefix("<video>\n")
+        clips.append({"id": questions[0]["video"], "video": questions[0]["video"], "conversations": turns})
+    return clips
+
+
 def define(values: Flags) -> None:
     """Define the flags of this script."""
     for name, default, about in (
@@ -255,11 +270,11 @@ def run(flags: Any) -> None:
     if out.exists():
         raise UserError(f"{out}: exists already: remove it, or choose another folder")
     (out / "clips").mkdir(parents=True)
-    written = write_set(out, "train", flags.train, flags.seed)
+    written = {"train": by_clip(write_set(out, "train", flags.train, flags.seed)["train"], flags.seed)}
     written |= write_set(out, "test", flags.test, flags.seed, ("shuffled", "middle"))
     for name, records in written.items():
         (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-        make_reporter(True).say(f"{out / name}.json: {len(records):,} questions")
+        make_reporter(True).say(f"{out / name}.json: {len(records):,} records")
 
 
 if __name__ == "__main__":

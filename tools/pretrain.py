@@ -1,6 +1,7 @@
 """python tools/pretrain.py --config=tools/pretrain_easyvqa.py --workdir=DIR: train the demo's teacher from scratch.
 
-With tools/pretrain_smollm2.py a pretrained language model learns to see; tools/pretrain_tokens.py trains a Qwen3-VL.
+With tools/pretrain_smollm2.py a pretrained language model learns to see; tools/pretrain_tokens.py trains a Qwen3-VL,
+tools/pretrain_video.py one for videos.
 Writes DIR/teacher, a folder in the layout of transformers, with its tokenizer and processor. Every stage resumes.
 
 Training goes as LLaVA's: a tower and a language model first, then both together. Each stage is a run of the package's
@@ -37,22 +38,20 @@ from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError, reason
 from vlmprune_jax.core.files import replacing
 from vlmprune_jax.data.batching import Batch, train_batches
-from vlmprune_jax.data.chat_template import AUTO, choose_template
 from vlmprune_jax.data.encoding import Encoder, measure
-from vlmprune_jax.data.images import GRIDS, load_image_processor
-from vlmprune_jax.data.prompts import load_tokenizer
+from vlmprune_jax.data.images import GRIDS
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.topics import topic_records
 from vlmprune_jax.distributed.mesh import initialize
 from vlmprune_jax.export.write import save
-from vlmprune_jax.families import family_of
+from vlmprune_jax.hf.batches import open_inputs
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models.params import flatten, stack_layers, unflatten, unstack_layers
 from vlmprune_jax.models.vlm import Model
 from vlmprune_jax.recovery.config import RecoverConfig
 from vlmprune_jax.recovery.loop import recover
 
-CACHE_BYTES = 512 * 2**20  # all 5,000 processed images of easy-VQA
+CACHE_MEGABYTES = 512  # all 5,000 processed images of easy-VQA
 TEXT_TOKENS, TEXT_LETTERS = 96, 500  # of a row of text; what is longer is cut
 
 
@@ -104,9 +103,10 @@ def pretrain(
     architecture: Mapping[str, Any] | None = None,
     joined: tuple[Path, Path] | None = None,
     upcycled: Mapping[str, Any] | None = None,
+    videos: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Train a model on easy-VQA and return its folder, `workdir/teacher`.
+    """Train a model on easy-VQA, and on videos of moving_shapes.py; return its folder, `workdir/teacher`.
 
     A LLaVA or Qwen3-VL starts with random weights of `architecture`, a config dictionary without the fields that depend
     on the tokenizer; a SmolVLM starts from `joined`, the folders of a language model and of a LLaVA whose tower it uses
@@ -119,13 +119,17 @@ def pretrain(
     if [architecture, joined, upcycled].count(None) != 2:
         raise UserError("pretraining starts from an architecture, two joined folders or an upcycled one: give one")
     files = write_pretraining_data(workdir / "easyvqa")
+    if videos is not None:
+        files["videos"] = videos / "train.json"
     folder = workdir / "initial"
     if joined is not None:
         write_joined(folder, *joined, seed=seed)
     elif upcycled is not None:
         write_upcycled(folder, Path(upcycled["dense"]), **{k: upcycled[k] for k in upcycled if k != "dense"}, seed=seed)
     else:
-        write_random(folder, architecture or {}, files["train"], seed=seed)
+        write_random(
+            folder, architecture or {}, [files[name] for name in ("train", "videos") if name in files], seed=seed
+        )
     model = load(folder)
     for stage in stages:
         model = _learn(model, stage, files, folder, workdir)
@@ -152,7 +156,7 @@ def _train_stage(
     """Return the model after a run of a stage, and its last loss; layers beyond the stage's depth are unchanged."""
     records = stage_records(stage, files)
     encoder = make_encoder(model.cfg, folder)
-    if not any(record.images for record in records):
+    if not any(record.visuals for record in records):
         encoder = dataclasses.replace(encoder, image_loader=None)
     if stage.sides:
         records = [row for side in stage.sides for row in resized(records, side, workdir.parent / f"images_{side}")]
@@ -245,7 +249,8 @@ def resized(records: Sequence[Record], side: int, folder: Path) -> list[Record]:
 
 def stage_records(stage: Stage, files: Mapping[str, Path]) -> list[Record]:
     """Return the records of a stage, before shuffling."""
-    records = split_conversations(read_records(files[stage.records], files["images"]), stage.turns_per_row)
+    root = files["videos"].parent if stage.records == "videos" else files["images"]
+    records = split_conversations(read_records(files[stage.records], root), stage.turns_per_row)
     if not stage.words:
         return records
     captions = {r.images: r.turns[-1][1] for r in read_records(files["train_captions"], files["images"])}
@@ -270,28 +275,18 @@ def describe(record: Record, caption: str, length: int) -> Record:
 
 def make_encoder(cfg: ModelConfig, folder: Path) -> Encoder:
     """Return the row encoder of a folder, with the prompt of its chat template (no system text for LLaVA)."""
-    assert cfg.image_token_id is not None
-    tokenizer = load_tokenizer(folder)
-    template = choose_template(AUTO, family_of(cfg), tokenizer, config={}, has_vision=True)
-    loader = load_image_processor(folder, aspect_ratio="square", max_pixels=10**6, cache_bytes=CACHE_BYTES)
-    return Encoder(
-        tokenizer=tokenizer,
-        template=dataclasses.replace(template, system=""),
-        max_length=cfg.text.max_positions,
-        image_loader=loader,
-        image_buckets=loader.preparation.image_buckets or None,
-        image_token_id=cfg.image_token_id,
-        tokens_per_image=cfg.tokens_per_image,
-        max_images=1,
-        truncate=False,
-    )
+    settings = {"system": "", "aspect_ratio": "square", "max_image_pixels": 10**6, "cache_megabytes": CACHE_MEGABYTES}
+    _, inputs = open_inputs(folder, None, None, {**settings, "max_images": 1})
+    encoder = inputs.encoder(cfg, cfg.text.max_positions)
+    buckets = None if inputs.image_loader is None else inputs.image_loader.preparation.image_buckets
+    return dataclasses.replace(encoder, image_buckets=buckets or None, truncate=False)
 
 
 def split_conversations(records: Sequence[Record], turns_per_row: int) -> list[Record]:
     """Split records into parts of at most `turns_per_row` questions; each part starts with the images."""
     rows = []
     for record in records:
-        marks = "<image>\n" * len(record.images)
+        marks = "<image>\n" * len(record.images) + "<video>\n" * len(record.videos)
         for start in range(0, len(record.turns), 2 * turns_per_row):
             turns = list(record.turns[start : start + 2 * turns_per_row])
             if start:
@@ -333,6 +328,7 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "seed": int(config["seed"]),
         "architecture": config.get("architecture"),
         "upcycled": config.get("upcycled"),
+        "videos": None if config.get("videos") is None else Path(config["videos"]),
         "joined": None if joined is None else (Path(joined["language"]), Path(joined["tower"])),
     }
 

@@ -48,13 +48,13 @@ SMOLVLM_CHAT = (
 )
 
 
-# Qwen3-VL's, for texts and images.
+# Qwen3-VL's, for texts, images and videos.
 QWEN_CHAT = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] }}"
+    "{{ part['text'] if part['type'] == 'text' else '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' }}"
     "{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}"
     "{% endfor %}"
@@ -96,21 +96,28 @@ def make_tokenizer(records: Iterable[Mapping[str, Any]], out_dir: Path, *, image
 
 
 def make_qwen_tokenizer(
-    records: Iterable[Mapping[str, Any]], out_dir: Path, vision: Mapping[str, Any], *, least: int, most: int
+    records: Iterable[Mapping[str, Any]],
+    out_dir: Path,
+    vision: Mapping[str, Any],
+    *,
+    least: int,
+    most: int,
+    clip: int = 0,
 ) -> tuple[int, dict[str, int]]:
     """Write tokenizer and processor files of a Qwen3-VL for images of `least` to `most` pixels.
 
-    Words are tokens as in `make_tokenizer`. Returns the vocabulary size and the ids of the special tokens, by the names
-    that config.json has for them.
+    `clip`: maximum pixels of all frames of a video, of which 4 per second are sampled (0: no video processor). Words
+    are tokens as in `make_tokenizer`. Returns the vocabulary size and the ids of the special tokens, by the names that
+    config.json has for them.
     """
-    texts = Counter(["user\n", "assistant\n", " Describe the image."])
+    texts = Counter(["user\n", "assistant\n", " Describe the image.", *[" seconds"] * bool(clip)])
     for record in records:
         for turn in record["conversations"]:
-            text = turn["value"].removeprefix("<image>\n")
+            text = turn["value"].removeprefix("<image>\n").removeprefix("<video>\n")
             texts.update([text, f" {text}"])
     special = ("<|im_start|>", *_QWEN_TOKENS.values())
     size = _write_words(texts, special, out_dir, begin=None, unknown=None)
-    for name, content in _qwen_side_files(vision, least, most).items():
+    for name, content in _qwen_side_files(vision, least, most, clip).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out_dir / "chat_template.jinja").write_text(QWEN_CHAT, encoding="utf-8")
     return size, {name: special.index(token) for name, token in _QWEN_TOKENS.items()}
@@ -190,11 +197,9 @@ def _side_files(image_size: int, patch_size: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _qwen_side_files(vision: Mapping[str, Any], least: int, most: int) -> dict[str, dict[str, Any]]:
+def _qwen_side_files(vision: Mapping[str, Any], least: int, most: int, clip: int) -> dict[str, dict[str, Any]]:
     """Return the files beside `tokenizer.json` from which transformers 4.57 and 5.x build a Qwen3VLProcessor."""
-    pixels = {
-        "min_pixels": least,
-        "max_pixels": most,
+    steps = {
         "patch_size": vision["patch_size"],
         "merge_size": vision["spatial_merge_size"],
         "temporal_patch_size": vision["temporal_patch_size"],
@@ -207,7 +212,15 @@ def _qwen_side_files(vision: Mapping[str, Any], least: int, most: int) -> dict[s
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    kinds = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}
+    videos = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": {"shortest_edge": least, "longest_edge": clip},
+        "fps": 4,
+        "min_frames": 2,
+        "max_frames": 32,
+    }
+    files = {"video_preprocessor_config.json": {**videos, **steps}} if clip else {}
     return {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -218,5 +231,6 @@ def _qwen_side_files(vision: Mapping[str, Any], least: int, most: int) -> dict[s
             "clean_up_tokenization_spaces": False,
             "processor_class": "Qwen3VLProcessor",
         },
-        "preprocessor_config.json": {**kinds, **pixels},
+        "preprocessor_config.json": {**images, "min_pixels": least, "max_pixels": most, **steps},
+        **files,
     }

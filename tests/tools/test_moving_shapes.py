@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("av", reason="PyAV is not installed (extra video)")
 import moving_shapes
+import video_study
 
 from vlmprune_jax.core.video import VideoConfig
 from vlmprune_jax.data.records import read_records
@@ -102,6 +103,34 @@ def test_controls(written):
     assert sorted(nearest) == list(range(8))
     texts = [[record["conversations"] for record in records] for records in sets.values()]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_training_record_has_all_questions_of_a_clip(written):
+    records = written[1]["test"]
+    grouped = moving_shapes.by_clip(records, 0)
+    assert len(grouped) == len(records) // 4 == 16
+    turns = grouped[0]["conversations"]
+    assert [turn["value"].startswith("<video>\n") for turn in turns] == [True, *[False] * 7]
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    asked = {(question["value"].removeprefix("<video>\n"), answer["value"]) for question, answer in pairs}
+    said = [[turn["value"].removeprefix("<video>\n") for turn in record["conversations"]] for record in records[:4]]
+    assert asked == {tuple(texts) for texts in said}
+
+
+def test_the_table_of_the_study(tmp_path, capsys):
+    """Kinds that shuffled frames do not hurt are left out; shares of the lead over the floors."""
+    cell = {"frames": 8, "recovery": "none", "seed": 0}
+    kinds = {kind: [5, 10] for kind in moving_shapes.TEMPORAL}
+    whole = {"test": {**kinds, "half": [9, 10], "static": [85, 100]}, "test_shuffled": kinds}
+    pruned = [{"test": {**kinds, "half": [n, 10], "static": [25, 100]}, "test_shuffled": kinds} for n in (6, 8)]
+    rows = [{**cell, "method": "unpruned", "ratio": 0.0, **whole}]
+    rows += [{**cell, "method": "depth", "ratio": 0.3, **row} for row in pruned]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    video_study.summary(tmp_path / "rows.jsonl")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Questions about time: half."
+    assert printed[-2] == "| 8 | unpruned | none | 1 | 90.0 | 85.0 | 50.0 | 1.00 | 1.00 |"
+    assert printed[-1] == "| 8 | depth 30 % | none | 2 | 70.0 ± 127.1 | 25.0 ± 0.0 | 50.0 ± 0.0 | 0.50 | 0.00 |"
 
 
 def test_answers_are_balanced_and_fixed():
