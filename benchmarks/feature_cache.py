@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _flops_ratio(family: str) -> float:
-    from full_size import MODELS
+    from models import MODELS
     from plan import DATA, SETTINGS
 
     from vlmprune_jax.core.settings import override

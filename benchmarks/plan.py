@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from full_size import MODELS
+from models import MODELS
 
 FAMILIES = (
     "llava", "bunny", "internvl", "internvl3.5", "smolvlm2", "qwen3vl", "qwen2.5vl", "qwen3.5-4b", "qwen3.5-9b",
@@ -49,7 +49,7 @@ DATA = {
     "gemma3": {"max_length": 2048},
     "gemma4_e4b": {"max_length": 2048},
 }
-DATA["qwen3vl_moe"] = DATA["qwen3vl"]
+MIXTURES = {"qwen3vl_moe": "qwen3vl", "internvl3.5_moe": "internvl3.5", "gemma4_moe": "gemma4_e4b"}  # dense sibling
 PROCESSORS: dict[str, dict[str, Any]] = {
     "internvl3.5": {"image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448}},
     "smolvlm2": {
@@ -85,7 +85,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     },
 }
 PROCESSORS |= dict.fromkeys(("qwen3.5-4b", "qwen3.5-9b"), PROCESSORS["qwen3vl"])
-PROCESSORS["qwen3vl_moe"] = PROCESSORS["qwen3vl"]
+for mixture, dense in MIXTURES.items():
+    DATA[mixture], PROCESSORS[mixture] = DATA[dense], PROCESSORS[dense]
 ATTENTION = {"lora": {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")}}
 RANGES = {"attn_layers": (3, 31), "mlp_layers": (4, 30)}
 SMALL_RANGES = {"attn_layers": (3, 21), "mlp_layers": (4, 20)}  # of 24 layers

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from full_size import MODELS
+from models import MODELS
 from plan import DATA, PROCESSORS
 
 NAMES = ("llava", "qwen3vl", "internvl", "gemma4_e4b")

@@ -20,7 +20,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from full_size import MODELS
+from models import MODELS
 
 TOKENS, ROWS, HOST = 2**16, 64, 8e9  # HOST: bytes per second between a host and its chips, 4 or 8 of them
 PASSES = 6  # of the bf16 matrix unit for a float32 product of precision "highest"

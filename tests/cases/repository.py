@@ -11,7 +11,7 @@ HANG = 600  # seconds after which a process hangs: far more than any takes, on h
 
 def full_size_models() -> dict[str, dict[str, Any]]:
     """Return the configs of models at their true sizes, by the names that benchmarks give them."""
-    spec = importlib.util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks/models.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     return benchmark.MODELS

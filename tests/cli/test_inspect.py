@@ -1,6 +1,5 @@
 """`vlmprune inspect`: what it says of every family, from headers alone and at full size; and the benchmark."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hf_cases import LLAMA, keep_width, make_folder
-from repository import ROOT
+from repository import ROOT, full_size_models
 
 import vlmprune_jax as vp
 from vlmprune_jax.cli.main import main
@@ -28,13 +27,6 @@ GOLDENS = {
     ("internvl", None): ("internvl, original layout", "layout=transformers: a stock InternVLForConditionalGeneration"),
     ("llama_gqa", None): ("llama, transformers layout", "uneven=per_layer: true size, loads in this package, and in"),
 }
-
-
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("full_size", ROOT / "benchmarks/full_size.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", GOLDENS, ids=lambda name: name[0])
@@ -125,7 +117,7 @@ def test_full_size_in_an_instant(tmp_path):
 
     No device is started, which takes a TPU ten seconds and fails where another process holds it.
     """
-    folder = sparse_folder(load_benchmark().MODELS["llava"], tmp_path / "llava")
+    folder = sparse_folder(full_size_models()["llava"], tmp_path / "llava")
     assert sum(path.stat().st_size for path in folder.iterdir()) > 14e9
     command = [sys.executable, "-X", "importtime", "-m", "vlmprune_jax", "inspect", str(folder)]
     environment = {**os.environ, "JAX_PLATFORMS": "no_such_device"}

@@ -4,7 +4,7 @@ import importlib.util
 import json
 
 import pytest
-from repository import ROOT
+from repository import ROOT, full_size_models
 
 from vlmprune_jax.cli.config_files import read_experiment
 from vlmprune_jax.core.errors import UserError
@@ -33,7 +33,7 @@ def loaded(path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS[CONFIGS[name]]))
+    (tmp_path / "config.json").write_text(json.dumps(full_size_models()[CONFIGS[name]]))
     _, cfg = read_config(tmp_path)
     get_config = loaded(ROOT / f"configs/{name}.py").get_config
     for method in ("depth", "width"):
@@ -60,7 +60,7 @@ def test_every_cut_of_the_paper_is_in_reach(tmp_path, name):
 )
 def test_cuts_of_gemma4_are_in_reach(tmp_path, variant, method, ratio, layers):
     """Three quarters of the tokens are a third of the parameters; the stock class holds what is left."""
-    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["gemma4_e4b"]))
+    (tmp_path / "config.json").write_text(json.dumps(full_size_models()["gemma4_e4b"]))
     _, cfg = read_config(tmp_path)
     experiment = read_experiment(loaded(ROOT / "configs/gemma4_e4b.py").get_config(variant))
     check_experiment(experiment, tmp_path)
@@ -106,7 +106,7 @@ def test_options_of_a_variant():
 
 
 def test_qwen3_vl_loses_five_layers_after_the_ones_with_features_of_the_tower(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(loaded(ROOT / "benchmarks/full_size.py").MODELS["qwen3vl"]))
+    (tmp_path / "config.json").write_text(json.dumps(full_size_models()["qwen3vl"]))
     experiment = read_experiment(loaded(ROOT / "configs/qwen3vl_8b.py").get_config("depth,5layers,reconstruct"))
     assert experiment.reconstruct.method == "least_squares"
     check_experiment(experiment, tmp_path)
