@@ -20,10 +20,10 @@ from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.families.decoders import layer_problem
-from vlmprune_jax.hf.lazy import open_model
+from vlmprune_jax.hf.lazy import FileArray, open_model
 from vlmprune_jax.models.channels.moe import Moe
 from vlmprune_jax.models.context import Context, Names
-from vlmprune_jax.models.params import count_params, flatten, unflatten
+from vlmprune_jax.models.params import count_params, flatten, unflatten, unstack_layers
 from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
@@ -82,11 +82,30 @@ def test_gradients_are_those_of_autograd(golden, torch_outputs, tmp_path):
         picked = np.maximum(labels[:, 1:], 0)[..., None]
         return -jnp.mean(jnp.take_along_axis(logits, picked, axis=-1)[labels[:, 1:] != IGNORED])
 
-    for path, gradient in flatten(jax.grad(loss)(model.params)).items():
+    gradients = jax.grad(loss)(model.params)
+    for path, gradient in flatten(gradients).items():
         if path.startswith("text/") and not path.endswith("layer_scalar/weight"):  # which is a buffer in the class
             scale = float(np.abs(expected[path]).max())
             assert scale > 1e-4, path
             np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * scale, rtol=1e-4, err_msg=path)
+    if golden.folder.name == "qwen3_vl_moe":
+        check_taylor(
+            model, gradients, {name: inputs[name] for name in inputs if "type" not in name} | {"labels": labels}
+        )
+
+
+def check_taylor(model, gradients, batch):
+    """An expert's score sums |weight x gradient| over its matrices and its router row, a neuron's over three rows."""
+    units = vp.score(model, [batch], criterion="taylor").units
+    (weights, _), (grads, _) = (unstack_layers(tree, model.cfg) for tree in (model.params, gradients))
+    for i, layer in enumerate(weights):
+        names = ("router", "experts/gate_proj", "experts/up_proj", "experts/down_proj")
+        router, gate, up, down = (
+            np.abs(np.asarray(layer[path] * grads[i][path])) for path in (f"mlp/{name}/weight" for name in names)
+        )
+        neurons = gate.sum(axis=2) + up.sum(axis=2) + down.sum(axis=1)
+        np.testing.assert_allclose(units[i, "expert_mlp"].reshape(8, -1), neurons, rtol=1e-4)
+        np.testing.assert_allclose(units[i, "experts"], router.sum(axis=1) + neurons.sum(axis=1), rtol=1e-4)
 
 
 def on_hub(golden, tensors):
@@ -107,11 +126,14 @@ def on_hub(golden, tensors):
 
 
 @pytest.mark.parametrize("cut", ["experts", "all"])
-def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, cut):
+def test_stock_transformers_loads_cut_exports(golden, torch_outputs, tmp_path, monkeypatch, cut):
     """From file to file: experts are read and written one by one, in the hub's layout and under its keys."""
     opened = open_model(golden.ckpt)
     smaller, _ = prune(opened, kept_layers(golden, cut))
+    read, keys = FileArray.read, list[str]()
+    monkeypatch.setattr(FileArray, "read", lambda array: keys.append(array.source.key) or read(array))
     vp.save(smaller, tmp_path / "out", source_dir=golden.ckpt, dtype="float32")
+    assert any("experts" in key for key in keys) == (cut == "all")  # whole experts are copied as they are
     in_memory, _ = prune(golden.model, kept_layers(golden, cut))
     vp.save(in_memory, tmp_path / "same", source_dir=golden.ckpt, dtype="float32")
     assert_same_tensors(tmp_path / "same", tmp_path / "out")
@@ -164,6 +186,41 @@ def test_plans_of_neurons_in_experts(golden):
         smaller = vp.apply_plan(model, plan)
         assert count_params(smaller.cfg) == plan.parameters_after
         assert {layer.channel.experts for layer in smaller.cfg.text.layers} == {part.experts}
+
+
+def test_plans_of_experts_with_everything_else(goldens, torch_outputs, tmp_path):
+    """One plan removes a layer, experts by number, then groups of heads and neurons inside experts, and tokens."""
+    folder = goldens / "families/qwen3_vl_moe/ckpt"
+    (tmp_path / "words.txt").write_text("a red box")
+    model = vp.load(folder)
+    scores = vp.score(model, criterion="random")
+    tokens = {"size": 288, "multiple": 32, "sources": (str(tmp_path / "words.txt"),), "source_dir": str(folder)}
+    options = {"method": "hybrid", "experts": 6, "layers_removed": 1, "neurons_multiple": 4}
+    fewer = vp.make_plan((scores, scores), model, **options)  # without heads and neurons
+    assert {tuple(sizes.values()) for sizes in fewer.stacks["text"].sizes} == {(2, 4, 6, 72)}
+    plan = vp.make_plan((scores, scores), model, ratio=0.4, heads="proportional", vocabulary=tokens, **options)
+    assert abs(plan.actual_ratio - 0.4) < 0.03
+    for layer, same in zip(plan.layers, fewer.layers, strict=True):
+        assert layer.kept["experts"] == same.kept["experts"]
+        assert set(same.kept["experts"]) == set(np.argsort(scores.units[layer.index, "experts"])[-6:])
+        assert len(layer.kept["kv_heads"]) < 2
+        values = scores.units[layer.index, "expert_mlp"].reshape(8, 12)
+        rows = np.reshape(layer.kept["expert_mlp"], (6, -1)) - 12 * np.array(layer.kept["experts"])[:, None]
+        assert [set(row) for row in rows] == [
+            set(np.argsort(values[e])[-rows.shape[1] :]) for e in layer.kept["experts"]
+        ]
+    limit = {"parameters": plan.parameters_after}
+    same = vp.make_plan((scores, scores), model, budget=limit, heads="proportional", vocabulary=tokens, **options)
+    assert same.options["budget_reached"] == {"parameters": count_params(plan.apply_to(model.cfg))}
+    smaller = vp.apply_plan(model, plan)
+    vp.save(smaller, tmp_path / "out", source_dir=folder, dtype="float32")
+    ids = {"input_ids": np.arange(20)[None]}
+    stock = torch_outputs(tmp_path / "out", ids, class_name="AutoModelForImageTextToText", version="5")["logits"]
+    np.testing.assert_allclose(vp.forward(smaller, **ids)[0], stock, **CLOSE)
+    with pytest.raises(UserError, match=r"ratio 0\.9 cannot be reached .* after removing experts: the most is 0\.4"):
+        vp.make_plan(scores, model, method="width", experts=6, ratio=0.9)
+    with pytest.raises(UserError, match=r'selection="global" needs .* a model without experts'):
+        vp.make_plan(scores, model, method="width", selection="global", ratio=0.2)
 
 
 def test_impossible_plans_of_experts(golden):

@@ -210,6 +210,7 @@ def test_experts_are_scored_again_without_a_forward_pass(goldens, tmp_path, caps
     out = capsys.readouterr().out
     assert "decoder: share of" in out
     assert "of image tokens" in out
+    assert "4 of 4 6 of 8 72 of 96" in " ".join(out.split())  # heads, experts, and neurons of all experts
     plan = vp.PrunePlan.from_json(tmp_path / "w/plan.json")
     assert {len(layer.kept["experts"]) for layer in plan.layers} == {6}
     assert main(["report", *again, "--config.prune.experts=6"]) == 0

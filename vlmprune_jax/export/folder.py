@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, file_name
+from vlmprune_jax.core.weight_files import WEIGHT_DTYPES, Extent, file_name
 from vlmprune_jax.export.card import loading_of
 from vlmprune_jax.export.convert import more_words
 from vlmprune_jax.export.format import Contents, Origin
@@ -161,14 +161,18 @@ def _weight(
     def joined(pairs: Sequence[tuple[Slot, Slot]]) -> np.ndarray:
         return join_tensor([fetch_part(*pair) for pair in pairs], [after for _, after in pairs])
 
-    def pieces() -> Iterator[np.ndarray]:
+    def copied(pairs: Sequence[tuple[Slot, Slot]]) -> Extent | None:
+        if any((x.shape, x.columns, x.turned) != (y.shape, y.columns, y.turned) for x, y in pairs):
+            return None
+        return extent_of([(flat[before.path], before.place) for before, _ in pairs], dtype)
+
+    def pieces() -> Iterator[np.ndarray | Extent]:
         if blocks is not None:
             yield from (_as_dtype(block, dtype) for block in blocks())
         else:
-            yield from map(joined, groups)
+            yield from (copied(group) or joined(group) for group in groups)
 
-    arrays = [(flat[before.path], before.place) for before, _ in pairs]
-    extent = extent_of(arrays, dtype) if all(before.shape == after.shape for before, after in pairs) else None
+    arrays, extent = [(flat[before.path], before.place) for before, _ in pairs], copied(pairs)
     check = functools.partial(check_finite, what=f"{origin(*arrays[0]) or key}, to be written as {dtype},")
     groups = row_groups(pairs, operator.itemgetter(1))
     whole = len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape

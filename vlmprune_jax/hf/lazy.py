@@ -72,9 +72,8 @@ class FileArray:
 
     @property
     def extent(self) -> Extent | None:
-        """Byte range of the weight in its file; None if its bytes differ (pruned, cast or quantised)."""
-        changed = self.picks or self.turned or self.columns or self.dtype != self._stored_dtype
-        return None if changed else self._stored_extent()
+        """Byte range of the weight's rows in its file; None if its bytes differ (pruned, cast or quantised)."""
+        return None if self.picks or self.dtype != self._stored_dtype else self._stored_extent()
 
     def read(self) -> np.ndarray:
         """Read the weight from its file."""
@@ -266,12 +265,21 @@ def is_split(array: Any) -> bool:
 
 
 def extent_of(weights: Sequence[tuple[Any, Place]], dtype: str) -> Extent | None:
-    """Return the byte range of weights that are stored consecutively in one file; None otherwise."""
-    arrays = [_in_file(*weight) for weight in weights]
-    extents = [x.extent for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
-    known = [extent for extent in extents if extent is not None]
+    """Return the byte range of weights that are stored consecutively in one file, or side by side in its rows.
+
+    None if other bytes are between them, or their bytes differ from those in the file.
+    """
+    arrays, known = [_in_file(*weight) for weight in weights], list[Extent]()
+    whole = [x for x in arrays if isinstance(x, FileArray) and x.dtype == WEIGHT_DTYPES[dtype]]
+    for extent, group in itertools.groupby(whole, key=lambda array: array.extent):
+        members = [*group]
+        columns = [x.columns for x in members if x.columns is not None]
+        edges = [0, *(stop for _, stop in columns)], [*(start for start, _ in columns), members[0].stored[-1]]
+        if extent is None or (edges[0] != edges[1] if columns else len(members) > 1):
+            return None
+        known.append(extent)
     consecutive = all(a.file == b.file and a.end == b.begin for a, b in itertools.pairwise(known))
-    return Extent(known[0].file, known[0].begin, known[-1].end) if len(known) == len(weights) and consecutive else None
+    return Extent(known[0].file, known[0].begin, known[-1].end) if len(whole) == len(weights) and consecutive else None
 
 
 def blocks_of(array: Any, place: Place) -> Callable[[], Iterator[np.ndarray]] | None:

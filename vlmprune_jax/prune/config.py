@@ -24,7 +24,12 @@ from vlmprune_jax.export.loads import TARGETS
 
 METHODS = ("depth", "width", "hybrid", "experts")
 # Method -> settings that it takes as a target in place of a ratio.
-_TARGETS = {"depth": ("layers_removed",), "width": ("sparsity",), "hybrid": (), "experts": ("experts", "sparsity")}
+METHOD_TARGETS = {
+    "depth": ("layers_removed",),
+    "width": ("sparsity",),
+    "hybrid": (),
+    "experts": ("experts", "sparsity"),
+}
 ROUNDINGS = ("nearest", "at_least")
 DEEPSTACK = ("keep", "move")
 PRODUCERS = ("keep", "redirect")
@@ -55,8 +60,8 @@ _EXPERTS = ("experts", "experts_multiple")
 # Method -> settings that it does not have.
 _LACKS = {
     "depth": (*_WIDTH, *_EXPERTS, "sparsity", "base", "depth_share"),
-    "width": (*_DEPTH, "experts", "layers_removed", "depth_share"),
-    "hybrid": ("experts", "sparsity", "base"),
+    "width": (*_DEPTH, "layers_removed", "depth_share"),
+    "hybrid": ("sparsity", "base"),
     "experts": (*_DEPTH, *_WIDTH, "layers_removed", "depth_share"),
 }
 # Method -> axes whose units it removes; those of scores if it is not listed.
@@ -292,7 +297,8 @@ class PlanConfig:
     )
     experts: int | None = prune_setting(
         None,
-        'Number of experts that every layer keeps, instead of `ratio` (method "experts").',
+        'Number of experts that every layer keeps, instead of `ratio` (method "experts"), or before heads and neurons '
+        'are removed up to `ratio` (methods "width" and "hybrid").',
         unit="experts",
         least=1,
     )
@@ -357,10 +363,10 @@ class PlanConfig:
                     f"prune.{name}: method {self.method!r} has no such setting, only {' and '.join(others)}: leave it "
                     "out, or change prune.method"
                 )
-        names = ("ratio", *_TARGETS[self.method])
+        names = ("ratio", *METHOD_TARGETS[self.method])
         targets = [name for name in names if getattr(self, name) is not None]
         targets += ["budget"] * bool(self.budget.limits)
-        if len(targets) > 1 or (not targets and self.vocabulary.size is None):
+        if len(targets) > 1 or (not targets and self.vocabulary.size is None and self.experts is None):
             raise UserError(
                 f"prune: method {self.method!r} needs exactly one of {', '.join(names)} and budget, got "
                 f"{' and '.join(targets) or 'none'}"

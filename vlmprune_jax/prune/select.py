@@ -17,7 +17,7 @@ from vlmprune_jax.models.params import count_params
 from vlmprune_jax.models.vlm import Model, config_of
 from vlmprune_jax.plans.kept import KeptStack, KeptVocabulary
 from vlmprune_jax.plans.plan import VOCABULARY_ONLY, PrunePlan, keep_everything
-from vlmprune_jax.prune.config import PlanConfig, PlanOptions, VocabularyConfig
+from vlmprune_jax.prune.config import METHOD_TARGETS, PlanConfig, PlanOptions, VocabularyConfig
 from vlmprune_jax.prune.cost import least_ratio, make_measure, with_other_bytes
 from vlmprune_jax.prune.depth import choose_layers
 from vlmprune_jax.prune.fingerprints import fingerprint, shape_digest
@@ -146,7 +146,7 @@ class Trim:
         """Return the share of all parameters still to remove from layers, heads and neurons; None without a ratio."""
         if config.ratio is not None:
             return config.ratio if self.vocabulary is None else max(config.ratio - self.parameters / total, 0.0)
-        return 0.0 if {config.layers_removed, config.sparsity, config.experts} == {None} else None
+        return 0.0 if all(getattr(config, name) is None for name in METHOD_TARGETS[config.method]) else None
 
     def attach(self, plan: PrunePlan) -> PrunePlan:
         """Return the plan with the kept vocabulary added to it."""

@@ -105,14 +105,14 @@ def _loss(before: int, after: int) -> list[str]:
 
 
 def _shown(sizes: Sequence[Sizes]) -> list[str]:
-    """Return the axes that tables show: those that are not the parent of another."""
+    """Return the axes that tables show: all but groups of heads."""
     axes = dict.fromkeys(axis for layer in sizes for axis in layer)
-    parents = {AXES[axis].parent for axis in axes}
-    return [axis for axis in axes if axis not in parents]
+    groups = {AXES[axis].parent for axis in axes if AXES[axis].channels}
+    return [axis for axis in axes if axis not in groups]
 
 
 def _heading(axis: str) -> str:
-    return AXES[axis].title.split()[-1]
+    return AXES[axis].title if AXES[axis].parent and not AXES[axis].channels else AXES[axis].title.split()[-1]
 
 
 def _score_lost(scores: Scores, index: int, axis: str, layer: KeptLayer | None) -> str:

@@ -61,13 +61,18 @@ def choose_widths(
     config: PlanConfig,
     total: int,
     stack: str = "text",
+    by_count: int | None = None,
 ) -> tuple[dict[int, Kept], dict[str, Any]]:
     """Return the kept units of every remaining layer, and the solver's result for the plan.
 
-    With a `base`, ratio and sparsity are relative to this wider config, as in the reference's iterative pruning. Raises
-    UserError for ranges or multiples that the layers cannot satisfy, or a target that pruning cannot reach.
+    Experts leave by number before the others (`by_count`: parameters that this has removed). With a `base`, ratio and
+    sparsity are relative to this wider config, as in the reference's iterative pruning. Raises UserError for ranges or
+    multiples that the layers cannot satisfy, or a target that pruning cannot reach.
     """
-    scores = _scores_for(scores, config.method)
+    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
+    if counts and config.method not in METHOD_AXES:
+        return _after_counts(scores, cfg, alive, ratio, config, total, stack)
+    scores = _scores_for(scores, config.method) if by_count is None else scores
     base_cfg, gqa = config.base or cfg, scores.options.get("gqa", "groups")
     base, n_layers = base_cfg.stack(stack), len(cfg.stack(stack).layers)
     if len(base.layers) != n_layers:
@@ -78,22 +83,23 @@ def choose_widths(
         scores = _tied(scores, base, alive)
     costs, snapped = layer_costs(cfg, stack), multiples(config, base, gqa)
     units = _units(base, costs, scores.axes, alive, config, snapped)
-    by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive)
+    by_depth = sum(costs.of(shape) for i, shape in enumerate(base.layers) if i not in alive) + (by_count or 0)
     removal = None if ratio is None else max(ratio * total - by_depth, 0)
-    counts = {axis: count for axis in AXES if (count := getattr(config, axis, None)) is not None}
     target = Target(removal, config.sparsity, counts, ratio, total, by_depth)
     if removal is not None and removal > most_removable(units):
         raise OutOfReach(
             f"ratio {ratio:g} cannot be reached by width pruning of the {stack} stack "
             f"within attn_layers={config.attn_layers or 'all'}, "
             f"mlp_layers={config.mlp_layers or 'all'}{', heads kept' if config.heads == 'keep' else ''}"
-            f"{' after removing layers' if by_depth else ''}: the most is "
+            f"{' after removing layers' if len(alive) < n_layers else ''}"
+            f"{' after removing experts' if by_count else ''}: the most is "
             f"{(by_depth + most_removable(units)) / total:.4f}"
         )
     if config.selection == "global":
-        if gqa != "groups" or max(snapped.values()) > 1:
+        if any(AXES[axis].parent for axis in scores.axes) or max(snapped.values()) > 1:
             raise UserError(
-                'selection="global" needs gqa="groups" and no multiples, because every layer gets its own width'
+                'selection="global" needs gqa="groups", a model without experts and no multiples, because every layer '
+                "gets its own width"
             )
         kept, solved = _global(scores, units, alive, target)
     else:
@@ -101,6 +107,47 @@ def choose_widths(
     layers = cfg.stack(stack).layers
     check_divides(((i, pruned_layer(kept[i], layers[i])) for i in alive), config.tensor_parallel)
     return kept, {**solved, **snapped}
+
+
+def _after_counts(
+    scores: Scores,
+    cfg: ModelConfig,
+    alive: Sequence[int],
+    ratio: float | None,
+    config: PlanConfig,
+    total: int,
+    stack: str,
+) -> tuple[dict[int, Kept], dict[str, Any]]:
+    """Return the kept units if experts leave by number first, and then heads and neurons up to the ratio."""
+    method, axes = next(iter(METHOD_AXES.items()))
+    alone = dataclasses.replace(config, method=method, sparsity=None, selection="local", base=None)
+    first, solved = choose_widths(scores, cfg, alive, None, alone, total, stack)
+
+    def smaller(whole: ModelConfig) -> ModelConfig:
+        layers = whole.stack(stack).layers
+        return whole.with_layers([pruned_layer(first.get(i, {}), layer) for i, layer in enumerate(layers)], stack)
+
+    units, numbers = dict[tuple[int, str], np.ndarray](), dict[tuple[int, str], np.ndarray]()
+    for (i, axis), values in scores.units.items():
+        if axis not in axes:
+            parents, layer = first.get(i, {}).get(AXES[axis].parent), cfg.stack(stack).layers[i]
+            numbers[i, axis] = np.arange(len(values)) if parents is None else _children(axis, parents, layer)
+            units[i, axis] = values[numbers[i, axis]]
+    base, costs = config.base or cfg, layer_costs(cfg, stack).of
+    gone = sum(map(costs, base.stack(stack).layers)) - sum(map(costs, smaller(base).stack(stack).layers))
+    rest = dataclasses.replace(config, base=smaller(base), **dict.fromkeys(axes))
+    others, widths = choose_widths(
+        dataclasses.replace(scores, units=units), smaller(cfg), alive, ratio, rest, total, stack, by_count=gone
+    )
+    kept = {i: {axis: numbers[i, axis][indices] for axis, indices in others[i].items()} for i in alive}
+    steps = {name: value for name, value in solved.items() if name != "sparsity"}
+    return {i: {**first[i], **kept[i]} for i in alive}, {**widths, **steps}
+
+
+def _children(axis: str, parents: np.ndarray, layer: Layer) -> np.ndarray:
+    """Return the indices of an axis that belong to these indices of its parent."""
+    group = layer.sizes[axis] // layer.sizes[AXES[axis].parent]
+    return (parents[:, None] * group + np.arange(group)[None]).reshape(-1)
 
 
 def _scores_for(scores: Scores, method: str) -> Scores:
@@ -260,8 +307,7 @@ def kept_layer(index: int, kept: Kept, layer: Layer) -> KeptLayer:
         if axis.name in kept:
             indices = kept[axis.name]
         elif parents is not None:
-            group = size // layer.sizes[axis.parent]
-            indices = (parents[:, None] * group + np.arange(group)[None]).reshape(-1)
+            indices = _children(axis.name, parents, layer)
         else:
             indices = np.arange(size)
         units[axis.name] = tuple(map(int, indices))

@@ -22,7 +22,7 @@ class Tensor:
     """One tensor to write to a checkpoint: key, safetensors dtype, shape, and a function that returns its bytes.
 
     If a file has the same bytes at `extent`, they are copied in blocks, and `look` receives every block. For a large
-    tensor, `pieces` may yield the bytes in order instead.
+    tensor, `pieces` may yield the bytes in order instead, as arrays or as byte ranges to copy.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Tensor:
     fetch: Callable[[], np.ndarray]
     extent: Extent | None = None
     look: Look = lambda block: None
-    pieces: Callable[[], Iterator[np.ndarray]] | None = None
+    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None
 
 
 def weight(
@@ -42,7 +42,7 @@ def weight(
     fetch: Callable[[], np.ndarray],
     extent: Extent | None = None,
     check: Callable[[np.ndarray], None] = lambda array: None,
-    pieces: Callable[[], Iterator[np.ndarray]] | None = None,
+    pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None,
 ) -> Tensor:
     """Return a tensor to write; `fetch` returns the values in the right dtype, in any shape.
 
@@ -57,7 +57,10 @@ def weight(
         check(array)
         return _bytes_of(array)
 
-    blocks = None if pieces is None else lambda: map(to_bytes, pieces())
+    def to_blocks(pieces: Iterator[np.ndarray | Extent]) -> Iterator[np.ndarray | Extent]:
+        return (piece if isinstance(piece, Extent) else to_bytes(piece) for piece in pieces)
+
+    blocks = None if pieces is None else lambda: to_blocks(pieces())
     return Tensor(key, dtype, shape, bytes_in_file(dtype, shape), lambda: to_bytes(fetch()), extent, look, blocks)
 
 
@@ -152,16 +155,17 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
     """Write a safetensors file with one tensor in memory at a time (the library's writer needs all tensors)."""
     file.write(_header(tensors))
     for tensor in tensors:
-        if tensor.extent is not None:
-            file.copy(tensor.extent, tensor.look)
-        else:
-            write_tensor(tensor, file)
+        write_tensor(tensor, file)
 
 
 def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
     """Append the bytes of a tensor to a file."""
-    written = 0
-    for data in [tensor.fetch()] if tensor.pieces is None else tensor.pieces():
-        file.write(data)
-        written += data.nbytes
+    written, whole = 0, [tensor.extent] if tensor.extent is not None else None
+    for data in whole or ([tensor.fetch()] if tensor.pieces is None else tensor.pieces()):
+        if isinstance(data, Extent):
+            file.copy(data, tensor.look)
+            written += data.end - data.begin
+        else:
+            file.write(data)
+            written += data.nbytes
     assert written == tensor.n_bytes, f"{tensor.key}: {written} bytes, {tensor.n_bytes} announced"
