@@ -84,7 +84,7 @@ def gradient_channels(
       progress: called with the number of finished layers.
       cache: saves results after each eighth of the layers, and on `Stopped`, so that an interrupted pass continues.
 
-    Raises UserError if no batch has a label.
+    Raises UserError if no batch has a label, or if gradients of experts are weighted.
     """
     data = _stack(batches, 1 if squares else rows_per_step)
     labels = (data["labels"][..., 1:] != IGNORED).sum(axis=-1)  # int[steps, rows]; the first position is not predicted
@@ -93,6 +93,12 @@ def gradient_channels(
             f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
     types = types_in(np.bincount(data["token_types"].ravel(), minlength=len(TYPES))) if by_token_type else []
+    weighted = by_token_type or not _all_ones(weight_of)
+    if weighted and any("experts" in layer.sizes for layer in model.cfg.text.layers):
+        raise UserError(
+            "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
+            "prompt_weight and answer_weight, or use a criterion such as reap"
+        )
     ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[TOKEN_TYPES[name]] for name in types)]
     mesh = mesh_of(model.params)
     if mesh is None:
@@ -247,10 +253,14 @@ def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     # the head is run at those positions only: first those with a target, in order
     positions = np.argsort(targets == IGNORED, axis=-1, kind="stable")[..., :most].astype(np.int32)
     targets = np.take_along_axis(targets, positions, axis=-1)
-    plain = len(ways) == 1 and bool((ways[0][[PROMPT, IMAGE, ANSWER]] == 1).all())
+    plain = len(ways) == 1 and _all_ones(ways[0])
     counts = [None if plain else np.stack([way[row] for way in ways], axis=1) for row in data["token_types"]]
     steps = zip(positions, targets, counts, strict=True)
     return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
+
+
+def _all_ones(weight_of: np.ndarray) -> bool:
+    return bool((weight_of[[PROMPT, IMAGE, ANSWER]] == 1).all())
 
 
 class _Budget:

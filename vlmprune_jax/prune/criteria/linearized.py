@@ -15,7 +15,7 @@ from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.block import Block
 from vlmprune_jax.models.context import KEYS, STREAM
-from vlmprune_jax.models.layers import Projection, contract
+from vlmprune_jax.models.layers import Leaf, Projection, contract
 from vlmprune_jax.prune.layers import Given, Shared, run_block
 
 Products = list[jax.Array]
@@ -40,7 +40,8 @@ def run_with_products(
 
     Args:
       probes: {path of a weight: zeros of shape [ways, *shape]}; the gradient with respect to a probe is the gradient of
-        the weight, for each way of weighting tokens. The weights themselves are constants.
+        the weight, for each way of weighting tokens (weights outside projections, such as those of experts, have it
+        without `counts` only). The weights themselves are constants.
       counts: float32[ways, rows, seq], weights of the tokens in these gradients; None = one way with all weights 1.
       shares: True if later layers use this layer's keys and values.
     """
@@ -53,8 +54,11 @@ def run_with_products(
 
     def prepare(block: Block) -> None:
         for path, part in nnx.iter_modules(block):
+            name = "/".join((*map(str, path), "weight"))
             if isinstance(part, Projection):
-                part.product = functools.partial(product, "/".join((*map(str, path), "weight")))
+                part.product = functools.partial(product, name)
+            elif isinstance(part, Leaf) and name in probes and counts is None:
+                part.weight.set_value(part.weight.get_value() + probes[name][0])
 
     _, after, values = run_block(stack, cfg, params, x, given, (KEYS,) if shares else (), prepare)
     keys: dict[int, Any] = {cfg.layers[0].mixer.window or 0: values[KEYS]} if shares else {}
