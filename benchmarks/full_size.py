@@ -4,7 +4,7 @@
     python benchmarks/full_size.py --folder=DIR/llava-1.5-7b-hf --work=/big/disk
 
 Without --folder it makes a checkpoint with the true shapes of --model (`models.py`; llama 13.5 GB, llava 14,
-qwen3vl_moe 62; --layers=4 takes fewer decoder layers) and random finite bfloat16 weights, in shards of 5 GB. Every step
+qwen3vl_moe 62; --layers=8 takes fewer decoder layers) and random finite bfloat16 weights, in shards of 5 GB. Every step
 is a process of its own and starts with the source out of the page cache; its wall time includes the start of Python,
 and `cp` ends when everything is on the disk. `cat` reads the weights into nothing, `read` into memory that holds them
 all, which is the least that a loader does. One JSON line per step, and a last one with the ratios. Needs free disk for

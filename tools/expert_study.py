@@ -14,9 +14,9 @@ import argparse
 import dataclasses
 import itertools
 import json
+import lzma
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pretrain import TEXT_LETTERS, make_encoder
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.config import IGNORED
+from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.data.batching import Batch, train_batches
 from vlmprune_jax.data.encoding import measure
 from vlmprune_jax.data.records import Record, read_records
@@ -37,9 +38,10 @@ from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 CRITERIA = ("reap", "man", "expert_frequency")
 CALIBRATIONS = ("text", "images", "both, pooled", "both, sum", "both, max", "both, floor")
 SHARES = (0.25, 0.5)
-LETTERS, BATCH = 80, 50
-ROUTER_STEPS = 60
+LETTERS, BATCH = 80, 25
+STEPS = 50  # of recovery
 Batches = list[Batch]
+Table = dict[str, list[tuple[float, float]]]  # of a row: (loss, bits per byte) of every seed by column
 
 
 def batches_of(records: Sequence[Record], encoder: Any) -> Batches:
@@ -85,18 +87,31 @@ def plans(model: vp.Model, routings: dict[str, Routing], share: float, seed: int
     yield "random", "none", vp.make_plan(scores, model, method="experts", experts=kept)
 
 
-def repairs(model: vp.Model, pruned: vp.Model, plan: Any, batches: Batches) -> Iterator[tuple[str, vp.Model]]:
-    """Yield (repair, model): by least squares, and with routers trained to predict as the unpruned model does."""
-    yield "least squares", vp.reconstruct(pruned, plan, model, batches)[0]
+def recover(student: vp.Model, teacher: vp.Model, batches: Batches, trainable: str) -> vp.Model:
+    """Return the student, trained to answer and to predict as the teacher does; rows in a fixed random order."""
     config = RecoverConfig(
-        trainable="routers",
+        trainable=trainable,
+        lora=LoraConfig(rank=16, alpha=32.0, dropout=0.0),
         learning_rate=1e-3,
         batch_size=BATCH,
         compute_dtype="float32",
-        losses=LossConfig(ce=0.0, l2=0.0, kl=1.0),
+        losses=LossConfig(ce=0.5, l2=0.0, kl=0.5),
     )
-    rows = itertools.cycle(batches)
-    yield "routers", vp.recover(pruned, rows, config, teacher=model, plan=plan, num_steps=ROUTER_STEPS)[0]
+    rows = itertools.cycle([batches[i] for i in np.random.default_rng(0).permutation(len(batches))])
+    return vp.recover(student, rows, config, teacher=teacher, num_steps=STEPS)[0]
+
+
+def repairs(model: vp.Model, pruned: vp.Model, plan: Any, batches: Batches) -> Iterator[tuple[str, vp.Model]]:
+    """Yield (repair, model): least squares, training of routers or adapters, and both; of the unpruned model as well.
+
+    The unpruned model (`plan` is None) is the control: what the same training gives without any cut.
+    """
+    if plan is not None:
+        solved = vp.reconstruct(pruned, plan, model, batches)[0]
+        yield "least squares", solved
+        yield "least squares, LoRA", recover(solved, model, batches, "lora")
+    yield "routers", recover(pruned, model, batches, "routers")
+    yield "LoRA", recover(pruned, model, batches, "lora")
 
 
 def texts() -> list[Record]:
@@ -118,7 +133,7 @@ def study(
 ) -> None:
     """Evaluate all pruned models of one seed of calibration after the other, until the time is over.
 
-    `repair`: instead those of REAP on both data sets, repaired.
+    `repair`: instead those of REAP on both data sets and the larger share, repaired.
     """
     files, encoder, started = write_dataset(data), make_encoder(model.cfg, Path(model.source or "")), time.monotonic()
     train, test = (read_records(files[name], files["images"]) for name in ("train", "test"))
@@ -144,7 +159,11 @@ def study(
                 chosen = [source[i] for i in draw.choice(len(source), records, replace=False)]
                 of_set = batches_of(chosen, encoder)
                 routings[name], batches = measure_routing(model, of_set), batches + of_set
-            for share in SHARES:
+            if repair:
+                for name, trained in repairs(model, model, None, batches):
+                    row = {"criterion": f"unpruned, {name}", "calibration": "both", "share": 0.0, "seed": seed}
+                    note(trained, (name, seed), **row)
+            for share in SHARES[repair:]:
                 for criterion, calibration, plan in plans(model, routings, share, seed):
                     if time.monotonic() - started > 60 * minutes:
                         return
@@ -158,19 +177,25 @@ def study(
 
 
 def summary(out: Path) -> None:
-    """Print means and standard deviations over seeds as a Markdown table."""
-    cells = defaultdict[tuple[Any, ...], list[list[float]]](list)
-    for line in out.read_text().splitlines():
-        row = json.loads(line)
-        cells[row["share"], row["criterion"], row["calibration"]].append([row["accuracy"], row["loss"], row["bits"]])
-    print("| removed | criterion | calibration | seeds | accuracy, % | loss | bits per byte |")
-    print("|---|---|---|---|---|---|---|")
-    for (share, criterion, calibration), values in cells.items():
-        means, spreads = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
-        numbers = " | ".join(
-            f"{mean:.{d}f} ± {by:.{d}f}" for mean, by, d in zip(means, spreads, (1, 3, 3), strict=True)
-        )
-        print(f"| {100 * share:.0f} % | {criterion} | {calibration} | {len(values)} | {numbers} |")
+    """Print mean losses and bits per byte over seeds as Markdown tables: of calibrations, and of repairs."""
+    by_calibration, by_repair = dict[str, Table](), dict[str, Table]()
+    content = out.read_bytes()
+    for row in map(json.loads, (lzma.decompress(content) if out.suffix == ".xz" else content).splitlines()):
+        criterion, _, repair = row["criterion"].partition(", ")
+        column, values = f"{criterion}, {100 * row['share']:.0f} %", (row["loss"], row["bits"])
+        if criterion == "random":
+            row["calibration"], column = "random experts", column.replace("random", "reap")
+        if not repair and row["share"]:
+            by_calibration.setdefault(row["calibration"], {}).setdefault(column, []).append(values)
+        if repair or not row["share"] or (criterion, row["calibration"]) == ("reap", "both, pooled"):
+            by_repair.setdefault(repair or "none", {}).setdefault(column, []).append(values)
+    for title, table in (("calibration", by_calibration), ("repair", by_repair)):
+        columns = dict.fromkeys(column for cells in table.values() for column in cells)
+        print("|".join(["", title, *columns, ""]), "|---" * (len(columns) + 1) + "|", sep="\n")
+        for name, cells in table.items():
+            means = [np.mean(cells.get(column, [(np.nan, np.nan)]), axis=0) for column in columns]
+            numbers = ("" if np.isnan(loss) else f"{loss:.3f}, {bits:.2f}" for loss, bits in means)
+            print("|".join(["", name, *numbers, ""]))
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from vlmprune_jax.core.config import IGNORED
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.sections import LoraConfig
+from vlmprune_jax.export.mtp import MtpCut
 from vlmprune_jax.export.reload import check_export
+from vlmprune_jax.families import family_of
 from vlmprune_jax.families.decoders import layer_problem
 from vlmprune_jax.hf.lazy import FileArray, open_model
 from vlmprune_jax.models.channels.moe import Moe
@@ -260,6 +262,12 @@ def test_only_files_of_single_experts_are_quantised(golden, tmp_path):
         return
     with pytest.raises(UserError, match=r"export.quantize='w8a16': \S+experts\S+ has all experts of a layer"):
         vp.save(golden.model, tmp_path / "out", **options)
+
+
+def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):
+    cfg = vp.load(goldens / "families/qwen3_5_moe/ckpt").cfg
+    with pytest.raises(UserError, match=r'export\.mtp="cut": heads whose layers have experts .* use mtp="drop"'):
+        MtpCut({}, family_of(cfg), cfg)
 
 
 def keep_first(layer, experts):

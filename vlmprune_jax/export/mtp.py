@@ -30,7 +30,7 @@ class MtpCut:
         self._source, self._prefix = source, family.mtp[0]
         self._layer = [layer for layer in cfg.text.layers if isinstance(layer.mixer, Attention)][-1]
         if not isinstance(self._layer.channel, Dense):
-            raise UserError('mtp="cut" cuts no experts: use mtp="drop"')
+            raise UserError('export.mtp="cut": heads whose layers have experts cannot be cut: use mtp="drop"')
         lines = [line for line in family.weights(cfg) if _LAYERS in line.key and line.path.startswith("text/layers/")]
         self._names = {line.path.partition("{i}/")[2]: line.key.partition(_LAYERS)[2] for line in lines}
         self._layouts = {line.key.partition(_LAYERS)[2]: _axes(line.layout) for line in lines}
