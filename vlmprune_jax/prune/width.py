@@ -135,7 +135,7 @@ def _after_counts(
             units[i, axis] = values[numbers[i, axis]]
     base, costs = config.base or cfg, layer_costs(cfg, stack).of
     gone = sum(map(costs, base.stack(stack).layers)) - sum(map(costs, smaller(base).stack(stack).layers))
-    rest = dataclasses.replace(config, base=smaller(base), **dict.fromkeys(axes))
+    rest = dataclasses.replace(config, base=smaller(base), experts=None)
     others, widths = choose_widths(
         dataclasses.replace(scores, units=units), smaller(cfg), alive, ratio, rest, total, stack, by_count=gone
     )

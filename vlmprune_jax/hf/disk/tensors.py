@@ -34,6 +34,15 @@ class Tensor:
     look: Look = lambda block: None
     pieces: Callable[[], Iterator[np.ndarray | Extent]] | None = None
 
+    def blocks(self) -> Iterator[np.ndarray | Extent]:
+        """Yield the tensor's bytes in order, as arrays or byte ranges of files."""
+        if self.extent is not None:
+            yield self.extent
+        elif self.pieces is not None:
+            yield from self.pieces()
+        else:
+            yield self.fetch()
+
 
 def weight(
     key: str,
@@ -160,8 +169,8 @@ def write_safetensors(tensors: Sequence[Tensor], file: CheckedFile) -> None:
 
 def write_tensor(tensor: Tensor, file: CheckedFile) -> None:
     """Append the bytes of a tensor to a file."""
-    written, whole = 0, [tensor.extent] if tensor.extent is not None else None
-    for data in whole or ([tensor.fetch()] if tensor.pieces is None else tensor.pieces()):
+    written = 0
+    for data in tensor.blocks():
         if isinstance(data, Extent):
             file.copy(data, tensor.look)
             written += data.end - data.begin
