@@ -38,6 +38,7 @@ from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 CRITERIA = ("reap", "man", "expert_frequency")
 CALIBRATIONS = ("text", "images", "both, pooled", "both, sum", "both, max", "both, floor")
 SHARES = (0.25, 0.5)
+REPAIRED = ("reap", "both, pooled", SHARES[-1])
 LETTERS, BATCH = 80, 25
 STEPS = 50  # of recovery
 Batches = list[Batch]
@@ -163,7 +164,7 @@ def study(
                 for name, trained in repairs(model, model, None, batches):
                     row = {"criterion": f"unpruned, {name}", "calibration": "both", "share": 0.0, "seed": seed}
                     note(trained, (name, seed), **row)
-            for share in SHARES[repair:]:
+            for share in SHARES:
                 for criterion, calibration, plan in plans(model, routings, share, seed):
                     if time.monotonic() - started > 60 * minutes:
                         return
@@ -171,7 +172,7 @@ def study(
                     pruned, kept = vp.apply_plan(model, plan), tuple(layer.kept["experts"] for layer in plan.layers)
                     if not repair:
                         note(pruned, kept, **row)
-                    elif (criterion, calibration) == ("reap", "both, pooled"):
+                    elif (criterion, calibration, share) == REPAIRED:
                         for name, repaired in repairs(model, pruned, plan, batches):
                             note(repaired, (name, seed, kept), **row | {"criterion": f"reap, {name}"})
 
@@ -187,7 +188,7 @@ def summary(out: Path) -> None:
             row["calibration"], column = "random experts", column.replace("random", "reap")
         if not repair and row["share"]:
             by_calibration.setdefault(row["calibration"], {}).setdefault(column, []).append(values)
-        if repair or not row["share"] or (criterion, row["calibration"]) == ("reap", "both, pooled"):
+        if repair or not row["share"] or (criterion, row["calibration"], row["share"]) == REPAIRED:
             by_repair.setdefault(repair or "none", {}).setdefault(column, []).append(values)
     for title, table in (("calibration", by_calibration), ("repair", by_repair)):
         columns = dict.fromkeys(column for cells in table.values() for column in cells)
@@ -196,6 +197,7 @@ def summary(out: Path) -> None:
             means = [np.mean(cells.get(column, [(np.nan, np.nan)]), axis=0) for column in columns]
             numbers = ("" if np.isnan(loss) else f"{loss:.3f}, {bits:.2f}" for loss, bits in means)
             print("|".join(["", name, *numbers, ""]))
+        print()
 
 
 def main() -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import study as study_script
+from expert_study import summary
 from insights import Point, conclude, points_of
 from msgspec.structs import replace
+from repository import ROOT
 from study_cases import changed, row, rows, sweep, write_sweep
 from study_guide import evidence_of
 from study_page import BEGIN, END, as_markdown, study_figure
@@ -301,3 +303,8 @@ def test_a_band_ends_before_a_place_of_two_seeds():
     (band,) = axes.collections
     assert axes.lines[-1].get_xdata().max() == pytest.approx(46.0)
     assert max(path.vertices[:, 0].max() for path in band.get_paths()) == pytest.approx(31.0)
+
+
+def test_results_of_experts_are_printed_from_their_data(capsys):
+    summary(ROOT / "docs/explanation/data/study_experts.jsonl.xz")
+    assert capsys.readouterr().out in (ROOT / "docs/explanation/results.md").read_text(encoding="utf-8")
