@@ -4,8 +4,8 @@ python tools/expert_study.py --model=runs/experts/teacher --out=runs/experts/stu
 
 One JSON line per pruned model: accuracy and loss on questions about images (right: every token of the answer is the
 most probable one), and bits per byte of English text like the training's. Calibration takes a pass per seed and data
-set; all plans follow from the sums. --repair adds models repaired by least squares, or by training routers; --summary
-prints the table alone.
+set; all plans follow from the sums. --repair adds models repaired by least squares, or by training routers or LoRA,
+and the unpruned model trained alike; --summary prints the tables of a file of rows.
 """
 
 from __future__ import annotations

@@ -93,12 +93,7 @@ def gradient_channels(
             f"the calibration batches have no labels (all are {IGNORED}), so there is no loss to differentiate"
         )
     types = types_in(np.bincount(data["token_types"].ravel(), minlength=len(TYPES))) if by_token_type else []
-    weighted = by_token_type or not _all_ones(weight_of)
-    if weighted and any("experts" in layer.sizes for layer in model.cfg.text.layers):
-        raise UserError(
-            "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
-            "prompt_weight and answer_weight, or use a criterion such as reap"
-        )
+    _check_experts(model.cfg, weighted=by_token_type or not _all_ones(weight_of))
     ways = [weight_of, *(np.eye(len(TYPES), dtype=np.float32)[TOKEN_TYPES[name]] for name in types)]
     mesh = mesh_of(model.params)
     if mesh is None:
@@ -257,6 +252,14 @@ def _loss_inputs(data: Arrays, ways: list[np.ndarray]) -> list[dict[str, Any]]:
     counts = [None if plain else np.stack([way[row] for way in ways], axis=1) for row in data["token_types"]]
     steps = zip(positions, targets, counts, strict=True)
     return [dict(zip(("positions", "targets", "counts"), step, strict=True)) for step in steps]
+
+
+def _check_experts(cfg: ModelConfig, weighted: bool) -> None:
+    if weighted and any("experts" in layer.sizes for layer in cfg.text.layers):
+        raise UserError(
+            "gradients of experts cannot be weighted or split by token type: leave out by_token_type, image_weight, "
+            "prompt_weight and answer_weight, or use a criterion such as reap"
+        )
 
 
 def _all_ones(weight_of: np.ndarray) -> bool:
