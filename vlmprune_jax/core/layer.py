@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmprune_jax.core.channels import ChannelMixer
 from vlmprune_jax.core.part import AXES, Axis, Part
@@ -75,17 +76,46 @@ def array_axes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in parents)
 
 
-def scan_groups(layers: Sequence[Layer]) -> tuple[tuple[int, int, Layer], ...]:
-    """Group consecutive equal layers; return (number of the first layer, number of layers, layer) for each group.
+class LayerRun(NamedTuple):
+    """Equal layers whose parameters are stacked along a leading axis."""
 
-    Each group is computed by one `jax.lax.scan`.
+    numbers: range
+    """Numbers of the layers: neighbours, or layers at the same position of a repeated pattern."""
+
+    layer: Layer
+    """Sizes of each of the layers."""
+
+
+@functools.lru_cache(maxsize=256)
+def scan_groups(layers: tuple[Layer, ...]) -> tuple[tuple[LayerRun, ...], ...]:
+    """Group layers such that each group is one scan, whose step computes one layer of each run in turn.
+
+    A group repeats a pattern of layers (equal neighbours: a pattern of one layer). Of all groupings this is the one
+    with the fewest runs, since each run is traced and compiled once.
     """
-    result, start = [], 0
-    for layer, group in itertools.groupby(layers):
-        length = len(list(group))
-        result.append((start, length, layer))
-        start += length
-    return tuple(result)
+    numbers = dict[Layer, int]()
+    kinds = [numbers.setdefault(layer, len(numbers)) for layer in layers]
+    best = [(0, 0, 0)] * (len(layers) + 1)  # of the layers from each on: number of runs, first pattern's period and end
+    for start in reversed(range(len(layers))):
+        options = []
+        for period in range(1, max((len(layers) - start) // 2, 1) + 1):
+            stop = start + period
+            while kinds[stop : stop + period] == kinds[start : start + period]:
+                options.append((best[stop][0] + period, period, stop))
+                stop += period
+            options.append((best[stop][0] + period, period, stop))
+        best[start] = min(options)
+    groups, start = [], 0
+    while start < len(layers):
+        _, period, stop = best[start]
+        groups.append(tuple(LayerRun(range(i, stop, period), layers[i]) for i in range(start, start + period)))
+        start = stop
+    return tuple(groups)
+
+
+def layer_runs(layers: tuple[Layer, ...]) -> tuple[LayerRun, ...]:
+    """Return the runs of all scans, numbered as in the paths of parameters."""
+    return tuple(itertools.chain.from_iterable(scan_groups(layers)))
 
 
 def describe_sizes(sizes: Mapping[str, int]) -> str:

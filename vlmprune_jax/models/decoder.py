@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.sections import FakeQuant, LoraConfig
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.context import Cache, Context, Hook, LayerEmbeds, Names
@@ -177,9 +177,9 @@ class Decoder(BlockStack):
         """Return the empty (zero-filled) state of all mixers, such as a key/value cache of `slots` tokens."""
         states = {
             str(run): MIXERS[type(layer.mixer)].empty_state(
-                self.cfg, layer, length=length, slots=slots, batch=batch, dtype=dtype
+                self.cfg, layer, length=len(numbers), slots=slots, batch=batch, dtype=dtype
             )
-            for run, (_, length, layer) in enumerate(scan_groups(self.cfg.layers))
+            for run, (numbers, layer) in enumerate(layer_runs(self.cfg.layers))
         }
         return {run: state for run, state in states.items() if state is not None}
 
@@ -193,4 +193,4 @@ class Decoder(BlockStack):
 
     @property
     def _mixers(self) -> dict[str, Any]:
-        return {str(run): MIXERS[type(x.mixer)] for run, (_, _, x) in enumerate(scan_groups(self.cfg.layers))}
+        return {str(run): MIXERS[type(x.mixer)] for run, (_, x) in enumerate(layer_runs(self.cfg.layers))}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer, array_axes, scan_groups
+from vlmprune_jax.core.layer import Layer, array_axes, layer_runs
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
@@ -34,7 +34,7 @@ def _active(cfg: ModelConfig, path: str, axes: Sequence[str], size: int) -> int:
     """Return how many of the `size` values of a parameter with these axes one token uses."""
     stack, _, rest = path.partition("/layers/")
     if rest:
-        layer = scan_groups(cfg.stack(stack).layers)[int(rest.split("/")[0])][2]
+        layer = layer_runs(cfg.stack(stack).layers)[int(rest.split("/")[0])].layer
         active = layer.active_sizes()
         for axis in array_axes(axes):
             size = size * active.get(axis, 1) // layer.sizes.get(axis, 1)

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.models.vlm import Model, Params, abstract, config_of
 
 Flat = dict[str, Any]
@@ -73,29 +73,28 @@ def locate(cfg: ModelConfig, path: str) -> list[tuple[int | None, str, int | Non
     stack, _, leaf = path.partition("/layers/{i}/")
     if not leaf:
         return [(None, path, None)]
-    groups = scan_groups(cfg.stack(stack).layers)
     return [
-        (start + index, f"{stack}/layers/{run}/{leaf}", index)
-        for run, (start, length, _) in enumerate(groups)
-        for index in range(length)
+        (number, f"{stack}/layers/{run}/{leaf}", index)
+        for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers))
+        for index, number in enumerate(numbers)
     ]
 
 
 def unstack_layers(params: Params, cfg: ModelConfig, stack: str = "text") -> tuple[list[Flat], Params]:
     """Split a stack's stacked parameters into one flat dict per layer; also return the remaining params."""
-    layers: list[Flat] = []
-    for run, (_, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
+    layers = dict[int, Flat]()
+    for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
         flat = flatten(params[stack]["layers"][str(run)])
-        layers += [{name: leaf[i] for name, leaf in flat.items()} for i in range(length)]
+        layers |= {number: {name: leaf[i] for name, leaf in flat.items()} for i, number in enumerate(numbers)}
     rest = {name: leaf for name, leaf in params[stack].items() if name != "layers"}
-    return layers, {**params, stack: rest}
+    return [layers[number] for number in sorted(layers)], {**params, stack: rest}
 
 
 def stack_layers(layers: Sequence[Flat], rest: Params, cfg: ModelConfig, stack: str = "text") -> Params:
     """Stack per-layer parameter dicts for layers with the shapes in `cfg` (undoes `unstack_layers`)."""
     stacked = {}
-    for run, (start, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
-        members = layers[start : start + length]
+    for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
+        members = [layers[number] for number in numbers]
         kind = type(next(iter(members[0].values())))
         # arrays that stay in their files (hf/lazy.py) bring their own
         join = np.stack if issubclass(kind, np.ndarray) else getattr(kind, "stack", jnp.stack)
@@ -132,6 +131,8 @@ def _init(
         # not learn to compare a word with its context (text-only easy-VQA, 64 wide: 87 % after 150 steps and flat,
         # against 99.6 % after 250 with this).
         return jax.random.normal(key, shape, dtype) * (1 / math.sqrt(shape[-1]))
+    if owner == "step":  # the softplus of it: 0.001 to 0.1, states that last (Gu & Dao 2023, arXiv 2312.00752)
+        return jax.random.uniform(key, shape, dtype, -7.0, -2.3)
     if owner in ("class_embedding", "position_embedding"):
         return 0.02 * jax.random.normal(key, shape, dtype)
     size = dict(zip(axes, shape, strict=True))
@@ -139,8 +140,7 @@ def _init(
         fan_in = math.prod(shape[axes.index("rank") + 1 :])
         bound = 1 / math.sqrt(fan_in)  # kaiming-uniform with a = sqrt(5)
         return jax.random.uniform(key, shape, dtype, -bound, bound)
-    heads = ("q_heads", "head")
-    into = {"o_proj": heads, "dense": heads, "out_proj": heads, "patch_embedding": axes[1:]}
+    into = {"patch_embedding": axes[1:], **dict.fromkeys(("o_proj", "dense", "out_proj"), axes[2:])}
     fan_in = math.prod(size[axis] for axis in into.get(owner, axes[-1:]))
     branch = owner in ("o_proj", "dense", "down_proj", "out_proj", "fc2")
     depth = len(cfg.stack(path.split("/")[0]).layers) if branch else 0

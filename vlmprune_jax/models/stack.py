@@ -1,8 +1,9 @@
-"""Stacks of transformer blocks, scanned over runs of equal shape."""
+"""Stacks of transformer blocks, scanned over equal layers and over repeated patterns of layers."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs, scan_groups
 from vlmprune_jax.core.sections import LoraConfig
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.models.block import Block
@@ -47,8 +48,8 @@ class BlockStack(nnx.Module):
         self.cfg: Any = cfg
         self.layers = nnx.Dict(
             {
-                str(run): Block(cfg, shape, length, names, lora)
-                for run, (_, length, shape) in enumerate(scan_groups(cfg.layers))
+                str(run): Block(cfg, layer, len(numbers), names, lora)
+                for run, (numbers, layer) in enumerate(layer_runs(cfg.layers))
             }
         )
 
@@ -57,7 +58,7 @@ class BlockStack(nnx.Module):
         raise NotImplementedError
 
     def run_parts(self, run: str) -> tuple[Callable[..., Any], nnx.State]:
-        """Return `(apply, state)` for a group of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
+        """Return `(apply, state)` for a run of equal blocks; `apply(state of one block, x, ctx, ...)` runs one block.
 
         `state` has a leading layer axis; scanning it, or differentiating block by block, is up to the caller.
         """
@@ -103,44 +104,54 @@ class BlockStack(nnx.Module):
 
         deepstack_embeds, per_layer_embeds = layer_embeds
         kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype) if keep else None
-        hooks, caches, last = list[Any](), {}, None
+        cache, last, hooks, caches = cache or {}, None, dict[int, Any](), Cache()
         shared = dict[int, tuple[jax.Array, jax.Array]]()
-        for run, (start, length, shape) in enumerate(scan_groups(self.cfg.layers)):
-            apply, state = self.run_parts(str(run))
-            own_cache = (cache or {}).get(str(run))
-            produces = start + length - 1 in self.cfg.producers
-            names = (*capture, KEYS) if produces else capture
-            apply = _with_remat(apply, ctx._replace(shared=shared), names, remat, per_layer_embeds)
-            if hook is not None and final is not None:
-                values = jax.eval_shape(apply, jax.tree.map(operator.itemgetter(0), state), x, jnp.int32(0), None)[2]
+        numbered, groups = map(str, itertools.count()), scan_groups(self.cfg.layers)
+        for group in groups:
+            runs, blocks, layers = list(itertools.islice(numbered, len(group))), list[Callable[..., Any]](), []
+            for run, (numbers, _) in zip(runs, group, strict=True):
+                apply, state = self.run_parts(run)
+                names = (*capture, KEYS) if numbers[-1] in self.cfg.producers else capture
+                blocks.append(_with_remat(apply, ctx._replace(shared=shared), names, remat, per_layer_embeds))
+                slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in numbers]) if keep else None
+                layers.append((state, jnp.asarray(numbers), slots, jnp.arange(len(numbers))))
+            if hook is not None and final is not None and group is groups[-1]:
+                first = jax.tree.map(operator.itemgetter(0), state)
+                values = jax.eval_shape(blocks[-1], first, x, jnp.int32(0), None)[2]
                 values.pop(KEYS, None)
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
-            slots = [keep.index(i) if i in keep else len(keep) for i in range(start, start + length)]
 
-            def body(carry: Any, layer: Any, apply: Callable[..., Any] = apply, start: int = start) -> tuple[Any, Any]:
-                (x, kept, last, cache), (state, index, slot) = carry, layer
-                y, cache, values = apply(state, x, index, None if cache is None else LayerState(cache, index - start))
-                if (deep := deepstack_embeds) is not None:
-                    y = jax.lax.cond(index < len(deep), lambda y: y + at_layer(deep, index), lambda y: y, y)
-                if kept is not None:
-                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
-                keys = values.pop(KEYS, None)
-                hooked = None if hook is None else hook(seen(x, y, values, nnx.to_pure_dict(state)))
-                return (y, kept, None if last is None else (x, values), cache), (hooked, keys)
+            def body(carry: Any, layers: Any, runs: list[str] = runs, blocks: Any = blocks) -> tuple[Any, Any]:
+                x, kept, last, cache = carry
+                outputs = []
+                for run, block, (state, index, slot, place) in zip(runs, blocks, layers, strict=True):
+                    y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
+                    cache = cache if updated is None else {**cache, run: updated}
+                    if deepstack_embeds is not None:
+                        enters = index < len(deepstack_embeds)
+                        y = jax.lax.cond(enters, _add_layer, lambda y, *_: y, y, deepstack_embeds, index)
+                    if kept is not None:
+                        kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
+                    keys = values.pop(KEYS, None)
+                    hooked = None if hook is None else hook(seen(x, y, values, nnx.to_pure_dict(state)))
+                    outputs.append((hooked, keys))
+                    last = (x, values) if last is not None and block is blocks[-1] else last
+                    x = y
+                return (x, kept, last, cache), outputs
 
-            layers = (state, jnp.arange(start, start + length), jnp.asarray(slots) if keep else None)
-            (x, kept, last, of_run), (hooked, keys) = jax.lax.scan(body, (x, kept, last, own_cache), layers)
-            if of_run is not None:
-                caches[str(run)] = of_run
-            if produces:
-                shared = {**shared, shape.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
-            hooks += [jax.tree.map(operator.itemgetter(i), hooked) for i in range(length)]
+            own_cache = {run: cache[run] for run in runs if run in cache}
+            (x, kept, last, updated), outputs = jax.lax.scan(body, (x, kept, last, own_cache), layers)
+            caches |= updated
+            for (numbers, layer), (hooked, keys) in zip(group, outputs, strict=True):
+                if keys is not None:
+                    shared = {**shared, layer.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
+                hooks |= {number: jax.tree.map(operator.itemgetter(i), hooked) for i, number in enumerate(numbers)}
         if final is not None:
             x = final(x)
         if hook is not None and last is not None:
             params = jax.tree.map(operator.itemgetter(-1), nnx.to_pure_dict(state))
-            hooks[-1] = hook(seen(last[0], x, last[1], params))
-        return Passed(x, kept, hooks, caches)
+            hooks[len(hooks) - 1] = hook(seen(last[0], x, last[1], params))
+        return Passed(x, kept, [hooks[number] for number in sorted(hooks)], caches)
 
 
 def _with_remat(
@@ -162,6 +173,10 @@ def _with_remat(
 def at_layer(stacked: Any, index: Any) -> Any:
     """Return entry `index` of every array in a pytree."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
+
+
+def _add_layer(x: jax.Array, stacked: jax.Array, index: jax.Array) -> jax.Array:
+    return x + at_layer(stacked, index)
 
 
 def fill(module: _Module, params: Mapping[str, Any]) -> _Module:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.data.preparation import Preparation
 from vlmprune_jax.distributed.mesh import decoding_mesh, make_mesh, row_ways, use_mesh
 from vlmprune_jax.distributed.rules import sharding
@@ -151,7 +151,7 @@ def _placed(cfg: ModelConfig, begun: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, axes))
 
     cache, state = begun
-    axes_of = {str(run): MIXERS[type(x.mixer)].state_axes for run, (_, _, x) in enumerate(scan_groups(cfg.text.layers))}
+    axes_of = {str(run): MIXERS[type(x.mixer)].state_axes for run, (_, x) in enumerate(layer_runs(cfg.text.layers))}
     placed = {
         run: jax.tree.unflatten(jax.tree.structure(leaves), map(place, jax.tree.leaves(leaves), axes_of[run]))
         for run, leaves in cache.items()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, VisionConfig
 from vlmprune_jax.core.errors import printable
-from vlmprune_jax.core.layer import describe_layers, scan_groups
+from vlmprune_jax.core.layer import describe_layers
 from vlmprune_jax.core.mixers import Attention
 from vlmprune_jax.core.part import AXES
 from vlmprune_jax.core.stack import Stack, stack_title
@@ -77,12 +79,14 @@ def count_passthrough(folder: Path, vision_dir: Path | None) -> int:
 
 
 def _stack(stack: Stack) -> dict[str, Any]:
+    neighbours = [[*alike] for _, alike in itertools.groupby(enumerate(stack.layers), key=operator.itemgetter(1))]
     return {
         "layers": len(stack.layers),
         "runs": [
-            {"first": first, "layers": n, **layer.sizes, "window": layer.mixer.window}
+            {"first": alike[0][0], "layers": len(alike), **layer.sizes, "window": layer.mixer.window}
             | ({"shared": True} if layer.mixer.kv_shared else {})
-            for first, n, layer in scan_groups(stack.layers)
+            for alike in neighbours
+            for layer in (alike[0][1],)
         ],
         "hidden_size": stack.hidden_size,
         "head_dim": stack.attention.head_dim,

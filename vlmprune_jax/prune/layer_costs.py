@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig
-from vlmprune_jax.core.layer import Layer, array_axes, scan_groups
+from vlmprune_jax.core.layer import Layer, array_axes, layer_runs
 from vlmprune_jax.models.params import param_axes, param_shapes
 
 
@@ -59,7 +59,7 @@ def layer_costs(cfg: ModelConfig, stack: str = "text", *, products: bool = False
     The counts include a layer's share of parameters that all layers have in common (axis `depth`).
     """
     axes, shapes, kinds = param_axes(cfg), param_shapes(cfg), dict[Layer, Polynomial]()
-    for run, (_, _, layer) in enumerate(scan_groups(cfg.stack(stack).layers)):
+    for run, (_, layer) in enumerate(layer_runs(cfg.stack(stack).layers)):
         if layer.kind in kinds:
             continue
         terms = Counter[tuple[str, ...]]()

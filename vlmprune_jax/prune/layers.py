@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.core.stack import Stack
 from vlmprune_jax.distributed.mesh import gather_to_host
 from vlmprune_jax.distributed.rules import constrain
@@ -124,11 +124,9 @@ class Layer:
         `dtype`: data type of the layer's parameters in the computation; None = the model's.
         """
         cfg = model.cfg.stack(stack)
-        run, (start, _, shape) = next(
-            (run, group) for run, group in enumerate(scan_groups(cfg.layers)) if number < group[0] + group[1]
-        )
+        run, (numbers, shape) = next((run, x) for run, x in enumerate(layer_runs(cfg.layers)) if number in x.numbers)
         flat = flatten(model.params[stack]["layers"][str(run)])
-        weights = {path: to_device(leaf, number - start) for path, leaf in flat.items()}
+        weights = {path: to_device(leaf, numbers.index(number)) for path, leaf in flat.items()}
         stored = next(iter(weights.values())).dtype
         params = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in weights.items()}
         shares = bool(cfg.producers) and not shape.mixer.kv_shared
@@ -228,14 +226,14 @@ def _run(
 def with_layers(model: Model, stack: str, changed: Mapping[int, Mapping[str, np.ndarray]]) -> Model:
     """Return the model with some layers' parameters replaced, given as {layer number: {path: array}}."""
     layers = dict(model.params[stack]["layers"])
-    for run, (start, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
+    for run, (numbers, _) in enumerate(layer_runs(model.cfg.stack(stack).layers)):
         flat = flatten(layers[str(run)])
         # sorted: all processes must place the same array at a time
-        for path in sorted({path for number in range(start, start + length) for path in changed.get(number, ())}):
+        for path in sorted({path for number in numbers for path in changed.get(number, ())}):
             leaf, arrays = flat[path], list[np.ndarray]()
             old = np.asarray(gather_to_host(leaf)) if isinstance(leaf, jax.Array) else None
-            for at in range(length):
-                new = changed.get(start + at, {}).get(path)
+            for at, number in enumerate(numbers):
+                new = changed.get(number, {}).get(path)
                 if new is None:  # only then read it
                     new = to_host(leaf, at) if old is None else old[at]
                 arrays.append(new)

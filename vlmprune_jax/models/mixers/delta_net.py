@@ -24,7 +24,7 @@ from vlmprune_jax.models.context import Context, LayerState, Mixed, Names, dropo
 from vlmprune_jax.models.layers import Leaf, Norm, Projection, broadcast, widen
 from vlmprune_jax.models.mixers.short_conv import RealFirst, at_layer, convolve, write_layer
 
-CHUNK = 64  # positions of a chunk
+CHUNK = 64  # positions of a chunk; a shorter sequence is one
 _EPS = 1e-6  # of the norms of queries and keys
 _PRECISE = jax.lax.Precision.HIGHEST
 
@@ -153,19 +153,20 @@ def chunked(
     backward pass computes a chunk again from its inputs and the matrices before it, all that is stored.
     """
     batch, length, heads = v.shape[:3]
-    group, n = heads // q.shape[2], -(-length // CHUNK)
+    group, size = heads // q.shape[2], min(CHUNK, length)
+    n = -(-length // size)
     if matrix is None:
         matrix = jnp.zeros((batch, heads, k.shape[-1], v.shape[-1]), v.dtype)
 
     def chunks(x: jax.Array) -> jax.Array:
         """Return [chunk, batch, heads, position, ...]."""
-        x = jnp.pad(x, ((0, 0), (0, n * CHUNK - length), *(((0, 0),) * (x.ndim - 2))))
-        return jnp.moveaxis(x.reshape(batch, n, CHUNK, *x.shape[2:]), (1, 3), (0, 2))
+        x = jnp.pad(x, ((0, 0), (0, n * size - length), *(((0, 0),) * (x.ndim - 2))))
+        return jnp.moveaxis(x.reshape(batch, n, size, *x.shape[2:]), (1, 3), (0, 2))
 
     matrix, out = jax.lax.scan(
         jax.checkpoint(functools.partial(_chunk, group)), matrix, tuple(map(chunks, (q, k, v, beta, g)))
     )
-    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, n * CHUNK, heads, v.shape[-1])
+    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, n * size, heads, v.shape[-1])
     assert matrix is not None
     return out[:, :length], matrix
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from vlmprune_jax.core.config import IGNORED, ModelConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.distributed.rules import constrain
 from vlmprune_jax.models.params import Flat, flatten, unflatten
@@ -76,13 +76,13 @@ def tower_channels(
             )
         of_axis = tuple((path, axes[path.partition("/")[2]]) for path in weights)
         scores = jax.tree.map(np.asarray, _reduced(weights, sums, float(total), float(samples), channels, of_axis))
-    layers = []
-    for run, (_, length, _) in enumerate(scan_groups(cfg.stack(stack).layers)):
+    layers = dict[int, Any]()
+    for run, (numbers, _) in enumerate(layer_runs(cfg.stack(stack).layers)):
         stacked = {name: scores[f"{run}/{name}"] for name in axes}
-        layers += [jax.tree.map(operator.itemgetter(i), stacked) for i in range(length)]
+        layers |= {number: jax.tree.map(operator.itemgetter(i), stacked) for i, number in enumerate(numbers)}
     if progress is not None:
         progress(len(layers))
-    return layers
+    return [layers[number] for number in sorted(layers)]
 
 
 def _zeros(flat: Flat) -> Flat:

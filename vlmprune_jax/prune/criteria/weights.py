@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmprune_jax.core.config import STACKS, ModelConfig
-from vlmprune_jax.core.layer import scan_groups
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.distributed.mesh import use_mesh
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.placement import mesh_of
@@ -32,13 +32,13 @@ def input_weights(model: Model, *, power: int, stack: str = "text") -> list[Chan
     The weights are multiplied by the gains of their outputs (`Block.gain`), as in the sum to the residual stream. The
     sums can weight the inputs of these projections that a hook receives.
     """
-    blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, list[dict[str, str]]()
-    for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
-        writers = blocks[str(run)].writers
-        paths += [{name: f"{writer.projection}/weight" for name, writer in writers.items()}] * length
-    weights = dict.fromkeys(itertools.chain.from_iterable(layer.values() for layer in paths), 0)
+    blocks, paths = stack_module(stack, model.cfg.stack(stack)).layers, dict[int, dict[str, str]]()
+    for run, (numbers, _) in enumerate(layer_runs(model.cfg.stack(stack).layers)):
+        writers = {name: f"{writer.projection}/weight" for name, writer in blocks[str(run)].writers.items()}
+        paths |= dict.fromkeys(numbers, writers)
+    weights = dict.fromkeys(itertools.chain.from_iterable(layer.values() for layer in paths.values()), 0)
     sums = _channel_sums(model, weights, power=power, stack=stack, written=True)
-    return [{name: layer[path] for name, path in writers.items()} for layer, writers in zip(sums, paths, strict=True)]
+    return [{name: layer[path] for name, path in paths[number].items()} for number, layer in enumerate(sums)]
 
 
 def _channel_sums(
@@ -48,9 +48,9 @@ def _channel_sums(
 
     `written`: times the gain of what they write to the residual stream.
     """
-    mesh, layers = mesh_of(model.params), list[Channels]()
+    mesh, layers = mesh_of(model.params), dict[int, Channels]()
     with use_mesh(mesh):
-        for run, (_, length, _) in enumerate(scan_groups(model.cfg.stack(stack).layers)):
+        for run, (numbers, _) in enumerate(layer_runs(model.cfg.stack(stack).layers)):
             params = model.params[stack]["layers"][str(run)]
             flat, block = flatten(params), fill(stack_module(stack, model.cfg.stack(stack)).layers[str(run)], params)
             gains = {f"{writer.projection}/weight": block.gain(name) for name, writer in block.writers.items()}
@@ -59,8 +59,8 @@ def _channel_sums(
                 for name, axis in weights.items()
                 if name in flat
             }
-            layers += [{name: values[i] for name, values in sums.items()} for i in range(length)]
-    return layers
+            layers |= {number: {name: values[i] for name, values in sums.items()} for i, number in enumerate(numbers)}
+    return [layers[number] for number in sorted(layers)]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
