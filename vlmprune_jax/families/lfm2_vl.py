@@ -8,7 +8,6 @@ from typing import Any
 
 from vlmprune_jax.core.config import ModelConfig, TextConfig, VisionConfig
 from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import ShortConv
 from vlmprune_jax.core.projector import ProjectorConfig
 from vlmprune_jax.families import gguf
@@ -16,9 +15,15 @@ from vlmprune_jax.families.decoders import decoder_family, text_from_hf, text_we
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.llava import RECIPE
 from vlmprune_jax.families.patch_towers import square_side
-from vlmprune_jax.families.shapes import layers_to_hf, tied_embeddings, vlm_token_ids
+from vlmprune_jax.families.shapes import (
+    hybrid_layers,
+    hybrid_layers_to_hf,
+    hybrid_problem,
+    tied_embeddings,
+    vlm_token_ids,
+)
 from vlmprune_jax.families.table import Decoder, Family, JsonDict, Stock, Weight
-from vlmprune_jax.families.templates import Template
+from vlmprune_jax.families.templates import QWEN3_VL
 from vlmprune_jax.families.towers import (
     projector_of,
     projector_weights,
@@ -46,7 +51,6 @@ _TEXT: JsonDict = {
     "block_auto_adjust_ff_dim": True,
 }
 _THETA = 1e6
-_KINDS = ("conv", "full_attention")
 _TOWER = "siglip2_vision_model"
 # Names in files that differ from Llama's.
 _NAMES = {
@@ -78,53 +82,24 @@ def _neurons(config: Mapping[str, Any]) -> int:
     return neurons if factor is None else -(-int(factor * neurons) // multiple) * multiple
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str]:
-    n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
-    attention = range(n_layers) if attention is None else attention
-    kinds = config.get("layer_types") or [_KINDS[i in attention] for i in range(n_layers)]
-    unknown = sorted(set(kinds) - set(_KINDS))
-    if unknown:
-        raise UserError(f"layer_types {unknown} are not supported (supported: {', '.join(_KINDS)})")
-    if len(kinds) != n_layers:
-        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(kinds)} layers")
-    if "full_attention" not in kinds:
-        raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
-    return kinds
-
-
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
     config = {**_TEXT, **config}
     if config.get("conv_bias"):
         raise UserError("conv_bias true is not supported (no released model has it)")
-    kinds, neurons = _kinds(config), _neurons(config)
-    fields = {"intermediate_size": neurons, "rms_norm_eps": config["norm_eps"], "hidden_act": "silu"}
+    n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
+    attention = range(n_layers) if attention is None else attention
+    kinds = config.get("layer_types") or ["full_attention" if i in attention else "conv" for i in range(n_layers)]
+    fields = {"intermediate_size": _neurons(config), "rms_norm_eps": config["norm_eps"], "hidden_act": "silu"}
     if not config.get("rope_parameters"):
         fields["rope_theta"] = config.get("rope_theta") or _THETA
     text = llama_like({**config, **fields}, "lfm2", attention={"qk_norm": True})
-    conv = ShortConv(text.hidden_size, int(config["conv_L_cache"]))
-    pairs = zip(kinds, text.layers, strict=True)
-    return text.with_layers([Layer(conv, x.channel) if kind == "conv" else x for kind, x in pairs])
+    return hybrid_layers(text, ShortConv(text.hidden_size, int(config["conv_L_cache"])), kinds)
 
 
 def _text_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     """Return an LFM2 config with updated layers, which states the number of neurons itself."""
-    attention = [layer for layer in text.layers if not isinstance(layer.mixer, ShortConv)]
-    config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), source)
-    for name in ("block_ff_dim", "full_attn_idxs"):
-        config.pop(name, None)
-    return {
-        **config,
-        "num_hidden_layers": len(text.layers),
-        "layer_types": [_KINDS[not isinstance(layer.mixer, ShortConv)] for layer in text.layers],
-        "block_auto_adjust_ff_dim": False,
-    }
-
-
-def _problem(text: TextConfig) -> str | None:
-    """Return why transformers' LFM2 class does not support these layers, with advice; None if it does."""
-    if all(isinstance(layer.mixer, ShortConv) for layer in text.layers):
-        return "transformers needs one layer of full attention: keep one"
-    return None if text.uniform else "its class has one width for all layers: prune them alike (selection local)"
+    config = hybrid_layers_to_hf(text, source) | {"block_auto_adjust_ff_dim": False}
+    return {name: value for name, value in config.items() if name not in ("block_ff_dim", "full_attn_idxs")}
 
 
 def _text_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
@@ -150,27 +125,17 @@ LFM2 = decoder_family(
         gguf=(gguf.LFM2,),
         runs_in=("vllm", "mlx"),
         vllm_tpu="",
-        problem=_problem,
+        problem=hybrid_problem,
     )
 )
 
-_TEMPLATE = Template(
+_TEMPLATE = dataclasses.replace(
+    QWEN3_VL,
     name="lfm2_vl",
-    system_start="<|im_start|>system\n",
-    system="",
-    system_end="<|im_end|>\n",
-    user="<|im_start|>user\n",
-    user_end="<|im_end|>\n",
-    assistant="<|im_start|>assistant\n",
-    assistant_end="<|im_end|>\n",
-    gap="",
-    image_first=False,
-    tight_image=True,
     image_tokens=("<|image_start|>", "<image>", "<|image_end|>"),
     tile_start="<|img_row_{row}_col_{column}|>",
     overview="<|img_thumbnail|>",
-    by_turn=True,
-    special=("<|im_start|>", "<|im_end|>"),
+    video=None,
 )
 
 

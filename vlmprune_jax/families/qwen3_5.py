@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
-from vlmprune_jax.core.errors import UserError
-from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
 from vlmprune_jax.families.patch_towers import with_sections
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
 from vlmprune_jax.families.rope import rotary_dim
-from vlmprune_jax.families.shapes import layers_to_hf
+from vlmprune_jax.families.shapes import hybrid_layers, hybrid_layers_to_hf, hybrid_problem
 from vlmprune_jax.families.table import Decoder, JsonDict, Weight
 
 # Defaults of the config classes in transformers.
@@ -39,7 +37,6 @@ _TEXT: JsonDict = {
 IDS = {"image_token_id": 248056, "video_token_id": 248057}
 MTP = ("mtp.", "mtp_num_hidden_layers")
 _SECTIONS = (11, 11, 10)
-_KINDS = ("linear_attention", "full_attention")
 _DELTA = {  # parameter -> (name in files, layout); those of one name are its rows, in order
     "q_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
     "k_proj/weight": ("in_proj_qkv.weight", "(delta_groups delta_key) embed"),
@@ -64,13 +61,6 @@ def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     kinds = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
     ]
-    unknown = sorted(set(kinds) - set(_KINDS))
-    if unknown:
-        raise UserError(f"layer_types {unknown} are not supported (supported: {', '.join(_KINDS)})")
-    if len(kinds) != n_layers:
-        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(kinds)} layers")
-    if "full_attention" not in kinds:
-        raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
     bias, head_dim = bool(config.get("attention_bias", False)), int(config["head_dim"])
     rotated = rotary_dim(config, head_dim, default=0.25)
     attention = {"bias": bias, "out_bias": bias, "qk_norm": True, "gated": True, "rotary_dim": rotated}
@@ -84,9 +74,7 @@ def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
         value_dim=int(config["linear_value_head_dim"]),
         taps=int(config["linear_conv_kernel_dim"]),
     )
-    mixers = {"linear_attention": delta, "full_attention": text.layers[0].mixer}
-    layers = [Layer(mixers[kind], layer.channel) for kind, layer in zip(kinds, text.layers, strict=True)]
-    return text.with_layers(layers)
+    return hybrid_layers(text, delta, kinds)
 
 
 def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
@@ -95,19 +83,7 @@ def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
     config = {name: value for name, value in source.items() if name != "full_attention_interval"}
     if delta:
         config |= {"linear_num_value_heads": delta[0].delta_heads, "linear_num_key_heads": delta[0].delta_groups}
-    kinds = ["linear_attention" if isinstance(x.mixer, DeltaNet) else "full_attention" for x in text.layers]
-    attention = [layer for layer in text.layers if not isinstance(layer.mixer, DeltaNet)]
-    config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), config)
-    return {**config, "num_hidden_layers": len(text.layers), "layer_types": kinds}
-
-
-def hybrid_problem(text: TextConfig) -> str | None:
-    """Return why transformers' Qwen3.5 classes do not support these layers, with advice; None if they do."""
-    if all(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
-        return "transformers needs one layer of full attention: keep one"
-    return (
-        None if text.uniform else "its class has one width for all layers of a kind: prune them alike (selection local)"
-    )
+    return hybrid_layers_to_hf(text, config)
 
 
 def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:

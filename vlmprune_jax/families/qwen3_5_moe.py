@@ -9,8 +9,9 @@ from typing import Any
 from vlmprune_jax.core.channels import ExpertsAndShared
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.families.experts import expert_count, expert_sizes, expert_weights, with_channels
-from vlmprune_jax.families.qwen3_5 import IDS, MTP, hybrid_from_hf, hybrid_problem, hybrid_to_hf, hybrid_weights
+from vlmprune_jax.families.qwen3_5 import IDS, MTP, hybrid_from_hf, hybrid_to_hf, hybrid_weights
 from vlmprune_jax.families.qwen3_vl import qwen3_vl_family
+from vlmprune_jax.families.shapes import hybrid_problem
 from vlmprune_jax.families.table import Decoder, JsonDict, Weight
 
 _DECODER = "qwen3_5_moe_text"

@@ -1,7 +1,8 @@
-"""Config fields that depend on a decoder's layers in every family: widths, sliding windows, token ids."""
+"""Config fields that depend on a decoder's layers in every family: widths, windows, kinds of layers, token ids."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,13 @@ from vlmprune_jax.core.channels import Dense
 from vlmprune_jax.core.config import TextConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
-from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.core.mixers import Attention, DeltaNet, ShortConv
 from vlmprune_jax.families.table import JsonDict
 
 # config.json field with the true widths of each layer, in folders with unequal layers.
 PER_LAYER, _PER_LAYER_AXES = "per_layer_shapes", ("q_heads", "kv_heads", "mlp")
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+TYPES = {DeltaNet: "linear_attention", ShortConv: "conv"}  # names of other mixers in `layer_types`
 
 
 def layers_from_hf(
@@ -75,6 +77,39 @@ def layers_to_hf(text: TextConfig, source: Mapping[str, Any]) -> JsonDict:
     if "layer_types" in source or len(set(sliding)) > 1:
         config["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in sliding]
     return config
+
+
+def hybrid_layers(text: TextConfig, mixer: Any, types: Sequence[str]) -> TextConfig:
+    """Return a decoder of attention layers with `mixer` in place of attention in the layers of another type.
+
+    Raises UserError if `types` has a wrong number of layers, unknown types or no full attention.
+    """
+    n_layers, unknown = len(text.layers), sorted(set(types) - {TYPES[type(mixer)], "full_attention"})
+    if unknown:
+        raise UserError(f"layer_types {unknown} are not supported (supported: {TYPES[type(mixer)]}, full_attention)")
+    if len(types) != n_layers:
+        raise UserError(f"num_hidden_layers is {n_layers} but layer_types lists {len(types)} layers")
+    if "full_attention" not in types:
+        raise UserError("layer_types has no full_attention: transformers needs one such layer, so keep one")
+    pairs = zip(types, text.layers, strict=True)
+    return text.with_layers([x if kind == "full_attention" else Layer(mixer, x.channel) for kind, x in pairs])
+
+
+def hybrid_layers_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
+    """Return a config with updated layers of attention and of another mixer."""
+    attention = [layer for layer in text.layers if isinstance(layer.mixer, Attention)]
+    types = [TYPES.get(type(layer.mixer), "full_attention") for layer in text.layers]
+    config = layers_to_hf(dataclasses.replace(text, layers=tuple(attention)), source)
+    return {**config, "num_hidden_layers": len(text.layers), "layer_types": types}
+
+
+def hybrid_problem(text: TextConfig) -> str | None:
+    """Return why transformers' hybrid decoders do not support these layers, with advice; None if they do."""
+    if not text.attentions:
+        return "transformers needs one layer of full attention: keep one"
+    return (
+        None if text.uniform else "its class has one width for all layers of a kind: prune them alike (selection local)"
+    )
 
 
 def tied_embeddings(config: Mapping[str, Any], text: Mapping[str, Any], *, default: bool) -> bool:
