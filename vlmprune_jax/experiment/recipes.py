@@ -17,6 +17,9 @@ PAPER_LAYERS = {0.15: 5, 0.3: 10, 0.45: 15, 0.6: 20}
 # The paper's nine benchmarks, MME's two scores counted apart, as tasks of lmms-eval.
 PAPER_TASKS = ("mmmu_val", "scienceqa_img", "mathvista_testmini_format", "ai2d", "mme", "pope", "docvqa_val", "gqa")
 
+# Settings of the section `export` by the last word of a variant.
+EXPORTS = {"bf16": {}, "w4a16": {"quantize": "w4a16"}, "gguf": {"format": "gguf", "quantize": "q4_0"}}
+
 YAML = (".yaml", ".yml")  # how the names of YAML configs end
 
 
@@ -104,6 +107,40 @@ def paper_cut(
         "prune": {"method": "width", "heads": "proportional", **goal, **ranges},
         **sections,
     }
+
+
+def vocabulary_cut(
+    variant: str, cuts: Mapping[str, Mapping[str, Any]], ratio: float = 0.3
+) -> dict[str, dict[str, Any]]:
+    """Return {section: settings} for a variant METHOD,RATIO,EXPORT: 65,536 tokens are kept, then METHOD's cut follows.
+
+    Least squares repairs the kept weights, then SFT and KL distillation train on 5 % of the data.
+
+    Args:
+      cuts: {method: settings of the section `prune`}; the method "vocabulary" trims tokens alone.
+      ratio: share of all parameters to remove if the variant has none.
+
+    Raises UserError for an unknown method, or a ratio outside of 0 to 1.
+    """
+    method, *options = variant.split(",")
+    one_of("method of the variant", method, ("vocabulary", *cuts))
+    export = options.pop() if options and options[-1] in EXPORTS else "bf16"
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"fraction": 0.05, "max_length": 2048, "length_buckets": (768, 1024, 1536, 2048)},
+        "prune": {"vocabulary": {"size": 65536, "multiple": 128}},
+        "score": {"samples": 64},
+        "recover": {
+            "name": "sft_kl",
+            "losses": {"ce": 0.5, "kl": 0.5, "l2": 0.0, "teacher_inputs": "own"},
+            "accumulation": 2,  # one row of 2,048 tokens per chip on 64 chips
+        },
+        "export": EXPORTS[export],
+    }
+    if method != "vocabulary":
+        target = fraction("ratio of the variant", float(options[0] if options else ratio))
+        sections["prune"] |= {**cuts[method], "ratio": target}
+        sections["reconstruct"] = {"method": "least_squares"}
+    return sections
 
 
 def _target(variant: str, method: str, target: str) -> dict[str, Any]:
