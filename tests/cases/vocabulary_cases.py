@@ -9,7 +9,7 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-from hf_cases import LLAMA, make_folder
+from hf_cases import LFM2_VL, LLAMA, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from vlm_cases import gemma3_config, internvl_chat_config, llava_config, make_vlm_folder, qwen_vl_config, smolvlm_config
 
@@ -32,6 +32,9 @@ SPECIAL = {
     "internvl_chat": ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<img>", "</img>", "<IMG_CONTEXT>"),
 }  # fmt: skip
 FAMILIES = tuple(SPECIAL)
+# compared with stock code in tests/families/test_lfm2_vl.py
+SPECIAL["lfm2_vl"] = ("<|im_start|>", "<|im_end|>", "<pad>", "<image>", "<|image_start|>", "<|image_end|>",
+                      "<|img_thumbnail|>")  # fmt: skip
 LEARNT, ROWS = 600, 640  # learnt tokens and rows of the embedding: the special tokens follow, then padding
 
 
@@ -49,6 +52,8 @@ def _learnt() -> str:
 def _config(name: str) -> dict[str, Any]:
     if name == "llama":
         return dict(LLAMA)
+    if name == "lfm2_vl":
+        return {**LFM2_VL, "text_config": dict(LFM2_VL["text_config"])}
     if name == "phi":
         from decoder_cases import PHI
 

@@ -15,6 +15,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.data.images import load_image_processor
 from vlmprune_jax.export.gguf_check import check_gguf
+from vlmprune_jax.export.gguf_model import tiled
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.hf.lazy import open_model
 from vlmprune_jax.models.generate import generate
@@ -57,6 +58,18 @@ def test_texts(models, tmp_path, name, cut):
     if cut == "all":
         facts = check_gguf(model, tmp_path / "out", source_dir=golden.ckpt, uneven="per_layer")
         assert facts["backend"] == "llama.cpp"
+
+
+@pytest.mark.parametrize(
+    ("cut", "order"), [("", [0, 3, 1, 4, 2, 5]), ("value_heads_2", [0, 2, 1, 3]), ("value_heads_1", [0, 1])]
+)
+def test_heads_are_tiled_with_the_ratio_after_the_cut(models, cut, order):
+    golden = models["qwen3_5_r3"]
+    model = prune(golden.model, kept_mixers(golden, cut))[0] if cut else golden.model
+    layer = model.cfg.text.layers[-1]
+    heads = np.arange(layer.sizes["delta_heads"])
+    np.testing.assert_array_equal(tiled(heads, ("delta_heads",), layer), order)
+    np.testing.assert_array_equal(tiled(np.array(order), ("delta_heads",), layer, back=True), heads)
 
 
 def test_an_image(models, tmp_path):

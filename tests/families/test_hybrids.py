@@ -14,7 +14,7 @@ import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.models.generate import SharedPrefix, generate
-from vlmprune_jax.models.mixers.delta_net import chunked, recurrent
+from vlmprune_jax.models.mixers.delta_net import CHUNK, chunked, recurrent
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
@@ -114,6 +114,15 @@ def test_mixers_equal_stock(models):
     np.testing.assert_allclose(last, state, atol=2e-5)
     gradient = jax.grad(lambda g: jnp.sum(chunked(*arrays[:4], g, None)[0] ** 2))(arrays[4])
     assert np.isfinite(gradient).all()
+
+
+def test_backward_keeps_a_matrix_per_chunk():
+    """Between the passes there are the inputs and the matrices before every chunk, and nothing of 64 x 64 positions."""
+    sizes = [(2, 4 * CHUNK, *last) for last in ((2, 16), (2, 16), (6, 16), (6,), (6,))]
+    arrays = [jax.ShapeDtypeStruct(size, np.float32) for size in sizes]
+    stored = jax.eval_shape(lambda *x: jax.vjp(lambda *x: chunked(*x, None), *x)[1], *arrays)
+    count = sum(leaf.size for leaf in jax.tree.leaves(stored))
+    assert count <= sum(array.size for array in arrays) + 2 * 4 * 6 * 16 * 16 + 16  # and scalars
 
 
 def test_gradients_are_those_of_autograd(models, torch_outputs, tmp_path):

@@ -10,6 +10,7 @@ from golden_cases import CLOSE
 from hf_cases import LFM2_VL, edit_config, edit_weights, keep_layers, make_folder, prune
 from llama_cpp import MARKER, llama_cpp
 from PIL import Image
+from vocabulary_cases import TOPICS, texts_file, tokenized_folder, vocabulary_plan
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -22,7 +23,7 @@ from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.families import FAMILIES as families
 from vlmprune_jax.models.generate import SharedPrefix, generate
 from vlmprune_jax.models.patch_rows import in_cells
-from vlmprune_jax.prune import KeptLayer
+from vlmprune_jax.prune import KeptLayer, prune_folder
 
 STOCK = {"class_name": "AutoModelForImageTextToText", "version": "5"}
 
@@ -118,6 +119,19 @@ def test_the_tower_is_cut(folder, model, row, torch_outputs, tmp_path):
     np.testing.assert_allclose(vp.forward(smaller, **row)[0], logits, **CLOSE)
 
 
+def test_the_vocabulary_is_cut(row, torch_outputs, tmp_path):
+    """The kept tokens' logits of the whole model, as stock transformers computes them from the export."""
+    source = tokenized_folder(tmp_path / "source", "lfm2_vl")
+    plan = vocabulary_plan(source, texts_file(tmp_path / "texts.json", [TOPICS[0][:3000]]), 440)
+    prune_folder(source, plan, tmp_path / "out", dtype="float32")
+    model, smaller, kept = vp.load(source), vp.load(tmp_path / "out"), np.array(plan.vocabulary.kept)
+    images = row["input_ids"] == 190
+    ids = np.where(images, smaller.cfg.image_token_id, row["input_ids"] % 300)
+    logits = torch_outputs(tmp_path / "out", row | {"input_ids": ids}, **STOCK)["logits"]
+    np.testing.assert_allclose(vp.forward(smaller, **row | {"input_ids": ids})[0], logits, **CLOSE)
+    np.testing.assert_allclose(vp.forward(model, **row | {"input_ids": kept[ids]})[0][..., kept], logits, **CLOSE)
+
+
 def test_a_decoder_alone(model, row, torch_outputs, tmp_path):
     config = {**LFM2_VL["text_config"], "architectures": ["Lfm2ForCausalLM"], "tie_word_embeddings": True}
     folder = make_folder(tmp_path / "text", config)
@@ -167,6 +181,10 @@ def test_wrong_configs_are_refused(tmp_path, changes, message):
 def test_what_cannot_be_cut(model, row):
     with pytest.raises(UserError, match="needs one layer of full attention: keep one"):
         keep_layers(model, [0, 2, 3])
+    with pytest.raises(
+        UserError, match=r"conv of short_conv cannot be pruned \(transformers gives its gates and state"
+    ):
+        vp.make_plan(None, model, method="width", conv=24)
     with pytest.raises(UserError, match=r"spatial_shapes has shape .* pass both as the processor returns them"):
         vp.forward(model, **row | {"spatial_shapes": np.array([[4, 6]])})
 

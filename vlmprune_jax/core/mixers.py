@@ -197,12 +197,10 @@ class DeltaNet(Mixer):
 
 @dataclass(frozen=True)
 class ShortConv(Mixer):
-    """Gated short convolution of one layer (LFM2): a causal, depthwise convolution between two gates.
-
-    Its channels cannot be pruned, because transformers' class has as many channels as the residual stream.
-    """
+    """Gated short convolution of one layer (LFM2): a causal, depthwise convolution between two gates."""
 
     module = "short_conv"
+    why_fixed = "transformers gives its gates and state as many channels as the residual stream"
 
     channels: int
     """Channels of the convolution."""

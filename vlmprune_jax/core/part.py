@@ -58,6 +58,9 @@ class Part:
     writer: ClassVar[str]
     """Projection to whose input the units contribute: "o_proj" of a mixer, "down_proj" of a channel mixer."""
 
+    why_fixed: ClassVar[str] = ""
+    """Why the part has channels that cannot be pruned; "" if it has none."""
+
     settings: ClassVar[tuple[str, str]]
     """Settings that limit pruning of this part: range of layers, and multiple of the remaining units."""
 

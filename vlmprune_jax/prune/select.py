@@ -52,7 +52,12 @@ def make_plan(
       UserError: scores of another model or of the wrong type, a setting that does not exist or that the method does
         not use, or a ratio that the method cannot reach.
     """
-    model, config, cfg = cfg, _configured(config, options), config_of(cfg)
+    model, cfg = cfg, config_of(cfg)
+    for part in (part for layer in cfg.text.layers for part in layer.parts if part.why_fixed):
+        for axis in options.keys() & part.fixed_sizes.keys():
+            advice = "remove layers, heads or neurons"
+            raise UserError(f"make_plan: {axis} of {part.module} cannot be pruned ({part.why_fixed}): {advice}")
+    config = _configured(config, options)
     config.check([name for name, value in options.items() if value is not None])
     if scores is None:
         return _plan_vocabulary(model, config)
