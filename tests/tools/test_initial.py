@@ -27,7 +27,11 @@ from vlmprune_jax.models.params import flatten
 TEACHER = ROOT / "vlmprune_jax/demo/teacher"
 
 
-def test_a_qwen_vl_of_random_weights(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("qwen3_vl", ((64, 16), (48, 9), (32, 4), (20, 4), (100, 16))), ("qwen3_5", ((64, 9), (48, 9), (20, 9)))],
+)
+def test_a_qwen_vl_of_random_weights(tmp_path, family, sizes):
     """Every word of the data set is one token, images have the tokens of their size, the tower is LLaVA's."""
     records = [
         {
@@ -36,7 +40,7 @@ def test_a_qwen_vl_of_random_weights(tmp_path):
         }
     ]
     (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
-    write_random(tmp_path / "qwen", tokens_config().architecture.to_dict(), [tmp_path / "records.json"], seed=1)
+    write_random(tmp_path / "qwen", tokens_config(family).architecture.to_dict(), [tmp_path / "records.json"], seed=1)
     model = load(tmp_path / "qwen")
     tower = {path: np.asarray(leaf) for path, leaf in flatten(model.params).items() if path.startswith("vision/")}
     (fc1,) = (leaf for path, leaf in tower.items() if path.endswith("mlp/fc1/weight"))
@@ -51,7 +55,7 @@ def test_a_qwen_vl_of_random_weights(tmp_path):
     assert chat == prompt_of(encoder.template, has_image=True).replace(
         "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
     )
-    for side, tokens in ((64, 16), (48, 9), (32, 4), (20, 4), (100, 16)):
+    for side, tokens in sizes:
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
         record = Record("r", (("human", "<image>\nis it red?"), ("gpt", "no")), (tmp_path / f"{side}.png",))
         ids = encoder.training_tokens(record)[0]

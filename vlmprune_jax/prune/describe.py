@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -79,14 +78,14 @@ def count_passthrough(folder: Path, vision_dir: Path | None) -> int:
 
 
 def _stack(stack: Stack) -> dict[str, Any]:
-    neighbours = [[*alike] for _, alike in itertools.groupby(enumerate(stack.layers), key=operator.itemgetter(1))]
+    layers = stack.layers
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
     return {
-        "layers": len(stack.layers),
+        "layers": len(layers),
         "runs": [
-            {"first": alike[0][0], "layers": len(alike), **layer.sizes, "window": layer.mixer.window}
-            | ({"shared": True} if layer.mixer.kv_shared else {})
-            for alike in neighbours
-            for layer in (alike[0][1],)
+            {"first": start, "layers": stop - start, **layers[start].sizes, "window": layers[start].mixer.window}
+            | ({"shared": True} if layers[start].mixer.kv_shared else {})
+            for start, stop in itertools.pairwise([*starts, len(layers)])
         ],
         "hidden_size": stack.hidden_size,
         "head_dim": stack.attention.head_dim,

@@ -1,0 +1,161 @@
+"""Pruning of a small Qwen3.5 by kind of layer and unit: which layers can go first, and what repair recovers.
+
+python tools/hybrid_study.py --model=runs/hybrid/teacher --out=runs/hybrid/study.jsonl [--seeds=3] [--minutes=60]
+
+One JSON line per model: accuracy and loss on questions about images, and bits per byte of English text, as in
+tools/expert_study.py. Every single layer is removed, then layers by Block Influence, then units of one kind by Taylor
+importance; each model also repaired by least squares, and some trained (SFT + L2) beside the unpruned model trained
+alike. Rows in the file are not computed again; --summary prints the tables alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from expert_study import Batches, batches_of, evaluate, texts
+from pretrain import make_encoder
+
+import vlmprune_jax as vp
+from vlmprune_jax.core.mixers import Attention
+from vlmprune_jax.data.records import read_records
+from vlmprune_jax.demo.easyvqa import write_dataset
+from vlmprune_jax.models.params import count_params
+from vlmprune_jax.plans.kept import KeptStack
+from vlmprune_jax.prune import PrunePlan, fingerprint, keep_everything
+from vlmprune_jax.prune.width import kept_layer
+from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
+
+DEPTHS = (1, 2, 3)  # layers removed by Block Influence
+UNITS = {"mlp": (0.25, 0.5), "delta_groups": (0.25, 0.5), "kv_heads": (0.5,)}  # axis -> removed shares of its units
+TRAINED = ("unpruned", "2 layers", "50 % of mlp")
+STEPS = 60
+NAMES = {"mlp": "MLP neurons", "delta_groups": "delta-net groups", "kv_heads": "attention groups"}
+
+
+def plan_of(model: vp.Model, layers: Mapping[int, Mapping[str, np.ndarray]]) -> PrunePlan:
+    """Return the plan that keeps these layers with these units by axis; all units of other axes stay."""
+    text = model.cfg.text
+    kept = tuple(kept_layer(i, units, text.layers[i]) for i, units in layers.items())
+    plan = keep_everything(model.cfg, fingerprint(model), count_params(model.cfg))
+    plan = dataclasses.replace(plan, stacks={"text": KeptStack(tuple(x.sizes for x in text.layers), kept)})
+    return dataclasses.replace(plan, parameters_after=count_params(plan.apply_to(model.cfg)))
+
+
+def cuts(model: vp.Model, batches: Batches) -> Iterator[tuple[str, str, PrunePlan]]:
+    """Yield (group of the table, name, plan): the unpruned model, single layers, layers together, units of one axis."""
+    layers = model.cfg.text.layers
+    numbers = range(len(layers))
+    yield "unpruned", "unpruned", plan_of(model, {i: {} for i in numbers})
+    for dropped in numbers:
+        kind = "attention" if isinstance(layers[dropped].mixer, Attention) else "delta net"
+        yield kind, f"layer {dropped}", plan_of(model, {i: {} for i in numbers if i != dropped})
+    scores = vp.score(model, batches, criterion="block_influence")
+    for count in DEPTHS:
+        yield "depth", f"{count} layers", vp.make_plan(scores, model, method="depth", layers_removed=count)
+    units = vp.score(model, batches, criterion="taylor").units
+    for axis, shares in UNITS.items():
+        for share in shares:
+            kept = dict[int, dict[str, np.ndarray]]({i: {} for i in numbers})
+            for (i, name), values in units.items():
+                if name == axis:
+                    kept[i][axis] = np.sort(np.argsort(values)[round(share * len(values)) :])
+            yield "width", f"{100 * share:.0f} % of {axis}", plan_of(model, kept)
+
+
+def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, questions: int, minutes: float) -> None:
+    """Evaluate the models that the file lacks, one seed of the calibration records after the other."""
+    files, encoder, started = write_dataset(data), make_encoder(model.cfg, Path(model.source or "")), time.monotonic()
+    train, test = (read_records(files[name], files["images"]) for name in ("train", "test"))
+    draw = np.random.default_rng(0)
+    asked = batches_of([test[i] for i in draw.choice(len(test), questions, replace=False)], encoder)
+    held_out = texts()[1::2][: questions // 2]
+    written, text_bytes = batches_of(held_out, encoder), sum(len(x.turns[-1][1].encode()) for x in held_out)
+    known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(row["name"], row["after"], row["seed"]) for row in known}
+    sft = RecoverConfig(
+        trainable="all",
+        learning_rate=3e-4,
+        batch_size=50,
+        compute_dtype="float32",
+        losses=LossConfig(ce=0.5, l2=0.5),
+    )
+    with out.open("a") as file:
+        for seed in range(seeds):
+            draw = np.random.default_rng(seed)
+            batches = Batches()
+            for source in (texts()[::2], train):
+                batches += batches_of([source[i] for i in draw.choice(len(source), records, replace=False)], encoder)
+            for group, name, plan in cuts(model, batches):
+                pruned = vp.apply_plan(model, plan)
+                removed = 100 * (1 - plan.parameters_after / plan.parameters_before)
+                for after in ("pruning", "least squares", "SFT + L2"):
+                    if (after == "least squares" and name == "unpruned") or (
+                        after == "SFT + L2" and name not in TRAINED
+                    ):
+                        continue
+                    if time.monotonic() - started > 60 * minutes:
+                        return
+                    if (name, after, seed) in done:
+                        continue
+                    result = pruned
+                    if after != "pruning" and name != "unpruned":
+                        result = vp.reconstruct(pruned, plan, model, batches)[0]
+                    if after == "SFT + L2":
+                        config = dataclasses.replace(sft, seed=seed)
+                        rows = itertools.cycle(batches)
+                        result = vp.recover(result, rows, config, teacher=model, plan=plan, num_steps=STEPS)[0]
+                    row = {"group": group, "name": name, "after": after, "seed": seed, "removed": removed}
+                    file.write(json.dumps(row | evaluate(result, asked, written, text_bytes)) + "\n")
+                    file.flush()
+
+
+def summary(out: Path) -> None:
+    """Print means over seeds as two Markdown tables: single layers by kind, then all cuts."""
+    cells = defaultdict[tuple[str, str, str], list[dict[str, Any]]](list)
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        single = row["name"].startswith("layer ")
+        name = f"one {row['group']} layer" if single else row["name"]
+        for axis, title in NAMES.items():
+            name = name.replace(f"of {axis}", f"of {title}")
+        cells[name, row["after"], "single" if single else ""].append(row)
+    print("| removed | % of parameters | after | models | accuracy, % | loss | bits per byte |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, after, _), rows in cells.items():
+        columns = [np.array([row[key] for row in rows]) for key in ("accuracy", "loss", "bits")]
+        numbers = " | ".join(
+            f"{values.mean():.{digits}f} ± {values.std(ddof=len(values) > 1):.{digits}f}"
+            for values, digits in zip(columns, (1, 3, 2), strict=True)
+        )
+        print(f"| {name} | {np.mean([row['removed'] for row in rows]):.1f} | {after} | {len(rows)} | {numbers} |")
+
+
+def main() -> None:
+    """Run the study, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/hybrid/teacher"))
+    parser.add_argument("--data", type=Path, default=Path("runs/easyvqa"))
+    parser.add_argument("--out", type=Path, default=Path("runs/hybrid/study.jsonl"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    if not args.summary:
+        sizes = {name: getattr(args, name) for name in ("seeds", "records", "questions", "minutes")}
+        study(vp.load(args.model), args.data, args.out, **sizes)
+    summary(args.out)
+
+
+if __name__ == "__main__":
+    main()
