@@ -186,7 +186,7 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
     strictly = (place[:, None] > place[None, :])[None, None]
     lower = jnp.where(strictly, product("bhik,bhjk->bhij", key_beta, k) * decay, 0)
     right = jnp.concatenate([v * beta[..., None], key_beta * jnp.exp(total)[..., None]], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True, unit_diagonal=True)
+    solved = product("bhij,bhjc->bhic", _inverse(lower), right)
     update, read = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     values = update - product("bhik,bhkv->bhiv", read, matrix)
     out = product("bhik,bhkv->bhiv", q * jnp.exp(total)[..., None], matrix)
@@ -196,3 +196,20 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
         "bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values
     )
     return matrix, out
+
+
+def _inverse(lower: jax.Array) -> jax.Array:
+    """Return the inverse of I + `lower`, for strictly lower triangular matrices float32[..., n, n].
+
+    With [[a, 0], [c, b]]^-1 = [[a^-1, 0], [-b^-1 c a^-1, b^-1]] the inverses of diagonal blocks of 1, 2, 4, ... rows
+    follow from each other. A batched triangular solve is not used: on CPUs, jaxlib 0.10.2 splits it over XLA's threads
+    and waits for them in one of these threads, so that two solves at a time on two cores wait forever.
+    """
+    place = jnp.arange(lower.shape[-1])
+    inverse, size = jnp.broadcast_to(jnp.eye(len(place), dtype=lower.dtype), lower.shape), 1
+    while size < len(place):
+        row, column = place[:, None] // size, place[None, :] // size
+        corners = jnp.where((row // 2 == column // 2) & (row > column), lower, 0)
+        inverse = inverse - jnp.matmul(inverse, jnp.matmul(corners, inverse, precision=_PRECISE), precision=_PRECISE)
+        size *= 2
+    return inverse
