@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from pretrain import TEXT_LETTERS, make_encoder
 
@@ -32,6 +33,7 @@ from vlmprune_jax.data.encoding import measure
 from vlmprune_jax.data.records import Record, read_records
 from vlmprune_jax.demo.easyvqa import write_dataset
 from vlmprune_jax.demo.topics import topic_records
+from vlmprune_jax.models.vlm import apply
 from vlmprune_jax.prune.routing import Routing, measure_routing
 from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 
@@ -41,8 +43,10 @@ SHARES = (0.25, 0.5)
 REPAIRED = ("reap", "both, pooled", SHARES[-1])
 LETTERS, BATCH = 80, 25
 STEPS = 50  # of recovery
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "position_ids")
 Batches = list[Batch]
 Table = dict[str, list[tuple[float, float]]]  # of a row: (loss, bits per byte) of every seed by column
+_apply = jax.jit(apply, static_argnames="cfg")  # images may be packed, unlike in vp.forward
 
 
 def batches_of(records: Sequence[Record], encoder: Any) -> Batches:
@@ -58,8 +62,8 @@ def evaluate(model: vp.Model, questions: Batches, texts: Batches, text_bytes: in
     """Return accuracy (%) and loss (nats per answer) on questions, and bits per byte of texts."""
     right, nats = list[bool](), {"answers": 0.0, "texts": 0.0}
     for batch in (each.arrays for each in (*questions, *texts)):
-        inputs = {name: batch[name] for name in ("attention_mask", "pixel_values") if name in batch}
-        logits = np.asarray(vp.forward(model, batch["input_ids"], **inputs)[0], np.float64)[:, :-1]
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        logits = np.asarray(_apply(model.params, model.cfg, **inputs)[0], np.float64)[:, :-1]
         labels = batch["labels"][:, 1:]
         used = labels != IGNORED
         if "pixel_values" in batch:

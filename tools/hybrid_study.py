@@ -36,6 +36,7 @@ from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 
 DEPTHS = (1, 2, 3)  # layers removed by Block Influence
 UNITS = {"mlp": (0.25, 0.5), "delta_groups": (0.25, 0.5), "kv_heads": (0.5,)}  # axis -> removed shares of its units
+AFTER = ("pruning", "least squares", "least squares, SFT + L2")
 TRAINED = ("unpruned", "2 layers", "50 % of mlp")
 STEPS = 60
 NAMES = {"mlp": "MLP neurons", "delta_groups": "delta-net groups", "kv_heads": "attention groups"}
@@ -94,43 +95,38 @@ def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, q
             batches = Batches()
             for source in (texts()[::2], train):
                 batches += batches_of([source[i] for i in draw.choice(len(source), records, replace=False)], encoder)
-            for group, name, plan in cuts(model, batches):
-                pruned = vp.apply_plan(model, plan)
+            every = [*cuts(model, batches)]
+            cells = [(after, *cut) for after in AFTER for cut in every if after != AFTER[2] or cut[1] in TRAINED]
+            for after, group, name, plan in cells:
+                if (name, after, seed) in done or (after == AFTER[1] and name == "unpruned"):
+                    continue
+                if time.monotonic() - started > 60 * minutes:
+                    return
+                result = vp.apply_plan(model, plan)
+                if after != AFTER[0] and name != "unpruned":
+                    result = vp.reconstruct(result, plan, model, batches)[0]
+                if after == AFTER[2]:
+                    config = dataclasses.replace(sft, seed=seed)
+                    rows = itertools.cycle(batches)
+                    result = vp.recover(result, rows, config, teacher=model, plan=plan, num_steps=STEPS)[0]
                 removed = 100 * (1 - plan.parameters_after / plan.parameters_before)
-                for after in ("pruning", "least squares", "SFT + L2"):
-                    if (after == "least squares" and name == "unpruned") or (
-                        after == "SFT + L2" and name not in TRAINED
-                    ):
-                        continue
-                    if time.monotonic() - started > 60 * minutes:
-                        return
-                    if (name, after, seed) in done:
-                        continue
-                    result = pruned
-                    if after != "pruning" and name != "unpruned":
-                        result = vp.reconstruct(pruned, plan, model, batches)[0]
-                    if after == "SFT + L2":
-                        config = dataclasses.replace(sft, seed=seed)
-                        rows = itertools.cycle(batches)
-                        result = vp.recover(result, rows, config, teacher=model, plan=plan, num_steps=STEPS)[0]
-                    row = {"group": group, "name": name, "after": after, "seed": seed, "removed": removed}
-                    file.write(json.dumps(row | evaluate(result, asked, written, text_bytes)) + "\n")
-                    file.flush()
+                row = {"group": group, "name": name, "after": after, "seed": seed, "removed": removed}
+                file.write(json.dumps(row | evaluate(result, asked, written, text_bytes)) + "\n")
+                file.flush()
 
 
 def summary(out: Path) -> None:
-    """Print means over seeds as two Markdown tables: single layers by kind, then all cuts."""
-    cells = defaultdict[tuple[str, str, str], list[dict[str, Any]]](list)
+    """Print means over seeds as a Markdown table; single layers of a kind are one row."""
+    cells = defaultdict[tuple[str, str], list[dict[str, Any]]](list)
     for line in out.read_text().splitlines():
         row = json.loads(line)
-        single = row["name"].startswith("layer ")
-        name = f"one {row['group']} layer" if single else row["name"]
+        name = f"one {row['group']} layer" if row["name"].startswith("layer ") else row["name"]
         for axis, title in NAMES.items():
             name = name.replace(f"of {axis}", f"of {title}")
-        cells[name, row["after"], "single" if single else ""].append(row)
+        cells[name, row["after"]].append(row)
     print("| removed | % of parameters | after | models | accuracy, % | loss | bits per byte |")
     print("|---|---|---|---|---|---|---|")
-    for (name, after, _), rows in cells.items():
+    for (name, after), rows in cells.items():
         columns = [np.array([row[key] for row in rows]) for key in ("accuracy", "loss", "bits")]
         numbers = " | ".join(
             f"{values.mean():.{digits}f} ± {values.std(ddof=len(values) > 1):.{digits}f}"
