@@ -214,7 +214,9 @@ def flip_shift(batch: Batch, generator: np.random.Generator, max_shift: int = 4,
             image[:] = _moved(image, generator, max_shift)
     else:
         grids = batch.arrays[GRIDS].reshape(-1, 3)
-        for rows, (_, height, width) in zip(pixels.reshape(-1, *pixels.shape[-2:]), grids, strict=True):
+        for rows, (frames, height, width) in zip(pixels.reshape(-1, *pixels.shape[-2:]), grids, strict=True):
+            if not frames:  # a row without an image
+                continue
             sizes = {"h": height // patching.merge, "w": width // patching.merge, "m": patching.merge}
             sizes |= {"n": patching.merge, "p": patching.patch, "q": patching.patch, "t": patching.temporal}
             cells = "(h w m n) (c t p q)"
