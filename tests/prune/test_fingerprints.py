@@ -30,3 +30,16 @@ def test_golden_models(goldens, name):
 def test_models_without_files():
     assert shape_digest(llava_7b()) == "d8b6a9ed2ff2"
     assert fingerprint(model(config(UNEQUAL, vision=True))) == "368d270bd755-10c272a11cc197fa"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gemma3", "3c4e3edce981-93272974e9356bcc"),
+        ("qwen2_5_vl", "1871027a9195-f729ef883da4cde5"),
+        ("qwen3_5", "ebecdf488f55-dd998ca9e02f683a"),
+    ],
+)
+def test_repeated_patterns_of_layers(goldens, name, expected):
+    """As when every group of equal neighbours was a scan of its own."""
+    assert fingerprint(vp.load(goldens / "families" / name / "ckpt")) == expected

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,19 +16,25 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmprune_jax.core.config import ModelConfig
+from vlmprune_jax.core.layer import layer_runs
 from vlmprune_jax.hf.lazy import FileArray, FileStack
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model
 
+_LAYERS = "/layers/"
 SAMPLES = 32  # weights sampled per tensor and layer: 300 tensors give 9,600, for about 40 MB of page reads at 7B
 _GOLDEN = 0.6180339887498949  # multiples of the golden ratio spread over a tensor without lining up with its columns
 
 
 def shape_digest(cfg: ModelConfig) -> str:
     """Return a digest (12 hex digits) of all parameter names and shapes."""
-    shapes = json.dumps(sorted((_digested(path), shape) for path, shape in param_shapes(cfg).items()))
-    return hashlib.sha256(shapes.encode()).hexdigest()[:12]
+    shapes = param_shapes(cfg)
+    layers = {path: [shape[1:]] * shape[0] for path, shape in shapes.items() if _LAYERS in path}
+    listed = {path: shape for path, shape in shapes.items() if path not in layers}
+    listed |= {path: (len(rows), *rows[0]) for path, rows in _by_neighbours(cfg, layers).items()}
+    text = json.dumps(sorted((_digested(path), shape) for path, shape in listed.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def fingerprint(model: Model) -> str:
@@ -44,12 +51,30 @@ def content_digest(model: Model, part: str = "") -> str:
     flat = {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part)}
     axes = param_axes(model.cfg)
     stacked = {path: axes[path][0] == "layer" for path in flat}
-    sampled = _sample(flat, stacked)
+    sampled = _by_neighbours(model.cfg, _sample(flat, stacked))
     digest = hashlib.sha256()
     for path in sorted(sampled, key=_digested):
         digest.update(_digested(path).encode())
         digest.update(np.ascontiguousarray(sampled[path]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _by_neighbours(cfg: ModelConfig, runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sequences with an entry per layer of a run, by paths that number groups of equal neighbours.
+
+    Plans of version 0.1.0 have fingerprints of such groups; a run may also be every n-th layer. Other parameters are
+    returned unchanged.
+    """
+    result = {path: entries for path, entries in runs.items() if _LAYERS not in path}
+    for stack, layers in ((name, stack.layers) for name, stack in cfg.stacks.items()):
+        runs_of = [(number, run, at) for run, x in enumerate(layer_runs(layers)) for at, number in enumerate(x.numbers)]
+        group = 0
+        for number, run, at in sorted(runs_of):
+            group += number > 0 and layers[number] != layers[number - 1]
+            prefix = f"{stack}{_LAYERS}{run}/"
+            for path in (path for path in runs if path.startswith(prefix)):
+                result.setdefault(f"{stack}{_LAYERS}{group}/{path.removeprefix(prefix)}", []).append(runs[path][at])
+    return result
 
 
 def _digested(path: str) -> str:
