@@ -153,7 +153,7 @@ def test_without_splitting(goldens, folder, tmp_path):
     assert images.preparation.usual == (1,)
     pixels = images.load(family / "images/1.png", "r")
     stored = np.load(family / "golden.npz")["image1_pixel_values_without_splitting"]
-    assert np.abs(pixels - stored).max() < 0.02  # of the torchvision backend: a level of 255 (decision 83)
+    assert np.abs(pixels - stored).max() < 0.02  # of the torchvision backend: a level of 255
     fake, row_end = "<fake_token_around_image>", "\n"
     template = templates()["smolvlm"]
     assert template.image_text(shape) == f"{fake}<global-img><image>{fake}"
