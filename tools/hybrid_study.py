@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from expert_study import Batches, batches_of, evaluate, texts
+from expert_study import BATCH, Batches, batches_of, evaluate, texts
 from pretrain import make_encoder
 
 import vlmprune_jax as vp
@@ -85,7 +85,7 @@ def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, q
     sft = RecoverConfig(
         trainable="all",
         learning_rate=3e-4,
-        batch_size=50,
+        batch_size=BATCH,
         compute_dtype="float32",
         losses=LossConfig(ce=0.5, l2=0.5),
     )

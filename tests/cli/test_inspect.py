@@ -131,7 +131,7 @@ def test_full_size_in_an_instant(tmp_path):
     read = int(Path(f"/proc/{process.pid}/io").read_text().split()[1])
     assert process.wait() == 0
     # the reference's 7,062,902,784, with 64 more words twice, without the tower's last block and final norm
-    assert "parameters  7,050,828,800: text 6,738,939,904 (95.6 %)" in out
+    assert "parameters  7,050,828,800: decoder 6,738,939,904 (95.6 %)" in out
     assert "32 x (32 heads, 11,008 neurons)" in out
     assert read < 2e8  # bytes, of which the modules are nearly all
     imported = (tmp_path / "imports").read_text()

@@ -160,10 +160,10 @@ def test_refusals(goldens):
     with pytest.raises(UserError, match="takes no images: unset the limit"), limited_images(source, 9, text):
         pass
     for name, most, told in (
-        ("gemma4", 100, r"must be one of the model's token budgets \(70, 140, 280, 560, 1120\)"),
-        ("internvl3", 8, r"must be at least 9, since a tile has 9"),
-        ("smolvlm", 3, "must be at least 4, the number for an image that is not split"),
-        ("gemma3", 15, "must be at least 16, the number for an image without crops"),
+        ("gemma4", 100, "must be one of 70, 140, 280, 560, 1120, with which the model was trained"),
+        ("internvl3", 8, "must be at least 9, because a tile has 9"),
+        ("smolvlm", 3, "must be at least 4, "),
+        ("gemma3", 15, "must be at least 16, "),
     ):
         folder = goldens / "families" / name / "ckpt"
         _, cfg = read_config(folder, None)

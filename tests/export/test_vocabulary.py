@@ -141,7 +141,7 @@ def test_without_tokenizer_json(tmp_path, goldens):
         ),
         (
             lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 599}'),
-            "generation_config.json has it as eos_token_id\\), first token 599",
+            r"first token 599 \('.may': generation_config.json has it as eos_token_id\)",
         ),
     ],
 )

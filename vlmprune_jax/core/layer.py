@@ -76,6 +76,9 @@ def array_axes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in parents)
 
 
+MOST_PERIOD = 12  # layers; patterns of models have 2 to 8
+
+
 class LayerRun(NamedTuple):
     """Equal layers whose parameters are stacked along a leading axis."""
 
@@ -90,23 +93,24 @@ class LayerRun(NamedTuple):
 def scan_groups(layers: tuple[Layer, ...]) -> tuple[tuple[LayerRun, ...], ...]:
     """Group layers such that each group is one scan, whose step computes one layer of each run in turn.
 
-    A group repeats a pattern of layers (equal neighbours: a pattern of one layer). Of all groupings this is the one
-    with the fewest runs, since each run is traced and compiled once.
+    A group repeats a pattern of up to `MOST_PERIOD` layers (equal neighbours: a pattern of one layer). A grouping with
+    few runs is chosen, because each run is traced and compiled once.
     """
-    numbers = dict[Layer, int]()
+    numbers, count = dict[Layer, int](), len(layers)
     kinds = [numbers.setdefault(layer, len(numbers)) for layer in layers]
-    best = [(0, 0, 0)] * (len(layers) + 1)  # of the layers from each on: number of runs, first pattern's period and end
-    for start in reversed(range(len(layers))):
-        options = []
-        for period in range(1, max((len(layers) - start) // 2, 1) + 1):
-            stop = start + period
-            while kinds[stop : stop + period] == kinds[start : start + period]:
-                options.append((best[stop][0] + period, period, stop))
-                stop += period
-            options.append((best[stop][0] + period, period, stop))
-        best[start] = min(options)
+    alike = [[0] * (count + 1) for _ in range(MOST_PERIOD + 1)]  # by period: layers from each on that equal a later one
+    best = [(0, 0, 0)] * (count + 1)  # of the layers from each on: number of runs, first pattern's period and end
+    for start in reversed(range(count)):
+        best[start] = (best[start + 1][0] + 1, 1, start + 1)
+        for period in range(1, min(MOST_PERIOD, count - start) + 1):
+            if start + period < count and kinds[start] == kinds[start + period]:
+                alike[period][start] = alike[period][start + 1] + 1
+            end = start + period * (1 + alike[period][start] // period)
+            for stop in (end - period, end):  # the last repetition may belong to another pattern
+                if start < stop:
+                    best[start] = min(best[start], (best[stop][0] + period, period, stop))
     groups, start = [], 0
-    while start < len(layers):
+    while start < count:
         _, period, stop = best[start]
         groups.append(tuple(LayerRun(range(i, stop, period), layers[i]) for i in range(start, start + period)))
         start = stop

@@ -152,7 +152,8 @@ def python(tmp_path):
     return str(path)
 
 
-def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys):
+def test_questions_are_measured_here_by_phase(goldens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # room for the folder's path and every column
     llava, file = goldens / "ckpt/llava_hf", tmp_path / "questions.json"
     workload = ["--prompt_tokens=24", "--new_tokens=2", "--rounds=1"]
     assert main(["bench", f"--model={llava}", "--questions", *workload, f"--json={file}"]) == 0
