@@ -49,8 +49,9 @@ class Batch:
 class TrainBatches:
     """Iterator over one process's share of every global training batch; it knows all batch shapes in advance.
 
-    Iterators have grain's methods `get_state` and `set_state`. `batches` are made from `rows`, see `_batch_rows`. This
-    process loads `local` rows of every batch; all processes together have `packs` packed rows of images.
+    Like grain's iterators, its iterators have `get_state` and `set_state`. `batches` are made from `rows`, see
+    `_batch_rows`. `local`: rows of each batch that this process loads. `packs`: packed rows of images in each batch,
+    over all processes.
     """
 
     batches: grain.IterDataset[Batch]

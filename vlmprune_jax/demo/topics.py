@@ -32,7 +32,7 @@ def write_shared(path: Path, text: str) -> str:
 
 
 def topic_records(half: int, letters: int) -> list[Record]:
-    """Return half of Python's help texts as records of `letters` characters, all answers to the same question."""
+    """Return every second help text of Python, from number `half` on, as records of `letters` characters."""
     text = topics(half)
     pieces = [text[at : at + letters] for at in range(0, len(text) - letters, letters)]
     return [Record(f"topics-{n}", (("human", ASKED), ("gpt", piece)), ()) for n, piece in enumerate(pieces)]

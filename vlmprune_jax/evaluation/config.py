@@ -106,7 +106,9 @@ class EvaluateSpec:
         "${lmms_eval} for the installed package. Other tasks use lmms-eval's own files and data from the hub.",
         by_content=True,
     )
-    tasks_data: str | None = evaluate_setting(None, "Folder for which ${data} stands.", by_content=True)
+    tasks_data: str | None = evaluate_setting(
+        None, "Folder with the data of the tasks in `tasks_path`; their files name the folder ${data}.", by_content=True
+    )
     sets: Mapping[str, EvaluationSetSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

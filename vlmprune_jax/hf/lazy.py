@@ -30,7 +30,7 @@ BLOCK = 2**25  # bytes that are read at a time from a large weight
 
 @dataclass(frozen=True, eq=False)
 class FileArray:
-    """One layer's weight that stays in its file until it is accessed; `take` restricts axes to indices before that.
+    """One layer's weight, read from its file only when accessed; `take` selects indices of an axis without reading.
 
     Attributes:
       stored: shape of the weight in the file.

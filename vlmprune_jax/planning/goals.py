@@ -68,7 +68,7 @@ class Choice:
 
 
 def check_goal(goal: str, on: str) -> None:
-    """Raise UserError if nothing was measured or can be bounded for a goal on a machine."""
+    """Raise UserError if there are neither measurements nor estimates of a goal on the machine `on`."""
     if goal == "energy":
         raise UserError(
             "--for=energy: no machine of our measurements has a readable energy counter (RAPL, NVML), and TPUs have "

@@ -146,7 +146,7 @@ class Guide:
 
 
 def read_guide(path: Path = FILE) -> Guide:
-    """Return the bundled guide, or the guide in a file that `tools/study_guide.py` wrote.
+    """Return the rules and measurements of `vlmprune recommend`: bundled ones, or a file of `tools/study_guide.py`.
 
     Raises UserError if the file is missing or damaged.
     """

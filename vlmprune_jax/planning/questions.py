@@ -108,11 +108,11 @@ def bound(
     answer: int,
     rows: int | None = None,
 ) -> Bound:
-    """Return the least time of questions with prompts of `length` tokens and answers of `answer` tokens.
+    """Return a lower bound on the time of questions with prompts of `length` and answers of `answer` tokens.
 
-    `rows`: questions at once on one group (None: as many as fit in memory, at most `BATCH` over all chips). Of the
-    groups that hold the weights the best is returned: for given rows the fastest, else that with the most questions a
-    second on all chips.
+    The chips are split into equal groups; each group holds a copy of the weights and answers its own questions.
+    `rows`: questions that a group answers at once (None: as many as fit in memory, at most `BATCH` over all chips).
+    The group size is the fastest one if `rows` is given, otherwise the one with the most questions per second.
 
     Raises UserError if the weights do not fit on the chips, or the chip has no int8 units.
     """

@@ -274,7 +274,9 @@ def _component(name: str, data: Component) -> tuple[KeptStack, tuple[int, tuple[
     if WHOLE in kept:
         whole = kept.pop(WHOLE)
         if name != "text" or whole.keys() != {VOCAB}:
-            raise UserError(f"prune plan: the {name} stack has no axes {', '.join(whole)} outside its layers: {TODO}")
+            raise UserError(
+                f"prune plan: outside layers only {VOCAB} of text is prunable, not {', '.join(whole)} of {name}: {TODO}"
+            )
         vocabulary = before[WHOLE][VOCAB], whole[VOCAB]
     entries = [KeptLayer(int(layer), axes) for layer, axes in kept.items()]
     return KeptStack(tuple(layers), tuple(entries)), vocabulary

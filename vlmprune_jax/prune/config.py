@@ -304,8 +304,8 @@ class PlanConfig:
     )
     experts_multiple: int | None = prune_setting(
         None,
-        "The remaining number of experts per layer is a multiple of this (None = 64 or 32 if layers have at least four "
-        "times as many, else 1).",
+        "The remaining number of experts per layer is a multiple of this (None = 64 for 256, 320, ... experts, 32 for "
+        "128, 160, ..., else 1).",
         unit="experts",
         least=1,
     )

@@ -85,7 +85,7 @@ def best_ridge(fit: Sums, held: Sums) -> tuple[float, float] | None:
 
 @jax.jit
 def change(sums: Sums, ridge: Any) -> jax.Array:
-    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed].
+    """Return the ridge regression solution (G + ridge diag G)^-1 C, float32[in, embed]; G, C: `gram` and `cross`.
 
     The columns of C are split over the devices of a mesh.
     """

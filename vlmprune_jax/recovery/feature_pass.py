@@ -47,7 +47,7 @@ def check_frozen(cfg: ModelConfig, config: RecoverConfig) -> None:
 def feature_identity(
     cfg: ModelConfig, weights: Mapping[str, str], preparation: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Return everything except the image on which cached vision features depend.
+    """Return all that cached vision features depend on, apart from the image.
 
     These are the tower's config, its weights (digest and dtype), the selected states, the image preprocessing, and the
     dtype of the computation.

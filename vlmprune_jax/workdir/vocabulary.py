@@ -13,11 +13,11 @@ VOCABULARY = "vocabulary.json"
 
 
 class TextSample(Part, frozen=True, kw_only=True):
-    """Held-out texts of one writing system, or of all ("all"), tokenised before and after trimming.
+    """Comparison of the original and the trimmed tokenizer on held-out texts of one writing system, or of "all".
 
-    `equal`: number of texts that both tokenizers split alike. `kept`: number of texts made of kept tokens; `broken` of
-    these are split differently. Bits per byte are those of the unpruned model with the original and the trimmed
-    vocabulary, on the first `measured_bytes`.
+    `equal`: number of texts that both tokenizers split alike. `kept`: number of texts whose original tokens all remain.
+    `broken`: number of `kept` texts that are split differently all the same. Bits per byte are the unpruned model's
+    with either vocabulary, on the first `measured_bytes` bytes.
     """
 
     name: str

@@ -50,7 +50,10 @@ class RealFirst(NamedTuple):
         )
 
     def tail(self, inputs: jax.Array, count: int) -> jax.Array:
-        """Return the last `count` inputs of real tokens; `inputs`: [batch, count + seq, channels], old inputs first."""
+        """Return the inputs of the last `count` tokens that are not padding.
+
+        `inputs`: [batch, count + seq, channels]; the first `count` are kept from the previous call.
+        """
         if self.valid is None:
             return inputs[:, inputs.shape[1] - count :]
         at = self.valid.sum(axis=1, dtype=jnp.int32)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
