@@ -1,4 +1,4 @@
-"""Where a model's parameters are, and how a batch gets there."""
+"""Devices of a model's parameters, and batches that are moved to them."""
 
 from __future__ import annotations
 

@@ -31,10 +31,6 @@ METHOD_TARGETS = {
     "experts": ("experts", "sparsity"),
 }
 ROUNDINGS = ("nearest", "at_least")
-DEEPSTACK = ("keep", "move")
-PRODUCERS = ("keep", "redirect")
-HEADS = ("proportional", "keep", "auto")
-SELECTIONS = ("local", "global")
 # variant of Taylor importance -> whether it needs per-sample squared gradients
 VARIANTS = {"vectorize": False, "param_first": False, "param_second": True, "param_mix": True}
 # combination of the scores of experts over token types
@@ -232,13 +228,13 @@ class PlanConfig:
         "keep",
         "Decoder layers whose outputs receive vision features (the first layers of Qwen3-VL): keep these layers "
         '("keep"), or move the features to the first remaining layers ("move").',
-        choices=DEEPSTACK,
+        choices=("keep", "move"),
     )
     producers: str = prune_setting(
         "keep",
         'Layers whose keys and values later layers reuse (Gemma 4): never remove them ("keep"), or let the later '
         'layers use the keys and values of an earlier layer ("redirect").',
-        choices=PRODUCERS,
+        choices=("keep", "redirect"),
     )
     attn_layers: tuple[int, ...] = prune_setting(
         (),
@@ -275,12 +271,12 @@ class PlanConfig:
         'Number of attention heads to remove: the same share as of neurons ("proportional", as in the paper), none '
         '("keep"), or the split that loses the least score ("auto"; proportional with `sparsity` or global '
         "selection).",
-        choices=HEADS,
+        choices=("proportional", "keep", "auto"),
     )
     selection: str = prune_setting(
         "local",
         'Ranking of heads and neurons: within their layer ("local", equal widths), or over all ("global").',
-        choices=SELECTIONS,
+        choices=("local", "global"),
     )
     loads_in: tuple[str, ...] = prune_setting(
         (),
