@@ -1,6 +1,7 @@
 """Layers of experts against stock transformers: routers, gradients, cuts by hand, and exports of them."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -22,6 +23,8 @@ from vlmprune_jax.export.mtp import MtpCut
 from vlmprune_jax.export.reload import check_export
 from vlmprune_jax.families import family_of
 from vlmprune_jax.families.decoders import layer_problem
+from vlmprune_jax.hf.disk.checkpoint import Checkpoint
+from vlmprune_jax.hf.disk.compressed_tensors import CompressedTensors
 from vlmprune_jax.hf.lazy import FileArray, open_model
 from vlmprune_jax.models.channels.moe import Moe
 from vlmprune_jax.models.context import Context, Names
@@ -30,6 +33,7 @@ from vlmprune_jax.models.stack import fill
 from vlmprune_jax.models.vlm import Model, encode
 from vlmprune_jax.prune import KeptLayer
 from vlmprune_jax.prune.cost import costs_of
+from vlmprune_jax.recovery.config import LossConfig, RecoverConfig
 from vlmprune_jax.recovery.peft import write_adapter
 from vlmprune_jax.recovery.trainable import add_lora, merge_lora
 
@@ -250,18 +254,43 @@ def test_widths_by_which_transformers_cannot_tell_transposed_experts(goldens, ne
     assert layer_problem(text) is None
 
 
-def test_only_files_of_single_experts_are_quantised(golden, tmp_path):
-    options = {"source_dir": golden.ckpt, "quantize": "w8a16"}
-    if golden.folder.name == "internvl_moe":
-        vp.save(golden.model, tmp_path / "out", **options)
-        smaller = vp.load(tmp_path / "out")
-        paths = [path for path in flatten(smaller.params) if "/experts/" in path]
-        for path in paths:
-            rounded, whole = (np.asarray(flatten(model.params)[path]) for model in (smaller, golden.model))
-            assert 0 < np.abs(rounded - whole).max() < 0.01 * np.abs(whole).max()
-        return
-    with pytest.raises(UserError, match=r"export.quantize='w8a16': \S+experts\S+ has all experts of a layer"):
-        vp.save(golden.model, tmp_path / "out", **options)
+@pytest.mark.parametrize("quantize", ["w8a16", "w8a8"])
+def test_quantised_experts_are_a_matrix_each(golden, tmp_path, quantize):
+    """Integers are near the weights, routers stay floats, and the folder saves back in the hub's layout."""
+    vp.save(golden.model, tmp_path / "out", source_dir=golden.ckpt, quantize=quantize, dtype="float32")
+    held, whole = Checkpoint(tmp_path / "out"), flatten(golden.model.params)
+    rounded = flatten(vp.load(tmp_path / "out").params)
+    for path, weight in whole.items():
+        error = np.abs(np.asarray(rounded[path]) - np.asarray(weight)).max()
+        if re.search(r"text/layers/.*(_proj|qkv|in_proj_.|out_proj)/weight", path):
+            assert 0 < error < 0.01 * np.abs(weight).max(), path
+        elif "/router/" in path or "dense_gate" in path:
+            assert error == 0, path
+    experts = [key for key in held.entries if re.search(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$", key)]
+    text = golden.model.cfg.text
+    assert len(experts) == 3 * sum(layer.channel.experts for layer in text.layers)
+    assert not any(re.fullmatch(pattern[3:], key) for pattern in ignored(tmp_path / "out") for key in experts)
+    assert "Every expert has matrices of its own" in (tmp_path / "out/README.md").read_text()
+    again = vp.load(tmp_path / "out")
+    vp.save(again, tmp_path / "back", source_dir=tmp_path / "out", dtype="float32")
+    assert set(Checkpoint(tmp_path / "back").entries) == set(Checkpoint(golden.ckpt).entries)
+    for path, weight in flatten(vp.load(tmp_path / "back").params).items():
+        np.testing.assert_array_equal(weight, rounded[path], err_msg=path)
+    config = RecoverConfig(trainable="all", quantize="w4a16", losses=LossConfig(ce=1.0))
+    with pytest.raises(UserError, match=r"recover\.quantize='w4a16': layers of experts are not rounded in training"):
+        vp.recover(golden.model, [], config, num_steps=1)
+
+
+def ignored(folder):
+    """Regular expressions of the modules that engines do not quantise."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+
+
+def test_layers_without_integers_do_not_hide_others():
+    storage = CompressedTensors(4, 32)
+    plain, packed = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"
+    shapes = {plain: (8, 8), packed + "_packed": (8, 4), packed + "_scale": (8, 1)}
+    assert storage.to_config(shapes)["ignore"] == [r"re:.*\blm_head\b.*", r"re:.*\blayers\.0\b.*"]
 
 
 def test_heads_for_several_tokens_with_experts_are_not_cut(goldens):

@@ -24,9 +24,10 @@ from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
+from vlmprune_jax.families.experts import has_experts, with_separate_experts
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
-from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme
+from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme, is_matrix
 from vlmprune_jax.hf.disk.storage import Storage
 from vlmprune_jax.hf.disk.tensors import Tensor, encoded, split_shards, weight, write_weights
 from vlmprune_jax.hf.layout import (
@@ -45,6 +46,8 @@ from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
+# Decoders whose quantised experts transformers 5.24 decodes and merges on loading (tried with w8a16).
+_MERGED_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
@@ -98,6 +101,7 @@ def make_tensors(
     Raises UserError if the source lacks a tensor of the model.
     """
     flat, family = flatten(model.params), family_of(model.cfg)
+    family = family if source.storage is None else with_separate_experts(family)
     spelling = {template(family.canonical(key)): (template(key), entry.dtype) for key, entry in source.entries.items()}
     before = {slot.name: slot for slot in make_slots(model.cfg, family)}
     after = by_key(make_slots(target.cfg, target.family))
@@ -151,9 +155,10 @@ def _weight(
 
     def fetch_part(before: Slot, after: Slot) -> np.ndarray:
         array = to_host(flat[before.path], before.place)
-        if before.shape != after.shape:
+        if before.axes_in_params != after.axes_in_params:
             if before.layer is not None:
-                array = pad_tensor(array, before.axes, before.part, before.layer, old, new)
+                axes = tuple(name for name, _ in before.axes_in_params)
+                array = pad_tensor(array, axes, before.part, before.layer, old, new)
             else:
                 array = more_words(array, before.axes, new.text.vocab_size)
         return _as_dtype(array, dtype)
@@ -175,7 +180,7 @@ def _weight(
     arrays, extent = [(flat[before.path], before.place) for before, _ in pairs], copied(pairs)
     check = functools.partial(check_finite, what=f"{origin(*arrays[0]) or key}, to be written as {dtype},")
     groups = row_groups(pairs, operator.itemgetter(1))
-    whole = len(pairs) == 1 and pairs[0][0].shape == pairs[0][1].shape
+    whole = len(pairs) == 1 and len({(slot.shape, slot.turned) for slot in pairs[0]}) == 1
     blocks = blocks_of(*arrays[0]) if whole else None
     by_piece = pieces if blocks is not None or pairs[0][0].entry is not None else None
     return weight(key, dtype, pairs[0][1].hf_shape, lambda: joined(pairs), extent, check, by_piece)
@@ -243,12 +248,6 @@ def make_storage(
     """
     check_scheme(quantize, group_size, symmetric)
     bits, activations = SCHEMES[quantize]
-    fused = [slot.key for slot in make_slots(cfg, family) if slot.entry is not None and len(slot.hf_shape) > 2]
-    if fused:
-        raise UserError(
-            f"export.quantize={quantize!r}: {fused[0]} has all experts of a layer, and compressed-tensors have one "
-            'for each: use "none", or export.format="gguf"'
-        )
     widths = {slot.name: slot.hf_shape[1] for slot in _matrices(cfg, family)}
     largest = next((size for size in GROUPS if not any(width % size for width in widths.values())), None)
     if group_size is not None:
@@ -276,11 +275,17 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
     sentences = [f"The matrices of the decoder's layers are {storage.name}; {', '.join(plain)} are {dtype}."]
     tried = storage.symmetric and (storage.bits == 4 or storage.activations)
     loads = why_not(cfg, "transformers", loader=not cfg.text.uniform) is None
-    if loads:
+    if loads and not has_experts(cfg.text):
         sentences.append(
             "Transformers needs `pip install compressed-tensors`. On a CPU it decodes the weights on loading, so the "
             "model is smaller on disk but not in memory. vLLM 0.32 loads "
             f"them ({'tried on a CPU' if tried else 'on GPUs, by its code'})."
+        )
+    if has_experts(cfg.text):
+        reads = cfg.text.decoder in _MERGED_EXPERTS and not storage.activations
+        sentences.append(
+            "Every expert has matrices of its own, as vLLM reads them (by its code; not tried). "
+            f"Transformers 5.24 {f'computes them in {dtype}' if reads else 'does not read them'}."
         )
     left = [slot.key for slot in _matrices(cfg, family) if not storage.holds(slot.name, slot.hf_shape)]
     if left:
@@ -297,6 +302,6 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
 
 
 def _matrices(cfg: ModelConfig, family: Family) -> list[Slot]:
-    """Return the checkpoint locations (`Slot`) of all weight matrices in decoder layers."""
-    slots = make_slots(cfg, family)
-    return [slot for slot in slots if slot.path.startswith("text/layers/") and len(slot.hf_shape) == 2]
+    """Return the checkpoint locations (`Slot`) of the decoder's matrices that integers may replace."""
+    slots = make_slots(cfg, with_separate_experts(family))
+    return [slot for slot in slots if is_matrix(slot.name, slot.hf_shape)]

@@ -59,6 +59,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     """Return the content of a quantised export; weights are quantised by GPTQ (`storage`) or by rounding to nearest."""
     from vlmprune_jax.export.folder import folder_contents, make_storage, quantized_loading
     from vlmprune_jax.export.target import make_target
+    from vlmprune_jax.families.experts import with_separate_experts
 
     if options.rounding == "gptq" and options.storage is None:
         raise UserError('rounding="gptq" needs calibration records: pass storage=vp.gptq(model, batches, quantize=...)')
@@ -66,6 +67,7 @@ def prepare(model: Model, origin: Origin, options: IntegerOptions) -> Contents:
     storage = options.storage or make_storage(
         target.cfg, target.family, options.quantize, options.group_size, options.symmetric
     )
+    target = replace(target, family=with_separate_experts(target.family))
     contents = folder_contents(model, origin, target, options.dtype, storage)
     integers = quantized_loading(storage, target.cfg, target.family, options.dtype)
     return replace(contents, card=lambda folder: f"{contents.card(folder)}\n\n{integers}")

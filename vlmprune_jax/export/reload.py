@@ -21,6 +21,7 @@ from vlmprune_jax.export.format import Comparison
 from vlmprune_jax.export.loads import why_not
 from vlmprune_jax.export.uneven import loader_class
 from vlmprune_jax.families import detect, family_of
+from vlmprune_jax.families.experts import has_experts
 from vlmprune_jax.families.table import Stock
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.layout import PARTS, make_slots
@@ -205,8 +206,8 @@ def torch_loads(folder: Path, tower: Path | None) -> bool:
     problem = why_not(cfg, "transformers", loader=loader)
     if family.stock is None or problem is not None or importlib.util.find_spec("torch") is None:
         return False
-    if Checkpoint(folder).storage is not None and not _decodes():
-        return False
+    if Checkpoint(folder).storage is not None and (has_experts(cfg.text) or not _decodes()):
+        return False  # some versions compute quantised experts in bfloat16, and some classes do not read them
     return not importlib.metadata.version("transformers").startswith(family.stock.miscomputes)
 
 

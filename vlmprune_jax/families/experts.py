@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.layer import Layer
 from vlmprune_jax.families.llama_like import llama_like_weights
 from vlmprune_jax.families.shapes import PER_LAYER, layers_to_hf
-from vlmprune_jax.families.table import JsonDict, Weight
+from vlmprune_jax.families.table import Family, JsonDict, Weight
 
 _COUNTS = ("num_experts", "num_local_experts")  # the hub's name, and the one that transformers 5 writes
 
@@ -89,6 +90,20 @@ def expert_weights(layer: str, experts: str, layouts: tuple[str, str], keys: tup
         Weight(f"{layer}/mlp/experts/{name}/weight", experts + key, layouts[name == "down_proj"])
         for name, key in zip(names, keys, strict=True)
     ]
+
+
+def with_separate_experts(family: Family) -> Family:
+    """Return the family as files of quantised experts have it: a matrix per expert and projection, [out, in] each."""
+
+    def separated(line: Weight) -> Weight:
+        before, experts, _ = line.key.rpartition("experts.")
+        if "/experts/" not in line.path or "{experts}" in line.key:
+            return line
+        name = line.path.split("/")[-2]
+        layout = "embed expert_mlp" if name == "down_proj" else "expert_mlp embed"
+        return Weight(line.path, f"{before}{experts}{{experts}}.{name}.weight", layout)
+
+    return dataclasses.replace(family, weights=lambda cfg: [separated(line) for line in family.weights(cfg)])
 
 
 def qwen_expert_weights(

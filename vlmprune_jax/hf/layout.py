@@ -67,6 +67,12 @@ class Slot:
         return tuple(number for number in (self.index, self.entry) if number is not None)
 
     @property
+    def axes_in_params(self) -> tuple[tuple[str, int], ...]:
+        """Axes of the parameter's array, with their sizes, in the order of `params`."""
+        axes = tuple(zip(self.axes, self.shape, strict=True))
+        return axes[::-1] if self.turned else axes
+
+    @property
     def stride(self) -> int:
         """Distance in the file, in values, between consecutive indices of the array's first axis."""
         return math.prod(self.shape[1:]) if self.columns is None else self.width

@@ -24,6 +24,7 @@ from vlmprune_jax.data.tokenizer_files import added_tokens
 from vlmprune_jax.data.video.processor import load_video_config
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.families import Family, detect
+from vlmprune_jax.families.experts import with_separate_experts
 from vlmprune_jax.families.fields import check_fields
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.storage import StoredWeight, find_storage
@@ -120,7 +121,8 @@ def read_config(folder: Path, vision_dir: Path | None = None) -> tuple[Family, M
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = read_fields(path)
     family = detect(config, str(path))
-    find_storage(config, str(path))  # refuses unknown quantisation
+    if find_storage(config, str(path)) is not None:  # refuses unknown quantisation
+        family = with_separate_experts(family)
     if os.path.lexists(generation):
         ids = {
             k: v for k, v in read_fields(generation).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")

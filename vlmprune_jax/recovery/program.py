@@ -18,6 +18,7 @@ from vlmprune_jax.distributed.mesh import row_ways
 from vlmprune_jax.distributed.rules import check_divides, sharding
 from vlmprune_jax.export.folder import make_storage
 from vlmprune_jax.families import family_of
+from vlmprune_jax.families.experts import has_experts
 from vlmprune_jax.models.params import Flat, flatten, param_axes, param_shapes, unflatten
 from vlmprune_jax.models.placement import mesh_of
 from vlmprune_jax.models.vlm import Model, Params
@@ -78,6 +79,11 @@ def make_program(
     if config.adapters is not None:
         cfg = with_lora(cfg, config.adapters)
     if config.quantize != "none":
+        if has_experts(cfg.text):
+            raise UserError(
+                f"recover.quantize={config.quantize!r}: layers of experts are not rounded in training: "
+                'use "none", and export.quantize after it'
+            )
         storage = make_storage(cfg, family_of(cfg), config.quantize, None, True)
         cfg = dataclasses.replace(cfg, fake_quant=FakeQuant(storage.bits, storage.group, storage.activations))
     shapes = param_shapes(cfg)

@@ -21,6 +21,7 @@ from vlmprune_jax.core.weight_files import Entry
 
 JsonDict = dict[str, Any]
 _METHOD = "compressed-tensors"
+_CHOOSE_EXPERTS = ("/router/weight", "/dense_gate/weight")
 # Quantisation, by its name in vLLM and llm-compressor -> (bits of weights, True if activations have 8 bits).
 SCHEMES = {"w8a16": (8, False), "w4a16": (4, False), "w8a8": (8, True)}
 # Values that may share a scale, the largest first: sizes for which serving engines have kernels.
@@ -135,7 +136,7 @@ class CompressedTensors:
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return True if a weight is a decoder layer's matrix and the group size divides its rows."""
-        return name.startswith("text/layers/") and len(shape) == 2 and (not self.group or shape[1] % self.group == 0)
+        return is_matrix(name, shape) and (not self.group or shape[1] % self.group == 0)
 
     def weight(self, tensors: Mapping[str, Entry]) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of the weight that these tensors encode; raise ValueError if they are inconsistent."""
@@ -228,6 +229,11 @@ class CompressedTensors:
         return (unsigned[:, :count].astype(np.int16) - 2 ** (self.bits - 1)).astype(np.int8)
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Return True for a matrix of a decoder layer, except those that choose experts: engines read them as floats."""
+    return len(shape) == 2 and name.startswith("text/layers/") and not name.endswith(_CHOOSE_EXPERTS)
+
+
 def check_scheme(quantize: str, group_size: int | None, symmetric: bool) -> None:
     """Raise UserError for a group size or zero points that a quantisation scheme does not support."""
     if quantize == "w8a8" and (group_size is not None or not symmetric):
@@ -250,5 +256,5 @@ def _modules(key: str) -> list[str]:
 
 def _pattern(module: str) -> str:
     """Return a regex that matches a module name and its submodules, with any prefix."""
-    layer = re.search(r"layers\.\d+\..*", module)
+    layer = re.search(r"layers\.\d+(\..*)?$", module)
     return rf"re:.*\b{re.escape(layer[0] if layer else module.rpartition('.')[2])}\b.*"
