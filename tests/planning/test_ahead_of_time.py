@@ -85,6 +85,14 @@ def test_collectives_count_as_often_as_their_loop_runs():
     }
 
 
+@pytest.mark.parametrize(("source", "times"), [("jit(step)/dot_general", 1), ("jit(step)/while/body/dot_general", 5)])
+def test_gathers_that_the_compiler_spreads_over_a_loop_run_once(source, times):
+    """For example a weight's, over the chunks of a delta net that does not use it."""
+    spread = HLO.replace("%fused", "%async_collective_fusion")
+    spread = spread.replace("dimensions={0}\n}", f'dimensions={{0}}, metadata={{op_name="{source}"}}\n}}')
+    assert collective_bytes(spread)["all-gather"] == times * 4 * 8 * 2 * 3 // 4
+
+
 def test_what_starts_a_collective_names_its_operands_as_well():
     lines = """\
 ENTRY %main.2 (p.7: bf16[4,8]) -> bf16[4,8] {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -82,23 +83,30 @@ MOST_PERIOD = 12  # layers; patterns of models have 2 to 8
 class LayerRun(NamedTuple):
     """Equal layers whose parameters are stacked along a leading axis."""
 
-    numbers: range
-    """Numbers of the layers: neighbours, or layers at the same position of a repeated pattern."""
+    numbers: tuple[int, ...]
+    """Numbers of the layers: neighbours, or neighbours in every repetition of a pattern."""
 
     layer: Layer
     """Sizes of each of the layers."""
 
 
-@functools.lru_cache(maxsize=256)
-def scan_groups(layers: tuple[Layer, ...]) -> tuple[tuple[LayerRun, ...], ...]:
-    """Group layers such that each group is one scan, whose step computes one layer of each run in turn.
+class ScanGroup(NamedTuple):
+    """Layers that one scan computes: a pattern that repeats. A step computes the next layers of each run in turn."""
 
-    A group repeats a pattern of up to `MOST_PERIOD` layers (equal neighbours: a pattern of one layer). A grouping with
-    few runs is chosen, because each run is traced and compiled once.
+    repetitions: int
+    runs: tuple[LayerRun, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
+    """Group layers by repeated patterns of up to `MOST_PERIOD` layers (equal neighbours: a pattern of one layer).
+
+    A grouping with few runs is chosen, because each run is traced and compiled once.
     """
     numbers, count = dict[Layer, int](), len(layers)
     kinds = [numbers.setdefault(layer, len(numbers)) for layer in layers]
     alike = [[0] * (count + 1) for _ in range(MOST_PERIOD + 1)]  # by period: layers from each on that equal a later one
+    changes = [*itertools.accumulate(map(operator.ne, kinds, kinds[1:]), initial=0)]  # of kind, up to each layer
     best = [(0, 0, 0)] * (count + 1)  # of the layers from each on: number of runs, first pattern's period and end
     for start in reversed(range(count)):
         best[start] = (best[start + 1][0] + 1, 1, start + 1)
@@ -108,18 +116,24 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[tuple[LayerRun, ...], ...]:
             end = start + period * (1 + alike[period][start] // period)
             for stop in (end - period, end):  # the last repetition may belong to another pattern
                 if start < stop:
-                    best[start] = min(best[start], (best[stop][0] + period, period, stop))
+                    runs = 1 + changes[start + period - 1] - changes[start]
+                    best[start] = min(best[start], (best[stop][0] + runs, period, stop))
     groups, start = [], 0
     while start < count:
         _, period, stop = best[start]
-        groups.append(tuple(LayerRun(range(i, stop, period), layers[i]) for i in range(start, start + period)))
+        runs = list[LayerRun]()
+        for _, alike in itertools.groupby(range(start, start + period), lambda i: changes[i]):
+            first, *more = alike
+            numbers = (i + at for i in range(first, stop, period) for at in range(1 + len(more)))
+            runs.append(LayerRun(tuple(numbers), layers[first]))
+        groups.append(ScanGroup((stop - start) // period, tuple(runs)))
         start = stop
     return tuple(groups)
 
 
 def layer_runs(layers: tuple[Layer, ...]) -> tuple[LayerRun, ...]:
     """Return the runs of all scans, numbered as in the paths of parameters."""
-    return tuple(itertools.chain.from_iterable(scan_groups(layers)))
+    return tuple(run for group in scan_groups(layers) for run in group.runs)
 
 
 def describe_sizes(sizes: Mapping[str, int]) -> str:

@@ -108,41 +108,46 @@ class BlockStack(nnx.Module):
         shared = dict[int, tuple[jax.Array, jax.Array]]()
         numbered, groups = map(str, itertools.count()), scan_groups(self.cfg.layers)
         for group in groups:
-            runs, blocks, layers = list(itertools.islice(numbered, len(group))), list[Callable[..., Any]](), []
-            for run, (numbers, _) in zip(runs, group, strict=True):
+            runs, blocks, layers = list(itertools.islice(numbered, len(group.runs))), list[Callable[..., Any]](), []
+            for run, (numbers, _) in zip(runs, group.runs, strict=True):
                 apply, state = self.run_parts(run)
                 names = (*capture, KEYS) if numbers[-1] in self.cfg.producers else capture
                 blocks.append(_with_remat(apply, ctx._replace(shared=shared), names, remat, per_layer_embeds))
                 slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in numbers]) if keep else None
-                layers.append((state, jnp.asarray(numbers), slots, jnp.arange(len(numbers))))
+                each = (state, jnp.asarray(numbers), slots, jnp.arange(len(numbers)))
+                layers.append(_split(each, group.repetitions))
             if hook is not None and final is not None and group is groups[-1]:
                 first = jax.tree.map(operator.itemgetter(0), state)
                 values = jax.eval_shape(blocks[-1], first, x, jnp.int32(0), None)[2]
                 values.pop(KEYS, None)
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
 
+            def one(carry: Any, layer: Any, run: str, block: Any, is_last: bool) -> tuple[Any, Any]:
+                (x, kept, last, cache), (state, index, slot, place) = carry, layer
+                y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
+                cache = cache if updated is None else {**cache, run: updated}
+                if deepstack_embeds is not None:
+                    enters = index < len(deepstack_embeds)
+                    y = jax.lax.cond(enters, _add_layer, lambda y, *_: y, y, deepstack_embeds, index)
+                if kept is not None:
+                    kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
+                keys = values.pop(KEYS, None)
+                hooked = None if hook is None else hook(seen(x, y, values, nnx.to_pure_dict(state)))
+                return (y, kept, (x, values) if last is not None and is_last else last, cache), (hooked, keys)
+
             def body(carry: Any, layers: Any, runs: list[str] = runs, blocks: Any = blocks) -> tuple[Any, Any]:
-                x, kept, last, cache = carry
                 outputs = []
-                for run, block, (state, index, slot, place) in zip(runs, blocks, layers, strict=True):
-                    y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
-                    cache = cache if updated is None else {**cache, run: updated}
-                    if deepstack_embeds is not None:
-                        enters = index < len(deepstack_embeds)
-                        y = jax.lax.cond(enters, _add_layer, lambda y, *_: y, y, deepstack_embeds, index)
-                    if kept is not None:
-                        kept = jax.lax.dynamic_update_index_in_dim(kept, y, slot, axis=0)
-                    keys = values.pop(KEYS, None)
-                    hooked = None if hook is None else hook(seen(x, y, values, nnx.to_pure_dict(state)))
-                    outputs.append((hooked, keys))
-                    last = (x, values) if last is not None and block is blocks[-1] else last
-                    x = y
-                return (x, kept, last, cache), outputs
+                for run, block, layer in zip(runs, blocks, layers, strict=True):
+                    step = functools.partial(one, run=run, block=block, is_last=block is blocks[-1])
+                    carry, output = _scan(step, carry, layer)
+                    outputs.append(output)
+                return carry, outputs
 
             own_cache = {run: cache[run] for run in runs if run in cache}
             (x, kept, last, updated), outputs = jax.lax.scan(body, (x, kept, last, own_cache), layers)
             caches |= updated
-            for (numbers, layer), (hooked, keys) in zip(group, outputs, strict=True):
+            outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+            for (numbers, layer), (hooked, keys) in zip(group.runs, outputs, strict=True):
                 if keys is not None:
                     shared = {**shared, layer.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
                 hooks |= {number: jax.tree.map(operator.itemgetter(i), hooked) for i, number in enumerate(numbers)}
@@ -167,6 +172,19 @@ def _with_remat(
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT_POLICIES)}")
     return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+
+
+def _split(layers: Any, repetitions: int) -> Any:
+    """Return arrays [repetitions, layers per repetition, ...], given arrays [layers, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(repetitions, -1, *leaf.shape[1:]), layers)
+
+
+def _scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any) -> tuple[Any, Any]:
+    """Scan over layers; a single one needs no loop."""
+    if len(jax.tree.leaves(layers)[0]) > 1:
+        return jax.lax.scan(step, carry, layers)
+    carry, output = step(carry, jax.tree.map(operator.itemgetter(0), layers))
+    return carry, jax.tree.map(lambda leaf: leaf[None], output)
 
 
 @functools.partial(jax.jit, inline=True)

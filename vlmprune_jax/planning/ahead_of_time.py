@@ -183,33 +183,41 @@ _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _BODY = re.compile(r"body=%([\w.\-]+)")
 _NAMED = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = ")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_SPREAD = re.compile(r"async_collective_fusion")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def collective_bytes(hlo: str) -> dict[str, int]:
     """Return {collective operation: bytes that each chip receives} for one run of a compiled program.
 
-    A collective in a loop is counted in every iteration. Rings are assumed: for a result of n bytes over g chips, a
+    A collective in a loop is counted in every iteration; one that the compiler spreads over an inner loop that the
+    program does not have it in is counted once per run of that loop. Rings are assumed: for a result of n bytes over g chips, a
     gather or all-to-all receives n (g - 1) / g bytes, a scatter g times as many (its result is smaller), a reduction
     twice as many, and a permutation n. Bytes from other slices are listed separately, as "KIND between slices".
     """
     computations = computations_of(hlo)
-    runs = executions(hlo, computations)
+    loops = _loops(hlo, computations)
     # The compiler writes an asynchronous collective into several fusions with the same channel.
     largest: dict[tuple[str, str], int] = defaultdict(int)
     for name, lines in computations.items():
+        runs = sum(levels[-1] for levels in loops[name])
         for number, line in enumerate(lines):
             match = _INSTRUCTION.search(line)
             if between := _BETWEEN_SLICES.search(line):
                 kind = f"{between[2].lower().replace('_', '-')} between slices"
-                largest[kind, f"{name}/{number}"] = runs[name] * round(_bytes(between[1]))
+                largest[kind, f"{name}/{number}"] = runs * round(_bytes(between[1]))
             if match is None:
                 continue
             channel = _CHANNEL.search(line)
             key = (match[2], channel[1] if channel else f"{name}/{number}")
             # The start of an all-reduce names only its result, other starts (operands, results, ...).
             result = _second(match[1]) if match[3] and match[2] != "all-reduce" else match[1]
-            largest[key] = max(largest[key], runs[name] * _received(match[2], result, line))
+            times = runs
+            if _SPREAD.match(name) and (source := _SOURCE.search(line)):
+                depth = source[1].count("/while/body")
+                times = sum(levels[min(depth, len(levels) - 1)] for levels in loops[name])
+            largest[key] = max(largest[key], times * _received(match[2], result, line))
     total: dict[str, int] = defaultdict(int)
     for key, count in largest.items():
         total[key[0]] += count
@@ -231,21 +239,33 @@ def computations_of(hlo: str) -> dict[str, list[str]]:
 
 def executions(hlo: str, computations: dict[str, list[str]]) -> dict[str, int]:
     """Return {computation name: number of executions} in one run of a compiled program."""
-    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    return defaultdict(
+        int, {name: sum(levels[-1] for levels in ways) for name, ways in _loops(hlo, computations).items()}
+    )
+
+
+def _loops(hlo: str, computations: dict[str, list[str]]) -> dict[str, list[tuple[int, ...]]]:
+    """Return, for every way to reach a computation, how often each loop around it runs, the outermost first.
+
+    The first number is 1, for the whole program; the last one is the number of executions.
+    """
+    calls: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
             condition, body = _CONDITION.search(line), _BODY.search(line)
-            times = _trip_count(computations[condition[1]], computations[body[1]]) if condition and body else 1
+            times = _trip_count(computations[condition[1]], computations[body[1]]) if condition and body else None
             for group in _CALLED.findall(line):
                 calls[name] += [(called.strip().lstrip("%"), times) for called in group.split(",")]
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
-    runs: dict[str, int] = defaultdict(int)
-    pending = [(entry[1], 1)] if entry else []
+    ways: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    pending = [(entry[1], (1,))] if entry else []
     while pending:
-        name, times = pending.pop()
-        runs[name] += times
-        pending += [(called, times * inner) for called, inner in calls[name]]
-    return runs
+        name, levels = pending.pop()
+        ways[name].append(levels)
+        pending += [
+            (called, levels if times is None else (*levels, levels[-1] * times)) for called, times in calls[name]
+        ]
+    return ways
 
 
 def _trip_count(condition: Sequence[str], body: Sequence[str]) -> int:

@@ -198,6 +198,7 @@ def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tupl
     return matrix, out
 
 
+@jax.custom_vjp
 def _inverse(lower: jax.Array) -> jax.Array:
     """Return the inverse of I + `lower`, for strictly lower triangular matrices float32[..., n, n].
 
@@ -206,10 +207,25 @@ def _inverse(lower: jax.Array) -> jax.Array:
     and waits for them in one of these threads, so that two solves at a time on two cores wait forever.
     """
     place = jnp.arange(lower.shape[-1])
-    inverse, size = jnp.broadcast_to(jnp.eye(len(place), dtype=lower.dtype), lower.shape), 1
-    while size < len(place):
-        row, column = place[:, None] // size, place[None, :] // size
-        corners = jnp.where((row // 2 == column // 2) & (row > column), lower, 0)
-        inverse = inverse - jnp.matmul(inverse, jnp.matmul(corners, inverse, precision=_PRECISE), precision=_PRECISE)
-        size *= 2
-    return inverse
+
+    def double(step: Any, inverse: jax.Array) -> jax.Array:
+        row, column = place[:, None] >> step, place[None, :] >> step  # numbers of the blocks
+        corners = jnp.where((row >> 1 == column >> 1) & (row > column), lower, 0)
+        return inverse - _matmul(inverse, _matmul(corners, inverse))
+
+    # A loop, and the derivative below: compilers for TPUs take minutes for the products of an unrolled one.
+    start = jnp.broadcast_to(jnp.eye(len(place), dtype=lower.dtype), lower.shape)
+    return jax.lax.fori_loop(0, (len(place) - 1).bit_length(), double, start)
+
+
+def _inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """Return the gradient of `lower`: d(m^-1) = -m^-1 dm m^-1."""
+    turned = jnp.swapaxes(inverse, -1, -2)
+    return (-_matmul(turned, _matmul(gradient, turned)),)
+
+
+_inverse.defvjp(lambda lower: (_inverse(lower),) * 2, _inverse_backward)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=_PRECISE)
