@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import sys
@@ -10,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_cases import copy_llava
+from hf_cases import copy_llava, make_folder
 from repository import ROOT
+
+import vlmprune_jax as vp
 
 PAGE = ROOT / "docs" / "how-to" / "extend.md"
 
@@ -34,12 +37,31 @@ def printed_file(heading: str, folder: Path) -> Path:
 @contextlib.contextmanager
 def registered(heading: str, folder: Path, registry: Any) -> Iterator[Path]:
     """Yield the printed file in `folder`; afterwards, forget what importing it added to a registry."""
-    before, search, path = dict(registry), list(sys.path), printed_file(heading, folder)
-    yield path
+    search, path = list(sys.path), printed_file(heading, folder)
+    with _forgotten(path.stem, registry):
+        yield path
     assert sys.path == search
-    sys.modules.pop(path.stem, None)
-    registry.clear()
-    registry.update(before)
+
+
+@contextlib.contextmanager
+def documented_family(file: Path, folder: Path, config: dict[str, Any], *registries: Any) -> Iterator[Path]:
+    """Yield a model folder of the family in this file of at most 80 lines; afterwards, forget the family."""
+    assert file.read_text(encoding="utf-8").count("\n") <= 80
+    with _forgotten(file.stem, vp.families, *registries):
+        sys.path.insert(0, str(file.parent))
+        importlib.import_module(file.stem)
+        sys.path.remove(str(file.parent))
+        yield make_folder(folder, config)
+
+
+@contextlib.contextmanager
+def _forgotten(module: str, *registries: Any) -> Iterator[None]:
+    before = [(registry, dict(registry)) for registry in registries]
+    yield
+    sys.modules.pop(module, None)
+    for registry, known in before:
+        registry.clear()
+        registry.update(known)
 
 
 def flags_of(config: str, folder: Path, goldens: Path) -> list[str]:

@@ -1,11 +1,8 @@
 """The channel mixer that how-to/extend.md links: scored, pruned by group, reconstructed, saved and loaded."""
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
-from hf_cases import make_folder
+from extend_cases import documented_family
 from repository import ROOT
 
 import vlmprune_jax as vp
@@ -26,16 +23,8 @@ BATCHES = [{"input_ids": IDS, "attention_mask": np.ones_like(IDS), "labels": IDS
 @pytest.fixture
 def folder(tmp_path):
     """A folder of the family in that file."""
-    before = [(registry, dict(registry)) for registry in (vp.families, vp.channels, AXES, WRITERS)]
-    assert FILE.read_text(encoding="utf-8").count("\n") <= 80
-    sys.path.insert(0, str(FILE.parent))
-    importlib.import_module(FILE.stem)
-    sys.path.remove(str(FILE.parent))
-    yield make_folder(tmp_path / "source", CONFIG)
-    sys.modules.pop(FILE.stem)
-    for registry, known in before:
-        registry.clear()
-        registry.update(known)
+    with documented_family(FILE, tmp_path / "source", CONFIG, vp.channels, AXES, WRITERS) as folder:
+        yield folder
 
 
 def masked(model, plan):
