@@ -192,9 +192,10 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     """Return {collective operation: bytes that each chip receives} for one run of a compiled program.
 
     A collective in a loop is counted in every iteration; one that the compiler spreads over an inner loop that the
-    program does not have it in is counted once per run of that loop. Rings are assumed: for a result of n bytes over g chips, a
-    gather or all-to-all receives n (g - 1) / g bytes, a scatter g times as many (its result is smaller), a reduction
-    twice as many, and a permutation n. Bytes from other slices are listed separately, as "KIND between slices".
+    program does not have it in is counted once per run of that loop. Rings are assumed: for a result of n bytes over g
+    chips, a gather or all-to-all receives n (g - 1) / g bytes, a scatter g times as many (its result is smaller), a
+    reduction twice as many, and a permutation n. Bytes from other slices are listed separately, as "KIND between
+    slices".
     """
     computations = computations_of(hlo)
     loops = _loops(hlo, computations)
