@@ -109,12 +109,14 @@ class BlockStack(nnx.Module):
         numbered, groups = map(str, itertools.count()), scan_groups(self.cfg.layers)
         for group in groups:
             runs, blocks, layers = list(itertools.islice(numbered, len(group.runs))), list[Callable[..., Any]](), []
+            states = dict[str, nnx.State]()
             for run, (numbers, _) in zip(runs, group.runs, strict=True):
                 apply, state = self.run_parts(run)
                 names = (*capture, KEYS) if numbers[-1] in self.cfg.producers else capture
                 blocks.append(_with_remat(apply, ctx._replace(shared=shared), names, remat, per_layer_embeds))
                 slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in numbers]) if keep else None
-                each = (state, jnp.asarray(numbers), slots, jnp.arange(len(numbers)))
+                states[run] = state
+                each = (None if cache else state, jnp.asarray(numbers), slots, jnp.arange(len(numbers)))
                 layers.append(_split(each, group.repetitions))
             if hook is not None and final is not None and group is groups[-1]:
                 first = jax.tree.map(operator.itemgetter(0), state)
@@ -122,8 +124,12 @@ class BlockStack(nnx.Module):
                 values.pop(KEYS, None)
                 last = (x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), values))
 
-            def one(carry: Any, layer: Any, run: str, block: Any, is_last: bool) -> tuple[Any, Any]:
+            def one(
+                carry: Any, layer: Any, run: str, block: Any, is_last: bool, states: Any = states
+            ) -> tuple[Any, Any]:
                 (x, kept, last, cache), (state, index, slot, place) = carry, layer
+                # A repetition's slice of the weights would be a copy, which costs more than a token's products.
+                state = at_layer(states[run], place) if state is None else state
                 y, updated, values = block(state, x, index, LayerState(cache[run], place) if run in cache else None)
                 cache = cache if updated is None else {**cache, run: updated}
                 if deepstack_embeds is not None:
