@@ -24,7 +24,7 @@ from vlmprune_jax.export.target import Target, write_files
 from vlmprune_jax.export.uneven import pad_tensor
 from vlmprune_jax.export.vllm_tpu import check_storage, facts, write_config
 from vlmprune_jax.families import Family, family_of
-from vlmprune_jax.families.experts import has_experts, with_separate_experts
+from vlmprune_jax.families.experts import MERGED_EXPERTS, has_experts, with_separate_experts
 from vlmprune_jax.families.towers import is_left_out, stock_tower_constants, vision_of
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint
 from vlmprune_jax.hf.disk.compressed_tensors import GROUPS, SCHEMES, CompressedTensors, check_scheme, is_matrix
@@ -46,8 +46,6 @@ from vlmprune_jax.hf.read import check_finite
 from vlmprune_jax.models.params import flatten
 from vlmprune_jax.models.vlm import Model
 
-# Decoders whose quantised experts transformers 5.24 decodes and merges on loading (tried with w8a16).
-_MERGED_EXPERTS = ("qwen3_moe", "qwen3_5_moe_text")
 MAX_SHARD_BYTES = 5 * 10**9  # the default of the hub and of transformers
 
 
@@ -282,7 +280,7 @@ def quantized_loading(storage: CompressedTensors, cfg: ModelConfig, family: Fami
             f"them ({'tried on a CPU' if tried else 'on GPUs, by its code'})."
         )
     if has_experts(cfg.text):
-        reads = cfg.text.decoder in _MERGED_EXPERTS and not storage.activations
+        reads = cfg.text.decoder in MERGED_EXPERTS and not storage.activations
         sentences.append(
             "Every expert has matrices of its own, as vLLM reads them (by its code; not tried). "
             f"Transformers 5.24 {f'computes them in {dtype}' if reads else 'does not read them'}."

@@ -117,7 +117,7 @@ class BlockStack(nnx.Module):
                 slots = jnp.asarray([keep.index(i) if i in keep else len(keep) for i in numbers]) if keep else None
                 states[run] = state
                 each = (None if cache else state, jnp.asarray(numbers), slots, jnp.arange(len(numbers)))
-                layers.append(_split(each, group.repetitions))
+                layers.append(_repeated(each, len(numbers) // group.repetitions))
             if hook is not None and final is not None and group is groups[-1]:
                 first = jax.tree.map(operator.itemgetter(0), state)
                 values = jax.eval_shape(blocks[-1], first, x, jnp.int32(0), None)[2]
@@ -145,15 +145,17 @@ class BlockStack(nnx.Module):
                 outputs = []
                 for run, block, layer in zip(runs, blocks, layers, strict=True):
                     step = functools.partial(one, run=run, block=block, is_last=block is blocks[-1])
-                    carry, output = _scan(step, carry, layer)
+                    # Slices of arrays that the scan got would be kept for the backward pass, next to these arrays.
+                    several = layer[1].ndim > 0
+                    carry, output = jax.lax.scan(step, carry, layer) if several else step(carry, layer)
                     outputs.append(output)
                 return carry, outputs
 
             own_cache = {run: cache[run] for run in runs if run in cache}
             (x, kept, last, updated), outputs = jax.lax.scan(body, (x, kept, last, own_cache), layers)
             caches |= updated
-            outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-            for (numbers, layer), (hooked, keys) in zip(group.runs, outputs, strict=True):
+            for (numbers, layer), output in zip(group.runs, outputs, strict=True):
+                hooked, keys = _in_order(output, len(numbers))
                 if keys is not None:
                     shared = {**shared, layer.mixer.window or 0: jax.tree.map(operator.itemgetter(-1), keys)}
                 hooks |= {number: jax.tree.map(operator.itemgetter(i), hooked) for i, number in enumerate(numbers)}
@@ -180,17 +182,14 @@ def _with_remat(
     return block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
 
 
-def _split(layers: Any, repetitions: int) -> Any:
-    """Return arrays [repetitions, layers per repetition, ...], given arrays [layers, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(repetitions, -1, *leaf.shape[1:]), layers)
+def _repeated(layers: Any, count: int) -> Any:
+    """Return arrays [repetitions, count, ...], given arrays [layers, ...]; the same arrays if the count is 1."""
+    return layers if count == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), layers)
 
 
-def _scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any) -> tuple[Any, Any]:
-    """Scan over layers; a single one needs no loop."""
-    if len(jax.tree.leaves(layers)[0]) > 1:
-        return jax.lax.scan(step, carry, layers)
-    carry, output = step(carry, jax.tree.map(operator.itemgetter(0), layers))
-    return carry, jax.tree.map(lambda leaf: leaf[None], output)
+def _in_order(outputs: Any, count: int) -> Any:
+    """Return arrays [count, ...], given arrays [count, ...] or [repetitions, layers of each, ...]."""
+    return jax.tree.map(lambda leaf: leaf if len(leaf) == count else leaf.reshape(count, *leaf.shape[2:]), outputs)
 
 
 @functools.partial(jax.jit, inline=True)
