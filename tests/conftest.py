@@ -63,8 +63,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(TorchServers(Path(__file__).parents[1], Path(_SHARED.name)).close)
 
 
+# Cases of some seconds whose like runs with another family or cut in `make test`: file -> ends of names.
+_SLOW_CASES = {
+    "export/test_convert.py": ("[bunny-depth-4.57]",),
+    "export/test_gguf_experts.py": ("[qwen3_vl_moe-all]",),
+    "export/test_gguf_hybrids.py": ("[qwen3_5_r1-all]", "[qwen3_5_r3-value_heads_2]"),
+    "families/test_experts.py": (
+        "autograd[qwen3_5_moe]", "autograd[gemma4_moe]", "autograd[internvl_moe]", "test_cuts[qwen3_5_moe-depth]",
+        "test_cuts[qwen3_5_moe-neurons]", "test_cuts[gemma4_moe-depth]", "test_cuts[gemma4_moe-neurons]",
+        "exports[gemma4_moe-experts]", "exports[qwen3_5_moe-experts]", "exports[qwen3_vl_moe-experts]",
+        "each[gemma4_moe-w8a8]", "each[qwen3_5_moe-w8a8]",
+    ),
+    "families/test_goldens.py": ("autograd[gemma4]",),
+    "families/test_video.py": ("texts[gemma4]", "videos[gemma4_dense]"),
+    "prune/test_expert_repair.py": ("[qwen3_5_moe]", "[gemma4_moe]"),
+    "prune/test_reconstruction.py": ("on_the_device[qwen3_vl]",),
+    "prune/test_shared_layers.py": ("the_whole_model", "float64[4]"),
+    "stages/test_unused.py": ("[demo_reconstruct]",),
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests marked `slow` last, so that one run reports the quick ones first."""
+    """Mark slow cases, and run tests marked `slow` last, so that one run reports the quick ones first."""
+    for item in items:
+        if item.name.endswith(_SLOW_CASES.get(str(item.path.relative_to(Path(__file__).parent)), ())):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
