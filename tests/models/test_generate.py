@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from stack_cases import decoder_layer, text_config
 
 from vlmprune_jax.core.config import ModelConfig
 from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.hf.read import load
 from vlmprune_jax.models import kernels
-from vlmprune_jax.models.generate import SharedPrefix, generate
-from vlmprune_jax.models.params import init_params
+from vlmprune_jax.models.generate import SharedPrefix, generate, prefill
+from vlmprune_jax.models.params import init_params, param_shapes, unflatten
 from vlmprune_jax.models.vlm import Model, forward
 
 IMAGE, PATCHES = 400, 16
@@ -153,3 +154,23 @@ def test_bad_input(llava, change, message):
     arguments = {"input_ids": np.array([[1, 2, 3]]), "max_new_tokens": 2, **change}
     with pytest.raises(UserError, match=message):
         generate(llava, arguments.pop("input_ids"), **arguments)
+
+
+def test_layers_are_read_from_the_stack_of_all():
+    """A scan over repetitions of a pattern does not slice their weights, which would be a copy for every token."""
+    layers = (decoder_layer(2, 2, 64), decoder_layer(2, 2, 64), decoder_layer(2, 2, 32)) * 2
+    cfg = ModelConfig("llama", "transformers", text_config(layers))
+    params = unflatten({path: jax.ShapeDtypeStruct(size, np.float32) for path, size in param_shapes(cfg).items()})
+    arrays = {name: jax.ShapeDtypeStruct((1, 5), np.int32) for name in ("ids", "valid")}
+    arrays |= {"ended": jax.ShapeDtypeStruct((1,), bool), "pixels": None, "pixel_mask": None}
+    traced = prefill.trace(params, cfg, arrays, 4, ()).jaxpr
+    scans = _scans(traced.jaxpr)
+    sliced = [x for eqn in scans for x in eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]]
+    assert len(scans) == 2  # repetitions, and equal neighbours
+    assert sliced
+    assert max(x.aval.ndim for x in sliced) <= 2  # numbers of layers
+
+
+def _scans(jaxpr):
+    inner = [sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] + [eqn for sub in inner for eqn in _scans(sub)]
