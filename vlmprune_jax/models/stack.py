@@ -145,7 +145,7 @@ class BlockStack(nnx.Module):
                 outputs = []
                 for run, block, layer in zip(runs, blocks, layers, strict=True):
                     step = functools.partial(one, run=run, block=block, is_last=block is blocks[-1])
-                    # Slices of arrays that the scan got would be kept for the backward pass, next to these arrays.
+                    # A scan of one layer would slice the arrays again, and the backward pass would keep these slices.
                     several = layer[1].ndim > 0
                     carry, output = jax.lax.scan(step, carry, layer) if several else step(carry, layer)
                     outputs.append(output)
