@@ -121,12 +121,12 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
     groups, start = [], 0
     while start < count:
         _, period, stop = best[start]
-        runs = list[LayerRun]()
-        for _, alike in itertools.groupby(range(start, start + period), lambda i: changes[i]):
-            first, *more = alike
-            numbers = (i + at for i in range(first, stop, period) for at in range(1 + len(more)))
-            runs.append(LayerRun(tuple(numbers), layers[first]))
-        groups.append(ScanGroup((stop - start) // period, tuple(runs)))
+        pattern = [
+            [*neighbours] for _, neighbours in itertools.groupby(range(start, start + period), changes.__getitem__)
+        ]
+        repetitions = range(0, stop - start, period)
+        found = [LayerRun(tuple(i + at for at in repetitions for i in run), layers[run[0]]) for run in pattern]
+        groups.append(ScanGroup(len(repetitions), tuple(found)))
         start = stop
     return tuple(groups)
 

@@ -259,7 +259,7 @@ def _loops(hlo: str, computations: dict[str, list[str]]) -> dict[str, list[tuple
                 calls[name] += [(called.strip().lstrip("%"), times) for called in group.split(",")]
     entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.MULTILINE)
     ways: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    pending = [(entry[1], (1,))] if entry else []
+    pending: list[tuple[str, tuple[int, ...]]] = [(entry[1], (1,))] if entry else []
     while pending:
         name, levels = pending.pop()
         ways[name].append(levels)
