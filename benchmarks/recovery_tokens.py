@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.stats
 from reconstruction import ROOT, ROW, WINDOW, batches, docstrings, smollm2_folder
 
 import vlmprune_jax as vp
@@ -136,6 +137,30 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             mean, low, high = interval_of_mean([mine - theirs for mine, theirs in zip(values, control, strict=True)])
             extra = f"{mean:.4f} ({low:.4f} to {high:.4f})"
         print(f"|{cut}|{seed}|{tokens:,}|{form}|{np.mean(values):.4f}|{'' if control is None else extra}|")
+    print_fit(bits)
+
+
+def print_fit(bits: dict[tuple[str, int, int, str], list[float]]) -> None:
+    """Print the power law of each cut's gap to the control, and the tokens at which it is that of the control's 4 bits.
+
+    Least squares on logarithms; the interval is that of Student's t.
+    """
+    mean = {key: float(np.mean(values)) for key, values in bits.items()}
+    steps = [key for key in mean if key[0] == "unpruned" and key[3] == "w4a16"]
+    for cut in [cut for cut in CUTS if cut != "unpruned" and steps]:
+        pairs = [(key[2], mean[key] - mean["unpruned", *key[1:]]) for key in mean
+                 if key[0] == cut and key[2] and key[3] == "float32" and ("unpruned", *key[1:]) in mean]  # fmt: skip
+        if len(pairs) < 3:
+            continue
+        fit = scipy.stats.linregress(*np.log(pairs).T)
+        half = scipy.stats.t.ppf(0.975, len(pairs) - 2) * fit.stderr
+        last = max(steps, key=lambda key: key[2])
+        rounding = mean[last] - mean[(*last[:3], "float32")]
+        tokens = math.exp((math.log(rounding) - fit.intercept) / fit.slope)
+        print(
+            f"\n{cut}: the gap is proportional to tokens ** {fit.slope:.2f} ({fit.slope - half:.2f} to "
+            f"{fit.slope + half:.2f}). At {tokens:.1e} tokens it is {rounding:.4f}, what 4 bits add to the control."
+        )
 
 
 def main() -> None:
