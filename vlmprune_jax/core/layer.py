@@ -116,8 +116,8 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
             end = start + period * (1 + alike[period][start] // period)
             for stop in (end - period, end):  # the last repetition may belong to another pattern
                 if start < stop:
-                    runs = 1 + changes[start + period - 1] - changes[start]
-                    best[start] = min(best[start], (best[stop][0] + runs, period, stop))
+                    blocks = 1 + changes[start + period - 1] - changes[start]
+                    best[start] = min(best[start], (best[stop][0] + blocks, period, stop))
     groups, start = [], 0
     while start < count:
         _, period, stop = best[start]
@@ -125,8 +125,8 @@ def scan_groups(layers: tuple[Layer, ...]) -> tuple[ScanGroup, ...]:
             [*neighbours] for _, neighbours in itertools.groupby(range(start, start + period), changes.__getitem__)
         ]
         repetitions = range(0, stop - start, period)
-        found = [LayerRun(tuple(i + at for at in repetitions for i in run), layers[run[0]]) for run in pattern]
-        groups.append(ScanGroup(len(repetitions), tuple(found)))
+        runs = [LayerRun(tuple(i + at for at in repetitions for i in run), layers[run[0]]) for run in pattern]
+        groups.append(ScanGroup(len(repetitions), tuple(runs)))
         start = stop
     return tuple(groups)
 

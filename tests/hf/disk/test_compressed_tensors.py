@@ -361,3 +361,10 @@ def test_settings_are_read_as_they_are_written():
         assert CompressedTensors.from_config(one.to_config({})) == one
     by_default = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
     assert CompressedTensors.from_config(by_default) == CompressedTensors(8)
+
+
+def test_layers_without_integers_do_not_hide_others():
+    storage = CompressedTensors(4, 32)
+    plain, packed = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.experts.0.up_proj.weight"
+    shapes = {plain: (8, 8), packed + "_packed": (8, 4), packed + "_scale": (8, 1)}
+    assert storage.to_config(shapes)["ignore"] == [r"re:.*\blm_head\b.*", r"re:.*\blayers\.0\b.*"]
