@@ -107,6 +107,22 @@ class _FilesInOrder(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return self._scopes[nodeid]
 
+    # pytest-xdist 3.8 waits forever for a dead worker's successor (pytest-dev/pytest-xdist#1327 and #1378).
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Hand out what a dead worker has not begun; return the test in which it died."""
+        work = self.assigned_work.pop(node)
+        left = [(scope, test) for scope, unit in work.items() for test, done in unit.items() if not done]
+        for scope, test in left[1:]:
+            self.workqueue.setdefault(scope, {})[test] = False
+        for other in self.assigned_work:
+            self._reschedule(other)
+        return left[0][1] if left else None
+
+    def _reschedule(self, node: WorkerController) -> None:
+        super()._reschedule(node)
+        if not self.workqueue and not node.shutting_down:
+            node.shutdown()  # a worker begins its last test when it knows that no other follows
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
