@@ -175,22 +175,23 @@ def chunked(
 def _chunk(group: int, matrix: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """Run one chunk: the matrices after it, and its outputs [batch, heads, position, value]."""
     q, k, v, beta, g = arrays
-    q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
     product = functools.partial(jnp.einsum, precision=_PRECISE)
+    # once per group of heads, before keys and queries are repeated for each head
+    of_keys, of_queries = (jnp.repeat(product("bgik,bgjk->bgij", x, k), group, axis=1) for x in (k, q))
+    q, k = (jnp.repeat(x, group, axis=1) for x in (q, k))
     total = jnp.cumsum(g, axis=-1)
     # masked before exp: differences above the diagonal may overflow
     place = jnp.arange(g.shape[-1])
     past = (place[:, None] >= place[None, :])[None, None]
     decay = jnp.exp(jnp.where(past, total[..., :, None] - total[..., None, :], -jnp.inf))
-    key_beta = k * beta[..., None]
     strictly = (place[:, None] > place[None, :])[None, None]
-    lower = jnp.where(strictly, product("bhik,bhjk->bhij", key_beta, k) * decay, 0)
-    right = jnp.concatenate([v * beta[..., None], key_beta * jnp.exp(total)[..., None]], axis=-1)
+    lower = jnp.where(strictly, of_keys * beta[..., None] * decay, 0)
+    right = jnp.concatenate([v, k * jnp.exp(total)[..., None]], axis=-1) * beta[..., None]
     solved = product("bhij,bhjc->bhic", _inverse(lower), right)
     update, read = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     values = update - product("bhik,bhkv->bhiv", read, matrix)
     out = product("bhik,bhkv->bhiv", q * jnp.exp(total)[..., None], matrix)
-    out = out + product("bhij,bhjv->bhiv", product("bhik,bhjk->bhij", q, k) * decay, values)
+    out = out + product("bhij,bhjv->bhiv", of_queries * decay, values)
     last = total[..., -1:]
     matrix = matrix * jnp.exp(last)[..., None] + product(
         "bhik,bhiv->bhkv", k * jnp.exp(last - total)[..., None], values
