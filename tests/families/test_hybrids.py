@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import CLOSE, Golden, kept_mixers
-from hf_cases import edit_config, edit_weights, prune
+from hf_cases import edit_config, edit_weights, make_folder, prune
 
 import vlmprune_jax as vp
 from vlmprune_jax.core.errors import UserError
@@ -190,6 +190,17 @@ def test_stock_transformers_loads_cut_exports(models, family, torch_outputs, tmp
     assert again.cfg == smaller.cfg
 
 
+def test_biases_of_attention_are_cut_with_its_heads(models, torch_outputs, tmp_path):
+    config = json.loads((models["qwen3_5"].ckpt / "config.json").read_text())
+    config["text_config"] |= {"attention_bias": True, "mtp_num_hidden_layers": 0}
+    folder = make_folder(tmp_path / "model", config)
+    smaller, plan = prune(vp.load(folder), kept_mixers(models["qwen3_5"], "attention"))
+    vp.save(smaller, tmp_path / "out", source_dir=folder, plan=plan, dtype="float32")
+    row = {"input_ids": np.arange(10, 22)[None]}
+    logits = torch_outputs(tmp_path / "out", row, class_name="AutoModelForImageTextToText", version="5")["logits"]
+    np.testing.assert_allclose(vp.forward(vp.load(tmp_path / "out"), **row)[0], logits, **CLOSE)
+
+
 @pytest.mark.parametrize("cut", ["attention", "all"])
 def test_the_head_for_several_tokens_is_cut_alike(models, tmp_path, cut):
     """Largest columns of its projections to the stream stay, of as many groups and neurons as the decoder has."""
@@ -247,6 +258,7 @@ def test_a_head_that_scores_least_leaves_as_if_it_wrote_nothing(models):
         ({"layer_types": ["full_attention"] * 4}, "num_hidden_layers is 5 but layer_types lists 4 layers"),
         ({"layer_types": ["mamba"] * 5}, r"layer_types \['mamba'\] are not supported"),
         ({"layer_types": ["linear_attention"] * 5}, "layer_types has no full_attention"),
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported \(delta nets: silu\)"),
         ({"linear_num_value_heads": 7}, "linear_attn: 7 delta-net heads are not divisible by 3 delta-net groups"),
     ],
 )

@@ -82,8 +82,14 @@ def _neurons(config: Mapping[str, Any]) -> int:
     return neurons if factor is None else -(-int(factor * neurons) // multiple) * multiple
 
 
+def _tied(config: Mapping[str, Any]) -> JsonDict:
+    """Return a config with the class's own name of `tie_word_embeddings`, which overrides it, replaced."""
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
+    return {**config, "tie_word_embeddings": tied}
+
+
 def _text_from_hf(config: Mapping[str, Any]) -> TextConfig:
-    config = {**_TEXT, **config}
+    config = _tied({**_TEXT, **config})
     if config.get("conv_bias"):
         raise UserError("conv_bias true is not supported (no released model has it)")
     n_layers, attention = int(config["num_hidden_layers"]), config.get("full_attn_idxs")
@@ -148,12 +154,12 @@ def _vision_from_hf(config: Mapping[str, Any], merge: int) -> VisionConfig:
 
 def _from_hf(config: Mapping[str, Any], vision: Mapping[str, Any] | None) -> ModelConfig:
     del vision
-    section, merge = {**_TEXT, **(config.get("text_config") or {})}, int(config.get("downsample_factor", 2))
-    tied = tied_embeddings({"tie_word_embeddings": config.get("tie_embedding", True), **config}, section, default=True)
+    section, merge = _tied({**_TEXT, **(config.get("text_config") or {})}), int(config.get("downsample_factor", 2))
+    tied = tied_embeddings(_tied(config), section, default=True)
     return ModelConfig(
         family="lfm2_vl",
         layout="transformers",
-        text=text_from_hf({**section, "tie_word_embeddings": tied}),
+        text=text_from_hf({**section, "tie_embedding": tied}),
         vision=_vision_from_hf(config.get("vision_config") or {}, merge),
         projector=ProjectorConfig(
             activation=config.get("projector_hidden_act", "gelu"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune_jax.core.config import TextConfig
+from vlmprune_jax.core.errors import UserError
 from vlmprune_jax.core.mixers import DeltaNet
 from vlmprune_jax.families import gguf
 from vlmprune_jax.families.llama_like import llama_like, llama_like_weights
@@ -57,6 +58,8 @@ _DELTA = {  # parameter -> (name in files, layout); those of one name are its ro
 def hybrid_from_hf(config: Mapping[str, Any], decoder: str) -> TextConfig:
     """Return the TextConfig of a decoder of delta nets and gated attention, with dense MLPs."""
     config = {**_TEXT, **config}
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UserError(f"hidden_act {activation!r} is not supported (delta nets: silu)")
     n_layers, interval = int(config["num_hidden_layers"]), int(config.get("full_attention_interval") or 4)
     kinds = config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(n_layers)
@@ -89,7 +92,8 @@ def hybrid_to_hf(text: TextConfig, source: JsonDict) -> JsonDict:
 def hybrid_weights(text: TextConfig, prefix: str, head: str) -> list[Weight]:
     """Return the weight table of a Qwen3.5 decoder with dense MLPs; arguments as for `llama_like_weights`."""
     table = llama_like_weights(text, prefix, head)
-    gated = {"text/layers/{i}/self_attn/q_proj/weight": "(q_heads gate head) embed"}
+    q_proj = "text/layers/{i}/self_attn/q_proj"
+    gated = {f"{q_proj}/weight": "(q_heads gate head) embed", f"{q_proj}/bias": "(q_heads gate head)"}
     table = [dataclasses.replace(line, layout=gated.get(line.path, line.layout)) for line in table]
     if any(isinstance(layer.mixer, DeltaNet) for layer in text.layers):
         layer, key = "text/layers/{i}/linear_attn", prefix + "layers.{i}.linear_attn"
