@@ -72,9 +72,9 @@ def cut(model: vp.Model, name: str) -> vp.Model:
     return vp.apply_plan(model, plan)
 
 
-def seconds(side: BenchSide, answer: int) -> list[float]:
-    """Return the seconds of one question in each round."""
-    return [first + (answer - 1) / decode for first, decode in zip(side.first_token, side.decode, strict=True)]
+def seconds(side: BenchSide, answer: int, rows: int) -> list[float]:
+    """Return the seconds of all questions of a batch in each round."""
+    return [first + rows * (answer - 1) / decode for first, decode in zip(side.first_token, side.decode, strict=True)]
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -94,13 +94,18 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 files[f"{name} | {form}"] = str(next(file for file in out.glob("*.gguf") if "mmproj" not in file.name))
                 rows[f"{name} | {form}"] = {"removed": removed}
         for prompt in prompts:
-            config = SpeedConfig(rounds=options.rounds, prompt_tokens=prompt, new_tokens=max(ANSWERS) - 1)
+            config = SpeedConfig(
+                rounds=options.rounds,
+                prompt_tokens=prompt,
+                new_tokens=max(ANSWERS) - 1,
+                batch_size=options.batch_size,
+            )
             engines = {"backends": ["llama_cpp"], "engine_python": [], "dtype": "float32"}
             sides, _ = find_sides([*files.values()], None, config, **engines, threads=options.threads)
             load, found = bench(sides, config, make_reporter(True))
             for name, side in zip(files, found, strict=True):
                 rows[name] |= {"bytes": side.bytes, "decode": side.decode, f"prompt of {prompt}": side.prompt_tokens}
-                rows[name] |= {f"{prompt}+{answer}": seconds(side, answer) for answer in ANSWERS}
+                rows[name] |= {f"{prompt}+{answer}": seconds(side, answer, options.batch_size) for answer in ANSWERS}
             print(f"{prompt} tokens: load {load} before, {options.threads} threads, {processor()}", file=sys.stderr)
     return rows
 
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=4, help="tiles along each side of SmolVLM's image")
     parser.add_argument("--prompts", default="576,2304")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=1, help="questions at once, whose seconds are told together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--saved", type=Path, nargs="*", default=[], help="files of --save, in place of a measurement")

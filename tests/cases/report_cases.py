@@ -18,7 +18,7 @@ from vlmprune_jax.workdir.artefact import write_artefact
 from vlmprune_jax.workdir.comparison import compare, describe_sets, unpruned_of
 from vlmprune_jax.workdir.evaluation import Evaluated, Group, MetricInfo
 from vlmprune_jax.workdir.result import Export, Result, Run, read_result
-from vlmprune_jax.workdir.speed import Bench, BenchWorkload, Pair, Speed, SpeedWorkload
+from vlmprune_jax.workdir.speed import Bench, Pair, Speed, SpeedWorkload
 from vlmprune_jax.workdir.steps import STEPS, StepRecord, Steps
 from vlmprune_jax.workdir.tpu_plan import Hbm, PlannedModel, PlannedStep, StepFlops, StepSeconds
 
@@ -148,7 +148,7 @@ BENCH = Bench(
     processor="Some <b>CPU",
     threads=2,
     load=0.5,
-    workload=BenchWorkload(**_PROMPT),
+    workload=SpeedWorkload(**_PROMPT),
     sides=[_SIDE, replace(_SIDE, **_FAST, model="pruned", parameters=800)],
 )
 PLANNED = PlannedStep(

@@ -58,7 +58,7 @@ def test_a_bench_in_the_workdir_is_told(workdir):
     write_artefact(workdir / "bench.json", BENCH)
     page = build_report(workdir).read_text()
     assert "Times as fast: ratio of medians (interval over rounds)" in page
-    assert "Measured on Some &lt;b&gt;CPU, 2 thread(s), load 0.5 before: one prompt" in page
+    assert "Measured on Some &lt;b&gt;CPU, 2 thread(s), load 0.5 before: 1 prompt(s) at once" in page
     times = bench_tables(read_artefact(workdir / "bench.json", Bench))[2]
     assert times.rows == (("pruned", "llama_cpp", "teacher", "1.50 (1.50 to 1.52)", "not measurable"),)
     noisy = [replace(BENCH.sides[0], decode=(10.0, 4.0, 18.6)), replace(BENCH.sides[1], decode=(51.0, 50.0, 51.5))]

@@ -24,7 +24,7 @@ def define(values: Flags) -> None:
     text("vision_dir", None, "vision tower folder (original LLaVA, Bunny)", flag_values=values)
     several("backends", [], "jax, transformers, llama_cpp, vllm, openvino, mlx; default: installed", flag_values=values)
     several("engine_python", [], "ENGINE:PYTHON of vllm, openvino or mlx in another environment", flag_values=values)
-    for name in ("prompt_tokens", "new_tokens", "rounds"):
+    for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds"):
         default, about = settings[name].default, settings[name].sentence
         absl_flags.DEFINE_integer(name, default, about, lower_bound=1, flag_values=values)
     absl_flags.DEFINE_bool("image", True, settings["image"].sentence, flag_values=values)
@@ -46,7 +46,8 @@ def run(flags: Any) -> None:
 
     if not flags.model:
         raise UserError("no model given: add --model=DIR_OR_GGUF")
-    config = SpeedConfig(**{name: flags[name].value for name in ("rounds", "prompt_tokens", "new_tokens", "image")})
+    names = ("rounds", "prompt_tokens", "new_tokens", "batch_size", "image")
+    config = SpeedConfig(**{name: flags[name].value for name in names})
     options, reporter = {"dtype": flags.dtype, "threads": check_bench(flags.threads, flags.json)}, make_reporter(True)
     if flags.questions:
         return tell_questions(flags, config, reporter)

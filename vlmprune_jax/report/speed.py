@@ -104,7 +104,8 @@ def bench_tables(bench: Bench) -> list[Table]:
         shown = f"{side.prompt_tokens:,}{', image' if side.image else ''}"
         prefill, decode, _, memory = _cells(side)  # the first token takes the prompt's tokens by prefill
         rounds = zip(side.first_token, side.decode, strict=True)
-        answers = [1000 * (first + bench.workload.new_tokens / rate) for first, rate in rounds]
+        tokens = bench.workload.batch_size * bench.workload.new_tokens
+        answers = [1000 * (first + tokens / rate) for first, rate in rounds]
         speeds.append((name, side.backend, prefill, decode, _range(answers)))
         sizes.append((name, side.backend, side.weights, shown, f"{side.bytes / 2**20:,.1f}", memory))
         before = first.setdefault(side.backend, side)
@@ -142,7 +143,8 @@ def tell_questions(flags: Any, config: SpeedConfig, reporter: Reporter) -> None:
     models = {
         name: load(name, vision_dir=flags.vision_dir, dtype=flags.dtype) for name in (flags.model, *flags.against)
     }
-    times = measure_questions(models, config)
+    batches = {"batches": (config.batch_size,)} if flags["batch_size"].present else {}
+    times = measure_questions(models, config, **batches)
     if flags.json is not None:
         write_text(Path(flags.json), json.dumps({"processor": processor(), "models": to_json(times)}, indent=1) + "\n")
     reporter.table(*question_table(times).printed)
@@ -177,8 +179,8 @@ def bench_notes(bench: Bench) -> list[str]:
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         f"Measured on {printable(bench.processor)}, {bench.threads} thread(s), load {bench.load:.1f} before: "
-        f"one prompt, then {workload.new_tokens:,} tokens generated (together a question), {workload.rounds:,} rounds "
-        "in turns.",
+        f"{workload.batch_size:,} prompt(s) at once, then {workload.new_tokens:,} tokens generated for each (together "
+        f"a question), {workload.rounds:,} rounds in turns.",
         f"{_spread_note(bench.sides)} {RULE}.",
         f"Each engine had a process of its own, whose peak memory is all that it held, libraries and loading "
         f"included: {named}.",

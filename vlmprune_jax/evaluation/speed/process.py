@@ -105,7 +105,9 @@ def noise(job: Any) -> np.ndarray | None:
 def _hf_pixels(job: Any) -> np.ndarray | None:
     """Return random pixels in the shape that the model's class in transformers takes; None without an image."""
     pixels = noise(job)
-    return pixels if pixels is None or job.by_row else pixels[0] if job.grids else pixels[:, 0]
+    if pixels is None or job.by_row:
+        return pixels
+    return pixels.reshape(-1, pixels.shape[-1]) if job.grids else pixels[:, 0]
 
 
 class TorchProgram:
@@ -121,7 +123,7 @@ class TorchProgram:
         if pixels is not None:
             self.inputs["pixel_values"] = torch.from_numpy(pixels).to(getattr(torch, dtype))
         if job.grids:
-            self.inputs["image_grid_thw"] = torch.tensor(job.grids[0])
+            self.inputs["image_grid_thw"] = torch.tensor(job.grids).flatten(0, 1)
             if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # from version 5 on
                 self.inputs["mm_token_type_ids"] = torch.eq(ids, job.image_token or 0).int()
         self.settings = transformers.GenerationConfig(
