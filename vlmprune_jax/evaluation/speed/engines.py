@@ -115,8 +115,8 @@ class InLlamaCpp:
     def run(self) -> Seconds:
         """Generate all tokens once; return the seconds to the first token, and from there to the last.
 
-        llama.cpp's own times of one row. Rows at once are asked by a thread each: until the last of them has its first
-        token, as llama.cpp begins to answer some while it reads the others.
+        For one row, these are llama.cpp's own times. Several rows are asked at once, by a thread each, and the first
+        time lasts until every row has its first token: llama.cpp answers some rows while it still reads others.
         """
         if self.rows == 1:
             times = self._ask(self.new_tokens + 1)["timings"]
