@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from expert_study import BATCH, Batches, batches_of, evaluate, texts
 from pretrain import make_encoder
@@ -94,6 +95,7 @@ def study(model: vp.Model, data: Path, out: Path, *, seeds: int, records: int, q
     )
     with out.open("a") as file:
         for seed in range(seeds):
+            jax.clear_caches()  # Linux allows a process 65,530 memory maps, and compiled programs have several each
             draw = np.random.default_rng(seed)
             read, order = texts()[::2], draw.permutation(len(train))
             sample = [read[i] for i in draw.choice(len(read), records, replace=False)]

@@ -35,12 +35,12 @@ LEARNT = 10.0  # points
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # quantiles of Student's t for this number of seeds
 
 
-def cells(seeds: int) -> Iterator[dict[str, Any]]:
+def cells(seeds: int, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
     """Yield {method, ratio, recovery, seed} of each pruned model and of the control, the unpruned model."""
     yield {"method": "unpruned", "ratio": 0.0, "recovery": "none", "seed": 0}
     for recovery in RECOVERIES:
-        for ratio, method, seed in itertools.product(RATIOS, METHODS, range(seeds)):
-            if recovery == "SFT + L2" and (ratio, method) == (RATIOS[0], "depth"):
+        for ratio, method, seed in itertools.product(ratios, METHODS, range(seeds)):
+            if recovery == "SFT + L2" and (ratio, method) == (ratios[0], "depth"):
                 yield {"method": "unpruned", "ratio": 0.0, "recovery": recovery, "seed": seed}
             yield {"method": method, "ratio": ratio, "recovery": recovery, "seed": seed}
 
@@ -80,7 +80,9 @@ def correct(model: vp.Model, batches: Sequence[Batch]) -> list[bool]:
     return rows
 
 
-def study(folder: Path, data: Path, out: Path, *, seeds: int, steps: int, minutes: float) -> None:
+def study(
+    folder: Path, data: Path, out: Path, *, seeds: int, ratios: Sequence[float], steps: int, minutes: float
+) -> None:
     """Append a row per model and number of frames, until the time is over; rows that exist are not computed again."""
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     model, started, last = vp.load(folder), time.monotonic(), None
@@ -92,7 +94,7 @@ def study(folder: Path, data: Path, out: Path, *, seeds: int, steps: int, minute
         for (name, records), frames in itertools.product(tests.items(), FRAMES)
     }
     train = json.loads((data / "train.json").read_text())
-    for cell in cells(seeds):
+    for cell in cells(seeds, ratios):
         if any(cell.items() <= row.items() for row in known):
             continue
         if time.monotonic() - started > 60 * minutes:
@@ -163,12 +165,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/moving-shapes"))
     parser.add_argument("--out", type=Path, default=Path("runs/video.jsonl"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args()
     if not args.summary:
-        study(args.model, args.data, args.out, seeds=args.seeds, steps=args.steps, minutes=args.minutes)
+        sizes = {name: getattr(args, name) for name in ("seeds", "ratios", "steps", "minutes")}
+        study(args.model, args.data, args.out, **sizes)
     summary(args.out)
 
 
