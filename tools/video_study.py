@@ -4,7 +4,8 @@ python tools/video_study.py --model=runs/qwen_video/teacher --data=runs/moving-s
 
 One JSON line per model, seed and number of frames, in order of importance, until --minutes are over; a second call
 continues. A row has {kind: [right answers, questions]} of the test set and of its clips with frames in random order.
-The seed draws the clips for calibration and training. --summary prints the table alone.
+The seed draws the clips for calibration and training. --summary prints the table alone, also of a file that is
+compressed by xz.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import lzma
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -121,7 +123,9 @@ def summary(out: Path) -> None:
     least `LEARNT` points. "Kept" is the share of its lead over a floor: its accuracy on shuffled frames, or chance
     (colours).
     """
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    content = out.read_bytes()
+    lines = (lzma.decompress(content) if out.suffix == ".xz" else content).splitlines()
+    rows = [json.loads(line) for line in lines]
     teachers = {row["frames"]: row for row in rows if row["method"] == "unpruned" and row["recovery"] == "none"}
     whole = teachers[FRAMES[0]]
     learnt = [
