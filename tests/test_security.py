@@ -17,7 +17,7 @@ STARTERS = ("subprocess.", "multiprocessing.", "os.system", "os.popen", "os.exec
 # (file, function) -> how the child is kept from importing or running what lies in the current folder.
 SAFE = {
     ("evaluation/speed/bench.py", "start"): "-P",
-    ("evaluation/speed/bench.py", "_installed"): "-I, with an interpreter that the command line names",
+    ("evaluation/speed/backends.py", "installed"): "-I, with an interpreter that the command line names",
     ("export/gguf_check.py", "_ask"): "-P",
     ("data/tokenizer_files.py", "_try_rules"): "-P",
     ("data/video/process.py", "__init__"): "-P",
