@@ -40,6 +40,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{_SHARED.name}/jax")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.abspath(_CACHE)  # some tests start processes in other folders
 
+import gc  # noqa: E402
 import itertools  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -51,6 +52,7 @@ from xdist.remote import Producer  # noqa: E402
 from xdist.scheduler import LoadScopeScheduling  # noqa: E402
 from xdist.workermanage import WorkerController  # noqa: E402
 
+gc.set_threshold(100_000, 50, 100)  # traced programs are many long-lived objects, which every collection visits
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
