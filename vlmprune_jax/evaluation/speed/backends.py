@@ -34,10 +34,10 @@ _LIST_PACKAGES = "from importlib.metadata import distributions as d; print(*(f'{
 
 def versions_of(backend: str, python: str | None) -> dict[str, str | None]:
     """Return {package: version} of an engine in an environment (None: this one), with None for what is missing."""
-    found = installed(python)
+    packages = installed(python)
     spellings = [text.split("|") for text in BACKENDS[backend].packages]
-    names = [next((name for name in several if name in found), several[0]) for several in spellings]
-    return {name: found.get(name) for name in names}
+    names = [next((name for name in several if name in packages), several[0]) for several in spellings]
+    return {name: packages.get(name) for name in names}
 
 
 @cache
