@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 from msgspec.structs import replace
 
-from vlmprune_jax.core.files import Count, Finite
+from vlmprune_jax.core.files import Count, Finite, Positive
 from vlmprune_jax.distributed.machine import cpu
 from vlmprune_jax.evaluation.speed.clock import BenchSide, Measurement, SpeedConfig
 from vlmprune_jax.evaluation.speed.ratio import SpeedUp, speedup
@@ -70,7 +70,7 @@ class SpeedWorkload(Part, frozen=True, kw_only=True):
     rounds: Count
     prompt_tokens: Count
     new_tokens: Count
-    batch_size: Count = 1
+    batch_size: Positive = 1
     image: bool
     dtype: str
 
