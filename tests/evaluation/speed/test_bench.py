@@ -117,6 +117,7 @@ def test_models_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
 def test_workloads_that_cannot_be_measured(goldens, gguf, tmp_path, capsys):
     folder, file = f"--model={goldens / 'ckpt/llava_hf'}", f"--model={gguf()}"
     assert " = 105 is more than the model's context of 64 tokens" in refusal(capsys, file, "--prompt_tokens=40")
+    assert "--batch_size=257: llama.cpp takes at most 256 prompts" in refusal(capsys, file, "--batch_size=257")
     assert "--prompt_tokens + new_tokens + 1=100065 is more" in refusal(capsys, folder, "--prompt_tokens=100000")
     assert "the 16 tokens of an image: raise it, or set --image=False" in refusal(capsys, folder, "--prompt_tokens=16")
     for name in ("prompt_tokens", "new_tokens", "batch_size", "rounds", "threads"):

@@ -36,6 +36,7 @@ from vlmprune_jax.hf.read import read_config, read_fields, resolve
 from vlmprune_jax.models.params import count_params
 
 _MAX_SIDE = 4096  # pixels of a square image
+_MAX_ROWS = 256  # sequences that llama.cpp answers at once (LLAMA_MAX_SEQ)
 _LOADERS = "vlmprune_jax.export.remote.modeling_per_layer"
 _ENGINES = "vlmprune_jax.evaluation.speed.engines"
 
@@ -282,6 +283,10 @@ def _gguf(model: str, file: Path, config: SpeedConfig) -> Side:
     if len(towers) > 1:
         raise UserError(
             f"{file}: its folder has {len(towers)} vision towers (mmproj-*.gguf): keep one, or add --image=False"
+        )
+    if config.batch_size > _MAX_ROWS:
+        raise UserError(
+            f"--batch_size={config.batch_size}: llama.cpp takes at most {_MAX_ROWS} prompts at once: lower it"
         )
     context = config.prompt_tokens + config.new_tokens + 1
     longest = fields.get(f"{fields.get('general.architecture')}.context_length")
